@@ -1,0 +1,29 @@
+"""kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
+
+from . import models, ops, prompts
+from .cache import DenseCache, RaggedCache, Scores, nbytes, to
+from .compression import compress
+from .generation import Answer, generate
+from .models import Model, ModelConfig, load
+from .prefilling import prefill
+from .scoring import score
+
+__all__ = [
+    "Answer",
+    "DenseCache",
+    "Model",
+    "ModelConfig",
+    "RaggedCache",
+    "Scores",
+    "compress",
+    "generate",
+    "load",
+    "models",
+    "nbytes",
+    "ops",
+    "prefill",
+    "prompts",
+    "score",
+    "to",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,227 @@
+"""The three attend strategies, which join the transformer to a cache: prefill, score, decode."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from . import ops
+from .cache import DenseKV, RaggedKV, Tail, WindowKV, append_
+from .models import Attend, ModelConfig
+
+_ROWS_PER_BLOCK = 512  # query rows of a block where logits are held in memory
+
+
+def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
+    """Returns the strategy that appends: rows length:length+T of each dense layer are written, window layers replaced.
+
+    `layers` must have room for them; see `new_layers`.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window, kv, tokens = config.layers[layer].window, layers[layer], k.shape[2]
+        if isinstance(kv, WindowKV):
+            assert window is not None
+            k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
+            last_k, last_v = (x[:, :, -window:].clone() for x in (k, v))
+            layers[layer] = WindowKV(last_k, last_v, length + tokens - last_k.shape[2])
+            return window_attention(q, k, v, window, config)
+        kv.k[:, :, length : length + tokens] = k
+        kv.v[:, :, length : length + tokens] = v
+        return causal_attention(q, kv.k[:, :, :length], kv.v[:, :, :length], k, v, config)[0]
+
+    return attend
+
+
+def new_layers(
+    config: ModelConfig, length: int, *, dtype: torch.dtype, device: torch.device
+) -> list[DenseKV | WindowKV]:
+    """Returns layers for `prefill_attend` with exactly `length` rows reserved; window layers start empty."""
+    layers: list[DenseKV | WindowKV] = []
+    for spec in config.layers:
+        shape = (1, config.num_kv_heads, length if spec.window is None else 0, config.head_dim)
+        k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        layers.append(DenseKV(k, v) if spec.window is None else WindowKV(k, v, 0))
+    return layers
+
+
+def score_attend(
+    config: ModelConfig,
+    layers: Sequence[DenseKV | WindowKV],
+    values: Float[Tensor, "L H E"],
+    *,
+    sink: int,
+    start: int,
+    stop: int,
+    local: bool,
+) -> Attend:
+    """Returns the strategy of a repeat pass: it reads the cache, writes nothing to it, and fills `values`.
+
+    Each global layer's keys of tokens start:stop are scored into values[l, :, start-sink:stop-sink], l counting
+    global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
+    start:stop and the repeat itself. Window layers see the last tokens of the cache and the repeat itself.
+    """
+    scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window, kv = config.layers[layer].window, layers[layer]
+        if window is not None:
+            k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
+            return window_attention(q, k, v, window, config)
+        chunk_k, sink_k = kv.k[0, :, start:stop], kv.k[0, :, :sink]
+        if local:
+            past_k = torch.cat([sink_k, chunk_k], dim=1)[None]
+            past_v = torch.cat([kv.v[0, :, :sink], kv.v[0, :, start:stop]], dim=1)[None]
+        else:
+            past_k, past_v = kv.k, kv.v
+        out, lse = causal_attention(q, past_k, past_v, k, v, config)
+        values[scored[layer], :, start - sink : stop - sink] = ops.score(
+            q[0],
+            chunk_k,
+            sink_k,
+            k[0],
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            lse=lse[0] if local else None,
+        )
+        return out
+
+    return attend
+
+
+def decode_attend(config: ModelConfig, context: Sequence[RaggedKV | WindowKV], tail: Tail) -> Attend:
+    """Returns the strategy that answers: T new tokens go to the tail, and attend to the context and to it.
+
+    The B questions share the frozen context. `tail.lengths` is not advanced here.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        append_(tail, layer, k, v)
+        kv = context[layer]
+        if isinstance(kv, WindowKV):
+            heads, rows = kv.k.shape[1:3]
+            offsets = torch.arange(heads + 1, dtype=torch.int32, device=q.device) * rows
+            keys, values, schedule = (*(rearrange(x, "1 h w d -> (h w) d") for x in (kv.k, kv.v)), None)
+        else:
+            keys, values, offsets, schedule = kv.k, kv.v, kv.offsets, kv.schedule
+        seen = (tail.lengths + k.shape[2]).int()
+        return ops.decode(
+            q,
+            keys,
+            values,
+            offsets,
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            window=config.layers[layer].window,
+            schedule=schedule,
+            tail=(tail.k[layer], tail.v[layer], seen),
+        )[0]
+
+    return attend
+
+
+def causal_attention(
+    q: Float[Tensor, "1 Hq T D"],
+    past_k: Float[Tensor, "1 H P D"],
+    past_v: Float[Tensor, "1 H P D"],
+    k: Float[Tensor, "1 H T D"],
+    v: Float[Tensor, "1 H T D"],
+    config: ModelConfig,
+) -> tuple[Float[Tensor, "1 Hq T D"], Float[Tensor, "1 Hq T"]]:
+    """Returns attention of T new tokens to all P past ones and causally to themselves, with its log-sum-exp.
+
+    The two parts are computed apart and merged, so there is never a mask of T x (P + T).
+    """
+    if config.attn_softcap is not None:
+        return _softcapped(q, past_k, past_v, k, v, config)
+    group = config.num_heads // config.num_kv_heads
+    own_k, own_v = (repeat(x, "b h t d -> b (h g) t d", g=group) for x in (k, v))
+    out, lse = _sdpa(q, own_k, own_v, scale=config.attn_scale, causal=True)
+    if past_k.shape[2] == 0:
+        return out, lse
+    # without a mask the rows of a group are just rows: keys need not be repeated
+    folded = rearrange(q, "b (h g) t d -> b h (g t) d", g=group)
+    past, past_lse = _sdpa(folded, past_k, past_v, scale=config.attn_scale, causal=False)
+    past = rearrange(past, "b h (g t) d -> b (h g) t d", g=group)
+    past_lse = rearrange(past_lse, "b h (g t) -> b (h g) t", g=group)
+    return ops.merge(past, past_lse, out, lse)
+
+
+def window_attention(
+    q: Float[Tensor, "1 Hq T D"],
+    k: Float[Tensor, "1 H S D"],
+    v: Float[Tensor, "1 H S D"],
+    window: int,
+    config: ModelConfig,
+) -> Float[Tensor, "1 Hq T D"]:
+    """Returns attention of the last T of S tokens, each to the last `window` up to itself.
+
+    Queries go in blocks that see one band of keys each, so the cost is T x window, whatever S is.
+    """
+    tokens, reach = q.shape[2], window - 1
+    block = min(tokens, max(window, 128))
+    blocks = -(-tokens // block)
+    k, v = (x[:, :, -(tokens + reach) :] for x in (k, v))
+    missing = tokens + reach - k.shape[2]  # rows that the first queries would see before the first token
+    padding = blocks * block - tokens
+    k, v = (F.pad(x, (0, 0, missing, padding)) for x in (k, v))
+    bands = [rearrange(x.unfold(2, block + reach, block), "1 h n d s -> n h s d") for x in (k, v)]
+    rows = rearrange(F.pad(q, (0, 0, 0, padding)), "1 h (n t) d -> n h t d", t=block)
+    row = torch.arange(block, device=q.device)[:, None]
+    column = torch.arange(block + reach, device=q.device)
+    distance = row + reach - column
+    first = torch.arange(blocks, device=q.device)[:, None, None, None] * block
+    seen = (distance >= 0) & (distance < window) & (first + column >= missing)
+    if config.attn_softcap is None:
+        out = F.scaled_dot_product_attention(
+            rows, *bands, attn_mask=seen, scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    else:
+        out = torch.cat([_plain(r, *b, s, config) for r, *b, s in zip(rows, *bands, seen, strict=True)])
+    return rearrange(out, "n h t d -> 1 h (n t) d")[:, :, :tokens]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, config: ModelConfig) -> Tensor:
+    """One masked block with softcap, logits held in memory in float32: [Hq T D] against [H S D] -> [1 Hq T D]."""
+    group = config.num_heads // config.num_kv_heads
+    cap = config.attn_softcap
+    assert cap is not None
+    rows = rearrange(q, "(h g) t d -> h g t d", g=group).float()
+    logits = torch.einsum("hgtd,hsd->hgts", rows, k.float()) * config.attn_scale
+    weights = (torch.tanh(logits / cap) * cap).masked_fill(~seen, -torch.inf).softmax(-1)
+    return rearrange(torch.einsum("hgts,hsd->hgtd", weights, v.float()), "h g t d -> 1 (h g) t d").to(q.dtype)
+
+
+def _softcapped(
+    q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """`causal_attention` with a softcap, which no library kernel has: the decode op, in blocks of rows."""
+    heads, length = past_k.shape[1:3]
+    keys, values = (rearrange(x, "1 h s d -> (h s) d") for x in (past_k, past_v))
+    offsets = torch.arange(heads + 1, dtype=torch.int32, device=q.device) * length
+    parts = []
+    for start in range(0, q.shape[2], _ROWS_PER_BLOCK):
+        rows = q[:, :, start : start + _ROWS_PER_BLOCK]
+        seen = torch.tensor([start + rows.shape[2]], dtype=torch.int32, device=q.device)
+        tail = (k[:, :, : start + rows.shape[2]], v[:, :, : start + rows.shape[2]], seen)
+        parts.append(
+            ops.decode(rows, keys, values, offsets, scale=config.attn_scale, softcap=config.attn_softcap, tail=tail)
+        )
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Torch's fused attention with its log-sum-exp [B H T], which the public function does not return."""
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+    if q.dtype == torch.float32:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        return out, lse[..., : q.shape[2]]
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out, lse

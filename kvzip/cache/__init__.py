@@ -1,0 +1,23 @@
+"""Caches as data: dense, ragged, their bytes and devices."""
+
+from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
+from .memory import nbytes, to
+from .ragged import RaggedCache, RaggedKV, Tail, append_, as_ragged, empty_tail, grow_tail
+
+__all__ = [
+    "DenseCache",
+    "DenseKV",
+    "RaggedCache",
+    "RaggedKV",
+    "Scores",
+    "Tail",
+    "WindowKV",
+    "append_",
+    "as_ragged",
+    "check_whole",
+    "empty_tail",
+    "global_layers",
+    "grow_tail",
+    "nbytes",
+    "to",
+]

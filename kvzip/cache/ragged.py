@@ -1,0 +1,129 @@
+"""The ragged cache: a frozen context whose heads differ in length, and the dense tail that follows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from ..ops import DecodeSchedule, Quantized, decode_schedule
+from .dense import DenseCache, Scores, WindowKV, check_whole
+
+
+@dataclass(frozen=True)
+class RaggedKV:
+    """One pruned layer. Head h owns rows offsets[h]:offsets[h+1], oldest first; keys are already rotated.
+
+    positions[n] is the token that row n came from. `schedule` cuts the heads into equal pieces for the GPU.
+    """
+
+    k: Float[Tensor, "N D"] | Quantized
+    v: Float[Tensor, "N D"] | Quantized
+    offsets: Int32[Tensor, " H1"]  # H + 1
+    positions: Int32[Tensor, " N"]
+    schedule: DecodeSchedule
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Tokens after a frozen context, per layer [B H R D] with R rows reserved for each of B questions.
+
+    lengths[b] rows of question b are set. Rows at and beyond that are unset memory.
+    """
+
+    k: tuple[Float[Tensor, "B H R D"], ...]
+    v: tuple[Float[Tensor, "B H R D"], ...]
+    lengths: Int32[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class RaggedCache:
+    """A compressed context, shared by any number of questions.
+
+    `kept` and `total` count evictable pairs; the first `start` tokens (system prefix) and window layers are not
+    counted and stay. `context_length` is the position where the tail starts; `token_ids` includes the tail's.
+    """
+
+    context: tuple[RaggedKV | WindowKV, ...]
+    tail: Tail | None
+    context_length: int
+    start: int
+    chat: bool
+    token_ids: Int64[Tensor, " S"]
+    fingerprint: str
+    kept: int
+    total: int
+    scores: Scores | None = None
+
+
+def as_ragged(cache: DenseCache) -> RaggedCache:
+    """Returns the dense cache seen as a ragged one with all heads full. No pair is copied.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    check_whole(cache)
+    views: dict[int, tuple[Tensor, Tensor, DecodeSchedule]] = {}
+    context = []
+    for layer in cache.layers:
+        if isinstance(layer, WindowKV):
+            context.append(layer)
+            continue
+        heads, device = layer.k.shape[1], layer.k.device
+        if heads not in views:
+            offsets = torch.arange(heads + 1, dtype=torch.int32, device=device) * cache.length
+            positions = torch.arange(cache.length, dtype=torch.int32, device=device).repeat(heads)
+            views[heads] = offsets, positions, decode_schedule(offsets)
+        k, v = (rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v))
+        context.append(RaggedKV(k, v, *views[heads]))
+    return RaggedCache(
+        context=tuple(context),
+        tail=None,
+        context_length=cache.length,
+        start=cache.start,
+        chat=cache.chat,
+        token_ids=cache.token_ids,
+        fingerprint=cache.fingerprint,
+        kept=cache.kept,
+        total=cache.total,
+        scores=cache.scores,
+    )
+
+
+def empty_tail(context: Sequence[RaggedKV | WindowKV], batch: int, rows: int, *, dtype: torch.dtype) -> Tail:
+    """Returns a tail of length 0 with `rows` rows reserved for each of `batch` questions."""
+    device = context[0].k.device if isinstance(context[0].k, Tensor) else context[0].k.codes.device
+    shapes = [(batch, _heads(layer), rows, _head_dim(layer)) for layer in context]
+    k, v = (tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes) for _ in range(2))
+    return Tail(k=k, v=v, lengths=torch.zeros(batch, dtype=torch.int32, device=device))
+
+
+def grow_tail(tail: Tail, batch: int, rows: int) -> Tail:
+    """Returns a copy of a one-question tail, repeated for `batch` questions, with `rows` further rows reserved."""
+
+    def grow(x: Tensor) -> Tensor:
+        new = x.new_empty(batch, x.shape[1], x.shape[2] + rows, x.shape[3])
+        new[:, :, : x.shape[2]] = x
+        return new
+
+    return Tail(k=tuple(map(grow, tail.k)), v=tuple(map(grow, tail.v)), lengths=tail.lengths.expand(batch).clone())
+
+
+def append_(tail: Tail, layer: int, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> None:
+    """Writes T new rows of one layer after the `lengths` rows of each question. `lengths` is the caller's to advance."""
+    batch, _, count, _ = k.shape
+    questions = torch.arange(batch, device=k.device)[:, None]
+    rows = tail.lengths[:, None].long() + torch.arange(count, device=k.device)
+    tail.k[layer][questions, :, rows] = k.transpose(1, 2)
+    tail.v[layer][questions, :, rows] = v.transpose(1, 2)
+
+
+def _heads(layer: RaggedKV | WindowKV) -> int:
+    return layer.k.shape[1] if isinstance(layer, WindowKV) else layer.offsets.shape[0] - 1
+
+
+def _head_dim(layer: RaggedKV | WindowKV) -> int:
+    if isinstance(layer.k, Tensor):
+        return layer.k.shape[-1]
+    return layer.k.codes.shape[-1] * 8 // layer.k.bits

@@ -1,0 +1,180 @@
+"""Compression: scores to a keep mask to a ragged cache, layer by layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
+
+from . import ops
+from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
+
+Level = Literal["pair", "layer", "uniform", "head"]
+
+
+def compress(
+    cache: DenseCache,
+    ratio: float | None = None,
+    *,
+    level: Level = "pair",
+    budget: float | None = None,
+    threshold: float | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    min_rows: int = 0,
+    consume: bool = False,
+) -> RaggedCache:
+    """Returns a cache that holds only the highest scored pairs of the context; the rest are gone.
+
+    The system prefix and window layers are always kept and do not count. Equal scores are kept in index order.
+
+    Args:
+        ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
+        level: where the budget is shared. "pair": int(ratio * L * H * E) over all layers and heads. "layer":
+            int(ratio * H * E) in each layer. "uniform": int(ratio * E) in each head. "head": int(ratio * L * H) whole
+            heads, by their highest score; the others keep protected and minimum rows only.
+        budget: tokens per head on average, in place of a ratio: int(budget * L * H) pairs, at most all.
+        threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
+        protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
+        min_rows: pairs that every head keeps at least, its highest scored.
+        consume: frees each dense layer as it is packed; `cache` cannot be used afterwards.
+
+    Protected and minimum rows are taken first, the rest by score.
+
+    Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget and threshold is given,
+        or if more rows are protected than the budget has.
+    Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
+    """
+    check_whole(cache)
+    if cache.scores is None:
+        raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
+    scores = cache.scores
+    count = _budget(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
+    nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
+    forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
+    if count is None:
+        nan |= scores.values.isnan().any().int()
+        keep = scores.values >= threshold
+        keep = keep if forced is None else keep | forced
+    else:
+        keep = _select(scores.values, count, level, forced, nan)
+    counts = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
+    if counts.pop():
+        raise ValueError(
+            "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
+        )
+    per_layer = torch.tensor(counts).reshape(keep.shape[:2]).sum(1).tolist()
+    context = _pack(cache, scores, keep, per_layer, consume=consume)
+    return RaggedCache(
+        context=context,
+        tail=None,
+        context_length=cache.length,
+        start=cache.start,
+        chat=cache.chat,
+        token_ids=cache.token_ids,
+        fingerprint=cache.fingerprint,
+        kept=sum(counts),
+        total=keep.numel(),
+        scores=scores,
+    )
+
+
+def _budget(
+    scores: Scores, *, ratio: float | None, budget: float | None, threshold: float | None, level: str
+) -> Callable[[int], int] | None:
+    """How many to keep of the pairs of n whole heads, as a function of n; None for a threshold."""
+    if sum(x is not None for x in (ratio, budget, threshold)) != 1:
+        raise ValueError(
+            f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "
+            f"threshold={threshold}: pass ratio=0.3 to keep 30%"
+        )
+    if level not in ("pair", "layer", "uniform", "head"):
+        raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}")
+    evictable = scores.values.shape[2]
+    if ratio is not None:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {ratio}: 0.3 keeps 30%")
+        return lambda heads: int(ratio * (heads * evictable))
+    if budget is not None:
+        if not budget > 0:
+            raise ValueError(f"expected a budget above 0 tokens per head, got {budget}")
+        return lambda heads: min(int(budget * heads), heads * evictable)
+    if level != "pair":
+        raise ValueError(f"expected level 'pair' with a threshold, got {level!r}: a threshold has no budget to share")
+    return None
+
+
+def _forced(
+    scores: Scores, nan: Tensor, *, protect: Sequence[tuple[int, int]], min_rows: int
+) -> Bool[Tensor, "L H E"] | None:
+    """The pairs kept whatever their score, or None where there are none."""
+    evictable = scores.values.shape[2]
+    if not protect and not min_rows:
+        return None
+    if not 0 <= min_rows <= evictable:
+        raise ValueError(f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}")
+    forced = _highest_of_each_head(scores.values, min_rows, nan)
+    for start, stop in protect:
+        if not 0 <= start <= stop <= evictable:
+            raise ValueError(
+                f"expected protected spans within [0, {evictable}] (context tokens), got ({start}, {stop}): "
+                "0 is the first token after the system prefix"
+            )
+        forced[:, :, start:stop] = True
+    return forced
+
+
+def _select(
+    values: Float32[Tensor, "L H E"],
+    budget: Callable[[int], int],
+    level: Level,
+    forced: Bool[Tensor, "L H E"] | None,
+    nan: Tensor,
+) -> Bool[Tensor, "L H E"]:
+    layers, heads, evictable = values.shape
+    if level == "head":
+        whole = budget(layers * heads) // evictable
+        keep = ops.select_count(values.amax(-1, keepdim=True), count=whole, nan=nan).expand_as(values)
+        return keep if forced is None else keep | forced
+    sharing = {"pair": layers * heads, "layer": heads, "uniform": 1}[level]
+    count = budget(sharing)
+    if forced is not None:
+        needed = int(forced.reshape(-1, sharing * evictable).sum(-1).max())
+        if needed > count:
+            raise ValueError(
+                f"expected at most {count} protected and minimum rows (the budget of level {level!r}), got {needed}: "
+                "raise the ratio or the budget, or protect less"
+            )
+        values = values.clamp(max=torch.finfo(torch.float32).max).masked_fill(forced, torch.inf)
+    if level == "uniform":
+        return _highest_of_each_head(values, count, nan)
+    parts = [values] if level == "pair" else list(values.split(1))
+    return torch.cat([ops.select_count(part, count=count, nan=nan) for part in parts])
+
+
+def _highest_of_each_head(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[Tensor, "L H E"]:
+    evictable = values.shape[2]
+    # the half keeps the product's rounding from falling below count
+    return ops.select_uniform(values, ratio=min(1.0, (count + 0.5) / evictable), nan=nan)
+
+
+def _pack(
+    cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"], counts: list[int], *, consume: bool
+) -> tuple[RaggedKV | WindowKV, ...]:
+    """Packs the kept pairs of each layer, the prefix in front of them."""
+    context: list[RaggedKV | WindowKV] = []
+    layers = cache.layers if consume else list(cache.layers)
+    scored = iter(zip(keep, counts, strict=True))
+    while layers:
+        layer = layers.pop(0)
+        if isinstance(layer, DenseKV):
+            mask, count = next(scored)
+            prefix = mask.new_ones(mask.shape[0], scores.start)
+            total = count + prefix.numel()
+            packed = ops.prune(layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=total)
+            k, v, offsets, positions = packed
+            context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets)))
+        else:
+            context.append(layer)
+        del layer
+    return tuple(context)

@@ -1,0 +1,123 @@
+"""The importance of each cached pair: the largest attention it receives. Contract and reference."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvzip.ops.backend import use_triton
+
+
+def score(
+    q: Float[Tensor, "Hq T D"],
+    k: Float[Tensor, "H C D"],
+    k_sink: Float[Tensor, "H A D"],
+    k_self: Float[Tensor, "H T D"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    lse: Float[Tensor, "Hq T"] | None = None,
+    row_weight: Float[Tensor, "Hq T"] | None = None,
+    key_weight: Float[Tensor, "Hq C"] | None = None,
+) -> Float[Tensor, "H C"]:
+    """Returns, for each key of the chunk, the largest attention weight that any row of its group gives it.
+
+        weight[r, i] = softmax over [sink, chunk, self up to r] of scale * q_r.k    at chunk key i
+        score[h, i]  = max over query heads r of head h, and time, of weight[r, i] * row_weight[r] * key_weight[r, i]
+
+    with softcap * tanh(. / softcap) around the logits when a softcap is given. Float32, or float64 for float64 inputs.
+
+    Args:
+        k: keys of the chunk that the queries repeat.
+        k_sink: keys that every row sees besides; A may be 0.
+        k_self: keys of the rows themselves, seen causally.
+        lse: natural log-sum-exp of each row's logits over what it is to be normalised by. Given, k_sink and k_self
+            are not read, and one pass over the chunk is enough; None computes it over [sink, chunk, causal self].
+        row_weight, key_weight: non-negative factors of KVzip+.
+
+    Raises: ValueError if shapes, dtypes or devices do not fit together.
+    Source: KVzip, arXiv 2505.23416, section 3; the weights are those of KVzap, arXiv 2601.07891, equation 3. The
+    authors take the softmax in the model's dtype, we in float32.
+    """
+    _check(q, k, k_sink, k_self, softcap, lse, row_weight, key_weight)
+    if use_triton(q):
+        from kvzip.ops.triton.score import score_triton as run
+    else:
+        run = score_reference
+    weights = {"row_weight": row_weight, "key_weight": key_weight}
+    return run(q, k, k_sink, k_self, scale=scale, softcap=softcap, lse=lse, **weights)
+
+
+def score_reference(
+    q: Float[Tensor, "Hq T D"],
+    k: Float[Tensor, "H C D"],
+    k_sink: Float[Tensor, "H A D"],
+    k_self: Float[Tensor, "H T D"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    lse: Float[Tensor, "Hq T"] | None = None,
+    row_weight: Float[Tensor, "Hq T"] | None = None,
+    key_weight: Float[Tensor, "Hq C"] | None = None,
+) -> Float[Tensor, "H C"]:
+    """Plain PyTorch `score`, a query head at a time."""
+    heads, group = k.shape[0], q.shape[0] // k.shape[0]
+    rows, chunk = q.shape[1], k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    best = torch.zeros(heads, chunk, dtype=dtype, device=q.device)
+    if rows == 0:
+        return best
+
+    def logits(x: Tensor, keys: Tensor) -> Tensor:
+        scaled = x.to(dtype) @ keys.to(dtype).T * scale
+        return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+    for head in range(heads * group):
+        h = head // group
+        to_chunk = logits(q[head], k[h])  # [T C]
+        if lse is None:
+            to_self = logits(q[head], k_self[h]).masked_fill(future, -torch.inf)
+            to_sink = logits(q[head], k_sink[h])
+            total = torch.logsumexp(torch.cat([to_sink, to_chunk, to_self], dim=1), dim=1)
+        else:
+            total = lse[head].to(dtype)
+        weight = torch.exp(to_chunk - total[:, None])
+        if row_weight is not None:
+            weight = weight * row_weight[head, :, None].to(dtype)
+        if key_weight is not None:
+            weight = weight * key_weight[head].to(dtype)
+        best[h] = torch.maximum(best[h], weight.amax(dim=0))
+    return best
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    k_sink: Tensor,
+    k_self: Tensor,
+    softcap: float | None,
+    lse: Tensor | None,
+    row_weight: Tensor | None,
+    key_weight: Tensor | None,
+) -> None:
+    query_heads, rows, width = q.shape
+    heads, chunk, _ = k.shape
+    if heads < 1 or query_heads % heads:
+        raise ValueError(f"expected query heads in equal groups over H={heads} KV heads, got {query_heads} query heads")
+    keys = (("k", k, chunk), ("k_sink", k_sink, k_sink.shape[1]), ("k_self", k_self, rows))
+    for name, x, length in keys:
+        if x.shape != (heads, length, width):
+            raise ValueError(
+                f"expected {name} of shape [H={heads}, {length}, D={width}], got {list(x.shape)}: it must fit q and k"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"expected {name} of {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
+    per_row = (("lse", lse, rows), ("row_weight", row_weight, rows), ("key_weight", key_weight, chunk))
+    for name, x, length in per_row:
+        if x is not None and (x.shape != (query_heads, length) or x.device != q.device):
+            raise ValueError(
+                f"expected {name} of shape [Hq={query_heads}, {length}] on {q.device}, "
+                f"got {list(x.shape)} on {x.device}: it has one value per row or key of each query head"
+            )

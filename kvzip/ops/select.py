@@ -1,0 +1,141 @@
+"""Marks the pairs to keep: the highest scores across all layers and heads, exactly as many as asked for."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float32, Int32
+from torch import Tensor
+
+from kvzip.ops.backend import use_triton
+
+Scores = Float32[Tensor, "L H E"] | list[Float32[Tensor, "_ _"]] | tuple[Float32[Tensor, "_ _"], ...]
+Mask = Bool[Tensor, "L H E"] | list[Bool[Tensor, "_ _"]]
+
+
+def select(scores: Scores, *, ratio: float, nan: Int32[Tensor, " 1"] | None = None) -> Mask:
+    """Marks the int(ratio * total) highest scores, across all layers and heads.
+
+    Equal scores are kept in index order (layer, head, token; -0.0 equals 0.0), so the result is the same on
+    every device and `select(s, ratio=a)` is a subset of `select(s, ratio=b)` whenever a <= b.
+
+    Args:
+        scores: one tensor, or one [H E] per layer (E may differ), which gives the result of their concatenation
+            as a list.
+        ratio: the fraction of the scores that is kept, 0 < ratio <= 1; the product is taken in float64.
+        nan: a flag owned by the caller, on the device of the scores. It is set to 1 if a score is NaN, which then
+            counts as -inf, and nothing waits on the host. Without it a NaN raises, which waits for the device.
+
+    Raises: ValueError if ratio is outside (0, 1], or a score is NaN and `nan` is not given.
+    Source: KVzip, arXiv 2505.23416. The authors' code compares with a threshold and keeps fewer or more among equal
+    scores; we keep the exact count.
+    """
+    _check_ratio(ratio)
+    return select_count(scores, count=int(ratio * _total(scores)), nan=nan)
+
+
+def select_count(scores: Scores, *, count: int, nan: Int32[Tensor, " 1"] | None = None) -> Mask:
+    """Marks the `count` highest scores, across all layers and heads: `select` with the number given.
+
+    Raises: ValueError if count is negative or more than there are scores, or a score is NaN and `nan` is not given.
+    """
+    layers, total = _layers(scores), _total(scores)
+    if not 0 <= count <= total:
+        raise ValueError(f"expected 0 <= count <= {total} (the number of scores), got {count}: ask for fewer")
+    _check_devices(layers, nan)
+    flag = _flag(layers) if nan is None else nan
+    mask = _count_op(scores)(scores, count=count, nan=flag)
+    if nan is None:
+        _raise_on_nan(flag)
+    return mask
+
+
+def select_uniform(
+    scores: Float32[Tensor, "L H E"], *, ratio: float, nan: Int32[Tensor, " 1"] | None = None
+) -> Bool[Tensor, "L H E"]:
+    """Marks the int(ratio * E) highest scores of each head: the same number everywhere. Ties and `nan` as in `select`.
+
+    Raises: ValueError if ratio is outside (0, 1], or a score is NaN and `nan` is not given.
+    """
+    _check_ratio(ratio)
+    _check_devices([scores], nan)
+    flag = _flag([scores]) if nan is None else nan
+    mask = _uniform_op(scores)(scores, ratio=ratio, nan=flag)
+    if nan is None:
+        _raise_on_nan(flag)
+    return mask
+
+
+def select_count_reference(scores: Scores, *, count: int, nan: Int32[Tensor, " 1"] | None = None) -> Mask:
+    layers = _layers(scores)
+    flat = torch.cat([layer.reshape(-1) for layer in layers]) if layers else torch.empty(0)
+    keep = _keep_highest(_ordered(flat, nan), count)
+    if isinstance(scores, Tensor):
+        return keep.view(scores.shape)
+    parts = keep.split([layer.numel() for layer in layers])
+    return [part.view(layer.shape) for part, layer in zip(parts, layers, strict=True)]
+
+
+def select_uniform_reference(
+    scores: Float32[Tensor, "L H E"], *, ratio: float, nan: Int32[Tensor, " 1"] | None = None
+) -> Bool[Tensor, "L H E"]:
+    return _keep_highest(_ordered(scores, nan), int(ratio * scores.shape[-1]))
+
+
+def _keep_highest(scores: Float32[Tensor, "*heads E"], count: int) -> Bool[Tensor, "*heads E"]:
+    """The `count` highest of the last axis. A stable sort leaves equal scores in index order."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)
+
+
+def _ordered(scores: Float32[Tensor, "*shape"], nan: Int32[Tensor, " 1"] | None) -> Float32[Tensor, "*shape"]:
+    """The scores with NaN as -inf (and the flag set) and -0.0 as 0.0, which is what adding 0.0 does."""
+    missing = scores.isnan()
+    if nan is not None:
+        nan |= missing.any()
+    return scores.masked_fill(missing, -torch.inf) + 0.0
+
+
+def _count_op(scores: Scores):
+    layers = _layers(scores)
+    if not layers or not use_triton(layers[0]):
+        return select_count_reference
+    from kvzip.ops.triton.select import select_count_triton
+
+    return select_count_triton
+
+
+def _uniform_op(scores: Tensor):
+    if not use_triton(scores):
+        return select_uniform_reference
+    from kvzip.ops.triton.select import select_uniform_triton
+
+    return select_uniform_triton
+
+
+def _layers(scores: Scores) -> Sequence[Tensor]:
+    return [scores] if isinstance(scores, Tensor) else scores
+
+
+def _total(scores: Scores) -> int:
+    return sum(layer.numel() for layer in _layers(scores))
+
+
+def _flag(layers: Sequence[Tensor]) -> Int32[Tensor, " 1"]:
+    return torch.zeros(1, dtype=torch.int32, device=layers[0].device if layers else None)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"expected 0 < ratio <= 1, got {ratio}: it is the fraction that is kept")
+
+
+def _check_devices(layers: Sequence[Tensor], nan: Tensor | None) -> None:
+    devices = {tensor.device for tensor in [*layers, *([] if nan is None else [nan])]}
+    if len(devices) > 1:
+        found = sorted(map(str, devices))
+        raise ValueError(f"expected all scores and `nan` on one device, got {found}: move them together")
+
+
+def _raise_on_nan(flag: Tensor) -> None:
+    if flag.item():
+        raise ValueError("expected scores without NaN, got at least one: the forward pass that made them overflowed")

@@ -1,0 +1,126 @@
+"""Prefill: a context's tokens to a dense cache, in chunks."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from . import prompts
+from .attention import new_layers, prefill_attend
+from .cache import DenseCache
+from .models import Model, run_attention
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""progress(done, total), in tokens."""
+
+
+def prefill(
+    model: Model,
+    context: str | Int64[Tensor, " S"],
+    *,
+    chunk: int = 16_000,
+    system: str | None = None,
+    instruction: str | None = None,
+    template: bool = True,
+    progress: Progress | None = None,
+) -> DenseCache:
+    """Returns the dense cache of a system prefix and the context, ready to be scored or asked.
+
+    Args:
+        context: text, or its token ids without any prefix.
+        chunk: tokens per forward pass; bounds the memory for activations, changes nothing else.
+        system: system message; None takes what the chat template renders by itself.
+        instruction: text that opens the user turn, before the context.
+        template: False puts only BOS (if the tokenizer adds one) in front, for base models.
+        progress: called with (tokens done, tokens in all).
+
+    Raises: ValueError for an empty context, one beyond `model.config.max_length`, a model without a chat template
+        where one is asked for, or system and instruction without a template.
+    Source: KVzip, arXiv 2505.23416.
+    """
+    check_count(chunk, "chunk")
+    prefix = _prefix_ids(model, system=system, instruction=instruction, template=template)
+    ids = context_ids(model, context)
+    if len(ids) == 0:
+        raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
+    token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
+    length = len(token_ids)
+    check_length(model, length, f"a prefix of {len(prefix)} and a context of {len(ids)} tokens")
+    layers = new_layers(model.config, length, dtype=model.dtype, device=model.device)
+    on_device = token_ids.to(model.device)
+    for start in range(0, length, chunk):
+        piece = on_device[start : start + chunk]
+        positions = torch.arange(start, start + len(piece), device=model.device)
+        with torch.no_grad():
+            run_attention(model, piece[None], positions, prefill_attend(model.config, layers, start))
+        if progress is not None:
+            progress(start + len(piece), length)
+    return DenseCache(
+        layers=layers,
+        length=length,
+        start=len(prefix),
+        chat=template,
+        token_ids=token_ids,
+        fingerprint=model.fingerprint,
+    )
+
+
+def context_ids(model: Model, context: str | Int64[Tensor, " S"]) -> Int64[Tensor, " S"]:
+    """Returns the token ids of a context on the CPU. Raises ValueError for ids outside the vocabulary."""
+    if isinstance(context, str):
+        return torch.tensor(prompts.encode_text(tokenizer_of(model), context), dtype=torch.long)
+    ids = context.detach().cpu().long()
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+        raise ValueError(
+            f"expected token ids in [0, {model.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}: "
+            "encode the text with this model's tokenizer"
+        )
+    return ids
+
+
+def tokenizer_of(model: Model) -> prompts.Tokenizer:
+    """Returns the model's tokenizer. Raises ValueError if its directory has none."""
+    if model.tokenizer is None:
+        raise ValueError(f"expected a tokenizer, got no tokenizer.json in {model.source}: add it, or pass token ids")
+    return model.tokenizer
+
+
+def prompt_of(model: Model, *, system: str | None = None, instruction: str | None = None) -> prompts.Prompt:
+    """Returns the rendered chat prompt. Raises ValueError if the model has no chat template."""
+    if model.template is None:
+        raise ValueError(
+            f"expected a chat template, got none in {model.source}: "
+            "pass chat_template= (jinja source) to load, or template=False for a base model"
+        )
+    return prompts.render(model.template, system=system, instruction=instruction)
+
+
+def check_length(model: Model, needed: int, what: str) -> None:
+    """Raises ValueError if `needed` positions are more than the model was made for; logs once past `warn_length`."""
+    if needed > model.config.max_length:
+        raise ValueError(
+            f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "
+            "shorten it, or pass max_length= (and rope=) to load if the model can go further"
+        )
+    limit = model.config.warn_length
+    if limit is not None and needed > limit:
+        logger.warning("%s positions are beyond the %s for which this model needs dual chunk attention", needed, limit)
+
+
+def check_count(value: int, name: str) -> None:
+    """Raises ValueError unless value is a positive number of tokens."""
+    if value < 1:
+        raise ValueError(f"expected {name} to be at least 1 token, got {value}: pass a positive number")
+
+
+def _prefix_ids(model: Model, *, system: str | None, instruction: str | None, template: bool) -> list[int]:
+    if template:
+        prompt = prompt_of(model, system=system, instruction=instruction)
+        return prompts.encode_prefix(tokenizer_of(model), prompt)
+    if system is not None or instruction is not None:
+        raise ValueError("expected no system or instruction with template=False, got one: put it in the context")
+    return [] if model.tokenizer is None else list(model.tokenizer.bos_ids)
