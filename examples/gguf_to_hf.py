@@ -139,7 +139,7 @@ def convert(gguf_file: Path, directory: Path) -> None:
     save_file(make_weights(reader.tensors, config, family), directory / "model.safetensors", metadata={"format": "pt"})
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", _generation_config(metadata, config, family))
-    _write_json(directory / "tokenizer.json", make_tokenizer(metadata))
+    _write_json(directory / "tokenizer.json", make_tokenizer(metadata), indent=None)
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(metadata, config, family))
 
 
@@ -234,5 +234,5 @@ def _tokenizer_config(metadata: Metadata, config: dict[str, Any], family: Family
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+def _write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent), encoding="utf-8")

@@ -101,7 +101,7 @@ def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentencepiece_merges(tokens: list[str], scores: list[float], types: list[int]) -> list[list[str]]:
-    """Returns the BPE merges that a SentencePiece vocabulary implies: every split of a token in two, best token first."""
+    """Returns the BPE merges of a SentencePiece vocabulary: every split of a token into two, best token first."""
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token, score, kind in zip(tokens, scores, types, strict=True):

@@ -1,7 +1,6 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float32
@@ -10,14 +9,12 @@ from torch import Tensor
 from . import ops
 from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
 
-Level = Literal["pair", "layer", "uniform", "head"]
-
 
 def compress(
     cache: DenseCache,
     ratio: float | None = None,
     *,
-    level: Level = "pair",
+    level: str = "pair",
     budget: float | None = None,
     threshold: float | None = None,
     protect: Sequence[tuple[int, int]] = (),
@@ -127,7 +124,7 @@ def _forced(
 def _select(
     values: Float32[Tensor, "L H E"],
     budget: Callable[[int], int],
-    level: Level,
+    level: str,
     forced: Bool[Tensor, "L H E"] | None,
     nan: Tensor,
 ) -> Bool[Tensor, "L H E"]:

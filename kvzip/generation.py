@@ -47,7 +47,7 @@ def generate(
     template: bool = True,
     on_token: Callable[..., None] | None = None,
 ) -> Answer | list[Answer]:
-    """Returns the answer to a query, or those to a list of queries, which run as one batch. The cache is left as it was.
+    """Returns the answer to a query, or those to a list of queries, run as one batch. The cache is left as it was.
 
     Args:
         temperature: 0 takes the most likely token; above, samples from softmax(logits / temperature).
@@ -73,8 +73,8 @@ def generate(
     room = model.config.max_length - used
     if room < 1:
         raise ValueError(
-            f"expected room for an answer within {model.config.max_length} positions (the model's length), got a context "
-            f"and question of {used}: shorten it, or pass max_length= (and rope=) to load"
+            f"expected room for an answer within {model.config.max_length} positions (the model's length), got a "
+            f"context and question of {used}: shorten it, or pass max_length= (and rope=) to load"
         )
     seed = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in ids]
@@ -165,7 +165,7 @@ def _pick(
 ) -> Int64[Tensor, " B"]:
     if temperature == 0:
         return scores.argmax(-1)
-    ordered, tokens = (scores.float() / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    ordered, tokens = (scores.float() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(before >= top_p, 0)  # the most likely token always stays: nothing is before it
     picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(ordered, generators, strict=True)]

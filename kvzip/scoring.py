@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def score(
     model: Model,
     cache: DenseCache,
     *,
-    scope: Literal["context", "chunk"] = "context",
+    scope: str = "context",
     chunk: int = 2_000,
     hint: int = 8,
     progress: Progress | None = None,

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # must be set before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "kvzip", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -28,12 +28,13 @@ class Repeat:
 
 @dataclass(frozen=True)
 class PlainScores:
-    """Scores [L H C] of the scored layers, and the final hidden states [T M] of each repeat pass."""
+    """Scores [L H C] of the scored layers, the final hidden states [T M] of each repeat pass, the cache left over."""
 
     values: Tensor
     layers: list[int]
     repeats: list[Repeat]
     hidden: list[Tensor] = field(repr=False)
+    cache: DynamicCache = field(repr=False)
 
 
 def repeats(
@@ -93,7 +94,7 @@ def score(
             row[:, repeat.start : repeat.stop] = largest
         cache.crop(-len(repeat.token_ids))
         assert cache.get_seq_length() == end
-    return PlainScores(torch.stack(values), layers, found, hidden)
+    return PlainScores(torch.stack(values), layers, found, hidden, cache)
 
 
 def select(scores: Tensor, ratio: float) -> Tensor:

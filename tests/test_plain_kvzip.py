@@ -58,7 +58,7 @@ def test_only_full_attention_layers_are_scored() -> None:
 
 
 def test_keys_of_other_chunks_do_not_share_in_the_softmax() -> None:
-    """Layer 0's keys depend on their own token only, so there the first chunk's scores ignore a change in the second."""
+    """In layer 0 keys depend on their own token only: there the first chunk's scores ignore a change in the second."""
     model = tiny_models.build(tiny_models.llama())
     context = tiny_models.token_ids(24).tolist()
     changed = context[:12] + tiny_models.token_ids(12, seed=5).tolist()
@@ -71,7 +71,7 @@ def test_hint_is_the_end_of_the_previous_chunk_or_all_of_a_shorter_one() -> None
     context = list(range(10, 20))
     first, second, *_ = plain_kvzip.repeats(context, POSTFIX, encode, chunk=4, hint=8)
     assert first.token_ids == encode(plain_kvzip.FIRST_PROMPT) + POSTFIX + [10, 11, 12, 13]
-    assert second.token_ids == encode(plain_kvzip.LATER_PROMPT) + [10, 11, 12, 13] + POSTFIX + [14, 15, 16, 17]
+    assert second.token_ids == [*encode(plain_kvzip.LATER_PROMPT), 10, 11, 12, 13, *POSTFIX, 14, 15, 16, 17]
 
 
 def test_select_keeps_the_first_of_equal_scores() -> None:

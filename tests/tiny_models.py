@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -14,7 +16,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
 VOCAB = 97
 WINDOW = 7

@@ -111,7 +111,7 @@ def grow_tail(tail: Tail, batch: int, rows: int) -> Tail:
 
 
 def append_(tail: Tail, layer: int, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> None:
-    """Writes T new rows of one layer after the `lengths` rows of each question. `lengths` is the caller's to advance."""
+    """Writes T new rows of one layer after the `lengths` rows of each question; the caller advances `lengths`."""
     batch, _, count, _ = k.shape
     questions = torch.arange(batch, device=k.device)[:, None]
     rows = tail.lengths[:, None].long() + torch.arange(count, device=k.device)

@@ -127,7 +127,8 @@ def merged_rope(raw: Mapping[str, Any], layer_type: str, *, theta: float) -> dic
     new = new.get(layer_type) or {} if any(isinstance(v, Mapping) for v in new.values()) else new
     old = raw.get("rope_scaling") or {}
     base = new.get("rope_theta") or raw.get("rope_theta") or theta
-    return {**old, **new, "rope_theta": base}
+    partial = {"partial_rotary_factor": raw["partial_rotary_factor"]} if "partial_rotary_factor" in raw else {}
+    return {**partial, **old, **new, "rope_theta": base}
 
 
 _ROPE_FIELDS = {

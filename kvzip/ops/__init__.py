@@ -1,4 +1,4 @@
-"""Functional ops: each a contract, a plain PyTorch reference and a Triton kernel. Nothing here knows of models or caches."""
+"""The operations on tensors: each has a plain PyTorch reference and a Triton kernel of the same signature."""
 
 from kvzip.ops.decode import DecodeSchedule, decode, decode_schedule, merge
 from kvzip.ops.prune import prune

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from kvzip.ops.decode import DecodeSchedule, Pieces, Tail, decode_schedule
 from kvzip.ops.quantize import Quantized
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from kvzip.ops.triton.common import LN_2, LOG2_E, check_rows, compute_dtype, interpreted, load_rows, overlaps_launches, tanh
 
 _TAIL_PIECE = 256  # rows of a tail that one program takes
-_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class Launch(NamedTuple):
@@ -65,9 +62,7 @@ def decode_triton(
     return launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out, lse)
 
 
-def launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out, lse, level=None, pdl=None):
-    if q.dtype not in _TRITON_DTYPES:
-        raise ValueError(f"expected q of float16, bfloat16 or float32, got {q.dtype}: KVZIP_BACKEND=reference takes it")
+def launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out, lse, level=None, pdl=None, block_p=32):
     queries, query_heads, tokens, width = q.shape
     heads = len(offsets) - 1
     group = query_heads // heads
@@ -86,15 +81,11 @@ def launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out
     k_codes, k_scale, k_zero, bits, k_group = _parts(k)
     v_codes, v_scale, v_zero, _, _ = _parts(v)
     tail_k, tail_v, lengths = (k_codes, k_codes, offsets) if tail is None else tail
-    for name, x in (("q", q), ("k", k_codes), ("v", v_codes), ("tail", tail_k), ("tail", tail_v)):
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"expected {name} with a contiguous last axis, got strides {x.stride()}: make it contiguous")
-    interpreted = not q.is_cuda
-    pdl = (not interpreted and torch.cuda.get_device_capability(q.device)[0] >= 9) if pdl is None else pdl
+    check_rows(q=q, k=k_codes, v=v_codes, tail_k=tail_k, tail_v=tail_v)
+    compute = compute_dtype(q)
+    pdl = int(overlaps_launches(q)) if pdl is None else int(pdl)
+    packed = bits < 16 and compute != tl.float32 and not interpreted()
     programs = count * row_blocks + queries * heads * splits * tail_blocks
-    compute = _TRITON_DTYPES[q.dtype]
-    if interpreted and q.dtype == torch.bfloat16:
-        compute = tl.float32  # the interpreter's dot is wrong for bfloat16
     if programs:
         _decode_kernel[(programs,)](
             q, k_codes, v_codes, k_scale, k_zero, v_scale, v_zero, offsets, pieces.bounds,
@@ -104,12 +95,13 @@ def launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out
             rows, tokens, heads, count, row_blocks, splits, tail_blocks, capacity,
             G=group, D=width, BITS=bits, GROUP=k_group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             SOFTCAP=softcap is not None, WINDOW=window is not None, TAIL=splits > 0, TAIL_PIECE=_TAIL_PIECE,
-            COMPUTE=compute, PDL=pdl, num_warps=config.warps, num_stages=config.stages,
+            COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, PDL=pdl,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     extra = {"launch_pdl": True} if pdl else {}
     _combine_kernel[(rows, heads)](
         part, part_lse, pieces.first, out, lse, rows, tokens, heads, count, splits,
-        G=group, D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=32, PDL=pdl, num_warps=4, **extra,
+        G=group, D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=block_p, PDL=pdl, num_warps=4, enable_fp_fusion=True, **extra,
     )  # fmt: skip
     return out, lse
 
@@ -121,9 +113,12 @@ def choose_level(schedule: DecodeSchedule, row_blocks: int) -> Pieces:
 
 
 def _parts(x):
-    if isinstance(x, Quantized):
-        return x.codes, x.scale.contiguous(), x.zero.contiguous(), x.bits, x.group
-    return x, x, x, 16, x.shape[1]
+    """Data, scales, zeros, bits and group of a context; codes as words of 16 bits, which the matrix loads can turn."""
+    if not isinstance(x, Quantized):
+        return x, x, x, 16, x.shape[1]
+    if x.group * x.bits % 16:
+        raise ValueError(f"expected groups of whole 16-bit words, got {x.group} values of {x.bits} bits: quantize again")
+    return x.codes.view(torch.int16), x.scale.contiguous(), x.zero.contiguous(), x.bits, x.group
 
 
 def _strides(x):
@@ -131,121 +126,168 @@ def _strides(x):
 
 
 @triton.jit
-def _tanh(x):
-    """tanh to float32 accuracy: an odd polynomial (Cephes) near 0, where 1 - e^-2x would cancel."""
-    z = x * x
-    near = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
-            - 3.33332819422e-1) * z * x + x  # fmt: skip
-    e = tl.exp2(-2 * LOG2_E * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+def _codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
+    """Code number PART of each 16-bit word, minus half the number of codes, exact in any COMPUTE.
 
-
-@triton.jit
-def _rows_of(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Loads rows of W values, padded with zeros to BLOCK_W; MASKED: rows at and after bound are zeros too."""
-    at = ptr + (rows[:, None] * stride + columns[None, :])
-    if MASKED:
-        if W == BLOCK_W:
-            return tl.load(at, mask=(rows < bound)[:, None], other=0)
-        else:
-            return tl.load(at, mask=(rows < bound)[:, None] & (columns < W)[None, :], other=0)
+    PACKED takes two words at a time to float16: a code's bits below those of 1024, and 1024 taken away.
+    """
+    if not PACKED:
+        SHIFT: tl.constexpr = 8 * PART if BITS == 8 else 8 * (PART // 2) + 4 - 4 * (PART % 2)
+        return (((words.to(tl.int32) >> SHIFT) & (2**BITS - 1)) - 2 ** (BITS - 1)).to(COMPUTE)
+    elif BITS == 8:
+        SELECT: tl.constexpr = "0x4240" if PART == 0 else "0x4341"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, c; prmt.b32 x, $1, 0x64646464, " + SELECT + "; mov.b32 c, 0xE480E480; "
+            "add.rn.f16x2 $0, x, c; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PART % 2 == 0:
+        SHIFT: tl.constexpr = "0" if PART == 0 else "8"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, c, d; shr.b32 x, $1, " + SHIFT + "; lop3.b32 x, x, 0x00F000F0, 0x64006400, 0xEA; "
+            "mov.b32 c, 0x2C002C00; mov.b32 d, 0xD480D480; fma.rn.f16x2 $0, x, c, d; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        if W == BLOCK_W:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=(columns < W)[None, :], other=0)
+        SHIFT: tl.constexpr = "0" if PART == 1 else "8"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, c; shr.b32 x, $1, " + SHIFT + "; lop3.b32 x, x, 0x000F000F, 0x64006400, 0xEA; "
+            "mov.b32 c, 0xE408E408; add.rn.f16x2 $0, x, c; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
-def _high(codes, BITS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Codes around zero, exact in any COMPUTE: code - 128 of 8 bits, or the high half's code - 8."""
-    if BITS == 8:
-        return (codes ^ 0x80).to(tl.int8, bitcast=True).to(COMPUTE)
+def _add_product(x, q, words, inside, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
+    codes = _codes(words, PART, BITS, COMPUTE, PACKED)
+    return tl.dot(tl.where(inside, q, 0).to(COMPUTE), tl.trans(codes), x, input_precision="ieee")
+
+
+@triton.jit
+def _add_weighted(
+    acc, weight, offset, words, inside, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr, ONLY: tl.constexpr,
+):  # fmt: skip
+    codes = _codes(words, PART, BITS, COMPUTE, PACKED)
+    if ONLY:
+        return tl.dot(weight, codes, acc, input_precision="ieee")
     else:
-        return ((codes >> 4).to(tl.int8, bitcast=True) - 8).to(COMPUTE)
+        return acc + tl.where(inside, tl.dot(weight, codes, input_precision="ieee") + offset[:, None], 0)
 
 
 @triton.jit
-def _low(codes, COMPUTE: tl.constexpr):
-    return ((codes & 15).to(tl.int8, bitcast=True) - 8).to(COMPUTE)
+def _steps(scale_ptr, zero_ptr, row, bound, PART: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The step of each row's group PART, and the value in the middle of its codes."""
+    n = tl.arange(0, BLOCK_N)
+    place = (row + n + tl.zeros([], tl.int64)) * Q + PART
+    step = tl.load(scale_ptr + place, mask=n < bound, other=0).to(tl.float32)
+    zero = tl.load(zero_ptr + place, mask=n < bound, other=0).to(tl.float32)
+    return step, zero + 2 ** (BITS - 1) * step
 
 
 @triton.jit
 def _step(
-    acc, acc_odd, peak, total, q, q_odd, at, stop, low, high, unit, scale, softcap,
+    acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+    at, stop, low, high, unit, scale, softcap,
     k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
     D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    BANDED: tl.constexpr, COMPUTE: tl.constexpr, DEFER: tl.constexpr,
+    BANDED: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, DEFER: tl.constexpr,
 ):  # fmt: skip
     """Folds keys at:at + BLOCK_N into the running softmax. MASKED: only those before stop; BANDED: low <= key < high."""
     n = tl.arange(0, BLOCK_N)
     w = tl.arange(0, BLOCK_W)
-    start = at.to(tl.int64)
+    start = at + tl.zeros([], tl.int64)
     bound = stop - at
-    k = _rows_of(k_ptr + start * stride_kn, n, w, stride_kn, bound, MASKED, W, BLOCK_W)  # [BLOCK_N, BLOCK_W]
+    Q: tl.constexpr = D // GROUP
+    k = load_rows(k_ptr + start * stride_kn, n, w, stride_kn, bound, MASKED, W, BLOCK_W)  # [BLOCK_N, BLOCK_W]
     if BITS == 16:
         x = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     else:
         x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        half: tl.constexpr = 2 ** (BITS - 1)
-        each: tl.constexpr = GROUP if BITS == 8 else GROUP // 2
-        codes = tl.trans(_high(k, BITS, COMPUTE))
-        for part in tl.static_range(D // GROUP):
+        each: tl.constexpr = GROUP * BITS // 16  # words of a group
+        for part in tl.static_range(Q):
             inside = (w // each == part)[None, :]
-            q_part = tl.where(inside, q, 0)
-            y = tl.dot(q_part, codes, input_precision="ieee")
-            q_sum = tl.sum(q_part.to(tl.float32), 1)
+            y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            y = _add_product(y, q, k, inside, 0, BITS, COMPUTE, PACKED)
+            y = _add_product(y, q_1, k, inside, 1, BITS, COMPUTE, PACKED)
+            q_sum = tl.sum(tl.where(inside, q.to(tl.float32) + q_1.to(tl.float32), 0), 1)
             if BITS == 4:
-                q_part = tl.where(inside, q_odd, 0)
-                y = tl.dot(q_part, tl.trans(_low(k, COMPUTE)), y, input_precision="ieee")
-                q_sum += tl.sum(q_part.to(tl.float32), 1)
-            place = (start + n) * (D // GROUP) + part
-            live = n < bound
-            step = tl.load(k_scale_ptr + place, mask=live, other=0).to(tl.float32)
-            zero = tl.load(k_zero_ptr + place, mask=live, other=0).to(tl.float32) + half * step
-            x += y * step[None, :] + q_sum[:, None] * zero[None, :]
+                y = _add_product(y, q_2, k, inside, 2, BITS, COMPUTE, PACKED)
+                y = _add_product(y, q_3, k, inside, 3, BITS, COMPUTE, PACKED)
+                q_sum += tl.sum(tl.where(inside, q_2.to(tl.float32) + q_3.to(tl.float32), 0), 1)
+            if part > 0:
+                k_step, k_middle = _steps(k_scale_ptr, k_zero_ptr, at, bound, part, Q, BITS, BLOCK_N)
+            x += y * k_step[None, :] + q_sum[:, None] * k_middle[None, :]
+        x *= norm[:, None]
     if SOFTCAP:
-        x = _tanh(x * (scale / softcap)) * (softcap * LOG2_E)
+        x = tanh(x * (scale / softcap)) * (softcap * LOG2_E)
     if MASKED:
         x = tl.where((n < bound)[None, :], x, float("-inf"))
     if BANDED:
         key = at + n
         x = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+    if BITS == 16:
+        new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+    else:
+        # Weights times steps go to the tensor cores in 16 bits. The power of two of the largest step of a row joins
+        # its exponent, so that they stay near 1 whatever the steps are.
+        largest = v_step
+        for part in tl.static_range(1, Q):
+            other, _ = _steps(v_scale_ptr, v_zero_ptr, at, bound, part, Q, BITS, BLOCK_N)
+            largest = tl.maximum(largest, other)
+        exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -60)
+        down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)  # 2 ** -exponent
+        x = x * unit + exponent.to(tl.float32)[None, :]
+        new_peak = tl.maximum(peak, tl.max(x, 1))
     if BANDED:
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
-    p = tl.exp2(x * unit - floor[:, None])
     decay = tl.exp2(peak - floor)
-    if DEFER:
-        total = total * decay[:, None] + p
+    if BITS == 16:
+        p = tl.exp2(x * unit - floor[:, None])
+        mass = p
     else:
-        total = total * decay + tl.sum(p, 1)
-    v = _rows_of(v_ptr + start * stride_vn, n, w, stride_vn, bound, MASKED, W, BLOCK_W)
+        p = tl.exp2(x - floor[:, None])
+        mass = p * down[None, :]
+    if DEFER:
+        total = total * decay[:, None] + mass
+    else:
+        total = total * decay + tl.sum(mass, 1)
+    v = load_rows(v_ptr + start * stride_vn, n, w, stride_vn, bound, MASKED, W, BLOCK_W)
     acc = acc * decay[:, None]
     if BITS == 16:
         acc = tl.dot(p.to(COMPUTE), v.to(COMPUTE), acc, input_precision="ieee")
     else:
+        acc_1 = acc_1 * decay[:, None]
         if BITS == 4:
-            acc_odd = acc_odd * decay[:, None]
-        for part in tl.static_range(D // GROUP):
-            place = (start + n) * (D // GROUP) + part
-            live = n < bound
-            step = tl.load(v_scale_ptr + place, mask=live, other=0).to(tl.float32)
-            zero = tl.load(v_zero_ptr + place, mask=live, other=0).to(tl.float32) + half * step
-            # Float16 cannot hold small weights times small steps: keep the steps of the tile near 1.
-            largest = tl.maximum(tl.max(step, 0), 1e-30) if COMPUTE == tl.float16 else 1.0
-            weight = (p * (step / largest)[None, :]).to(COMPUTE)
-            offset = tl.sum(p * zero[None, :], 1)[:, None]
+            acc_2 = acc_2 * decay[:, None]
+            acc_3 = acc_3 * decay[:, None]
+        for part in tl.static_range(Q):
             inside = (w // each == part)[None, :]
-            acc += tl.where(inside, tl.dot(weight, _high(v, BITS, COMPUTE), input_precision="ieee") * largest + offset, 0)
+            if part > 0:
+                v_step, v_middle = _steps(v_scale_ptr, v_zero_ptr, at, bound, part, Q, BITS, BLOCK_N)
+            weight = (p * (v_step * down)[None, :]).to(COMPUTE)
+            offset = p * (v_middle * down)[None, :]
+            if Q > 1:
+                offset = tl.sum(offset, 1)
+            elif DEFER:
+                shift = shift * decay[:, None] + offset
+            else:
+                shift = shift * decay + tl.sum(offset, 1)
+            acc = _add_weighted(acc, weight, offset, v, inside, 0, BITS, COMPUTE, PACKED, Q == 1)
+            acc_1 = _add_weighted(acc_1, weight, offset, v, inside, 1, BITS, COMPUTE, PACKED, Q == 1)
             if BITS == 4:
-                odd = tl.dot(weight, _low(v, COMPUTE), input_precision="ieee") * largest + offset
-                acc_odd += tl.where(inside, odd, 0)
-    return acc, acc_odd, new_peak, total
+                acc_2 = _add_weighted(acc_2, weight, offset, v, inside, 2, BITS, COMPUTE, PACKED, Q == 1)
+                acc_3 = _add_weighted(acc_3, weight, offset, v, inside, 3, BITS, COMPUTE, PACKED, Q == 1)
+    return acc, acc_1, acc_2, acc_3, new_peak, total, shift
+
+
+@triton.jit
+def _load_q(at, w, live, PART: tl.constexpr, EACH: tl.constexpr, norm, COMPUTE: tl.constexpr):
+    q = tl.load(at[:, None] + (EACH * w + PART)[None, :], mask=live, other=0)
+    return (q.to(tl.float32) / norm[:, None]).to(COMPUTE)
 
 
 @triton.jit
@@ -255,64 +297,107 @@ def _piece(
     head, row, row_stop, slot, start, stop, low, high, rows, tokens,
     G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, BANDED: tl.constexpr, COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Writes the attention of BLOCK_M rows over keys start:stop of one head to slot of the partial results."""
-    W: tl.constexpr = D // 2 if BITS == 4 else D
-    BLOCK_W: tl.constexpr = triton.next_power_of_2(W)
+    EACH: tl.constexpr = 16 // BITS  # values in a word
+    W: tl.constexpr = D // EACH
+    BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     DEFER: tl.constexpr = BLOCK_M == 16  # few rows: summing a tile's keys would go through shared memory
     w = tl.arange(0, BLOCK_W)
     m = row + tl.arange(0, BLOCK_M)
     live = (m < row_stop)[:, None] & (w < W)[None, :]
     b, t, g = (m // G // tokens).to(tl.int64), m // G % tokens, m % G
     q_row = q_ptr + b * stride_qb + (head * G + g).to(tl.int64) * stride_qh + t.to(tl.int64) * stride_qt
-    if BITS == 4:
-        q = tl.load(q_row[:, None] + 2 * w[None, :], mask=live, other=0).to(COMPUTE)
-        q_odd = tl.load(q_row[:, None] + 2 * w[None, :] + 1, mask=live, other=0).to(COMPUTE)
-        acc_odd = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    else:
-        q = tl.load(q_row[:, None] + w[None, :], mask=live, other=0).to(COMPUTE)
-        q_odd = 0.0
-        acc_odd = 0.0
-    acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    zeros = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     if DEFER:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     else:
         total = tl.zeros([BLOCK_M], tl.float32)
     unit = 1.0 if SOFTCAP else scale * LOG2_E
-    if BANDED:
+    acc = zeros
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if BITS == 16:
+        q = tl.load(q_row[:, None] + w[None, :], mask=live, other=0).to(COMPUTE)
+        q_1, q_2, q_3, acc_1, acc_2, acc_3, shift, norm = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        k_step, k_middle, v_step, v_middle = 0.0, 0.0, 0.0, 0.0
+    else:
+        d = tl.arange(0, BLOCK_W * EACH)
+        whole = tl.load(q_row[:, None] + d[None, :], mask=(m < row_stop)[:, None] & (d < D)[None, :], other=0)
+        # Float16 holds any row once its largest value is near 1: divide by that value's power of two.
+        top = tl.max(tl.abs(whole.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        norm = tl.where(top == 0, 1.0, top.to(tl.float32, bitcast=True))
+        q = _load_q(q_row, w, live, 0, EACH, norm, COMPUTE)
+        q_1 = _load_q(q_row, w, live, 1, EACH, norm, COMPUTE)
+        acc_1 = zeros
+        shift = total
+        q_2, q_3, acc_2, acc_3 = 0.0, 0.0, 0.0, 0.0
+        if BITS == 4:
+            q_2 = _load_q(q_row, w, live, 2, EACH, norm, COMPUTE)
+            q_3 = _load_q(q_row, w, live, 3, EACH, norm, COMPUTE)
+            acc_2 = zeros
+            acc_3 = zeros
+        Q: tl.constexpr = D // GROUP
+        k_step, k_middle = _steps(k_scale_ptr, k_zero_ptr, start, stop - start, 0, Q, BITS, BLOCK_N)
+        v_step, v_middle = _steps(v_scale_ptr, v_zero_ptr, start, stop - start, 0, Q, BITS, BLOCK_N)
+    if BITS < 16:
         for at in range(start, stop, BLOCK_N):
-            acc, acc_odd, peak, total = _step(
-                acc, acc_odd, peak, total, q, q_odd, at, stop, low, high, unit, scale, softcap,
+            ahead = at + BLOCK_N  # steps are too narrow for asynchronous copies: load those of the next tile now
+            next_k_step, next_k_middle = _steps(k_scale_ptr, k_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
+            next_v_step, next_v_middle = _steps(v_scale_ptr, v_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
+            acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                at, stop, low, high, unit, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
-                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, True, COMPUTE, DEFER,
+                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
+            )  # fmt: skip
+            k_step, k_middle, v_step, v_middle = next_k_step, next_k_middle, next_v_step, next_v_middle
+    elif BANDED:
+        for at in range(start, stop, BLOCK_N):
+            acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                at, stop, low, high, unit, scale, softcap,
+                k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
+                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
     else:
         full = start + (stop - start) // BLOCK_N * BLOCK_N
         for at in range(start, full, BLOCK_N):
-            acc, acc_odd, peak, total = _step(
-                acc, acc_odd, peak, total, q, q_odd, at, stop, low, high, unit, scale, softcap,
+            acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                at, stop, low, high, unit, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
-                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, False, False, COMPUTE, DEFER,
+                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, False, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
         if full < stop:
-            acc, acc_odd, peak, total = _step(
-                acc, acc_odd, peak, total, q, q_odd, full, stop, low, high, unit, scale, softcap,
+            acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                full, stop, low, high, unit, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
-                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, False, COMPUTE, DEFER,
+                D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
     if DEFER:
         mass = tl.sum(total, 1)
     else:
         mass = total
-    mass_or_1 = tl.where(mass == 0, 1.0, mass)[:, None]
+    share = (1 / tl.where(mass == 0, 1.0, mass))[:, None]
     place = slot.to(tl.int64) * rows + m
     tl.store(part_lse_ptr + place, peak + tl.log2(mass), mask=m < row_stop)
-    if BITS == 4:
-        tl.store(part_ptr + place[:, None] * D + 2 * w[None, :], acc / mass_or_1, mask=live)
-        tl.store(part_ptr + place[:, None] * D + 2 * w[None, :] + 1, acc_odd / mass_or_1, mask=live)
-    else:
-        tl.store(part_ptr + place[:, None] * D + w[None, :], acc / mass_or_1, mask=live)
+    at_part = part_ptr + place[:, None] * D + (EACH * w)[None, :]
+    if BITS < 16:
+        if Q == 1:
+            if DEFER:
+                shift = tl.sum(shift, 1)
+            acc += shift[:, None]
+            acc_1 += shift[:, None]
+            if BITS == 4:
+                acc_2 += shift[:, None]
+                acc_3 += shift[:, None]
+        tl.store(at_part + 1, acc_1 * share, mask=live)
+        if BITS == 4:
+            tl.store(at_part + 2, acc_2 * share, mask=live)
+            tl.store(at_part + 3, acc_3 * share, mask=live)
+    tl.store(at_part, acc * share, mask=live)
 
 
 @triton.jit(do_not_specialize=["window", "rows", "heads", "count", "row_blocks", "splits", "tail_blocks", "capacity"])
@@ -324,10 +409,11 @@ def _decode_kernel(
     scale, softcap, window, rows, tokens, heads, count, row_blocks, splits, tail_blocks, capacity,
     G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    TAIL: tl.constexpr, TAIL_PIECE: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_PIECE: tl.constexpr, COMPUTE: tl.constexpr, CODE_COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows against one piece of the context (programs 0 to count * row_blocks) or of a tail."""
-    if PDL:
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < count * row_blocks:
@@ -354,7 +440,7 @@ def _decode_kernel(
             q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, part_ptr, part_lse_ptr,
             stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
             head, row, rows, piece, start, stop, low, high, rows, tokens,
-            G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, COMPUTE,
+            G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, CODE_COMPUTE, PACKED,
         )  # fmt: skip
     elif TAIL:
         program -= count * row_blocks
@@ -382,7 +468,7 @@ def _decode_kernel(
                 q_ptr, tail_k, tail_v, tail_k, tail_k, tail_k, tail_k, part_ptr, part_lse_ptr,
                 stride_qb, stride_qh, stride_qt, stride_tkr, stride_tvr, scale, softcap,
                 head, row, row_stop, slot, start, stop, low, high, rows, tokens,
-                G, D, 16, D, BLOCK_M, BLOCK_N, SOFTCAP, True, COMPUTE,
+                G, D, 16, D, BLOCK_M, BLOCK_N, SOFTCAP, True, COMPUTE, False,
             )  # fmt: skip
         else:
             m = row + tl.arange(0, BLOCK_M)
@@ -412,8 +498,9 @@ def _combine_kernel(
         new_peak = tl.maximum(peak, tl.max(lse, 0))
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weight = tl.exp2(lse - floor)
-        written = (lse != float("-inf"))[:, None] & (d < D)[None, :]
-        part = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=written, other=0)
+        live = (i < pieces + splits)[:, None] & (d < D)[None, :]
+        part = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=live, other=0)
+        part = tl.where((lse != float("-inf"))[:, None], part, 0)  # nothing was written there
         decay = tl.exp2(peak - floor)
         acc = acc * decay + tl.sum(weight[:, None] * part, 0)
         total = total * decay + tl.sum(weight, 0)

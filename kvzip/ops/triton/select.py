@@ -1,21 +1,23 @@
-"""Exact selection by narrowing a range of keys, with no host sync and no sort.
+"""Exact selection by narrowing a range of keys, without a host sync and without a sort.
 
 A score's key is its float bits mapped to uint32 so that keys order as scores do (-0.0 as 0.0, NaN as -inf). The
-`count`-th highest key is found by rounds: a histogram of the keys that lie in the range [low, low + span] in 2**14
-bins, and how many lie above it, then the bin in which the count-th falls is the next range. The first round looks at
-a sample and only guesses a range around the rank; a full round that finds the guess wrong turns to the part above or
-below, so the guess costs time and never exactness. Full range, 2**18, 2**4, 1 key: four rounds after the guess always
-end, two as a rule, and a round whose range is one key returns at once.
+count-th highest key is found in rounds: count the keys of the range by 2**13 bins, and those above it; the bin that
+holds the count-th is the next range. The first round looks at a sample and guesses a range around the rank. A later
+round that finds the rank outside turns to the part above or below, so a bad guess costs time and never exactness.
+Four rounds after the guess always reach one key, two as a rule; the others see that they are done and return.
 
-Each step is a function over [P, n]: P problems of n scores. `select_count` is one problem, `select_uniform` one for
-each head. Heads split over devices take the same steps: add the histograms of all parts before `narrow_`, and give
-`settle_` the ties that lie before each block in the unsplit order (the shard test is written out).
+Each step is a function over [P, n], P problems of n scores: `select_count` is one problem, `select_uniform` one for
+each head. Heads split over devices take the same steps. They add up the histograms before `narrow_`, and count the
+ties in front of a block over all parts:
 
-    state = begin(P, ...); for each round: histogram -> (all-reduce) -> narrow_; mark -> (all-gather ties) -> settle_
+    state = begin(P, device)
+    five times:  counts = histogram(scores, state, ...);  (add over parts);  narrow_(state, counts, ...)
+    keep, ties = mark(scores, state);  (gather ties);  settle_(keep, scores, state, ties, ties_before, ...)
 
-Bytes: the scores are read 3 times as a rule (two rounds and `mark`), 5 at most, plus n/128 sampled and the mask
-written once. For 32 x 8 x 131,072 that is 0.44 GB.
+Bytes: the scores are read three times as a rule (two rounds and `mark`), five at most, and the mask is written once.
 """
+
+from typing import no_type_check
 
 import torch
 import triton
@@ -23,17 +25,15 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
-BINS = tl.constexpr(2**14)
-BLOCK = 8192  # scores of one program; H100, 2026-11-24
-SAMPLES = 2**18
-ROUNDS = 4  # full rounds after the sampled one, enough from any guess
-LOW, SPAN, ABOVE, SHIFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # columns of a state
+BINS = tl.constexpr(2**13)
+BLOCK, WARPS = 8192, 8  # scores of one program, and its warps
+FULL_ROUNDS = 4
+BELOW, BEYOND, ABOVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # columns of a state, see `begin`
 
 
 def select_count_triton(scores, *, count: int, nan: Int32[Tensor, " 1"] | None = None):
     if isinstance(scores, Tensor):
-        keep = _select(scores.reshape(1, -1), count, nan)
-        return keep.view(scores.shape)
+        return _select(scores.reshape(1, -1), count, nan).view(scores.shape)
     flat = torch.cat([layer.reshape(-1) for layer in scores])
     parts = _select(flat[None], count, nan)[0].split([layer.numel() for layer in scores])
     return [part.view(layer.shape) for part, layer in zip(parts, scores, strict=True)]
@@ -42,59 +42,230 @@ def select_count_triton(scores, *, count: int, nan: Int32[Tensor, " 1"] | None =
 def select_uniform_triton(
     scores: Float32[Tensor, "L H E"], *, ratio: float, nan: Int32[Tensor, " 1"] | None = None
 ) -> Bool[Tensor, "L H E"]:
-    keep = _select(scores.reshape(-1, scores.shape[-1]), int(ratio * scores.shape[-1]), nan)
-    return keep.view(scores.shape)
+    heads = scores.flatten(0, 1)
+    return _select(heads, int(ratio * scores.shape[-1]), nan).view(scores.shape)
 
 
-def _select(scores: Float32[Tensor, "P n"], count: int, nan: Tensor | None) -> Bool[Tensor, "P n"]:
+def _select(scores: Float32[Tensor, "P n"], count: int, nan: Int32[Tensor, " 1"] | None) -> Bool[Tensor, "P n"]:
+    problems, n = scores.shape
     if scores.numel() == 0:
-        return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+        return torch.empty(problems, n, dtype=torch.bool, device=scores.device)
     scores = scores.contiguous()
-    state = begin(scores.shape[0], scores.device)
-    n = scores.shape[1]
-    for index in range(ROUNDS + 1):
-        counts = histogram(scores, state, step=sample_step(n) if index == 0 else 1, nan=nan if index == 1 else None)
-        narrow_(state, counts, count=count, total=n, guess=index == 0)
+    state = begin(problems, scores.device)
+    narrow_(state, histogram(scores, state, step=sample_step(problems, n)), count=count, total=n, guess=True)
+    for index in range(FULL_ROUNDS):
+        counts = histogram(scores, state, nan=nan if index == 0 else None)
+        narrow_(state, counts, count=count, total=n)
     keep, ties = mark(scores, state)
-    settle_(keep, scores, state, ties.cumsum(1) - ties, ties, count=count)
+    settle_(keep, scores, state, ties, ties.cumsum(1) - ties, count=count)
     return keep
 
 
-def sample_step(n: int) -> int:
-    """Every how many-th of n scores the first round looks at. Odd, so that it walks through heads of 2**k tokens."""
-    return n // SAMPLES | 1
+def begin(problems: int, device: torch.device) -> Int64[Tensor, "P 3"]:
+    """The state of P selections before the first round.
+
+    Its columns: how many keys are excluded below the range, how many beyond it, how many scores lie above it.
+    """
+    return torch.zeros(problems, 3, dtype=torch.int64, device=device)
 
 
-def begin(problems: int, device: torch.device) -> Int64[Tensor, "P 4"]:
-    """The state of P selections before the first round: every key is in range."""
-    state = torch.tensor([0, 2**32 - 1, 0, 32 - 14], dtype=torch.int64)
-    return state.to(device, non_blocking=True).repeat(problems, 1)
+def sample_step(problems: int, n: int) -> int:
+    """Every how many-th score the sample takes: 2**18 in all, and 2**12 of each problem if it has them.
+
+    It is odd, so that the sample walks through all columns of heads whose length is a power of two.
+    """
+    return n // max(2**18 // problems, 2**12) | 1
 
 
 def histogram(
-    scores: Float32[Tensor, "P n"], state: Int64[Tensor, "P 4"], *, step: int = 1, nan: Int32[Tensor, " 1"] | None = None
+    scores: Float32[Tensor, "P n"], state: Int64[Tensor, "P 3"], *, step: int = 1, nan: Int32[Tensor, " 1"] | None = None
 ) -> Int64[Tensor, "P bins"]:
-    """How many keys of every `step`-th score lie in each bin of the range, and in the last column how many above.
+    """How many keys of every step-th score lie in each bin of the range and, in the last column, above the range.
 
-    Sets `nan` to 1 where a score is NaN. Zero where the range is one key already.
+    Sets `nan` to 1 if a score is NaN. All zero where the range is one key already.
     """
     problems, n = scores.shape
-    counts = torch.zeros(problems, BINS + 1, dtype=torch.int64, device=scores.device)
+    counts = torch.zeros(problems, BINS.value + 1, dtype=torch.int64, device=scores.device)
     seen = triton.cdiv(n, step)
     blocks = triton.cdiv(seen, BLOCK)
     _histogram_kernel[(problems * blocks,)](
-        scores, state, counts, nan, n, seen, step, blocks, state.stride(0), BLOCK=BLOCK, num_warps=8
+        scores, state, counts, nan, n, seen, step, blocks, state.stride(0), BLOCK=BLOCK, num_warps=WARPS
     )
     return counts
 
 
 def narrow_(
-    state: Int64[Tensor, "P 4"], counts: Int64[Tensor, "P bins"], *, count: int, total: int, guess: bool = False
+    state: Int64[Tensor, "P 3"], counts: Int64[Tensor, "P bins"], *, count: int, total: int, guess: bool = False
 ) -> None:
-    """Moves each state to the bin that holds the count-th highest key.
+    """Narrows each range to the bin that holds the count-th highest key, or moves it to where that key must be.
 
     Args:
-        total: n, over all parts if the histogram was added up.
-        guess: the histogram is that of a sample: take the bins around the rank, with a margin.
+        counts: from `histogram`, added up over all parts.
+        total: scores of a problem, over all parts.
+        guess: the counts are those of a sample; the new range takes a margin on both sides of the rank.
     """
-    _narrow_kernel[(len(state),)](state, counts, count, total, GUESS=guess, num_warps=16)
+    _narrow_kernel[(len(state),)](state, counts, count, total, GUESS=guess, num_warps=32)
+
+
+def mark(
+    scores: Float32[Tensor, "P n"], state: Int64[Tensor, "P 3"]
+) -> tuple[Bool[Tensor, "P n"], Int64[Tensor, "P blocks"]]:
+    """The scores above the key that the state has come to, and how many in each block equal it.
+
+    The state may be one row expanded to P parts of a problem.
+    """
+    problems, n = scores.shape
+    blocks = triton.cdiv(n, BLOCK)
+    keep = torch.empty(problems, n, dtype=torch.bool, device=scores.device)
+    ties = torch.empty(problems, blocks, dtype=torch.int64, device=scores.device)
+    _mark_kernel[(problems * blocks,)](
+        scores, state, keep.view(torch.uint8), ties, n, blocks, state.stride(0), BLOCK=BLOCK, num_warps=WARPS
+    )
+    return keep, ties
+
+
+def settle_(
+    keep: Bool[Tensor, "P n"],
+    scores: Float32[Tensor, "P n"],
+    state: Int64[Tensor, "P 3"],
+    ties: Int64[Tensor, "P blocks"],
+    ties_before: Int64[Tensor, "P blocks"],
+    *,
+    count: int,
+) -> None:
+    """Marks as many of the equal scores, in index order, as the count leaves room for.
+
+    Args:
+        ties_before: how many equal scores come before each block in index order, over all parts.
+    """
+    problems, n = scores.shape
+    blocks = triton.cdiv(n, BLOCK)
+    _settle_kernel[(problems * blocks,)](
+        scores, state, keep.view(torch.uint8), ties, ties_before, count, n, blocks, state.stride(0), BLOCK=BLOCK,
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _key(scores):
+    """uint32 keys in the order of the scores."""
+    scores = tl.where(scores == scores, scores, float("-inf"))
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _range(state_ptr):
+    """The lowest and highest key of the range, and the shift that divides it into at most BINS bins."""
+    low = tl.load(state_ptr + BELOW)
+    high = 0xFFFFFFFF - tl.load(state_ptr + BEYOND)
+    shift = tl.sum(((high - low) >> tl.arange(0, 32) >= BINS).to(tl.int32))
+    return low, high, shift
+
+
+@triton.jit
+@no_type_check
+def _histogram_kernel(
+    scores_ptr, state_ptr, counts_ptr, nan_ptr, n, seen, step, blocks, stride_state, BLOCK: tl.constexpr
+):
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = (tl.program_id(0) % blocks).to(tl.int64)
+    low, high, shift = _range(state_ptr + problem * stride_state)
+    if low == high and nan_ptr is None:
+        return
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    valid = index < seen
+    scores = tl.load(scores_ptr + problem * n + index * step, mask=valid, other=0.0)  # [BLOCK]
+    if nan_ptr is not None and tl.max((scores != scores).to(tl.int32)) > 0:
+        tl.store(nan_ptr, 1)
+
+    keys = _key(scores)
+    low, high, shift = low.to(tl.uint32), high.to(tl.uint32), shift.to(tl.uint32)
+    above = valid & (keys > high)
+    inside = valid & (keys >= low) & (keys <= high)
+    bins = ((keys - low) >> shift).to(tl.int32)
+    # Equal scores would queue up at one address, so the block's first and last bins are counted before they are added.
+    first = tl.min(tl.where(inside, bins, BINS))
+    last = tl.max(tl.where(inside, bins, -1))
+    in_first = tl.sum((inside & (bins == first)).to(tl.int32))
+    in_last = tl.sum((inside & (bins == last)).to(tl.int32))
+    in_above = tl.sum(above.to(tl.int32))
+    counts_ptr += problem * (BINS + 1)
+    tl.atomic_add(counts_ptr + BINS, in_above.to(tl.int64), mask=in_above > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + first, in_first.to(tl.int64), mask=in_first > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + last, in_last.to(tl.int64), mask=last > first, sem="relaxed")
+    one = tl.full([BLOCK], 1, tl.int64)
+    tl.atomic_add(counts_ptr + bins, one, mask=inside & (bins != first) & (bins != last), sem="relaxed")
+
+
+@triton.jit
+@no_type_check
+def _narrow_kernel(state_ptr, counts_ptr, count, total, GUESS: tl.constexpr):
+    problem = tl.program_id(0).to(tl.int64)
+    state_ptr += problem * 3
+    low, high, shift = _range(state_ptr)
+    if low == high:
+        return
+    counts_ptr += problem * (BINS + 1)
+    bins = tl.arange(0, BINS)
+    above = tl.load(counts_ptr + BINS)
+    from_here = tl.cumsum(tl.load(counts_ptr + bins), reverse=True)  # [BINS], in this bin and those above it
+    inside = tl.max(from_here)
+    if GUESS:
+        rank = (count * inside) // total
+        margin = inside // 128 + (2 * tl.sqrt(inside.to(tl.float32))).to(tl.int64)
+        last = tl.sum((from_here >= rank - margin).to(tl.int32)) - 1
+        first = tl.sum((from_here >= tl.minimum(rank + margin, inside)).to(tl.int32)) - 1
+        tl.store(state_ptr + BELOW, first.to(tl.int64) << shift)
+        tl.store(state_ptr + BEYOND, 0xFFFFFFFF - ((last.to(tl.int64) + 1) << shift) + 1)
+    elif above > 0 and above >= count:
+        tl.store(state_ptr + BELOW, high + 1)
+        tl.store(state_ptr + BEYOND, 0)
+    elif above + inside < count:
+        tl.store(state_ptr + BELOW, 0)
+        tl.store(state_ptr + BEYOND, 0xFFFFFFFF - low + 1)
+        tl.store(state_ptr + ABOVE, above + inside)
+    else:
+        bin = (tl.sum((from_here >= count - above).to(tl.int32)) - 1).to(tl.int64)
+        bin = tl.minimum(bin, (high - low) >> shift)  # a count of 0 takes the last bin of the range
+        low += bin << shift
+        high = tl.minimum(high, low + (1 << shift.to(tl.int64)) - 1)
+        tl.store(state_ptr + BELOW, low)
+        tl.store(state_ptr + BEYOND, 0xFFFFFFFF - high)
+        tl.store(state_ptr + ABOVE, above + tl.max(tl.where(bins > bin, from_here, 0)))
+
+
+@triton.jit
+@no_type_check
+def _mark_kernel(scores_ptr, state_ptr, keep_ptr, ties_ptr, n, blocks, stride_state, BLOCK: tl.constexpr):
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = (tl.program_id(0) % blocks).to(tl.int64)
+    threshold = tl.load(state_ptr + problem * stride_state + BELOW).to(tl.uint32)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    valid = index < n
+    keys = _key(tl.load(scores_ptr + problem * n + index, mask=valid, other=0.0))  # [BLOCK]
+    tl.store(keep_ptr + problem * n + index, (keys > threshold).to(tl.uint8), mask=valid)
+    tl.store(ties_ptr + problem * blocks + block, tl.sum((valid & (keys == threshold)).to(tl.int32)).to(tl.int64))
+
+
+@triton.jit
+@no_type_check
+def _settle_kernel(
+    scores_ptr, state_ptr, keep_ptr, ties_ptr, before_ptr, count, n, blocks, stride_state, BLOCK: tl.constexpr
+):
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = (tl.program_id(0) % blocks).to(tl.int64)
+    ties = tl.load(ties_ptr + problem * blocks + block)
+    before = tl.load(before_ptr + problem * blocks + block)
+    room = count - tl.load(state_ptr + problem * stride_state + ABOVE) - before
+    if ties == 0 or room <= 0:
+        return
+    threshold = tl.load(state_ptr + problem * stride_state + BELOW).to(tl.uint32)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    valid = index < n
+    keys = _key(tl.load(scores_ptr + problem * n + index, mask=valid, other=0.0))  # [BLOCK]
+    tied = valid & (keys == threshold)
+    rank = tl.cumsum(tied.to(tl.int32))
+    tl.store(keep_ptr + problem * n + index, tl.full([BLOCK], 1, tl.uint8), mask=tied & (rank <= room))

@@ -1,0 +1,48 @@
+# make demo [MODEL=directory or hub id]   compress a document on real weights
+# make test                               all tests
+# make lint                               ruff and pyright
+#
+# Each sets up .venv with what it needs, the first time and whenever pyproject.toml changes.
+# PYTHON=... names the interpreter, TORCH=... the pip requirement of torch (see tools/install_torch.py).
+
+CANDIDATES := python3 python3.11 python3.12 python3.13 python3.10 python
+IS_USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))
+PYTHON := $(or $(PYTHON),$(shell for p in $(CANDIDATES); do \
+	if $$p -c '$(IS_USABLE)' 2>/dev/null; then echo $$p; break; fi; done))
+export TORCH
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+WORKERS ?= 2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(RUN) examples/demo.py $(MODEL)
+
+# one thread per worker: more of them would wait for each other
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.torch: tools/install_torch.py
+	@test -n "$(PYTHON)" || { echo "expected Python 3.10 or newer with venv, got none of: $(CANDIDATES); set PYTHON"; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) tools/install_torch.py
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[demo,hub]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[dev,hub]'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,416 @@
+"""Times every op beside the best alternative that is installed, and appends one JSON line for each figure.
+
+    python benchmarks/ops.py [--only select prune] [--commit HASH] [--flex]
+    python benchmarks/ops.py --table        # renders the latest lines into README.md
+
+It runs the ops' tests on the GPU first and times nothing if one fails. Variants of a case take turns, from CUDA
+graphs where they can be captured ("graph" in a line; others are launched one by one, "eager"). The least time for a
+case is that of its bytes at the bandwidth, or its products at the rate, measured in the same run.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from kvzip import ops  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "ops.jsonl"
+START, STOP = "<!-- ops:start -->", "<!-- ops:end -->"
+COLD_BYTES = 256 * 2**20  # inputs of a cold case rotate over more than this, several times the L2
+LENGTHS = {  # rows of 8 heads that hold 0.3 of the pairs
+    "0.3 of 131,072, skewed": [40315, 54085, 19669, 21874, 30754, 47293, 40003, 60577],
+    "0.3 of 131,072, even": [39321] * 8,
+    "0.3 of 131,072, one head has half": [157285] + [22469] * 7,
+    "0.3 of 32,768, skewed": [10078, 13521, 4917, 5468, 7688, 11823, 10000, 15144],
+}
+HEADS, QUERY_HEADS, WIDTH = 8, 32, 128  # Llama-3.1-8B
+
+Variant = list[Callable[[], object]]  # the same call over several inputs, to be rotated
+Case = tuple[str, dict[str, Variant], dict[str, float]]  # name, variants, and the least bytes and products
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS), default=sorted(BENCHMARKS))
+    parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
+    options = parser.parse_args()
+    if options.table:
+        render_table(options.results, ROOT / "README.md")
+        return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: timings need one")
+    test_or_exit(options.only)
+    facts = machine(options.commit)
+    floors = measure_floors()
+    record(options.results, facts, [floor_line(name, value) for name, value in floors.items()])
+    for op in options.only:
+        for case, variants, least in BENCHMARKS[op](options):
+            least_us = max(
+                least.get("bytes", 0) / floors["copy TB/s" if least.get("copies") else "read TB/s"] / 1e6,
+                least.get("products", 0) / floors["product TFLOP/s"] / 1e6,
+            )
+            lines = [
+                {"op": op, "case": case, "variant": name, **figures, "floor_us": round(least_us, 2)}
+                | {"fraction_of_floor": round(least_us / figures["median_us"], 3)}
+                for name, figures in time_variants(variants).items()
+            ]
+            record(options.results, facts, lines)
+            torch.cuda.empty_cache()
+
+
+def test_or_exit(only: list[str]) -> None:
+    files = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in only]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", *files]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        sys.exit("the tests above failed: nothing is timed on red")
+
+
+def machine(commit: str | None) -> dict[str, str]:
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or git_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit("expected a git checkout to read the commit from: pass --commit")
+
+
+def measure_floors() -> dict[str, float]:
+    source, target = torch.randn(2**29, device="cuda"), torch.empty(2**29, device="cuda")
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    calls = {"copy": [lambda: target.copy_(source)], "read": [source.sum], "product": [lambda: a @ b]}
+    us = {name: figures["median_us"] for name, figures in time_variants(calls).items()}
+    size = source.nbytes
+    return {
+        "copy TB/s": 2 * size / us["copy"] / 1e6,
+        "read TB/s": size / us["read"] / 1e6,
+        "product TFLOP/s": 2 * 8192**3 / us["product"] / 1e6,
+    }
+
+
+def floor_line(name: str, value: float) -> dict:
+    what, unit = name.split()
+    return {"op": "floor", "case": what, "variant": unit, "value": round(value, 3)}
+
+
+def time_variants(variants: dict[str, Variant], *, rounds: int = 30, budget_ms: float = 1500) -> dict[str, dict]:
+    """Median, 10th and 90th percentile in microseconds of one call of each; variants take turns in every round."""
+    ready = {}
+    for name, calls in variants.items():
+        try:
+            ready[name] = (*_capture(calls), len(calls))
+        except Exception as error:  # an alternative that cannot run here is left out, and said so
+            if name == "kvzip":
+                raise
+            print(f"  {name}: not timed: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    spent = dict.fromkeys(ready, 0.0)
+    for index in range(rounds + 3):
+        for name, (run, _, count) in ready.items():
+            if spent[name] > budget_ms and len(times[name]) >= 3:
+                continue
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(200_000)  # the host gets ahead, so that launches of an eager variant can overlap
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            spent[name] += start.elapsed_time(stop)
+            if index >= 3 or spent[name] > budget_ms:
+                times[name].append(start.elapsed_time(stop) * 1000 / count)
+    figures = {}
+    for name, (_, mode, _) in ready.items():
+        tenths = statistics.quantiles(times[name], n=10, method="inclusive")
+        figures[name] = {
+            "median_us": round(statistics.median(times[name]), 2),
+            "p10_us": round(tenths[0], 2),
+            "p90_us": round(tenths[-1], 2),
+            "runs": len(times[name]),
+            "mode": mode,
+        }
+    return figures
+
+
+def _capture(calls: Variant) -> tuple[Callable[[], None], str]:
+    """A function that makes all calls once: the replay of a CUDA graph if they can be captured."""
+
+    def eager() -> None:
+        for call in calls:
+            call()
+
+    eager()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            eager()
+    except RuntimeError:  # it waits for the device
+        torch.cuda.synchronize()
+        return eager, "eager"
+    return graph.replay, "graph"
+
+
+def record(results: Path, facts: dict, lines: list[dict]) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        for line in lines:
+            file.write(json.dumps(line | facts) + "\n")
+            what = line.get("value", line.get("median_us"))
+            share = f"{line['fraction_of_floor']:.0%} of the floor" if "fraction_of_floor" in line else ""
+            print(f"{line['op']:9} {line['case']:52} {line['variant']:28} {what:10.2f} {share}", flush=True)
+
+
+def bench_select(options: argparse.Namespace):
+    scores = torch.randn(32, HEADS, 131_072, device="cuda").mul_(3).exp_()
+    flat, count = scores.flatten(), int(0.3 * scores.numel())
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+    least = {"bytes": scores.nbytes + scores.numel()}
+    yield (
+        "32 x 8 x 131,072 fp32",
+        {
+            "kvzip": [lambda: ops.select(scores, ratio=0.3, nan=flag)],
+            "torch.topk": [lambda: torch.topk(flat, count, sorted=False)],
+            "torch.sort": [lambda: torch.sort(flat, descending=True, stable=True)],
+            "torch.kthvalue": [lambda: torch.kthvalue(flat, flat.numel() - count)],
+        },
+        least,
+    )
+    layers = list(scores)
+    yield "32 layers in a list", {"kvzip": [lambda: ops.select(layers, ratio=0.3, nan=flag)]}, least
+    equal, rounded = torch.full_like(scores, 0.5), scores.bfloat16().float()
+    yield "all equal", {"kvzip": [lambda: ops.select(equal, ratio=0.3, nan=flag)]}, least
+    yield "many ties (bf16 values)", {"kvzip": [lambda: ops.select(rounded, ratio=0.3, nan=flag)]}, least
+    yield "uniform, 256 heads", {"kvzip": [lambda: ops.select_uniform(scores, ratio=0.3, nan=flag)]}, least
+
+
+def bench_prune(options: argparse.Namespace):
+    for width in (WIDTH, 80):
+        k, v = (torch.randn(HEADS, 131_072, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        keep = torch.rand(HEADS, 131_072, device="cuda") < 0.3
+        total, index = int(keep.sum()), keep.flatten().nonzero()[:, 0]
+        rows_k, rows_v = k.flatten(0, 1), v.flatten(0, 1)
+        yield (
+            f"[8, 131072, {width}] bf16, 0.3 kept",
+            {
+                "kvzip": [lambda k=k, v=v, keep=keep, total=total: ops.prune(k, v, keep, total=total)],
+                "k[keep], v[keep]": [lambda k=k, v=v, keep=keep: (k[keep], v[keep])],
+                "index_select, indices given": [
+                    lambda k=rows_k, v=rows_v, index=index: (k.index_select(0, index), v.index_select(0, index))
+                ],
+            },
+            {"bytes": 4 * total * width * 2 + keep.numel() + 4 * total, "copies": True},
+        )
+
+
+def bench_quantize(options: argparse.Namespace):
+    from kvzip.ops.quantize import dequantize_reference, quantize_reference
+
+    x = torch.randn(sum(LENGTHS["0.3 of 131,072, skewed"]), WIDTH, device="cuda", dtype=torch.bfloat16)
+    for bits in (8, 4):
+        q = ops.quantize(x, bits=bits)
+        least = {"bytes": x.nbytes + q.codes.nbytes + q.scale.nbytes + q.zero.nbytes, "copies": True}
+        yield (
+            f"{len(x):,} rows, int{bits}",
+            {
+                "kvzip": [lambda bits=bits: ops.quantize(x, bits=bits)],
+                "plain PyTorch": [lambda bits=bits: quantize_reference(x, bits=bits)],
+            },
+            least,
+        )
+        yield (
+            f"{len(x):,} rows, int{bits}, back",
+            {
+                "kvzip": [lambda q=q: ops.dequantize(q, dtype=torch.bfloat16)],
+                "plain PyTorch": [lambda q=q: dequantize_reference(q, dtype=torch.bfloat16)],
+            },
+            least,
+        )
+
+
+def bench_decode(options: argparse.Namespace):
+    for name, lengths in LENGTHS.items():
+        yield decode_case(name, lengths, options)
+    skewed = LENGTHS["0.3 of 131,072, skewed"]
+    yield decode_case("0.3 of 131,072, skewed, 32 questions", skewed, options, questions=32)
+    for bits in (8, 4):
+        yield decode_case(f"0.3 of 131,072, skewed, int{bits}", skewed, options, bits=bits)
+    yield decode_case("0.3 of 131,072, skewed, D 256, 16/8 heads", skewed, options, width=256, group=2)
+    yield decode_case("0.3 of 131,072, skewed, 512 new tokens", skewed, options, tokens=512)
+    k, v = (torch.randn(1, HEADS, 131_072, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(1, QUERY_HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
+    dense = {"SDPA": [lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)]}
+    yield "full cache of 131,072 (nothing removed)", dense, {"bytes": 2 * k.nbytes}
+
+
+def decode_case(
+    name: str,
+    lengths: list[int],
+    options: argparse.Namespace,
+    *,
+    questions: int = 1,
+    tokens: int = 1,
+    bits: int | None = None,
+    width: int = WIDTH,
+    group: int = QUERY_HEADS // HEADS,
+) -> Case:
+    """Decoding over one layer's ragged heads, over as many copies of it as keep the cache cold."""
+    n, scale = sum(lengths), width**-0.5
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    schedule = ops.decode_schedule(offsets)
+    q = torch.randn(questions, HEADS * group, tokens, width, device="cuda", dtype=torch.bfloat16)
+    size = 2 * n * width * (bits or 16) // 8
+    copies = max(2, math.ceil(COLD_BYTES / size))
+    caches = []
+    for _ in range(copies):
+        k, v = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        caches.append((k, v) if bits is None else (ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)))
+    if bits is not None:
+        size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
+    variants: dict[str, Variant] = {
+        "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
+    }
+    if bits is None:
+        variants["flash-2 varlen"] = [
+            lambda k=k, v=v: flash_varlen(q, k, v, offsets, max(lengths), scale) for k, v in caches
+        ]
+    if options.flex and bits is None and questions == tokens == 1:
+        variants["FlexAttention"] = flex_variant(q, lengths, copies, scale)
+    return name, variants, {"bytes": size, "products": 4 * questions * group * tokens * n * width}
+
+
+def flash_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float) -> Tensor:
+    """Each KV head as a sequence with one KV head of its own; questions and tokens are its query positions."""
+    heads, group = len(offsets) - 1, q.shape[1] // (len(offsets) - 1)
+    rows = q.unflatten(1, (heads, group)).permute(1, 0, 3, 2, 4).flatten(0, 2)  # [H*B*T G D]
+    per_head = q.shape[0] * q.shape[2]
+    starts = torch.arange(0, heads * per_head + 1, per_head, dtype=torch.int32, device=q.device)
+    return torch.ops.aten._flash_attention_forward(
+        rows, k[:, None], v[:, None], starts, offsets, per_head, longest, 0.0, False, False, scale=scale
+    )[0]
+
+
+def flex_variant(q: Tensor, lengths: list[int], copies: int, scale: float) -> Variant:
+    """FlexAttention over heads padded to the longest, with a mask by head."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    heads, longest = len(lengths), max(lengths)
+    group = q.shape[1] // heads
+    ends = torch.tensor(lengths, device=q.device)
+    mask = create_block_mask(lambda b, h, i, j: j < ends[h // group], 1, q.shape[1], 1, longest, device="cuda")
+    compiled = torch.compile(flex_attention)
+    padded = [torch.randn(2, 1, heads, longest, q.shape[3], device="cuda", dtype=q.dtype) for _ in range(copies)]
+    return [lambda p=p: compiled(q, p[0], p[1], block_mask=mask, scale=scale, enable_gqa=True) for p in padded]
+
+
+def bench_score(options: argparse.Namespace):
+    from kvzip.ops.score import score_reference  # noqa: F401  (imported to fail early if the op is absent)
+
+    tokens, chunk, sink, scale = 2035, 2000, 4, WIDTH**-0.5
+    make = lambda heads, length: torch.randn(heads, length, WIDTH, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, k, k_sink, k_self = make(QUERY_HEADS, tokens), make(HEADS, chunk), make(HEADS, sink), make(HEADS, tokens)
+    lse = score_lse(q, k, k_sink, k_self, scale)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").triu(1)
+    seen = chunk + sink + tokens / 2
+    yield (
+        "one chunk of 2,000, 32/8 heads",
+        {
+            "kvzip": [lambda: ops.score(q, k, k_sink, k_self, scale=scale)],
+            "matmul, softmax, amax": [lambda: score_plainly(q, k, k_sink, k_self, causal, scale)],
+        },
+        {"products": 2 * QUERY_HEADS * tokens * (seen + chunk) * WIDTH},
+    )
+    yield (
+        "one chunk of 2,000, 32/8 heads, log-sum-exp given",
+        {"kvzip": [lambda: ops.score(q, k, k_sink, k_self, scale=scale, lse=lse)]},
+        {"products": 2 * QUERY_HEADS * tokens * chunk * WIDTH},
+    )
+
+
+def score_lse(q: Tensor, k: Tensor, k_sink: Tensor, k_self: Tensor, scale: float) -> Tensor:
+    keys = torch.cat([k_sink, k, k_self], dim=1).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+    logits = torch.einsum("htd,hsd->hts", q.float(), keys.float()) * scale
+    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    logits[..., -q.shape[1] :].masked_fill_(hidden, -torch.inf)
+    return logits.logsumexp(-1)
+
+
+def score_plainly(q: Tensor, k: Tensor, k_sink: Tensor, k_self: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """As the authors compute it: all logits are stored, then their softmax, then the maximum."""
+    keys = torch.cat([k_sink, k, k_self], dim=1)
+    rows = q.unflatten(0, (len(k), -1)).flatten(1, 2)  # [H G*T D]
+    logits = (rows @ keys.mT).unflatten(1, (-1, q.shape[1])) * scale
+    logits[..., -q.shape[1] :].masked_fill_(hidden, -torch.inf)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return weights[..., k_sink.shape[1] : k_sink.shape[1] + k.shape[1]].amax(dim=(1, 2))
+
+
+BENCHMARKS = {
+    "decode": bench_decode,
+    "prune": bench_prune,
+    "quantize": bench_quantize,
+    "score": bench_score,
+    "select": bench_select,
+}
+
+
+def render_table(results: Path, readme: Path) -> None:
+    """Replaces what stands between the markers in the README by the latest figure of each variant, linked to its line."""
+    latest: dict[tuple[str, str], dict[str, tuple[int, dict]]] = {}
+    for number, text in enumerate(results.read_text().splitlines(), start=1):
+        line = json.loads(text)
+        if line["op"] != "floor":
+            latest.setdefault((line["op"], line["case"]), {})[line["variant"]] = (number, line)
+    link = os.path.relpath(results, readme.parent)
+    rows = ["| op | case | kvzip | of the floor | best alternative |", "| --- | --- | ---: | ---: | --- |"]
+    for (op, case), variants in latest.items():
+        own = variants.pop("kvzip", None)
+        cells = ["-", "-", "-"]
+        if own is not None:
+            cells[:2] = [f"[{_time(own[1])}]({link}#L{own[0]})", f"{own[1]['fraction_of_floor']:.0%}"]
+        if variants:
+            name, (number, line) = min(variants.items(), key=lambda item: item[1][1]["median_us"])
+            cells[2] = f"{name}, [{_time(line)}]({link}#L{number})"
+        rows.append(f"| {op} | {case} | {' | '.join(cells)} |")
+    text = readme.read_text()
+    if START not in text or STOP not in text:
+        sys.exit(f"expected the markers {START} and {STOP} in {readme}: add them where the table belongs")
+    before, after = text.split(START)[0], text.split(STOP)[1]
+    readme.write_text(f"{before}{START}\n" + "\n".join(rows) + f"\n{STOP}{after}")
+
+
+def _time(line: dict) -> str:
+    us = line["median_us"]
+    return f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+
+
+if __name__ == "__main__":
+    main()

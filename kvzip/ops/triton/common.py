@@ -1,0 +1,73 @@
+"""What the attention kernels share."""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which has no inline assembly and a wrong bfloat16 product."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def compute_dtype(x: Tensor) -> tl.dtype:
+    """The dtype in which a kernel multiplies values of x.
+
+    Raises: ValueError for float64, which the kernels do not have.
+    """
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"expected float16, bfloat16 or float32, got {x.dtype}: KVZIP_BACKEND=reference takes other dtypes"
+        )
+    if x.dtype == torch.bfloat16 and interpreted():
+        return tl.float32
+    return _DTYPES[x.dtype]
+
+
+def overlaps_launches(x: Tensor) -> bool:
+    """Whether a kernel on x's device may start while the one before it ends (programmatic dependent launch)."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Raises: ValueError for a tensor whose last axis is not contiguous."""
+    for name, x in tensors.items():
+        if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"expected {name} with a contiguous last axis, got strides {x.stride()}: make it contiguous")
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy: an odd polynomial (Cephes) near 0, where 1 - e^-2x would cancel."""
+    z = x * x
+    near = z * -5.70498872745e-3 + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = (near * z - 3.33332819422e-1) * z * x + x
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    far = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def load_rows(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows of W values, padded with zeros to BLOCK_W; with MASKED, rows at and after bound are zeros too."""
+    at = ptr + (rows[:, None] * stride + columns[None, :])
+    if MASKED:
+        if W == BLOCK_W:
+            return tl.load(at, mask=(rows < bound)[:, None], other=0)
+        else:
+            return tl.load(at, mask=(rows < bound)[:, None] & (columns < W)[None, :], other=0)
+    else:
+        if W == BLOCK_W:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(columns < W)[None, :], other=0)

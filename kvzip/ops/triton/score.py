@@ -1,0 +1,201 @@
+"""Scores on the GPU: the rows' log-sum-exp in one launch, the largest weight of each key in another."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from kvzip.ops.triton.common import LN_2, LOG2_E, check_rows, compute_dtype, load_rows, tanh
+
+
+class Launch(NamedTuple):
+    """Sizes of a launch: the tile that stays in a program, the tile that walks past it, warps, pipeline stages."""
+
+    stay: int
+    walk: int
+    warps: int
+    stages: int
+
+
+def launch_config(D: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
+    """Launches of the log-sum-exp (rows stay, keys walk) and of the maximum (keys stay, rows walk)."""
+    if dtype == torch.float32:
+        return Launch(32, 32, 4, 2), Launch(32, 32, 4, 2)
+    if D > 128:
+        return Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)
+    return Launch(128, 128, 8, 3), Launch(128, 64, 8, 3)
+
+
+def score_triton(
+    q: Float[Tensor, "Hq T D"],
+    k: Float[Tensor, "H C D"],
+    k_sink: Float[Tensor, "H A D"],
+    k_self: Float[Tensor, "H T D"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    lse: Float[Tensor, "Hq T"] | None = None,
+    row_weight: Float[Tensor, "Hq T"] | None = None,
+    key_weight: Float[Tensor, "Hq C"] | None = None,
+) -> Float[Tensor, "H C"]:
+    """`score` in two launches, or one where the log-sum-exp is given; neither waits on the host."""
+    normalizer, largest = launch_config(q.shape[2], q.dtype)
+    return launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_weight, key_weight)
+
+
+def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_weight, key_weight, splits=None):
+    query_heads, rows, width = q.shape
+    heads, chunk, _ = k.shape
+    group = query_heads // heads
+    compute = compute_dtype(q)
+    check_rows(q=q, k=k, k_sink=k_sink, k_self=k_self)
+    best = torch.zeros((heads, chunk), dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or chunk == 0:
+        return best
+    if lse is None:
+        lse = torch.empty((query_heads, rows), dtype=torch.float32, device=q.device)
+        _normalizer_kernel[(triton.cdiv(rows * group, normalizer.stay), heads)](
+            q, k, k_sink, k_self, lse, *q.stride()[:2], *k.stride()[:2], *k_sink.stride()[:2], *k_self.stride()[:2],
+            float(scale), float(softcap or 1.0), rows, chunk, k_sink.shape[1],
+            G=group, D=width, BLOCK_M=normalizer.stay, BLOCK_N=normalizer.walk, SOFTCAP=softcap is not None,
+            COMPUTE=compute, num_warps=normalizer.warps, num_stages=normalizer.stages,
+        )  # fmt: skip
+    blocks = triton.cdiv(chunk, largest.stay)
+    steps = triton.cdiv(rows, largest.walk) * group
+    splits = min(steps, max(1, 256 // (blocks * heads))) if splits is None else splits
+    lse = lse.contiguous()
+    _largest_kernel[(blocks, heads, splits)](
+        q, k, lse, lse if row_weight is None else row_weight.contiguous(),
+        lse if key_weight is None else key_weight.contiguous(), best.view(torch.int32),
+        *q.stride()[:2], *k.stride()[:2], float(scale), float(softcap or 1.0), rows, chunk, steps,
+        G=group, D=width, BLOCK_M=largest.walk, BLOCK_N=largest.stay, SOFTCAP=softcap is not None,
+        ROW_WEIGHT=row_weight is not None, KEY_WEIGHT=key_weight is not None,
+        COMPUTE=compute, num_warps=largest.warps, num_stages=largest.stages,
+    )  # fmt: skip
+    return best
+
+
+@triton.jit
+def _logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
+    """Products of the rows of a and of b; in units of 1 / LOG2_E with SOFTCAP, else still to be scaled."""
+    x = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if SOFTCAP:
+        x = tanh(x * (scale / softcap)) * (softcap * LOG2_E)
+    return x
+
+
+@triton.jit
+def _fold(
+    peak, total, q, k_ptr, stride, at, count, time, scale, softcap, unit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Folds keys at:at + BLOCK_N into the running sum; MASKED: those before count, CAUSAL: those up to a row's time."""
+    n = tl.arange(0, BLOCK_N)
+    start = at + tl.zeros([], tl.int64)
+    k = load_rows(k_ptr + start * stride, n, tl.arange(0, BLOCK_D), stride, count - at, MASKED, D, BLOCK_D)
+    x = _logits(q, k.to(COMPUTE), scale, softcap, SOFTCAP)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        x = tl.where((n < count - at)[None, :], x, float("-inf"))
+    if CAUSAL:
+        x = tl.where((at + n)[None, :] <= time[:, None], x, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+    floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    total = total * tl.exp2(peak - floor) + tl.sum(tl.exp2(x * unit - floor[:, None]), 1)
+    return new_peak, total
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "sink"])
+def _normalizer_kernel(
+    q_ptr, k_ptr, k_sink_ptr, k_self_ptr, lse_ptr,
+    stride_qh, stride_qt, stride_kh, stride_kc, stride_ah, stride_aa, stride_sh, stride_st,
+    scale, softcap, rows, chunk, sink,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program: the log-sum-exp of BLOCK_M rows, a group's heads of one token side by side."""
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    head = tl.program_id(1).to(tl.int64)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
+    m = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    time, query_head = m // G, head * G + m % G
+    live = m < rows * G
+    at_q = q_ptr + query_head * stride_qh + time.to(tl.int64) * stride_qt
+    q = tl.load(at_q[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0).to(COMPUTE)
+    unit = 1.0 if SOFTCAP else scale * LOG2_E
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for part in tl.static_range(2):
+        base = k_sink_ptr + head * stride_ah if part == 0 else k_ptr + head * stride_kh
+        stride = stride_aa if part == 0 else stride_kc
+        count = sink if part == 0 else chunk
+        full = count // BLOCK_N * BLOCK_N
+        for at in range(0, full, BLOCK_N):
+            peak, total = _fold(peak, total, q, base, stride, at, count, time, scale, softcap, unit,
+                                D, BLOCK_D, BLOCK_N, SOFTCAP, False, False, COMPUTE)  # fmt: skip
+        if full < count:
+            peak, total = _fold(peak, total, q, base, stride, full, count, time, scale, softcap, unit,
+                                D, BLOCK_D, BLOCK_N, SOFTCAP, True, False, COMPUTE)  # fmt: skip
+    base = k_self_ptr + head * stride_sh
+    seen = tl.minimum((first + BLOCK_M - 1) // G + 1, rows)
+    full = (first // G + 1) // BLOCK_N * BLOCK_N  # every row sees keys before this
+    for at in range(0, full, BLOCK_N):
+        peak, total = _fold(peak, total, q, base, stride_st, at, rows, time, scale, softcap, unit,
+                            D, BLOCK_D, BLOCK_N, SOFTCAP, False, False, COMPUTE)  # fmt: skip
+    for at in range(full, seen, BLOCK_N):
+        peak, total = _fold(peak, total, q, base, stride_st, at, rows, time, scale, softcap, unit,
+                            D, BLOCK_D, BLOCK_N, SOFTCAP, True, True, COMPUTE)  # fmt: skip
+    tl.store(lse_ptr + query_head * rows + time, (peak + tl.log2(total)) * LN_2, mask=live)
+
+
+@triton.jit
+def _greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "steps"])
+def _largest_kernel(
+    q_ptr, k_ptr, lse_ptr, row_weight_ptr, key_weight_ptr, best_bits_ptr,
+    stride_qh, stride_qt, stride_kh, stride_kc, scale, softcap, rows, chunk, steps,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr, KEY_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program: the largest weight that a share of the rows gives to each of BLOCK_N keys.
+
+    The exponential is taken once per key, after the maximum of the exponents (weights enter as logarithms).
+    """
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    head = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at_k = k_ptr + head * stride_kh + n.to(tl.int64)[:, None] * stride_kc + d[None, :]
+    k = tl.load(at_k, mask=(n < chunk)[:, None] & (d < D)[None, :], other=0).to(COMPUTE)
+    unit = 1.0 if SOFTCAP else scale * LOG2_E
+    best = tl.full([BLOCK_N, BLOCK_M], float("-inf"), tl.float32)
+    each = steps // G
+    share = tl.cdiv(steps, tl.num_programs(2))
+    begin = tl.program_id(2) * share
+    for step in range(begin, tl.minimum(begin + share, steps), 1):
+        query_head = head * G + step // each
+        start = step % each * BLOCK_M
+        live = m < rows - start
+        at_q = q_ptr + query_head * stride_qh + (start + tl.zeros([], tl.int64)) * stride_qt
+        q = load_rows(at_q, m, d, stride_qt, rows - start, True, D, BLOCK_D)
+        place = query_head * rows + start + m
+        base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32) * LOG2_E
+        if ROW_WEIGHT:
+            base -= tl.log2(tl.load(row_weight_ptr + place, mask=live, other=0).to(tl.float32))
+        x = _logits(k, q.to(COMPUTE), scale, softcap, SOFTCAP) * unit - base[None, :]  # [BLOCK_N, BLOCK_M]
+        if KEY_WEIGHT:
+            weight = tl.load(key_weight_ptr + query_head * chunk + n, mask=n < chunk, other=0).to(tl.float32)
+            x += tl.log2(weight)[:, None]
+        best = _greater(best, x)
+    weight = tl.exp2(tl.reduce(best, 1, _greater))
+    # Floats that are not negative order as their bits do, and a NaN is the greatest.
+    bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), 0x7FC00000)
+    tl.atomic_max(best_bits_ptr + head * chunk + n, bits, mask=n < chunk, sem="relaxed")

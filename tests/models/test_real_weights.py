@@ -1,0 +1,141 @@
+"""Real weights in float32: the same greedy tokens as Transformers, the same scores and pairs as the plain KVzip.
+
+The context is longer than Gemma's window and is scored in three chunks. Models come from registry packages
+(examples/small_models.py) and are cached outside the checkout; one that cannot be had is skipped, and says so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import plain_kvzip
+import pytest
+import small_models
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import kvzip
+from kvzip.cache import WindowKV
+
+MODELS = [
+    "smollm2-135m-instruct",
+    "gemma-3-270m",
+    "qwen2.5-coder-0.5b-instruct",
+    pytest.param("qwen2.5-coder-1.5b-instruct", marks=pytest.mark.slow),
+]
+DOCUMENT = Path(small_models.__file__).parent / "document.txt"
+TOKENS, CHUNK, STEPS, RATIO = 1200, 450, 64, 0.3
+QUERIES = ["\n\nIn short, this text is about", " The list of names that follows:\n1.", "\n\n# A poem\n"]
+MARK = "<<here>>"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One checkpoint read twice, by Transformers and by kvzip, with the same context scored by both."""
+
+    reference: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plain: plain_kvzip.PlainScores
+    prefix_ids: list[int]
+    context_ids: list[int]
+    model: kvzip.Model
+    cache: kvzip.DenseCache
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of plain text by Transformers' tokenizer."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    try:
+        path = small_models.model_dir(request.param)
+    except small_models.Unavailable as missing:
+        pytest.skip(f"left out, {request.param} cannot be had here: {missing}")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    turn = [{"role": "user", "content": MARK}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    prefix_ids, postfix_ids = (encode(part) for part in text.split(MARK))
+    context_ids = encode(DOCUMENT.read_text(encoding="utf-8"))[:TOKENS]
+    assert len(context_ids) == TOKENS
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    plain = plain_kvzip.score(reference, prefix_ids, context_ids, postfix_ids, encode, chunk=CHUNK)
+    model = kvzip.load(path, dtype=torch.float32, device="cpu")
+    cache = kvzip.score(model, kvzip.prefill(model, torch.tensor(context_ids)), chunk=CHUNK)
+    yield Pair(reference, tokenizer, plain, prefix_ids, context_ids, model, cache)
+
+
+def scores_of(pair: Pair) -> kvzip.Scores:
+    assert pair.cache.scores is not None
+    return pair.cache.scores
+
+
+def test_the_prefix_is_the_one_that_the_chat_template_renders(pair: Pair) -> None:
+    assert pair.cache.token_ids.tolist() == pair.prefix_ids + pair.context_ids
+    assert (scores_of(pair).start, scores_of(pair).stop) == (len(pair.prefix_ids), pair.cache.length)
+
+
+def test_scores_equal_those_of_the_plain_implementation(pair: Pair) -> None:
+    scores, plain = scores_of(pair), pair.plain.values
+    assert list(scores.layers) == pair.plain.layers
+    assert scores.values.shape == plain.shape
+    assert (scores.values - plain).abs().max() <= 1e-3 * (plain.max() - plain.min())
+
+
+def test_the_same_pairs_are_kept(pair: Pair) -> None:
+    expected = plain_kvzip.select(pair.plain.values, RATIO)
+    small = kvzip.compress(pair.cache, ratio=RATIO)
+    kept = kept_pairs(small, scores_of(pair))
+    assert kept.sum() == expected.sum() == small.kept == int(RATIO * expected.numel())
+    assert (kept & expected).sum() >= 0.999 * expected.sum()
+    assert torch.equal(kept, kvzip.ops.select(scores_of(pair).values, ratio=RATIO))
+
+
+def kept_pairs(small: kvzip.RaggedCache, scores: kvzip.Scores) -> Tensor:
+    """Returns the mask [L H E] of the context pairs that a ragged cache holds; its prefix must be whole."""
+    masks = []
+    for layer in scores.layers:
+        kv = small.context[layer]
+        heads = len(kv.offsets) - 1
+        mask = torch.zeros(heads, scores.stop, dtype=torch.bool)
+        for head in range(heads):
+            mask[head, kv.positions[kv.offsets[head] : kv.offsets[head + 1]].long()] = True
+        assert mask[:, : scores.start].all()
+        masks.append(mask[:, scores.start :])
+    return torch.stack(masks)
+
+
+def test_window_layers_hold_their_last_tokens_and_no_more(pair: Pair) -> None:
+    windows = [spec.window for spec in pair.model.config.layers]
+    if not any(windows):
+        assert scores_of(pair).values.shape[0] == len(windows)
+        return
+    small = kvzip.compress(pair.cache, ratio=RATIO)
+    for index, window in enumerate(windows):
+        if window is not None:
+            for kv in (pair.cache.layers[index], small.context[index]):
+                assert isinstance(kv, WindowKV) and kv.k.shape[2] == window
+                keys = pair.plain.cache.layers[index].keys[:, :, -window:]
+                assert (kv.k - keys).abs().max() <= 1e-4 * keys.abs().max()
+
+
+def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
+    """After every beginning of our answer, the token that Transformers finds most likely is the next one of ours.
+
+    That is greedy decoding by Transformers, step by step, at the cost of one forward pass. Stop tokens are off, so
+    that there are always 64 steps.
+    """
+    answers = kvzip.generate(replace(pair.model, stop_ids=()), pair.cache, QUERIES, template=False, max_tokens=STEPS)
+    assert [len(answer.token_ids) for answer in answers] == [STEPS] * len(QUERIES)
+    for query, answer in zip(QUERIES, answers, strict=True):
+        asked = pair.encode(query)
+        hidden = plain_kvzip.run(pair.reference, asked + answer.token_ids, pair.plain.cache)
+        pair.plain.cache.crop(-len(asked + answer.token_ids))
+        with torch.no_grad():
+            best = pair.reference.lm_head(hidden[len(asked) - 1 : -1]).argmax(-1)
+        assert best.tolist() == answer.token_ids

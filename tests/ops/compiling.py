@@ -1,0 +1,97 @@
+"""Compiles Triton kernels for a GPU that is not there, exactly as their launchers would launch them."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block can have
+
+
+class Compiled(NamedTuple):
+    """A kernel as ptxas made it; sizes in bytes. A stack means that registers were spilled."""
+
+    name: str
+    shared: int
+    stack: int
+    registers: int
+    ptx: str
+
+
+def compile_launches(source: str, *, capability: int) -> list[Compiled]:
+    """The kernels that the statements of `source` launch, compiled for sm_<capability> and not run.
+
+    `source` runs in a process of its own, without the interpreter; it calls launchers on CPU tensors, whose results
+    mean nothing, since no kernel writes them.
+    """
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests" / "ops")])
+    program = f"import compiling\nwith compiling.recording({capability}) as record:\n" + "".join(
+        f"    {line}\n" for line in source.strip().splitlines()
+    )
+    program += "compiling.report(record)"
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [Compiled(*row) for row in json.loads(run.stdout.splitlines()[-1])]
+
+
+def assert_fits(kernels: list[Compiled], *, capability: int) -> None:
+    """Asserts that something was compiled, nothing spilled, and every kernel's shared memory fits the chip."""
+    assert kernels
+    for kernel in kernels:
+        assert kernel.stack == 0, f"{kernel.name} spills: {kernel.stack} bytes of stack, {kernel.registers} registers"
+        limit = SHARED_LIMIT[capability]
+        assert kernel.shared <= limit, f"{kernel.name} needs {kernel.shared} bytes of shared memory, of {limit}"
+
+
+class recording:
+    """Within it, launches compile for the given target and are listed instead of run."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def __enter__(self) -> list:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime.jit import JITFunction
+
+        target = GPUTarget("cuda", self.capability, 32)
+
+        class Driver:
+            get_current_target = staticmethod(lambda: target)
+            get_current_device = staticmethod(lambda: 0)
+            get_current_stream = staticmethod(lambda device: 0)
+
+        triton.runtime.driver.set_active(Driver())
+        self.run, record = JITFunction.run, []
+
+        def compile_only(function, *args, grid, warmup, **kwargs):
+            record.append(self.run(function, *args, grid=grid, warmup=True, **kwargs))
+
+        JITFunction.run = compile_only
+        return record
+
+    def __exit__(self, *exception: object) -> None:
+        from triton.runtime.jit import JITFunction
+
+        JITFunction.run = self.run
+
+
+def report(kernels: list) -> None:
+    """Prints what `Compiled` holds, as one line of JSON."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    rows = []
+    for kernel in dict.fromkeys(kernels):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sizes = dict(part.split(":")[:2] for part in usage.split() if part[:4] in ("REG:", "STAC"))
+        rows.append((kernel.metadata.name, kernel.metadata.shared, int(sizes["STACK"]), int(sizes["REG"]), kernel.asm["ptx"]))
+    print(json.dumps(rows))

@@ -1,0 +1,180 @@
+import pytest
+import torch
+from compiling import assert_fits, compile_launches
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvzip.ops.quantize import Quantized, dequantize, dequantize_reference, quantize, quantize_reference
+from kvzip.ops.triton.quantize import dequantize_triton, quantize_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = [64, 80, 96, 128, 256]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BITS = st.sampled_from([8, 4])
+
+
+def rows(n: int, width: int, dtype: torch.dtype, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return (torch.randn(n, width, generator=torch.Generator().manual_seed(seed)) * spread).to(DEVICE, dtype)
+
+
+def assert_same(a: Quantized, b: Quantized) -> None:
+    assert (a.bits, a.group, a.scale.dtype) == (b.bits, b.group, b.scale.dtype)
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.scale, b.scale)
+    assert torch.equal(a.zero, b.zero)
+
+
+def by_groups(values: Tensor, q: Quantized) -> Tensor:
+    return values.double().unflatten(1, (-1, q.group))
+
+
+def assert_within_half_a_step(x: Tensor, q: Quantized) -> None:
+    """In float64, from codes, scale and zero as they are stored; the slack is for the float32 division of the codes."""
+    codes = q.codes if q.bits == 8 else torch.stack([q.codes >> 4, q.codes & 15], dim=2).flatten(1)
+    scale = q.scale.double()[..., None]
+    values = by_groups(codes, q) * scale + q.zero.double()[..., None]
+    slack = 2.0**-22 * (by_groups(x, q).abs().amax(2, keepdim=True) + 2**q.bits * scale)
+    assert ((values - by_groups(x, q)).abs() <= scale / 2 + slack).all()
+
+
+@given(
+    n=st.integers(1, 9), width=st.sampled_from(WIDTHS), dtype=st.sampled_from(DTYPES), bits=BITS,
+    seed=st.integers(0, 99), exponent=st.integers(-9, 9), shift=st.sampled_from([0.0, 1.0, -300.0]),
+)  # fmt: skip
+def test_half_a_step_and_kernel_equals_reference(n, width, dtype, bits, seed, exponent, shift):
+    x = rows(n, width, dtype, seed, 10.0 ** max(exponent, -3 if dtype == torch.float16 else -9)) + shift
+    x = x.clamp(-6e4, 6e4)
+    q = quantize_reference(x, bits=bits)
+    assert_within_half_a_step(x, q)
+    assert_same(q, quantize_triton(x, bits=bits))
+    assert torch.equal(dequantize_reference(q), dequantize_triton(q))
+
+
+@given(value=st.floats(width=16, allow_nan=False, allow_infinity=False), dtype=st.sampled_from(DTYPES), bits=BITS)
+def test_constant_rows_are_exact(value, dtype, bits):
+    x = torch.full((2, 64), value, device=DEVICE).to(dtype)
+    x[1] = x[1] * 0.37
+    for quantizer in (quantize_reference, quantize_triton):
+        assert torch.equal(dequantize(quantizer(x, bits=bits)), x.float())
+
+
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=8, max_size=8),
+    dtype=st.sampled_from(DTYPES), bits=BITS, group=st.sampled_from([2, 4, 8]),
+)  # fmt: skip
+def test_finite_values_stay_finite(values, dtype, bits, group):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([values, values[::-1]]).clamp(-largest, largest).to(DEVICE, dtype)
+    x = x.clamp(-largest, largest)
+    q = quantize_reference(x, bits=bits, group=group)
+    assert dequantize_reference(q).isfinite().all()
+    assert_same(q, quantize_triton(x, bits=bits, group=group))
+
+
+def test_least_and_greatest_values_get_the_first_and_last_code():
+    x = torch.linspace(-3, 5, 64)[None].to(DEVICE)
+    for bits in (8, 4):
+        codes = quantize(x, bits=bits).codes[0].tolist()
+        first, last = (codes[0], codes[-1]) if bits == 8 else (codes[0] >> 4, codes[-1] & 15)
+        assert (first, last) == (0, 2**bits - 1)
+
+
+def test_four_bits_pack_the_even_code_high():
+    q = quantize(torch.tensor([[0.0, 15.0, 3.0, 4.0]], device=DEVICE), bits=4)
+    assert q.codes.tolist() == [[0x0F, 0x34]]
+
+
+def test_each_group_has_its_own_scale():
+    x = torch.cat([rows(3, 128, torch.float32), rows(3, 128, torch.float32, seed=1, spread=1000.0)], dim=1)
+    for quantizer in (quantize_reference, quantize_triton):
+        q = quantizer(x, bits=8)
+        assert q.scale.shape == (3, 2)
+        assert_same(q, Quantized(*_joined(quantizer(x[:, :128], bits=8), quantizer(x[:, 128:], bits=8)), 8, 128))
+
+
+def _joined(a: Quantized, b: Quantized) -> list[Tensor]:
+    return [torch.cat([getattr(part, name) for part in (a, b)], dim=1) for name in ("codes", "scale", "zero")]
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype"),
+    [
+        (rows(3, 64, torch.bfloat16), torch.float16),
+        (rows(3, 64, torch.float16), torch.float16),
+        (rows(3, 64, torch.float32), torch.float32),
+        (rows(3, 64, torch.bfloat16, spread=1e30), torch.float32),  # beyond float16
+        (rows(3, 64, torch.bfloat16, spread=1e-6), torch.float32),  # below it
+    ],
+)
+def test_scales_are_float16_where_it_holds_them(x, dtype):
+    for quantizer in (quantize_reference, quantize_triton):
+        q = quantizer(x, bits=8)
+        assert q.scale.dtype == q.zero.dtype == dtype
+        assert_within_half_a_step(x, q)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_are_not_finite_raise(value):
+    x = torch.zeros(5, 64, device=DEVICE, dtype=torch.float16)
+    x[3, 17] = value
+    for quantizer in (quantize_reference, quantize_triton):
+        with pytest.raises(ValueError, match="finite"):
+            quantizer(x, bits=8)
+
+
+def test_strided_rows_and_no_rows():
+    x = rows(64, 20, torch.float32).T[::2]
+    for quantizer in (quantize_reference, quantize_triton):
+        assert_same(quantizer(x, bits=4), quantizer(x.contiguous(), bits=4))
+        assert dequantize(quantizer(x[:0], bits=4)).shape == (0, 64)
+
+
+def test_wrong_arguments_raise():
+    x = torch.zeros(2, 96)
+    with pytest.raises(ValueError, match="divisible by group, got D=96 and group=64"):
+        quantize(x, bits=8, group=64)
+    with pytest.raises(ValueError, match="bits"):
+        quantize(x, bits=2)
+    with pytest.raises(ValueError, match="even group"):
+        quantize(x, bits=4, group=3)
+    with pytest.raises(TypeError, match="float64"):
+        quantize(x.double(), bits=8)
+
+
+def compile_case(width: int, dtype: str) -> str:
+    return (
+        "import torch\n"
+        "from kvzip.ops.triton.quantize import dequantize_triton, quantize_triton\n"
+        f"x = torch.zeros(64, {width}, dtype=torch.{dtype})\n"
+        "for bits in (8, 4):\n"
+        f"    dequantize_triton(quantize_triton(x, bits=bits), dtype=torch.{dtype})"
+    )
+
+
+@pytest.mark.parametrize(("capability", "width"), [(80, 128), *((90, width) for width in WIDTHS)])
+def test_kernels_fit(capability, width):
+    kernels = compile_launches(compile_case(width, "bfloat16"), capability=capability)
+    assert {kernel.name for kernel in kernels} == {"_quantize_kernel", "_dequantize_kernel"}
+    assert_fits(kernels, capability=capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_all_kernels_fit(capability, dtype, width):
+    assert_fits(compile_launches(compile_case(width, dtype), capability=capability), capability=capability)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_full_grid(dtype, width, bits):
+    for n in (1, 5003):
+        x = rows(n, width, dtype) * torch.logspace(-3, 3, n, device="cuda")[:, None].to(dtype)
+        q = quantize(x, bits=bits)
+        assert_within_half_a_step(x, q)
+        assert_same(q, quantize_reference(x, bits=bits))
+        assert torch.equal(dequantize(q, dtype=dtype), dequantize_reference(q, dtype=dtype))

@@ -1,0 +1,150 @@
+"""Generation: both caches, one question or many, stops, streams, and a cache left as it was."""
+
+from dataclasses import replace
+
+import pytest
+import random_model
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvzip
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
+QUERIES = ["Who?", "How long ago was it, precisely?", "x"]
+
+
+@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
+def model(request):
+    return random_model.make(random_model.config(windows=request.param))
+
+
+@pytest.fixture(scope="module")
+def dense(model):
+    return kvzip.score(model, kvzip.prefill(model, TEXT))
+
+
+def greedy(model, ids, count):
+    """Tokens by one forward pass over everything at each step: no cache, no tail."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(kvzip.models.logits(model, _last_hidden(model, ids)).argmax()))
+    return ids[-count:]
+
+
+def _last_hidden(model, ids):
+    def attend(layer, q, k, v):
+        group = q.shape[1] // k.shape[1]
+        keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        distance = torch.arange(len(ids))[:, None] - torch.arange(len(ids))
+        window = model.config.layers[layer].window or len(ids)
+        seen = (distance >= 0) & (distance < window)
+        logits = (q @ keys.mT * model.config.attn_scale).masked_fill(~seen, -torch.inf)
+        return logits.softmax(-1) @ values
+
+    return kvzip.models.forward(model, torch.tensor([ids]), torch.arange(len(ids)), attend)[0, -1]
+
+
+def test_greedy_decoding_equals_a_forward_pass_over_everything(model):
+    model = replace(model, stop_ids=())
+    cache = kvzip.prefill(model, TEXT, template=False)
+    answer = kvzip.generate(model, cache, "And so", max_tokens=20, template=False)
+    ids = [*cache.token_ids.tolist(), *model.tokenizer.text.encode("And so").ids]
+    assert answer.token_ids == greedy(model, ids, 20)
+    assert answer.stopped == "length" and len(answer.token_ids) == 20  # the last token is not lost
+
+
+@given(ratio=st.sampled_from([0.2, 0.7, 1.0]), template=st.booleans())
+def test_a_batch_answers_as_each_question_alone(model, dense, ratio, template):
+    small = kvzip.compress(dense, ratio)
+    together = kvzip.generate(model, small, QUERIES, max_tokens=12, template=template)
+    assert together == [kvzip.generate(model, small, q, max_tokens=12, template=template) for q in QUERIES]
+
+
+def test_ratio_one_answers_as_the_full_cache(model, dense):
+    whole = kvzip.compress(dense, 1.0)
+    assert kvzip.generate(model, whole, QUERIES, max_tokens=30) == kvzip.generate(model, dense, QUERIES, max_tokens=30)
+    assert kvzip.generate(model, kvzip.compress(dense, 0.1), QUERIES, max_tokens=30) != kvzip.generate(
+        model, dense, QUERIES, max_tokens=30
+    )
+
+
+def test_the_cache_is_left_as_it_was(model, dense):
+    small = kvzip.compress(dense, 0.5)
+    before = [(kv.k.clone(), kv.v.clone()) for kv in small.context]
+    first = kvzip.generate(model, small, "One?", max_tokens=9)
+    assert kvzip.generate(model, small, "One?", max_tokens=9) == first
+    for kv, (k, v) in zip(small.context, before, strict=True):
+        assert torch.equal(kv.k, k) and torch.equal(kv.v, v)
+    assert small.tail is None
+
+
+def test_stop_tokens_end_an_answer(model, dense):
+    free = replace(model, stop_ids=())
+    ids = kvzip.generate(free, dense, "Who?", max_tokens=10).token_ids
+    stopping = replace(model, stop_ids=(ids[4],))
+    answer = kvzip.generate(stopping, dense, "Who?", max_tokens=10)
+    assert answer.token_ids == ids[: ids.index(ids[4])] and answer.stopped == "stop"
+
+
+def test_stop_texts_cut_the_answer_and_the_stream(model, dense):
+    free = replace(model, stop_ids=())
+    text = kvzip.generate(free, dense, "Who?", max_tokens=40).text
+    at = next(i for i in range(5, len(text) - 2) if "\ufffd" not in text[i : i + 2])
+    stop = text[at : at + 2]
+    pieces = []
+    answer = kvzip.generate(free, dense, "Who?", max_tokens=40, stop=[stop, "never there"], on_token=pieces.append)
+    assert answer.text == text[: text.index(stop)] == "".join(pieces) and answer.stopped == "stop"
+
+
+def test_streams_add_up_to_the_answers(model, dense):
+    pieces = ["", "", ""]
+
+    def collect(piece, index):
+        pieces[index] += piece
+
+    answers = kvzip.generate(model, dense, QUERIES, max_tokens=25, on_token=collect)
+    assert pieces == [a.text for a in answers]
+    single = []
+    answer = kvzip.generate(model, dense, QUERIES[0], max_tokens=25, on_token=single.append)
+    assert "".join(single) == answer.text == answers[0].text
+    assert answer.text == model.tokenizer.control.decode(answer.token_ids)
+
+
+def test_sampling_depends_on_the_seed_alone(model, dense):
+    def sample(query, **options):
+        return kvzip.generate(model, dense, query, max_tokens=12, temperature=1.0, **options)
+
+    assert sample(QUERIES, seed=3) == [sample(q, seed=3) for q in QUERIES]
+    assert sample(QUERIES[0], seed=3) != sample(QUERIES[0], seed=4)
+    assert sample(QUERIES[0]) != sample(QUERIES[0])
+    cold = kvzip.generate(model, dense, QUERIES[0], max_tokens=12, temperature=5.0, top_p=1e-6, seed=1)
+    assert cold == kvzip.generate(model, dense, QUERIES[0], max_tokens=12)
+
+
+def test_control_tokens_in_a_query_stay_text(model, dense):
+    plain = kvzip.generate(model, dense, "Who<|end|>", max_tokens=5)
+    ids = model.tokenizer.text.encode("\n\nWho<|end|>").ids + model.tokenizer.control.encode("<|end|><|assistant|>").ids
+    assert plain.token_ids == greedy(model, [*dense.token_ids.tolist(), *ids], len(plain.token_ids))
+
+
+def test_bad_input_is_named(model, dense):
+    other = random_model.make(model.config, seed=5)
+    with pytest.raises(ValueError, match="got one of another"):
+        kvzip.generate(other, dense, "Who?")
+    with pytest.raises(ValueError, match="query with text"):
+        kvzip.generate(model, dense, ["Who?", " "])
+    for options, message in (
+        ({"max_tokens": 0}, "max_tokens of at least 1"),
+        ({"temperature": -1.0}, "temperature of 0"),
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kvzip.generate(model, dense, "Who?", **options)
+    bare = kvzip.prefill(model, TEXT, template=False)
+    with pytest.raises(ValueError, match=r"prefilled with template=False"):
+        kvzip.generate(model, bare, "Who?")
+    tight = random_model.make(replace(model.config, max_length=dense.length + 3))
+    with pytest.raises(ValueError, match=r"room for an answer"):
+        kvzip.generate(tight, kvzip.prefill(tight, TEXT), "Who?")
+    assert kvzip.generate(model, dense, []) == []

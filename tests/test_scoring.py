@@ -1,0 +1,84 @@
+"""Scoring: what is read, what is written, how scopes relate, what is refused."""
+
+import dataclasses
+
+import pytest
+import random_model
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvzip
+from kvzip.scoring import repeats
+
+TEXT = "The quick brown fox jumps over the lazy dog, twice."
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model.make(random_model.config(windows=(None, 6)))
+
+
+def test_scoring_writes_nothing_and_scores_the_context_only(model):
+    cache = kvzip.prefill(model, TEXT)
+    before = [(kv.k.clone(), kv.v.clone()) for kv in cache.layers]
+    scored = kvzip.score(model, cache, chunk=13)
+    assert cache.scores is None and scored.layers is cache.layers
+    for kv, (k, v) in zip(cache.layers, before, strict=True):
+        assert torch.equal(kv.k, k) and torch.equal(kv.v, v)
+    scores = scored.scores
+    assert scores.values.shape == (1, 2, len(TEXT)) and scores.layers == (0,)
+    assert (scores.start, scores.stop) == (cache.start, cache.length)
+    assert ((scores.values > 0) & (scores.values <= 1)).all()
+
+
+def test_repeat_inputs_are_the_papers(model):
+    cache = kvzip.prefill(model, TEXT)
+    found = list(repeats(model, cache, chunk=20, hint=8))
+    assert [(start - cache.start, stop - cache.start) for start, stop, _ in found] == [(0, 20), (20, 40), (40, 51)]
+    texts = [model.tokenizer.control.decode(ids.tolist(), skip_special_tokens=False) for _, _, ids in found]
+    close = "<|end|><|assistant|>"
+    assert texts[0] == "\n\nRepeat the previous context exactly." + close + TEXT[:20]
+    more = "\n\nRepeat the part of the previous context exactly, starting with "
+    assert texts[1] == more + TEXT[12:20] + close + TEXT[20:40]
+    assert texts[2] == more + TEXT[32:40] + close + TEXT[40:]
+
+
+@given(windows=st.sampled_from([(None, None), (None, 6), (3, None)]), softcap=st.sampled_from([None, 3.0]))
+def test_both_scopes_agree_where_one_chunk_is_the_whole_context(windows, softcap):
+    model = random_model.make(random_model.config(windows=windows, attn_softcap=softcap))
+    cache = kvzip.prefill(model, TEXT)
+    context = kvzip.score(model, cache, chunk=100).scores.values
+    chunk = kvzip.score(model, cache, chunk=100, scope="chunk").scores.values
+    torch.testing.assert_close(context, chunk)
+    if windows == (None, None):  # in the first global layer queries have attended to nothing that the scope changes
+        apart = kvzip.score(model, cache, chunk=17, scope="chunk").scores.values
+        assert (apart - kvzip.score(model, cache, chunk=17).scores.values).abs().max() > 1e-4
+
+
+def test_the_scale_is_the_models_own():
+    config = random_model.config()
+    other = dataclasses.replace(config, attn_scale=config.attn_scale * 2)
+    scores = [kvzip.score(m, kvzip.prefill(m, TEXT)).scores.values for m in map(random_model.make, (config, other))]
+    assert (scores[0] - scores[1]).abs().max() > 1e-2
+
+
+def test_progress_counts_context_tokens(model):
+    seen = []
+    kvzip.score(model, kvzip.prefill(model, TEXT), chunk=30, progress=lambda *step: seen.append(step))
+    assert seen == [(30, 51), (51, 51)]
+
+
+def test_bad_input_is_named(model):
+    cache = kvzip.prefill(model, TEXT)
+    other = random_model.make(random_model.config(windows=(None, 6)), seed=1)
+    with pytest.raises(ValueError, match=r"cache of this model.*got one of another"):
+        kvzip.score(other, cache)
+    with pytest.raises(ValueError, match=r"scope 'context' or 'chunk', got 'all'"):
+        kvzip.score(model, cache, scope="all")
+    tight = random_model.make(random_model.config(windows=(None, 6), max_length=cache.length + 40))
+    with pytest.raises(ValueError, match=rf"a cache of {cache.length} and a repeat pass of"):
+        kvzip.score(tight, kvzip.prefill(tight, TEXT))
+    windows_only = random_model.make(random_model.config(windows=(4, 6)))
+    with pytest.raises(ValueError, match="sliding windows in all"):
+        kvzip.score(windows_only, kvzip.prefill(windows_only, TEXT))
