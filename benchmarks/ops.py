@@ -383,7 +383,7 @@ BENCHMARKS = {
 
 
 def render_table(results: Path, readme: Path) -> None:
-    """Replaces what stands between the markers in the README by the latest figure of each variant, linked to its line."""
+    """Puts the latest figure of each variant between the markers in the README, linked to its line."""
     latest: dict[tuple[str, str], dict[str, tuple[int, dict]]] = {}
     for number, text in enumerate(results.read_text().splitlines(), start=1):
         line = json.loads(text)

@@ -59,14 +59,12 @@ def decode_call(case, index, caches):
         case["lengths"], case["B"], case["T"], case["D"], case["bits"], case["tail"], caches
     )
     k, v = pairs[index]
-    config = decode.Launch(*case["config"])
     schedule = schedule_of(case["lengths"], case["per_processor"])
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], device="cuda")
-    scale = q.shape[-1] ** -0.5
-    return decode.launch(
-        config, q, k, v, offsets, scale, None, None, schedule, ends, out, lse, level=case["level"], pdl=case["pdl"], block_p=case["block_p"]
-    )
+    rows = q[:, 0, :, 0].numel() * 4
+    config = case["config"] or decode.launch_config(q.shape[3], rows, q.dtype, case["bits"])
+    config = decode.Launch(*config)
+    pieces = decode.choose_level(schedule, config, rows) if case["level"] is None else schedule.levels[case["level"]]
+    return decode.launch(q, k, v, offsets, q.shape[3] ** -0.5, None, None, pieces, ends, config, case["overlap"])
 
 
 @functools.cache
@@ -80,7 +78,8 @@ def score_inputs(T=2030, C=2000, A=30, H=8, G=4, D=128):
 def score_call(case):
     q, k, k_sink, k_self, lse = score_inputs()
     lse = lse if case["lse"] else None
-    walks = [score.Launch(*case["normalizer"]), score.Launch(*case["largest"])]
+    walks = [score.Launch(*case[name]) if case[name] else default for name, default in
+             zip(("normalizer", "largest"), score.launch_config(q.shape[2], q.dtype), strict=True)]  # fmt: skip
     return score.launch(
         *walks, q, k, k_sink, k_self, q.shape[-1] ** -0.5, None, lse, None, None, splits=case["splits"]
     )
@@ -146,12 +145,14 @@ def measure(case):
     return us, spread, {"TB_s": round(size / us / 1e6, 3), "TFLOP_s": round(flops / us / 1e6, 1)}
 
 
-def make_decode(config, lengths="131072", B=1, T=1, D=128, bits=16, tail=0, per_processor=2, level=None, pdl=None, block_p=32):
-    return dict(op="decode", block_p=block_p, config=config, lengths=lengths, B=B, T=T, D=D, bits=bits, tail=tail,
-                per_processor=per_processor, level=level, pdl=pdl)  # fmt: skip
+def make_decode(
+    config=None, lengths="131072", B=1, T=1, D=128, bits=16, tail=0, per_processor=2, level=None, overlap=True
+):
+    return dict(op="decode", config=config, lengths=lengths, B=B, T=T, D=D, bits=bits, tail=tail,
+                per_processor=per_processor, level=level, overlap=overlap)  # fmt: skip
 
 
-def make_score(normalizer, largest, lse, splits=None):
+def make_score(normalizer=None, largest=None, lse=False, splits=None):
     return dict(op="score", normalizer=normalizer, largest=largest, lse=lse, splits=splits)
 
 

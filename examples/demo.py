@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from small_models import Unavailable, model_dir
 
 import kvzip
+from small_models import Unavailable, model_dir
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DOCUMENT = Path(__file__).parent / "document.txt"

@@ -168,7 +168,7 @@ def window_attention(
     missing = tokens + reach - k.shape[2]  # rows that the first queries would see before the first token
     padding = blocks * block - tokens
     k, v = (F.pad(x, (0, 0, missing, padding)) for x in (k, v))
-    bands = [rearrange(x.unfold(2, block + reach, block), "1 h n d s -> n h s d") for x in (k, v)]
+    keys, values = (rearrange(x.unfold(2, block + reach, block), "1 h n d s -> n h s d") for x in (k, v))
     rows = rearrange(F.pad(q, (0, 0, 0, padding)), "1 h (n t) d -> n h t d", t=block)
     row = torch.arange(block, device=q.device)[:, None]
     column = torch.arange(block + reach, device=q.device)
@@ -177,10 +177,10 @@ def window_attention(
     seen = (distance >= 0) & (distance < window) & (first + column >= missing)
     if config.attn_softcap is None:
         out = F.scaled_dot_product_attention(
-            rows, *bands, attn_mask=seen, scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1]
+            rows, keys, values, attn_mask=seen, scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     else:
-        out = torch.cat([_plain(r, *b, s, config) for r, *b, s in zip(rows, *bands, seen, strict=True)])
+        out = torch.cat([_plain(*part, config) for part in zip(rows, keys, values, seen, strict=True)])
     return rearrange(out, "n h t d -> 1 h (n t) d")[:, :, :tokens]
 
 

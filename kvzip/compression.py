@@ -50,6 +50,7 @@ def compress(
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
     forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
     if count is None:
+        assert threshold is not None
         nan |= scores.values.isnan().any().int()
         keep = scores.values >= threshold
         keep = keep if forced is None else keep | forced
@@ -131,7 +132,7 @@ def _select(
     layers, heads, evictable = values.shape
     if level == "head":
         whole = budget(layers * heads) // evictable
-        keep = ops.select_count(values.amax(-1, keepdim=True), count=whole, nan=nan).expand_as(values)
+        keep = _highest(values.amax(-1, keepdim=True), whole, nan).expand_as(values)
         return keep if forced is None else keep | forced
     sharing = {"pair": layers * heads, "layer": heads, "uniform": 1}[level]
     count = budget(sharing)
@@ -146,7 +147,13 @@ def _select(
     if level == "uniform":
         return _highest_of_each_head(values, count, nan)
     parts = [values] if level == "pair" else list(values.split(1))
-    return torch.cat([ops.select_count(part, count=count, nan=nan) for part in parts])
+    return torch.cat([_highest(part, count, nan) for part in parts])
+
+
+def _highest(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[Tensor, "L H E"]:
+    mask = ops.select_count(values, count=count, nan=nan)
+    assert isinstance(mask, Tensor)
+    return mask
 
 
 def _highest_of_each_head(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[Tensor, "L H E"]:

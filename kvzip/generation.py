@@ -29,15 +29,37 @@ class Answer:
 
 
 @overload
-def generate(model: Model, cache: DenseCache | RaggedCache, query: str, **options: object) -> Answer: ...
+def generate(
+    model: Model,
+    cache: DenseCache | RaggedCache,
+    query: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    template: bool = True,
+    on_token: Callable[..., None] | None = None,
+) -> Answer: ...
 @overload
 def generate(
-    model: Model, cache: DenseCache | RaggedCache, query: Sequence[str], **options: object
+    model: Model,
+    cache: DenseCache | RaggedCache,
+    query: list[str],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    template: bool = True,
+    on_token: Callable[..., None] | None = None,
 ) -> list[Answer]: ...
 def generate(
     model: Model,
     cache: DenseCache | RaggedCache,
-    query: str | Sequence[str],
+    query: str | list[str],
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -64,7 +86,7 @@ def generate(
     """
     _check_options(max_tokens, temperature, top_p)
     check_fingerprint(model, cache.fingerprint)
-    queries = [query] if isinstance(query, str) else list(query)
+    queries = [query] if isinstance(query, str) else query
     ids = [_query_ids(model, cache, text, template=template) for text in queries]
     if not ids:
         return []

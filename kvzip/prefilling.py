@@ -50,6 +50,9 @@ def prefill(
     token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
     length = len(token_ids)
     check_length(model, length, f"a prefix of {len(prefix)} and a context of {len(ids)} tokens")
+    limit = model.config.warn_length
+    if limit is not None and length > limit:
+        logger.warning("%s positions are beyond the %s for which this model needs dual chunk attention", length, limit)
     layers = new_layers(model.config, length, dtype=model.dtype, device=model.device)
     on_device = token_ids.to(model.device)
     for start in range(0, length, chunk):
@@ -100,15 +103,12 @@ def prompt_of(model: Model, *, system: str | None = None, instruction: str | Non
 
 
 def check_length(model: Model, needed: int, what: str) -> None:
-    """Raises ValueError if `needed` positions are more than the model was made for; logs once past `warn_length`."""
+    """Raises ValueError if `needed` positions are more than the model was made for."""
     if needed > model.config.max_length:
         raise ValueError(
             f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "
             "shorten it, or pass max_length= (and rope=) to load if the model can go further"
         )
-    limit = model.config.warn_length
-    if limit is not None and needed > limit:
-        logger.warning("%s positions are beyond the %s for which this model needs dual chunk attention", needed, limit)
 
 
 def check_count(value: int, name: str) -> None:

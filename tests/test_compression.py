@@ -5,13 +5,13 @@ import weakref
 from dataclasses import replace
 
 import pytest
-import random_model
 import torch
-from accuracy import assert_as_accurate
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvzip
+import random_model
+from accuracy import assert_as_accurate
 from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, empty_tail
 

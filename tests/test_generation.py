@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-import random_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvzip
+import random_model
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x"]

@@ -1,10 +1,11 @@
 """The oracle is held to Transformers itself: what it computes where both can say the same thing."""
 
-import plain_kvzip
 import pytest
-import tiny_models
 import torch
 from transformers import PreTrainedConfig
+
+import plain_kvzip
+import tiny_models
 
 CONFIGS = {
     "llama": tiny_models.llama(),

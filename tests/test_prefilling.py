@@ -3,13 +3,13 @@
 import dataclasses
 
 import pytest
-import random_model
 import torch
-from accuracy import assert_as_accurate
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvzip
+import random_model
+from accuracy import assert_as_accurate
 from kvzip.cache import DenseKV, WindowKV
 
 SHAPES = {

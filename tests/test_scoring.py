@@ -3,12 +3,12 @@
 import dataclasses
 
 import pytest
-import random_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvzip
+import random_model
 from kvzip.scoring import repeats
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice."

@@ -8,15 +8,16 @@ import zipfile
 from pathlib import Path
 
 import gguf
-import gguf_to_hf
-import gguf_tokenizer
 import numpy as np
 import pytest
-import small_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
+import gguf_to_hf
+import gguf_tokenizer
+import small_models
 from small_models import Part, Source, Unavailable
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH = 4, 2, 6, 24, 16

@@ -1,4 +1,4 @@
-"""Llama 3, 3.1, 3.2 and Mistral: HF `config.json` to ModelConfig, HF tensor names to our fields."""
+"""Llama 3, 3.1, 3.2: HF `config.json` to ModelConfig, HF tensor names to our fields."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,13 +28,6 @@ _LLAMA_DEFAULTS = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
 }
-_MISTRAL_DEFAULTS = {
-    **_LLAMA_DEFAULTS,
-    "intermediate_size": 14_336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 4096,
-}
 
 
 def translate(raw: Mapping[str, Any]) -> ModelConfig:
@@ -42,12 +35,6 @@ def translate(raw: Mapping[str, Any]) -> ModelConfig:
     reject(raw, mlp_bias=(None, False))
     bias = bool(raw.get("attention_bias", False))
     return plain_decoder({**_LLAMA_DEFAULTS, **raw}, family="llama", qkv_bias=bias, o_bias=bias)
-
-
-def translate_mistral(raw: Mapping[str, Any]) -> ModelConfig:
-    """Returns the ModelConfig of a Mistral `config.json`: a Llama with a window in every layer, if any."""
-    raw = {**_MISTRAL_DEFAULTS, **raw}
-    return plain_decoder(raw, family="mistral", window=raw["sliding_window"], first_window_layer=0)
 
 
 def plain_decoder(

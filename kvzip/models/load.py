@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import prompts
-from . import gemma, llama, qwen
+from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, reject
 from .transformer import Model
 from .weights import fingerprint, read_weights
@@ -21,7 +21,7 @@ Translator = tuple[Callable[[Mapping[str, Any]], ModelConfig], Mapping[str, tupl
 
 ARCHITECTURES: dict[str, Translator] = {
     "LlamaForCausalLM": (llama.translate, llama.LAYER_NAMES),
-    "MistralForCausalLM": (llama.translate_mistral, llama.LAYER_NAMES),
+    "MistralForCausalLM": (mistral.translate, llama.LAYER_NAMES),
     "Qwen2ForCausalLM": (qwen.translate_qwen2, llama.LAYER_NAMES),
     "Qwen3ForCausalLM": (qwen.translate_qwen3, llama.LAYER_NAMES),
     "Gemma2ForCausalLM": (gemma.translate_gemma2, gemma.LAYER_NAMES),
@@ -138,7 +138,7 @@ def _translator(raw: Mapping[str, Any]) -> Translator:
             return ARCHITECTURES[name]
     raise ValueError(
         f"expected an architecture of {sorted(ARCHITECTURES)}, got {names or raw.get('model_type')}: "
-        "kvzip has no translator for it, see 'Adding a family' in the README"
+        "kvzip has no translator for it, see docs/adding_a_family.md"
     )
 
 

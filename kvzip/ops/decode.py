@@ -13,7 +13,6 @@ from kvzip.ops.quantize import Quantized, dequantize
 Tail = tuple[Float[Tensor, "B H R D"], Float[Tensor, "B H R D"], Int32[Tensor, " B"]]
 
 _SHORTEST_PIECE = 128  # rows; below this, merging partial results costs more than a longer loop
-_PIECES_PER_PROCESSOR = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class DecodeSchedule:
     piece costs a partial result per row. Which level is used depends on shapes only, never on values.
     """
 
-    levels: tuple[Pieces, ...]
+    levels: tuple[Pieces, ...]  # at most two pieces per processor, one, a quarter, ..., whole heads
     processors: int
 
 
@@ -103,6 +102,7 @@ def decode_reference(
     ago = torch.arange(tokens - 1, -1, -1, device=q.device)  # T - 1 - t
     lengths = torch.ones(queries, dtype=torch.int32, device=q.device) if tail is None else tail[2]
     place = (lengths[:, None] - 1 - ago)[:, None, :, None]  # [B 1 T 1]
+    v_t = None
     rows = 0 if tail is None else min(max(lengths.tolist(), default=0), tail[0].shape[2])
     outs, lses = [], []
     for h, q_h in enumerate(heads):
@@ -127,7 +127,7 @@ def decode_reference(
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
-        outs.append(out if tail is None else out + weights[..., n:] @ v_t)
+        outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
         lses.append(lse)
     return torch.stack(outs, 1).flatten(1, 2).to(q.dtype), torch.stack(lses, 1).flatten(1, 2)
 
@@ -142,12 +142,10 @@ def decode_schedule(offsets: Int32[Tensor, " H1"], *, processors: int | None = N
         cuda = offsets.is_cuda
         processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if cuda else 8
     bounds = offsets.tolist()
-    levels, target = [], _PIECES_PER_PROCESSOR * processors
-    while True:
-        levels.append(_cut(bounds, target, offsets.device))
-        if target < len(bounds):  # no more pieces than heads: every head is whole
-            return DecodeSchedule(tuple(levels), processors)
-        target //= 4
+    targets = [2 * processors, processors]
+    while targets[-1] >= len(bounds):  # the last has no more pieces than heads: every head is whole
+        targets.append(targets[-1] // 4)
+    return DecodeSchedule(tuple(_cut(bounds, target, offsets.device) for target in targets), processors)
 
 
 def merge(

@@ -58,12 +58,13 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
     if not groups.isfinite().all():
         raise ValueError(NOT_FINITE)
     zero, highest = groups.amin(dim=2), groups.amax(dim=2)
-    scale = (highest / last - zero / last).clamp(max=LARGEST / last)
+    steps = torch.full_like(zero, last)  # a tensor: by a number, CUDA multiplies with its rounded reciprocal
+    scale = (highest / steps - zero / steps).clamp(max=LARGEST / last)
     if x.dtype != torch.float32 and _half_holds(scale, zero, last):
         scale, zero = scale.half(), zero.half()
-    steps = (groups - zero.float()[..., None]) / scale.float()[..., None]
-    steps = steps.where(scale[..., None] > 0, 0.0)
-    codes = (steps + 0.5).floor().clamp(0, last).to(torch.uint8).flatten(1)
+    codes = (groups - zero.float()[..., None]) / scale.float()[..., None]
+    codes = codes.where(scale[..., None] > 0, 0.0)
+    codes = (codes + 0.5).floor().clamp(0, last).to(torch.uint8).flatten(1)
     if bits == 4:
         codes = codes[:, 0::2] << 4 | codes[:, 1::2]
     return Quantized(codes, scale, zero, bits, group)

@@ -76,17 +76,17 @@ def score_reference(
         h = head // group
         to_chunk = logits(q[head], k[h])  # [T C]
         if lse is None:
-            to_self = logits(q[head], k_self[h]).masked_fill(future, -torch.inf)
-            to_sink = logits(q[head], k_sink[h])
-            total = torch.logsumexp(torch.cat([to_sink, to_chunk, to_self], dim=1), dim=1)
+            to_self = logits(q[head], k_self[h]).masked_fill_(future, -torch.inf)
+            parts = [to_chunk, to_self, logits(q[head], k_sink[h])]
+            total = torch.stack([part.logsumexp(dim=1) for part in parts]).logsumexp(dim=0)
         else:
             total = lse[head].to(dtype)
-        weight = torch.exp(to_chunk - total[:, None])
         if row_weight is not None:
-            weight = weight * row_weight[head, :, None].to(dtype)
+            total = total - row_weight[head].to(dtype).log()
+        highest = (to_chunk - total[:, None]).amax(dim=0).exp()  # exp never changes which row is largest
         if key_weight is not None:
-            weight = weight * key_weight[head].to(dtype)
-        best[h] = torch.maximum(best[h], weight.amax(dim=0))
+            highest = highest * key_weight[head].to(dtype)
+        best[h] = torch.maximum(best[h], highest)
     return best
 
 

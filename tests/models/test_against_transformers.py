@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 import kvzip
+import tiny_models
 from kvzip.models import LayerSpec, Model, ModelConfig, RopeSpec
 from kvzip.models.weights import LayerWeights
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import plain_kvzip
 import pytest
-import small_models
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvzip
+import plain_kvzip
+import small_models
 from kvzip.cache import WindowKV
 
 MODELS = [

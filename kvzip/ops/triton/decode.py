@@ -10,9 +10,18 @@ from torch import Tensor
 
 from kvzip.ops.decode import DecodeSchedule, Pieces, Tail, decode_schedule
 from kvzip.ops.quantize import Quantized
-from kvzip.ops.triton.common import LN_2, LOG2_E, check_rows, compute_dtype, interpreted, load_rows, overlaps_launches, tanh
+from kvzip.ops.triton.common import (
+    LN_2,
+    LOG2_E,
+    check_rows,
+    compute_dtype,
+    interpreted,
+    load_rows,
+    overlaps_launches,
+    tanh,
+)
 
-_TAIL_PIECE = 256  # rows of a tail that one program takes
+_TAIL_PIECE = 256  # rows of a tail that a program takes, times the programs that share them
 
 
 class Launch(NamedTuple):
@@ -25,16 +34,15 @@ class Launch(NamedTuple):
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Launch:
-    """The launch for `rows` query rows that share a head's context."""
-    if dtype == torch.float32:
+    """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-24."""
+    if dtype == torch.float32:  # products in plain float32: no tensor cores
         return Launch(16, 32 if D <= 128 else 16, 4, 2)
+    keys = 64 if D <= 128 else 32
     if rows <= 16:
-        return Launch(16, 64 if D <= 128 else 32, 4, 3)
-    if rows <= 32:
-        return Launch(32, 64 if D <= 128 else 32, 4, 3)
+        return Launch(16, 128 if bits == 4 and D <= 128 else keys, 4, 3)
     if rows <= 64:
-        return Launch(64, 64 if D <= 128 else 32, 4, 3)
-    return Launch(128, 64 if D <= 128 else 32, 8, 3)
+        return Launch(32 if rows <= 32 else 64, keys, 4, 3)
+    return Launch(128, keys, 8, 3)
 
 
 def decode_triton(
@@ -50,6 +58,34 @@ def decode_triton(
     tail: Tail | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` by two launches whose sizes follow from shapes and the schedule alone."""
+    rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
+    config = launch_config(q.shape[3], rows, q.dtype, k.bits if isinstance(k, Quantized) else 16)
+    schedule = decode_schedule(offsets) if schedule is None else schedule
+    pieces = choose_level(schedule, config, rows)
+    return launch(q, k, v, offsets, scale, softcap, window, pieces, tail, config, overlaps_launches(q))
+
+
+def choose_level(schedule: DecodeSchedule, config: Launch, rows: int) -> Pieces:
+    """The longest pieces that still make four programs per processor; else two or one, as many as fit it at once."""
+    blocks = triton.cdiv(rows, config.block_m)
+    enough = [level for level in schedule.levels if len(level.bounds) * blocks >= 4 * schedule.processors]
+    return enough[-1] if enough else schedule.levels[1 if config.block_m > 64 else 0]
+
+
+def launch(
+    q: Tensor,
+    k: Tensor | Quantized,
+    v: Tensor | Quantized,
+    offsets: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    pieces: Pieces,
+    tail: Tail | None,
+    config: Launch,
+    overlap: bool,
+) -> tuple[Tensor, Tensor]:
+    """`decode` with everything chosen: what benchmarks vary."""
     queries, query_heads, tokens, width = q.shape
     heads = len(offsets) - 1
     group = query_heads // heads
@@ -58,71 +94,52 @@ def decode_triton(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, lse
-    config = launch_config(width, rows, q.dtype, k.bits if isinstance(k, Quantized) else 16)
-    return launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out, lse)
+    k_codes, k_scale, k_zero, bits, k_group = _parts(k)
+    v_codes, v_scale, v_zero, v_bits, v_group = _parts(v)
+    if (bits, k_group) != (v_bits, v_group):
+        raise ValueError(f"expected k and v packed alike, got {bits} bits by {k_group} and {v_bits} bits by {v_group}")
+    tail_k, tail_v, lengths = (q, q, offsets) if tail is None else tail
+    check_rows(q=q, k=k_codes, v=v_codes, tail_k=tail_k, tail_v=tail_v)
+    compute = compute_dtype(q)
+    packed = bits < 16 and compute != tl.float32 and not interpreted()
 
-
-def launch(config, q, k, v, offsets, scale, softcap, window, schedule, tail, out, lse, level=None, pdl=None, block_p=32):
-    queries, query_heads, tokens, width = q.shape
-    heads = len(offsets) - 1
-    group = query_heads // heads
-    rows = queries * tokens * group
-    schedule = decode_schedule(offsets) if schedule is None else schedule
-    row_blocks = triton.cdiv(rows, config.block_m)
-    pieces = choose_level(schedule, row_blocks) if level is None else schedule.levels[level]
-    count = len(pieces.bounds)
-
-    capacity = 0 if tail is None else tail[0].shape[2]
-    splits = triton.cdiv(capacity, _TAIL_PIECE)
+    count, row_blocks = len(pieces.bounds), triton.cdiv(rows, config.block_m)
+    capacity = 0 if tail is None else tail_k.shape[2]
     tail_blocks = triton.cdiv(tokens * group, config.block_m)
+    tail_piece = _TAIL_PIECE * tail_blocks
+    splits = triton.cdiv(capacity, tail_piece)
     slots = count + heads * splits
     part = torch.empty((slots, rows, width), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((slots, rows), dtype=torch.float32, device=q.device)
-    k_codes, k_scale, k_zero, bits, k_group = _parts(k)
-    v_codes, v_scale, v_zero, _, _ = _parts(v)
-    tail_k, tail_v, lengths = (k_codes, k_codes, offsets) if tail is None else tail
-    check_rows(q=q, k=k_codes, v=v_codes, tail_k=tail_k, tail_v=tail_v)
-    compute = compute_dtype(q)
-    pdl = int(overlaps_launches(q)) if pdl is None else int(pdl)
-    packed = bits < 16 and compute != tl.float32 and not interpreted()
     programs = count * row_blocks + queries * heads * splits * tail_blocks
     if programs:
         _decode_kernel[(programs,)](
             q, k_codes, v_codes, k_scale, k_zero, v_scale, v_zero, offsets, pieces.bounds,
             tail_k, tail_v, lengths, part, part_lse,
-            *q.stride()[:3], k_codes.stride(0), v_codes.stride(0), *_strides(tail_k), *_strides(tail_v),
+            *q.stride()[:3], k_codes.stride(0), v_codes.stride(0), *tail_k.stride()[:3], *tail_v.stride()[:3],
             float(scale), float(softcap or 1.0), 0 if window is None else window,
-            rows, tokens, heads, count, row_blocks, splits, tail_blocks, capacity,
+            rows, tokens, heads, count, row_blocks, splits, tail_blocks, tail_piece, capacity,
             G=group, D=width, BITS=bits, GROUP=k_group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            SOFTCAP=softcap is not None, WINDOW=window is not None, TAIL=splits > 0, TAIL_PIECE=_TAIL_PIECE,
-            COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, PDL=pdl,
+            SOFTCAP=softcap is not None, WINDOW=window is not None, TAIL=splits > 0,
+            COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, OVERLAP=overlap,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
-    extra = {"launch_pdl": True} if pdl else {}
     _combine_kernel[(rows, heads)](
         part, part_lse, pieces.first, out, lse, rows, tokens, heads, count, splits,
-        G=group, D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=block_p, PDL=pdl, num_warps=4, enable_fp_fusion=True, **extra,
+        G=group, D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=128 if width <= 128 else 64,
+        OVERLAP=overlap and programs > 0, num_warps=4 if width <= 128 else 8, enable_fp_fusion=True,
+        **({"launch_pdl": True} if overlap and programs else {}),
     )  # fmt: skip
     return out, lse
 
 
-def choose_level(schedule: DecodeSchedule, row_blocks: int) -> Pieces:
-    """The longest pieces that still make four programs per multiprocessor, or the shortest."""
-    enough = [level for level in schedule.levels if len(level.bounds) * row_blocks >= 4 * schedule.processors]
-    return enough[-1] if enough else schedule.levels[0]
-
-
-def _parts(x):
+def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Data, scales, zeros, bits and group of a context; codes as words of 16 bits, which the matrix loads can turn."""
     if not isinstance(x, Quantized):
         return x, x, x, 16, x.shape[1]
     if x.group * x.bits % 16:
         raise ValueError(f"expected groups of whole 16-bit words, got {x.group} values of {x.bits} bits: quantize again")
     return x.codes.view(torch.int16), x.scale.contiguous(), x.zero.contiguous(), x.bits, x.group
-
-
-def _strides(x):
-    return x.stride()[:3] if x.ndim == 4 else (0, 0, 0)
 
 
 @triton.jit
@@ -183,6 +200,16 @@ def _steps(scale_ptr, zero_ptr, row, bound, PART: tl.constexpr, Q: tl.constexpr,
     step = tl.load(scale_ptr + place, mask=n < bound, other=0).to(tl.float32)
     zero = tl.load(zero_ptr + place, mask=n < bound, other=0).to(tl.float32)
     return step, zero + 2 ** (BITS - 1) * step
+
+
+@triton.jit
+def _fetch(ptr, start, stop, Q: tl.constexpr):
+    """Asks the L2 cache for the steps of 4096 rows, so that the loop waits for it and not for memory."""
+    row = tl.minimum(start + 32 * tl.arange(0, 128), stop - 1) + tl.zeros([], tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(ptr + row * Q).to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -341,8 +368,14 @@ def _piece(
         k_step, k_middle = _steps(k_scale_ptr, k_zero_ptr, start, stop - start, 0, Q, BITS, BLOCK_N)
         v_step, v_middle = _steps(v_scale_ptr, v_zero_ptr, start, stop - start, 0, Q, BITS, BLOCK_N)
     if BITS < 16:
+        if PACKED:
+            for at in range(start, stop, 128 * 32):
+                _fetch(k_scale_ptr, at, stop, Q)
+                _fetch(k_zero_ptr, at, stop, Q)
+                _fetch(v_scale_ptr, at, stop, Q)
+                _fetch(v_zero_ptr, at, stop, Q)
         for at in range(start, stop, BLOCK_N):
-            ahead = at + BLOCK_N  # steps are too narrow for asynchronous copies: load those of the next tile now
+            ahead = at + BLOCK_N  # too narrow for asynchronous copies: loaded by hand, a tile before use
             next_k_step, next_k_middle = _steps(k_scale_ptr, k_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
             next_v_step, next_v_middle = _steps(v_scale_ptr, v_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
@@ -400,20 +433,19 @@ def _piece(
     tl.store(at_part, acc * share, mask=live)
 
 
-@triton.jit(do_not_specialize=["window", "rows", "heads", "count", "row_blocks", "splits", "tail_blocks", "capacity"])
+@triton.jit(do_not_specialize=["window", "rows", "heads", "count", "row_blocks", "splits", "tail_blocks", "tail_piece", "capacity"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, offsets_ptr, bounds_ptr,
     tail_k_ptr, tail_v_ptr, lengths_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn,
     stride_tkb, stride_tkh, stride_tkr, stride_tvb, stride_tvh, stride_tvr,
-    scale, softcap, window, rows, tokens, heads, count, row_blocks, splits, tail_blocks, capacity,
+    scale, softcap, window, rows, tokens, heads, count, row_blocks, splits, tail_blocks, tail_piece, capacity,
     G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    TAIL: tl.constexpr, TAIL_PIECE: tl.constexpr, COMPUTE: tl.constexpr, CODE_COMPUTE: tl.constexpr,
-    PACKED: tl.constexpr, PDL: tl.constexpr,
+    TAIL: tl.constexpr, COMPUTE: tl.constexpr, CODE_COMPUTE: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows against one piece of the context (programs 0 to count * row_blocks) or of a tail."""
-    if PDL == 1:
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < count * row_blocks:
@@ -457,8 +489,8 @@ def _decode_kernel(
         if WINDOW:
             low = place - window + 1
         high = place + 1
-        start = tl.maximum(split * TAIL_PIECE, tl.min(low, 0))
-        stop = tl.minimum(split * TAIL_PIECE + TAIL_PIECE, tl.minimum(length, tl.max(high, 0)))
+        start = tl.maximum(split * tail_piece, tl.min(low, 0))
+        stop = tl.minimum(split * tail_piece + tail_piece, tl.minimum(length, tl.max(high, 0)))
         slot = count + head * splits + split
         if start < stop:
             key_head = question.to(tl.int64)
@@ -478,7 +510,7 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["rows", "tokens", "heads", "count", "splits"])
 def _combine_kernel(
     part_ptr, part_lse_ptr, first_ptr, out_ptr, lse_ptr, rows, tokens, heads, count, splits,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of one head, its partial results weighted by their log-sum-exp."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -488,7 +520,7 @@ def _combine_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
-    if PDL:
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     for at in range(0, pieces + splits, BLOCK_P):
         i = at + tl.arange(0, BLOCK_P)

@@ -22,13 +22,12 @@ INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # places of the flags
 
 
 def launch_config(group: int) -> tuple[int, int]:
-    """Rows of one program and its warps."""
-    return max(1, 4096 // triton.next_power_of_2(group)), 4
+    """Rows of one program and its warps; H100, 2026-11-24."""
+    return max(1, 2048 // triton.next_power_of_2(group)), 4
 
 
 def quantize_triton(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:
-    N, D = x.shape
-    group = min(128, D) if group is None else group
+    group = min(128, x.shape[1]) if group is None else group
     if x.dtype != torch.float32:
         q, infinite, coarse = _quantize(x, bits, group, torch.float16)
     if x.dtype == torch.float32 or coarse:
@@ -55,7 +54,7 @@ def dequantize_triton(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Fl
 
 
 def _quantize(x: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Quantized, bool, bool]:
-    """The codes with scales of the given dtype, whether a value was not finite, and whether the scales are too coarse."""
+    """The codes, with scales of the given dtype; whether a value was not finite, and whether the scales do not hold."""
     N, D = x.shape
     codes = torch.empty(N, D * bits // 8, dtype=torch.uint8, device=x.device)
     scale, zero = (torch.empty(N, D // group, dtype=dtype, device=x.device) for _ in range(2))

@@ -21,12 +21,15 @@ class Launch(NamedTuple):
 
 
 def launch_config(D: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
-    """Launches of the log-sum-exp (rows stay, keys walk) and of the maximum (keys stay, rows walk)."""
+    """Launches of the log-sum-exp (rows stay, keys walk) and of the maximum (keys stay, rows walk).
+
+    Tuned on an H100, 2026-11-24.
+    """
     if dtype == torch.float32:
         return Launch(32, 32, 4, 2), Launch(32, 32, 4, 2)
     if D > 128:
         return Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)
-    return Launch(128, 128, 8, 3), Launch(128, 64, 8, 3)
+    return Launch(128, 64, 8, 3), Launch(128, 64, 4, 3)
 
 
 def score_triton(
@@ -61,7 +64,7 @@ def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_w
             q, k, k_sink, k_self, lse, *q.stride()[:2], *k.stride()[:2], *k_sink.stride()[:2], *k_self.stride()[:2],
             float(scale), float(softcap or 1.0), rows, chunk, k_sink.shape[1],
             G=group, D=width, BLOCK_M=normalizer.stay, BLOCK_N=normalizer.walk, SOFTCAP=softcap is not None,
-            COMPUTE=compute, num_warps=normalizer.warps, num_stages=normalizer.stages,
+            COMPUTE=compute, num_warps=normalizer.warps, num_stages=normalizer.stages, enable_fp_fusion=True,
         )  # fmt: skip
     blocks = triton.cdiv(chunk, largest.stay)
     steps = triton.cdiv(rows, largest.walk) * group
@@ -73,7 +76,7 @@ def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_w
         *q.stride()[:2], *k.stride()[:2], float(scale), float(softcap or 1.0), rows, chunk, steps,
         G=group, D=width, BLOCK_M=largest.walk, BLOCK_N=largest.stay, SOFTCAP=softcap is not None,
         ROW_WEIGHT=row_weight is not None, KEY_WEIGHT=key_weight is not None,
-        COMPUTE=compute, num_warps=largest.warps, num_stages=largest.stages,
+        COMPUTE=compute, num_warps=largest.warps, num_stages=largest.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return best
 

@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 BINS = tl.constexpr(2**13)
-BLOCK, WARPS = 8192, 8  # scores of one program, and its warps
+COLUMNS = tl.constexpr(128)  # of the histogram when it is searched, first by rows
+BLOCK, WARPS = 4096, 8  # scores of one program, and its warps
 FULL_ROUNDS = 4
 BELOW, BEYOND, ABOVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # columns of a state, see `begin`
 
@@ -70,15 +71,19 @@ def begin(problems: int, device: torch.device) -> Int64[Tensor, "P 3"]:
 
 
 def sample_step(problems: int, n: int) -> int:
-    """Every how many-th score the sample takes: 2**18 in all, and 2**12 of each problem if it has them.
+    """Every how many-th score the sample takes: 2**16 in all, and 2**10 of each problem if it has them.
 
     It is odd, so that the sample walks through all columns of heads whose length is a power of two.
     """
-    return n // max(2**18 // problems, 2**12) | 1
+    return n // max(2**16 // problems, 2**10) | 1
 
 
 def histogram(
-    scores: Float32[Tensor, "P n"], state: Int64[Tensor, "P 3"], *, step: int = 1, nan: Int32[Tensor, " 1"] | None = None
+    scores: Float32[Tensor, "P n"],
+    state: Int64[Tensor, "P 3"],
+    *,
+    step: int = 1,
+    nan: Int32[Tensor, " 1"] | None = None,
 ) -> Int64[Tensor, "P bins"]:
     """How many keys of every step-th score lie in each bin of the range and, in the last column, above the range.
 
@@ -87,9 +92,10 @@ def histogram(
     problems, n = scores.shape
     counts = torch.zeros(problems, BINS.value + 1, dtype=torch.int64, device=scores.device)
     seen = triton.cdiv(n, step)
-    blocks = triton.cdiv(seen, BLOCK)
+    block, warps = (BLOCK, WARPS) if step == 1 else (512, 4)
+    blocks = triton.cdiv(seen, block)
     _histogram_kernel[(problems * blocks,)](
-        scores, state, counts, nan, n, seen, step, blocks, state.stride(0), BLOCK=BLOCK, num_warps=WARPS
+        scores, state, counts, nan, n, seen, step, blocks, state.stride(0), BLOCK=block, num_warps=warps
     )
     return counts
 
@@ -104,7 +110,7 @@ def narrow_(
         total: scores of a problem, over all parts.
         guess: the counts are those of a sample; the new range takes a margin on both sides of the rank.
     """
-    _narrow_kernel[(len(state),)](state, counts, count, total, GUESS=guess, num_warps=32)
+    _narrow_kernel[(len(state),)](state, counts, count, total, GUESS=guess, num_warps=16)
 
 
 def mark(
@@ -158,11 +164,15 @@ def _key(scores):
 @triton.jit
 @no_type_check
 def _range(state_ptr):
-    """The lowest and highest key of the range, and the shift that divides it into at most BINS bins."""
-    low = tl.load(state_ptr + BELOW)
-    high = 0xFFFFFFFF - tl.load(state_ptr + BEYOND)
-    shift = tl.sum(((high - low) >> tl.arange(0, 32) >= BINS).to(tl.int32))
-    return low, high, shift
+    """The lowest and highest key of the range."""
+    return tl.load(state_ptr + BELOW), 0xFFFFFFFF - tl.load(state_ptr + BEYOND)
+
+
+@triton.jit
+@no_type_check
+def _shift(low, high):
+    """The shift that divides the range into at most BINS bins."""
+    return tl.sum(((high - low) >> tl.arange(0, 32) >= BINS).to(tl.int32))
 
 
 @triton.jit
@@ -172,7 +182,7 @@ def _histogram_kernel(
 ):
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     block = (tl.program_id(0) % blocks).to(tl.int64)
-    low, high, shift = _range(state_ptr + problem * stride_state)
+    low, high = _range(state_ptr + problem * stride_state)
     if low == high and nan_ptr is None:
         return
     index = block * BLOCK + tl.arange(0, BLOCK)
@@ -182,22 +192,25 @@ def _histogram_kernel(
         tl.store(nan_ptr, 1)
 
     keys = _key(scores)
-    low, high, shift = low.to(tl.uint32), high.to(tl.uint32), shift.to(tl.uint32)
-    above = valid & (keys > high)
-    inside = valid & (keys >= low) & (keys <= high)
-    bins = ((keys - low) >> shift).to(tl.int32)
-    # Equal scores would queue up at one address, so the block's first and last bins are counted before they are added.
-    first = tl.min(tl.where(inside, bins, BINS))
-    last = tl.max(tl.where(inside, bins, -1))
-    in_first = tl.sum((inside & (bins == first)).to(tl.int32))
-    in_last = tl.sum((inside & (bins == last)).to(tl.int32))
-    in_above = tl.sum(above.to(tl.int32))
+    inside = valid & (keys >= low.to(tl.uint32)) & (keys <= high.to(tl.uint32))
+    above = valid & (keys > high.to(tl.uint32))
+    both = tl.sum((inside.to(tl.int32) << 16) + above.to(tl.int32))  # one reduction: BLOCK < 2**15
+    number, over = both >> 16, both & 0xFFFF
     counts_ptr += problem * (BINS + 1)
-    tl.atomic_add(counts_ptr + BINS, in_above.to(tl.int64), mask=in_above > 0, sem="relaxed")
-    tl.atomic_add(counts_ptr + first, in_first.to(tl.int64), mask=in_first > 0, sem="relaxed")
-    tl.atomic_add(counts_ptr + last, in_last.to(tl.int64), mask=last > first, sem="relaxed")
-    one = tl.full([BLOCK], 1, tl.int64)
-    tl.atomic_add(counts_ptr + bins, one, mask=inside & (bins != first) & (bins != last), sem="relaxed")
+    tl.atomic_add(counts_ptr + BINS, over.to(tl.int64), mask=over > 0, sem="relaxed")
+    if number == 0:
+        return
+    bins = ((keys - low.to(tl.uint32)) >> _shift(low, high).to(tl.uint32)).to(tl.int32)
+    if number > BLOCK // 16:
+        # Equal scores would queue up at one address: the block's first and last bins are counted before they are added.
+        first = tl.min(tl.where(inside, bins, BINS))
+        last = tl.max(tl.where(inside, bins, -1))
+        in_first = tl.sum((inside & (bins == first)).to(tl.int32))
+        in_last = tl.sum((inside & (bins == last)).to(tl.int32))
+        tl.atomic_add(counts_ptr + first, in_first.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + last, in_last.to(tl.int64), mask=last > first, sem="relaxed")
+        inside = inside & (bins != first) & (bins != last)
+    tl.atomic_add(counts_ptr + bins, tl.full([BLOCK], 1, tl.int64), mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -205,21 +218,22 @@ def _histogram_kernel(
 def _narrow_kernel(state_ptr, counts_ptr, count, total, GUESS: tl.constexpr):
     problem = tl.program_id(0).to(tl.int64)
     state_ptr += problem * 3
-    low, high, shift = _range(state_ptr)
+    low, high = _range(state_ptr)
     if low == high:
         return
+    shift = _shift(low, high)
     counts_ptr += problem * (BINS + 1)
-    bins = tl.arange(0, BINS)
     above = tl.load(counts_ptr + BINS)
-    from_here = tl.cumsum(tl.load(counts_ptr + bins), reverse=True)  # [BINS], in this bin and those above it
-    inside = tl.max(from_here)
+    tile = tl.arange(0, BINS // COLUMNS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rows = tl.cumsum(tl.sum(tl.load(counts_ptr + tile), axis=1), reverse=True)  # [BINS / COLUMNS], from each row on
+    inside = tl.max(rows)
     if GUESS:
         rank = (count * inside) // total
         margin = inside // 128 + (2 * tl.sqrt(inside.to(tl.float32))).to(tl.int64)
-        last = tl.sum((from_here >= rank - margin).to(tl.int32)) - 1
-        first = tl.sum((from_here >= tl.minimum(rank + margin, inside)).to(tl.int32)) - 1
-        tl.store(state_ptr + BELOW, first.to(tl.int64) << shift)
-        tl.store(state_ptr + BEYOND, 0xFFFFFFFF - ((last.to(tl.int64) + 1) << shift) + 1)
+        last, _ = _find(counts_ptr, rows, rank - margin)
+        first, _ = _find(counts_ptr, rows, tl.minimum(rank + margin, inside))
+        tl.store(state_ptr + BELOW, first << shift)
+        tl.store(state_ptr + BEYOND, 0xFFFFFFFF - ((last + 1) << shift) + 1)
     elif above > 0 and above >= count:
         tl.store(state_ptr + BELOW, high + 1)
         tl.store(state_ptr + BEYOND, 0)
@@ -228,13 +242,24 @@ def _narrow_kernel(state_ptr, counts_ptr, count, total, GUESS: tl.constexpr):
         tl.store(state_ptr + BEYOND, 0xFFFFFFFF - low + 1)
         tl.store(state_ptr + ABOVE, above + inside)
     else:
-        bin = (tl.sum((from_here >= count - above).to(tl.int32)) - 1).to(tl.int64)
-        bin = tl.minimum(bin, (high - low) >> shift)  # a count of 0 takes the last bin of the range
-        low += bin << shift
+        bin, over = _find(counts_ptr, rows, count - above)
+        low += tl.minimum(bin, (high - low) >> shift) << shift  # a count of 0 finds the last bin, used or not
         high = tl.minimum(high, low + (1 << shift.to(tl.int64)) - 1)
         tl.store(state_ptr + BELOW, low)
         tl.store(state_ptr + BEYOND, 0xFFFFFFFF - high)
-        tl.store(state_ptr + ABOVE, above + tl.max(tl.where(bins > bin, from_here, 0)))
+        tl.store(state_ptr + ABOVE, above + over)
+
+
+@triton.jit
+@no_type_check
+def _find(counts_ptr, rows, wanted):
+    """The last bin that has `wanted` counts from it on, and how many counts are beyond it."""
+    row = tl.sum((rows >= wanted).to(tl.int64)) - 1
+    over = tl.max(tl.where(tl.arange(0, BINS // COLUMNS) > row, rows, 0))
+    columns = tl.arange(0, COLUMNS)
+    from_here = over + tl.cumsum(tl.load(counts_ptr + row * COLUMNS + columns), reverse=True)  # [COLUMNS]
+    column = tl.sum((from_here >= wanted).to(tl.int64)) - 1
+    return row * COLUMNS + column, tl.max(tl.where(columns > column, from_here, over))
 
 
 @triton.jit

@@ -1,0 +1,422 @@
+"""Laws of `decode`, `decode_schedule` and `merge`, and its kernels against the reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from accuracy import assert_as_accurate
+from kvzip.ops.decode import (
+    DecodeSchedule,
+    decode,
+    decode_reference,
+    decode_schedule,
+    merge,
+    merge_reference,
+)
+from kvzip.ops.quantize import Quantized, dequantize, quantize
+
+pytest.importorskip("triton")
+
+from compiling import assert_fits, compile_launches
+
+from kvzip.ops.triton.common import interpreted
+from kvzip.ops.triton.decode import decode_triton, merge_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write reads as NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        fresh = empty(*args, **kwargs)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, device=DEVICE) -> dict:
+    """Random inputs of `decode`. Tails hold NaN where they are not written, and are slices of something larger."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    k, v = (draw(sum(lengths), D) for _ in "kv")
+    found = {"q": draw(B, H * G, T, D), "k": k, "v": v, "offsets": offsets}
+    if bits is not None and sum(lengths):
+        found |= {name: quantize(found[name], bits=bits) for name in "kv"}
+    if R:
+        ends = torch.randint(0, R + 1, (B,), generator=generator, dtype=torch.int32)
+        tails = [torch.full((B, H, R + 3, D), math.nan, dtype=dtype) for _ in "kv"]
+        for x in tails:
+            for b, end in enumerate(ends.tolist()):
+                x[b, :, :end] = draw(H, end, D)
+        found["tail"] = (*(x[:, :, :R] for x in tails), ends)
+    return {name: move(x, device) for name, x in found.items()}
+
+
+def move(x, device):
+    if isinstance(x, Quantized):
+        return Quantized(*(part.to(device) for part in (x.codes, x.scale, x.zero)), x.bits, x.group)
+    return tuple(part.to(device) for part in x) if isinstance(x, tuple) else x.to(device)
+
+
+def widen(x):
+    """The same values in float64; codes stand for their value in exact arithmetic."""
+    if isinstance(x, Quantized):
+        codes = x.codes if x.bits == 8 else torch.stack([x.codes >> 4, x.codes & 15], dim=2).flatten(1)
+        steps = codes.double().unflatten(1, (-1, x.group))
+        return (steps * x.scale.double()[..., None] + x.zero.double()[..., None]).flatten(1)
+    if isinstance(x, tuple):
+        return tuple(widen(part) for part in x)
+    return x.double() if x.is_floating_point() else x
+
+
+def split(inputs: dict) -> tuple[tuple, dict]:
+    rest = dict(inputs)
+    return tuple(rest.pop(name) for name in ("q", "k", "v", "offsets")), rest
+
+
+def check_kernel(inputs: dict, schedule: DecodeSchedule | None = None, **options) -> None:
+    """The kernel's output and log-sum-exp obey the accuracy rule."""
+    head, rest = split(inputs)
+    got = decode_triton(*head, schedule=schedule, **rest, **options)
+    plain = decode_reference(*head, **rest, **options)
+    head, rest = split({name: widen(x) for name, x in inputs.items()})
+    exact = decode_reference(*head, **rest, **options)
+    for a, b, c in zip(got, exact, plain, strict=True):
+        assert_as_accurate(a, b, c)
+
+
+def one_row(inputs, b, head, t, scale, softcap, window) -> tuple[Tensor, Tensor]:
+    """Attention of one query row, from the definition: a list of visible rows, one softmax."""
+    heads = len(inputs["offsets"]) - 1
+    h = head // (inputs["q"].shape[1] // heads)
+    start, stop = inputs["offsets"][h : h + 2].tolist()
+    tokens = inputs["q"].shape[2]
+    tail = inputs.get("tail")
+    place = (1 if tail is None else int(tail[2][b])) - 1 - (tokens - 1 - t)
+    rows = [(inputs["k"][i], inputs["v"][i], place + stop - i) for i in range(start, stop)]
+    if tail is not None:
+        rows += [(tail[0][b, h, j], tail[1][b, h, j], place - j) for j in range(place + 1)]
+    if window is not None:
+        rows = [row for row in rows if 0 <= row[2] < window]
+    query = inputs["q"][b, head, t]
+    if not rows:
+        return torch.zeros_like(query), torch.tensor(-math.inf, dtype=torch.float64)
+    logits = torch.stack([query @ k for k, _, _ in rows]) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.softmax(logits, 0) @ torch.stack([v for _, v, _ in rows]), torch.logsumexp(logits, 0)
+
+
+SHAPES = {
+    "seed": st.integers(0, 2**16),
+    "B": st.integers(1, 3),
+    "G": st.sampled_from([1, 2, 3, 7]),
+    "T": st.integers(1, 4),
+    "lengths": st.lists(st.sampled_from([0, 1, 2, 15, 31, 40, 67]), min_size=1, max_size=3),
+    "R": st.sampled_from([0, 1, 5, 35]),
+    "softcap": st.sampled_from([None, 2.0, 50.0]),
+    "window": st.sampled_from([None, None, 0, 1, 7, 33, 100]),
+}
+
+
+@given(D=st.sampled_from([1, 3, 8]), **SHAPES)
+def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window, D):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, torch.float64, device="cpu")
+    options = {"scale": 0.7, "softcap": softcap, "window": window}
+    head, rest = split(inputs)
+    out, lse = decode_reference(*head, **rest, **options)
+    for b in range(B):
+        for query_head in range(len(lengths) * G):
+            for t in range(T):
+                row = one_row(inputs, b, query_head, t, *options.values())
+                torch.testing.assert_close((out[b, query_head, t], lse[b, query_head, t]), row)
+
+
+@given(D=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(KERNEL_DTYPES), **SHAPES)
+def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype)
+    check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
+
+
+@given(
+    D=st.sampled_from([64, 80, 256]),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+    bits=st.sampled_from([8, 4]),
+    **SHAPES,
+)
+def test_kernel_reads_codes_as_accurately_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype, bits):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits)
+    check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
+    """Rows scaled from 1e-4 to 1e4, constant rows and zero rows: weights times steps must not leave 16 bits."""
+    inputs = make(1, 1, 2, 2, 1, 64, [70, 50], 0, dtype)
+    sizes = torch.logspace(-4, 4, 120)[torch.randperm(120, generator=torch.Generator().manual_seed(2))]
+    v = (inputs["v"].cpu().float() * sizes[:, None]).clamp(-6e4, 6e4)
+    v[::9] = 3.0
+    v[4::9] = 0.0
+    for name, x in (("k", inputs["k"]), ("v", v.to(dtype).to(DEVICE))):
+        inputs[name] = quantize(x, bits=bits)
+    check_kernel(inputs, scale=0.125)
+
+
+@given(seed=st.integers(0, 99), data=st.data())
+def test_ragged_equals_dense_with_the_rest_masked(seed, data):
+    H, S, D = 3, 40, 64
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(H, S, D, generator=generator) for _ in "kv")
+    q = torch.randn(2, H * 2, 1, D, generator=generator)
+    share = data.draw(st.sampled_from([0.1, 0.5, 1.0]))
+    keep = torch.rand(H, S, generator=generator) < share
+    keep[:, 0] = True
+    mask = keep.repeat_interleave(2, 0)[None, :, None]
+    wide = (x.repeat_interleave(2, 0)[None].expand(2, -1, -1, -1).double() for x in (k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), *wide, attn_mask=mask)
+    offsets = torch.tensor([0, *keep.sum(1).tolist()]).cumsum(0).int()
+    head = [x.to(DEVICE) for x in (q, k[keep], v[keep], offsets)]
+    got, plain = (run(*head, scale=D**-0.5)[0] for run in (decode_triton, decode_reference))
+    assert_as_accurate(got, exact, plain)
+    assert_as_accurate(plain, exact, plain)
+
+
+@given(seed=st.integers(0, 99), cut=st.integers(0, 50))
+def test_two_halves_merged_equal_the_whole(seed, cut):
+    inputs = make(seed, 2, 1, 2, 3, 64, [50], 0, torch.float32)
+    q, k, v, _ = split(inputs)[0]
+    parts = []
+    for rows in (slice(0, cut), slice(cut, 50)):
+        offsets = torch.tensor([0, len(k[rows])], dtype=torch.int32, device=DEVICE)
+        parts += decode_triton(q, k[rows], v[rows], offsets, scale=0.1)
+    exact = decode_reference(*(widen(x) for x in split(inputs)[0]), scale=0.1)
+    plain = decode_reference(*split(inputs)[0], scale=0.1)
+    for run in (merge_triton, merge_reference):
+        for got, want, base in zip(run(*parts), exact, plain, strict=True):
+            assert_as_accurate(got, want, base)
+
+
+@pytest.mark.parametrize("run", [merge, merge_reference, merge_triton])
+def test_nothing_is_the_identity_of_merge(run):
+    a = torch.randn(3, 5, 80, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    lse = torch.tensor([[-200.0, 0, 3, 90, -math.inf]] * 3, device=DEVICE)
+    a[:, 4] = 0
+    nothing = torch.zeros_like(a), torch.full_like(lse, -math.inf)
+    for out, total in (run(a, lse, *nothing), run(*nothing, a, lse)):
+        assert torch.equal(out, a)
+        assert torch.equal(total, lse)
+
+
+@given(
+    lengths=st.lists(st.sampled_from([0, 0, 1, 127, 128, 129, 1000, 5000]), min_size=1, max_size=9),
+    processors=st.integers(1, 140),
+)
+def test_schedule_cuts_every_head_into_equal_pieces(lengths, processors):
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    levels = decode_schedule(offsets, processors=processors).levels
+    busy = sum(n > 0 for n in lengths)
+    for level, target in zip(levels, (2 * processors, processors), strict=False):
+        assert len(level.bounds) <= max(target, busy)
+    assert len(levels[-1].bounds) == busy
+    for level in levels:
+        assert level.first[-1] == len(level.bounds)
+        for h, n in enumerate(lengths):
+            pieces = level.bounds[level.first[h] : level.first[h + 1]].tolist()
+            rows = [row for _, start, stop in pieces for row in range(start, stop)]
+            assert rows == list(range(int(offsets[h]), int(offsets[h]) + n))
+            sizes = [stop - start for _, start, stop in pieces]
+            assert all(head == h for head, _, _ in pieces) and max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
+def test_every_level_of_a_schedule_gives_the_same_attention():
+    inputs = make(3, 1, 3, 2, 1, 64, [900, 0, 300], 0, torch.float32)
+    schedule = decode_schedule(inputs["offsets"], processors=4)
+    assert len({len(level.bounds) for level in schedule.levels}) > 1
+    for level in schedule.levels:
+        check_kernel(inputs, DecodeSchedule((level, level), 10**6), scale=0.125)
+
+
+def test_many_rows_take_several_programs():
+    inputs = make(4, 2, 2, 4, 70, 16, [130, 20], 80, torch.float16)
+    check_kernel(inputs, scale=0.25)
+    check_kernel(inputs, scale=0.25, window=21)
+
+
+def test_strided_inputs_give_the_same_and_others_raise():
+    inputs = make(5, 2, 2, 2, 2, 64, [20, 30], 9, torch.float32)
+    head, rest = split(inputs)
+    want = decode_triton(*head, **rest, scale=0.125)
+    q, k, v, offsets = head
+    wide = torch.stack([k, v], dim=1)
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    got = decode_triton(turned, wide[:, 0], wide[:, 1], offsets, **rest, scale=0.125)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="contiguous last axis"):
+        decode_triton(q, k.T.contiguous().T, v, offsets, **rest, scale=0.125)
+
+
+def test_dispatch_follows_the_backend(monkeypatch):
+    inputs = make(6, 1, 1, 1, 1, 64, [50], 0, torch.float32)
+    head, _ = split(inputs)
+    monkeypatch.setenv("KVZIP_BACKEND", "reference")
+    plain = decode(*head, scale=0.125)
+    monkeypatch.setenv("KVZIP_BACKEND", "triton")
+    kernel = decode(*head, scale=0.125)
+    assert torch.equal(plain[0], decode_reference(*head, scale=0.125)[0])
+    assert torch.equal(kernel[0], decode_triton(*head, scale=0.125)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 3, 1, 8)}, "equal groups"),
+        ({"k": torch.zeros(4, 9)}, "width D=8"),
+        ({"v": torch.zeros(4, 8, dtype=torch.float16)}, "q's dtype"),
+        ({"softcap": 0.0}, "softcap above 0"),
+        ({"window": -1}, "window of 0 or more"),
+        ({"tail": (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 4, 8), torch.zeros(1).int())}, "tail's v"),
+    ],
+)
+def test_what_does_not_fit_raises(change, message):
+    inputs = {
+        "q": torch.zeros(1, 4, 1, 8),
+        "k": torch.zeros(4, 8),
+        "v": torch.zeros(4, 8),
+        "offsets": torch.tensor([0, 2, 4], dtype=torch.int32),
+        "scale": 1.0,
+    }
+    with pytest.raises(ValueError, match=message) as raised:
+        decode.__wrapped__(**(inputs | change)) if hasattr(decode, "__wrapped__") else decode(**(inputs | change))
+    assert "expected" in str(raised.value)
+
+
+COMPILE = """
+import torch
+from kvzip.ops.decode import decode_schedule
+from kvzip.ops.quantize import Quantized
+from kvzip.ops.triton import decode as module
+module.overlaps_launches = lambda x: {capability} >= 90
+def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
+    offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
+    q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
+    if bits < 16:
+        steps = torch.empty(9000, max(1, D // 128), dtype=torch.float16)
+        k = Quantized(torch.empty(9000, D * bits // 8, dtype=torch.uint8), steps, steps, bits, min(D, 128))
+    ends = (torch.empty(B, 2, 512, D, dtype=dtype),) * 2 + (torch.empty(B, dtype=torch.int32),)
+    schedule = decode_schedule(offsets, processors=132)
+    module.decode_triton(q, k, k, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
+                         tail=ends if tail else None)
+"""
+
+
+def compiled(calls: list[str], capability: int) -> None:
+    source = COMPILE.format(capability=capability) + "\n".join(f"go({call})" for call in calls)
+    assert_fits(compile_launches(source, capability=capability), capability=capability)
+
+
+@pytest.mark.parametrize(("D", "capability"), [(64, 90), (80, 90), (96, 90), (128, 90), (256, 90), (128, 80)])
+def test_kernels_compile_without_spills(D, capability):
+    few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
+    compiled([few, many, few + ", 8", few + ", 4", f"{D}, 7, 1, 1, torch.float32"], capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
+    if capability == 80 and D > 128:
+        pytest.skip("the sizes of D=256 are for sm_90, the only one it was tuned on")
+    calls = [
+        f"{D}, {G}, {B}, 1, torch.{dtype}, {bits}{rest}"
+        for G, B in ((1, 1), (7, 4), (16, 4), (4, 32))
+        for bits in (16, 8, 4)
+        for rest in ("", ", 5.0, 9")
+    ]
+    compiled(calls, capability)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("G", [1, 4, 7, 16])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 5), (32, 1)])
+def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
+    lengths = [1700, 0, 1, 333]
+    check_kernel(make(7, B, 4, G, T, D, lengths, 0, dtype), scale=D**-0.5)
+    check_kernel(make(8, B, 4, G, T, D, lengths, 300, dtype), scale=D**-0.5, softcap=20.0, window=501)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
+def test_compiled_kernel_over_the_grid_of_codes(dtype, D, bits, B, G):
+    check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits), scale=D**-0.5)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_2_to_the_31():
+    """The last head starts more than 2**31 elements into the cache."""
+    D, far = 256, 2**31 // 256 + 1000
+    q = torch.randn(1, 2, 1, D, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.zeros(far + 500, D, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    k[far:], v[far:] = torch.randn_like(k[far:]), torch.randn_like(v[far:])
+    offsets = torch.tensor([0, far, far + 500], dtype=torch.int32, device="cuda")
+    near = torch.tensor([0, 0, 500], dtype=torch.int32, device="cuda")
+    got = decode_triton(q, k, v, offsets, scale=0.06)[0][:, 1:]
+    assert torch.equal(got, decode_triton(q, k[far:], v[far:], near, scale=0.06)[0][:, 1:]) or torch.allclose(
+        got.float(), decode_reference(q, k[far:], v[far:], near, scale=0.06)[0][:, 1:].float(), rtol=0.02, atol=1e-3
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_decode_never_waits_for_the_device_and_replays_in_a_graph(bits):
+    inputs = make(10, 4, 2, 4, 1, 128, [3000, 500], 600, torch.bfloat16, bits)
+    head, rest = split(inputs)
+    options = {"scale": 0.09, "schedule": decode_schedule(inputs["offsets"])}
+    decode(*head, **rest, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode(*head, **rest, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode(*head, **rest, **options)
+    k, v, lengths = rest["tail"]
+    k.nan_to_num_(), v.nan_to_num_()
+    for length in (0, 1, 255, 256, 600):
+        lengths.fill_(length)
+        graph.replay()
+        want = decode_triton(*head, **rest, **options)
+        assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+
+
+def test_interpreter_runs_where_there_is_no_gpu():
+    assert interpreted() == (DEVICE == "cpu")
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4]))
+def test_reference_of_codes_is_the_reference_of_their_values(seed, bits):
+    inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits)
+    head, _ = split(inputs)
+    values = [dequantize(x) for x in head[1:3]]
+    assert torch.equal(decode_reference(*head, scale=0.1)[0], decode_reference(head[0], *values, head[3], scale=0.1)[0])
