@@ -159,7 +159,7 @@ def make_score(normalizer=None, largest=None, lse=False, splits=None):
 def cases(parts):
     found = []
     for part in parts:
-        found += eval(part, {"d": make_decode, "s": make_score})
+        found += eval(part, {"d": make_decode, "s": make_score, "LENGTHS": LENGTHS})
     return found
 
 

@@ -92,32 +92,26 @@ def score_attend(
     return attend
 
 
-def decode_attend(config: ModelConfig, context: Sequence[RaggedKV | WindowKV], tail: Tail) -> Attend:
+def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) -> Attend:
     """Returns the strategy that answers: T new tokens go to the tail, and attend to the context and to it.
 
-    The B questions share the frozen context. `tail.lengths` is not advanced here.
+    The B questions share the frozen context (see `cache.all_ragged`). `tail.lengths` is not advanced here. Nothing
+    waits for the device.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         append_(tail, layer, k, v)
         kv = context[layer]
-        if isinstance(kv, WindowKV):
-            heads, rows = kv.k.shape[1:3]
-            offsets = torch.arange(heads + 1, dtype=torch.int32, device=q.device) * rows
-            keys, values, schedule = (*(rearrange(x, "1 h w d -> (h w) d") for x in (kv.k, kv.v)), None)
-        else:
-            keys, values, offsets, schedule = kv.k, kv.v, kv.offsets, kv.schedule
-        seen = (tail.lengths + k.shape[2]).int()
         return ops.decode(
             q,
-            keys,
-            values,
-            offsets,
+            kv.k,
+            kv.v,
+            kv.offsets,
             scale=config.attn_scale,
             softcap=config.attn_softcap,
             window=config.layers[layer].window,
-            schedule=schedule,
-            tail=(tail.k[layer], tail.v[layer], seen),
+            schedule=kv.schedule,
+            tail=(tail.k[layer], tail.v[layer], (tail.lengths + k.shape[2]).int()),
         )[0]
 
     return attend

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import prompts
 from .attention import decode_attend
-from .cache import DenseCache, RaggedCache, Tail, as_ragged, empty_tail, grow_tail
+from .cache import DenseCache, RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, empty_tail, grow_tail
 from .models import Model, forward, logits
 from .prefilling import prompt_of, tokenizer_of
 from .scoring import check_fingerprint
@@ -153,7 +153,8 @@ def _decode(
         tail = grow_tail(cache.tail, batch, rows)
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in questions], device=model.device)
     counts = torch.tensor([len(ids) for ids in questions], device=model.device)
-    hidden = _step(model, cache, tail, padded)
+    context = all_ragged(cache.context)
+    hidden = _step(model, context, cache.context_length, tail, padded)
     last = hidden[torch.arange(batch, device=model.device), counts - 1]
     tail = _advance(tail, counts)
     answers: list[Answer | None] = [None] * batch
@@ -164,18 +165,20 @@ def _decode(
                 answers[n] = streams[n].add(token, model.stop_ids)
         if all(answer is not None for answer in answers):
             break
-        last = _step(model, cache, tail, tokens[:, None])[:, 0]
+        last = _step(model, context, cache.context_length, tail, tokens[:, None])[:, 0]
         tail = _advance(tail, 1)
     return [
         stream.finish("length") if answer is None else answer for answer, stream in zip(answers, streams, strict=True)
     ]
 
 
-def _step(model: Model, cache: RaggedCache, tail: Tail, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+def _step(
+    model: Model, context: Sequence[RaggedKV], start: int, tail: Tail, token_ids: Int64[Tensor, "B T"]
+) -> Float[Tensor, "B T M"]:
     """The hidden states of T tokens for each question; their keys and values go to the tail."""
     offsets = torch.arange(token_ids.shape[1], device=model.device)
-    positions = cache.context_length + tail.lengths[:, None].long() + offsets
-    return forward(model, token_ids, positions, decode_attend(model.config, cache.context, tail))
+    positions = start + tail.lengths[:, None].long() + offsets
+    return forward(model, token_ids, positions, decode_attend(model.config, context, tail))
 
 
 def _advance(tail: Tail, count: Tensor | int) -> Tail:

@@ -43,7 +43,14 @@ def config(**changes: object) -> ModelConfig:
     return replace(base, **changes)
 
 
-def make(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, template: bool = True) -> Model:
+def make(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    template: bool = True,
+    device: str = "cpu",
+) -> Model:
     """A model whose weights depend on the seed alone: the same values in every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     weights = empty_weights(config, dtype=torch.float64, device="cpu")
@@ -54,12 +61,12 @@ def make(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float
 
     for tensor in [weights.embed, weights.norm, weights.unembed, *_layer_tensors(weights)]:
         fill(tensor)
-    weights = _cast(weights, dtype)
+    weights = _cast(weights, dtype, device)
     return Model(
         config=config,
         weights=weights,
         tokenizer=tokenizer(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype=dtype,
         template=ChatTemplate(TEMPLATE) if template else None,
         stop_ids=(END,),
@@ -87,11 +94,11 @@ def _layer_tensors(weights: Weights) -> list[torch.Tensor]:
     return [t for layer in weights.layers for t in vars(layer).values() if t is not None]
 
 
-def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+def _cast(weights: Weights, dtype: torch.dtype, device: str) -> Weights:
     layers = tuple(
-        LayerWeights(**{name: None if t is None else t.to(dtype) for name, t in vars(layer).items()})
+        LayerWeights(**{name: None if t is None else t.to(device, dtype) for name, t in vars(layer).items()})
         for layer in weights.layers
     )
-    embed = weights.embed.to(dtype)
-    unembed = embed if weights.unembed is weights.embed else weights.unembed.to(dtype)
-    return Weights(embed=embed, layers=layers, norm=weights.norm.to(dtype), unembed=unembed)
+    embed = weights.embed.to(device, dtype)
+    unembed = embed if weights.unembed is weights.embed else weights.unembed.to(device, dtype)
+    return Weights(embed=embed, layers=layers, norm=weights.norm.to(device, dtype), unembed=unembed)

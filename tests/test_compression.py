@@ -13,7 +13,7 @@ import kvzip
 import random_model
 from accuracy import assert_as_accurate
 from kvzip.attention import decode_attend
-from kvzip.cache import RaggedKV, empty_tail
+from kvzip.cache import RaggedKV, all_ragged, empty_tail
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
@@ -112,7 +112,7 @@ def test_pruned_attention_equals_dense_attention_with_the_rest_masked(ratio, tok
     tail = empty_tail(small.context, 2, tokens + 3, dtype=torch.float32)
     for x in (*tail.k, *tail.v):
         x.fill_(torch.nan)
-    got = decode_attend(config, small.context, tail)(0, q, k, v)
+    got = decode_attend(config, all_ragged(small.context), tail)(0, q, k, v)
 
     def dense(dtype):
         kv = cache.layers[0]

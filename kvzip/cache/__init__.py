@@ -2,7 +2,7 @@
 
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
 from .memory import nbytes, to
-from .ragged import RaggedCache, RaggedKV, Tail, append_, as_ragged, empty_tail, grow_tail
+from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, append_, as_ragged, empty_tail, grow_tail
 
 __all__ = [
     "DenseCache",
@@ -12,6 +12,7 @@ __all__ = [
     "Scores",
     "Tail",
     "WindowKV",
+    "all_ragged",
     "append_",
     "as_ragged",
     "check_whole",

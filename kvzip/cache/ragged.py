@@ -9,7 +9,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from ..ops import DecodeSchedule, Quantized, decode_schedule
-from .dense import DenseCache, Scores, WindowKV, check_whole
+from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,10 @@ def as_ragged(cache: DenseCache) -> RaggedCache:
     Raises: ValueError if the cache was consumed.
     """
     check_whole(cache)
-    views: dict[int, tuple[Tensor, Tensor, DecodeSchedule]] = {}
-    context = []
-    for layer in cache.layers:
-        if isinstance(layer, WindowKV):
-            context.append(layer)
-            continue
-        heads, device = layer.k.shape[1], layer.k.device
-        if heads not in views:
-            offsets = torch.arange(heads + 1, dtype=torch.int32, device=device) * cache.length
-            positions = torch.arange(cache.length, dtype=torch.int32, device=device).repeat(heads)
-            views[heads] = offsets, positions, decode_schedule(offsets)
-        k, v = (rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v))
-        context.append(RaggedKV(k, v, *views[heads]))
+    dense = [layer for layer in cache.layers if isinstance(layer, DenseKV)]
+    views = iter(full_heads(dense, start=0))
     return RaggedCache(
-        context=tuple(context),
+        context=tuple(next(views) if isinstance(layer, DenseKV) else layer for layer in cache.layers),
         tail=None,
         context_length=cache.length,
         start=cache.start,
@@ -89,6 +78,26 @@ def as_ragged(cache: DenseCache) -> RaggedCache:
         total=cache.total,
         scores=cache.scores,
     )
+
+
+def full_heads(layers: Sequence[DenseKV] | Sequence[WindowKV], *, start: int) -> list[RaggedKV]:
+    """Returns layers of equal shape, whose first row is token `start`, seen as ragged ones. No pair is copied."""
+    if not layers:
+        return []
+    heads, rows = layers[0].k.shape[1:3]
+    device = layers[0].k.device
+    offsets = torch.arange(heads + 1, dtype=torch.int32, device=device) * rows
+    positions = torch.arange(start, start + rows, dtype=torch.int32, device=device).repeat(heads)
+    schedule = decode_schedule(offsets)
+    flat = [[rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v)] for layer in layers]
+    return [RaggedKV(k, v, offsets, positions, schedule) for k, v in flat]
+
+
+def all_ragged(context: Sequence[RaggedKV | WindowKV]) -> tuple[RaggedKV, ...]:
+    """Returns a context with its window layers seen as ragged ones, as decoding reads them; waits for the device."""
+    windows = [layer for layer in context if isinstance(layer, WindowKV)]
+    views = iter(full_heads(windows, start=windows[0].start if windows else 0))
+    return tuple(next(views) if isinstance(layer, WindowKV) else layer for layer in context)
 
 
 def empty_tail(context: Sequence[RaggedKV | WindowKV], batch: int, rows: int, *, dtype: torch.dtype) -> Tail:

@@ -35,7 +35,7 @@ class DecodeSchedule:
     piece costs a partial result per row. Which level is used depends on shapes only, never on values.
     """
 
-    levels: tuple[Pieces, ...]  # at most two pieces per processor, one, a quarter, ..., whole heads
+    levels: tuple[Pieces, ...]  # at most two pieces per processor, one, a half, ..., whole heads
     processors: int
 
 
@@ -125,7 +125,7 @@ def decode_reference(
             ~seen, -torch.inf
         )
         lse = torch.logsumexp(logits, dim=-1)
-        weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+        weights = logits.softmax(dim=-1).masked_fill((lse == -torch.inf)[..., None], 0)
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
         outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
         lses.append(lse)
@@ -143,8 +143,9 @@ def decode_schedule(offsets: Int32[Tensor, " H1"], *, processors: int | None = N
         processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if cuda else 8
     bounds = offsets.tolist()
     targets = [2 * processors, processors]
-    while targets[-1] >= len(bounds):  # the last has no more pieces than heads: every head is whole
-        targets.append(targets[-1] // 4)
+    while targets[-1] // 2 >= len(bounds):
+        targets.append(targets[-1] // 2)
+    targets.append(0)  # every head whole
     return DecodeSchedule(tuple(_cut(bounds, target, offsets.device) for target in targets), processors)
 
 

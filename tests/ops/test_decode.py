@@ -144,12 +144,14 @@ def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window,
                 torch.testing.assert_close((out[b, query_head, t], lse[b, query_head, t]), row)
 
 
+@settings(max_examples=15)
 @given(D=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(KERNEL_DTYPES), **SHAPES)
 def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype):
     inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
+@settings(max_examples=15)
 @given(
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
@@ -287,7 +289,7 @@ def test_dispatch_follows_the_backend(monkeypatch):
         ({"v": torch.zeros(4, 8, dtype=torch.float16)}, "q's dtype"),
         ({"softcap": 0.0}, "softcap above 0"),
         ({"window": -1}, "window of 0 or more"),
-        ({"tail": (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 4, 8), torch.zeros(1).int())}, "tail's v"),
+        ({"tail": (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8).half(), torch.zeros(1).int())}, "tail's v"),
     ],
 )
 def test_what_does_not_fit_raises(change, message):
@@ -298,9 +300,8 @@ def test_what_does_not_fit_raises(change, message):
         "offsets": torch.tensor([0, 2, 4], dtype=torch.int32),
         "scale": 1.0,
     }
-    with pytest.raises(ValueError, match=message) as raised:
-        decode.__wrapped__(**(inputs | change)) if hasattr(decode, "__wrapped__") else decode(**(inputs | change))
-    assert "expected" in str(raised.value)
+    with pytest.raises(ValueError, match=message):
+        decode(**(inputs | change))
 
 
 COMPILE = """
@@ -379,9 +380,9 @@ def test_offsets_beyond_2_to_the_31():
     offsets = torch.tensor([0, far, far + 500], dtype=torch.int32, device="cuda")
     near = torch.tensor([0, 0, 500], dtype=torch.int32, device="cuda")
     got = decode_triton(q, k, v, offsets, scale=0.06)[0][:, 1:]
-    assert torch.equal(got, decode_triton(q, k[far:], v[far:], near, scale=0.06)[0][:, 1:]) or torch.allclose(
-        got.float(), decode_reference(q, k[far:], v[far:], near, scale=0.06)[0][:, 1:].float(), rtol=0.02, atol=1e-3
-    )
+    plain = decode_reference(q, k[far:], v[far:], near, scale=0.06)[0][:, 1:]
+    exact = decode_reference(q.double(), k[far:].double(), v[far:].double(), near, scale=0.06)[0][:, 1:]
+    assert_as_accurate(got, exact, plain)
 
 
 @pytest.mark.gpu

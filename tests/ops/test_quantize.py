@@ -72,6 +72,17 @@ def test_finite_values_stay_finite(values, dtype, bits, group):
     assert_same(q, quantize_triton(x, bits=bits, group=group))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_wider_than_float32_stays_finite(dtype, bits):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[-largest, largest, 0.0, 1.0]], device=DEVICE).to(dtype)
+    for quantizer in (quantize_reference, quantize_triton):
+        q = quantizer(x, bits=bits)
+        assert dequantize(q).isfinite().all()
+        assert dequantize(q)[0, 0] == -largest
+
+
 def test_least_and_greatest_values_get_the_first_and_last_code():
     x = torch.linspace(-3, 5, 64)[None].to(DEVICE)
     for bits in (8, 4):

@@ -112,13 +112,14 @@ def test_strided_scores_select_as_contiguous_ones(backend):
 
 
 def test_nan_raises_or_sets_the_flag_and_counts_as_lowest(backend):
-    scores = torch.tensor([[[1.0, torch.nan, -torch.inf, 2.0]]], device=DEVICE)
+    scores = torch.tensor([[[1.0, torch.nan, -torch.inf, 2.0, -5.0]]], device=DEVICE)
     with pytest.raises(ValueError, match="without NaN"):
         select(scores, ratio=0.5)
     with pytest.raises(ValueError, match="without NaN"):
         select_uniform(scores, ratio=0.5)
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    assert select(scores, ratio=0.75, nan=flag).flatten().tolist() == [True, True, False, True]
+    assert select(scores, ratio=0.6, nan=flag).flatten().tolist() == [True, False, False, True, True]
+    assert select(scores, ratio=0.8, nan=flag).flatten().tolist() == [True, True, False, True, True]
     assert flag.item() == 1
     flag.zero_()
     select(scores.nan_to_num(0.0), ratio=0.5, nan=flag)
@@ -145,13 +146,17 @@ def test_count_outside_its_range_raises(count):
         select_count(torch.zeros(1, 1, 4), count=count)
 
 
-@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "heads of very different size", "sample misleads"])
+@pytest.mark.parametrize(
+    "kind", ["distinct", "ties", "equal", "equal in a block", "heads of very different size", "sample misleads"]
+)
 def test_kernel_equals_reference_over_several_blocks(kind):
     scores = torch.randn(2, 3, 4099, generator=torch.Generator().manual_seed(1))
     if kind == "ties":
         scores = scores.round()
     elif kind == "equal":
         scores = torch.zeros_like(scores)
+    elif kind == "equal in a block":
+        scores = 1 + (torch.arange(scores.numel()) // steps.BLOCK * 2.0**-16).view(scores.shape)
     elif kind == "heads of very different size":
         scores = scores.abs() * torch.logspace(-30, 30, 3)[:, None]
     elif kind == "sample misleads":

@@ -1,6 +1,7 @@
 """What the attention kernels share."""
 
 import os
+from typing import no_type_check
 
 import torch
 import triton
@@ -45,6 +46,7 @@ def check_rows(**tensors: Tensor) -> None:
 
 
 @triton.jit
+@no_type_check
 def tanh(x):
     """tanh to float32 accuracy: an odd polynomial (Cephes) near 0, where 1 - e^-2x would cancel."""
     z = x * x
@@ -58,6 +60,7 @@ def tanh(x):
 
 
 @triton.jit
+@no_type_check
 def load_rows(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
     """Rows of W values, padded with zeros to BLOCK_W; with MASKED, rows at and after bound are zeros too."""
     at = ptr + (rows[:, None] * stride + columns[None, :])

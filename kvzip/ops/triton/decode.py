@@ -1,6 +1,6 @@
 """Decode on the GPU: pieces of the context and of the tails in one launch, their partial results combined in another."""
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -124,9 +124,11 @@ def launch(
             COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, OVERLAP=overlap,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
+    # As a rule one step of the loop takes all the partial results of a row; more are taken when heads are unequal.
+    block_p = min(max(16, triton.next_power_of_2(2 * (count // heads + splits))), 128 if width <= 128 else 64)
     _combine_kernel[(rows, heads)](
         part, part_lse, pieces.first, out, lse, rows, tokens, heads, count, splits,
-        G=group, D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=128 if width <= 128 else 64,
+        G=group, D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=block_p,
         OVERLAP=overlap and programs > 0, num_warps=4 if width <= 128 else 8, enable_fp_fusion=True,
         **({"launch_pdl": True} if overlap and programs else {}),
     )  # fmt: skip
@@ -143,6 +145,7 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
 
 
 @triton.jit
+@no_type_check
 def _codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
     """Code number PART of each 16-bit word, minus half the number of codes, exact in any COMPUTE.
 
@@ -175,12 +178,14 @@ def _codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr,
 
 
 @triton.jit
+@no_type_check
 def _add_product(x, q, words, inside, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
     codes = _codes(words, PART, BITS, COMPUTE, PACKED)
     return tl.dot(tl.where(inside, q, 0).to(COMPUTE), tl.trans(codes), x, input_precision="ieee")
 
 
 @triton.jit
+@no_type_check
 def _add_weighted(
     acc, weight, offset, words, inside, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr,
     PACKED: tl.constexpr, ONLY: tl.constexpr,
@@ -193,6 +198,7 @@ def _add_weighted(
 
 
 @triton.jit
+@no_type_check
 def _steps(scale_ptr, zero_ptr, row, bound, PART: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """The step of each row's group PART, and the value in the middle of its codes."""
     n = tl.arange(0, BLOCK_N)
@@ -203,6 +209,7 @@ def _steps(scale_ptr, zero_ptr, row, bound, PART: tl.constexpr, Q: tl.constexpr,
 
 
 @triton.jit
+@no_type_check
 def _fetch(ptr, start, stop, Q: tl.constexpr):
     """Asks the L2 cache for the steps of 4096 rows, so that the loop waits for it and not for memory."""
     row = tl.minimum(start + 32 * tl.arange(0, 128), stop - 1) + tl.zeros([], tl.int64)
@@ -213,9 +220,10 @@ def _fetch(ptr, start, stop, Q: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _step(
     acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
-    at, stop, low, high, unit, scale, softcap,
+    at, stop, low, high, scale, softcap,
     k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
     D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -246,17 +254,23 @@ def _step(
             if part > 0:
                 k_step, k_middle = _steps(k_scale_ptr, k_zero_ptr, at, bound, part, Q, BITS, BLOCK_N)
             x += y * k_step[None, :] + q_sum[:, None] * k_middle[None, :]
-        x *= norm[:, None]
-    if SOFTCAP:
-        x = tanh(x * (scale / softcap)) * (softcap * LOG2_E)
+        x *= (norm * scale if SOFTCAP else norm * (scale * LOG2_E))[:, None]
+    # From here x is in units that `unit` brings to logarithms of base 2.
+    if BITS < 16:
+        unit = 1.0
+        if SOFTCAP:
+            x = tanh(x / softcap) * (softcap * LOG2_E)
+    elif SOFTCAP:
+        unit = LOG2_E
+        x = tanh(x * (scale / softcap)) * softcap
+    else:
+        unit = scale * LOG2_E
     if MASKED:
         x = tl.where((n < bound)[None, :], x, float("-inf"))
     if BANDED:
         key = at + n
         x = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, float("-inf"))
-    if BITS == 16:
-        new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
-    else:
+    if BITS < 16:
         # Weights times steps go to the tensor cores in 16 bits. The power of two of the largest step of a row joins
         # its exponent, so that they stay near 1 whatever the steps are.
         largest = v_step
@@ -265,18 +279,17 @@ def _step(
             largest = tl.maximum(largest, other)
         exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -60)
         down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)  # 2 ** -exponent
-        x = x * unit + exponent.to(tl.float32)[None, :]
-        new_peak = tl.maximum(peak, tl.max(x, 1))
+        x += exponent.to(tl.float32)[None, :]
+    new_peak = tl.maximum(peak, tl.max(x, 1))
     if BANDED:
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
-    decay = tl.exp2(peak - floor)
+    decay = tl.exp2((peak - floor) * unit)
+    p = tl.exp2((x - floor[:, None]) * unit)
     if BITS == 16:
-        p = tl.exp2(x * unit - floor[:, None])
         mass = p
     else:
-        p = tl.exp2(x - floor[:, None])
         mass = p * down[None, :]
     if DEFER:
         total = total * decay[:, None] + mass
@@ -312,12 +325,14 @@ def _step(
 
 
 @triton.jit
+@no_type_check
 def _load_q(at, w, live, PART: tl.constexpr, EACH: tl.constexpr, norm, COMPUTE: tl.constexpr):
     q = tl.load(at[:, None] + (EACH * w + PART)[None, :], mask=live, other=0)
     return (q.to(tl.float32) / norm[:, None]).to(COMPUTE)
 
 
 @triton.jit
+@no_type_check
 def _piece(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
@@ -341,7 +356,6 @@ def _piece(
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     else:
         total = tl.zeros([BLOCK_M], tl.float32)
-    unit = 1.0 if SOFTCAP else scale * LOG2_E
     acc = zeros
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if BITS == 16:
@@ -380,7 +394,7 @@ def _piece(
             next_v_step, next_v_middle = _steps(v_scale_ptr, v_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
                 acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
-                at, stop, low, high, unit, scale, softcap,
+                at, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
@@ -389,7 +403,7 @@ def _piece(
         for at in range(start, stop, BLOCK_N):
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
                 acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
-                at, stop, low, high, unit, scale, softcap,
+                at, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
@@ -398,14 +412,14 @@ def _piece(
         for at in range(start, full, BLOCK_N):
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
                 acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
-                at, stop, low, high, unit, scale, softcap,
+                at, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, False, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
         if full < stop:
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
                 acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
-                full, stop, low, high, unit, scale, softcap,
+                full, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
@@ -415,7 +429,11 @@ def _piece(
         mass = total
     share = (1 / tl.where(mass == 0, 1.0, mass))[:, None]
     place = slot.to(tl.int64) * rows + m
-    tl.store(part_lse_ptr + place, peak + tl.log2(mass), mask=m < row_stop)
+    if BITS < 16:
+        peak *= LN_2
+    elif not SOFTCAP:
+        peak *= scale
+    tl.store(part_lse_ptr + place, peak + tl.log(mass), mask=m < row_stop)
     at_part = part_ptr + place[:, None] * D + (EACH * w)[None, :]
     if BITS < 16:
         if Q == 1:
@@ -434,6 +452,7 @@ def _piece(
 
 
 @triton.jit(do_not_specialize=["window", "rows", "heads", "count", "row_blocks", "splits", "tail_blocks", "tail_piece", "capacity"])
+@no_type_check
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, offsets_ptr, bounds_ptr,
     tail_k_ptr, tail_v_ptr, lengths_ptr, part_ptr, part_lse_ptr,
@@ -508,6 +527,7 @@ def _decode_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "heads", "count", "splits"])
+@no_type_check
 def _combine_kernel(
     part_ptr, part_lse_ptr, first_ptr, out_ptr, lse_ptr, rows, tokens, heads, count, splits,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
@@ -529,11 +549,11 @@ def _combine_kernel(
         lse = tl.load(part_lse_ptr + place, mask=i < pieces + splits, other=float("-inf"))
         new_peak = tl.maximum(peak, tl.max(lse, 0))
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(lse - floor)
+        weight = tl.exp2((lse - floor) * LOG2_E)
         live = (i < pieces + splits)[:, None] & (d < D)[None, :]
         part = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=live, other=0)
         part = tl.where((lse != float("-inf"))[:, None], part, 0)  # nothing was written there
-        decay = tl.exp2(peak - floor)
+        decay = tl.exp2((peak - floor) * LOG2_E)
         acc = acc * decay + tl.sum(weight[:, None] * part, 0)
         total = total * decay + tl.sum(weight, 0)
         peak = new_peak
@@ -541,7 +561,7 @@ def _combine_kernel(
     place = (b.to(tl.int64) * heads * G + head * G + g) * tokens + t
     acc = acc / tl.where(total == 0, 1.0, total)
     tl.store(out_ptr + place * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-    tl.store(lse_ptr + place, (peak + tl.log2(total)) * LN_2)
+    tl.store(lse_ptr + place, peak + tl.log(total))
 
 
 def merge_triton(
@@ -564,6 +584,7 @@ def merge_triton(
 
 
 @triton.jit
+@no_type_check
 def _merge_kernel(
     a_ptr, lse_a_ptr, b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -583,4 +604,4 @@ def _merge_kernel(
     b = tl.load(b_ptr + at, mask=live, other=0).to(tl.float32)
     out = a * (weight_a * share)[:, None] + b * (weight_b * share)[:, None]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
-    tl.store(lse_ptr + row, peak + tl.log2(total) * LN_2, mask=row < rows)
+    tl.store(lse_ptr + row, peak + tl.log(total), mask=row < rows)

@@ -1,6 +1,6 @@
 """Scores on the GPU: the rows' log-sum-exp in one launch, the largest weight of each key in another."""
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -82,6 +82,7 @@ def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_w
 
 
 @triton.jit
+@no_type_check
 def _logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     """Products of the rows of a and of b; in units of 1 / LOG2_E with SOFTCAP, else still to be scaled."""
     x = tl.dot(a, tl.trans(b), input_precision="ieee")
@@ -91,6 +92,7 @@ def _logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _fold(
     peak, total, q, k_ptr, stride, at, count, time, scale, softcap, unit,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -112,6 +114,7 @@ def _fold(
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "sink"])
+@no_type_check
 def _normalizer_kernel(
     q_ptr, k_ptr, k_sink_ptr, k_self_ptr, lse_ptr,
     stride_qh, stride_qt, stride_kh, stride_kc, stride_ah, stride_aa, stride_sh, stride_st,
@@ -155,12 +158,8 @@ def _normalizer_kernel(
     tl.store(lse_ptr + query_head * rows + time, (peak + tl.log2(total)) * LN_2, mask=live)
 
 
-@triton.jit
-def _greater(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
 @triton.jit(do_not_specialize=["rows", "chunk", "steps"])
+@no_type_check
 def _largest_kernel(
     q_ptr, k_ptr, lse_ptr, row_weight_ptr, key_weight_ptr, best_bits_ptr,
     stride_qh, stride_qt, stride_kh, stride_kc, scale, softcap, rows, chunk, steps,
@@ -197,8 +196,9 @@ def _largest_kernel(
         if KEY_WEIGHT:
             weight = tl.load(key_weight_ptr + query_head * chunk + n, mask=n < chunk, other=0).to(tl.float32)
             x += tl.log2(weight)[:, None]
-        best = _greater(best, x)
-    weight = tl.exp2(tl.reduce(best, 1, _greater))
+        best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.exp2(tl.max(best, 1))
     # Floats that are not negative order as their bits do, and a NaN is the greatest.
-    bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), 0x7FC00000)
+    broken = tl.max((best != best).to(tl.int32), 1) > 0
+    bits = tl.where(broken, 0x7FC00000, weight.to(tl.int32, bitcast=True))
     tl.atomic_max(best_bits_ptr + head * chunk + n, bits, mask=n < chunk, sem="relaxed")

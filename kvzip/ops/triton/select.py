@@ -14,7 +14,16 @@ ties in front of a block over all parts:
     five times:  counts = histogram(scores, state, ...);  (add over parts);  narrow_(state, counts, ...)
     keep, ties = mark(scores, state);  (gather ties);  settle_(keep, scores, state, ties, ties_before, ...)
 
-Bytes: the scores are read three times as a rule (two rounds and `mark`), five at most, and the mask is written once.
+Bytes: the scores are read three times as a rule (two rounds and `mark`), five at most, and the mask is written once;
+about 30 integer operations a score and round. For 32 x 8 x 131,072 scores on an H100 (2026-11-24, triton 3.6) 256 us
+by itself and 267 between other work: sample 15, rounds 79 and 57, the two that return 7 each, `mark` 54 (its bytes
+alone take 55), `settle_` 9, searches of the histograms 22, the rest is filling with zeros. A list of layers pays one
+copy more, 352; all equal scores take 397.
+
+What did not pay there: counting the first and last bin of every block before its atomics, as is now done only where
+many keys are inside (rounds 124 and 113, 403 us in all); a sample of 2**18, whose atomics queue up at few bins (60
+instead of 15); blocks of 2048 scores and 4 warps (265), 8192 and 16 (264), 4096 and 16 (285). A histogram of 2**14
+bins scanned whole spilled registers in its search; hence the search by rows.
 """
 
 from typing import no_type_check
