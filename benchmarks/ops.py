@@ -338,8 +338,6 @@ def flex_variant(q: Tensor, lengths: list[int], copies: int, scale: float) -> Va
 
 
 def bench_score(options: argparse.Namespace):
-    from kvzip.ops.score import score_reference  # noqa: F401  (imported to fail early if the op is absent)
-
     tokens, chunk, sink, scale = 2035, 2000, 4, WIDTH**-0.5
     make = lambda heads, length: torch.randn(heads, length, WIDTH, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     q, k, k_sink, k_self = make(QUERY_HEADS, tokens), make(HEADS, chunk), make(HEADS, sink), make(HEADS, tokens)

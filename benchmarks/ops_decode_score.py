@@ -80,9 +80,7 @@ def score_call(case):
     lse = lse if case["lse"] else None
     walks = [score.Launch(*case[name]) if case[name] else default for name, default in
              zip(("normalizer", "largest"), score.launch_config(q.shape[2], q.dtype), strict=True)]  # fmt: skip
-    return score.launch(
-        *walks, q, k, k_sink, k_self, q.shape[-1] ** -0.5, None, lse, None, None, splits=case["splits"]
-    )
+    return score.launch(*walks, q, k, k_sink, k_self, q.shape[-1] ** -0.5, None, lse, None, None, splits=case["splits"])
 
 
 def check(case):
@@ -179,7 +177,11 @@ def main():
             file.write(json.dumps(row) + "\n")
             file.flush()
             short = {k: v for k, v in row.items() if k not in ("op", "gpu", "torch") and v is not None}
-            print(" ".join(f"{k}={v:.1e}" if k == "error" and isinstance(v, float) else f"{k}={v}" for k, v in short.items()))
+            print(
+                " ".join(
+                    f"{k}={v:.1e}" if k == "error" and isinstance(v, float) else f"{k}={v}" for k, v in short.items()
+                )
+            )
             if case["op"] == "decode":
                 torch.cuda.empty_cache()
 

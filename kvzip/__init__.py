@@ -1,7 +1,7 @@
 """kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
 
 from . import models, ops, prompts
-from .cache import DenseCache, RaggedCache, Scores, nbytes, to
+from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
 from .compression import compress
 from .generation import Answer, generate
 from .models import Model, ModelConfig, load
@@ -18,11 +18,13 @@ __all__ = [
     "compress",
     "generate",
     "load",
+    "load_cache",
     "models",
     "nbytes",
     "ops",
     "prefill",
     "prompts",
+    "save",
     "score",
     "to",
 ]

@@ -19,6 +19,7 @@ def compress(
     threshold: float | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: int = 0,
+    bits: int | None = None,
     consume: bool = False,
 ) -> RaggedCache:
     """Returns a cache that holds only the highest scored pairs of the context; the rest are gone.
@@ -34,6 +35,8 @@ def compress(
         threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
+        bits: 8 or 4 packs the kept keys and values, prefix included, into that many bits (see `ops.quantize`); window
+            layers and what follows the context stay as they are.
         consume: frees each dense layer as it is packed; `cache` cannot be used afterwards.
 
     Protected and minimum rows are taken first, the rest by score.
@@ -46,6 +49,8 @@ def compress(
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     scores = cache.scores
+    if bits not in (None, 8, 4):
+        raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}")
     count = _budget(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
     forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
@@ -62,7 +67,7 @@ def compress(
             "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
         )
     per_layer = torch.tensor(counts).reshape(keep.shape[:2]).sum(1).tolist()
-    context = _pack(cache, scores, keep, per_layer, consume=consume)
+    context = _pack(cache, scores, keep, per_layer, bits=bits, consume=consume)
     return RaggedCache(
         context=context,
         tail=None,
@@ -163,7 +168,13 @@ def _highest_of_each_head(values: Float32[Tensor, "L H E"], count: int, nan: Ten
 
 
 def _pack(
-    cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"], counts: list[int], *, consume: bool
+    cache: DenseCache,
+    scores: Scores,
+    keep: Bool[Tensor, "L H E"],
+    counts: list[int],
+    *,
+    bits: int | None,
+    consume: bool,
 ) -> tuple[RaggedKV | WindowKV, ...]:
     """Packs the kept pairs of each layer, the prefix in front of them."""
     context: list[RaggedKV | WindowKV] = []
@@ -175,8 +186,9 @@ def _pack(
             mask, count = next(scored)
             prefix = mask.new_ones(mask.shape[0], scores.start)
             total = count + prefix.numel()
-            packed = ops.prune(layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=total)
-            k, v, offsets, positions = packed
+            k, v, offsets, positions = ops.prune(layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=total)
+            if bits is not None:
+                k, v = ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)
             context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets)))
         else:
             context.append(layer)

@@ -166,6 +166,21 @@ def test_consume_frees_layers_and_says_so_afterwards(model):
             call()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_contexts_are_smaller_and_within_half_a_step(model, bits):
+    cache = scored(model)
+    wide, packed = kvzip.compress(cache, 0.5), kvzip.compress(cache, 0.5, bits=bits)
+    assert torch.equal(kept(wide), kept(packed)) and wide.kept == packed.kept
+    for name in ("k", "v"):
+        want, got = getattr(wide.context[0], name), getattr(packed.context[0], name)
+        assert got.codes.nbytes == want.numel() * bits // 8
+        error = (kvzip.ops.dequantize(got) - want).abs()
+        assert (error <= got.scale.float() / 2 * (1 + 1e-3) + 1e-6).all()
+    assert kvzip.generate(model, packed, ["Who?", "x"], max_tokens=4)
+    with pytest.raises(ValueError, match="bits of 8 or 4"):
+        kvzip.compress(cache, 0.5, bits=3)
+
+
 def test_bad_input_is_named(plain):
     cache = scored(plain)
     for ratio in (0.0, -0.1, 1.01, float("nan")):

@@ -1,6 +1,7 @@
 """Caches as data: dense, ragged, their bytes and devices."""
 
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
+from .io import load_cache, read_header, save
 from .memory import nbytes, to
 from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, append_, as_ragged, empty_tail, grow_tail
 
@@ -19,6 +20,9 @@ __all__ = [
     "empty_tail",
     "global_layers",
     "grow_tail",
+    "load_cache",
     "nbytes",
+    "read_header",
+    "save",
     "to",
 ]

@@ -33,6 +33,7 @@ ALIASES: dict[str, str] = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "llama3.0-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "duo": "gradientai/Llama-3-8B-Instruct-Gradient-1048k",
+    "llama3-8b-4m-w8a8kv4": "mit-han-lab/Llama-3-8B-Instruct-Gradient-4194k-w8a8kv4-per-channel",
     "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct-1M",

@@ -93,5 +93,7 @@ def report(kernels: list) -> None:
             file.flush()
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         sizes = dict(part.split(":")[:2] for part in usage.split() if part[:4] in ("REG:", "STAC"))
-        rows.append((kernel.metadata.name, kernel.metadata.shared, int(sizes["STACK"]), int(sizes["REG"]), kernel.asm["ptx"]))
+        rows.append(
+            (kernel.metadata.name, kernel.metadata.shared, int(sizes["STACK"]), int(sizes["REG"]), kernel.asm["ptx"])
+        )
     print(json.dumps(rows))

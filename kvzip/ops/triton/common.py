@@ -42,7 +42,9 @@ def check_rows(**tensors: Tensor) -> None:
     """Raises: ValueError for a tensor whose last axis is not contiguous."""
     for name, x in tensors.items():
         if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"expected {name} with a contiguous last axis, got strides {x.stride()}: make it contiguous")
+            raise ValueError(
+                f"expected {name} with a contiguous last axis, got strides {x.stride()}: make it contiguous"
+            )
 
 
 @triton.jit

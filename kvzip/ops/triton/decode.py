@@ -36,10 +36,10 @@ class Launch(NamedTuple):
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Launch:
     """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-24."""
     if dtype == torch.float32:  # products in plain float32: no tensor cores
-        return Launch(16, 32 if D <= 128 else 16, 4, 2)
+        return Launch(16, 32 if D <= 128 else 16, 8, 2)
     keys = 64 if D <= 128 else 32
     if rows <= 16:
-        return Launch(16, 128 if bits == 4 and D <= 128 else keys, 4, 3)
+        return Launch(16, keys, 4, 3)
     if rows <= 64:
         return Launch(32 if rows <= 32 else 64, keys, 4, 3)
     return Launch(128, keys, 8, 3)
@@ -140,7 +140,9 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
     if not isinstance(x, Quantized):
         return x, x, x, 16, x.shape[1]
     if x.group * x.bits % 16:
-        raise ValueError(f"expected groups of whole 16-bit words, got {x.group} values of {x.bits} bits: quantize again")
+        raise ValueError(
+            f"expected groups of whole 16-bit words, got {x.group} values of {x.bits} bits: quantize again"
+        )
     return x.codes.view(torch.int16), x.scale.contiguous(), x.zero.contiguous(), x.bits, x.group
 
 
@@ -179,7 +181,9 @@ def _codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr,
 
 @triton.jit
 @no_type_check
-def _add_product(x, q, words, inside, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
+def _add_product(
+    x, q, words, inside, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr
+):
     codes = _codes(words, PART, BITS, COMPUTE, PACKED)
     return tl.dot(tl.where(inside, q, 0).to(COMPUTE), tl.trans(codes), x, input_precision="ieee")
 
@@ -199,7 +203,9 @@ def _add_weighted(
 
 @triton.jit
 @no_type_check
-def _steps(scale_ptr, zero_ptr, row, bound, PART: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _steps(
+    scale_ptr, zero_ptr, row, bound, PART: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """The step of each row's group PART, and the value in the middle of its codes."""
     n = tl.arange(0, BLOCK_N)
     place = (row + n + tl.zeros([], tl.int64)) * Q + PART
@@ -451,7 +457,19 @@ def _piece(
     tl.store(at_part, acc * share, mask=live)
 
 
-@triton.jit(do_not_specialize=["window", "rows", "heads", "count", "row_blocks", "splits", "tail_blocks", "tail_piece", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        "window",
+        "rows",
+        "heads",
+        "count",
+        "row_blocks",
+        "splits",
+        "tail_blocks",
+        "tail_piece",
+        "capacity",
+    ]
+)
 @no_type_check
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, offsets_ptr, bounds_ptr,
@@ -572,7 +590,10 @@ def merge_triton(
 ) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
     """`merge` in one pass: reads a and b once, writes once."""
     width = a.shape[-1]
-    out, lse = torch.empty(a.shape, dtype=a.dtype, device=a.device), torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    out, lse = (
+        torch.empty(a.shape, dtype=a.dtype, device=a.device),
+        torch.empty_like(lse_a, memory_format=torch.contiguous_format),
+    )
     a, lse_a, b, lse_b = (x.contiguous() for x in (a, lse_a, b, lse_b))
     if out.numel():
         block = 16

@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import LN_2, LOG2_E, check_rows, compute_dtype, load_rows, tanh
+from kvzip.ops.triton.common import LOG2_E, check_rows, compute_dtype, load_rows, tanh
 
 
 class Launch(NamedTuple):
@@ -84,17 +84,17 @@ def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_w
 @triton.jit
 @no_type_check
 def _logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
-    """Products of the rows of a and of b; in units of 1 / LOG2_E with SOFTCAP, else still to be scaled."""
+    """Products of the rows of a and of b: logits with SOFTCAP, else still to be scaled."""
     x = tl.dot(a, tl.trans(b), input_precision="ieee")
     if SOFTCAP:
-        x = tanh(x * (scale / softcap)) * (softcap * LOG2_E)
+        x = tanh(x * (scale / softcap)) * softcap
     return x
 
 
 @triton.jit
 @no_type_check
 def _fold(
-    peak, total, q, k_ptr, stride, at, count, time, scale, softcap, unit,
+    peak, total, q, k_ptr, stride, at, count, time, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -107,9 +107,10 @@ def _fold(
         x = tl.where((n < count - at)[None, :], x, float("-inf"))
     if CAUSAL:
         x = tl.where((at + n)[None, :] <= time[:, None], x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+    new_peak = tl.maximum(peak, tl.max(x, 1))
     floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    total = total * tl.exp2(peak - floor) + tl.sum(tl.exp2(x * unit - floor[:, None]), 1)
+    unit = LOG2_E if SOFTCAP else scale * LOG2_E
+    total = total * tl.exp2((peak - floor) * unit) + tl.sum(tl.exp2((x - floor[:, None]) * unit), 1)
     return new_peak, total
 
 
@@ -132,7 +133,7 @@ def _normalizer_kernel(
     live = m < rows * G
     at_q = q_ptr + query_head * stride_qh + time.to(tl.int64) * stride_qt
     q = tl.load(at_q[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0).to(COMPUTE)
-    unit = 1.0 if SOFTCAP else scale * LOG2_E
+    factor = 1.0 if SOFTCAP else scale
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for part in tl.static_range(2):
@@ -141,21 +142,21 @@ def _normalizer_kernel(
         count = sink if part == 0 else chunk
         full = count // BLOCK_N * BLOCK_N
         for at in range(0, full, BLOCK_N):
-            peak, total = _fold(peak, total, q, base, stride, at, count, time, scale, softcap, unit,
+            peak, total = _fold(peak, total, q, base, stride, at, count, time, scale, softcap,
                                 D, BLOCK_D, BLOCK_N, SOFTCAP, False, False, COMPUTE)  # fmt: skip
         if full < count:
-            peak, total = _fold(peak, total, q, base, stride, full, count, time, scale, softcap, unit,
+            peak, total = _fold(peak, total, q, base, stride, full, count, time, scale, softcap,
                                 D, BLOCK_D, BLOCK_N, SOFTCAP, True, False, COMPUTE)  # fmt: skip
     base = k_self_ptr + head * stride_sh
     seen = tl.minimum((first + BLOCK_M - 1) // G + 1, rows)
     full = (first // G + 1) // BLOCK_N * BLOCK_N  # every row sees keys before this
     for at in range(0, full, BLOCK_N):
-        peak, total = _fold(peak, total, q, base, stride_st, at, rows, time, scale, softcap, unit,
+        peak, total = _fold(peak, total, q, base, stride_st, at, rows, time, scale, softcap,
                             D, BLOCK_D, BLOCK_N, SOFTCAP, False, False, COMPUTE)  # fmt: skip
     for at in range(full, seen, BLOCK_N):
-        peak, total = _fold(peak, total, q, base, stride_st, at, rows, time, scale, softcap, unit,
+        peak, total = _fold(peak, total, q, base, stride_st, at, rows, time, scale, softcap,
                             D, BLOCK_D, BLOCK_N, SOFTCAP, True, True, COMPUTE)  # fmt: skip
-    tl.store(lse_ptr + query_head * rows + time, (peak + tl.log2(total)) * LN_2, mask=live)
+    tl.store(lse_ptr + query_head * rows + time, peak * factor + tl.log(total), mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "steps"])
@@ -177,7 +178,7 @@ def _largest_kernel(
     d = tl.arange(0, BLOCK_D)
     at_k = k_ptr + head * stride_kh + n.to(tl.int64)[:, None] * stride_kc + d[None, :]
     k = tl.load(at_k, mask=(n < chunk)[:, None] & (d < D)[None, :], other=0).to(COMPUTE)
-    unit = 1.0 if SOFTCAP else scale * LOG2_E
+    factor = 1.0 if SOFTCAP else scale
     best = tl.full([BLOCK_N, BLOCK_M], float("-inf"), tl.float32)
     each = steps // G
     share = tl.cdiv(steps, tl.num_programs(2))
@@ -189,15 +190,15 @@ def _largest_kernel(
         at_q = q_ptr + query_head * stride_qh + (start + tl.zeros([], tl.int64)) * stride_qt
         q = load_rows(at_q, m, d, stride_qt, rows - start, True, D, BLOCK_D)
         place = query_head * rows + start + m
-        base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32) * LOG2_E
+        base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32)
         if ROW_WEIGHT:
-            base -= tl.log2(tl.load(row_weight_ptr + place, mask=live, other=0).to(tl.float32))
-        x = _logits(k, q.to(COMPUTE), scale, softcap, SOFTCAP) * unit - base[None, :]  # [BLOCK_N, BLOCK_M]
+            base -= tl.log(tl.load(row_weight_ptr + place, mask=live, other=0).to(tl.float32))
+        x = _logits(k, q.to(COMPUTE), scale, softcap, SOFTCAP) * factor - base[None, :]  # [BLOCK_N, BLOCK_M]
         if KEY_WEIGHT:
             weight = tl.load(key_weight_ptr + query_head * chunk + n, mask=n < chunk, other=0).to(tl.float32)
-            x += tl.log2(weight)[:, None]
+            x += tl.log(weight)[:, None]
         best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
-    weight = tl.exp2(tl.max(best, 1))
+    weight = tl.exp2(tl.max(best, 1) * LOG2_E)
     # Floats that are not negative order as their bits do, and a NaN is the greatest.
     broken = tl.max((best != best).to(tl.int32), 1) > 0
     bits = tl.where(broken, 0x7FC00000, weight.to(tl.int32, bitcast=True))

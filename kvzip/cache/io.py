@@ -1,0 +1,312 @@
+"""Caches on disk: one safetensors file with a versioned header, written whole or not at all, checked when read.
+
+Tensors are named after the fields that hold them (`layers.3.k`, `tail.k.3`, `scores.values`); everything else is one
+JSON object in the file's metadata under "kvzip". Nothing is ever unpickled.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..ops import Quantized, decode_schedule
+from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
+from .ragged import RaggedCache, RaggedKV, Tail
+
+VERSION = (1, 0)  # of the format: another major version cannot be read, a newer minor one can
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@runtime_checkable
+class BelongsTo(Protocol):
+    """What `load_cache` asks of a model."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str, Any] | None = None) -> None:
+    """Writes the cache to one file: under another name first, then renamed, so a crash leaves the old file or the new.
+
+    Args:
+        note: anything that JSON can hold, for the header.
+
+    Raises: ValueError for a consumed cache; TypeError for a note that JSON cannot hold; OSError if it cannot be written.
+    """
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
+    path = Path(path)
+    tensors, header = _describe(cache)
+    header |= {"library": version("kvzip"), "note": dict(note or {})}
+    metadata = {"kvzip": json.dumps(header)}
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Returns what a file says of itself, without reading its pairs.
+
+    Raises: FileNotFoundError; ValueError for a file that is damaged, not a kvzip cache, or of a newer major version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a cache file, got no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    try:
+        header = json.loads(metadata["kvzip"])
+        major, minor = header["version"]
+        known = isinstance(major, int) and isinstance(minor, int)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a file written by kvzip.save, got {path.name} without its header") from error
+    if not known or major != VERSION[0]:
+        raise ValueError(
+            f"expected a cache file of version {VERSION[0]}.x, got {major}.{minor} in {path.name}: "
+            "read it with the version of kvzip that wrote it"
+        )
+    return header
+
+
+def load_cache(
+    path: str | Path, *, model: BelongsTo | None = None, device: torch.device | str | None = None
+) -> DenseCache | RaggedCache:
+    """Returns the cache of a file that `save` wrote.
+
+    Args:
+        model: the model that it must belong to, if given.
+        device: where its tensors go; None takes the model's, or the CPU.
+
+    Raises: FileNotFoundError; ValueError for a file of another model, of a newer major version, or whose lengths,
+        offsets, dtypes or positions do not fit together.
+    """
+    path = Path(path)
+    header = read_header(path)
+    if model is not None and header.get("fingerprint") != model.fingerprint:
+        raise ValueError(
+            f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
+            f"({header.get('fingerprint')}) in {path.name}: load it with the model and dtype that made it"
+        )
+    if device is None:
+        device = "cpu" if model is None else model.device
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return _Reader(file.get_tensor, set(file.keys())).cache(header)
+    except (SafetensorError, _Bad, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+class _Bad(Exception):
+    """What does not fit together in a file."""
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"expected a whole kvzip cache, got {path.name} that is truncated or tampered with ({reason})")
+
+
+def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {"token_ids": cache.token_ids}
+    dense = isinstance(cache, DenseCache)
+    layers = cache.layers if dense else cache.context
+    described = []
+    for index, layer in enumerate(layers):
+        kind: dict[str, Any] = {"kind": type(layer).__name__}
+        for name in ("k", "v"):
+            x = getattr(layer, name)
+            if isinstance(x, Quantized):
+                kind |= {"bits": x.bits, "group": x.group}
+                tensors |= {f"layers.{index}.{name}.{part}": getattr(x, part) for part in ("codes", "scale", "zero")}
+            else:
+                tensors[f"layers.{index}.{name}"] = x
+        if isinstance(layer, RaggedKV):
+            tensors |= {f"layers.{index}.offsets": layer.offsets, f"layers.{index}.positions": layer.positions}
+        if isinstance(layer, WindowKV):
+            kind["start"] = layer.start
+        described.append(kind)
+    header = {
+        "version": VERSION,
+        "cache": type(cache).__name__,
+        "fingerprint": cache.fingerprint,
+        "length": cache.length if dense else cache.context_length,
+        "start": cache.start,
+        "chat": cache.chat,
+        "tokens": len(cache.token_ids),
+        "kept": cache.kept,
+        "total": cache.total,
+        "layers": described,
+        "tail": not dense and cache.tail is not None,
+        "scores": None,
+    }
+    if not dense and cache.tail is not None:
+        tensors["tail.lengths"] = cache.tail.lengths
+        for name in ("k", "v"):
+            tensors |= {f"tail.{name}.{n}": x for n, x in enumerate(getattr(cache.tail, name))}
+    if cache.scores is not None:
+        header["scores"] = {f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name != "values"}
+        tensors["scores.values"] = cache.scores.values
+    return _apart(tensors), header
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous, none sharing memory with another, as the file format wants them."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        address = whole.untyped_storage().data_ptr()
+        apart[name] = whole.clone() if address in seen else whole
+        seen.add(address)
+    return apart
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one file's tensors and checks each against the header and the others before it is used."""
+
+    get: Callable[[str], Tensor]
+    names: set[str]
+
+    def cache(self, header: dict[str, Any]) -> DenseCache | RaggedCache:
+        length, start = _count(header, "length"), _count(header, "start")
+        _require(start <= length, f"start {start} after length {length}")
+        token_ids = self.take("token_ids", (_count(header, "tokens"),), torch.int64).cpu()
+        _require(not len(token_ids) or int(token_ids.min()) >= 0, "a negative token id")
+        kept, total, has_tail = _count(header, "kept"), _count(header, "total"), _flag(header, "tail")
+        layers = [self.layer(n, spec, length) for n, spec in enumerate(header["layers"])]
+        _require(len(layers) > 0, "no layers")
+        widths = {_width(layer.k) for layer in layers}
+        _require(len(widths) == 1, f"heads of widths {sorted(widths)}")
+        scores = self.scores(header["scores"], layers, start, length) if header["scores"] is not None else None
+        common = {"start": start, "chat": _flag(header, "chat"), "token_ids": token_ids, "scores": scores}
+        common["fingerprint"] = str(header["fingerprint"])
+        if header["cache"] == "DenseCache":
+            _require(len(token_ids) == length and not has_tail, "token ids and length differ")
+            _require(all(isinstance(layer, (DenseKV, WindowKV)) for layer in layers), "ragged layers in a dense cache")
+            cache = DenseCache(layers=layers, length=length, **common)  # type: ignore[arg-type]
+            _require((kept, total) == (cache.kept, cache.total), "kept and total differ from the pairs held")
+            return cache
+        _require(header["cache"] == "RaggedCache", f"a cache of kind {header['cache']!r}")
+        _require(all(isinstance(layer, (RaggedKV, WindowKV)) for layer in layers), "dense layers in a ragged cache")
+        tail = self.tail(layers) if has_tail else None
+        tail_length = int(tail.lengths[0]) if tail is not None else 0
+        _require(len(token_ids) == length + tail_length, "token ids and lengths differ")
+        ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
+        rows = sum(len(layer.positions) - start * (len(layer.offsets) - 1) for layer in ragged)
+        _require(rows == kept <= total, f"{rows} kept pairs, {kept} of {total} by the header")
+        return RaggedCache(
+            context=tuple(layers),  # type: ignore[arg-type]
+            tail=tail,
+            context_length=length,
+            kept=kept,
+            total=total,
+            **common,
+        )
+
+    def take(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Tensor:
+        """The tensor of that name, if it has the shape (None is any size) and one of the dtypes."""
+        _require(name in self.names, f"no tensor {name}")
+        tensor = self.get(name)
+        fits = tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+        _require(fits and tensor.dtype in dtypes, f"{name} of shape {list(tensor.shape)} and {tensor.dtype}")
+        return tensor
+
+    def layer(self, index: int, spec: dict[str, Any], length: int) -> DenseKV | WindowKV | RaggedKV:
+        name, kind = f"layers.{index}", spec["kind"]
+        if kind == "RaggedKV":
+            return self.ragged(name, spec, length)
+        _require(kind in ("DenseKV", "WindowKV"), f"a layer of kind {kind!r}")
+        k = self.take(f"{name}.k", (1, None, None, None), *_DTYPES)
+        v = self.take(f"{name}.v", tuple(k.shape), k.dtype)
+        if kind == "DenseKV":
+            _require(k.shape[2] == length, f"{k.shape[2]} rows in {name}, {length} tokens")
+            return DenseKV(k, v)
+        start = _count(spec, "start")
+        _require(start + k.shape[2] == length, f"the window of {name} does not end at token {length}")
+        return WindowKV(k, v, start)
+
+    def ragged(self, name: str, spec: dict[str, Any], length: int) -> RaggedKV:
+        offsets = self.take(f"{name}.offsets", (None,), torch.int32)
+        positions = self.take(f"{name}.positions", (None,), torch.int32)
+        k, v = (self.rows(f"{name}.{part}", spec, len(positions)) for part in ("k", "v"))
+        _require(_width(k) == _width(v), f"k and v of {name} differ in width")
+        _require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
+        _require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
+        if len(positions):
+            inside = int(positions.min()) >= 0 and int(positions.max()) < length
+            _require(inside, f"positions of {name} outside of {length} tokens")
+            starts = torch.zeros(len(positions) + 1, dtype=torch.bool, device=offsets.device)
+            starts[offsets.long()] = True
+            _require(bool((starts[1:-1] | (positions.diff() > 0)).all()), f"positions of {name} out of order")
+        return RaggedKV(k, v, offsets, positions, decode_schedule(offsets))
+
+    def rows(self, name: str, spec: dict[str, Any], count: int) -> Tensor | Quantized:
+        if "bits" not in spec:
+            return self.take(name, (count, None), *_DTYPES)
+        bits, group = _count(spec, "bits"), _count(spec, "group")
+        codes = self.take(f"{name}.codes", (count, None), torch.uint8)
+        width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
+        _require(group > 0 and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
+        scale = self.take(f"{name}.scale", (count, width // group), torch.float16, torch.float32)
+        return Quantized(codes, scale, self.take(f"{name}.zero", tuple(scale.shape), scale.dtype), bits, group)
+
+    def tail(self, layers: list[Any]) -> Tail:
+        k = tuple(
+            self.take(f"tail.k.{n}", (1, None, None, _width(layer.k)), *_DTYPES) for n, layer in enumerate(layers)
+        )
+        v = tuple(self.take(f"tail.v.{n}", tuple(x.shape), x.dtype) for n, x in enumerate(k))
+        lengths = self.take("tail.lengths", (1,), torch.int32)
+        _require(all(0 <= int(lengths[0]) <= x.shape[2] for x in k), "the tail is longer than its rows")
+        for x, layer in zip(k, layers, strict=True):
+            heads = layer.k.shape[1] if isinstance(layer, WindowKV) else len(layer.offsets) - 1
+            _require(x.shape[1] == heads, "the tail has other heads than the context")
+        return Tail(k, v, lengths)
+
+    def scores(self, spec: dict[str, Any], layers: list[Any], start: int, length: int) -> Scores:
+        scored = [n for n, layer in enumerate(layers) if not isinstance(layer, WindowKV)]
+        _require(
+            spec["layers"] == scored and (spec["start"], spec["stop"]) == (start, length), "scores of other tokens"
+        )
+        values = self.take("scores.values", (len(scored), None, length - start), torch.float32)
+        return Scores(values, tuple(scored), start, length, str(spec["source"]))
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise _Bad(reason)
+
+
+def _count(header: dict[str, Any], key: str) -> int:
+    value = header[key]
+    _require(type(value) is int and value >= 0, f"{key} is {value!r}")
+    return value
+
+
+def _flag(header: dict[str, Any], key: str) -> bool:
+    value = header[key]
+    _require(type(value) is bool, f"{key} is {value!r}")
+    return value
+
+
+def _width(x: Tensor | Quantized) -> int:
+    return x.shape[-1] if isinstance(x, Tensor) else x.codes.shape[-1] * 8 // x.bits

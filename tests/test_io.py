@@ -1,0 +1,201 @@
+"""Caches on disk: bit-exact round trips, nothing half written, and files that lie."""
+
+import json
+import os
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvzip
+import random_model
+from kvzip.cache import RaggedCache, RaggedKV, empty_tail, read_header
+from kvzip.cache.memory import _tensors
+
+TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
+KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model.make(random_model.config(windows=(None, 6, None)))
+
+
+@pytest.fixture(scope="module")
+def caches(model):
+    dense = kvzip.prefill(model, TEXT)
+    scored = kvzip.score(model, dense)
+    ragged = kvzip.compress(scored, 0.3)
+    bare = kvzip.score(model, kvzip.prefill(model, TEXT, template=False))
+    tail = replace(empty_tail(ragged.context, 1, 9, dtype=torch.float32), lengths=torch.tensor([2], dtype=torch.int32))
+    for x in (*tail.k, *tail.v):
+        x.fill_(0.5)
+    ids = torch.cat([ragged.token_ids, torch.tensor([1, 2])])
+    return {
+        "dense": dense,
+        "scored": scored,
+        "ragged": ragged,
+        "emptied": kvzip.compress(bare, 0.01),
+        "tail": replace(ragged, tail=tail, token_ids=ids),
+        **{f"int{bits}": quantized(ragged, bits) for bits in (8, 4)},
+    }
+
+
+def quantized(cache: RaggedCache, bits: int) -> RaggedCache:
+    def pack(layer):
+        if not isinstance(layer, RaggedKV):
+            return layer
+        return replace(layer, k=kvzip.ops.quantize(layer.k, bits=bits), v=kvzip.ops.quantize(layer.v, bits=bits))
+
+    return replace(cache, context=tuple(map(pack, cache.context)))
+
+
+def same(a, b):
+    assert type(a) is type(b)
+    ours, theirs = ([*_tensors(x), *([x.scores.values] if x.scores else [])] for x in (a, b))
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+    for name in ("start", "chat", "fingerprint", "kept", "total"):
+        assert getattr(a, name) == getattr(b, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_back_bit_for_bit(model, caches, kind, tmp_path):
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches[kind], path, note={"ratio": 0.3})
+    back = kvzip.load_cache(path, model=model)
+    same(caches[kind], back)
+    if caches[kind].scores is not None:
+        for name in ("layers", "start", "stop", "source"):
+            assert getattr(back.scores, name) == getattr(caches[kind].scores, name)
+    options = {"max_tokens": 8, "template": False}
+    assert kvzip.generate(model, back, "Who?", **options) == kvzip.generate(model, caches[kind], "Who?", **options)
+    header = read_header(path)
+    assert header["version"] == [1, 0] and header["note"] == {"ratio": 0.3}
+    assert header["tokens"] == len(caches[kind].token_ids) and header["fingerprint"] == model.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["doc.kvz"]
+
+
+def test_a_crash_leaves_the_old_file(caches, tmp_path, monkeypatch):
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches["dense"], path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.save(caches["ragged"], path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_do_not_belong_are_named(model, caches, tmp_path):
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches["ragged"], path)
+    other = random_model.make(model.config, seed=9)
+    with pytest.raises(ValueError, match=r"cache of this model.*got one of another.*doc\.kvz"):
+        kvzip.load_cache(path, model=other)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        kvzip.load_cache(tmp_path / "absent.kvz")
+    rewrite(path, lambda header: header.update(version=[2, 0]))
+    with pytest.raises(ValueError, match=r"version 1\.x, got 2\.0"):
+        kvzip.load_cache(path)
+    path.write_bytes(b"not a cache")
+    with pytest.raises(ValueError, match="truncated or tampered"):
+        kvzip.load_cache(path)
+
+
+def rewrite(path, change):
+    """Changes the kvzip header of a file, leaving its tensors alone."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    outer = json.loads(data[8 : 8 + size])
+    header = json.loads(outer["__metadata__"]["kvzip"])
+    change(header)
+    outer["__metadata__"]["kvzip"] = json.dumps(header)
+    text = json.dumps(outer).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def refused_or_sound(model, path):
+    """A changed file raises ValueError, or gives a cache that generation reads within bounds."""
+    try:
+        cache = kvzip.load_cache(path, model=model)
+    except ValueError:
+        return
+    layers = cache.context if isinstance(cache, RaggedCache) else ()
+    for layer in layers:
+        if isinstance(layer, RaggedKV):
+            offsets = layer.offsets.tolist()
+            assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] == len(layer.positions)
+            assert ((layer.positions >= 0) & (layer.positions < cache.context_length)).all()
+
+
+@settings(max_examples=1500)
+@given(kind=st.sampled_from(KINDS), data=st.data())
+def test_flipped_and_missing_bytes_never_read_out_of_bounds(model, caches, tmp_path_factory, kind, data):
+    path = tmp_path_factory.getbasetemp() / "mutated.kvz"
+    kvzip.save(caches[kind], path)
+    raw = bytearray(path.read_bytes())
+    (size,) = struct.unpack("<Q", raw[:8])
+    if data.draw(st.booleans()):  # a shorter or a longer file
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))] if data.draw(st.booleans()) else raw + b"\0" * 8
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="truncated or tampered"):
+            kvzip.load_cache(path)
+        return
+    limit = 8 + size if data.draw(st.booleans()) else len(raw)  # half of the changes hit the headers
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw)
+    refused_or_sound(model, path)
+
+
+@settings(max_examples=600)
+@given(kind=st.sampled_from(KINDS), data=st.data())
+def test_headers_that_lie_are_refused(model, caches, tmp_path_factory, kind, data):
+    path = tmp_path_factory.getbasetemp() / "lying.kvz"
+    kvzip.save(caches[kind], path)
+    true = read_header(path)
+    keys = ["length", "start", "tokens", "kept", "total", "layers", "tail", "scores", "cache"]
+    key = data.draw(st.sampled_from(keys))
+    values = st.one_of(st.none(), st.integers(-3, 400), st.text(max_size=3), st.lists(st.integers(), max_size=3))
+    value = data.draw(values)
+    rewrite(path, lambda header: header.update({key: value}))
+    harmless = key == "total" and isinstance(value, int) and value >= true["kept"] and true["cache"] == "RaggedCache"
+    if value == true[key] or harmless or (key == "scores" and value is None):
+        refused_or_sound(model, path)
+        return
+    with pytest.raises(ValueError):
+        kvzip.load_cache(path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("layers.0.offsets", lambda x: x.add_(1)),
+        ("layers.0.offsets", lambda x: x[1].neg_()),
+        ("layers.0.positions", lambda x: x[0].fill_(10_000)),
+        ("layers.0.positions", lambda x: x[0].fill_(-1)),
+        ("layers.0.positions", lambda x: x.copy_(x.flip(0))),
+        ("token_ids", lambda x: x[0].fill_(-5)),
+    ],
+)
+def test_tensors_that_lie_are_refused(caches, tmp_path, name, change):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches["ragged"], path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    change(tensors[name])
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match="truncated or tampered"):
+        kvzip.load_cache(path)
