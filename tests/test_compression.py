@@ -104,12 +104,12 @@ def test_protected_and_minimum_rows_come_first(plain, span, rows):
 @given(ratio=st.floats(0.01, 1.0), tokens=st.integers(1, 4), softcap=st.sampled_from([None, 2.0]))
 def test_pruned_attention_equals_dense_attention_with_the_rest_masked(ratio, tokens, softcap):
     config = random_model.config(windows=(None, 6), attn_softcap=softcap)
-    model = random_model.make(config)
+    model = random_model.make(config, dtype=torch.bfloat16)
     cache = scored(model)
     small = kvzip.compress(cache, ratio)
     generator = torch.Generator().manual_seed(tokens)
-    q, k, v = (torch.randn(2, n, tokens, 8, generator=generator) for n in (4, 2, 2))
-    tail = empty_tail(small.context, 2, tokens + 3, dtype=torch.float32)
+    q, k, v = (torch.randn(2, n, tokens, 8, generator=generator).bfloat16() for n in (4, 2, 2))
+    tail = empty_tail(small.context, 2, tokens + 3, dtype=torch.bfloat16)
     for x in (*tail.k, *tail.v):
         x.fill_(torch.nan)
     got = decode_attend(config, all_ragged(small.context), tail)(0, q, k, v)
@@ -127,7 +127,7 @@ def test_pruned_attention_equals_dense_attention_with_the_rest_masked(ratio, tok
         logits = logits.masked_fill(~seen.repeat_interleave(2, 0), -torch.inf)
         return logits.softmax(-1) @ values
 
-    assert_as_accurate(got, dense(torch.float64), dense(torch.float32))
+    assert_as_accurate(got, dense(torch.float64), dense(torch.bfloat16))
 
 
 def test_eviction_is_real(model):

@@ -42,7 +42,8 @@ def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str
     Args:
         note: anything that JSON can hold, for the header.
 
-    Raises: ValueError for a consumed cache; TypeError for a note that JSON cannot hold; OSError if it cannot be written.
+    Raises: ValueError for a consumed cache; TypeError for a note that JSON cannot hold; OSError if it cannot be
+        written.
     """
     if isinstance(cache, DenseCache):
         check_whole(cache)

@@ -24,7 +24,5 @@ def use_triton(tensor: Tensor) -> bool:
             )
         return True
     if forced:
-        raise ValueError(
-            f"expected KVZIP_BACKEND to be 'reference' or 'triton', got {forced!r}: correct or unset it"
-        )
+        raise ValueError(f"expected KVZIP_BACKEND to be 'reference' or 'triton', got {forced!r}: correct or unset it")
     return tensor.is_cuda

@@ -1,4 +1,4 @@
-"""Decode on the GPU: pieces of the context and of the tails in one launch, their partial results combined in another."""
+"""Decode on the GPU: pieces of context and tails in one launch, their partial results combined in another."""
 
 from typing import NamedTuple, no_type_check
 
@@ -36,9 +36,10 @@ class Launch(NamedTuple):
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Launch:
     """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-24."""
     if dtype == torch.float32:  # products in plain float32: no tensor cores
-        return Launch(16, 32 if D <= 128 else 16, 8, 2)
+        return Launch(16, 16, 4 if D <= 64 else 8, 2)
     keys = 64 if D <= 128 else 32
     if rows <= 16:
+        keys = 32 if bits < 16 and D < 128 else keys  # unpacking narrow rows of 64 keys spills
         return Launch(16, keys, 4, 3)
     if rows <= 64:
         return Launch(32 if rows <= 32 else 64, keys, 4, 3)
@@ -57,7 +58,21 @@ def decode_triton(
     schedule: DecodeSchedule | None = None,
     tail: Tail | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
-    """`decode` by two launches whose sizes follow from shapes and the schedule alone."""
+    """`decode` by two launches whose sizes follow from shapes and the schedule alone.
+
+    Reads each context byte once for up to 128 rows (questions x tokens x group): 2 N D values, 161 MB at 0.3 of
+    131,072 (8 heads, D 128), 52.5 us at the 3.07 TB/s of an H100; 4 rows N D operations. Measured there (bf16, cold,
+    in a CUDA graph, benchmarks/results/ops-decode-score.jsonl): 61.2 us, and 20.9 us at 0.3 of 32,768; one head with
+    half of the rows 62.1, even heads 60.0; 32 questions 74.8; int8 40.0, int4 30.9; D=256 117.8 (2.73 TB/s). With 512
+    and 2,000 new tokens 432 and 443 TFLOP/s by the same kernel with 128 rows a program.
+
+    Tried, in us at 131,072 unless said: three to eight pieces per processor 66 to 80 (starting a program costs more
+    than balance gains); tiles of 128 keys 69, pipelines of two stages 64; combining without overlapped launches 62.3;
+    32 partial results at a time instead of all 63.6 (23.2 instead of 20.2 at 32,768). Codes: bytes converted by
+    Triton 55.7 (int8) and 58.7 (int4), against 41.9 and 31.8 as 16-bit words unpacked two at a time to float16, and
+    40.2 and 29.3 with the steps prefetched to L2; loading steps two tiles ahead by hand stops Triton's pipelining.
+    What is left there is instructions: about 540 a tile of 64 keys, by count 63% of the issue slots (not profiled).
+    """
     rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
     config = launch_config(q.shape[3], rows, q.dtype, k.bits if isinstance(k, Quantized) else 16)
     schedule = decode_schedule(offsets) if schedule is None else schedule
@@ -228,14 +243,15 @@ def _fetch(ptr, start, stop, Q: tl.constexpr):
 @triton.jit
 @no_type_check
 def _step(
-    acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+    acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3,
+    k_step, k_middle, v_step, v_middle, norm,
     at, stop, low, high, scale, softcap,
     k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
     D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     BANDED: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, DEFER: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys at:at + BLOCK_N into the running softmax. MASKED: only those before stop; BANDED: low <= key < high."""
+    """Folds keys at:at + BLOCK_N into the softmax. MASKED: only those before stop; BANDED: low <= key < high."""
     n = tl.arange(0, BLOCK_N)
     w = tl.arange(0, BLOCK_W)
     start = at + tl.zeros([], tl.int64)
@@ -399,7 +415,8 @@ def _piece(
             next_k_step, next_k_middle = _steps(k_scale_ptr, k_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
             next_v_step, next_v_middle = _steps(v_scale_ptr, v_zero_ptr, ahead, stop - ahead, 0, Q, BITS, BLOCK_N)
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
-                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3,
+    k_step, k_middle, v_step, v_middle, norm,
                 at, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
@@ -408,7 +425,8 @@ def _piece(
     elif BANDED:
         for at in range(start, stop, BLOCK_N):
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
-                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3,
+    k_step, k_middle, v_step, v_middle, norm,
                 at, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
@@ -417,14 +435,16 @@ def _piece(
         full = start + (stop - start) // BLOCK_N * BLOCK_N
         for at in range(start, full, BLOCK_N):
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
-                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3,
+    k_step, k_middle, v_step, v_middle, norm,
                 at, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, False, BANDED, COMPUTE, PACKED, DEFER,
             )  # fmt: skip
         if full < stop:
             acc, acc_1, acc_2, acc_3, peak, total, shift = _step(
-                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3, k_step, k_middle, v_step, v_middle, norm,
+                acc, acc_1, acc_2, acc_3, peak, total, shift, q, q_1, q_2, q_3,
+    k_step, k_middle, v_step, v_middle, norm,
                 full, stop, low, high, scale, softcap,
                 k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_kn, stride_vn,
                 D, W, BLOCK_W, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, True, BANDED, COMPUTE, PACKED, DEFER,
