@@ -87,7 +87,7 @@ def generate(
     _check_options(max_tokens, temperature, top_p)
     check_fingerprint(model, cache.fingerprint)
     queries = [query] if isinstance(query, str) else query
-    ids = [_query_ids(model, cache, text, template=template) for text in queries]
+    ids = _query_ids(model, cache, queries, template=template)
     if not ids:
         return []
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
@@ -118,19 +118,20 @@ def _check_options(max_tokens: int, temperature: float, top_p: float) -> None:
         raise ValueError(f"expected 0 < top_p <= 1, got {top_p}: 1 samples among all tokens")
 
 
-def _query_ids(model: Model, cache: DenseCache | RaggedCache, query: str, *, template: bool) -> list[int]:
+def _query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
     tokenizer = tokenizer_of(model)
-    if not query.strip():
+    if not all(query.strip() for query in queries):
         raise ValueError("expected a query with text in it, got an empty one")
     if not template:
-        return prompts.encode_text(tokenizer, query)
+        return [prompts.encode_text(tokenizer, query) for query in queries]
     if not cache.chat:
         raise ValueError(
             "expected a cache with a chat prefix for a chat query, got one prefilled with template=False: "
             "pass template=False here too, or prefill with the template"
         )
-    text = prompts.encode_text(tokenizer, prompts.QUERY_SEPARATOR + query.strip())
-    return text + prompts.encode_control(tokenizer, prompt_of(model).postfix)
+    postfix = prompts.encode_control(tokenizer, prompt_of(model).postfix)
+    texts = [prompts.QUERY_SEPARATOR + query.strip() for query in queries]
+    return [prompts.encode_text(tokenizer, text) + postfix for text in texts]
 
 
 def _decode(
@@ -158,12 +159,12 @@ def _decode(
     last = hidden[torch.arange(batch, device=model.device), counts - 1]
     tail = _advance(tail, counts)
     answers: list[Answer | None] = [None] * batch
-    for _ in range(limit):
+    for step in range(limit):
         tokens = _pick(logits(model, last), generators, temperature=temperature, top_p=top_p)
         for n, token in enumerate(tokens.tolist()):
             if answers[n] is None:
                 answers[n] = streams[n].add(token, model.stop_ids)
-        if all(answer is not None for answer in answers):
+        if step == limit - 1 or all(answer is not None for answer in answers):
             break
         last = _step(model, context, cache.context_length, tail, tokens[:, None])[:, 0]
         tail = _advance(tail, 1)

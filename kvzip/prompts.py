@@ -120,19 +120,24 @@ def _render(template: ChatTemplate, messages: list[dict[str, str]]) -> str:
         ) from error
 
 
-def read_template(directory: Path, *, options: Mapping[str, Any] | None = None) -> ChatTemplate | None:
-    """Returns the chat template of an HF directory, or None where it has none."""
+def read_template(
+    directory: Path, *, source: str | None = None, options: Mapping[str, Any] | None = None
+) -> ChatTemplate | None:
+    """Returns the chat template of an HF directory, or `source` in its place; None where there is neither."""
     config = read_json(directory / "tokenizer_config.json")
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if (directory / "chat_template.jinja").exists():
-        source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    elif source is None:
-        source = read_json(directory / "chat_template.json").get("chat_template")
+    source = source or _template_source(directory, config)
     if not source:
         return None
     return ChatTemplate(source=source, tokens=named_tokens(config), options=dict(options or {}))
+
+
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+    if (directory / "chat_template.jinja").exists():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    return source if source is not None else read_json(directory / "chat_template.json").get("chat_template")
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

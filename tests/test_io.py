@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import kvzip
 import random_model
@@ -188,14 +190,27 @@ def test_headers_that_lie_are_refused(model, caches, tmp_path_factory, kind, dat
     ],
 )
 def test_tensors_that_lie_are_refused(caches, tmp_path, name, change):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     path = tmp_path / "doc.kvz"
     kvzip.save(caches["ragged"], path)
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    change(tensors[name])
-    save_file(tensors, path, metadata=metadata)
+    retouch(path, lambda tensors: change(tensors[name]))
     with pytest.raises(ValueError, match="truncated or tampered"):
         kvzip.load_cache(path)
+
+
+def test_layers_that_do_not_belong_together_are_refused(caches, tmp_path):
+    """Decoding reads all layers of a kind by the shape of one."""
+    path = tmp_path / "doc.kvz"
+    for layer, kind in ((2, "dense"), (1, "ragged")):
+        kvzip.save(caches[kind], path)
+        names = [f"layers.{layer}.{part}" for part in ("k", "v")]
+        retouch(path, lambda tensors, names=names: tensors.update({n: tensors[n][:, :1].clone() for n in names}))
+        with pytest.raises(ValueError, match="other numbers of heads"):
+            kvzip.load_cache(path)
+
+
+def retouch(path, change):
+    """Changes the tensors of a file, leaving its header alone."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)

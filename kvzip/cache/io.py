@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import Quantized, decode_schedule
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
-from .ragged import RaggedCache, RaggedKV, Tail
+from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
 
 VERSION = (1, 0)  # of the format: another major version cannot be read, a newer minor one can
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -194,17 +194,25 @@ class _Reader:
         token_ids = self.take("token_ids", (_count(header, "tokens"),), torch.int64).cpu()
         _require(not len(token_ids) or int(token_ids.min()) >= 0, "a negative token id")
         kept, total, has_tail = _count(header, "kept"), _count(header, "total"), _flag(header, "tail")
-        layers = [self.layer(n, spec, length) for n, spec in enumerate(header["layers"])]
+        layers: list[Any] = [self.layer(n, spec, length) for n, spec in enumerate(header["layers"])]
         _require(len(layers) > 0, "no layers")
-        widths = {_width(layer.k) for layer in layers}
+        widths = {head_dim(layer.k) for layer in layers}
         _require(len(widths) == 1, f"heads of widths {sorted(widths)}")
+        _require(len(set(map(head_count, layers))) == 1, "layers with other numbers of heads")
+        windows = {layer.start for layer in layers if isinstance(layer, WindowKV)}
+        _require(len(windows) <= 1, "windows of different lengths")
         scores = self.scores(header["scores"], layers, start, length) if header["scores"] is not None else None
-        common = {"start": start, "chat": _flag(header, "chat"), "token_ids": token_ids, "scores": scores}
+        common: dict[str, Any] = {
+            "start": start,
+            "chat": _flag(header, "chat"),
+            "token_ids": token_ids,
+            "scores": scores,
+        }
         common["fingerprint"] = str(header["fingerprint"])
         if header["cache"] == "DenseCache":
             _require(len(token_ids) == length and not has_tail, "token ids and length differ")
             _require(all(isinstance(layer, (DenseKV, WindowKV)) for layer in layers), "ragged layers in a dense cache")
-            cache = DenseCache(layers=layers, length=length, **common)  # type: ignore[arg-type]
+            cache = DenseCache(layers=layers, length=length, **common)
             _require((kept, total) == (cache.kept, cache.total), "kept and total differ from the pairs held")
             return cache
         _require(header["cache"] == "RaggedCache", f"a cache of kind {header['cache']!r}")
@@ -216,7 +224,7 @@ class _Reader:
         rows = sum(len(layer.positions) - start * (len(layer.offsets) - 1) for layer in ragged)
         _require(rows == kept <= total, f"{rows} kept pairs, {kept} of {total} by the header")
         return RaggedCache(
-            context=tuple(layers),  # type: ignore[arg-type]
+            context=tuple(layers),
             tail=tail,
             context_length=length,
             kept=kept,
@@ -250,7 +258,7 @@ class _Reader:
         offsets = self.take(f"{name}.offsets", (None,), torch.int32)
         positions = self.take(f"{name}.positions", (None,), torch.int32)
         k, v = (self.rows(f"{name}.{part}", spec, len(positions)) for part in ("k", "v"))
-        _require(_width(k) == _width(v), f"k and v of {name} differ in width")
+        _require(head_dim(k) == head_dim(v), f"k and v of {name} differ in width")
         _require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
         _require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
         if len(positions):
@@ -273,14 +281,13 @@ class _Reader:
 
     def tail(self, layers: list[Any]) -> Tail:
         k = tuple(
-            self.take(f"tail.k.{n}", (1, None, None, _width(layer.k)), *_DTYPES) for n, layer in enumerate(layers)
+            self.take(f"tail.k.{n}", (1, None, None, head_dim(layer.k)), *_DTYPES) for n, layer in enumerate(layers)
         )
         v = tuple(self.take(f"tail.v.{n}", tuple(x.shape), x.dtype) for n, x in enumerate(k))
         lengths = self.take("tail.lengths", (1,), torch.int32)
         _require(all(0 <= int(lengths[0]) <= x.shape[2] for x in k), "the tail is longer than its rows")
-        for x, layer in zip(k, layers, strict=True):
-            heads = layer.k.shape[1] if isinstance(layer, WindowKV) else len(layer.offsets) - 1
-            _require(x.shape[1] == heads, "the tail has other heads than the context")
+        heads = {x.shape[1] for x in k}
+        _require(heads == {head_count(layers[0])}, "the tail has other heads than the context")
         return Tail(k, v, lengths)
 
     def scores(self, spec: dict[str, Any], layers: list[Any], start: int, length: int) -> Scores:
@@ -288,7 +295,7 @@ class _Reader:
         _require(
             spec["layers"] == scored and (spec["start"], spec["stop"]) == (start, length), "scores of other tokens"
         )
-        values = self.take("scores.values", (len(scored), None, length - start), torch.float32)
+        values = self.take("scores.values", (len(scored), head_count(layers[0]), length - start), torch.float32)
         return Scores(values, tuple(scored), start, length, str(spec["source"]))
 
 
@@ -307,7 +314,3 @@ def _flag(header: dict[str, Any], key: str) -> bool:
     value = header[key]
     _require(type(value) is bool, f"{key} is {value!r}")
     return value
-
-
-def _width(x: Tensor | Quantized) -> int:
-    return x.shape[-1] if isinstance(x, Tensor) else x.codes.shape[-1] * 8 // x.bits

@@ -103,7 +103,7 @@ def all_ragged(context: Sequence[RaggedKV | WindowKV]) -> tuple[RaggedKV, ...]:
 def empty_tail(context: Sequence[RaggedKV | WindowKV], batch: int, rows: int, *, dtype: torch.dtype) -> Tail:
     """Returns a tail of length 0 with `rows` rows reserved for each of `batch` questions."""
     device = context[0].k.device if isinstance(context[0].k, Tensor) else context[0].k.codes.device
-    shapes = [(batch, _heads(layer), rows, _head_dim(layer)) for layer in context]
+    shapes = [(batch, head_count(layer), rows, head_dim(layer.k)) for layer in context]
     k, v = (tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes) for _ in range(2))
     return Tail(k=k, v=v, lengths=torch.zeros(batch, dtype=torch.int32, device=device))
 
@@ -128,11 +128,11 @@ def append_(tail: Tail, layer: int, k: Float[Tensor, "B H T D"], v: Float[Tensor
     tail.v[layer][questions, :, rows] = v.transpose(1, 2)
 
 
-def _heads(layer: RaggedKV | WindowKV) -> int:
-    return layer.k.shape[1] if isinstance(layer, WindowKV) else layer.offsets.shape[0] - 1
+def head_count(layer: DenseKV | WindowKV | RaggedKV) -> int:
+    """Returns the number of KV heads of a layer."""
+    return len(layer.offsets) - 1 if isinstance(layer, RaggedKV) else layer.k.shape[1]
 
 
-def _head_dim(layer: RaggedKV | WindowKV) -> int:
-    if isinstance(layer.k, Tensor):
-        return layer.k.shape[-1]
-    return layer.k.codes.shape[-1] * 8 // layer.k.bits
+def head_dim(x: Tensor | Quantized) -> int:
+    """Returns the width of the rows of keys or values."""
+    return x.shape[-1] if isinstance(x, Tensor) else x.codes.shape[-1] * 8 // x.bits

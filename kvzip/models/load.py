@@ -81,10 +81,7 @@ def load(
     translate, layer_names = _translator(raw)
     config = translate(_with_rope(raw, rope))
     config = replace(config, max_length=max_length or _stretched(config, rope))
-    template = prompts.read_template(directory, options=template_options)
-    if chat_template is not None:
-        tokens = prompts.named_tokens(prompts.read_json(directory / "tokenizer_config.json"))
-        template = prompts.ChatTemplate(source=chat_template, tokens=tokens, options=dict(template_options or {}))
+    template = prompts.read_template(directory, source=chat_template, options=template_options)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weights = read_weights(directory, config, layer_names, dtype=dtype, device=device)
     return Model(
