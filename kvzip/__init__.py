@@ -3,6 +3,7 @@
 from . import models, ops, prompts
 from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
 from .compression import compress
+from .decoding import Decoder
 from .generation import Answer, generate
 from .models import Model, ModelConfig, load
 from .prefilling import prefill
@@ -10,6 +11,7 @@ from .scoring import score
 
 __all__ = [
     "Answer",
+    "Decoder",
     "DenseCache",
     "Model",
     "ModelConfig",

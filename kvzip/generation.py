@@ -1,17 +1,16 @@
 """Generation: answers from a dense or a compressed cache, one question or many over the same frozen context."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 
 from . import prompts
-from .attention import decode_attend
-from .cache import DenseCache, RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, empty_tail, grow_tail
-from .models import Model, forward, logits
+from .cache import DenseCache, RaggedCache, free_bytes
+from .decoding import Decoder, tail_bytes_per_token
+from .models import Model
 from .prefilling import prompt_of, tokenizer_of
 from .scoring import check_fingerprint
 
@@ -41,6 +40,7 @@ def generate(
     stop: Sequence[str] = (),
     template: bool = True,
     on_token: Callable[..., None] | None = None,
+    decoder: Decoder | None = None,
 ) -> Answer: ...
 @overload
 def generate(
@@ -55,6 +55,7 @@ def generate(
     stop: Sequence[str] = (),
     template: bool = True,
     on_token: Callable[..., None] | None = None,
+    decoder: Decoder | None = None,
 ) -> list[Answer]: ...
 def generate(
     model: Model,
@@ -68,6 +69,7 @@ def generate(
     stop: Sequence[str] = (),
     template: bool = True,
     on_token: Callable[..., None] | None = None,
+    decoder: Decoder | None = None,
 ) -> Answer | list[Answer]:
     """Returns the answer to a query, or those to a list of queries, run as one batch. The cache is left as it was.
 
@@ -80,9 +82,11 @@ def generate(
         template: False continues the context as plain text, with no chat markers after the query (cloze).
         on_token: called with each piece of text as it is decided: on_token(piece) for one query,
             on_token(piece, index) for a list.
+        decoder: one made for this model and cache, to be used again; None makes one for this call. A list of more
+            questions than a decoder takes, or than fit in memory, is answered in several batches.
 
-    Raises: ValueError for a cache of another model, an empty query, options out of range, or a question that does
-        not fit in the model's length.
+    Raises: ValueError for a cache of another model, an empty query, options out of range, a decoder of another cache
+        or too small, or a question that does not fit in the model's length; torch.OutOfMemoryError that says for what.
     """
     _check_options(max_tokens, temperature, top_p)
     check_fingerprint(model, cache.fingerprint)
@@ -90,7 +94,6 @@ def generate(
     ids = _query_ids(model, cache, queries, template=template)
     if not ids:
         return []
-    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     used = len(cache.token_ids) + max(map(len, ids))
     room = model.config.max_length - used
     if room < 1:
@@ -99,14 +102,41 @@ def generate(
             f"context and question of {used}: shorten it, or pass max_length= (and rope=) to load"
         )
     seed = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
-    generators = [torch.Generator(model.device).manual_seed(seed) for _ in ids]
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token
     streams = [_Stream(tokenizer_of(model), tuple(stop), emit, n) for n in range(len(ids))]
-    with torch.no_grad():
-        answers = _decode(
-            model, cache, ids, streams, generators, limit=min(max_tokens, room), temperature=temperature, top_p=top_p
-        )
+    limit = min(max_tokens, room)
+    if decoder is None:
+        rows = max(map(len, ids)) + limit
+        decoder = Decoder(model, cache, batch=_batch_that_fits(model, len(ids), rows), tail=rows)
+    else:
+        _check_decoder(decoder, model, cache, max(map(len, ids)) + limit)
+    answers: list[Answer] = []
+    for start in range(0, len(ids), decoder.batch):
+        group = slice(start, start + decoder.batch)
+        decoder.read(ids[group], temperature=temperature, top_p=top_p, seed=seed)
+        answers += _decode(decoder, streams[group], model.stop_ids, limit)
     return answers[0] if isinstance(query, str) else answers
+
+
+def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
+    """How many questions of `rows` tokens to answer at once: as many as leave a fifth of the free memory."""
+    free = free_bytes(model.device)
+    if free is None:
+        return questions
+    # reading a question holds activations of its tokens besides its tail; every step the logits, twice in float32
+    widest = 4 * (model.config.intermediate_size + model.config.hidden_size) * model.dtype.itemsize
+    needed = rows * (tail_bytes_per_token(model) + widest) + 10 * model.config.vocab_size
+    return max(1, min(questions, int(0.8 * free) // needed))
+
+
+def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCache, rows: int) -> None:
+    if decoder.model is not model or decoder.cache is not cache:
+        raise ValueError("expected a decoder made for this model and cache, got another's: kvzip.Decoder(model, cache)")
+    if decoder.rows < rows:
+        raise ValueError(
+            f"expected a decoder with room for {rows} tokens (the longest question and max_tokens), got "
+            f"{decoder.rows}: pass tail={rows} to Decoder, or lower max_tokens"
+        )
 
 
 def _check_options(max_tokens: int, temperature: float, top_p: float) -> None:
@@ -134,68 +164,30 @@ def _query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str]
     return [prompts.encode_text(tokenizer, text) + postfix for text in texts]
 
 
-def _decode(
-    model: Model,
-    cache: RaggedCache,
-    questions: list[list[int]],
-    streams: list["_Stream"],
-    generators: list[torch.Generator],
-    *,
-    limit: int,
-    temperature: float,
-    top_p: float,
-) -> list[Answer]:
-    """Reads the questions, padded on the right, then takes a token of each per step until all have stopped."""
-    batch, longest = len(questions), max(map(len, questions))
-    rows = longest + limit
-    if cache.tail is None:
-        tail = empty_tail(cache.context, batch, rows, dtype=model.dtype)
-    else:
-        tail = grow_tail(cache.tail, batch, rows)
-    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in questions], device=model.device)
-    counts = torch.tensor([len(ids) for ids in questions], device=model.device)
-    context = all_ragged(cache.context)
-    hidden = _step(model, context, cache.context_length, tail, padded)
-    last = hidden[torch.arange(batch, device=model.device), counts - 1]
-    tail = _advance(tail, counts)
-    answers: list[Answer | None] = [None] * batch
-    for step in range(limit):
-        tokens = _pick(logits(model, last), generators, temperature=temperature, top_p=top_p)
-        for n, token in enumerate(tokens.tolist()):
+def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:
+    """Answers of the questions that the decoder has read.
+
+    On a GPU the next step is on its way before the host looks at the tokens of the last: one step is wasted when all
+    answers have ended, and the device never waits for the host.
+    """
+    answers: list[Answer | None] = [None] * len(streams)
+    ahead = 1 if decoder.model.device.type == "cuda" else 0
+    waiting: deque[Callable[[], list[int]]] = deque()
+    for step in range(limit + ahead):
+        if step < limit:
+            if step > 0:
+                decoder.step()
+            waiting.append(decoder.fetch())
+        if step < ahead:
+            continue
+        for n, token in enumerate(waiting.popleft()()[: len(streams)]):
             if answers[n] is None:
-                answers[n] = streams[n].add(token, model.stop_ids)
-        if step == limit - 1 or all(answer is not None for answer in answers):
+                answers[n] = streams[n].add(token, stop_ids)
+        if all(answer is not None for answer in answers):
             break
-        last = _step(model, context, cache.context_length, tail, tokens[:, None])[:, 0]
-        tail = _advance(tail, 1)
     return [
         stream.finish("length") if answer is None else answer for answer, stream in zip(answers, streams, strict=True)
     ]
-
-
-def _step(
-    model: Model, context: Sequence[RaggedKV], start: int, tail: Tail, token_ids: Int64[Tensor, "B T"]
-) -> Float[Tensor, "B T M"]:
-    """The hidden states of T tokens for each question; their keys and values go to the tail."""
-    offsets = torch.arange(token_ids.shape[1], device=model.device)
-    positions = start + tail.lengths[:, None].long() + offsets
-    return forward(model, token_ids, positions, decode_attend(model.config, context, tail))
-
-
-def _advance(tail: Tail, count: Tensor | int) -> Tail:
-    return replace(tail, lengths=(tail.lengths + count).int())
-
-
-def _pick(
-    scores: Float[Tensor, "B V"], generators: list[torch.Generator], *, temperature: float, top_p: float
-) -> Int64[Tensor, " B"]:
-    if temperature == 0:
-        return scores.argmax(-1)
-    ordered, tokens = (scores.float() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= top_p, 0)  # the most likely token always stays: nothing is before it
-    picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(ordered, generators, strict=True)]
-    return tokens.gather(1, torch.stack(picks))[:, 0]
 
 
 @dataclass

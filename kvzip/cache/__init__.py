@@ -2,8 +2,8 @@
 
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
 from .io import load_cache, read_header, save
-from .memory import nbytes, to
-from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, append_, as_ragged, empty_tail, grow_tail
+from .memory import explain_out_of_memory, free_bytes, nbytes, to
+from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, empty_tail, grow_tail
 
 __all__ = [
     "DenseCache",
@@ -14,10 +14,11 @@ __all__ = [
     "Tail",
     "WindowKV",
     "all_ragged",
-    "append_",
     "as_ragged",
     "check_whole",
     "empty_tail",
+    "explain_out_of_memory",
+    "free_bytes",
     "global_layers",
     "grow_tail",
     "load_cache",

@@ -1,7 +1,9 @@
-"""Bytes and devices of any cache."""
+"""Bytes and devices of any cache, and what to say when there are too few of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,33 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
 def to(cache: C, device: torch.device | str) -> C:
     """Returns the cache on another device; on its own device, the cache itself."""
     return _map(cache, lambda tensor: tensor.to(device))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the bytes that can still be allocated on a device, None where that cannot be known.
+
+    On a GPU the free ones and those that torch holds and does not use; on the host what Linux calls available.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return available[0] if device.type == "cpu" and available else None
+
+
+@contextmanager
+def explain_out_of_memory(needed: str, remedy: str) -> Iterator[None]:
+    """Raises torch.OutOfMemoryError with `needed` (bytes, and for what) and `remedy` where memory runs out within."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(f"expected room for {needed}, got out of memory: {remedy}") from error
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -119,15 +119,6 @@ def grow_tail(tail: Tail, batch: int, rows: int) -> Tail:
     return Tail(k=tuple(map(grow, tail.k)), v=tuple(map(grow, tail.v)), lengths=tail.lengths.expand(batch).clone())
 
 
-def append_(tail: Tail, layer: int, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> None:
-    """Writes T new rows of one layer after the `lengths` rows of each question; the caller advances `lengths`."""
-    batch, _, count, _ = k.shape
-    questions = torch.arange(batch, device=k.device)[:, None]
-    rows = tail.lengths[:, None].long() + torch.arange(count, device=k.device)
-    tail.k[layer][questions, :, rows] = k.transpose(1, 2)
-    tail.v[layer][questions, :, rows] = v.transpose(1, 2)
-
-
 def head_count(layer: DenseKV | WindowKV | RaggedKV) -> int:
     """Returns the number of KV heads of a layer."""
     return len(layer.offsets) - 1 if isinstance(layer, RaggedKV) else layer.k.shape[1]

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: inverse frequencies of each kind, cos and sin tables, the rotation."""
+"""Rotary position embeddings: inverse frequencies of each kind, cos and sin tables."""
 
 import math
 
@@ -54,13 +54,3 @@ def cos_sin(
     angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return (angles.cos() * rope.attention_factor).to(dtype), (angles.sin() * rope.attention_factor).to(dtype)
-
-
-def rotate(
-    x: Float[Tensor, "B H T D"], cos: Float[Tensor, "*b T D"], sin: Float[Tensor, "*b T D"]
-) -> Float[Tensor, "B H T D"]:
-    """Returns x rotated by position: the pair (x[i], x[i + D/2]) turns by its angle."""
-    if cos.ndim == 3:  # positions differ by question: [B T D] beside [B H T D]
-        cos, sin = cos[:, None], sin[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -11,12 +11,15 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .. import ops
 from ..prompts import ChatTemplate
 from .config import ModelConfig
-from .rope import cos_sin, rotate
+from .rope import cos_sin
 from .weights import LayerWeights, Weights
 
 logger = logging.getLogger(__name__)
+
+_ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q [B Hq T D], k [B H T D], v [B H T D]) -> [B Hq T D]; q, k normed and rotated, q not scaled."""
@@ -48,7 +51,7 @@ def forward(
     Positions are absolute, [T] for all questions or [B T].
     """
     hidden = _run(model, token_ids, positions, attend, whole=True)
-    return rms_norm(hidden, model.weights.norm, model.config)
+    return ops.rms_norm(hidden, model.weights.norm, eps=model.config.norm_eps, offset=model.config.norm_offset)
 
 
 def run_attention(
@@ -60,18 +63,9 @@ def run_attention(
 
 def logits(model: Model, hidden: Float[Tensor, "*b M"]) -> Float[Tensor, "*b V"]:
     """Returns next-token logits of hidden states that `forward` returned."""
-    out = F.linear(hidden, model.weights.unembed)
+    out = ops.linear(hidden, model.weights.unembed)
     cap = model.config.logit_softcap
     return out if cap is None else torch.tanh(out / cap) * cap
-
-
-def rms_norm(x: Float[Tensor, "*b N"], weight: Float[Tensor, " N"], config: ModelConfig) -> Float[Tensor, "*b N"]:
-    """Returns x / rms(x) * (norm_offset + weight) over the last axis, in float32; Gemma casts after the weight."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
-    if config.norm_offset:
-        return (normed * (config.norm_offset + weight.float())).to(x.dtype)
-    return weight * normed.to(x.dtype)
 
 
 def _run(model: Model, token_ids: Tensor, positions: Tensor, attend: Attend, *, whole: bool) -> Tensor:
@@ -81,33 +75,40 @@ def _run(model: Model, token_ids: Tensor, positions: Tensor, attend: Attend, *, 
         hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
     tables = {rope: cos_sin(rope, positions, config.head_dim, hidden.dtype) for rope in {s.rope for s in config.layers}}
     for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
-        q, k, v = _project(config, layer, rms_norm(hidden, layer.attn_norm, config), tables[spec.rope])
+        qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias, norm=_norm(layer.attn_norm, config))
+        q, k, v = ops.rotary(
+            qkv,
+            *tables[spec.rope],
+            kv_heads=config.num_kv_heads,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+        )
         attended = attend(index, q, k, v)
         if not whole and index == len(config.layers) - 1:
             return hidden
-        out = F.linear(rearrange(attended, "b h t d -> b t (h d)"), layer.o, layer.o_bias)
-        hidden = hidden + _post_norm(out, layer.attn_post_norm, config)
-        out = _mlp(config, layer, rms_norm(hidden, layer.mlp_norm, config))
-        hidden = hidden + _post_norm(out, layer.mlp_post_norm, config)
+        attended = rearrange(attended, "b h t d -> b t (h d)")
+        hidden = _add(hidden, attended, layer.o, layer.o_bias, layer.attn_post_norm, config)
+        parts = [_mlp(part, layer, config) for part in hidden.flatten(0, 1).split(_ROWS_PER_BLOCK)]
+        hidden = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(hidden.shape)
     return hidden
 
 
-def _project(
-    config: ModelConfig, layer: LayerWeights, hidden: Tensor, tables: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    qkv = rearrange(F.linear(hidden, layer.qkv, layer.qkv_bias), "b t (h d) -> b h t d", d=config.head_dim)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, config), rms_norm(k, layer.k_norm, config)
-    return rotate(q, *tables), rotate(k, *tables), v
+def _mlp(hidden: Tensor, layer: LayerWeights, config: ModelConfig) -> Tensor:
+    gated = ops.linear(hidden, layer.gate_up, norm=_norm(layer.mlp_norm, config), gate=config.activation)
+    return _add(hidden, gated, layer.down, None, layer.mlp_post_norm, config)
 
 
-def _mlp(config: ModelConfig, layer: LayerWeights, hidden: Tensor) -> Tensor:
-    gate, up = F.linear(hidden, layer.gate_up).chunk(2, dim=-1)
-    activated = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
-    return F.linear(activated * up, layer.down)
+def _add(
+    hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Tensor | None, config: ModelConfig
+) -> Tensor:
+    """hidden + W x, the product normed first in the families that do."""
+    if post_norm is None:
+        return ops.linear(x, weight, bias, residual=hidden)
+    out = ops.linear(x, weight, bias)
+    return ops.rms_norm(out, post_norm, eps=config.norm_eps, offset=config.norm_offset, residual=hidden)
 
 
-def _post_norm(x: Tensor, weight: Tensor | None, config: ModelConfig) -> Tensor:
-    return x if weight is None else rms_norm(x, weight, config)
+def _norm(weight: Tensor, config: ModelConfig) -> ops.Norm:
+    return ops.Norm(weight, config.norm_eps, config.norm_offset)

@@ -1,20 +1,29 @@
 """The operations on tensors: each has a plain PyTorch reference and a Triton kernel of the same signature."""
 
+from kvzip.ops.append import append_
 from kvzip.ops.decode import DecodeSchedule, decode, decode_schedule, merge
+from kvzip.ops.linear import Norm, linear
+from kvzip.ops.norm import rms_norm
 from kvzip.ops.prune import prune
 from kvzip.ops.quantize import Quantized, dequantize, quantize
+from kvzip.ops.rotary import rotary
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform
 
 __all__ = [
     "DecodeSchedule",
+    "Norm",
     "Quantized",
+    "append_",
     "decode",
     "decode_schedule",
     "dequantize",
+    "linear",
     "merge",
     "prune",
     "quantize",
+    "rms_norm",
+    "rotary",
     "score",
     "select",
     "select_count",

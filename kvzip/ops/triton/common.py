@@ -24,18 +24,28 @@ def compute_dtype(x: Tensor) -> tl.dtype:
 
     Raises: ValueError for float64, which the kernels do not have.
     """
-    if x.dtype not in _DTYPES:
-        raise ValueError(
-            f"expected float16, bfloat16 or float32, got {x.dtype}: KVZIP_BACKEND=reference takes other dtypes"
-        )
+    check_dtype(x)
     if x.dtype == torch.bfloat16 and interpreted():
         return tl.float32
     return _DTYPES[x.dtype]
 
 
+def check_dtype(x: Tensor) -> None:
+    """Raises: ValueError for float64, which the kernels do not have."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"expected float16, bfloat16 or float32, got {x.dtype}: KVZIP_BACKEND=reference takes other dtypes"
+        )
+
+
 def overlaps_launches(x: Tensor) -> bool:
     """Whether a kernel on x's device may start while the one before it ends (programmatic dependent launch)."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def launch_options(overlap: bool) -> dict[str, bool]:
+    """What a launch says so that its kernel may start before the one in front has ended; it then waits for it."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def check_rows(**tensors: Tensor) -> None:
@@ -45,6 +55,19 @@ def check_rows(**tensors: Tensor) -> None:
             raise ValueError(
                 f"expected {name} with a contiguous last axis, got strides {x.stride()}: make it contiguous"
             )
+
+
+@triton.jit
+@no_type_check
+def await_launch(OVERLAP: tl.constexpr):
+    """Lets the next kernel start early, then waits until all that the one before wrote is there.
+
+    Every kernel launched with `launch_options(True)` calls it before it reads or writes what others write, so that
+    one behind it may count on everything in front.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -1,0 +1,183 @@
+"""Decoding: the buffers and CUDA graphs that answer a batch of questions over one frozen context, token by token."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from .attention import decode_attend
+from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, explain_out_of_memory, grow_tail
+from .models import Model, forward, logits
+from .scoring import check_fingerprint
+
+
+class Decoder:
+    """What answers up to `batch` questions at a time over a frozen cache; `generate` makes one, or takes it.
+
+    Owns the tail of every question and, on a GPU, a CUDA graph of one step for greedy decoding and one for sampling,
+    captured at the second step and replayed from then on. Reused for further questions it starts without any of
+    that work. The cache is shared and never written; a tail it has is part of every question's.
+
+    Args:
+        batch: questions at once.
+        tail: tokens reserved for each question and its answer together.
+
+    Raises: ValueError for a cache of another model, or sizes below 1; torch.OutOfMemoryError that says what for.
+    """
+
+    def __init__(self, model: Model, cache: DenseCache | RaggedCache, *, batch: int = 1, tail: int = 512) -> None:
+        if batch < 1 or tail < 1:
+            raise ValueError(f"expected a batch and a tail of at least 1, got {batch} and {tail}")
+        check_fingerprint(model, cache.fingerprint)
+        self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
+        cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
+        self._layers, self._start = all_ragged(cache.context), cache.context_length
+        self._past = len(cache.token_ids) - cache.context_length  # tokens in the cache's own tail
+        size = batch * (self._past + tail) * tail_bytes_per_token(model)
+        with (
+            torch.no_grad(),
+            explain_out_of_memory(
+                f"{size:,} bytes for the tails of {batch} questions of {self._past + tail} tokens",
+                "ask fewer questions at once or lower max_tokens",
+            ),
+        ):
+            if cache.tail is None:
+                self._tail = empty_tail(cache.context, batch, tail, dtype=model.dtype)
+            else:
+                self._tail = grow_tail(cache.tail, batch, tail)
+            self.tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
+            self._controls = torch.ones(2, dtype=torch.float32, device=model.device)  # temperature, top_p
+            self._draws = torch.zeros(tail, dtype=torch.float32, device=model.device)
+            self._step = torch.zeros(1, dtype=torch.long, device=model.device)
+        self._sampled = False
+        self._replays: dict[bool, Callable[[], None] | None] = {}  # by whether tokens are sampled
+        self._host: list[tuple[Tensor, Any]] = []
+
+    def read(
+        self, questions: Sequence[Sequence[int]], *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> None:
+        """Reads one question of each row and decides its answer's first token; earlier answers are forgotten.
+
+        Every question draws the same numbers from `seed`, so that its answer does not depend on the others'.
+
+        Raises: ValueError for more questions than rows, or an empty or too long one.
+        """
+        longest = max(map(len, questions), default=0)
+        if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
+            raise ValueError(
+                f"expected 1 to {self.batch} questions of 1 to {self.rows} tokens, got {len(questions)} of up to "
+                f"{longest}: make a Decoder with a larger batch or tail"
+            )
+        device = self.model.device
+        rows = [*questions, *[questions[-1]] * (self.batch - len(questions))]
+        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows], device=device)
+        counts = torch.tensor([len(ids) for ids in rows], device=device)
+        self._sampled = temperature > 0
+        if self._sampled:
+            draws = torch.rand(self.rows, generator=torch.Generator().manual_seed(seed))
+            self._draws.copy_(draws)
+            self._controls.copy_(torch.tensor([temperature, top_p]))
+            self._step.zero_()
+        self._tail.lengths.fill_(self._past)
+        with torch.no_grad():
+            hidden = self._forward(padded)
+            self._choose(hidden[torch.arange(self.batch, device=device), counts - 1])
+            self._tail.lengths.add_(counts)
+
+    def step(self) -> None:
+        """Feeds the tokens last decided and decides the next; the host waits for nothing."""
+        replay = self._replays.get(self._sampled)
+        if replay is None and self._sampled in self._replays and self.model.device.type == "cuda":
+            self._replays[self._sampled] = replay = _capture(self._advance, self.model.device)
+        if replay is not None:
+            replay()
+            return
+        self._replays[self._sampled] = None  # it has run once: everything it launches is compiled
+        self._advance()
+
+    def fetch(self) -> Callable[[], list[int]]:
+        """Starts copying the tokens last decided to the host; what it returns waits for them.
+
+        They are read before two more fetches.
+        """
+        if self.model.device.type != "cuda":
+            tokens = self.tokens.tolist()
+            return lambda: tokens
+        if not self._host:
+            buffers = torch.empty((2, self.batch), dtype=torch.long, pin_memory=True)
+            self._host = [(buffer, torch.cuda.Event()) for buffer in buffers]
+        host, copied = self._host.pop(0)
+        self._host.append((host, copied))
+        host.copy_(self.tokens, non_blocking=True)
+        copied.record()
+
+        def wait() -> list[int]:
+            copied.synchronize()
+            return host.tolist()
+
+        return wait
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        hidden = self._forward(self.tokens[:, None])
+        self._choose(hidden[:, 0])
+        self._tail.lengths.add_(1)
+
+    def _forward(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        """The hidden states of T tokens for each question; their keys and values go to the tail."""
+        offsets = torch.arange(token_ids.shape[1], device=token_ids.device)
+        positions = self._start + self._tail.lengths[:, None].long() + offsets
+        attend = decode_attend(self.model.config, self._layers, self._tail)
+        return forward(self.model, token_ids, positions, attend)
+
+    def _choose(self, hidden: Float[Tensor, "B M"]) -> None:
+        scores = logits(self.model, hidden)
+        if self._sampled:
+            draw = self._draws.gather(0, self._step.clamp(max=self.rows - 1))
+            self.tokens.copy_(sample(scores, draw, temperature=self._controls[0], top_p=self._controls[1]))
+            self._step.add_(1)
+        else:
+            self.tokens.copy_(scores.argmax(-1))
+
+
+def sample(
+    scores: Float[Tensor, "B V"],
+    draw: Float32[Tensor, " 1"],
+    *,
+    temperature: Float32[Tensor, ""],
+    top_p: Float32[Tensor, ""],
+) -> Int64[Tensor, " B"]:
+    """Returns a token of each row, drawn from softmax(scores / temperature) among the most likely that sum to top_p.
+
+    By inverting the cumulative probabilities at `draw`, uniform in [0, 1), so that nothing waits for the device.
+    """
+    ordered, tokens = (scores.float() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    ordered = ordered.masked_fill(before >= top_p, 0)  # the most likely token always stays: nothing is before it
+    reached = ordered.cumsum(-1)
+    place = (reached <= draw * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    return tokens.gather(1, place)[:, 0]
+
+
+def tail_bytes_per_token(model: Model) -> int:
+    """Returns the bytes that one token of one question takes in the tail of all layers."""
+    config = model.config
+    return 2 * len(config.layers) * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+
+
+def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Returns the replay of a CUDA graph of what `run` launches. Nothing is executed here."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        # torch.cuda.graph would also collect garbage and empty the allocator's cache, which takes longer than this
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay

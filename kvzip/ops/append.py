@@ -1,0 +1,45 @@
+"""New keys and values written after those of each question."""
+
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from kvzip.ops.backend import use_triton
+
+
+def append_(
+    tail_k: Float[Tensor, "B H R D"],
+    tail_v: Float[Tensor, "B H R D"],
+    lengths: Int32[Tensor, " B"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T D"],
+) -> None:
+    """Writes T new rows after the lengths[b] rows of each question, in place; `lengths` itself is not advanced.
+
+    What would go beyond the R rows reserved is dropped. Nothing waits for the device.
+
+    Raises: ValueError if shapes or dtypes do not fit together.
+    """
+    expected = (*tail_k.shape[:2], k.shape[2], tail_k.shape[3])
+    if k.shape != expected or v.shape != expected or tail_v.shape != tail_k.shape or k.dtype != tail_k.dtype:
+        raise ValueError(
+            f"expected k and v of shape {list(expected)}, {tail_k.dtype}, got {list(k.shape)}, {list(v.shape)}, "
+            f"{k.dtype}: they must fit the tail {list(tail_k.shape)}"
+        )
+    if use_triton(k):
+        from kvzip.ops.triton.append import append_triton_ as run
+    else:
+        run = append_reference_
+    run(tail_k, tail_v, lengths, k, v)
+
+
+def append_reference_(
+    tail_k: Float[Tensor, "B H R D"],
+    tail_v: Float[Tensor, "B H R D"],
+    lengths: Int32[Tensor, " B"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T D"],
+) -> None:
+    for b, length in enumerate(lengths.tolist()):
+        room = max(min(k.shape[2], tail_k.shape[2] - length), 0)
+        tail_k[b, :, length : length + room] = k[b, :, :room]
+        tail_v[b, :, length : length + room] = v[b, :, :room]

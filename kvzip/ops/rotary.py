@@ -1,0 +1,88 @@
+"""Queries, keys and values of new tokens: split from one product, normed by head where a model does, and rotated."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvzip.ops.backend import use_triton
+from kvzip.ops.norm import rms_norm_reference
+
+
+def rotary(
+    qkv: Float[Tensor, "B T W"],
+    cos: Float[Tensor, "*b T D"],
+    sin: Float[Tensor, "*b T D"],
+    *,
+    kv_heads: int,
+    q_norm: Float[Tensor, " D"] | None = None,
+    k_norm: Float[Tensor, " D"] | None = None,
+    eps: float = 0.0,
+    offset: int = 0,
+) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
+    """Returns q and k, rotated by position, and v, out of W = (Hq + 2 H) D values a token.
+
+    The pair (x[i], x[i + D/2]) of a head turns by its angle: x * cos + [-x[D/2:], x[:D/2]] * sin.
+
+    Args:
+        cos, sin: [T D] for all questions or [B T D]; both halves of D are alike.
+        kv_heads: H; what is left of W are the query heads.
+        q_norm, k_norm: weights of an RMSNorm of each head before the rotation (`eps` and `offset` as in `rms_norm`);
+            both or none.
+
+    v is a view of qkv.
+
+    Raises: ValueError if shapes do not fit together.
+    Source: RoPE, arXiv 2104.09864.
+    """
+    width = cos.shape[-1]
+    heads = qkv.shape[-1] // width - 2 * kv_heads
+    if qkv.shape[-1] % width or heads < 1 or width % 2:
+        raise ValueError(f"expected (Hq + 2 * {kv_heads}) * D={width} values a token, D even, got {qkv.shape[-1]}")
+    if cos.shape not in ((*qkv.shape[:2], width), (qkv.shape[1], width)) or sin.shape != cos.shape:
+        raise ValueError(
+            f"expected cos and sin of shape [T={qkv.shape[1]}, D] or [B={qkv.shape[0]}, T, D], got {list(cos.shape)} "
+            f"and {list(sin.shape)}"
+        )
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("expected both q_norm and k_norm or neither, got one of them")
+    if use_triton(qkv):
+        from kvzip.ops.triton.rotary import rotary_triton as run
+    else:
+        run = rotary_reference
+    return run(qkv, cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, offset=offset)
+
+
+def rotary_reference(
+    qkv: Float[Tensor, "B T W"],
+    cos: Float[Tensor, "*b T D"],
+    sin: Float[Tensor, "*b T D"],
+    *,
+    kv_heads: int,
+    q_norm: Float[Tensor, " D"] | None = None,
+    k_norm: Float[Tensor, " D"] | None = None,
+    eps: float = 0.0,
+    offset: int = 0,
+) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
+    q, k, v = split(qkv, cos.shape[-1], kv_heads)
+    if q_norm is not None and k_norm is not None:
+        q, k = (
+            rms_norm_reference(q, q_norm, eps=eps, offset=offset),
+            rms_norm_reference(k, k_norm, eps=eps, offset=offset),
+        )
+    if cos.ndim == 3:  # positions differ by question: [B T D] beside [B H T D]
+        cos, sin = cos[:, None], sin[:, None]
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def split(
+    qkv: Float[Tensor, "B T W"], width: int, kv_heads: int
+) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
+    """Returns views of the queries, keys and values in a product of all three."""
+    heads = qkv.unflatten(2, (-1, width)).transpose(1, 2)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    return q, k, v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
