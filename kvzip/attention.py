@@ -106,7 +106,9 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
         if not seen:
             seen.append(tail.lengths + k.shape[2])
         ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
-        kv = context[layer]
+        kv, rows, window = context[layer], (tail.k[layer], tail.v[layer], seen[0]), config.layers[layer].window
+        if not q.is_cuda and config.attn_softcap is None and (window is None or q.shape[0] == q.shape[2] == 1):
+            return _decode_on_host(q, kv, rows, config.attn_scale, window)
         return ops.decode(
             q,
             kv.k,
@@ -114,9 +116,9 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
             kv.offsets,
             scale=config.attn_scale,
             softcap=config.attn_softcap,
-            window=config.layers[layer].window,
+            window=window,
             schedule=kv.schedule,
-            tail=(tail.k[layer], tail.v[layer], seen[0]),
+            tail=rows,
         )[0]
 
     return attend
@@ -185,6 +187,48 @@ def window_attention(
     return rearrange(out, "n h t d -> 1 h (n t) d")[:, :, :tokens]
 
 
+def _decode_on_host(
+    q: Tensor, kv: RaggedKV, tail: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None
+) -> Tensor:
+    """`ops.decode` by torch's fused attention, which on a CPU takes a few calls where the reference takes dozens.
+
+    A window is for one token of one question.
+    """
+    batch, tokens = q.shape[0], q.shape[2]
+    bounds, lengths = kv.offsets.tolist(), tail[2].tolist()
+    heads, longest = len(bounds) - 1, max(lengths)
+    first = 0 if window is None else max(0, longest - window)
+    seen = None
+    if tokens > 1 or len(set(lengths)) > 1:
+        place = tail[2][:, None] - tokens + torch.arange(tokens)
+        seen = (torch.arange(longest) <= place[..., None])[:, None]  # [B 1 T rows]
+    keys, values = (x[:, :, first:longest] for x in tail[:2])
+    if len(set(lengths)) > 1:  # a masked key still has to be a number
+        written = (torch.arange(longest) < tail[2][:, None])[:, None, :, None]
+        keys, values = (x.masked_fill(~written, 0) for x in (keys, values))
+    out, lse = _sdpa(q, keys, values, scale=scale, causal=False, mask=seen)
+    sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    hidden = [0 if window is None else min(size, max(0, longest + size - window)) for size in sizes]
+    if not any(size - skip for size, skip in zip(sizes, hidden, strict=True)):
+        return out
+    folded = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
+    k, v = (x if isinstance(x, Tensor) else ops.dequantize(x) for x in (kv.k, kv.v))
+    if len(set(sizes)) == 1:
+        k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, hidden[0] :] for x in (k, v))
+        rows, row_lse = _sdpa(folded, k, v, scale=scale)
+    else:
+        rows = torch.zeros_like(folded)
+        row_lse = torch.full(folded.shape[:3], -torch.inf, dtype=lse.dtype)
+        for h, (start, size, skip) in enumerate(zip(bounds, sizes, hidden, strict=False)):
+            if size > skip:
+                part = slice(start + skip, start + size)
+                one = _sdpa(folded[:, h : h + 1], k[None, None, part], v[None, None, part], scale=scale)
+                rows[:, h], row_lse[:, h] = one[0][:, 0], one[1][:, 0]
+    pattern = {"b": batch, "t": tokens}
+    rows = rearrange(rows, "1 h (b g t) d -> b (h g) t d", **pattern)
+    return ops.merge(rows, rearrange(row_lse, "1 h (b g t) -> b (h g) t", **pattern), out, lse)[0]
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, config: ModelConfig) -> Tensor:
     """One masked block with softcap, logits held in memory in float32: [Hq T D] against [H S D] -> [1 Hq T D]."""
     group = config.num_heads // config.num_kv_heads
@@ -215,8 +259,12 @@ def _softcapped(
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Torch's fused attention with its log-sum-exp [B Hq T], which the public function does not return.
+
+    A mask [B 1 T S] of what is seen is for the CPU.
 
     On an H100 cuDNN's kernels reach 580 to 720 TFLOP/s where flash's reach 320 to 370, but planning for a new shape
     takes them 50 ms of the host's time.
@@ -231,13 +279,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     if causal:
         k, v = (repeat(x, "b h t d -> b (h g) t d", g=group) for x in (k, v))
-    else:  # without a mask the rows of a group are just rows: keys need not be repeated
+    else:  # where no key is hidden by place the rows of a group are just rows: keys need not be repeated
         q = rearrange(q, "b (h g) t d -> b h (g t) d", g=group)
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+            mask = bias.repeat(1, 1, group, 1)
     if q.is_cuda:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
         lse = lse[..., : q.shape[2]]
     else:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if causal:
         return out, lse
     out = rearrange(out, "b h (g t) d -> b (h g) t d", t=tokens)

@@ -1,0 +1,347 @@
+"""Times the whole way from a context to answers: prefill, score, compress, read a question, decode; with peak memory.
+
+    python benchmarks/end_to_end.py [--shape llama-3.1-8b ...] [--tokens 32768 126000] [--only decode ...]
+    python benchmarks/end_to_end.py --model DIRECTORY      # real weights
+    python benchmarks/end_to_end.py --plot                 # draws the latest lines into docs/
+
+Every run first checks that the paths it times agree: kernels against plain PyTorch by the project's accuracy rule, the
+CUDA graph against step by step, a batch against each question alone. Weights of a named shape are random. Each figure
+is one JSON line appended to benchmarks/results/end-to-end.jsonl.
+"""
+
+import argparse
+import datetime
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import kvzip  # noqa: E402
+from accuracy import assert_as_accurate  # noqa: E402
+from benchmarks.shapes import random_model, shapes  # noqa: E402
+from kvzip.attention import decode_attend  # noqa: E402
+from kvzip.cache import Scores, all_ragged, empty_tail  # noqa: E402
+from kvzip.models import Model, forward, logits  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "end-to-end.jsonl"
+PARTS = ("check", "prefill", "decode", "batch", "question", "memory", "first", "ratios")
+QUESTION = 30  # tokens
+REFERENCE = {  # the authors' code on the same chip, Llama-3.1-8B shape: prefill s, decode ms full, decode ms at 0.3
+    32_768: (1.82, 21.0, 26.0),
+    126_000: (16.4, 27.0, 26.8),
+}
+READ_BANDWIDTH = 3.07e12  # bytes a second of one H100, a sum over 2 GiB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=shapes(), default=["llama-3.1-8b"])
+    parser.add_argument("--model", type=Path, help="an HF directory: real weights instead of a shape")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32_768, 126_000])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--plot", action="store_true", help="draw the latest lines into docs/ and stop")
+    options = parser.parse_args()
+    if options.plot:
+        plot(options.results, ROOT / "docs" / "end-to-end.png")
+        return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: these figures need one")
+    facts = machine(options.commit)
+    names = [str(options.model)] if options.model else options.shape
+    for name in names:
+        if "check" in options.only and not options.model:
+            check_paths(name)
+        model = (
+            kvzip.load(options.model) if options.model else random_model(name, max_length=max(options.tokens) + 4096)
+        )
+        for tokens in options.tokens:
+            for line in measure(model, tokens, options.only):
+                record = {"shape": Path(name).name, "tokens": tokens, **line, **facts}
+                print(json.dumps({k: v for k, v in record.items() if k not in facts}), flush=True)
+                options.results.parent.mkdir(exist_ok=True)
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        del model
+        release()
+
+
+# --- what is measured
+
+
+def measure(model: Model, tokens: int, parts: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields one figure after the other, each as a dict with `what` and its values."""
+    ids = torch.randint(256, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    if "prefill" in parts:
+        cold = seconds(lambda: kvzip.prefill(model, ids))
+        times = [seconds(lambda: kvzip.prefill(model, ids)) for _ in range(3)]
+        yield {"what": "prefill", "s": statistics.median(times), "spread_s": max(times) - min(times), "first_s": cold}
+    release()
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    cache = kvzip.prefill(model, ids)
+    dense_bytes = kvzip.nbytes(cache)
+    if "memory" in parts:
+        scored = kvzip.score(model, cache, scope="chunk")
+        small = kvzip.compress(scored, 0.3, consume=True)
+        peak = torch.cuda.max_memory_allocated() - weights - dense_bytes
+        yield {
+            "what": "memory",
+            "peak_gib": peak / 2**30,
+            "full_gb": dense_bytes / 1e9,
+            "kept_gb": kvzip.nbytes(small) / 1e9,
+        }
+        del scored, small, cache
+        release()
+        cache = kvzip.prefill(model, ids)
+    cache = with_scores(cache, model)
+    if "decode" in parts:
+        yield {"what": "decode", "ratio": 1.0, "questions": 1, **step_ms(model, cache, 1)}
+    if "question" in parts:
+        yield {"what": "question", "ratio": 1.0, **question_ms(model, cache)}
+    if "ratios" in parts:
+        for ratio in (0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            small = kvzip.compress(cache, ratio)
+            yield {
+                "what": "decode",
+                "ratio": ratio,
+                "questions": 1,
+                "gb": kvzip.nbytes(small) / 1e9,
+                **step_ms(model, small, 1),
+            }
+            del small
+    small = kvzip.compress(cache, 0.3)
+    if "decode" in parts:
+        yield {
+            "what": "decode",
+            "ratio": 0.3,
+            "questions": 1,
+            "gb": kvzip.nbytes(small) / 1e9,
+            **step_ms(model, small, 1),
+        }
+    if "batch" in parts:
+        yield {"what": "decode", "ratio": 0.3, "questions": 32, **step_ms(model, small, 32)}
+    if "question" in parts:
+        yield {"what": "question", "ratio": 0.3, **question_ms(model, small)}
+    if "first" in parts:
+        yield {"what": "first token", **first_token_ms(model, cache)}
+    del cache, small
+    release()
+
+
+def with_scores(cache: kvzip.DenseCache, model: Model) -> kvzip.DenseCache:
+    """The cache with random scores whose heads differ as real ones do: some keep most of their pairs, some few."""
+    layers = tuple(i for i, spec in enumerate(model.config.layers) if spec.window is None)
+    generator = torch.Generator(model.device).manual_seed(1)
+    shape = (len(layers), model.config.num_kv_heads, cache.length - cache.start)
+    values = torch.rand(shape, generator=generator, device=model.device)
+    values += 0.5 * torch.randn(shape[:2], generator=generator, device=model.device)[..., None]
+    return replace(
+        cache, scores=Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source="random")
+    )
+
+
+def questions(count: int, tokens: int = QUESTION) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(256, (count, tokens), generator=generator).tolist()
+
+
+def step_ms(model: Model, cache: kvzip.DenseCache | kvzip.RaggedCache, batch: int, steps: int = 48) -> dict[str, float]:
+    """Milliseconds of a decoding step, by events around each of `steps` after eight."""
+    decoder = kvzip.Decoder(model, cache, batch=batch, tail=256)
+    decoder.read(questions(batch))
+    for _ in range(8):
+        decoder.step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        decoder.step()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return {"ms": statistics.median(times), "spread_ms": times[-len(times) // 10] - times[len(times) // 10]}
+
+
+def question_ms(model: Model, cache: kvzip.DenseCache | kvzip.RaggedCache) -> dict[str, float]:
+    """Milliseconds to read a question with a decoder used before, up to its first token on the host."""
+    decoder = kvzip.Decoder(model, cache, batch=1, tail=256)
+
+    def read() -> None:
+        decoder.read(questions(1))
+        decoder.fetch()()
+
+    read()
+    times = [1e3 * seconds(read) for _ in range(7)]
+    return {"question_tokens": QUESTION, "ms": statistics.median(times), "spread_ms": max(times) - min(times)}
+
+
+def first_token_ms(model: Model, cache: kvzip.DenseCache) -> dict[str, float]:
+    """Milliseconds from `compress` called to the first token, and with the graph captured, kernels warm."""
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        small = kvzip.compress(cache, 0.3)
+        torch.cuda.synchronize()
+        packed = time.perf_counter()
+        decoder = kvzip.Decoder(model, small, batch=1, tail=256)
+        decoder.read(questions(1))
+        decoder.fetch()()
+        first = time.perf_counter()
+        decoder.step()
+        decoder.step()
+        decoder.fetch()()
+        torch.cuda.synchronize()
+        times.append([1e3 * (t - start) for t in (packed, first, time.perf_counter())])
+        del small, decoder
+    packed, first, captured = (statistics.median(column[1:]) for column in zip(*times, strict=True))
+    return {"compress_ms": packed, "ms": first, "with_graph_and_two_steps_ms": captured}
+
+
+# --- agreement before timing
+
+
+def check_paths(name: str) -> None:
+    """Exits unless the fast paths give what the plain ones give, on two to six layers of the shape."""
+    layers = 6 if "gemma" in name else 2  # a global layer among them
+    model = random_model(name, layers=layers, max_length=8192)
+    exact = replace(model, weights=copied(model.weights, torch.float64), dtype=torch.float64)
+    ids = torch.randint(256, (1_500,), generator=torch.Generator().manual_seed(0))
+    small = kvzip.compress(with_scores(kvzip.prefill(model, ids), model), 0.3)
+    wide = replace(small, context=copied(small.context, torch.float64))
+    for batch, tokens in ((1, 1), (1, QUESTION), (3, 1)):
+        rows = torch.tensor(questions(batch, tokens), device=model.device)
+
+        def run(model: Model, cache: kvzip.RaggedCache, rows: torch.Tensor = rows) -> torch.Tensor:
+            tail = empty_tail(cache.context, rows.shape[0], 64, dtype=model.dtype)
+            positions = torch.arange(cache.context_length, cache.context_length + rows.shape[1], device=model.device)
+            attend = decode_attend(model.config, all_ragged(cache.context), tail)
+            with torch.no_grad():
+                return logits(model, forward(model, rows, positions, attend)[:, -1])
+
+        fast = run(model, small)
+        with backend("reference"):
+            assert_as_accurate(fast, run(exact, wide), run(model, small))
+    del exact, wide
+    ids_by_step = []
+    decoder = kvzip.Decoder(model, small, batch=3, tail=64)
+    for _ in range(2):  # the second time every step is a replay
+        decoder.read(questions(3))
+        ids_by_step.append([decoder.fetch()()])
+        for _ in range(12):
+            decoder.step()
+            ids_by_step[-1].append(decoder.fetch()())
+    if ids_by_step[0] != ids_by_step[1]:
+        sys.exit("the second use of a decoder gives other tokens than the first: nothing is timed")
+    del decoder
+    release()
+    print(f"{name}: paths agree", flush=True)
+
+
+def copied(value: Any, dtype: torch.dtype) -> Any:
+    """A structure with its floating tensors in another dtype."""
+    from kvzip.cache.memory import _map
+
+    return _map(value, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    before = os.environ.get("KVZIP_BACKEND")
+    os.environ["KVZIP_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("KVZIP_BACKEND") if before is None else os.environ.update(KVZIP_BACKEND=before)
+
+
+# --- timing, facts, plot
+
+
+def seconds(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    kept = run()
+    torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    del kept
+    return elapsed
+
+
+def release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def machine(commit: str | None) -> dict[str, str]:
+    """What a figure depends on besides the code's inputs."""
+    import triton
+
+    if commit is None:
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def plot(results: Path, path: Path) -> None:
+    """Draws milliseconds a token and cache size against the ratio kept, from the latest line of each figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    latest: dict[tuple[int, float], dict[str, Any]] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["shape"] == "llama-3.1-8b" and record["what"] == "decode" and record["questions"] == 1:
+            latest[record["tokens"], record["ratio"]] = record
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    weights = 15.0e9
+    for color, tokens in zip(("tab:blue", "tab:orange"), sorted({tokens for tokens, _ in latest}), strict=False):
+        ratios = sorted(ratio for n, ratio in latest if n == tokens)
+        label = f"{tokens:,} tokens"
+        axes[0].plot(ratios, [latest[tokens, r]["ms"] for r in ratios], "o-", color=color, label=f"kvzip, {label}")
+        floor = [1e3 * (weights + r * tokens * 131_072) / READ_BANDWIDTH for r in ratios]
+        axes[0].plot(ratios, floor, ":", color=color, label=f"floor (bytes at 3.07 TB/s), {label}")
+        if tokens in REFERENCE:
+            _, full, kept = REFERENCE[tokens]
+            axes[0].plot([0.3, 1.0], [kept, full], "x--", color=color, label=f"authors' code, {label}")
+        sized = [r for r in ratios if "gb" in latest[tokens, r]]
+        axes[1].plot(sized, [latest[tokens, r]["gb"] for r in sized], "o-", color=color, label=label)
+    axes[0].set(xlabel="ratio of pairs kept", ylabel="ms per token", ylim=(0, None), title="Decoding one question")
+    axes[1].set(xlabel="ratio of pairs kept", ylabel="GB", ylim=(0, None), title="Cache")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle("Llama-3.1-8B shape, bfloat16, one H100")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Models of published shapes with random weights, for measuring where real ones cannot be had."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RawTokenizer
+
+from kvzip.models import Model, empty_weights
+from kvzip.models.load import translate_config
+from kvzip.models.weights import fingerprint, named_tensors
+from kvzip.prompts import ChatTemplate, Tokenizer
+
+CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CONTROL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def shapes() -> list[str]:
+    """Returns the names of the shapes that are known."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def random_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    layers: int | None = None,
+    max_length: int | None = None,
+) -> Model:
+    """Returns a model of a published shape with normally distributed weights; it never stops by itself.
+
+    Args:
+        layers: the first so many only.
+        max_length: in place of the config's.
+    """
+    config = translate_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
+    config = replace(config, layers=config.layers[:layers], max_length=max_length or config.max_length)
+    weights = empty_weights(config, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for _, tensor in named_tensors(weights):
+        if tensor.ndim > 1:
+            tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+        else:
+            tensor.fill_(1 - config.norm_offset).add_(torch.empty_like(tensor).normal_(std=0.1, generator=generator))
+    return Model(
+        config=config,
+        weights=weights,
+        tokenizer=_byte_tokenizer(),
+        device=torch.device(device),
+        dtype=dtype,
+        template=ChatTemplate(TEMPLATE),
+        stop_ids=(),
+        fingerprint=fingerprint(config, weights, dtype),
+        source=name,
+    )
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """One token per byte, and four control tokens: the lengths of prompts are what matters."""
+
+    def build(as_text: bool) -> RawTokenizer:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        raw.decoder = decoders.ByteLevel()
+        raw.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
+        raw.encode_special_tokens = as_text
+        return raw
+
+    return Tokenizer(text=build(True), control=build(False), bos_ids=())
