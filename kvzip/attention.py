@@ -1,5 +1,6 @@
 """The three attend strategies, which join the transformer to a cache: prefill, score, decode."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -207,7 +208,7 @@ def _decode_on_host(
         written = (torch.arange(longest) < tail[2][:, None])[:, None, :, None]
         keys, values = (x.masked_fill(~written, 0) for x in (keys, values))
     out, lse = _sdpa(q, keys, values, scale=scale, causal=False, mask=seen)
-    sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
     hidden = [0 if window is None else min(size, max(0, longest + size - window)) for size in sizes]
     if not any(size - skip for size, skip in zip(sizes, hidden, strict=True)):
         return out

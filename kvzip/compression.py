@@ -1,5 +1,6 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,7 +8,17 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from . import ops
-from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
+from .cache import (
+    DenseCache,
+    DenseKV,
+    RaggedCache,
+    RaggedKV,
+    Scores,
+    WindowKV,
+    check_whole,
+    explain_out_of_memory,
+    free_bytes,
+)
 
 
 def compress(
@@ -42,7 +53,7 @@ def compress(
     Protected and minimum rows are taken first, the rest by score.
 
     Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget and threshold is given,
-        or if more rows are protected than the budget has.
+        or if more rows are protected than the budget has; torch.OutOfMemoryError that says what for, the cache intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
     """
     check_whole(cache)
@@ -61,13 +72,13 @@ def compress(
         keep = keep if forced is None else keep | forced
     else:
         keep = _select(scores.values, count, level, forced, nan)
-    counts = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
-    if counts.pop():
+    *flat, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
+    if overflowed:
         raise ValueError(
             "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
         )
-    per_layer = torch.tensor(counts).reshape(keep.shape[:2]).sum(1).tolist()
-    context = _pack(cache, scores, keep, per_layer, bits=bits, consume=consume)
+    counts = [flat[i : i + keep.shape[1]] for i in range(0, len(flat), keep.shape[1])]
+    context = _pack_or_explain(cache, scores, keep, counts, bits=bits, consume=consume)
     return RaggedCache(
         context=context,
         tail=None,
@@ -76,7 +87,7 @@ def compress(
         chat=cache.chat,
         token_ids=cache.token_ids,
         fingerprint=cache.fingerprint,
-        kept=sum(counts),
+        kept=sum(flat),
         total=keep.numel(),
         scores=scores,
     )
@@ -167,29 +178,55 @@ def _highest_of_each_head(values: Float32[Tensor, "L H E"], count: int, nan: Ten
     return ops.select_uniform(values, ratio=min(1.0, (count + 0.5) / evictable), nan=nan)
 
 
-def _pack(
+def _pack_or_explain(
     cache: DenseCache,
     scores: Scores,
     keep: Bool[Tensor, "L H E"],
-    counts: list[int],
+    counts: list[list[int]],
     *,
     bits: int | None,
     consume: bool,
 ) -> tuple[RaggedKV | WindowKV, ...]:
-    """Packs the kept pairs of each layer, the prefix in front of them."""
+    """`_pack`, which either succeeds or leaves the cache as it was, with an error that says what was missing."""
+    layer = next(layer for layer in cache.layers if isinstance(layer, DenseKV))
+    pair = 2 * layer.k.shape[-1] * layer.k.element_size()
+    sizes = [pair * (sum(kept) + scores.start * len(kept)) for kept in counts]
+    # consuming frees a layer before the next is packed, so that one packed layer at a time is all that is added
+    needed = max(sizes) if consume else sum(sizes)
+    explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
+    remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True") + "; the cache is intact"
+    free = free_bytes(layer.k.device)
+    if consume and free is not None and free < needed:  # before the first layer is gone
+        raise torch.OutOfMemoryError(f"expected room for {explanation}, got {free:,} bytes free: {remedy}")
+    with explain_out_of_memory(explanation, remedy):
+        return _pack(cache, scores, keep, counts, bits=bits, consume=consume)
+
+
+def _pack(
+    cache: DenseCache,
+    scores: Scores,
+    keep: Bool[Tensor, "L H E"],
+    counts: list[list[int]],
+    *,
+    bits: int | None,
+    consume: bool,
+) -> tuple[RaggedKV | WindowKV, ...]:
+    """Packs the kept pairs of each layer, counts[l][h] of each head, the prefix in front of them."""
     context: list[RaggedKV | WindowKV] = []
     layers = cache.layers if consume else list(cache.layers)
     scored = iter(zip(keep, counts, strict=True))
     while layers:
         layer = layers.pop(0)
         if isinstance(layer, DenseKV):
-            mask, count = next(scored)
+            mask, kept = next(scored)
+            bounds = [0, *itertools.accumulate(scores.start + count for count in kept)]
             prefix = mask.new_ones(mask.shape[0], scores.start)
-            total = count + prefix.numel()
-            k, v, offsets, positions = ops.prune(layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=total)
+            k, v, offsets, positions = ops.prune(
+                layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=bounds[-1]
+            )
             if bits is not None:
                 k, v = ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)
-            context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets)))
+            context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds)))
         else:
             context.append(layer)
         del layer

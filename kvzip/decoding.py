@@ -12,13 +12,15 @@ from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, e
 from .models import Model, forward, logits
 from .scoring import check_fingerprint
 
+_ROWS_OF_A_GRAPH = 4096  # questions x tokens: more are bound by the products, not by launching them
+
 
 class Decoder:
     """What answers up to `batch` questions at a time over a frozen cache; `generate` makes one, or takes it.
 
-    Owns the tail of every question and, on a GPU, a CUDA graph of one step for greedy decoding and one for sampling,
-    captured at the second step and replayed from then on. Reused for further questions it starts without any of
-    that work. The cache is shared and never written; a tail it has is part of every question's.
+    Owns the tail of every question and, on a GPU, CUDA graphs of reading a question and of one step, captured at first
+    use and replayed from then on: reused for further questions it starts without any of that work. The cache is shared
+    and never written; a tail it has is part of every question's.
 
     Args:
         batch: questions at once.
@@ -50,9 +52,12 @@ class Decoder:
             self.tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
             self._controls = torch.ones(2, dtype=torch.float32, device=model.device)  # temperature, top_p
             self._draws = torch.zeros(tail, dtype=torch.float32, device=model.device)
-            self._step = torch.zeros(1, dtype=torch.long, device=model.device)
+            self._drawn = torch.zeros(1, dtype=torch.long, device=model.device)
+            self._counts = torch.zeros(batch, dtype=torch.long, device=model.device)
         self._sampled = False
-        self._replays: dict[bool, Callable[[], None] | None] = {}  # by whether tokens are sampled
+        self._replays = model.device.type == "cuda"
+        self._questions: dict[int, Tensor] = {}  # by padded length
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}  # by where ids are, and whether it samples
         self._host: list[tuple[Tensor, Any]] = []
 
     def read(
@@ -70,32 +75,28 @@ class Decoder:
                 f"expected 1 to {self.batch} questions of 1 to {self.rows} tokens, got {len(questions)} of up to "
                 f"{longest}: make a Decoder with a larger batch or tail"
             )
-        device = self.model.device
+        if self._replays and self.batch * longest <= _ROWS_OF_A_GRAPH:  # one graph serves many lengths
+            longest = min(-(-longest // 32) * 32, self.rows)
         rows = [*questions, *[questions[-1]] * (self.batch - len(questions))]
-        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows], device=device)
-        counts = torch.tensor([len(ids) for ids in rows], device=device)
+        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows])
+        self._counts.copy_(torch.tensor([len(ids) for ids in rows]))
+        self._tail.lengths.fill_(self._past)
         self._sampled = temperature > 0
         if self._sampled:
-            draws = torch.rand(self.rows, generator=torch.Generator().manual_seed(seed))
-            self._draws.copy_(draws)
+            self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(seed)))
             self._controls.copy_(torch.tensor([temperature, top_p]))
-            self._step.zero_()
-        self._tail.lengths.fill_(self._past)
-        with torch.no_grad():
-            hidden = self._forward(padded)
-            self._choose(hidden[torch.arange(self.batch, device=device), counts - 1])
-            self._tail.lengths.add_(counts)
+            self._drawn.zero_()
+        if self._replays and self.batch * longest <= _ROWS_OF_A_GRAPH:
+            if longest not in self._questions:
+                self._questions[longest] = torch.empty_like(padded, device=self.model.device)
+            self._questions[longest].copy_(padded)
+            self._run(self._questions[longest])
+        else:
+            self._advance(padded.to(self.model.device))
 
     def step(self) -> None:
         """Feeds the tokens last decided and decides the next; the host waits for nothing."""
-        replay = self._replays.get(self._sampled)
-        if replay is None and self._sampled in self._replays and self.model.device.type == "cuda":
-            self._replays[self._sampled] = replay = _capture(self._advance, self.model.device)
-        if replay is not None:
-            replay()
-            return
-        self._replays[self._sampled] = None  # it has run once: everything it launches is compiled
-        self._advance()
+        self._run(self.tokens[:, None])
 
     def fetch(self) -> Callable[[], list[int]]:
         """Starts copying the tokens last decided to the host; what it returns waits for them.
@@ -119,25 +120,36 @@ class Decoder:
 
         return wait
 
-    @torch.no_grad()
-    def _advance(self) -> None:
-        hidden = self._forward(self.tokens[:, None])
-        self._choose(hidden[:, 0])
-        self._tail.lengths.add_(1)
+    def _run(self, token_ids: Int64[Tensor, "B T"]) -> None:
+        """`_advance` over ids that stay in one place: on a GPU from a graph, captured at first use."""
+        if not self._replays:
+            self._advance(token_ids)
+            return
+        key = (token_ids.data_ptr(), self._sampled)
+        if key not in self._graphs:
+            self._graphs[key] = _capture(lambda: self._advance(token_ids), self.model.device)
+        self._graphs[key]()
 
-    def _forward(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
-        """The hidden states of T tokens for each question; their keys and values go to the tail."""
-        offsets = torch.arange(token_ids.shape[1], device=token_ids.device)
-        positions = self._start + self._tail.lengths[:, None].long() + offsets
+    @torch.no_grad()
+    def _advance(self, token_ids: Int64[Tensor, "B T"]) -> None:
+        """Appends T tokens of each question, of which `_counts` are its own, and decides the token after its last."""
+        tokens = token_ids.shape[1]
+        positions = self._start + self._tail.lengths[:, None].long() + torch.arange(tokens, device=token_ids.device)
         attend = decode_attend(self.model.config, self._layers, self._tail)
-        return forward(self.model, token_ids, positions, attend)
+        hidden = forward(self.model, token_ids, positions, attend)
+        if tokens == 1:
+            self._choose(hidden[:, 0])
+            self._tail.lengths.add_(1)
+        else:
+            self._choose(hidden[torch.arange(self.batch, device=token_ids.device), self._counts - 1])
+            self._tail.lengths.add_(self._counts)
 
     def _choose(self, hidden: Float[Tensor, "B M"]) -> None:
         scores = logits(self.model, hidden)
         if self._sampled:
-            draw = self._draws.gather(0, self._step.clamp(max=self.rows - 1))
+            draw = self._draws.gather(0, self._drawn.clamp(max=self.rows - 1))
             self.tokens.copy_(sample(scores, draw, temperature=self._controls[0], top_p=self._controls[1]))
-            self._step.add_(1)
+            self._drawn.add_(1)
         else:
             self.tokens.copy_(scores.argmax(-1))
 
@@ -174,7 +186,7 @@ def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # torch.cuda.graph would also collect garbage and empty the allocator's cache, which takes longer than this
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="relaxed")  # a kernel may be compiled and loaded meanwhile
         try:
             run()
         finally:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import prompts
 from .attention import new_layers, prefill_attend
-from .cache import DenseCache
+from .cache import DenseCache, explain_out_of_memory
 from .models import Model, run_attention
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def prefill(
         progress: called with (tokens done, tokens in all).
 
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, a model without a chat template
-        where one is asked for, or system and instruction without a template.
+        where one is asked for, or system and instruction without a template; torch.OutOfMemoryError that says for what.
     Source: KVzip, arXiv 2505.23416.
     """
     check_count(chunk, "chunk")
@@ -53,12 +53,26 @@ def prefill(
     limit = model.config.warn_length
     if limit is not None and length > limit:
         logger.warning("%s positions are beyond the %s for which this model needs dual chunk attention", length, limit)
-    layers = new_layers(model.config, length, dtype=model.dtype, device=model.device)
-    on_device = token_ids.to(model.device)
+    size = dense_bytes(model, length)
+    with (
+        torch.no_grad(),
+        explain_out_of_memory(
+            f"{size:,} bytes for the pairs of {length} tokens and, while it runs, the activations of {min(chunk, length)}",
+            "lower chunk, use 16-bit weights, or call prefill_compressed, which never holds the full cache",
+        ),
+    ):
+        layers = new_layers(model.config, length, dtype=model.dtype, device=model.device)
+        on_device = token_ids.to(model.device)
     for start in range(0, length, chunk):
         piece = on_device[start : start + chunk]
         positions = torch.arange(start, start + len(piece), device=model.device)
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            explain_out_of_memory(
+                f"the activations of {len(piece)} tokens beside {size:,} bytes of pairs",
+                "lower chunk, use 16-bit weights, or call prefill_compressed, which never holds the full cache",
+            ),
+        ):
             run_attention(model, piece[None], positions, prefill_attend(model.config, layers, start))
         if progress is not None:
             progress(start + len(piece), length)
@@ -70,6 +84,12 @@ def prefill(
         token_ids=token_ids,
         fingerprint=model.fingerprint,
     )
+
+
+def dense_bytes(model: Model, length: int) -> int:
+    """Returns the bytes of a dense cache of `length` tokens; window layers hold their window at most."""
+    rows = sum(length if spec.window is None else min(spec.window, length) for spec in model.config.layers)
+    return 2 * rows * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize
 
 
 def context_ids(model: Model, context: str | Int64[Tensor, " S"]) -> Int64[Tensor, " S"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import prompts
 from .attention import score_attend
-from .cache import DenseCache, Scores, check_whole, global_layers
+from .cache import DenseCache, Scores, check_whole, explain_out_of_memory, global_layers
 from .models import Model, run_attention
 from .prefilling import Progress, check_count, check_length, prompt_of, tokenizer_of
 
@@ -54,7 +54,12 @@ def score(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
     sink, total = cache.start, cache.length - cache.start
-    values = torch.empty(len(layers), model.config.num_kv_heads, total, dtype=torch.float32, device=model.device)
+    with explain_out_of_memory(
+        f"{4 * len(layers) * model.config.num_kv_heads * total:,} bytes of scores",
+        "free memory; the cache is as it was",
+    ):
+        shape = (len(layers), model.config.num_kv_heads, total)
+        values = torch.empty(shape, dtype=torch.float32, device=model.device)
     for start, stop, repeat in repeats(model, cache, chunk=chunk, hint=hint):
         needed = cache.length + len(repeat)
         check_length(model, needed, f"a cache of {cache.length} and a repeat pass of {len(repeat)} tokens")
@@ -62,7 +67,13 @@ def score(
         attend = score_attend(
             model.config, cache.layers, values, sink=sink, start=start, stop=stop, local=scope == "chunk"
         )
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            explain_out_of_memory(
+                f"the activations of a repeat pass of {len(repeat)} tokens beside {values.nbytes:,} bytes of scores",
+                "lower chunk; the cache is as it was",
+            ),
+        ):
             run_attention(model, repeat[None].to(model.device), positions, attend)
         if progress is not None:
             progress(stop - sink, total)

@@ -86,15 +86,16 @@ def full_heads(layers: Sequence[DenseKV] | Sequence[WindowKV], *, start: int) ->
         return []
     heads, rows = layers[0].k.shape[1:3]
     device = layers[0].k.device
-    offsets = torch.arange(heads + 1, dtype=torch.int32, device=device) * rows
+    bounds = [rows * head for head in range(heads + 1)]
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     positions = torch.arange(start, start + rows, dtype=torch.int32, device=device).repeat(heads)
-    schedule = decode_schedule(offsets)
+    schedule = decode_schedule(offsets, bounds=bounds)
     flat = [[rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v)] for layer in layers]
     return [RaggedKV(k, v, offsets, positions, schedule) for k, v in flat]
 
 
 def all_ragged(context: Sequence[RaggedKV | WindowKV]) -> tuple[RaggedKV, ...]:
-    """Returns a context with its window layers seen as ragged ones, as decoding reads them; waits for the device."""
+    """Returns a context with its window layers seen as ragged ones, as decoding reads them."""
     windows = [layer for layer in context if isinstance(layer, WindowKV)]
     views = iter(full_heads(windows, start=windows[0].start if windows else 0))
     return tuple(next(views) if isinstance(layer, WindowKV) else layer for layer in context)

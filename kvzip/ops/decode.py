@@ -132,21 +132,30 @@ def decode_reference(
     return torch.stack(outs, 1).flatten(1, 2).to(q.dtype), torch.stack(lses, 1).flatten(1, 2)
 
 
-def decode_schedule(offsets: Int32[Tensor, " H1"], *, processors: int | None = None) -> DecodeSchedule:
-    """Returns how to cut heads that end at `offsets`; made once per layer of a cache, it waits for the device.
+def decode_schedule(
+    offsets: Int32[Tensor, " H1"], *, processors: int | None = None, bounds: list[int] | None = None
+) -> DecodeSchedule:
+    """Returns how to cut heads that end at `offsets`; made once per layer of a cache.
 
     Args:
         processors: multiprocessors to fill; None asks the device of `offsets`, and takes 8 on a CPU.
+        bounds: the values of `offsets` where the host knows them; None reads them, which waits for the device.
     """
     if processors is None:
         cuda = offsets.is_cuda
         processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if cuda else 8
-    bounds = offsets.tolist()
+    bounds = offsets.tolist() if bounds is None else bounds
     targets = [2 * processors, processors]
     while targets[-1] // 2 >= len(bounds):
         targets.append(targets[-1] // 2)
     targets.append(0)  # every head whole
-    return DecodeSchedule(tuple(_cut(bounds, target, offsets.device) for target in targets), processors)
+    parts = [part for target in targets for part in _cut(bounds, target)]
+    # one copy to the device for all; kernels want tables that start at multiples of 16 bytes
+    flat = [x for part in parts for x in (*part, *[0] * (-len(part) % 4))]
+    pieces = torch.tensor(flat, dtype=torch.int32).to(offsets.device).split([-(-len(part) // 4) * 4 for part in parts])
+    tables = [piece[: len(part)] for piece, part in zip(pieces, parts, strict=True)]
+    levels = zip(tables[::2], tables[1::2], strict=True)
+    return DecodeSchedule(tuple(Pieces(cut.view(-1, 3), first) for cut, first in levels), processors)
 
 
 def merge(
@@ -187,8 +196,11 @@ def _rows(x: Float[Tensor, "N D"] | Quantized, start: int, stop: int, dtype: tor
     return x[start:stop].to(dtype)
 
 
-def _cut(bounds: list[int], target: int, device: torch.device) -> Pieces:
-    """Cuts heads into the shortest equal pieces of which there are at most `target`, or one per head."""
+def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
+    """Cuts heads into the shortest equal pieces of which there are at most `target`, or one per head.
+
+    Returns (head, first row, row after the last) of one piece after the other, and each head's first piece.
+    """
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     target = max(target, sum(n > 0 for n in lengths))
     low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, *lengths)
@@ -201,12 +213,10 @@ def _cut(bounds: list[int], target: int, device: torch.device) -> Pieces:
     pieces, first = [], [0]
     for h, (start, n) in enumerate(zip(bounds, lengths, strict=False)):
         count = -(-n // low)
-        pieces += [(h, start + n * i // count, start + n * (i + 1) // count) for i in range(count)]
-        first.append(len(pieces))
-    return Pieces(
-        torch.tensor(pieces, dtype=torch.int32, device=device).reshape(-1, 3),
-        torch.tensor(first, dtype=torch.int32, device=device),
-    )
+        for i in range(count):
+            pieces += [h, start + n * i // count, start + n * (i + 1) // count]
+        first.append(first[-1] + count)
+    return pieces, first
 
 
 def _check(
