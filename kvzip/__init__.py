@@ -3,6 +3,7 @@
 from . import models, ops, prompts
 from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
 from .compression import compress
+from .conversation import ask, extend, fold, fork
 from .decoding import Decoder
 from .generation import Answer, generate
 from .models import Model, ModelConfig, load
@@ -17,7 +18,11 @@ __all__ = [
     "ModelConfig",
     "RaggedCache",
     "Scores",
+    "ask",
     "compress",
+    "extend",
+    "fold",
+    "fork",
     "generate",
     "load",
     "load_cache",

@@ -91,7 +91,7 @@ def generate(
     _check_options(max_tokens, temperature, top_p)
     check_fingerprint(model, cache.fingerprint)
     queries = [query] if isinstance(query, str) else query
-    ids = _query_ids(model, cache, queries, template=template)
+    ids = query_ids(model, cache, queries, template=template)
     if not ids:
         return []
     used = len(cache.token_ids) + max(map(len, ids))
@@ -148,7 +148,14 @@ def _check_options(max_tokens: int, temperature: float, top_p: float) -> None:
         raise ValueError(f"expected 0 < top_p <= 1, got {top_p}: 1 samples among all tokens")
 
 
-def _query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
+def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
+    """Returns the ids that ask each query after what the cache holds, up to where its answer begins.
+
+    With `template` the query goes into the user turn that is open at the end of the cache, a blank line after what the
+    turn holds already, and the turn is closed.
+
+    Raises: ValueError for a query without text, or a template where the cache has no chat prefix.
+    """
     tokenizer = tokenizer_of(model)
     if not all(query.strip() for query in queries):
         raise ValueError("expected a query with text in it, got an empty one")
@@ -159,9 +166,11 @@ def _query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str]
             "expected a cache with a chat prefix for a chat query, got one prefilled with template=False: "
             "pass template=False here too, or prefill with the template"
         )
-    postfix = prompts.encode_control(tokenizer, prompt_of(model).postfix)
-    texts = [prompts.QUERY_SEPARATOR + query.strip() for query in queries]
-    return [prompts.encode_text(tokenizer, text) + postfix for text in texts]
+    prompt = prompt_of(model)
+    postfix, separator = (prompts.encode_control(tokenizer, text) for text in (prompt.postfix, prompt.separator))
+    new_turn = len(separator) > 0 and cache.token_ids[-len(separator) :].tolist() == separator
+    before = "" if new_turn else prompts.QUERY_SEPARATOR
+    return [prompts.encode_text(tokenizer, before + query.strip()) + postfix for query in queries]
 
 
 def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import prompts
 from .attention import score_attend
-from .cache import DenseCache, Scores, check_whole, explain_out_of_memory, global_layers
+from .cache import DenseCache, RaggedCache, Scores, check_whole, explain_out_of_memory, global_layers
 from .models import Model, run_attention
 from .prefilling import Progress, check_count, check_length, prompt_of, tokenizer_of
 
@@ -81,8 +81,13 @@ def score(
     return replace(cache, scores=scores)
 
 
-def repeats(model: Model, cache: DenseCache, *, chunk: int, hint: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, input ids) of each repeat pass over the context. Raises ValueError without a tokenizer."""
+def repeats(
+    model: Model, cache: DenseCache | RaggedCache, *, chunk: int, hint: int, begin: int | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (start, stop, input ids) of each repeat pass over the tokens from `begin`, by default the whole context.
+
+    Raises: ValueError without a tokenizer.
+    """
     tokenizer = tokenizer_of(model)
 
     def encode(text: str) -> Tensor:
@@ -92,8 +97,9 @@ def repeats(model: Model, cache: DenseCache, *, chunk: int, hint: int) -> Iterat
         postfix = torch.tensor(prompts.encode_control(tokenizer, prompt_of(model).postfix), dtype=torch.long)
     else:
         postfix = encode(PLAIN_POSTFIX)
-    for start in range(cache.start, cache.length, chunk):
-        stop = min(start + chunk, cache.length)
+    end = len(cache.token_ids)
+    for start in range(cache.start if begin is None else begin, end, chunk):
+        stop = min(start + chunk, end)
         if start == cache.start:
             ask = [encode(prompts.REPEAT_FIRST)]
         else:
