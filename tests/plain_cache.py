@@ -92,7 +92,8 @@ def run(model: kvzip.Model, held: Held, token_ids: Sequence[int], start: int) ->
             logits = q[0, head * group : (head + 1) * group] @ keys.mT * config.attn_scale
             if config.attn_softcap is not None:
                 logits = config.attn_softcap * torch.tanh(logits / config.attn_softcap)
-            outs.append(logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values)
+            logits = logits.masked_fill(~seen, -torch.inf)
+            outs.append(torch.exp(logits - logits.logsumexp(-1, keepdim=True)) @ values)  # rounds as `ops.decode` does
         return torch.cat(outs)[None]
 
     hidden = kvzip.models.forward(model, torch.tensor([list(token_ids)]), places, attend)[0]
