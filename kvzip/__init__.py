@@ -6,6 +6,7 @@ from .compression import compress
 from .conversation import ask, extend, fold, fork
 from .decoding import Decoder
 from .generation import Answer, generate
+from .interop import from_transformers, to_transformers
 from .models import Model, ModelConfig, load
 from .prefilling import prefill
 from .scoring import score
@@ -23,6 +24,7 @@ __all__ = [
     "extend",
     "fold",
     "fork",
+    "from_transformers",
     "generate",
     "load",
     "load_cache",
@@ -34,5 +36,6 @@ __all__ = [
     "save",
     "score",
     "to",
+    "to_transformers",
 ]
 __version__ = "0.1.0"

@@ -43,7 +43,7 @@ def prefill(
     Source: KVzip, arXiv 2505.23416.
     """
     check_count(chunk, "chunk")
-    prefix = _prefix_ids(model, system=system, instruction=instruction, template=template)
+    prefix = prefix_ids(model, system=system, instruction=instruction, template=template)
     ids = context_ids(model, context)
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
@@ -122,6 +122,21 @@ def prompt_of(model: Model, *, system: str | None = None, instruction: str | Non
     return prompts.render(model.template, system=system, instruction=instruction)
 
 
+def prefix_ids(
+    model: Model, *, system: str | None = None, instruction: str | None = None, template: bool = True
+) -> list[int]:
+    """Returns the ids in front of a context: the chat template's, or BOS alone (if the tokenizer adds one).
+
+    Raises: ValueError for a model without a chat template, or system and instruction without one.
+    """
+    if template:
+        prompt = prompt_of(model, system=system, instruction=instruction)
+        return prompts.encode_prefix(tokenizer_of(model), prompt)
+    if system is not None or instruction is not None:
+        raise ValueError("expected no system or instruction with template=False, got one: put it in the context")
+    return [] if model.tokenizer is None else list(model.tokenizer.bos_ids)
+
+
 def check_length(model: Model, needed: int, what: str) -> None:
     """Raises ValueError if `needed` positions are more than the model was made for."""
     if needed > model.config.max_length:
@@ -135,12 +150,3 @@ def check_count(value: int, name: str) -> None:
     """Raises ValueError unless value is a positive number of tokens."""
     if value < 1:
         raise ValueError(f"expected {name} to be at least 1 token, got {value}: pass a positive number")
-
-
-def _prefix_ids(model: Model, *, system: str | None, instruction: str | None, template: bool) -> list[int]:
-    if template:
-        prompt = prompt_of(model, system=system, instruction=instruction)
-        return prompts.encode_prefix(tokenizer_of(model), prompt)
-    if system is not None or instruction is not None:
-        raise ValueError("expected no system or instruction with template=False, got one: put it in the context")
-    return [] if model.tokenizer is None else list(model.tokenizer.bos_ids)
