@@ -127,7 +127,7 @@ def _forced(
         return None
     if not 0 <= min_rows <= evictable:
         raise ValueError(f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}")
-    forced = _highest_of_each_head(scores.values, min_rows, nan)
+    forced = ops.select_uniform_count(scores.values, count=min_rows, nan=nan)
     for start, stop in protect:
         if not 0 <= start <= stop <= evictable:
             raise ValueError(
@@ -161,7 +161,7 @@ def _select(
             )
         values = values.clamp(max=torch.finfo(torch.float32).max).masked_fill(forced, torch.inf)
     if level == "uniform":
-        return _highest_of_each_head(values, count, nan)
+        return ops.select_uniform_count(values, count=count, nan=nan)
     parts = [values] if level == "pair" else list(values.split(1))
     return torch.cat([_highest(part, count, nan) for part in parts])
 
@@ -170,12 +170,6 @@ def _highest(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[
     mask = ops.select_count(values, count=count, nan=nan)
     assert isinstance(mask, Tensor)
     return mask
-
-
-def _highest_of_each_head(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[Tensor, "L H E"]:
-    evictable = values.shape[2]
-    # the half keeps the product's rounding from falling below count
-    return ops.select_uniform(values, ratio=min(1.0, (count + 0.5) / evictable), nan=nan)
 
 
 def _pack_or_explain(

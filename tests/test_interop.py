@@ -108,7 +108,8 @@ def test_transformers_continues_a_uniform_cache_with_the_same_tokens(models, den
         rows = dense.start + int(0.5 * len(TEXT))
         assert {x.keys.shape[2] for x in kvzip.to_transformers(model, cache).layers if not x.is_sliding} == {rows}
         free = continued(theirs, kvzip.to_transformers(model, cache), rows, query(model))
-        assert free != expected, "rows taken for positions give another answer"
+        if not any(spec.window for spec in model.config.layers):  # there the windows say most of the answer
+            assert free != expected, "rows taken for positions give another answer"
 
 
 def test_there_and_back_is_the_same_cache(models, dense):

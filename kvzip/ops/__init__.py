@@ -8,7 +8,7 @@ from kvzip.ops.prune import prune
 from kvzip.ops.quantize import Quantized, dequantize, quantize
 from kvzip.ops.rotary import rotary
 from kvzip.ops.score import score
-from kvzip.ops.select import select, select_count, select_uniform
+from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
 
 __all__ = [
     "DecodeSchedule",
@@ -28,4 +28,5 @@ __all__ = [
     "select",
     "select_count",
     "select_uniform",
+    "select_uniform_count",
 ]

@@ -57,9 +57,21 @@ def select_uniform(
     Raises: ValueError if ratio is outside (0, 1], or a score is NaN and `nan` is not given.
     """
     _check_ratio(ratio)
+    return select_uniform_count(scores, count=int(ratio * scores.shape[-1]), nan=nan)
+
+
+def select_uniform_count(
+    scores: Float32[Tensor, "L H E"], *, count: int, nan: Int32[Tensor, " 1"] | None = None
+) -> Bool[Tensor, "L H E"]:
+    """Marks the `count` highest scores of each head: `select_uniform` with the number given.
+
+    Raises: ValueError if count is negative or more than a head has, or a score is NaN and `nan` is not given.
+    """
+    if not 0 <= count <= scores.shape[-1]:
+        raise ValueError(f"expected 0 <= count <= {scores.shape[-1]} (scores of a head), got {count}: ask for fewer")
     _check_devices([scores], nan)
     flag = _flag([scores]) if nan is None else nan
-    mask = _uniform_op(scores)(scores, ratio=ratio, nan=flag)
+    mask = _uniform_op(scores)(scores, count=count, nan=flag)
     if nan is None:
         _raise_on_nan(flag)
     return mask
@@ -75,10 +87,10 @@ def select_count_reference(scores: Scores, *, count: int, nan: Int32[Tensor, " 1
     return [part.view(layer.shape) for part, layer in zip(parts, layers, strict=True)]
 
 
-def select_uniform_reference(
-    scores: Float32[Tensor, "L H E"], *, ratio: float, nan: Int32[Tensor, " 1"] | None = None
+def select_uniform_count_reference(
+    scores: Float32[Tensor, "L H E"], *, count: int, nan: Int32[Tensor, " 1"] | None = None
 ) -> Bool[Tensor, "L H E"]:
-    return _keep_highest(_ordered(scores, nan), int(ratio * scores.shape[-1]))
+    return _keep_highest(_ordered(scores, nan), count)
 
 
 def _keep_highest(scores: Float32[Tensor, "*heads E"], count: int) -> Bool[Tensor, "*heads E"]:
@@ -106,10 +118,10 @@ def _count_op(scores: Scores):
 
 def _uniform_op(scores: Tensor):
     if not use_triton(scores):
-        return select_uniform_reference
-    from kvzip.ops.triton.select import select_uniform_triton
+        return select_uniform_count_reference
+    from kvzip.ops.triton.select import select_uniform_count_triton
 
-    return select_uniform_triton
+    return select_uniform_count_triton
 
 
 def _layers(scores: Scores) -> Sequence[Tensor]:

@@ -16,7 +16,8 @@ from kvzip.ops.select import (
     select_count,
     select_count_reference,
     select_uniform,
-    select_uniform_reference,
+    select_uniform_count,
+    select_uniform_count_reference,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,10 +83,11 @@ def test_order_of_layers_does_not_matter_without_ties(scores, data):
 def test_uniform_keeps_the_same_number_in_each_head(scores, ratio):
     count = int(ratio * scores.shape[2])
     keep = select_uniform(scores, ratio=ratio)
-    by_kernel = steps.select_uniform_triton(scores.to(DEVICE), ratio=ratio).cpu()
+    by_kernel = steps.select_uniform_count_triton(scores.to(DEVICE), count=count).cpu()
     expected = torch.stack([brute(head, count) for head in scores.flatten(0, 1)]).view(scores.shape)
     assert torch.equal(keep, expected)
     assert torch.equal(by_kernel, expected)
+    assert torch.equal(select_uniform_count(scores, count=count), expected)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, torch.inf, -torch.inf, 3.0])
@@ -144,6 +146,8 @@ def test_ratio_outside_its_range_raises(ratio):
 def test_count_outside_its_range_raises(count):
     with pytest.raises(ValueError, match="number of scores"):
         select_count(torch.zeros(1, 1, 4), count=count)
+    with pytest.raises(ValueError, match="scores of a head"):
+        select_uniform_count(torch.zeros(2, 1, 4), count=count)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,8 @@ def test_full_size_equals_reference(kind, shape):
         keep = select(scores, ratio=ratio)
         assert torch.equal(keep, select_count_reference(scores, count=count)), (kind, ratio)
         assert keep.sum() == count
-    assert torch.equal(select_uniform(scores, ratio=0.3), select_uniform_reference(scores, ratio=0.3))
+    keep = select_uniform_count_reference(scores, count=int(0.3 * shape[2]))
+    assert torch.equal(select_uniform(scores, ratio=0.3), keep)
 
 
 @pytest.mark.gpu

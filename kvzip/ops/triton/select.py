@@ -49,11 +49,10 @@ def select_count_triton(scores, *, count: int, nan: Int32[Tensor, " 1"] | None =
     return [part.view(layer.shape) for part, layer in zip(parts, scores, strict=True)]
 
 
-def select_uniform_triton(
-    scores: Float32[Tensor, "L H E"], *, ratio: float, nan: Int32[Tensor, " 1"] | None = None
+def select_uniform_count_triton(
+    scores: Float32[Tensor, "L H E"], *, count: int, nan: Int32[Tensor, " 1"] | None = None
 ) -> Bool[Tensor, "L H E"]:
-    heads = scores.flatten(0, 1)
-    return _select(heads, int(ratio * scores.shape[-1]), nan).view(scores.shape)
+    return _select(scores.flatten(0, 1), count, nan).view(scores.shape)
 
 
 def _select(scores: Float32[Tensor, "P n"], count: int, nan: Int32[Tensor, " 1"] | None) -> Bool[Tensor, "P n"]:
