@@ -90,6 +90,7 @@ def compress(
         kept=sum(flat),
         total=keep.numel(),
         scores=scores,
+        method=f"{scores.source}/{level}",
     )
 
 

@@ -22,6 +22,8 @@ from .ops import Quantized
 from .prefilling import check_count, check_length, context_ids, prompt_of, tokenizer_of
 from .scoring import check_fingerprint, repeats
 
+FOLDED = "+fold"  # in a cache's method: not all pairs of its turns were kept
+
 
 def extend(
     model: Model, cache: DenseCache | RaggedCache, text: str | Int64[Tensor, " S"], *, chunk: int = 2_000
@@ -155,6 +157,7 @@ def fold(model: Model, cache: RaggedCache, ratio: float = 1.0, *, chunk: int = 2
         kept=cache.kept + sum(counts),
         total=cache.total + keep.numel(),
         scores=None,
+        method=cache.method if ratio == 1 or cache.method.endswith(FOLDED) else cache.method + FOLDED,
     )
 
 

@@ -22,7 +22,7 @@ from ..ops import Quantized, decode_schedule
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
 from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
 
-VERSION = (1, 0)  # of the format: another major version cannot be read, a newer minor one can
+VERSION = (1, 1)  # of the format: another major version cannot be read, a newer minor one can
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -126,6 +126,10 @@ def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"expected a whole kvzip cache, got {path.name} that is truncated or tampered with ({reason})")
 
 
+def _ratio(kept: int, total: int) -> float:
+    return kept / total if total else 1.0
+
+
 def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {"token_ids": cache.token_ids}
     dense = isinstance(cache, DenseCache)
@@ -155,6 +159,8 @@ def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[
         "tokens": len(cache.token_ids),
         "kept": cache.kept,
         "total": cache.total,
+        "ratio": _ratio(cache.kept, cache.total),
+        "method": cache.method if not dense else cache.scores.source if cache.scores else "",
         "layers": described,
         "tail": not dense and cache.tail is not None,
         "scores": None,
@@ -194,6 +200,9 @@ class _Reader:
         token_ids = self.take("token_ids", (_count(header, "tokens"),), torch.int64).cpu()
         _require(not len(token_ids) or int(token_ids.min()) >= 0, "a negative token id")
         kept, total, has_tail = _count(header, "kept"), _count(header, "total"), _flag(header, "tail")
+        method = header.get("method", "")  # files of version 1.0 have neither method nor ratio
+        _require(isinstance(method, str), f"method is {method!r}")
+        _require(header.get("ratio", _ratio(kept, total)) == _ratio(kept, total), "ratio is not kept / total")
         layers: list[Any] = [self.layer(n, spec, length) for n, spec in enumerate(header["layers"])]
         _require(len(layers) > 0, "no layers")
         widths = {head_dim(layer.k) for layer in layers}
@@ -229,6 +238,7 @@ class _Reader:
             context_length=length,
             kept=kept,
             total=total,
+            method=method,
             **common,
         )
 

@@ -43,7 +43,8 @@ class RaggedCache:
     """A compressed context, shared by any number of questions.
 
     `kept` and `total` count evictable pairs; the first `start` tokens (system prefix) and window layers are not
-    counted and stay. `context_length` is the position where the tail starts; `token_ids` includes the tail's.
+    counted and stay. `context_length` is the position where the tail starts; `token_ids` includes the tail's. `method`
+    says how pairs were chosen, "kvzip-context/pair" for the source of the scores and the level; empty: all are kept.
     """
 
     context: tuple[RaggedKV | WindowKV, ...]
@@ -56,6 +57,7 @@ class RaggedCache:
     kept: int
     total: int
     scores: Scores | None = None
+    method: str = ""
 
 
 def as_ragged(cache: DenseCache) -> RaggedCache:

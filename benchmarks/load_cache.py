@@ -1,0 +1,153 @@
+"""Times `load_cache` beside reading the file, and appends one JSON line for each figure.
+
+    python benchmarks/load_cache.py [--directory DIR ...] [--device cuda] [--gib 1] [--commit HASH]
+
+The cache is ragged, of Llama-3.1-8B's heads in bfloat16, its file warm in the page cache. It runs the tests of
+`load_cache` first and times nothing if one fails; exits with 1 if loading takes more than 1.3 times as long as reading.
+Variants take turns: "read" reads the whole file into memory that is already there; "load" returns the cache, which on a
+CPU is mapped, not read; "load and touch" then reads one word of every page.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import kvzip  # noqa: E402
+from kvzip.cache import RaggedKV  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "load-cache.jsonl"
+LAYERS, HEADS, WIDTH = 16, 8, 128
+LIMIT = 1.3
+ROUNDS = 9
+PAGE = 4096 // 8  # words of 64 bits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, nargs="+", default=[Path(tempfile.gettempdir())])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the file")
+    parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
+    options = parser.parse_args()
+    tests = ["-k", "bit_for_bit", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_io.py")]
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode != 0:
+        sys.exit("the tests above failed: nothing is timed on red")
+    cache, slow = ragged_cache(options.gib), False
+    for directory in options.directory:
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            path = Path(scratch) / "cache.kvz"
+            kvzip.save(cache, path)
+            size = path.stat().st_size
+            seconds = timed(variants(path, options.device))
+        read = statistics.median(seconds["read"])
+        for name, found in seconds.items():
+            median = statistics.median(found)
+            slow = slow or median > LIMIT * read
+            line = {
+                "case": f"{size / 2**30:.2f} GiB in {file_system(directory)}, {options.device}",
+                "variant": name,
+                "median_ms": round(median * 1e3, 2),
+                "least_ms": round(min(found) * 1e3, 2),
+                "most_ms": round(max(found) * 1e3, 2),
+                "of_read": round(median / read, 3),
+                **machine(options),
+            }
+            print(json.dumps(line), flush=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    return int(slow)
+
+
+def ragged_cache(gib: float) -> kvzip.RaggedCache:
+    """A cache of about `gib` GiB whose heads differ in length."""
+    rows = int(gib * 2**30) // (LAYERS * WIDTH * 2 * 2)
+    weights = torch.arange(1, HEADS + 1)
+    offsets = torch.cat([torch.zeros(1), weights.cumsum(0) / weights.sum() * rows]).int()
+    positions = torch.cat([torch.arange(int(n)) for n in offsets.diff()]).int()
+    schedule = kvzip.ops.decode_schedule(offsets)
+    k = torch.randn(rows, WIDTH).bfloat16()
+    layers = [RaggedKV(k.clone(), k.clone(), offsets, positions, schedule) for _ in range(LAYERS)]
+    length = int(offsets.diff().max())
+    return kvzip.RaggedCache(
+        context=tuple(layers),
+        tail=None,
+        context_length=length,
+        start=0,
+        chat=True,
+        token_ids=torch.zeros(length, dtype=torch.long),
+        fingerprint="none",
+        kept=LAYERS * len(positions),
+        total=LAYERS * HEADS * length,
+    )
+
+
+def variants(path: Path, device: str) -> dict[str, Callable[[], object]]:
+    buffer = memoryview(bytearray(path.stat().st_size))
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while count := file.readinto(buffer[done:]):
+                done += count
+
+    def load() -> kvzip.RaggedCache:
+        cache = kvzip.load_cache(path, device=device)
+        assert isinstance(cache, kvzip.RaggedCache)
+        return cache
+
+    def touch() -> int:
+        parts = [x for kv in load().context for x in (kv.k, kv.v)]
+        return sum(int(x.view(torch.int64).flatten()[::PAGE].sum()) for x in parts if isinstance(x, torch.Tensor))
+
+    return {"read": read, "load": load, "load and touch": touch}
+
+
+def timed(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each call, in turns; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(ROUNDS + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def file_system(directory: Path) -> str:
+    command = ["stat", "--file-system", "--format=%T", str(directory)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def machine(options: argparse.Namespace) -> dict[str, str | int]:
+    commit = options.commit
+    if commit is None:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name() if options.device != "cpu" else "none",
+        "cpu": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
