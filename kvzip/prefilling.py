@@ -57,7 +57,7 @@ def prefill(
     with (
         torch.no_grad(),
         explain_out_of_memory(
-            f"{size:,} bytes for the pairs of {length} tokens and, while it runs, the activations of {min(chunk, length)}",
+            f"{size:,} bytes for the pairs of {length} tokens, beside activations of {min(chunk, length)}",
             "lower chunk, use 16-bit weights, or call prefill_compressed, which never holds the full cache",
         ),
     ):
