@@ -1,0 +1,234 @@
+"""A report of results: a table, plots of score against ratio, heat maps of needles, and one page with all of them."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import Answered, Summary, differences, group, read, summarize
+from .run import FULL
+
+NEEDLES = ("needle", "needles")
+MEAN = "mean of tasks, relative to the full cache"
+_MARKERS = "osD^vP*Xh<>p"
+
+
+def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip") -> list[Path]:
+    """Writes the report of result files into a directory and returns the files: `table.md`, PNGs, `index.html`.
+
+    A model's answers in one form are a section: one plot for each task with a line for each method, one of the mean
+    over tasks as a fraction of the full cache's, and a heat map of lengths and depths for each method where needles
+    were hidden. The table also says by how much `base` is better than each other method to the same questions.
+
+    Raises: ValueError for results that `results.read` refuses, or none; ImportError without the `plot` extra.
+    """
+    answers = read(*results)
+    if not answers:
+        raise ValueError(f"expected answers in {', '.join(map(str, results))}, got none: run the evaluation first")
+    directory.mkdir(parents=True, exist_ok=True)
+    written, tables, pictures = [], [], []
+    for (model, form), own in group(answers, "model", "form").items():
+        title = f"{model}, {form}"
+        tables.append(f"## {title}\n\n{table(own, base=base)}")
+        for name, figure in figures(own, title).items():
+            path = directory / f"{model}-{form}-{name}.png".replace("@", "-").replace("/", "-")
+            path.write_bytes(figure)
+            pictures.append((f"{title}: {name}", figure))
+            written.append(path)
+    text = "\n\n".join(tables) + "\n\n" + provenance(answers) + "\n"
+    (directory / "table.md").write_text(text, encoding="utf-8")
+    (directory / "index.html").write_text(page(text, pictures), encoding="utf-8")
+    return [directory / "table.md", directory / "index.html", *written]
+
+
+def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
+    """Returns a Markdown table of scores (0 to 100, with 95% intervals), a row for each task, method and ratio.
+
+    The last column is the difference to `base` at the same ratio, over the same questions; one whose interval holds no
+    0 is bold.
+    """
+    methods = [method for (method,) in group(answers, "method")]
+    apart: dict[tuple[Any, ...], Summary] = {}
+    for method in methods:
+        if base in methods and method not in (base, FULL):
+            for difference in differences(answers, method=method, base=base):
+                apart[(*difference.group[:1], method, *difference.group[1:])] = difference
+    lines = [
+        f"| task | method | kept | score | 95% interval | questions (contexts) | less {base} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = summarize(answers, "task", "method", "ratio")
+    for row in sorted(rows, key=lambda row: (row.group[0], row.group[2], methods.index(row.group[1]))):
+        task, method, ratio = row.group
+        difference = apart.get(row.group)
+        lines.append(
+            f"| {task} | {method} | {ratio:g} | {100 * row.mean:.1f} | {100 * row.low:.1f} to {100 * row.high:.1f} | "
+            f"{row.questions} ({row.contexts}) | {_difference(difference)} |"
+        )
+    return "\n".join(lines)
+
+
+def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
+    """Returns each method's mean over tasks of its score divided by the full cache's, by (method, ratio).
+
+    Tasks that the full cache scores 0 in, and methods and ratios that were not run on all the others, are left out.
+    """
+    means = {row.group: row.mean for row in summarize(answers, "task", "method", "ratio")}
+    full = {task: mean for (task, method, _), mean in means.items() if method == FULL and mean > 0}
+    found: dict[tuple[str, float], list[float]] = {}
+    for (task, method, ratio), mean in means.items():
+        if task in full:
+            found.setdefault((method, ratio), []).append(mean / full[task])
+    return {key: sum(values) / len(values) for key, values in found.items() if len(values) == len(full)}
+
+
+def figures(answers: Sequence[Answered], title: str) -> dict[str, bytes]:
+    """Returns PNGs by name: "tasks", "mean" where the full cache was asked, and "heat" where needles were hidden."""
+    made = {"tasks": _task_plots(answers, title)}
+    if relative(answers):
+        made["mean"] = _mean_plot(answers, title)
+    hidden = [a for a in answers if a.question["task"].partition("@")[0] in NEEDLES]
+    if hidden:
+        made["heat"] = _heat_maps(hidden, title)
+    return made
+
+
+def page(text: str, pictures: Sequence[tuple[str, bytes]]) -> str:
+    """Returns one HTML page without references to other files: pictures first, then the Markdown tables."""
+    body = [
+        f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in pictures
+    ]
+    for line in text.split("\n"):
+        cells = [_bold(html.escape(cell.strip())) for cell in line.strip("|").split("|")]
+        if line.startswith("|---"):
+            continue
+        if line.startswith("|"):
+            body.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
+        elif line.startswith("## "):
+            body.append(f"</table><h2>{html.escape(line[3:])}</h2><table>")
+        elif line:
+            body.append(f"</table><p>{html.escape(line)}</p>")
+    style = (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}"
+        "td{padding:.1em .8em;border-bottom:1px solid #ddd}"
+    )
+    joined = "\n".join(body)
+    return f'<!doctype html><meta charset="utf-8"><title>kvzip eval</title><style>{style}</style>\n{joined}\n'
+
+
+def provenance(answers: Sequence[Answered]) -> str:
+    """Returns a line that says what made the answers: commits, versions, devices, seeds and dates."""
+    runs = [own[0].run for own in group(answers, "run").values()]
+    parts = {
+        "commit": {run["commit"] for run in runs},
+        "torch": {str(run["versions"]["torch"]) for run in runs},
+        "dtype": {run["dtype"] for run in runs},
+        "device": {run["device"] for run in runs},
+        "seed": {str(run["seed"]) for run in runs},
+        "date": {run["date"][:10] for run in runs},
+    }
+    return "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in parts.items())
+
+
+def _difference(difference: Summary | None) -> str:
+    if difference is None:
+        return ""
+    text = f"{100 * difference.mean:+.1f}"
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+
+
+def _bold(cell: str) -> str:
+    return f"<b>{cell[2:-2]}</b>" if cell.startswith("**") else cell
+
+
+def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
+    tasks = [task for (task,) in group(answers, "task")]
+    columns = min(4, len(tasks))
+    figure, axes = _canvas(-(-len(tasks) // columns), columns, title)
+    styles = _styles(answers)
+    for axis, task in zip(axes, tasks, strict=False):
+        own = [answer for answer in answers if answer.question["task"] == task]
+        for (method,), rows in _by_method(summarize(own, "method", "ratio")).items():
+            if method == FULL:
+                axis.axhline(100 * rows[0].mean, color="black", linestyle="--", label=FULL)
+                continue
+            ratios, means = [row.group[1] for row in rows], [100 * row.mean for row in rows]
+            axis.plot(ratios, means, label=method, markersize=4, **styles[method])
+            low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
+            axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
+        axis.set(title=task, xlabel="fraction of pairs kept", ylim=(-3, 103))
+    return _png(figure, axes)
+
+
+def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
+    figure, axes = _canvas(1, 1, title)
+    styles, lines = _styles(answers), {}
+    for (method, ratio), value in sorted(relative(answers).items(), key=lambda item: item[0][1]):
+        lines.setdefault(method, []).append((ratio, 100 * value))
+    for method, points in lines.items():
+        if method != FULL:
+            axes[0].plot(*zip(*points, strict=True), label=method, markersize=4, **styles[method])
+    axes[0].axhline(100, color="black", linestyle="--", label=FULL)
+    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", ylim=(-3, 113))
+    return _png(figure, axes)
+
+
+def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
+    """A map for each method and ratio: lengths across, depths down, green for found."""
+    maps = group(answers, "method", "ratio")
+    columns = min(5, len(maps))
+    figure, axes = _canvas(-(-len(maps) // columns), columns, title)
+    lengths = sorted({length for length, _ in group(answers, "length", "depth")})
+    depths = sorted({depth for _, depth in group(answers, "length", "depth")})
+    for axis, ((method, ratio), own) in zip(axes, maps.items(), strict=False):
+        means = {row.group: row.mean for row in summarize(own, "length", "depth")}
+        grid = [[means.get((length, depth), float("nan")) for length in lengths] for depth in depths]
+        axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set(title=f"{method} at {ratio:g}", xlabel="tokens", ylabel="depth, %")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(depths)), depths)
+    return _png(figure, axes, legend=False)
+
+
+def _by_method(rows: Sequence[Summary]) -> dict[tuple[Any, ...], list[Summary]]:
+    found: dict[tuple[Any, ...], list[Summary]] = {}
+    for row in sorted(rows, key=lambda row: row.group[1]):
+        found.setdefault(row.group[:1], []).append(row)
+    return found
+
+
+def _styles(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
+    """The same color and marker for a method in every plot."""
+    methods = [method for (method,) in group(answers, "method") if method != FULL]
+    return {
+        method: {"color": f"C{n % 10}", "marker": _MARKERS[n % len(_MARKERS)], "linestyle": ("-", "-.")[n // 10 % 2]}
+        for n, method in enumerate(methods)
+    }
+
+
+def _canvas(rows: int, columns: int, title: str) -> tuple[Any, list[Any]]:
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("expected the plot extra, got no matplotlib: pip install 'kvzip[plot]'") from error
+    figure = Figure(figsize=(1 + 3.6 * columns, 0.9 + 3 * rows), layout="constrained")
+    figure.suptitle(title)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _png(figure: Any, axes: Sequence[Any], *, legend: bool = True) -> bytes:
+    for axis in axes:
+        if not axis.has_data():
+            axis.set_visible(False)
+    if legend:
+        handles: dict[str, Any] = {}
+        for axis in axes:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=110)
+    return target.getvalue()

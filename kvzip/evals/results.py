@@ -1,0 +1,191 @@
+"""Results as a file of JSON lines that a killed run leaves usable, and their summary.
+
+A line is one of three kinds: "run" says what made the lines that name it, "question" what was asked, "answer" one
+answer to it. Lines are only ever added; questions are known by a digest of all that makes them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer, with what its run and its question say about it."""
+
+    run: Mapping[str, Any]
+    question: Mapping[str, Any]
+    method: str
+    ratio: float
+    kept: float
+    score: float
+    prediction: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What no two answers of a file share."""
+        return (self.run["fingerprint"], self.run["form"], self.question["id"], self.method, self.ratio)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean score of a group of answers with its 95% bootstrap interval, and what the group is made of."""
+
+    group: tuple[Any, ...]
+    mean: float
+    low: float
+    high: float
+    questions: int
+    contexts: int
+
+
+def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines to a file in one write."""
+    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def mend(path: Path) -> int:
+    """Cuts off what follows the last whole line, which a killed run leaves; returns the number of bytes cut."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return len(content) - len(whole)
+
+
+def question_ids(path: Path) -> set[str]:
+    """Returns the ids of the questions in a file, empty where there is none."""
+    if not path.exists():
+        return set()
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["id"] for line in lines if line["kind"] == "question"}
+
+
+def read(*paths: Path) -> list[Answered]:
+    """Returns the answers in files, in order; a torn last line is ignored.
+
+    Raises: ValueError for a line that is no JSON object of a known kind, that names a run or question which is not
+    there, or an answer that is there twice.
+    """
+    found: list[Answered] = []
+    for path in paths:
+        found += _read(path)
+    seen: set[tuple[Any, ...]] = set()
+    for answer in found:
+        if answer.key in seen:
+            raise ValueError(
+                f"expected one answer of {answer.method} at {answer.ratio} to question {answer.question['id']}, got "
+                "two: the same results are given twice"
+            )
+        seen.add(answer.key)
+    return found
+
+
+def group(answers: Iterable[Answered], *keys: str) -> dict[tuple[Any, ...], list[Answered]]:
+    """Returns the answers by their values of keys, which are fields of an answer, its question or its run.
+
+    A key that a question lacks is looked up in its facts; one that is nowhere is None.
+    """
+    groups: dict[tuple[Any, ...], list[Answered]] = {}
+    for answer in answers:
+        groups.setdefault(tuple(_value(answer, key) for key in keys), []).append(answer)
+    return groups
+
+
+def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0) -> list[Summary]:
+    """Returns the mean score of each group of answers by `keys`, with a 95% interval.
+
+    The interval is a percentile bootstrap over contexts, as answers about one context are not independent; over the
+    questions where there is one context only. Source: Efron and Tibshirani 1993, chapter 13.
+    """
+    return [_summary(own, answers, seed) for own, answers in group(answers, *keys).items()]
+
+
+def differences(
+    answers: Sequence[Answered], *, method: str, base: str, keys: Sequence[str] = ("task", "ratio"), seed: int = 0
+) -> list[Summary]:
+    """Returns the mean of `method`'s score minus `base`'s to the same question at the same ratio, as `summarize` does.
+
+    Answers of "full", which has no ratio, are compared with every ratio.
+    """
+
+    def by_question(name: str) -> dict[tuple[Any, ...], Answered]:
+        return {(*a.key[:3], a.ratio if name != "full" else None): a for a in answers if a.method == name}
+
+    bases = by_question(base)
+    paired = []
+    for key, answer in by_question(method).items():
+        other = bases.get((*key[:3], None if base == "full" else key[3]))
+        if other is not None:
+            paired.append(_with_score(answer, answer.score - other.score))
+    return summarize(paired, *keys, seed=seed)
+
+
+def _summary(own: tuple[Any, ...], answers: Sequence[Answered], seed: int) -> Summary:
+    contexts: dict[tuple[str, str], list[float]] = {}
+    for answer in answers:
+        contexts.setdefault((answer.run["fingerprint"], answer.question["context"]), []).append(answer.score)
+    units = list(contexts.values()) if len(contexts) > 1 else [[answer.score] for answer in answers]
+    sums, counts = np.array([sum(unit) for unit in units]), np.array([len(unit) for unit in units])
+    picks = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    mean = sums.sum() / counts.sum()
+    return Summary(own, float(mean), float(low), float(high), len(answers), len(contexts))
+
+
+def _with_score(answer: Answered, score: float) -> Answered:
+    return Answered(answer.run, answer.question, answer.method, answer.ratio, answer.kept, score, answer.prediction)
+
+
+def _value(answer: Answered, key: str) -> Any:
+    if key in ("method", "ratio", "kept"):
+        return getattr(answer, key)
+    for source in (answer.question, answer.run, answer.question["facts"]):
+        if key in source:
+            return source[key]
+    return None
+
+
+def _read(path: Path) -> list[Answered]:
+    runs: dict[str, Any] = {}
+    questions: dict[str, Any] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    found: list[Answered] = []
+    content = path.read_text(encoding="utf-8")
+    for number, text in enumerate(content[: content.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            if line["kind"] == "run":
+                runs[line["run"]] = line
+            elif line["kind"] == "question":
+                questions[line["id"]] = line
+                made = [runs[line["run"]][key] for key in ("fingerprint", "seed", "count", "questions")]
+                place = (*made, line["task"], line["example"], line["number"])
+                if places.setdefault(place, line["id"]) != line["id"]:
+                    raise ValueError(
+                        f"expected one question {line['number']} of example {line['example']} of {line['task']} in "
+                        f"{path}, got two (line {number}): the task has changed since, start a new file"
+                    )
+            elif line["kind"] == "answer":
+                fields = {key: line[key] for key in ("method", "ratio", "kept", "score", "prediction")}
+                found.append(Answered(run=runs[line["run"]], question=questions[line["question"]], **fields))
+            else:
+                raise KeyError(line["kind"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected a run, question or answer in line {number} of {path}, got {text[:80]!r} ({error!r}): "
+                "restore the file, or start a new one"
+            ) from error
+    return found

@@ -1,0 +1,249 @@
+"""Tasks whose contexts and questions are data: read from JSONL files, or from the Hugging Face hub.
+
+A line of a file is `{"context": str, "question": [str, ...], "answers": [str, ...], ...}`, one answer to a question.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .base import Example, Question, Request, Task, draws
+
+Row = dict[str, Any]
+
+GSM_INSTRUCTION = "Given the context, answer to the following reasoning question."
+GSM_QUERY = (
+    "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "
+)
+GSM_TOKENS = 72  # the authors leave out shorter contexts
+TOPIC = "USER: I would like to discuss the topic of"
+OPTION = re.compile(r"^[ \t]*\(([A-Z])\).*$", re.MULTILINE)
+SCBENCH = "Jang-Hyun/SCBench-preprocessed"
+SQUAD_CONTEXTS = 101
+
+
+def rows(data: str | None, *names: str) -> list[Row]:
+    """Returns the rows of the first of the named files that the directory has, or of the first name on the hub.
+
+    Raises: ValueError without data or such a file; ImportError for the hub without the `eval` extra.
+    """
+    if data == "hub":
+        return _hub_rows(names[0])
+    paths = [Path(data or "") / f"{name}.jsonl" for name in names]
+    found = next((path for path in paths if data and path.is_file()), None)
+    if found is None:
+        wanted = " or ".join(path.name for path in paths)
+        raise ValueError(
+            f"expected a directory with {wanted}, got {data}: pass data=, a directory of JSONL files with "
+            '{"context", "question": [...], "answers": [...]} in a line, or "hub"'
+        )
+    return [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines() if line]
+
+
+def squad(request: Request) -> Iterator[Example]:
+    """SQuAD paragraphs: one a context, as the authors do, or as many as fit in a given length."""
+    found = [row for row in rows(request.data, "squad_paragraph") if row["context"].strip()]
+    for n, group in enumerate(_joined(request, found)):
+        asked = [
+            Question(f"Q: {q}", f"Question: {q}\nAnswer:", (a,), "include", 256)
+            for row in group
+            for q, a in zip(row["question"], row["answers"], strict=True)
+        ]
+        yield Example("\n\n".join(row["context"] for row in group), _some(request, asked, draws(request, "squad", n)))
+
+
+def gsm8k(request: Request) -> Iterator[Example]:
+    """GSM8K: the sentences of a problem but the last are the context, the last one is the question."""
+    found = (row for row in rows(request.data, "gsm8k_test") if request.count(row["context"]) >= GSM_TOKENS)
+    for _, row in zip(range(request.examples), found, strict=False):
+        text = GSM_QUERY + row["question"][0]
+        cloze = f"Question: {row['question'][0]}\nReasoning, and a last sentence that begins with 'The answer is':"
+        question = Question(text, cloze, (row["answers"][0],), "gsm", 512, cloze_stop=("\n\n",))
+        yield Example(row["context"], (question,), instruction=GSM_INSTRUCTION)
+
+
+def many_shot(request: Request) -> Iterator[Example]:
+    """BIG-Bench-Hard with solved examples as the context and further ones as questions."""
+
+    def ask(question: str, answer: str) -> Question:
+        return Question(f"Q: {question}", f"Q: {question}\nA:", (option_line(question, answer),), "option")
+
+    yield from _plain(request, rows(request.data, "bbh_manyshot"), ask, "many_shot")
+
+
+def quality(request: Request) -> Iterator[Example]:
+    """QuALITY of L-Eval: multiple choice about stories and articles of 3,000 to 7,000 words."""
+
+    def ask(question: str, answer: str) -> Question:
+        question = re.sub(r"\n[ \t]+", "\n", question)
+        return Question(f"Q: {question}", f"Question: {question}\nAnswer:", (answer,), "option")
+
+    yield from _plain(request, rows(request.data, "leval_quality"), ask, "quality")
+
+
+def summary(request: Request) -> Iterator[Example]:
+    """Government reports of L-Eval, to be summarized."""
+
+    def ask(question: str, answer: str) -> Question:
+        return Question(f"Q: {question}", "Summary:", (answer,), "rouge_l", 256, cloze_stop=("\n\n",))
+
+    yield from _plain(request, rows(request.data, "leval_gov_report_summ"), ask, "summary")
+
+
+def topic(request: Request) -> Iterator[Example]:
+    """Topic retrieval of L-Eval: the first topics of a long conversation, cut after whole topics to the length."""
+    found = rows(request.data, "leval_topic_retrieval_longchat")
+    for row in found[: request.examples]:
+        topics = [TOPIC + part for part in row["context"].split(TOPIC)[1:]]
+        counts = [request.count("".join(topics[: n + 1])) for n in range(len(topics))]
+        held = sum(count <= request.length for count in counts)
+        if not held:
+            raise ValueError(f"expected a length of at least {counts[0]} tokens for this task, got {request.length}")
+        asked = [
+            Question(
+                f"Q: {question}",
+                f"USER: {question.split('?')[0]}? \n ASSISTANT: The {ordinal} topic we discussed was",
+                (answer,),
+                "include",
+                cloze_stop=("\n", "USER:"),
+            )
+            for ordinal, question, answer in zip(
+                ("first", "second", "third"), row["question"], row["answers"], strict=False
+            )
+        ]
+        yield Example("".join(topics[:held]).strip(), tuple(asked[: min(held, request.questions)]))
+
+
+def scbench(name: str, metric: str, max_tokens: int) -> Callable[[Request], Iterator[Example]]:
+    """Returns a task of the preprocessed SCBench data; `task` lists of the mixed ones choose each question's metric."""
+
+    def make(request: Request) -> Iterator[Example]:
+        for row in _short(request, rows(request.data, name))[: request.examples]:
+            kinds = row.get("task") or [name] * len(row["question"])
+            asked = [
+                _scbench_question(kind, q, a, metric, max_tokens, tuple(row["answers"]))
+                for kind, q, a in zip(kinds, row["question"], row["answers"], strict=True)
+            ]
+            yield Example(row["context"], tuple(asked[: request.questions]))
+
+    return make
+
+
+def option_line(question: str, answer: str) -> str:
+    """Returns the line of the question's options that an answer such as "(B)" names, or the answer itself."""
+    letter = answer.strip().strip("()")
+    lines = [line.group(0).strip() for line in OPTION.finditer(question) if line.group(1) == letter]
+    return lines[0] if lines else answer
+
+
+def _scbench_question(
+    kind: str, query: str, answer: str, metric: str, max_tokens: int, functions: tuple[str, ...]
+) -> Question:
+    facts = {"subtask": kind} if metric == "mixed" else {}
+    if metric == "mixed":
+        known = {"kv": ("include", 96), "repoqa": ("repoqa", 512), "needle": ("include", 32)}
+        metric, max_tokens = next((how for word, how in known.items() if word in kind), ("rouge_l", 256))
+    answer = option_line(query, answer) if metric == "option" else answer
+    choices = functions if metric == "repoqa" else ()
+    cloze = f"Question: {query}\nAnswer:"
+    return Question(f"Q: {query}", cloze, (answer,), metric, max_tokens, choices=choices, facts=facts)
+
+
+def _plain(request: Request, found: Sequence[Row], ask: Callable[[str, str], Question], name: str) -> Iterator[Example]:
+    """The rows as they are, those that fit in the length."""
+    for n, row in enumerate(_short(request, found)[: request.examples]):
+        asked = [ask(q, a) for q, a in zip(row["question"], row["answers"], strict=True)]
+        yield Example(row["context"], _some(request, asked, draws(request, name, n)))
+
+
+def _short(request: Request, found: Sequence[Row]) -> list[Row]:
+    counts = [request.count(row["context"]) for row in found]
+    if not any(count <= request.length for count in counts):
+        raise ValueError(f"expected a length of at least {min(counts)} tokens for this task, got {request.length}")
+    return [row for row, count in zip(found, counts, strict=True) if count <= request.length]
+
+
+def _joined(request: Request, found: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows in order, joined while they fit in the length; a length of 0 keeps each by itself."""
+    group, used, made = [], 0, 0
+    for row in found:
+        tokens = request.count(row["context"] + "\n\n")
+        if group and used + tokens > request.length:
+            yield group
+            made, group, used = made + 1, [], 0
+        if made == request.examples:
+            return
+        group, used = [*group, row], used + tokens
+    yield group
+
+
+def _some(request: Request, asked: list[Question], rng: random.Random) -> tuple[Question, ...]:
+    """At most so many of the questions, drawn, in their order."""
+    picks = sorted(rng.sample(range(len(asked)), min(request.questions, len(asked))))
+    return tuple(asked[i] for i in picks)
+
+
+def _hub_rows(name: str) -> list[Row]:
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            "expected the eval extra to read data from the hub, got no datasets: pip install 'kvzip[eval]', or pass a "
+            "directory of JSONL files"
+        ) from error
+    if name == "squad_paragraph":
+        groups: dict[str, Row] = {}
+        for row in load_dataset("rajpurkar/squad", split="train"):
+            if row["context"] not in groups and len(groups) == SQUAD_CONTEXTS:
+                break
+            group = groups.setdefault(row["context"], {"context": row["context"], "question": [], "answers": []})
+            group["question"].append(row["question"])
+            group["answers"].append(row["answers"]["text"][0])
+        return list(groups.values())
+    if name == "gsm8k_test":
+        return [_gsm_row(row) for row in load_dataset("openai/gsm8k", "main", split="test")]
+    if name.startswith("scbench_"):
+        table = load_dataset(SCBENCH, data_files=f"{name}.parquet", split="train")
+        return [_scbench_row(row) for row in table]
+    raise ValueError(f"expected a task whose data is on the hub, got {name}: pass data=, a directory with {name}.jsonl")
+
+
+def _gsm_row(row: Row) -> Row:
+    *context, question = row["question"].split(". ")
+    return {"context": ". ".join(context) + ".", "question": [question], "answers": [row["answer"]]}
+
+
+def _scbench_row(row: Row) -> Row:
+    answers = [", ".join(map(str, a)) if isinstance(a, list) else str(a) for a in row["ground_truth"]]
+    return {**row, "context": row["prompts"][0], "question": list(row["prompts"][1:]), "answers": answers}
+
+
+_SCBENCH = {  # metric, tokens of an answer
+    "kv": ("include", 96),
+    "prefix_suffix": ("include", 96),
+    "vt": ("fraction", 96),
+    "mf": ("exact", 32),
+    "many_shot": ("option", 96),
+    "summary": ("rouge_l", 256),
+    "qa_eng": ("qa", 96),
+    "choice_eng": ("first_line", 96),
+    "repoqa": ("repoqa", 512),
+    "summary_with_needles": ("mixed", 256),
+    "repoqa_and_kv": ("mixed", 512),
+}
+
+TASKS = (
+    Task("squad", squad, 0, "SQuAD paragraphs, one a context, or joined to the length"),
+    Task("gsm8k", gsm8k, 100_000, "GSM8K, all but the last sentence as context"),
+    Task("many_shot", many_shot, 100_000, "BIG-Bench-Hard with 20 or 100 solved examples (ICL.ManyShot)"),
+    Task("quality", quality, 100_000, "QuALITY, multiple choice (En.MultiChoice)"),
+    Task("summary", summary, 100_000, "government reports, ROUGE-L (En.Summary)"),
+    Task("topic", topic, 100_000, "first topics of a long conversation (L-Eval)"),
+    *(
+        Task(f"scbench_{name}", scbench(f"scbench_{name}", *how), 125_000, f"SCBench {name}, its own data")
+        for name, how in _SCBENCH.items()
+    ),
+)

@@ -1,0 +1,307 @@
+"""SCBench's tasks generated at any length: key-value pairs, strings, variables, numbers, functions, and their mixes.
+
+Source: SCBench, arXiv 2412.10319. Strings and numbers are drawn here, and the functions of the code task are those of
+Python's standard library, so that no data is needed; `data.py` has the tasks with SCBench's own data.
+"""
+
+import ast
+import random
+import string
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+from .base import Example, Question, Request, Task, draws, fit, insert, spread
+from .data import rows
+from .haystack import NOISE
+from .words import CITIES, DEEDS, letters, random_uuid
+
+HOPS = 4
+CHAIN_TOKENS = 200  # of context for each chain of variables, so that most of it is noise
+STRING_LETTERS = 32  # of a string of prefix_suffix
+END_LETTERS = 4  # of its prefix and its suffix
+LARGEST_NUMBER = 100_000
+CODE_INSTRUCTION = "Below are functions of a code repository."
+CODE_LINES = range(4, 41)  # of a function of repoqa
+DOC_LETTERS = 60  # of its description, at least
+_MODULES = """
+argparse ast bisect calendar colorsys configparser copy csv dataclasses datetime difflib dis email/utils enum
+fileinput filecmp fnmatch fractions ftplib functools getopt gettext glob graphlib gzip heapq hmac html/parser
+http/client imaplib inspect ipaddress json/decoder linecache locale logging/handlers mailbox mimetypes numbers
+operator optparse os pathlib pdb pickletools platform plistlib poplib pprint pstats random re/_parser reprlib sched
+secrets selectors shelve shlex shutil smtplib socket socketserver statistics string subprocess tarfile tempfile
+textwrap threading timeit tokenize trace traceback turtle types typing unittest/case unittest/mock urllib/parse
+urllib/request uuid warnings wave weakref webbrowser xml/dom/minidom zipfile zipapp
+"""
+MODULES = _MODULES.split()
+
+Function = tuple[str, str]
+"""A function's code without its docstring, and the docstring."""
+
+
+def kv(request: Request) -> Iterator[Example]:
+    """Retr.KV: a JSON object of UUIDs, asked for the values of some keys."""
+    for n in range(request.examples):
+
+        def pairs_of(count: int, n: int = n) -> list[tuple[str, str]]:
+            rng = draws(request, "kv", n)
+            return [(random_uuid(rng), random_uuid(rng)) for _ in range(count)]
+
+        def build(count: int) -> str:
+            return "{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs_of(count)) + "}"
+
+        count = fit(build, request.length, request.count)
+        rng = draws(request, "kv questions", n)
+        asked = [_kv_question(*pair) for pair in rng.sample(pairs_of(count), min(request.questions, count))]
+        yield Example(build(count), tuple(asked), "Extract the value of the specified key in the JSON object below.")
+
+
+def prefix_suffix(request: Request) -> Iterator[Example]:
+    """Retr.Prefix-Suffix: a list of strings, asked for the one with a prefix and a suffix.
+
+    Half of the others share either the prefix or the suffix of a string that is asked for.
+    """
+    alphabet = string.ascii_lowercase + string.digits
+    for n in range(request.examples):
+        rng = draws(request, "prefix_suffix questions", n)
+        targets = [letters(rng, STRING_LETTERS, alphabet) for _ in range(request.questions)]
+
+        def strings(count: int, n: int = n, targets: list[str] = targets) -> list[str]:
+            rng, made = draws(request, "prefix_suffix", n), list(targets[:count])
+            for i in range(count - len(made)):
+                text, target = letters(rng, STRING_LETTERS, alphabet), targets[i % len(targets)]
+                shared = [target[:END_LETTERS] + text[END_LETTERS:], text[:-END_LETTERS] + target[-END_LETTERS:]]
+                made.append([text, text, *shared][i // len(targets) % 4])
+            return made
+
+        def build(count: int, n: int = n) -> str:
+            made = strings(count)
+            draws(request, "prefix_suffix order", n).shuffle(made)
+            return "\n".join(made)
+
+        count = fit(build, request.length, request.count)
+        asked = [
+            Question(
+                f"Q: Which string in the list starts with {s[:END_LETTERS]} and ends with {s[-END_LETTERS:]}? "
+                "Give only the string.",
+                f"The string that starts with {s[:END_LETTERS]} and ends with {s[-END_LETTERS:]} is",
+                (s,),
+                "include",
+            )
+            for s in targets[:count]
+        ]
+        yield Example(build(count), tuple(asked), "Below is a list of strings. Remember them.")
+
+
+def multihop(request: Request) -> Iterator[Example]:
+    """Retr.MultiHop: chains of variable assignments among noise, asked for all variables with a value."""
+    chains = max(1, min(request.questions, request.length // CHAIN_TOKENS))
+    for n in range(request.examples):
+        yield variable_example(request, draws(request, "multihop", n), chains=chains, metric="fraction")
+
+
+def variable_example(request: Request, rng: random.Random, *, chains: int, metric: str) -> Example:
+    """Returns a context with chains of HOPS assignments after the first, and a question about each chain's value.
+
+    Source: variable tracking of RULER, arXiv 2404.06654.
+    """
+    count = chains * (HOPS + 1)
+    names: list[str] = []
+    while len(names) < count:
+        name = letters(rng, 5, string.ascii_uppercase)
+        names += [name] if name not in names else []
+    values = rng.sample(range(10_000, 100_000), chains)
+    chain = [names[c * (HOPS + 1) : (c + 1) * (HOPS + 1)] for c in range(chains)]
+    lines = [
+        [f"VAR {own[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in pairwise(own))]
+        for own, value in zip(chain, values, strict=True)
+    ]
+    order = [c for c in range(chains) for _ in range(HOPS + 1)]
+    rng.shuffle(order)
+    left = [iter(own) for own in lines]
+    mixed = [next(left[c]) for c in order]  # the order within a chain stays
+    seed = rng.getrandbits(64)
+
+    def build(n: int) -> str:
+        return spread([NOISE] * n, mixed, random.Random(seed), joint="\n")
+
+    asked = [
+        Question(
+            f"Q: Find all variables that are assigned the value {value} in the text above.",
+            f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to "
+            f"the chain(s) of variable assignment in the text above, {HOPS + 1} variables are assigned the value "
+            f"{value}, they are:",
+            (", ".join(own),),
+            metric,
+        )
+        for own, value in zip(chain, values, strict=True)
+    ]
+    instruction = "Memorize and track the chain(s) of variable assignment hidden in the following text."
+    return Example(build(fit(build, request.length, request.count)), tuple(asked), instruction)
+
+
+def math_find(request: Request) -> Iterator[Example]:
+    """Math.Find: a list of numbers, asked for the largest, the smallest, the next to them, and the median."""
+    kinds = ("largest", "smallest", "second largest", "second smallest", "third largest", "third smallest", "median")
+    for n in range(request.examples):
+
+        def numbers(count: int, n: int = n) -> list[int]:
+            rng = draws(request, "math_find", n)
+            return [rng.randrange(LARGEST_NUMBER) for _ in range(count)]
+
+        def build(count: int) -> str:
+            return ", ".join(map(str, numbers(count)))
+
+        # an odd count has one median, and a drawn number twice is the second largest too
+        count = fit(build, request.length, request.count)
+        count -= 1 - count % 2
+        if count < len(kinds):
+            raise ValueError(f"expected a length in which {len(kinds)} numbers fit, got {request.length}")
+        order = sorted(numbers(count))
+        found = [order[i] for i in (-1, 0, -2, 1, -3, 2, count // 2)]
+        asked = [
+            Question(
+                f"Q: What is the {kind} number in the list? Give only the number.",
+                f"The {kind} number in the list is",
+                (str(value),),
+                "exact",
+                32,
+                cloze_stop=("\n", ".", ","),
+            )
+            for kind, value in zip(kinds, found, strict=True)
+        ]
+        yield Example(build(count), tuple(asked[: request.questions]), "Below is a list of numbers.")
+
+
+def repoqa(request: Request) -> Iterator[Example]:
+    """Code.RepoQA: functions without their docstrings, asked for the one that a docstring describes."""
+    for n in range(request.examples):
+        known = list(library_functions())
+        draws(request, "repoqa", n).shuffle(known)
+
+        def build(count: int, known: list[Function] = known) -> str:
+            return _code(first(known, count))
+
+        count = min(len(known), fit(build, request.length, request.count))
+        shown = first(known, count)
+        asked = draws(request, "repoqa questions", n).sample(shown, min(request.questions, count))
+        yield Example(_code(shown), tuple(_function_question(f, shown) for f in asked), CODE_INSTRUCTION)
+
+
+def sum_needles(request: Request) -> Iterator[Example]:
+    """Mix.Sum+NIAH: a government report with needles in it, asked for its summary and, in turn, the needles."""
+    reports = [r for r in rows(request.data, "leval_gov_report_summ") if request.count(r["context"]) <= request.length]
+    if not reports:
+        raise ValueError(f"expected a length in which a report fits, got {request.length}: they have 3,000 tokens up")
+    for n, row in enumerate(reports[: request.examples]):
+        rng = draws(request, "sum_needles", n)
+        count = max(1, request.questions - 1)
+        cities, deeds = rng.sample(CITIES, min(count, len(DEEDS))), rng.sample(DEEDS, min(count, len(DEEDS)))
+        lines = [f"The best thing to do in {city} is {deed}." for city, deed in zip(cities, deeds, strict=True)]
+        asked = [
+            Question(f"Q: {row['question'][0]}", "Summary:", (row["answers"][0],), "rouge_l", 256, cloze_stop=("\n\n",))
+        ]
+        for city, deed in zip(cities, deeds, strict=True):
+            text = f"The best thing to do in {city} is"
+            asked.append(Question(f"Q: {text}: ", text, (deed,), "include", 32))
+        kinds = ["summary"] + ["needle"] * len(lines)
+        context = spread(row["context"].split("\n"), lines, rng, joint="\n")
+        yield Example(context, _labelled(asked, kinds))
+
+
+def repoqa_kv(request: Request) -> Iterator[Example]:
+    """Mix.RepoQA+KV: functions with key-value pairs between them, asked for either in turn."""
+    for n in range(request.examples):
+        rng = draws(request, "repoqa_kv", n)
+        known = list(library_functions())
+        rng.shuffle(known)
+        half = max(1, request.questions // 2)
+        pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(half)]
+        lines = [f'# "{key}": "{value}"' for key, value in pairs]
+
+        def build(count: int, known: list[Function] = known, lines: list[str] = lines) -> str:
+            shown = [code for code, _ in first(known, count)]
+            return insert(shown, lines, [i * len(shown) // len(lines) for i in range(len(lines))], joint="\n\n")
+
+        count = min(len(known), fit(build, request.length, request.count))
+        shown = first(known, count)
+        asked = [_function_question(f, shown) for f in rng.sample(shown, min(half, count))]
+        kinds = ["repoqa"] * len(asked) + ["kv"] * len(pairs)
+        asked += [_kv_question(*pair) for pair in pairs]
+        yield Example(build(count), _labelled(asked, kinds)[: request.questions], CODE_INSTRUCTION)
+
+
+@cache
+def library_functions() -> tuple[Function, ...]:
+    """Returns the documented functions of 4 to 40 lines of Python's standard library, no two with the same name."""
+    found: dict[str, Function] = {}
+    for module in MODULES:
+        path = Path(sysconfig.get_path("stdlib")) / f"{module}.py"
+        if not path.exists():
+            continue
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                function = _without_docstring(source, node)
+                if function is not None:
+                    found.setdefault(node.name, function)
+    return tuple(found.values())
+
+
+def first(known: list[Function], count: int) -> list[Function]:
+    """Returns the first `count` functions, repeated if there are fewer."""
+    return [known[i % len(known)] for i in range(count)]
+
+
+def _without_docstring(source: str, node: ast.FunctionDef) -> Function | None:
+    doc = ast.get_docstring(node)
+    if doc is None or len(node.body) < 2:
+        return None
+    about = " ".join(doc.split("\n\n")[0].split()).replace(node.name, "it")
+    lines = source.split("\n")
+    head, end = node.body[0].lineno - 1, node.body[0].end_lineno
+    code = lines[node.lineno - 1 : head] + lines[end : node.end_lineno]
+    code = [line[node.col_offset :] for line in code]
+    if len(about) < DOC_LETTERS or len(code) not in CODE_LINES:
+        return None
+    return "\n".join(line for line in code if line.strip()), about
+
+
+def _code(functions: list[Function]) -> str:
+    return "\n\n".join(code for code, _ in functions)
+
+
+def _function_question(function: Function, shown: list[Function]) -> Question:
+    code, about = function
+    query = (
+        f"Q: Which of the functions above does this? {about}\n"
+        "Repeat that function exactly, from its first line to its last, in a code block."
+    )
+    cloze = f"The function above that does this ({about}):\n```python\n"
+    choices = tuple(other for other, _ in shown)
+    return Question(query, cloze, (code,), "repoqa", 512, choices=choices, cloze_stop=("```",))
+
+
+def _kv_question(key: str, value: str) -> Question:
+    query = f'Q: Key: "{key}"\nThe value associated with the specified key is: '
+    return Question(query, f'"{key}": "', (value,), "include")
+
+
+def _labelled(asked: list[Question], kinds: list[str]) -> tuple[Question, ...]:
+    """The questions of each kind in turn, labelled with it."""
+    turns = sorted(range(len(asked)), key=lambda i: (kinds[:i].count(kinds[i]), i))
+    return tuple(replace(asked[i], facts={"subtask": kinds[i]}) for i in turns)
+
+
+TASKS = (
+    Task("kv", kv, 4096, "JSON of UUIDs (Retr.KV)"),
+    Task("prefix_suffix", prefix_suffix, 4096, "strings by prefix and suffix (Retr.Prefix-Suffix)"),
+    Task("multihop", multihop, 4096, "chains of variables (Retr.MultiHop)"),
+    Task("math_find", math_find, 4096, "largest, smallest, ... of numbers (Math.Find)"),
+    Task("repoqa", repoqa, 4096, "functions by their description (Code.RepoQA)"),
+    Task("sum_needles", sum_needles, 100_000, "report summaries and needles (Mix.Sum+NIAH)"),
+    Task("repoqa_kv", repoqa_kv, 4096, "functions and key-value pairs (Mix.RepoQA+KV)"),
+)
