@@ -1,15 +1,16 @@
-"""`python -m kvzip.evals run | report`: the evaluation from a command line, with a bar and the time left."""
+"""`python -m kvzip.evals run | report | compare | tasks`: the evaluation from a command line, with the time left."""
 
 import argparse
 import logging
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..models import load
+from .compare import compare, render
 from .methods import METHODS
 from .report import write_report
 from .run import FORMS, FULL, run_eval
@@ -40,6 +41,15 @@ def main() -> int:
     report = commands.add_parser("report", help="table, plots and a page from results")
     report.add_argument("results", nargs="+", type=Path)
     report.add_argument("--out", type=Path, required=True, help="directory for the report")
+    one = commands.add_parser("compare", help="one document, full cache against compressed")
+    one.add_argument("--model", required=True)
+    one.add_argument("--document", type=Path, required=True, help="text file")
+    one.add_argument("--question", nargs="+", required=True)
+    one.add_argument("--ratio", type=float, default=0.3)
+    one.add_argument("--method", default="kvzip", choices=list(METHODS))
+    one.add_argument("--plain", action="store_true", help="questions continue the document, no chat template")
+    one.add_argument("--max-tokens", type=int, default=256)
+    one.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     commands.add_parser("tasks", help="list tasks, groups and methods")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -48,6 +58,8 @@ def main() -> int:
     if options.command == "report":
         for path in write_report(options.results, options.out):
             print(path)
+    elif options.command == "compare":
+        Console().print(_compare(options))
     else:
         Console().print(_list())
     return 0
@@ -76,6 +88,20 @@ def _run(options: argparse.Namespace) -> int:
             progress=lambda finished, total, what: bars.update(bar, completed=finished, total=total, description=what),
         )
     return 0 if done else 75
+
+
+def _compare(options: argparse.Namespace) -> RenderableType:
+    model = load(options.model, dtype=getattr(torch, options.dtype))
+    comparison = compare(
+        model,
+        options.document.read_text(encoding="utf-8"),
+        options.question,
+        options.ratio,
+        method=options.method,
+        template=not options.plain,
+        max_tokens=options.max_tokens,
+    )
+    return render(comparison)
 
 
 def _list() -> Table:

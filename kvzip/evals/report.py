@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Answered, Summary, differences, group, read, summarize
+from .results import Answered, Summary, differences, group, label, read, summarize
 from .run import FULL
 
 NEEDLES = ("needle", "needles")
 MEAN = "mean of tasks, relative to the full cache"
+FEW_LINES = 4
+"""At most so many lines of a plot have their intervals shaded."""
 _MARKERS = "osD^vP*Xh<>p"
 
 
@@ -53,13 +55,13 @@ def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
     apart: dict[tuple[Any, ...], Summary] = {}
     for method in methods:
         if base in methods and method not in (base, FULL):
-            for difference in differences(answers, method=method, base=base):
+            for difference in differences(answers, method=method, base=base, keys=("label", "ratio")):
                 apart[(*difference.group[:1], method, *difference.group[1:])] = difference
     lines = [
         f"| task | method | kept | score | 95% interval | questions (contexts) | less {base} |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows = summarize(answers, "task", "method", "ratio")
+    rows = summarize(answers, "label", "method", "ratio")
     for row in sorted(rows, key=lambda row: (row.group[0], row.group[2], methods.index(row.group[1]))):
         task, method, ratio = row.group
         difference = apart.get(row.group)
@@ -75,7 +77,7 @@ def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
 
     Tasks that the full cache scores 0 in, and methods and ratios that were not run on all the others, are left out.
     """
-    means = {row.group: row.mean for row in summarize(answers, "task", "method", "ratio")}
+    means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
     full = {task: mean for (task, method, _), mean in means.items() if method == FULL and mean > 0}
     found: dict[tuple[str, float], list[float]] = {}
     for (task, method, ratio), mean in means.items():
@@ -146,21 +148,22 @@ def _bold(cell: str) -> str:
 
 
 def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
-    tasks = [task for (task,) in group(answers, "task")]
+    tasks = [task for (task,) in group(answers, "label")]
     columns = min(4, len(tasks))
     figure, axes = _canvas(-(-len(tasks) // columns), columns, title)
     styles = _styles(answers)
     for axis, task in zip(axes, tasks, strict=False):
-        own = [answer for answer in answers if answer.question["task"] == task]
+        own = [answer for answer in answers if label(answer) == task]
         for (method,), rows in _by_method(summarize(own, "method", "ratio")).items():
             if method == FULL:
                 axis.axhline(100 * rows[0].mean, color="black", linestyle="--", label=FULL)
                 continue
             ratios, means = [row.group[1] for row in rows], [100 * row.mean for row in rows]
             axis.plot(ratios, means, label=method, markersize=4, **styles[method])
-            low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
-            axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
-        axis.set(title=task, xlabel="fraction of pairs kept", ylim=(-3, 103))
+            if len(styles) <= FEW_LINES:
+                low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
+                axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
+        axis.set(title=task, xlabel="fraction of pairs kept", ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
     return _png(figure, axes)
 
 
@@ -173,24 +176,28 @@ def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
         if method != FULL:
             axes[0].plot(*zip(*points, strict=True), label=method, markersize=4, **styles[method])
     axes[0].axhline(100, color="black", linestyle="--", label=FULL)
-    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", ylim=(-3, 113))
+    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, 113))
     return _png(figure, axes)
 
 
 def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
-    """A map for each method and ratio: lengths across, depths down, green for found."""
+    """A map for each method (a row of maps) and ratio (a column): lengths across, depths down, green for found."""
     maps = group(answers, "method", "ratio")
-    columns = min(5, len(maps))
-    figure, axes = _canvas(-(-len(maps) // columns), columns, title)
+    methods, ratios = [m for (m,) in group(answers, "method")], sorted({ratio for _, ratio in maps})
+    figure, axes = _canvas(len(methods), len(ratios), title)
     lengths = sorted({length for length, _ in group(answers, "length", "depth")})
     depths = sorted({depth for _, depth in group(answers, "length", "depth")})
-    for axis, ((method, ratio), own) in zip(axes, maps.items(), strict=False):
-        means = {row.group: row.mean for row in summarize(own, "length", "depth")}
+    places = [(method, ratio) for method in methods for ratio in ratios]
+    for axis, (method, ratio) in zip(axes, places, strict=True):
+        if (method, ratio) not in maps:
+            continue
+        means = {row.group: row.mean for row in summarize(maps[method, ratio], "length", "depth")}
         grid = [[means.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-        axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.pcolormesh(grid, vmin=0, vmax=1, cmap="RdYlGn", edgecolors="white", linewidth=1)
         axis.set(title=f"{method} at {ratio:g}", xlabel="tokens", ylabel="depth, %")
-        axis.set_xticks(range(len(lengths)), lengths)
-        axis.set_yticks(range(len(depths)), depths)
+        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths)
+        axis.set_yticks([y + 0.5 for y in range(len(depths))], depths)
+        axis.invert_yaxis()
     return _png(figure, axes, legend=False)
 
 

@@ -95,12 +95,18 @@ def read(*paths: Path) -> list[Answered]:
 def group(answers: Iterable[Answered], *keys: str) -> dict[tuple[Any, ...], list[Answered]]:
     """Returns the answers by their values of keys, which are fields of an answer, its question or its run.
 
-    A key that a question lacks is looked up in its facts; one that is nowhere is None.
+    A key that a question lacks is looked up in its facts; one that is nowhere is None. "label" is `label`.
     """
     groups: dict[tuple[Any, ...], list[Answered]] = {}
     for answer in answers:
         groups.setdefault(tuple(_value(answer, key) for key in keys), []).append(answer)
     return groups
+
+
+def label(answer: Answered) -> str:
+    """Returns the name of the task, with the part of it where it mixes several."""
+    part = answer.question["facts"].get("subtask")
+    return answer.question["task"] + (f" ({part})" if part else "")
 
 
 def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0) -> list[Summary]:
@@ -113,7 +119,7 @@ def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0) -> list[Su
 
 
 def differences(
-    answers: Sequence[Answered], *, method: str, base: str, keys: Sequence[str] = ("task", "ratio"), seed: int = 0
+    answers: Sequence[Answered], *, method: str, base: str, keys: Sequence[str] = ("label", "ratio"), seed: int = 0
 ) -> list[Summary]:
     """Returns the mean of `method`'s score minus `base`'s to the same question at the same ratio, as `summarize` does.
 
@@ -150,6 +156,8 @@ def _with_score(answer: Answered, score: float) -> Answered:
 
 
 def _value(answer: Answered, key: str) -> Any:
+    if key == "label":
+        return label(answer)
     if key in ("method", "ratio", "kept"):
         return getattr(answer, key)
     for source in (answer.question, answer.run, answer.question["facts"]):
