@@ -138,8 +138,8 @@ def rouge_l(prediction: str, reference: str, choices: Sequence[str] = ()) -> flo
 def repoqa(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
     """1 if the function in the prediction is closest to the reference among all choices, with a BLEU of at least 0.8.
 
-    The function is the first fenced block, else what follows the first line that looks like a function's; the authors
-    parse with tree-sitter. They also leave empty predictions out of the mean, which inflates it; here they score 0.
+    The function is what `extract_code` finds; the authors parse with tree-sitter. They also leave empty predictions
+    out of the mean, which inflates it; here they score 0.
     """
     code = extract_code(prediction)
     own = bleu(code, reference)
@@ -147,12 +147,11 @@ def repoqa(prediction: str, reference: str, choices: Sequence[str] = ()) -> floa
 
 
 def extract_code(text: str) -> str:
-    """Returns the first fenced block of an answer, else all from its first function on, else all of it."""
-    fenced = _FENCE.search(text)
-    if fenced:
-        return fenced.group(1)
-    function = _FUNCTION.search(text)
-    return text[function.start() :].split("```")[0] if function else text
+    """Returns the first function or fenced block of an answer, whichever comes first, up to the end of its fence."""
+    fenced, function = _FENCE.search(text), _FUNCTION.search(text)
+    if function and (fenced is None or function.start() < fenced.start()):
+        return text[function.start() :].split("```")[0]
+    return fenced.group(1) if fenced else text
 
 
 def bleu(prediction: str, reference: str) -> float:

@@ -6,7 +6,7 @@ answer to it. Lines are only ever added; questions are known by a digest of all 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,25 @@ def mend(path: Path) -> int:
     return len(content) - len(whole)
 
 
-def question_ids(path: Path) -> set[str]:
-    """Returns the ids of the questions in a file, empty where there is none."""
-    if not path.exists():
-        return set()
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["id"] for line in lines if line["kind"] == "question"}
+def places(path: Path) -> dict[tuple[Any, ...], str]:
+    """Returns the ids of the questions in a file by their places, empty where there is none."""
+    return _read(path)[0] if path.exists() else {}
+
+
+def check_place(known: dict[tuple[Any, ...], str], run: Mapping[str, Any], question: Mapping[str, Any]) -> None:
+    """Adds a question's place to the known ones.
+
+    A place is a number within an example of a task, for a model and the settings that its run made examples with.
+
+    Raises: ValueError if another question is known in that place.
+    """
+    made = [run[key] for key in ("fingerprint", "seed", "count", "questions", "max_tokens")]
+    place = (*made, question["task"], question["example"], question["number"])
+    if known.setdefault(place, question["id"]) != question["id"]:
+        raise ValueError(
+            f"expected question {question['number']} of example {question['example']} of {question['task']} to be "
+            f"{known[place]} as before, got {question['id']}: the task or its data has changed, start a new file"
+        )
 
 
 def read(*paths: Path) -> list[Answered]:
@@ -80,7 +93,7 @@ def read(*paths: Path) -> list[Answered]:
     """
     found: list[Answered] = []
     for path in paths:
-        found += _read(path)
+        found += _read(path)[1]
     seen: set[tuple[Any, ...]] = set()
     for answer in found:
         if answer.key in seen:
@@ -134,7 +147,7 @@ def differences(
     for key, answer in by_question(method).items():
         other = bases.get((*key[:3], None if base == "full" else key[3]))
         if other is not None:
-            paired.append(_with_score(answer, answer.score - other.score))
+            paired.append(replace(answer, score=answer.score - other.score))
     return summarize(paired, *keys, seed=seed)
 
 
@@ -151,10 +164,6 @@ def _summary(own: tuple[Any, ...], answers: Sequence[Answered], seed: int) -> Su
     return Summary(own, float(mean), float(low), float(high), len(answers), len(contexts))
 
 
-def _with_score(answer: Answered, score: float) -> Answered:
-    return Answered(answer.run, answer.question, answer.method, answer.ratio, answer.kept, score, answer.prediction)
-
-
 def _value(answer: Answered, key: str) -> Any:
     if key == "label":
         return label(answer)
@@ -166,34 +175,39 @@ def _value(answer: Answered, key: str) -> Any:
     return None
 
 
-def _read(path: Path) -> list[Answered]:
+def _answered(line: Mapping[str, Any], runs: Mapping[str, Any], questions: Mapping[str, Any]) -> Answered:
+    return Answered(
+        run=runs[line["run"]],
+        question=questions[line["question"]],
+        method=line["method"],
+        ratio=float(line["ratio"]),
+        kept=float(line["kept"]),
+        score=float(line["score"]),
+        prediction=line["prediction"],
+    )
+
+
+def _read(path: Path) -> tuple[dict[tuple[Any, ...], str], list[Answered]]:
     runs: dict[str, Any] = {}
     questions: dict[str, Any] = {}
-    places: dict[tuple[Any, ...], str] = {}
+    known: dict[tuple[Any, ...], str] = {}
     found: list[Answered] = []
-    content = path.read_text(encoding="utf-8")
-    for number, text in enumerate(content[: content.rfind("\n") + 1].splitlines(), start=1):
+    content = path.read_bytes()
+    for number, text in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
         try:
             line = json.loads(text)
             if line["kind"] == "run":
                 runs[line["run"]] = line
             elif line["kind"] == "question":
                 questions[line["id"]] = line
-                made = [runs[line["run"]][key] for key in ("fingerprint", "seed", "count", "questions")]
-                place = (*made, line["task"], line["example"], line["number"])
-                if places.setdefault(place, line["id"]) != line["id"]:
-                    raise ValueError(
-                        f"expected one question {line['number']} of example {line['example']} of {line['task']} in "
-                        f"{path}, got two (line {number}): the task has changed since, start a new file"
-                    )
+                check_place(known, runs[line["run"]], line)
             elif line["kind"] == "answer":
-                fields = {key: line[key] for key in ("method", "ratio", "kept", "score", "prediction")}
-                found.append(Answered(run=runs[line["run"]], question=questions[line["question"]], **fields))
+                found.append(_answered(line, runs, questions))
             else:
                 raise KeyError(line["kind"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"expected a run, question or answer in line {number} of {path}, got {text[:80]!r} ({error!r}): "
                 "restore the file, or start a new one"
             ) from error
-    return found
+    return known, found

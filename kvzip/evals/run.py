@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..models import Model
 from ..prefilling import prefill, tokenizer_of
 from .methods import METHODS, Method
 from .metrics import check_metric, evaluate
-from .results import append, mend, question_ids, read
+from .results import append, check_place, mend, places, read
 from .tasks import Example, Question, Request, examples, expand
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def run_eval(
         limit_s: seconds after which no further batch of questions is begun.
         commit: written down in place of the commit of the checkout that this file is in.
 
-    Raises: ValueError for an unknown task, method, form or ratio, a context that is too long for the model, or a
-        question that its metric cannot mark; nothing is answered then.
+    Raises: ValueError for an unknown task, method, form or ratio, a context that is too long for the model, a question
+        that its metric cannot mark, or one that is another than `out` has in its place; nothing is answered then.
     """
     started = time.monotonic()
     form = form or ("chat" if model.template is not None else "cloze")
@@ -113,14 +113,19 @@ def run_eval(
     finished = total - sum(len(numbers) for missing in left for numbers in missing.values())
     if finished == total:
         return True
-    known = question_ids(out)
-    facts = {**describe(model, commit), "form": form, "seed": seed, "count": count, "questions": questions}
-    run = hashlib.sha256(json.dumps([facts, time.time_ns()]).encode()).hexdigest()[:8]
+    facts = describe(model, commit)
+    facts |= {"form": form, "seed": seed, "count": count, "questions": questions, "max_tokens": max_tokens}
+    run = _digest([facts, time.time_ns()])
+    known = places(out)
+    written = set(known.values())
+    lines = [question_lines(job, run) for job in jobs]
+    for line in chain(*lines):
+        check_place(known, facts, line)
     append(out, [{"kind": "run", "run": run, **facts}])
-    for job, missing in zip(jobs, left, strict=True):
+    for job, missing, asked in zip(jobs, left, lines, strict=True):
         if not any(missing.values()):
             continue
-        append(out, [line for line in question_lines(job, run) if line["id"] not in known])
+        append(out, [line for line in asked if line["id"] not in written])
         for step, cache in caches(model, job.example, [own for own in steps if missing[own]], form, available):
             for numbers in _batches(job, missing[step], form, batch):
                 if limit_s is not None and time.monotonic() - started > limit_s:
@@ -153,7 +158,7 @@ def plan(model: Model, task: str, request: Request, *, max_tokens: int | None = 
         for question in example.questions:
             check_metric(question.metric, question.answers, question.choices)
         context = _digest([example.instruction, example.context])
-        ids = tuple(_digest([context, asdict(question)]) for question in example.questions)
+        ids = tuple(_digest([task, number, context, n, asdict(q)]) for n, q in enumerate(example.questions))
         jobs.append(Job(task, number, example, context, ids, tokens))
     return jobs
 

@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def expand(names: list[str]) -> list[str]:
-    """Returns task names with groups replaced by their tasks; "ruler@4096" gives each of them the length.
+    """Returns task names, each once, with groups replaced by their tasks; "ruler@4096" gives each of them the length.
 
     Raises: ValueError for an unknown name or a length that is no number.
     """
@@ -29,7 +29,7 @@ def expand(names: list[str]) -> list[str]:
             if own not in TASKS:
                 raise ValueError(f"expected tasks or groups among {sorted([*TASKS, *GROUPS])}, got {stem!r}")
             found.append(own + at + length)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def examples(name: str, request: Request) -> Iterator[Example]:

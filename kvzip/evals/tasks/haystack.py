@@ -35,8 +35,8 @@ def needle(request: Request) -> Iterator[Example]:
 
     `examples` is the number of depths of each length, at most 11.
     """
-    step = (len(DEPTHS) - 1) / max(1, request.examples - 1)
-    depths = [DEPTHS[round(i * step)] for i in range(min(request.examples, len(DEPTHS)))]
+    wanted = min(request.examples, len(DEPTHS))
+    depths = [DEPTHS[round(i * (len(DEPTHS) - 1) / max(1, wanted - 1))] for i in range(wanted)]
     for length in (request.length,) if request.length else LENGTHS:
         sentences = essay_sentences(request.data, draws(request, "needle", 0))
         for depth in depths:

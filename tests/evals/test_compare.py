@@ -1,0 +1,104 @@
+"""Full cache against compressed: probabilities that decoding itself gives, and what changed between the two."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+import kvzip
+import random_model
+from kvzip.evals.compare import Comparison, answer_probabilities, compare, render
+
+TEXT = "jade acid beach hide fig " * 10
+QUERIES = ["who?", "what is it?", "bk"]
+
+
+@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
+def model(request: pytest.FixtureRequest) -> kvzip.Model:
+    return random_model.make(random_model.config(windows=request.param))
+
+
+@pytest.fixture(scope="module")
+def comparison(model: kvzip.Model) -> Comparison:
+    return compare(model, TEXT, QUERIES, 0.2, max_tokens=6)
+
+
+def test_answers_and_sizes_are_those_of_the_stages(model: kvzip.Model, comparison: Comparison) -> None:
+    full = kvzip.score(model, kvzip.prefill(model, TEXT))
+    small = kvzip.compress(full, 0.2)
+    for pair, a, b in zip(
+        comparison.answers,
+        kvzip.generate(model, full, QUERIES, max_tokens=6),
+        kvzip.generate(model, small, QUERIES, max_tokens=6),
+        strict=True,
+    ):
+        assert (pair.full.token_ids, pair.small.token_ids) == (a.token_ids, b.token_ids)
+    assert (comparison.kept, comparison.total) == (small.kept, small.total)
+    assert (comparison.full_bytes, comparison.small_bytes) == (kvzip.nbytes(full), kvzip.nbytes(small))
+    assert comparison.full_bytes > comparison.small_bytes
+    assert min(comparison.prefill_s, comparison.score_s, comparison.compress_s) > 0
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_probabilities_of_an_answer_lead_decoding_to_it(model: kvzip.Model, template: bool) -> None:
+    cache = kvzip.prefill(model, TEXT, template=template)
+    for query in QUERIES:
+        ids = kvzip.generate(model, cache, query, max_tokens=6, template=template).token_ids
+        p = answer_probabilities(model, cache, query, ids, template=template)
+        assert p.shape == (len(ids), model.config.vocab_size)
+        assert p.argmax(-1).tolist() == ids
+        assert torch.allclose(p.sum(-1), torch.ones(len(ids)))
+
+
+def test_changes_are_where_the_first_choice_differs(model: kvzip.Model, comparison: Comparison) -> None:
+    full = kvzip.score(model, kvzip.prefill(model, TEXT))
+    small = kvzip.compress(full, 0.2)
+    assert any(pair.changes for pair in comparison.answers)
+    for pair in comparison.answers:
+        ids = pair.full.token_ids
+        p_full, p_small = (answer_probabilities(model, cache, pair.query, ids) for cache in (full, small))
+        differing = [n for n in range(len(ids)) if p_small[n].argmax() != ids[n]]
+        assert [change.position for change in pair.changes] == differing
+        for change in pair.changes:
+            own, other = ids[change.position], int(p_small[change.position].argmax())
+            assert change.full_p == (float(p_full[change.position, own]), float(p_full[change.position, other]))
+            assert change.small_p == (float(p_small[change.position, own]), float(p_small[change.position, other]))
+            assert change.full_p[0] >= change.full_p[1] and change.small_p[0] <= change.small_p[1]
+        apart = torch.tensor([float(p_small[n, i] - p_full[n, i]) for n, i in enumerate(ids)])
+        assert pair.p_answer is not None and pair.margin is not None and pair.p is not None
+        assert pair.p_answer.low == pytest.approx(float(apart.min()))
+        assert pair.p_answer.mean_abs == pytest.approx(float(apart.abs().mean()))
+        assert pair.p_answer.high == pytest.approx(float(apart.max()))
+        leads = []
+        for p in (p_small, p_full):
+            rest = p.clone()
+            rest[range(len(ids)), ids] = 0
+            leads.append(p[range(len(ids)), ids] - rest.max(-1).values)
+        margin = leads[0] - leads[1]
+        assert pair.margin.low == pytest.approx(float(margin.min()), abs=1e-6)
+        assert pair.margin.high == pytest.approx(float(margin.max()), abs=1e-6)
+        assert pair.p.high == pytest.approx(float((p_small - p_full).max()))
+
+
+def test_ratio_one_changes_nothing(model: kvzip.Model) -> None:
+    for pair in compare(model, TEXT, QUERIES, 1.0, max_tokens=6).answers:
+        assert pair.full == pair.small
+        assert pair.changes == ()
+        for spread in (pair.p_answer, pair.margin, pair.p):
+            assert spread is not None and (spread.low, spread.mean_abs, spread.high) == (0.0, 0.0, 0.0)
+
+
+def test_the_table_shows_answers_and_changes_as_text(comparison: Comparison) -> None:
+    out = io.StringIO()
+    Console(file=out, width=200).print(render(comparison))
+    text = out.getvalue()
+    assert f"keeps {comparison.kept:,} of {comparison.total:,} pairs" in text
+    for pair in comparison.answers:
+        assert pair.query in text
+        assert all(f"token {change.position}" in text for change in pair.changes)
+
+
+def test_an_unknown_method_is_an_error_that_lists_the_known(model: kvzip.Model) -> None:
+    with pytest.raises(ValueError, match=r"expected a method among \['kvzip', .*\], got 'snap'"):
+        compare(model, TEXT, QUERIES, 0.5, method="snap")
