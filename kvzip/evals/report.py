@@ -33,7 +33,7 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     written, tables, pictures = [], [], []
     for (model, form), own in group(answers, "model", "form").items():
         title = f"{model}, {form}"
-        tables.append(f"## {title}\n\n{table(own, base=base)}")
+        tables.append(f"## {title}\n\n{overview(own)}\n\n{table(own, base=base)}")
         for name, figure in figures(own, title).items():
             path = directory / f"{model}-{form}-{name}.png".replace("@", "-").replace("/", "-")
             path.write_bytes(figure)
@@ -43,6 +43,26 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     (directory / "table.md").write_text(text, encoding="utf-8")
     (directory / "index.html").write_text(page(text, pictures), encoding="utf-8")
     return [directory / "table.md", directory / "index.html", *written]
+
+
+def overview(answers: Sequence[Answered]) -> str:
+    """Returns Markdown tables of mean scores (0 to 100), one for each ratio, methods down and tasks across.
+
+    The last column is the mean over tasks relative to the full cache, in percent. The full cache is a row of each.
+    """
+    means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
+    whole = relative(answers)
+    tasks, methods = ([own for (own,) in group(answers, key)] for key in ("label", "method"))
+    tables = []
+    for ratio in sorted({ratio for _, method, ratio in means if method != FULL}) or [1.0]:
+        lines = [f"### {ratio:g} kept", "", "| method | " + " | ".join(tasks) + " | relative |"]
+        lines.append("|---" * (len(tasks) + 2) + "|")
+        for method in methods:
+            at = 1.0 if method == FULL else ratio
+            cells = [means.get((task, method, at)) for task in tasks] + [whole.get((method, at))]
+            lines.append(f"| {method} | " + " | ".join("" if x is None else f"{100 * x:.1f}" for x in cells) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
@@ -105,13 +125,16 @@ def page(text: str, pictures: Sequence[tuple[str, bytes]]) -> str:
         for name, png in pictures
     ]
     for line in text.split("\n"):
+        if line.startswith("| task"):
+            body.append("</table><p></p><table>")
         cells = [_bold(html.escape(cell.strip())) for cell in line.strip("|").split("|")]
         if line.startswith("|---"):
             continue
         if line.startswith("|"):
             body.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
-        elif line.startswith("## "):
-            body.append(f"</table><h2>{html.escape(line[3:])}</h2><table>")
+        elif line.startswith("## ") or line.startswith("### "):
+            level = line.index(" ")
+            body.append(f"</table><h{level}>{html.escape(line[level + 1 :])}</h{level}><table>")
         elif line:
             body.append(f"</table><p>{html.escape(line)}</p>")
     style = (
@@ -164,7 +187,7 @@ def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
                 low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
                 axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
         axis.set(title=task, xlabel="fraction of pairs kept", ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
-    return _png(figure, axes)
+    return _png(_with_legend(figure, axes))
 
 
 def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
@@ -177,28 +200,33 @@ def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
             axes[0].plot(*zip(*points, strict=True), label=method, markersize=4, **styles[method])
     axes[0].axhline(100, color="black", linestyle="--", label=FULL)
     axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, 113))
-    return _png(figure, axes)
+    return _png(_with_legend(figure, axes))
 
 
 def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
     """A map for each method (a row of maps) and ratio (a column): lengths across, depths down, green for found."""
     maps = group(answers, "method", "ratio")
     methods, ratios = [m for (m,) in group(answers, "method")], sorted({ratio for _, ratio in maps})
-    figure, axes = _canvas(len(methods), len(ratios), title)
+    figure, axes = _canvas(len(methods), len(ratios), title, size=(1.6, 1.4))
     lengths = sorted({length for length, _ in group(answers, "length", "depth")})
     depths = sorted({depth for _, depth in group(answers, "length", "depth")})
-    places = [(method, ratio) for method in methods for ratio in ratios]
-    for axis, (method, ratio) in zip(axes, places, strict=True):
-        if (method, ratio) not in maps:
-            continue
-        means = {row.group: row.mean for row in summarize(maps[method, ratio], "length", "depth")}
-        grid = [[means.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-        axis.pcolormesh(grid, vmin=0, vmax=1, cmap="RdYlGn", edgecolors="white", linewidth=1)
-        axis.set(title=f"{method} at {ratio:g}", xlabel="tokens", ylabel="depth, %")
-        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths)
-        axis.set_yticks([y + 0.5 for y in range(len(depths))], depths)
-        axis.invert_yaxis()
-    return _png(figure, axes, legend=False)
+    for n, axis in enumerate(axes):
+        row, column = divmod(n, len(ratios))
+        own = summarize(maps.get((methods[row], ratios[column]), []), "length", "depth")
+        means = {summary.group: summary.mean for summary in own}
+        if means:
+            grid = [[means.get((length, depth), float("nan")) for length in lengths] for depth in depths]
+            axis.pcolormesh(grid, vmin=0, vmax=1, cmap="RdYlGn", edgecolors="white", linewidth=1)
+        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths if row == len(methods) - 1 else [])
+        axis.set_yticks([y + 0.5 for y in range(0, len(depths), 5)], depths[::5] if column == 0 else [])
+        axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
+        if row == 0:
+            axis.set_title(f"{ratios[column]:g} kept")
+        if column == 0:
+            axis.set_ylabel(methods[row])
+    figure.supxlabel("tokens")
+    figure.supylabel("depth of the needle, %")
+    return _png(figure)
 
 
 def _by_method(rows: Sequence[Summary]) -> dict[tuple[Any, ...], list[Summary]]:
@@ -217,25 +245,28 @@ def _styles(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _canvas(rows: int, columns: int, title: str) -> tuple[Any, list[Any]]:
+def _canvas(rows: int, columns: int, title: str, *, size: tuple[float, float] = (3.6, 3.0)) -> tuple[Any, list[Any]]:
+    """A figure with axes of that size in inches."""
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("expected the plot extra, got no matplotlib: pip install 'kvzip[plot]'") from error
-    figure = Figure(figsize=(1 + 3.6 * columns, 0.9 + 3 * rows), layout="constrained")
+    figure = Figure(figsize=(1 + size[0] * columns, 0.9 + size[1] * rows), layout="constrained")
     figure.suptitle(title)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _png(figure: Any, axes: Sequence[Any], *, legend: bool = True) -> bytes:
+def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:
+    """The figure with one legend for all its axes, those without a line hidden."""
+    handles: dict[str, Any] = {}
     for axis in axes:
-        if not axis.has_data():
-            axis.set_visible(False)
-    if legend:
-        handles: dict[str, Any] = {}
-        for axis in axes:
-            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+        axis.set_visible(axis.has_data())
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    return figure
+
+
+def _png(figure: Any) -> bytes:
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=110)
     return target.getvalue()

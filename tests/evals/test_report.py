@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvzip.evals.report import figures, page, relative, table, write_report
+from kvzip.evals.report import figures, overview, page, relative, table, write_report
 from kvzip.evals.results import append, read
 
 RUN = {
@@ -57,6 +57,18 @@ def test_the_table_has_each_score_with_its_interval_and_difference(results: Path
     assert "| kv | kvzip | 0.3 | 75.0 | 50.0 to 100.0 | 4 (2) |  |" in rows
     assert "| kv | random | 0.3 | 0.0 | 0.0 to 0.0 | 4 (2) | **-75.0** |" in rows
     assert "| needles | random | 0.3 | 25.0 | 0.0 to 50.0 | 4 (2) | +0.0 |" in rows
+
+
+def test_the_overview_has_methods_down_and_tasks_across(results: Path) -> None:
+    assert overview(read(results)).split("\n") == [
+        "### 0.3 kept",
+        "",
+        "| method | kv | needles | relative |",
+        "|---|---|---|---|",
+        "| full | 100.0 | 50.0 | 100.0 |",
+        "| kvzip | 75.0 | 25.0 | 62.5 |",
+        "| random | 0.0 | 25.0 | 25.0 |",
+    ]
 
 
 def test_the_mean_over_tasks_is_relative_to_the_full_cache(results: Path) -> None:
