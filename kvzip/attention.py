@@ -101,13 +101,14 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
     waits for the device.
     """
 
-    seen: list[Tensor] = []  # rows that the last new token sees: the same in every layer
+    seen = tail.lengths
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not seen:
-            seen.append(tail.lengths + k.shape[2])
+        nonlocal seen
+        if layer == 0:
+            seen = tail.lengths + k.shape[2]  # rows that the last new token sees: the same in every layer
         ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
-        kv, rows, window = context[layer], (tail.k[layer], tail.v[layer], seen[0]), config.layers[layer].window
+        kv, rows, window = context[layer], (tail.k[layer], tail.v[layer], seen), config.layers[layer].window
         if not q.is_cuda and config.attn_softcap is None and (window is None or q.shape[0] == q.shape[2] == 1):
             return _decode_on_host(q, kv, rows, config.attn_scale, window)
         return ops.decode(
@@ -213,7 +214,7 @@ def _decode_on_host(
     if not any(size - skip for size, skip in zip(sizes, hidden, strict=True)):
         return out
     folded = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
-    k, v = (x if isinstance(x, Tensor) else ops.dequantize(x) for x in (kv.k, kv.v))
+    k, v = (x if isinstance(x, Tensor) else ops.dequantize(x, dtype=q.dtype) for x in (kv.k, kv.v))
     if len(set(sizes)) == 1:
         k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, hidden[0] :] for x in (k, v))
         rows, row_lse = _sdpa(folded, k, v, scale=scale)

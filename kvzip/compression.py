@@ -211,7 +211,7 @@ def _pack(
     layers = cache.layers if consume else list(cache.layers)
     scored = iter(zip(keep, counts, strict=True))
     while layers:
-        layer = layers.pop(0)
+        layer = layers[0]
         if isinstance(layer, DenseKV):
             mask, kept = next(scored)
             bounds = [0, *itertools.accumulate(scores.start + count for count in kept)]
@@ -224,5 +224,5 @@ def _pack(
             context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds)))
         else:
             context.append(layer)
-        del layer
+        del layers[0], layer  # not before it is packed: what fails for lack of memory loses nothing
     return tuple(context)

@@ -1,0 +1,226 @@
+"""The decoder: used again, smaller than its questions, out of memory; and the host's attention against the op."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvzip
+import kvzip.cache.memory
+import random_model
+from accuracy import assert_as_accurate
+from kvzip import generation
+from kvzip.attention import decode_attend
+from kvzip.cache import Tail, all_ragged, explain_out_of_memory, free_bytes
+from kvzip.decoding import sample
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
+QUERIES = ["Who?", "How long ago was it, precisely?", "x", "Why is that so?", "And then?"]
+OPTIONS = {"max_tokens": 9}
+
+
+@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
+def model(request):
+    return replace(random_model.make(random_model.config(windows=request.param)), stop_ids=())
+
+
+@pytest.fixture(scope="module")
+def small(model):
+    return kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), 0.4)
+
+
+@pytest.fixture(scope="module")
+def alone(model, small):
+    return [kvzip.generate(model, small, query, **OPTIONS) for query in QUERIES]
+
+
+def test_a_decoder_used_again_answers_the_same(model, small, alone):
+    decoder = kvzip.Decoder(model, small, tail=80)
+    for _ in range(2):
+        assert [kvzip.generate(model, small, q, decoder=decoder, **OPTIONS) for q in QUERIES] == alone
+    options = {"temperature": 2.0, "seed": 3, **OPTIONS}
+    sampled = [kvzip.generate(model, small, QUERIES[0], decoder=d, **options) for d in (decoder, None)]
+    assert sampled[0] == sampled[1] != alone[0]
+    assert kvzip.generate(model, small, QUERIES[1], decoder=decoder, **OPTIONS) == alone[1]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 7])
+def test_more_questions_than_rows_are_answered_in_several_batches(model, small, alone, batch):
+    decoder = kvzip.Decoder(model, small, batch=batch, tail=80)
+    pieces = [""] * len(QUERIES)
+
+    def on_token(piece, index):
+        pieces[index] += piece
+
+    assert kvzip.generate(model, small, QUERIES, decoder=decoder, on_token=on_token, **OPTIONS) == alone
+    assert pieces == [answer.text for answer in alone]
+
+
+def test_a_list_larger_than_memory_is_split(model, small, alone, monkeypatch):
+    made = []
+
+    class Counted(kvzip.Decoder):
+        def __init__(self, *args, batch, tail):
+            made.append(batch)
+            super().__init__(*args, batch=batch, tail=tail)
+
+    monkeypatch.setattr(generation, "Decoder", Counted)
+    for free in (0, 10**12):
+        monkeypatch.setattr(generation, "free_bytes", lambda device, free=free: free)
+        assert kvzip.generate(model, small, QUERIES, **OPTIONS) == alone
+    assert made == [1, len(QUERIES)]
+
+
+def test_a_decoder_must_fit(model, small):
+    decoder = kvzip.Decoder(model, small, tail=20)
+    with pytest.raises(ValueError, match=r"room for .* pass tail="):
+        kvzip.generate(model, small, QUERIES[1], decoder=decoder, max_tokens=30)
+    other = replace(small, token_ids=small.token_ids.clone())
+    with pytest.raises(ValueError, match="this model and cache"):
+        kvzip.generate(model, other, "x", decoder=decoder, max_tokens=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        kvzip.Decoder(model, small, batch=0)
+    with pytest.raises(ValueError, match="questions of 1 to 20 tokens"):
+        decoder.read([[1] * 21])
+    with pytest.raises(ValueError, match="1 to 1 questions"):
+        decoder.read([[1], [2]])
+
+
+@given(
+    tokens=st.sampled_from([1, 3]),
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    ratio=st.sampled_from([0.05, 0.5, 1.0]),
+    bits=st.sampled_from([None, 8]),
+)
+def test_attention_on_the_host_is_as_accurate_as_the_op(tokens, lengths, ratio, bits):
+    """Ragged, full and empty heads, windows, tails of different lengths whose unset rows are NaN."""
+    model = random_model.make(random_model.config(windows=(4, None), head_dim=16, attn_scale=0.25))
+    cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), ratio, bits=bits)
+    context, shape = all_ragged(cache.context), (len(lengths), 2, 12, 16)
+    generator = torch.Generator().manual_seed(len(lengths))
+    rows = [torch.randn(shape, generator=generator) for _ in range(4)]
+    written = torch.arange(12) < torch.tensor(lengths)[:, None]
+    rows = [x.masked_fill(~written[:, None, :, None], torch.nan) for x in rows]
+    new = [torch.randn(len(lengths), h, tokens, 16, generator=generator) for h in (4, 2, 2)]
+
+    def attend(dtype, softcap=None):
+        """A softcap of nearly infinity takes the op."""
+        tail = Tail(*(tuple(x.to(dtype) for x in rows[i : i + 2]) for i in (0, 2)), torch.tensor(lengths).int())
+        config = replace(model.config, attn_softcap=softcap)
+        kv = [
+            replace(kv, k=kv.k.to(dtype), v=kv.v.to(dtype)) if isinstance(kv.k, torch.Tensor) else kv for kv in context
+        ]
+        run = decode_attend(config, kv, tail)
+        return [run(layer, *(x.to(dtype) for x in new)) for layer in (0, 1)]
+
+    exact, plain = attend(torch.float64, softcap=1e9), attend(torch.float32, softcap=1e9)
+    for got in zip(attend(torch.float32), exact, plain, strict=True):
+        assert_as_accurate(*got)
+
+
+@given(temperature=st.sampled_from([0.5, 1.0, 3.0]), top_p=st.sampled_from([0.3, 0.9, 1.0]))
+def test_sampling_inverts_the_cumulative_probabilities(temperature, top_p):
+    scores = torch.randn(1, 9, generator=torch.Generator().manual_seed(1)) * 2
+    probabilities = (scores[0] / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    kept, mass = [], 0.0
+    for token in order.tolist():
+        if mass < top_p or not kept:
+            kept.append(token)
+            mass += float(probabilities[token])
+    share = probabilities[kept] / probabilities[kept].sum()
+    draws = (torch.arange(2000) + 0.5) / 2000
+    options = {"temperature": torch.tensor(temperature), "top_p": torch.tensor(top_p)}
+    tokens = torch.stack([sample(scores, draw[None], **options)[0] for draw in draws])
+    for token, expected in zip(kept, share.tolist(), strict=True):
+        assert abs(float((tokens == token).float().mean()) - expected) <= 1 / 2000
+    assert set(tokens.tolist()) <= set(kept)
+
+
+def test_out_of_memory_says_for_what_and_leaves_the_cache(model, monkeypatch):
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
+    before = [(kv.k.clone(), kv.v.clone()) for kv in cache.layers]
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kvzip.ops.prune", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"expected room for [\d,]+ bytes .*ratio, bits"):
+        kvzip.compress(cache, 0.3)
+    monkeypatch.undo()
+    monkeypatch.setattr("kvzip.compression.free_bytes", lambda device: 7)
+    with pytest.raises(torch.OutOfMemoryError, match=r"got 7 bytes free.* intact"):
+        kvzip.compress(cache, 0.3, consume=True)
+    monkeypatch.undo()
+    monkeypatch.setattr("kvzip.scoring.run_attention", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="lower chunk"):
+        kvzip.score(model, cache)
+    monkeypatch.setattr("kvzip.prefilling.run_attention", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="prefill_compressed"):
+        kvzip.prefill(model, TEXT)
+    monkeypatch.setattr("kvzip.decoding.empty_tail", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="fewer questions"):
+        kvzip.generate(model, cache, "x")
+    for kv, (k, v) in zip(cache.layers, before, strict=True):
+        assert torch.equal(kv.k, k) and torch.equal(kv.v, v)
+
+
+def test_other_errors_pass_unchanged():
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_out_of_memory("1 byte", "none"):
+        raise RuntimeError("shapes")
+    text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    with pytest.raises(torch.OutOfMemoryError, match="1 byte"), explain_out_of_memory("1 byte", "none"):
+        raise RuntimeError(text)
+
+
+def test_free_bytes_of_the_host(monkeypatch, tmp_path):
+    device = torch.device("cpu")
+    free = free_bytes(device)
+    assert free is None or 0 < free < 2**50
+    monkeypatch.setattr(kvzip.cache.memory, "Path", lambda path: tmp_path / "missing")
+    assert free_bytes(device) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampled", [False, True])
+def test_graphs_answer_as_the_host_does(sampled):
+    """In float32, where the CPU's tokens are the GPU's: the first time captured, then replayed, then in batches."""
+    options = {"max_tokens": 12, **({"temperature": 0.7, "seed": 5} if sampled else {})}
+    answers = []
+    for device in ("cpu", "cuda"):
+        config = random_model.config(head_dim=64, hidden_size=128, attn_scale=0.125, windows=(7, None))
+        model = replace(random_model.make(config, device=device), stop_ids=())
+        small = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), 0.4)
+        decoder = kvzip.Decoder(model, small, batch=2, tail=80)
+        once = kvzip.generate(model, small, QUERIES, decoder=decoder, **options)
+        assert once == kvzip.generate(model, small, QUERIES, decoder=decoder, **options)
+        assert once == [kvzip.generate(model, small, q, **options) for q in QUERIES]
+        answers.append(once)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.gpu
+def test_steps_never_wait_for_the_device():
+    model = random_model.make(random_model.config(head_dim=64, hidden_size=128, attn_scale=0.125), device="cuda")
+    decoder = kvzip.Decoder(model, kvzip.prefill(model, TEXT), batch=3, tail=64)
+    decoder.read([[1, 2, 3]] * 3)
+    decoder.step()
+    decoder.fetch()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder.step()
+        wait = decoder.fetch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(wait()) == 3
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_that_is_nearly_full():
+    model = random_model.make(replace(random_model.config(), max_length=10**9), dtype=torch.bfloat16, device="cuda")
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
+    with pytest.raises(torch.OutOfMemoryError, match=r"bytes for the tails of 1 questions"):
+        kvzip.Decoder(model, cache, tail=2**31)
+    assert kvzip.generate(model, cache, "x", max_tokens=3).token_ids
