@@ -19,7 +19,7 @@ import torch
 from .. import prompts
 from ..cache import DenseCache, RaggedCache
 from ..compression import compress
-from ..generation import generate
+from ..generation import Answer, generate
 from ..models import Model
 from ..prefilling import prefill, tokenizer_of
 from .methods import METHODS, Method
@@ -185,15 +185,13 @@ def prefill_example(model: Model, example: Example, *, form: str) -> DenseCache:
     return prefill(model, lead + example.context, template=False)
 
 
-def ask(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str) -> list[str]:
+def ask(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str) -> list[Answer]:
     """Returns the greedy answers to questions with the same max_tokens and stop texts, as one batch."""
     limit, stop = questions[0].max_tokens, questions[0].cloze_stop
     if form == "chat":
-        answers = generate(model, cache, [question.query for question in questions], max_tokens=limit)
-    else:
-        texts = [prompts.QUERY_SEPARATOR + question.cloze for question in questions]
-        answers = generate(model, cache, texts, max_tokens=limit, stop=stop, template=False)
-    return [answer.text.strip() for answer in answers]
+        return generate(model, cache, [question.query for question in questions], max_tokens=limit)
+    texts = [prompts.QUERY_SEPARATOR + question.cloze for question in questions]
+    return generate(model, cache, texts, max_tokens=limit, stop=stop, template=False)
 
 
 def question_lines(job: Job, run: str) -> list[dict[str, Any]]:
@@ -219,12 +217,12 @@ def question_lines(job: Job, run: str) -> list[dict[str, Any]]:
 
 
 def answer_lines(
-    job: Job, run: str, step: tuple[str, float], cache: DenseCache | RaggedCache, answers: Mapping[int, str]
+    job: Job, run: str, step: tuple[str, float], cache: DenseCache | RaggedCache, answers: Mapping[int, Answer]
 ) -> list[dict[str, Any]]:
     """Returns a line for each answer, by the number of its question, with its score."""
     lines = []
-    for number, prediction in answers.items():
-        question = job.example.questions[number]
+    for number, answer in answers.items():
+        question, prediction = job.example.questions[number], answer.text.strip()
         lines.append(
             {
                 "kind": "answer",
@@ -234,6 +232,7 @@ def answer_lines(
                 "ratio": step[1],
                 "kept": round(cache.kept / cache.total, 6),
                 "score": evaluate(question.metric, prediction, question.answers, question.choices),
+                "stopped": answer.stopped,
                 "prediction": prediction,
             }
         )

@@ -135,8 +135,11 @@ def test_other_questions_models_and_forms_share_a_file(model: kvzip.Model, tmp_p
 def test_a_question_that_is_asked_twice_is_answered_twice(model: kvzip.Model, tmp_path: Path) -> None:
     row = {"context": "Twice told.", "question": ["Who?", "Who?"], "answers": ["x", "x"]}
     (tmp_path / "squad_paragraph.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    found = evaluate(model, tmp_path / "out.jsonl", tasks=["squad"], data=str(tmp_path), methods=("full",))
+    out = tmp_path / "out.jsonl"
+    found = evaluate(model, out, tasks=["squad"], data=str(tmp_path), methods=("full",))
     assert len(found) == 2
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["stopped"] for line in lines if line["kind"] == "answer"] == ["length", "length"]
 
 
 def test_a_task_that_has_changed_is_refused(
@@ -178,8 +181,8 @@ def test_forms_ask_the_chat_or_continue_the_text(model: kvzip.Model, monkeypatch
     question = Question("Q: who?", "It was", ("x",), "include", 5, cloze_stop=("#",))
     example = Example("some text", (question,), instruction="Read this.")
     chat, cloze = (prefill_example(model, example, form=form) for form in ("chat", "cloze"))
-    assert ask(model, chat, [question], form="chat") == ["an answer"]
-    assert ask(model, cloze, [question], form="cloze") == ["an answer"]
+    for form, cache in (("chat", chat), ("cloze", cloze)):
+        assert [answer.text for answer in ask(model, cache, [question], form=form)] == [" an answer\n"]
     assert asked == [
         (["Q: who?"], {"max_tokens": 5}),
         (["\n\nIt was"], {"max_tokens": 5, "stop": ("#",), "template": False}),
@@ -230,9 +233,10 @@ def echo(model: kvzip.Model, monkeypatch: pytest.MonkeyPatch) -> str:
         asked = [Question(q, q, (str(answer.token_ids),), "exact", 2) for q, answer in zip(queries, full, strict=True)]
         yield replace(example, questions=tuple(asked))
 
-    def ids(model: kvzip.Model, cache: RaggedCache, questions: list[Question], *, form: str) -> list[str]:
+    def ids(model: kvzip.Model, cache: RaggedCache, questions: list[Question], *, form: str) -> list[kvzip.Answer]:
         # bytes of a random model are no text, so ids are compared
-        return [str(a.token_ids) for a in kvzip.generate(model, cache, [q.query for q in questions], max_tokens=2)]
+        found = kvzip.generate(model, cache, [q.query for q in questions], max_tokens=2)
+        return [replace(answer, text=str(answer.token_ids)) for answer in found]
 
     monkeypatch.setitem(TASKS, "echo", Task("echo", examples, 0, "the model's own answers"))
     monkeypatch.setattr(run, "ask", ids)
