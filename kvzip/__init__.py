@@ -7,6 +7,7 @@ from .generation import Answer, generate
 from .models import Model, ModelConfig, load
 from .prefilling import prefill
 from .scoring import score
+from .streaming import prefill_compressed
 
 __all__ = [
     "Answer",
@@ -23,6 +24,7 @@ __all__ = [
     "nbytes",
     "ops",
     "prefill",
+    "prefill_compressed",
     "prompts",
     "save",
     "score",

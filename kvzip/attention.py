@@ -57,12 +57,15 @@ def score_attend(
     start: int,
     stop: int,
     local: bool,
+    past: Sequence[RaggedKV | WindowKV] | None = None,
 ) -> Attend:
     """Returns the strategy of a repeat pass: it reads the cache, writes nothing to it, and fills `values`.
 
     Each global layer's keys of tokens start:stop are scored into values[l, :, start-sink:stop-sink], l counting
     global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
-    start:stop and the repeat itself. Window layers see the last tokens of the cache and the repeat itself.
+    start:stop and the repeat itself. Window layers see the last tokens of the cache and the repeat itself. Where the
+    cache is a segment of a longer context, `past` is what is kept of the tokens before it, the first `sink` included;
+    only a row that is not `local` attends to it.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
@@ -75,9 +78,13 @@ def score_attend(
         if local:
             past_k = torch.cat([sink_k, chunk_k], dim=1)[None]
             past_v = torch.cat([kv.v[0, :, :sink], kv.v[0, :, start:stop]], dim=1)[None]
+            out, lse = causal_attention(q, past_k, past_v, k, v, config)
+        elif layer == len(config.layers) - 1:
+            out, lse = q, None  # nothing is made of what the last layer attends to
+        elif past is None:
+            out, lse = causal_attention(q, kv.k, kv.v, k, v, config)
         else:
-            past_k, past_v = kv.k, kv.v
-        out, lse = causal_attention(q, past_k, past_v, k, v, config)
+            out, lse = _after_ragged(q, past[layer], kv.k[:, :, sink:], kv.v[:, :, sink:], k, v, config)
         values[scored[layer], :, start - sink : stop - sink] = ops.score(
             q[0],
             chunk_k,
@@ -85,9 +92,39 @@ def score_attend(
             k[0],
             scale=config.attn_scale,
             softcap=config.attn_softcap,
-            lse=lse[0] if local else None,
+            lse=lse[0] if local and lse is not None else None,
         )
         return out
+
+    return attend
+
+
+def segment_attend(
+    config: ModelConfig,
+    past: Sequence[RaggedKV | WindowKV],
+    layers: list[DenseKV | WindowKV],
+    *,
+    sink: int,
+    done: int,
+    position: int,
+) -> Attend:
+    """Returns the strategy that prefills a segment of a context whose earlier tokens are compressed already.
+
+    T new tokens attend to `past`, to the `done` tokens of the segment before them and causally to themselves. They
+    become rows sink+done:sink+done+T of each dense layer, whose first `sink` rows are not read: they are in `past`. A
+    window layer, which holds the last of all earlier tokens, is replaced. `position` is that of the first new token.
+    """
+    append = prefill_attend(config, layers, position)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv, start, stop = layers[layer], sink + done, sink + done + k.shape[2]
+        if isinstance(kv, WindowKV):
+            return append(layer, q, k, v)
+        kv.k[:, :, start:stop] = k
+        kv.v[:, :, start:stop] = v
+        if layer == len(config.layers) - 1:
+            return q  # nothing is made of what the last layer attends to
+        return _after_ragged(q, past[layer], kv.k[:, :, sink:start], kv.v[:, :, sink:start], k, v, config)[0]
 
     return attend
 
@@ -142,6 +179,23 @@ def causal_attention(
     past = rearrange(past, "b h (g t) d -> b (h g) t d", g=group)
     past_lse = rearrange(past_lse, "b h (g t) -> b (h g) t", g=group)
     return ops.merge(past, past_lse, out, lse)
+
+
+def _after_ragged(
+    q: Tensor, past: RaggedKV | WindowKV, dense_k: Tensor, dense_v: Tensor, k: Tensor, v: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """`causal_attention` with ragged heads in front of the dense past."""
+    assert isinstance(past, RaggedKV)
+    before = ops.decode(
+        q,
+        past.k,
+        past.v,
+        past.offsets,
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        schedule=past.schedule,
+    )
+    return ops.merge(*before, *causal_attention(q, dense_k, dense_v, k, v, config))
 
 
 def window_attention(

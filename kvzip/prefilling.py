@@ -43,7 +43,7 @@ def prefill(
     Source: KVzip, arXiv 2505.23416.
     """
     check_count(chunk, "chunk")
-    prefix = _prefix_ids(model, system=system, instruction=instruction, template=template)
+    prefix = prefix_ids(model, system=system, instruction=instruction, template=template)
     ids = context_ids(model, context)
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
@@ -117,7 +117,8 @@ def check_count(value: int, name: str) -> None:
         raise ValueError(f"expected {name} to be at least 1 token, got {value}: pass a positive number")
 
 
-def _prefix_ids(model: Model, *, system: str | None, instruction: str | None, template: bool) -> list[int]:
+def prefix_ids(model: Model, *, system: str | None, instruction: str | None, template: bool) -> list[int]:
+    """Returns the ids in front of a context: the chat template's, or BOS alone where `template` is False."""
     if template:
         prompt = prompt_of(model, system=system, instruction=instruction)
         return prompts.encode_prefix(tokenizer_of(model), prompt)

@@ -1,14 +1,15 @@
 """Scoring: the model repeats its context, and each pair is scored by the largest attention it receives meanwhile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from . import prompts
 from .attention import score_attend
-from .cache import DenseCache, Scores, check_whole, global_layers
+from .cache import DenseCache, RaggedKV, Scores, WindowKV, check_whole, global_layers
 from .models import Model, run_attention
 from .prefilling import Progress, check_count, check_length, prompt_of, tokenizer_of
 
@@ -44,8 +45,7 @@ def score(
     the model's own, where theirs is the model's dtype and 1/sqrt(D).
     """
     check_count(chunk, "chunk")
-    if scope not in ("context", "chunk"):
-        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}")
+    check_scope(scope)
     check_fingerprint(model, cache.fingerprint)
     check_whole(cache)
     layers = global_layers(cache)
@@ -53,25 +53,54 @@ def score(
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
-    sink, total = cache.start, cache.length - cache.start
-    values = torch.empty(len(layers), model.config.num_kv_heads, total, dtype=torch.float32, device=model.device)
-    for start, stop, repeat in repeats(model, cache, chunk=chunk, hint=hint):
-        needed = cache.length + len(repeat)
-        check_length(model, needed, f"a cache of {cache.length} and a repeat pass of {len(repeat)} tokens")
-        positions = torch.arange(cache.length, needed, device=model.device)
+    values = score_chunks(model, cache, scope=scope, chunk=chunk, hint=hint, progress=progress)
+    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=f"kvzip-{scope}")
+    return replace(cache, scores=scores)
+
+
+def score_chunks(
+    model: Model,
+    cache: DenseCache,
+    *,
+    scope: str,
+    chunk: int,
+    hint: int,
+    progress: Progress | None = None,
+    past: Sequence[RaggedKV | WindowKV] | None = None,
+    before: Int64[Tensor, " S"] | None = None,
+) -> Float32[Tensor, "L H E"]:
+    """Returns the scores of a dense cache's context, which may be the latest segment of a longer one.
+
+    Args:
+        past: what is kept of the tokens before the segment, prefix included, which scope "context" attends to.
+        before: the ids of the segment's older tokens, prefix not included, so that the first repeat starts with the
+            last of them; the repeat's positions start after them and the cache. None: there are none.
+    """
+    sink, total, older = cache.start, cache.length - cache.start, 0 if before is None else len(before)
+    end = older + cache.length
+    heads = model.config.num_kv_heads
+    values = torch.empty(len(global_layers(cache)), heads, total, dtype=torch.float32, device=model.device)
+    for start, stop, repeat in repeats(model, cache, chunk=chunk, hint=hint, before=before):
+        needed = end + len(repeat)
+        check_length(model, needed, f"a cache of {end} and a repeat pass of {len(repeat)} tokens")
+        positions = torch.arange(end, needed, device=model.device)
         attend = score_attend(
-            model.config, cache.layers, values, sink=sink, start=start, stop=stop, local=scope == "chunk"
+            model.config, cache.layers, values, sink=sink, start=start, stop=stop, local=scope == "chunk", past=past
         )
         with torch.no_grad():
             run_attention(model, repeat[None].to(model.device), positions, attend)
         if progress is not None:
             progress(stop - sink, total)
-    scores = Scores(values=values, layers=layers, start=sink, stop=cache.length, source=f"kvzip-{scope}")
-    return replace(cache, scores=scores)
+    return values
 
 
-def repeats(model: Model, cache: DenseCache, *, chunk: int, hint: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, input ids) of each repeat pass over the context. Raises ValueError without a tokenizer."""
+def repeats(
+    model: Model, cache: DenseCache, *, chunk: int, hint: int, before: Int64[Tensor, " S"] | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (start, stop, input ids) of each repeat pass over the context, which continues `before` if given.
+
+    Raises: ValueError without a tokenizer.
+    """
     tokenizer = tokenizer_of(model)
 
     def encode(text: str) -> Tensor:
@@ -81,13 +110,23 @@ def repeats(model: Model, cache: DenseCache, *, chunk: int, hint: int) -> Iterat
         postfix = torch.tensor(prompts.encode_control(tokenizer, prompt_of(model).postfix), dtype=torch.long)
     else:
         postfix = encode(PLAIN_POSTFIX)
+    ids = cache.token_ids
+    before = ids[:0] if before is None else before
+    known = before[max(0, len(before) - hint) :]
     for start in range(cache.start, cache.length, chunk):
         stop = min(start + chunk, cache.length)
-        if start == cache.start:
-            ask = [encode(prompts.REPEAT_FIRST)]
+        if len(before) or start > cache.start:
+            ask = [encode(prompts.REPEAT_NEXT), known]
         else:
-            ask = [encode(prompts.REPEAT_NEXT), cache.token_ids[max(cache.start, start - hint) : start]]
-        yield start, stop, torch.cat([*ask, postfix, cache.token_ids[start:stop]])
+            ask = [encode(prompts.REPEAT_FIRST)]
+        yield start, stop, torch.cat([*ask, postfix, ids[start:stop]])
+        known = ids[max(cache.start, stop - hint) : stop]
+
+
+def check_scope(scope: str) -> None:
+    """Raises ValueError for a scope that is not known."""
+    if scope not in ("context", "chunk"):
+        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}")
 
 
 def check_fingerprint(model: Model, fingerprint: str) -> None:

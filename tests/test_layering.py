@@ -18,7 +18,9 @@ ALLOWED = {
     "kvzip.models": {"kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
-STAGES = [f"kvzip.{name}" for name in ("prefilling", "scoring", "compression", "generation", "head_scores")]
+STAGES = [
+    f"kvzip.{name}" for name in ("prefilling", "scoring", "streaming", "compression", "generation", "head_scores")
+]
 TOPS = ["kvzip.evals", "kvzip.cli"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
