@@ -1,6 +1,6 @@
 """The three attend strategies, which join the transformer to a cache: prefill, score, decode."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 from . import ops
 from .cache import DenseKV, RaggedKV, Tail, WindowKV, append_
 from .models import Attend, ModelConfig
+
+Factors = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C] of `ops.score`."""
 
 _ROWS_PER_BLOCK = 512  # query rows of a block where logits are held in memory
 
@@ -58,6 +61,8 @@ def score_attend(
     stop: int,
     local: bool,
     past: Sequence[RaggedKV | WindowKV] | None = None,
+    softmax: bool = True,
+    factors: Factors | None = None,
 ) -> Attend:
     """Returns the strategy of a repeat pass: it reads the cache, writes nothing to it, and fills `values`.
 
@@ -65,7 +70,8 @@ def score_attend(
     global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
     start:stop and the repeat itself. Window layers see the last tokens of the cache and the repeat itself. Where the
     cache is a segment of a longer context, `past` is what is kept of the tokens before it, the first `sink` included;
-    only a row that is not `local` attends to it.
+    only a row that is not `local` attends to it. `softmax` and what `factors` gives for the chunk's values are those of
+    `ops.score`.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
@@ -85,6 +91,7 @@ def score_attend(
             out, lse = causal_attention(q, kv.k, kv.v, k, v, config)
         else:
             out, lse = _after_ragged(q, past[layer], kv.k[:, :, sink:], kv.v[:, :, sink:], k, v, config)
+        row_weight, key_weight = (None, None) if factors is None else factors(layer, kv.v[0, :, start:stop])
         values[scored[layer], :, start - sink : stop - sink] = ops.score(
             q[0],
             chunk_k,
@@ -92,7 +99,10 @@ def score_attend(
             k[0],
             scale=config.attn_scale,
             softcap=config.attn_softcap,
-            lse=lse[0] if local and lse is not None else None,
+            lse=lse[0] if local and softmax and lse is not None else None,
+            row_weight=row_weight,
+            key_weight=key_weight,
+            softmax=softmax,
         )
         return out
 

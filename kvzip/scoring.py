@@ -1,14 +1,15 @@
 """Scoring: the model repeats its context, and each pair is scored by the largest attention it receives meanwhile."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float32, Int64
+from einops import rearrange
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from . import prompts
-from .attention import score_attend
+from .attention import Factors, score_attend
 from .cache import DenseCache, RaggedKV, Scores, WindowKV, check_whole, global_layers
 from .models import Model, run_attention
 from .prefilling import Progress, check_count, check_length, prompt_of, tokenizer_of
@@ -21,6 +22,7 @@ def score(
     cache: DenseCache,
     *,
     scope: str = "context",
+    method: str = "kvzip",
     chunk: int = 2_000,
     hint: int = 8,
     progress: Progress | None = None,
@@ -36,16 +38,20 @@ def score(
     Args:
         scope: what the rows attend to while they are computed. "context": the whole cache, as in the paper.
             "chunk": the prefix and the chunk being repeated, so that the cost is linear in the context.
+        method: "kvzip": the formula above. "kvzip+": with |W_O v| / |x_r| times the softmax weight, the size of what a
+            pair adds to the residual stream x_r that enters the layer, relative to it; W_O is the query head's part of
+            the output projection. "logit": the logit itself, without the softmax.
         chunk: context tokens per repeat pass.
         hint: tokens of the previous chunk put before a repeat.
         progress: called with (context tokens done, context tokens in all).
 
     Raises: ValueError for a cache of another model, or one too long to leave room for a repeat.
-    Source: KVzip, arXiv 2505.23416, section 3; prompts as in the authors' code. The softmax is float32 and the scale
-    the model's own, where theirs is the model's dtype and 1/sqrt(D).
+    Source: KVzip, arXiv 2505.23416, section 3, and appendix C.3 for "logit"; "kvzip+" is equation 3 of KVzap,
+    arXiv 2601.07891. Prompts as in the authors' code. The softmax is float32 and the scale the model's own, where
+    theirs is the model's dtype and 1/sqrt(D).
     """
     check_count(chunk, "chunk")
-    check_scope(scope)
+    check_choice(scope, method)
     check_fingerprint(model, cache.fingerprint)
     check_whole(cache)
     layers = global_layers(cache)
@@ -53,8 +59,8 @@ def score(
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
-    values = score_chunks(model, cache, scope=scope, chunk=chunk, hint=hint, progress=progress)
-    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=f"kvzip-{scope}")
+    values = score_chunks(model, cache, scope=scope, method=method, chunk=chunk, hint=hint, progress=progress)
+    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=f"{method}-{scope}")
     return replace(cache, scores=scores)
 
 
@@ -63,6 +69,7 @@ def score_chunks(
     cache: DenseCache,
     *,
     scope: str,
+    method: str,
     chunk: int,
     hint: int,
     progress: Progress | None = None,
@@ -79,16 +86,26 @@ def score_chunks(
     sink, total, older = cache.start, cache.length - cache.start, 0 if before is None else len(before)
     end = older + cache.length
     heads = model.config.num_kv_heads
+    factors, observe = _plus_factors(model) if method == "kvzip+" else (None, None)
     values = torch.empty(len(global_layers(cache)), heads, total, dtype=torch.float32, device=model.device)
     for start, stop, repeat in repeats(model, cache, chunk=chunk, hint=hint, before=before):
         needed = end + len(repeat)
         check_length(model, needed, f"a cache of {end} and a repeat pass of {len(repeat)} tokens")
         positions = torch.arange(end, needed, device=model.device)
         attend = score_attend(
-            model.config, cache.layers, values, sink=sink, start=start, stop=stop, local=scope == "chunk", past=past
+            model.config,
+            cache.layers,
+            values,
+            sink=sink,
+            start=start,
+            stop=stop,
+            local=scope == "chunk",
+            past=past,
+            softmax=method != "logit",
+            factors=factors,
         )
         with torch.no_grad():
-            run_attention(model, repeat[None].to(model.device), positions, attend)
+            run_attention(model, repeat[None].to(model.device), positions, attend, observe=observe)
         if progress is not None:
             progress(stop - sink, total)
     return values
@@ -123,10 +140,36 @@ def repeats(
         known = ids[max(cache.start, stop - hint) : stop]
 
 
-def check_scope(scope: str) -> None:
-    """Raises ValueError for a scope that is not known."""
+def _plus_factors(model: Model) -> tuple[Factors, Callable[[int, Tensor], None]]:
+    """The factors of "kvzip+", and what must observe the layers' inputs before they are asked for."""
+    config = model.config
+    seen: dict[str, Tensor] = {}
+    grams: dict[int, Tensor] = {}
+
+    def observe(layer: int, hidden: Float[Tensor, "1 T M"]) -> None:
+        seen["inverse"] = 1 / torch.linalg.vector_norm(hidden[0], dim=-1, dtype=_wide(hidden))
+
+    def factors(layer: int, v: Float[Tensor, "H C D"]) -> tuple[Tensor, Tensor]:
+        if layer not in grams:  # |W v|^2 = v' (W' W) v: a product of D x D instead of M x D for each pair
+            o = rearrange(model.weights.layers[layer].o, "m (h d) -> h m d", d=config.head_dim)
+            grams[layer] = rearrange(o.mT.to(_wide(o)) @ o.to(_wide(o)), "(h g) d e -> h g d e", h=v.shape[0])
+        wide = v.to(_wide(v))[:, None]
+        squares = ((wide @ grams[layer]) * wide).sum(-1).clamp(min=0)  # [H G C]
+        return seen["inverse"].expand(config.num_heads, -1), squares.sqrt().flatten(0, 1)
+
+    return factors, observe
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_choice(scope: str, method: str) -> None:
+    """Raises ValueError for a scope or a method that is not known."""
     if scope not in ("context", "chunk"):
         raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}")
+    if method not in ("kvzip", "kvzip+", "logit"):
+        raise ValueError(f"expected method 'kvzip', 'kvzip+' or 'logit', got {method!r}")
 
 
 def check_fingerprint(model: Model, fingerprint: str) -> None:

@@ -1,7 +1,7 @@
 """Prefill of contexts larger than memory: a segment at a time against the compressed past, packed before the next."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .cache import (
 )
 from .models import Model, run_attention
 from .prefilling import check_count, check_length, context_ids, prefix_ids, tokenizer_of
-from .scoring import check_scope, score_chunks
+from .scoring import check_choice, score_chunks
 
 Pieces = Iterable[str] | Iterable[Tensor]
 """A context in pieces: all text, or all token ids."""
@@ -43,6 +43,7 @@ def prefill_compressed(
     segment: int = 16_000,
     share: str = "running",
     scope: str = "chunk",
+    method: str = "kvzip",
     chunk: int = 2_000,
     hint: int = 8,
     system: str | None = None,
@@ -68,7 +69,7 @@ def prefill_compressed(
             int(ratio * pairs so far). "final": as "running" with int(ratio * all pairs) from the start, so that the
             highest scored of the whole context stay and early segments are compressed late; the length must be
             known, which it is not for pieces.
-        scope, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
+        scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
             was never interrupted: give the same arguments, with the context from its beginning. The state is written
@@ -88,7 +89,7 @@ def prefill_compressed(
         ("save_every", 1 if save_every is None else save_every),
     ):
         check_count(value, name)
-    check_scope(scope)
+    check_choice(scope, method)
     if not 0 < ratio <= 1:
         raise ValueError(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {ratio}: 0.3 keeps 30%")
     if share not in _SHARES:
@@ -106,8 +107,9 @@ def prefill_compressed(
     if tokens is not None:
         needed = len(prefix) + tokens + min(tokens, chunk)
         check_length(model, needed, f"a prefix of {len(prefix)}, a context of {tokens} tokens and a repeat pass")
-    settings: dict[str, Any] = {"ratio": ratio, "segment": segment, "share": share, "scope": scope, "chunk": chunk}
-    settings |= {"hint": hint, "template": template, "prefix": prefix.tolist(), "tokens": tokens}
+    scoring: dict[str, Any] = {"scope": scope, "method": method, "chunk": chunk, "hint": hint}
+    settings = {"ratio": ratio, "segment": segment, "share": share, **scoring}
+    settings |= {"template": template, "prefix": prefix.tolist(), "tokens": tokens}
     path = None if checkpoint is None else Path(checkpoint)
     run = _resume(model, path, settings) if path is not None and path.exists() else _begin(model, prefix, template)
     known = tokens if share == "final" else None
@@ -115,12 +117,12 @@ def prefill_compressed(
 
     def write() -> None:
         if path is not None and len(run.token_ids) > saved:
-            save(_cache_of(model, run, scope), path, note=settings)
+            save(_cache_of(model, run, f"{method}-{scope}"), path, note=settings)
 
     with torch.no_grad():
         try:
             for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
-                _extend(model, run, ids, ratio=ratio, share=share, known=known, scope=scope, chunk=chunk, hint=hint)
+                _extend(model, run, ids, ratio=ratio, share=share, known=known, scoring=scoring)
                 if save_every is not None and number % save_every == 0:
                     write()
                     saved = len(run.token_ids)
@@ -134,7 +136,7 @@ def prefill_compressed(
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
     if path is not None:
         path.unlink(missing_ok=True)
-    return _cache_of(model, run, scope)
+    return _cache_of(model, run, f"{method}-{scope}")
 
 
 @dataclass(frozen=True)
@@ -233,14 +235,12 @@ def _extend(
     ratio: float,
     share: str,
     known: int | None,
-    scope: str,
-    chunk: int,
-    hint: int,
+    scoring: Mapping[str, Any],
 ) -> None:
     """Prefills, scores and packs one segment."""
     segment = _prefill_segment(model, run, ids)
     older = run.token_ids[run.start :]
-    values = score_chunks(model, segment, scope=scope, chunk=chunk, hint=hint, past=run.context, before=older)
+    values = score_chunks(model, segment, **scoring, past=run.context, before=older)
     layers, heads, count = values.shape
     pairs = layers * heads * (len(older) + count)
     budget = int(ratio * (pairs if known is None else layers * heads * known))
@@ -373,7 +373,7 @@ def _finite(values: Tensor) -> Tensor:
     return values.clamp(max=torch.finfo(torch.float32).max)
 
 
-def _cache_of(model: Model, run: _Run, scope: str) -> RaggedCache:
+def _cache_of(model: Model, run: _Run, source: str) -> RaggedCache:
     scored = tuple(i for i, layer in enumerate(run.context) if isinstance(layer, RaggedKV))
     run.scores = (torch.cat(run.scores, dim=2),)
     values, length = run.scores[0], len(run.token_ids)
@@ -387,7 +387,7 @@ def _cache_of(model: Model, run: _Run, scope: str) -> RaggedCache:
         fingerprint=model.fingerprint,
         kept=run.kept,
         total=values.numel(),
-        scores=Scores(values, scored, run.start, length, f"kvzip-{scope}"),
+        scores=Scores(values, scored, run.start, length, source),
     )
 
 
