@@ -60,6 +60,7 @@ def score_attend(
     start: int,
     stop: int,
     local: bool,
+    neighbors: int = 0,
     past: Sequence[RaggedKV | WindowKV] | None = None,
     softmax: bool = True,
     factors: Factors | None = None,
@@ -68,10 +69,10 @@ def score_attend(
 
     Each global layer's keys of tokens start:stop are scored into values[l, :, start-sink:stop-sink], l counting
     global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
-    start:stop and the repeat itself. Window layers see the last tokens of the cache and the repeat itself. Where the
-    cache is a segment of a longer context, `past` is what is kept of the tokens before it, the first `sink` included;
-    only a row that is not `local` attends to it. `softmax` and what `factors` gives for the chunk's values are those of
-    `ops.score`.
+    the `neighbors` tokens before start, start:stop and the repeat itself. Window layers see the last tokens of the
+    cache and the repeat itself. Where the cache is a segment of a longer context, `past` is what is kept of the tokens
+    before it, the first `sink` included; only a row that is not `local` attends to it. `softmax` and what `factors`
+    gives for the chunk's values are those of `ops.score`.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
@@ -81,9 +82,9 @@ def score_attend(
             k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
             return window_attention(q, k, v, window, config)
         chunk_k, sink_k = kv.k[0, :, start:stop], kv.k[0, :, :sink]
+        first = max(sink, start - neighbors)
         if local:
-            past_k = torch.cat([sink_k, chunk_k], dim=1)[None]
-            past_v = torch.cat([kv.v[0, :, :sink], kv.v[0, :, start:stop]], dim=1)[None]
+            past_k, past_v = (torch.cat([x[:, :, :sink], x[:, :, first:stop]], dim=2) for x in (kv.k, kv.v))
             out, lse = causal_attention(q, past_k, past_v, k, v, config)
         elif layer == len(config.layers) - 1:
             out, lse = q, None  # nothing is made of what the last layer attends to
@@ -99,7 +100,7 @@ def score_attend(
             k[0],
             scale=config.attn_scale,
             softcap=config.attn_softcap,
-            lse=lse[0] if local and softmax and lse is not None else None,
+            lse=lse[0] if local and first == start and softmax and lse is not None else None,
             row_weight=row_weight,
             key_weight=key_weight,
             softmax=softmax,

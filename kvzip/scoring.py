@@ -72,6 +72,7 @@ def score_chunks(
     method: str,
     chunk: int,
     hint: int,
+    neighbors: int = 0,
     progress: Progress | None = None,
     past: Sequence[RaggedKV | WindowKV] | None = None,
     before: Int64[Tensor, " S"] | None = None,
@@ -79,6 +80,7 @@ def score_chunks(
     """Returns the scores of a dense cache's context, which may be the latest segment of a longer one.
 
     Args:
+        neighbors: context tokens before a chunk that scope "chunk" attends to besides.
         past: what is kept of the tokens before the segment, prefix included, which scope "context" attends to.
         before: the ids of the segment's older tokens, prefix not included, so that the first repeat starts with the
             last of them; the repeat's positions start after them and the cache. None: there are none.
@@ -100,6 +102,7 @@ def score_chunks(
             start=start,
             stop=stop,
             local=scope == "chunk",
+            neighbors=neighbors,
             past=past,
             softmax=method != "logit",
             factors=factors,
