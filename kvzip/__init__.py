@@ -1,8 +1,8 @@
 """kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
 
-from . import models, ops, prompts
+from . import models, ops, prompts, scores
 from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
-from .compression import compress
+from .compression import compress, keep_mask
 from .generation import Answer, generate
 from .models import Model, ModelConfig, load
 from .prefilling import prefill
@@ -18,6 +18,7 @@ __all__ = [
     "Scores",
     "compress",
     "generate",
+    "keep_mask",
     "load",
     "load_cache",
     "models",
@@ -28,6 +29,7 @@ __all__ = [
     "prompts",
     "save",
     "score",
+    "scores",
     "to",
 ]
 __version__ = "0.1.0"

@@ -19,7 +19,8 @@ ALLOWED = {
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 STAGES = [
-    f"kvzip.{name}" for name in ("prefilling", "scoring", "streaming", "compression", "generation", "head_scores")
+    f"kvzip.{name}"
+    for name in ("prefilling", "scoring", "streaming", "compression", "scores", "generation", "head_scores")
 ]
 TOPS = ["kvzip.evals", "kvzip.cli"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
