@@ -90,10 +90,13 @@ def score_chunks(
     heads = model.config.num_kv_heads
     factors, observe = _plus_factors(model) if method == "kvzip+" else (None, None)
     values = torch.empty(len(global_layers(cache)), heads, total, dtype=torch.float32, device=model.device)
-    for start, stop, repeat in repeats(model, cache, chunk=chunk, hint=hint, before=before):
-        needed = end + len(repeat)
-        check_length(model, needed, f"a cache of {end} and a repeat pass of {len(repeat)} tokens")
-        positions = torch.arange(end, needed, device=model.device)
+    passes = list(repeats(model, cache, chunk=chunk, hint=hint, before=before))
+    longest = max(len(repeat) for _, _, repeat in passes)
+    check_length(model, end + longest, f"a cache of {end} and a repeat pass of {longest} tokens")
+    on_device = torch.cat([repeat for _, _, repeat in passes]).to(model.device)  # once: each copy waits for the device
+    inputs = on_device.split([len(repeat) for _, _, repeat in passes])
+    for (start, stop, _), repeat in zip(passes, inputs, strict=True):
+        positions = torch.arange(end, end + len(repeat), device=model.device)
         attend = score_attend(
             model.config,
             cache.layers,
@@ -108,7 +111,7 @@ def score_chunks(
             factors=factors,
         )
         with torch.no_grad():
-            run_attention(model, repeat[None].to(model.device), positions, attend, observe=observe)
+            run_attention(model, repeat[None], positions, attend, observe=observe)
         if progress is not None:
             progress(stop - sink, total)
     return values
