@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--plain", action="store_true", help="ask in plain text, without the model's chat template")
+    parser.add_argument("--answer-ratios", nargs="+", type=float, default=[0.3], help="where --answers are asked for")
+    parser.add_argument("--stream-ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.5], help="of stream-*")
     parser.add_argument("--max-length", type=int, default=None, help="positions, in place of the model's own limit")
     parser.add_argument("--report", action="store_true", help="make table and plot of the results, and stop")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
@@ -164,6 +166,8 @@ def lines_of(
     """Measures one context with every method and ratio that is not done."""
     todo: dict[str, list[float]] = {"full": [1.0], **{method: arguments.ratios for method in arguments.methods}}
     for method, ratios in todo.items():
+        if method.startswith("stream-"):
+            ratios = [ratio for ratio in arguments.stream_ratios if ratio in ratios]
         keys = {ratio: key_of({**facts, "case": case.name, "method": method, "ratio": ratio}) for ratio in ratios}
         todo[method] = [ratio for ratio in ratios if keys[ratio] not in done]
     if not any(todo.values()):
@@ -188,7 +192,7 @@ def lines_of(
                 "ratio": ratio,
                 "kept": small.kept / small.total,
                 "agreement": agreement(small, paper, ratio),
-                **answered(model, small, case, arguments.answers),
+                **answered(model, small, case, arguments.answers if ratio in (1.0, *arguments.answer_ratios) else 0),
             }
 
 

@@ -1,6 +1,7 @@
 """prefill_compressed: what stays, what a segment attends to, pieces, interruptions."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import kvzip
 import random_model
+import small_models
 from kvzip import ops, prompts, streaming
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
@@ -68,9 +70,22 @@ def test_keeping_all_is_prefill(family, template):
     assert kvzip.generate(model, got, "Why?", **question) == kvzip.generate(model, want, "Why?", **question)
 
 
-@settings(max_examples=10)
-@given(ratio=st.floats(0.001, 1.0), segment=st.integers(17, 130), share=st.sampled_from(SHARES))
-def test_exactly_the_budget_stays_and_it_is_the_highest_scored(ratio, segment, share):
+@pytest.mark.parametrize("scope", ["chunk", "context"])
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_a_segment_is_scored_as_the_end_of_a_context(family, scope):
+    """Where all is kept, its scores are those of `score` for a context that ends with it."""
+    model = model_of(family)
+    got = kvzip.prefill_compressed(model, LONG, 1.0, segment=120, scope=scope, chunk=60).scores.values
+    for start in range(0, len(LONG), 120):
+        stop = min(start + 120, len(LONG))
+        want = kvzip.score(model, kvzip.prefill(model, LONG[:stop]), scope=scope, chunk=60).scores.values
+        torch.testing.assert_close(got[..., start:stop], want[..., start:], rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=3)
+@pytest.mark.parametrize("share", SHARES)
+@given(ratio=st.floats(0.001, 1.0), segment=st.integers(40, 130))
+def test_exactly_the_budget_stays_and_it_is_the_highest_scored(share, ratio, segment):
     model = model_of("plain", torch.float32)
     cache = kvzip.prefill_compressed(model, LONG, ratio, segment=segment, share=share, chunk=60)
     values, mask = cache.scores.values, kept_mask(cache)
@@ -141,9 +156,11 @@ def same_bits(a, b, tmp_path):
     return files[0] == files[1]
 
 
-@pytest.mark.parametrize("scope", ["chunk", "context"])
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("share", "scope", "stop"),
+    [("running", "chunk", 1), ("running", "context", 2), ("segment", "context", 2), ("final", "chunk", 2),
+     ("final", "context", 4)],
+)  # fmt: skip
 def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, tmp_path):
     model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
     options = {"segment": 80, "share": share, "scope": scope, "chunk": 50}
@@ -263,6 +280,20 @@ def test_text_in_pieces_has_the_tokens_of_the_whole(kind, lengths, block):
         encoded = list(prompts.encode_pieces(tokenizer, split(text, lengths)))
     assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
     assert len(encoded) >= len(text) // (2 * block + 200)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_real_tokenizers_read_pieces_as_the_whole(name, monkeypatch):
+    try:
+        tokenizer = prompts.read_tokenizer(small_models.model_dir(name), None)
+    except small_models.Unavailable as missing:
+        pytest.skip(f"left out, {name} cannot be had here: {missing}")
+    monkeypatch.setattr(prompts, "_BLOCK", 500)
+    source = Path(small_models.__file__)
+    text = source.read_text(encoding="utf-8") + (source.parent / "document.txt").read_text(encoding="utf-8")
+    encoded = list(prompts.encode_pieces(tokenizer, split(text, [1, 700, 33])))
+    assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
+    assert len(encoded) > len(text) // 1500
 
 
 def test_text_without_a_place_to_cut_is_held(monkeypatch):
