@@ -12,7 +12,8 @@ that was generated contains the gold text.
 
 Methods: context, chunk (the scopes, at --chunk); chunk:N (another chunk size); context:N; chunk+near (with the chunk
 before it in sight); logit, kvzip+ (scope chunk); positions (scope chunk, repeats placed at the end of their segment);
-stream-segment, stream-running, stream-final (prefill_compressed, by how segments share the budget); random; full.
+stream-segment, stream-running, stream-final (prefill_compressed, by how segments share the budget), stream-unknown
+("running", repeats at the end of their segment); random; full.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from kvzip.scoring import score_chunks
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = (
     *("context", "chunk", "chunk+near", "chunk:512", "chunk:1024", "chunk:4096", "chunk:8192", "context:512"),
-    *("kvzip+", "logit", "positions", "stream-segment", "stream-running", "stream-final", "random"),
+    *("kvzip+", "logit", "positions", "stream-segment", "stream-running", "stream-final", "stream-unknown", "random"),
 )
 ASK = " Answer with a few words of the text."
 PLAIN_ASK, PLAIN_ANSWER = "\n\nQuestion: ", "\nAnswer:"
@@ -205,11 +206,13 @@ def compressor(
     streaming = {"segment": arguments.segment, "chunk": chunk, "template": cache.chat}
     if base == "full":
         return lambda _: as_ragged(cache)
+    if base == "stream-unknown":
+        return lambda ratio: kvzip.prefill_compressed(model, iter([case.context]), ratio, **streaming)
     if base.startswith("stream-"):
         share = base.removeprefix("stream-")
         return lambda ratio: kvzip.prefill_compressed(model, case.context, ratio, share=share, **streaming)
     if base == "positions":  # nothing is dropped, so only the repeat's positions differ from scope "chunk"
-        values = kvzip.prefill_compressed(model, case.context, 1.0, **streaming).scores.values.to(model.device)
+        values = kvzip.prefill_compressed(model, iter([case.context]), 1.0, **streaming).scores.values.to(model.device)
     elif base == "random":
         values = torch.rand(paper.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     elif method == "context":

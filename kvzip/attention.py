@@ -61,6 +61,7 @@ def score_attend(
     stop: int,
     local: bool,
     neighbors: int = 0,
+    gap: bool = False,
     past: Sequence[RaggedKV | WindowKV] | None = None,
     softmax: bool = True,
     factors: Factors | None = None,
@@ -70,16 +71,18 @@ def score_attend(
     Each global layer's keys of tokens start:stop are scored into values[l, :, start-sink:stop-sink], l counting
     global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
     the `neighbors` tokens before start, start:stop and the repeat itself. Window layers see the last tokens of the
-    cache and the repeat itself. Where the cache is a segment of a longer context, `past` is what is kept of the tokens
-    before it, the first `sink` included; only a row that is not `local` attends to it. `softmax` and what `factors`
-    gives for the chunk's values are those of `ops.score`.
+    cache and the repeat itself or, where there is a `gap` of positions between the two, the repeat alone. Where the
+    cache is a segment of a longer context, `past` is what is kept of the tokens before it, the first `sink` included;
+    only a row that is not `local` attends to it. `softmax` and what `factors` gives for the chunk's values are those of
+    `ops.score`.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, kv = config.layers[layer].window, layers[layer]
         if window is not None:
-            k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
+            if not gap:
+                k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
             return window_attention(q, k, v, window, config)
         chunk_k, sink_k = kv.k[0, :, start:stop], kv.k[0, :, :sink]
         first = max(sink, start - neighbors)

@@ -76,6 +76,7 @@ def score_chunks(
     progress: Progress | None = None,
     past: Sequence[RaggedKV | WindowKV] | None = None,
     before: Int64[Tensor, " S"] | None = None,
+    end: int = 0,
 ) -> Float32[Tensor, "L H E"]:
     """Returns the scores of a dense cache's context, which may be the latest segment of a longer one.
 
@@ -83,10 +84,12 @@ def score_chunks(
         neighbors: context tokens before a chunk that scope "chunk" attends to besides.
         past: what is kept of the tokens before the segment, prefix included, which scope "context" attends to.
         before: the ids of the segment's older tokens, prefix not included, so that the first repeat starts with the
-            last of them; the repeat's positions start after them and the cache. None: there are none.
+            last of them. None: there are none.
+        end: where the repeat's positions start, if that is beyond the older tokens and the cache.
     """
-    sink, total, older = cache.start, cache.length - cache.start, 0 if before is None else len(before)
-    end = older + cache.length
+    sink, total = cache.start, cache.length - cache.start
+    here = cache.length + (0 if before is None else len(before))
+    end = max(here, end)
     heads = model.config.num_kv_heads
     factors, observe = _plus_factors(model) if method == "kvzip+" else (None, None)
     values = torch.empty(len(global_layers(cache)), heads, total, dtype=torch.float32, device=model.device)
@@ -106,6 +109,7 @@ def score_chunks(
             stop=stop,
             local=scope == "chunk",
             neighbors=neighbors,
+            gap=end > here,
             past=past,
             softmax=method != "logit",
             factors=factors,

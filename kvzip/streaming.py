@@ -42,6 +42,7 @@ def prefill_compressed(
     *,
     segment: int = 16_000,
     share: str = "running",
+    length: int | None = None,
     scope: str = "chunk",
     method: str = "kvzip",
     chunk: int = 2_000,
@@ -69,6 +70,9 @@ def prefill_compressed(
             int(ratio * pairs so far). "final": as "running" with int(ratio * all pairs) from the start, so that the
             highest scored of the whole context stay and early segments are compressed late; the length must be
             known, which it is not for pieces.
+        length: context tokens to expect where pieces do not tell. A repeat's positions start where the context ends, as
+            in `score` (a question will come there); where its end is unknown, or nearer than the segment's, they start
+            at the segment's end, which keeps other pairs: a guess is better than none.
         scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
@@ -78,17 +82,11 @@ def prefill_compressed(
         save_every: writes the checkpoint after every so many segments too.
         progress: called with (context tokens done, context tokens in all or None) after each segment.
 
-    The repeat's positions start at the segment's end, as if the context ended there.
-
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, a checkpoint
         of other arguments or another context; TypeError for pieces of mixed kinds.
     """
-    for name, value in (
-        ("segment", segment),
-        ("chunk", chunk),
-        ("save_every", 1 if save_every is None else save_every),
-    ):
-        check_count(value, name)
+    for name, value in (("segment", segment), ("chunk", chunk), ("save_every", save_every), ("length", length)):
+        check_count(1 if value is None else value, name)
     check_choice(scope, method)
     if not 0 < ratio <= 1:
         raise ValueError(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {ratio}: 0.3 keeps 30%")
@@ -104,12 +102,14 @@ def prefill_compressed(
         raise ValueError(
             "expected share 'segment' or 'running' for a context in pieces, got 'final': its end is unknown"
         )
-    if tokens is not None:
-        needed = len(prefix) + tokens + min(tokens, chunk)
-        check_length(model, needed, f"a prefix of {len(prefix)}, a context of {tokens} tokens and a repeat pass")
+    expected = length if tokens is None else tokens
+    if expected is not None:
+        needed = len(prefix) + expected + min(expected, chunk)
+        check_length(model, needed, f"a prefix of {len(prefix)}, a context of {expected} tokens and a repeat pass")
     scoring: dict[str, Any] = {"scope": scope, "method": method, "chunk": chunk, "hint": hint}
     settings = {"ratio": ratio, "segment": segment, "share": share, **scoring}
-    settings |= {"template": template, "prefix": prefix.tolist(), "tokens": tokens}
+    settings |= {"template": template, "prefix": prefix.tolist(), "expected": expected}
+    end = len(prefix) + (expected or 0)
     path = None if checkpoint is None else Path(checkpoint)
     run = _resume(model, path, settings) if path is not None and path.exists() else _begin(model, prefix, template)
     known = tokens if share == "final" else None
@@ -122,7 +122,7 @@ def prefill_compressed(
     with torch.no_grad():
         try:
             for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
-                _extend(model, run, ids, ratio=ratio, share=share, known=known, scoring=scoring)
+                _extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
                 if save_every is not None and number % save_every == 0:
                     write()
                     saved = len(run.token_ids)
@@ -235,12 +235,13 @@ def _extend(
     ratio: float,
     share: str,
     known: int | None,
+    end: int,
     scoring: Mapping[str, Any],
 ) -> None:
     """Prefills, scores and packs one segment."""
     segment = _prefill_segment(model, run, ids)
     older = run.token_ids[run.start :]
-    values = score_chunks(model, segment, **scoring, past=run.context, before=older)
+    values = score_chunks(model, segment, **scoring, past=run.context, before=older, end=end)
     layers, heads, count = values.shape
     pairs = layers * heads * (len(older) + count)
     budget = int(ratio * (pairs if known is None else layers * heads * known))

@@ -1,5 +1,6 @@
 """prefill_compressed: what stays, what a segment attends to, pieces, interruptions."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import kvzip
 import random_model
 import small_models
 from kvzip import ops, prompts, streaming
-from kvzip.cache import RaggedKV, as_ragged, load_cache, read_header
+from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
+from kvzip.scoring import score_chunks
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice. Nobody knows why. "
 LONG = "".join(f"{n}: {TEXT}" for n in range(4))
@@ -74,13 +76,35 @@ def test_keeping_all_is_prefill(family, template):
 @pytest.mark.parametrize("scope", ["chunk", "context"])
 @pytest.mark.parametrize("family", ["plain", "window", "softcap"])
 def test_a_segment_is_scored_as_the_end_of_a_context(family, scope):
-    """Where all is kept, its scores are those of `score` for a context that ends with it."""
+    """Where all is kept and no end is known, its scores are those of `score` for a context that ends with it."""
     model = model_of(family)
-    got = kvzip.prefill_compressed(model, LONG, 1.0, segment=120, scope=scope, chunk=60).scores.values
+    got = kvzip.prefill_compressed(model, iter([LONG]), 1.0, segment=120, scope=scope, chunk=60).scores.values
     for start in range(0, len(LONG), 120):
         stop = min(start + 120, len(LONG))
         want = kvzip.score(model, kvzip.prefill(model, LONG[:stop]), scope=scope, chunk=60).scores.values
         torch.testing.assert_close(got[..., start:stop], want[..., start:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("context", [LONG, (LONG, len(LONG))], ids=["known", "guessed"])
+def test_where_the_end_is_known_scope_chunk_gives_the_scores_of_score(context):
+    model = model_of("capped")
+    pieces, length = (iter([context[0]]), context[1]) if isinstance(context, tuple) else (context, None)
+    got = kvzip.prefill_compressed(model, pieces, 1.0, segment=120, length=length, chunk=60).scores.values
+    want = kvzip.score(model, kvzip.prefill(model, LONG), scope="chunk", chunk=60).scores.values
+    torch.testing.assert_close(got, want)
+    other = kvzip.prefill_compressed(model, iter([LONG]), 1.0, segment=120, chunk=60).scores.values
+    assert (other[..., :240] - want[..., :240]).abs().max() > 1e-3
+
+
+def test_across_a_gap_window_layers_see_the_repeat_alone():
+    """Their last tokens are then too far away to be told apart from others, so they must not matter."""
+    model = model_of("window")
+    cache = kvzip.prefill(model, TEXT)
+    blank = [WindowKV(kv.k * 0, kv.v * 0, kv.start) if isinstance(kv, WindowKV) else kv for kv in cache.layers]
+    options = {"scope": "chunk", "method": "kvzip", "chunk": 60, "hint": 8}
+    for end, same in ((500, True), (0, False)):
+        one, other = (score_chunks(model, c, **options, end=end) for c in (cache, replace(cache, layers=blank)))
+        assert torch.equal(one, other) == same
 
 
 @settings(max_examples=3)
@@ -240,6 +264,7 @@ def test_pieces_are_the_whole(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "_BLOCK", 100)
     model = model_of("plain", torch.float32)
     want = kvzip.prefill_compressed(model, LONG, 0.3, segment=80)
+    guess = {"segment": 80, "length": len(LONG)}
     pieces = split(LONG, [1, 50, 3])
     if kind == "ids":
         pieces = [torch.tensor(prompts.encode_text(model.tokenizer, piece)) for piece in pieces]
@@ -252,8 +277,8 @@ def test_pieces_are_the_whole(kind, tmp_path, monkeypatch):
 
     path = tmp_path / "state.kvz"
     with pytest.raises(KeyboardInterrupt):
-        kvzip.prefill_compressed(model, iter(pieces), 0.3, segment=80, checkpoint=path, progress=interrupt)
-    got = kvzip.prefill_compressed(model, iter(pieces), 0.3, segment=80, checkpoint=path)
+        kvzip.prefill_compressed(model, iter(pieces), 0.3, **guess, checkpoint=path, progress=interrupt)
+    got = kvzip.prefill_compressed(model, iter(pieces), 0.3, **guess, checkpoint=path)
     assert steps == [(80, None), (160, None)] and same_bits(got, want, tmp_path)
 
 
