@@ -40,7 +40,8 @@ def score(
             "chunk": the prefix and the chunk being repeated, so that the cost is linear in the context.
         method: "kvzip": the formula above. "kvzip+": with |W_O v| / |x_r| times the softmax weight, the size of what a
             pair adds to the residual stream x_r that enters the layer, relative to it; W_O is the query head's part of
-            the output projection. "logit": the logit itself, without the softmax.
+            the output projection; without a prefix, protect the first token when compressing, an attention sink that
+            adds nothing. "logit": the logit itself, without the softmax.
         chunk: context tokens per repeat pass.
         hint: tokens of the previous chunk put before a repeat.
         progress: called with (context tokens done, context tokens in all).
