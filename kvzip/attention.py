@@ -1,5 +1,6 @@
 """The three attend strategies, which join the transformer to a cache: prefill, score, decode."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -200,16 +201,30 @@ def _after_ragged(
 ) -> tuple[Tensor, Tensor]:
     """`causal_attention` with ragged heads in front of the dense past."""
     assert isinstance(past, RaggedKV)
-    before = ops.decode(
-        q,
-        past.k,
-        past.v,
-        past.offsets,
-        scale=config.attn_scale,
-        softcap=config.attn_softcap,
-        schedule=past.schedule,
-    )
-    return ops.merge(*before, *causal_attention(q, dense_k, dense_v, k, v, config))
+    if q.is_cuda or config.attn_softcap is not None:
+        options = {"scale": config.attn_scale, "softcap": config.attn_softcap, "schedule": past.schedule}
+        size = q.shape[2] if q.is_cuda else _ROWS_PER_BLOCK  # the reference holds the logits of a block
+        parts = [ops.decode(x, past.k, past.v, past.offsets, **options) for x in q.split(size, dim=2)]
+        out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    else:
+        out, lse = _ragged_on_host(q, past, config.attn_scale)
+    return ops.merge(out, lse, *causal_attention(q, dense_k, dense_v, k, v, config))
+
+
+def _ragged_on_host(q: Tensor, past: RaggedKV, scale: float) -> tuple[Tensor, Tensor]:
+    """`ops.decode` without a tail by torch's fused attention, a head at a time: no logits are held in memory."""
+    assert isinstance(past.k, Tensor) and isinstance(past.v, Tensor)
+    bounds = past.offsets.tolist()
+    rows = rearrange(q, "1 (h g) t d -> h 1 1 (g t) d", h=len(bounds) - 1)
+    out = torch.zeros_like(rows)
+    lse = torch.full(rows.shape[:4], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for head, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start < stop:
+            keys, values = (x[None, None, start:stop] for x in (past.k, past.v))
+            out[head], lse[head] = _sdpa(rows[head], keys, values, scale=scale, causal=False)
+    tokens = q.shape[2]
+    out = rearrange(out, "h 1 1 (g t) d -> 1 (h g) t d", t=tokens)
+    return out, rearrange(lse, "h 1 1 (g t) -> 1 (h g) t", t=tokens)
 
 
 def window_attention(
