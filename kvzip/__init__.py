@@ -1,8 +1,8 @@
 """kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
 
-from . import models, ops, prompts
+from . import models, ops, prompts, scores
 from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
-from .compression import compress
+from .compression import compress, keep_mask
 from .conversation import ask, extend, fold, fork
 from .decoding import Decoder
 from .generation import Answer, generate
@@ -10,6 +10,7 @@ from .interop import from_transformers, to_transformers
 from .models import Model, ModelConfig, load
 from .prefilling import prefill
 from .scoring import score
+from .streaming import prefill_compressed
 
 __all__ = [
     "Answer",
@@ -26,15 +27,18 @@ __all__ = [
     "fork",
     "from_transformers",
     "generate",
+    "keep_mask",
     "load",
     "load_cache",
     "models",
     "nbytes",
     "ops",
     "prefill",
+    "prefill_compressed",
     "prompts",
     "save",
     "score",
+    "scores",
     "to",
     "to_transformers",
 ]

@@ -1,7 +1,7 @@
 """The three attend strategies, which join the transformer to a cache: prefill, score, decode."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from .cache import DenseKV, RaggedKV, Tail, WindowKV
 from .models import Attend, ModelConfig
 
 _WORTH_PLANNING = 2048 * 16384  # rows x keys
+Factors = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C] of `ops.score`."""
+
 _ROWS_PER_BLOCK = 512  # query rows of a block where logits are held in memory
 
 
@@ -59,27 +62,42 @@ def score_attend(
     start: int,
     stop: int,
     local: bool,
+    neighbors: int = 0,
+    gap: bool = False,
+    past: Sequence[RaggedKV | WindowKV] | None = None,
+    softmax: bool = True,
+    factors: Factors | None = None,
 ) -> Attend:
     """Returns the strategy of a repeat pass: it reads the cache, writes nothing to it, and fills `values`.
 
     Each global layer's keys of tokens start:stop are scored into values[l, :, start-sink:stop-sink], l counting
     global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
-    start:stop and the repeat itself. Window layers see the last tokens of the cache and the repeat itself.
+    the `neighbors` tokens before start, start:stop and the repeat itself. Window layers see the last tokens of the
+    cache and the repeat itself or, where there is a `gap` of positions between the two, the repeat alone. Where the
+    cache is a segment of a longer context, `past` is what is kept of the tokens before it, the first `sink` included;
+    only a row that is not `local` attends to it. `softmax` and what `factors` gives for the chunk's values are those of
+    `ops.score`.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, kv = config.layers[layer].window, layers[layer]
         if window is not None:
-            k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
+            if not gap:
+                k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
             return window_attention(q, k, v, window, config)
         chunk_k, sink_k = kv.k[0, :, start:stop], kv.k[0, :, :sink]
+        first = max(sink, start - neighbors)
         if local:
-            past_k = torch.cat([sink_k, chunk_k], dim=1)[None]
-            past_v = torch.cat([kv.v[0, :, :sink], kv.v[0, :, start:stop]], dim=1)[None]
+            past_k, past_v = (torch.cat([x[:, :, :sink], x[:, :, first:stop]], dim=2) for x in (kv.k, kv.v))
+            out, lse = causal_attention(q, past_k, past_v, k, v, config)
+        elif layer == len(config.layers) - 1:
+            out, lse = q, None  # nothing is made of what the last layer attends to
+        elif past is None:
+            out, lse = causal_attention(q, kv.k, kv.v, k, v, config)
         else:
-            past_k, past_v = kv.k, kv.v
-        out, lse = causal_attention(q, past_k, past_v, k, v, config)
+            out, lse = _after_ragged(q, past[layer], kv.k[:, :, sink:], kv.v[:, :, sink:], k, v, config)
+        row_weight, key_weight = (None, None) if factors is None else factors(layer, kv.v[0, :, start:stop])
         values[scored[layer], :, start - sink : stop - sink] = ops.score(
             q[0],
             chunk_k,
@@ -87,9 +105,42 @@ def score_attend(
             k[0],
             scale=config.attn_scale,
             softcap=config.attn_softcap,
-            lse=lse[0] if local else None,
+            lse=lse[0] if local and first == start and softmax and lse is not None else None,
+            row_weight=row_weight,
+            key_weight=key_weight,
+            softmax=softmax,
         )
         return out
+
+    return attend
+
+
+def segment_attend(
+    config: ModelConfig,
+    past: Sequence[RaggedKV | WindowKV],
+    layers: list[DenseKV | WindowKV],
+    *,
+    sink: int,
+    done: int,
+    position: int,
+) -> Attend:
+    """Returns the strategy that prefills a segment of a context whose earlier tokens are compressed already.
+
+    T new tokens attend to `past`, to the `done` tokens of the segment before them and causally to themselves. They
+    become rows sink+done:sink+done+T of each dense layer, whose first `sink` rows are not read: they are in `past`. A
+    window layer, which holds the last of all earlier tokens, is replaced. `position` is that of the first new token.
+    """
+    append = prefill_attend(config, layers, position)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv, start, stop = layers[layer], sink + done, sink + done + k.shape[2]
+        if isinstance(kv, WindowKV):
+            return append(layer, q, k, v)
+        kv.k[:, :, start:stop] = k
+        kv.v[:, :, start:stop] = v
+        if layer == len(config.layers) - 1:
+            return q  # nothing is made of what the last layer attends to
+        return _after_ragged(q, past[layer], kv.k[:, :, sink:start], kv.v[:, :, sink:start], k, v, config)[0]
 
     return attend
 
@@ -144,6 +195,37 @@ def causal_attention(
     if past_k.shape[2] == 0:
         return out, lse
     return ops.merge(*_sdpa(q, past_k, past_v, scale=config.attn_scale, causal=False), out, lse)
+
+
+def _after_ragged(
+    q: Tensor, past: RaggedKV | WindowKV, dense_k: Tensor, dense_v: Tensor, k: Tensor, v: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """`causal_attention` with ragged heads in front of the dense past."""
+    assert isinstance(past, RaggedKV)
+    if q.is_cuda or config.attn_softcap is not None:
+        options = {"scale": config.attn_scale, "softcap": config.attn_softcap, "schedule": past.schedule}
+        size = q.shape[2] if q.is_cuda else _ROWS_PER_BLOCK  # the reference holds the logits of a block
+        parts = [ops.decode(x, past.k, past.v, past.offsets, **options) for x in q.split(size, dim=2)]
+        out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    else:
+        out, lse = _ragged_on_host(q, past, config.attn_scale)
+    return ops.merge(out, lse, *causal_attention(q, dense_k, dense_v, k, v, config))
+
+
+def _ragged_on_host(q: Tensor, past: RaggedKV, scale: float) -> tuple[Tensor, Tensor]:
+    """`ops.decode` without a tail by torch's fused attention, a head at a time: no logits are held in memory."""
+    assert isinstance(past.k, Tensor) and isinstance(past.v, Tensor)
+    bounds = past.offsets.tolist()
+    rows = rearrange(q, "1 (h g) t d -> h 1 1 (g t) d", h=len(bounds) - 1)
+    out = torch.zeros_like(rows)
+    lse = torch.full(rows.shape[:4], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for head, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start < stop:
+            keys, values = (x[None, None, start:stop] for x in (past.k, past.v))
+            out[head], lse[head] = _sdpa(rows[head], keys, values, scale=scale, causal=False)
+    tokens = q.shape[2]
+    out = rearrange(out, "h 1 1 (g t) d -> 1 (h g) t d", t=tokens)
+    return out, rearrange(lse, "h 1 1 (g t) -> 1 (h g) t", t=tokens)
 
 
 def window_attention(

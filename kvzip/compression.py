@@ -62,6 +62,56 @@ def compress(
     scores = cache.scores
     if bits not in (None, 8, 4):
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}")
+    keep, counts = _keep(
+        scores, ratio, level=level, budget=budget, threshold=threshold, protect=protect, min_rows=min_rows
+    )
+    context = _pack_or_explain(cache, scores, keep, counts, bits=bits, consume=consume)
+    return RaggedCache(
+        context=context,
+        tail=None,
+        context_length=cache.length,
+        start=cache.start,
+        chat=cache.chat,
+        token_ids=cache.token_ids,
+        fingerprint=cache.fingerprint,
+        kept=sum(map(sum, counts)),
+        total=keep.numel(),
+        scores=scores,
+        method=f"{scores.source}/{level}",
+    )
+
+
+def keep_mask(
+    scores: Scores,
+    ratio: float | None = None,
+    *,
+    level: str = "pair",
+    budget: float | None = None,
+    threshold: float | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    min_rows: int = 0,
+) -> Bool[Tensor, "L H E"]:
+    """Returns which context pairs `compress` would keep, by its arguments; needs the scores alone, no pairs.
+
+    `keep_mask(scores, 0.3).sum(-1)` is the number of each layer and head; any ratio, level or budget costs one
+    selection and no forward pass.
+
+    Raises: ValueError as `compress` does.
+    """
+    return _keep(scores, ratio, level=level, budget=budget, threshold=threshold, protect=protect, min_rows=min_rows)[0]
+
+
+def _keep(
+    scores: Scores,
+    ratio: float | None,
+    *,
+    level: str,
+    budget: float | None,
+    threshold: float | None,
+    protect: Sequence[tuple[int, int]],
+    min_rows: int,
+) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
+    """The mask, and on the host how many of each head it keeps."""
     count = _budget(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
     forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
@@ -77,21 +127,7 @@ def compress(
         raise ValueError(
             "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
         )
-    counts = [flat[i : i + keep.shape[1]] for i in range(0, len(flat), keep.shape[1])]
-    context = _pack_or_explain(cache, scores, keep, counts, bits=bits, consume=consume)
-    return RaggedCache(
-        context=context,
-        tail=None,
-        context_length=cache.length,
-        start=cache.start,
-        chat=cache.chat,
-        token_ids=cache.token_ids,
-        fingerprint=cache.fingerprint,
-        kept=sum(flat),
-        total=keep.numel(),
-        scores=scores,
-        method=f"{scores.source}/{level}",
-    )
+    return keep, [flat[i : i + keep.shape[1]] for i in range(0, len(flat), keep.shape[1])]
 
 
 def _budget(

@@ -6,7 +6,8 @@ Only a template writes control tokens.
 
 import datetime
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,45 @@ def read_tokenizer(directory: Path, template: ChatTemplate | None) -> Tokenizer 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the ids of a document or a query; nothing in it becomes a control token."""
     return tokenizer.text.encode(text, add_special_tokens=False).ids
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
+    """Yields the ids of a text that comes in pieces; all together they are those of the whole text.
+
+    About 64 KiB are encoded at a time. The text is cut in front of white space, where the tokens of the last
+    characters before the cut stay the same whether or not the next characters follow, and what comes next is encoded
+    with those characters in front of it. So a tokenizer that merges no further than that is followed exactly; text
+    without such a place is held until one comes.
+    """
+    before, held = "", ""
+    for piece in pieces:
+        for at in range(0, len(piece), _BLOCK):
+            held += piece[at : at + _BLOCK]
+            cut = _safe_cut(tokenizer, before + held, len(before)) if len(held) >= _BLOCK else None
+            if cut is not None:
+                text = before + held
+                yield _encode_after(tokenizer, before, text[len(before) : cut])
+                before, held = text[max(0, cut - _AROUND) : cut], text[cut:]
+    if held:
+        yield _encode_after(tokenizer, before, held)
+
+
+_BLOCK, _AROUND, _TRIES = 1 << 16, 64, 16  # characters, characters, cuts
+
+
+def _safe_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
+    """The last place after `start` where the text may be cut, with text enough after it to know."""
+    places = [m.start() for m in re.finditer(r"(?<=\S)\s", text[:-_AROUND]) if m.start() > start]
+    for cut in places[: -_TRIES - 1 : -1]:
+        before = text[max(0, cut - _AROUND) : cut]
+        alone = encode_text(tokenizer, before)
+        if encode_text(tokenizer, before + text[cut : cut + _AROUND])[: len(alone)] == alone:
+            return cut
+    return None
+
+
+def _encode_after(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
+    return encode_text(tokenizer, before + text)[len(encode_text(tokenizer, before)) :]
 
 
 def encode_control(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,14 +1,26 @@
 """Scoring: the model repeats its context, and each pair is scored by the largest attention it receives meanwhile."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from einops import rearrange
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from . import prompts
-from .attention import score_attend
-from .cache import DenseCache, RaggedCache, Scores, check_whole, explain_out_of_memory, global_layers
+from .attention import Factors, score_attend
+from .cache import (
+    DenseCache,
+    RaggedCache,
+    RaggedKV,
+    Scores,
+    WindowKV,
+    check_whole,
+    explain_out_of_memory,
+    global_layers,
+)
 from .models import Model, run_attention
 from .prefilling import Progress, check_count, check_length, prompt_of, tokenizer_of
 
@@ -20,6 +32,7 @@ def score(
     cache: DenseCache,
     *,
     scope: str = "context",
+    method: str = "kvzip",
     chunk: int = 2_000,
     hint: int = 8,
     progress: Progress | None = None,
@@ -35,17 +48,21 @@ def score(
     Args:
         scope: what the rows attend to while they are computed. "context": the whole cache, as in the paper.
             "chunk": the prefix and the chunk being repeated, so that the cost is linear in the context.
+        method: "kvzip": the formula above. "kvzip+": with |W_O v| / |x_r| times the softmax weight, the size of what a
+            pair adds to the residual stream x_r that enters the layer, relative to it; W_O is the query head's part of
+            the output projection; without a prefix, protect the first token when compressing, an attention sink that
+            adds nothing. "logit": the logit itself, without the softmax.
         chunk: context tokens per repeat pass.
         hint: tokens of the previous chunk put before a repeat.
         progress: called with (context tokens done, context tokens in all).
 
     Raises: ValueError for a cache of another model, or one too long to leave room for a repeat.
-    Source: KVzip, arXiv 2505.23416, section 3; prompts as in the authors' code. The softmax is float32 and the scale
-    the model's own, where theirs is the model's dtype and 1/sqrt(D).
+    Source: KVzip, arXiv 2505.23416, section 3, and appendix C.3 for "logit"; "kvzip+" is equation 3 of KVzap,
+    arXiv 2601.07891. Prompts as in the authors' code. The softmax is float32 and the scale the model's own, where
+    theirs is the model's dtype and 1/sqrt(D).
     """
     check_count(chunk, "chunk")
-    if scope not in ("context", "chunk"):
-        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}")
+    check_choice(scope, method)
     check_fingerprint(model, cache.fingerprint)
     check_whole(cache)
     layers = global_layers(cache)
@@ -53,19 +70,62 @@ def score(
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
+    values = score_chunks(model, cache, scope=scope, method=method, chunk=chunk, hint=hint, progress=progress)
+    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=f"{method}-{scope}")
+    return replace(cache, scores=scores)
+
+
+def score_chunks(
+    model: Model,
+    cache: DenseCache,
+    *,
+    scope: str,
+    method: str,
+    chunk: int,
+    hint: int,
+    neighbors: int = 0,
+    progress: Progress | None = None,
+    past: Sequence[RaggedKV | WindowKV] | None = None,
+    before: Int64[Tensor, " S"] | None = None,
+    end: int = 0,
+) -> Float32[Tensor, "L H E"]:
+    """Returns the scores of a dense cache's context, which may be the latest segment of a longer one.
+
+    Args:
+        neighbors: context tokens before a chunk that scope "chunk" attends to besides.
+        past: what is kept of the tokens before the segment, prefix included, which scope "context" attends to.
+        before: the ids of the segment's older tokens, prefix not included, so that the first repeat starts with the
+            last of them. None: there are none.
+        end: where the repeat's positions start, if that is beyond the older tokens and the cache.
+    """
     sink, total = cache.start, cache.length - cache.start
-    with explain_out_of_memory(
-        f"{4 * len(layers) * model.config.num_kv_heads * total:,} bytes of scores",
-        "free memory; the cache is as it was",
-    ):
-        shape = (len(layers), model.config.num_kv_heads, total)
+    here = cache.length + (0 if before is None else len(before))
+    end = max(here, end)
+    heads = model.config.num_kv_heads
+    factors, observe = _plus_factors(model) if method == "kvzip+" else (None, None)
+    shape = (len(global_layers(cache)), heads, total)
+    with explain_out_of_memory(f"{4 * math.prod(shape):,} bytes of scores", "free memory; the cache is as it was"):
         values = torch.empty(shape, dtype=torch.float32, device=model.device)
-    for start, stop, repeat in repeats(model, cache, chunk=chunk, hint=hint):
-        needed = cache.length + len(repeat)
-        check_length(model, needed, f"a cache of {cache.length} and a repeat pass of {len(repeat)} tokens")
-        positions = torch.arange(cache.length, needed, device=model.device)
+    passes = list(repeats(model, cache, chunk=chunk, hint=hint, before=before))
+    longest = max(len(repeat) for _, _, repeat in passes)
+    check_length(model, end + longest, f"a cache of {end} and a repeat pass of {longest} tokens")
+    on_device = torch.cat([repeat for _, _, repeat in passes]).to(model.device)  # once: each copy waits for the device
+    inputs = on_device.split([len(repeat) for _, _, repeat in passes])
+    for (start, stop, _), repeat in zip(passes, inputs, strict=True):
+        positions = torch.arange(end, end + len(repeat), device=model.device)
         attend = score_attend(
-            model.config, cache.layers, values, sink=sink, start=start, stop=stop, local=scope == "chunk"
+            model.config,
+            cache.layers,
+            values,
+            sink=sink,
+            start=start,
+            stop=stop,
+            local=scope == "chunk",
+            neighbors=neighbors,
+            gap=end > here,
+            past=past,
+            softmax=method != "logit",
+            factors=factors,
         )
         with (
             torch.no_grad(),
@@ -74,17 +134,24 @@ def score(
                 "lower chunk; the cache is as it was",
             ),
         ):
-            run_attention(model, repeat[None].to(model.device), positions, attend)
+            run_attention(model, repeat[None], positions, attend, observe=observe)
         if progress is not None:
             progress(stop - sink, total)
-    scores = Scores(values=values, layers=layers, start=sink, stop=cache.length, source=f"kvzip-{scope}")
-    return replace(cache, scores=scores)
+    return values
 
 
 def repeats(
-    model: Model, cache: DenseCache | RaggedCache, *, chunk: int, hint: int, begin: int | None = None
+    model: Model,
+    cache: DenseCache | RaggedCache,
+    *,
+    chunk: int,
+    hint: int,
+    begin: int | None = None,
+    before: Int64[Tensor, " S"] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yields (start, stop, input ids) of each repeat pass over the tokens from `begin`, by default the whole context.
+
+    `before` are the ids of a context that this one continues.
 
     Raises: ValueError without a tokenizer.
     """
@@ -97,14 +164,47 @@ def repeats(
         postfix = torch.tensor(prompts.encode_control(tokenizer, prompt_of(model).postfix), dtype=torch.long)
     else:
         postfix = encode(PLAIN_POSTFIX)
-    end = len(cache.token_ids)
-    for start in range(cache.start if begin is None else begin, end, chunk):
-        stop = min(start + chunk, end)
-        if start == cache.start:
-            ask = [encode(prompts.REPEAT_FIRST)]
-        else:
-            ask = [encode(prompts.REPEAT_NEXT), cache.token_ids[max(cache.start, start - hint) : start]]
-        yield start, stop, torch.cat([*ask, postfix, cache.token_ids[start:stop]])
+    ids, first = cache.token_ids, cache.start if begin is None else begin
+    older = ids[cache.start : first] if before is None else torch.cat([before, ids[cache.start : first]])
+    known = older[max(0, len(older) - hint) :]
+    for start in range(first, len(ids), chunk):
+        stop = min(start + chunk, len(ids))
+        continued = len(older) > 0 or start > first
+        ask = [encode(prompts.REPEAT_NEXT), known] if continued else [encode(prompts.REPEAT_FIRST)]
+        yield start, stop, torch.cat([*ask, postfix, ids[start:stop]])
+        known = ids[max(cache.start, stop - hint) : stop]
+
+
+def _plus_factors(model: Model) -> tuple[Factors, Callable[[int, Tensor], None]]:
+    """The factors of "kvzip+", and what must observe the layers' inputs before they are asked for."""
+    config = model.config
+    seen: dict[str, Tensor] = {}
+    grams: dict[int, Tensor] = {}
+
+    def observe(layer: int, hidden: Float[Tensor, "1 T M"]) -> None:
+        seen["inverse"] = 1 / torch.linalg.vector_norm(hidden[0], dim=-1, dtype=_wide(hidden))
+
+    def factors(layer: int, v: Float[Tensor, "H C D"]) -> tuple[Tensor, Tensor]:
+        if layer not in grams:  # |W v|^2 = v' (W' W) v: a product of D x D instead of M x D for each pair
+            o = rearrange(model.weights.layers[layer].o, "m (h d) -> h m d", d=config.head_dim)
+            grams[layer] = rearrange(o.mT.to(_wide(o)) @ o.to(_wide(o)), "(h g) d e -> h g d e", h=v.shape[0])
+        wide = v.to(_wide(v))[:, None]
+        squares = ((wide @ grams[layer]) * wide).sum(-1).clamp(min=0)  # [H G C]
+        return seen["inverse"].expand(config.num_heads, -1), squares.sqrt().flatten(0, 1)
+
+    return factors, observe
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_choice(scope: str, method: str) -> None:
+    """Raises ValueError for a scope or a method that is not known."""
+    if scope not in ("context", "chunk"):
+        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}")
+    if method not in ("kvzip", "kvzip+", "logit"):
+        raise ValueError(f"expected method 'kvzip', 'kvzip+' or 'logit', got {method!r}")
 
 
 def check_fingerprint(model: Model, fingerprint: str) -> None:

@@ -68,11 +68,15 @@ def score(
     *,
     chunk: int,
     hint: int = 8,
+    method: str = "kvzip",
 ) -> PlainScores:
     """Returns each context pair's largest attention while the model repeats the chunk that holds it.
 
     Args:
         model: a causal model of Transformers. Only its full-attention layers are scored.
+        method: "logit" for the largest scaled (and softcapped) product instead; "kvzip+" for the attention times the
+            norm of what the pair's value becomes by the query head's part of the output projection, over the norm of
+            the hidden state that enters the layer at the repeat's token (KVzap, arXiv 2601.07891, equation 3).
         encode: text to ids, without special tokens.
     """
     sink, end = len(prefix_ids), len(prefix_ids) + len(context_ids)
@@ -82,14 +86,22 @@ def score(
     cache = DynamicCache()  # made without a config, every layer keeps every token
     run(model, [*prefix_ids, *context_ids], cache)
     for repeat in found:
-        with captured_queries(model, layers) as queries:
+        with captured_queries(model, layers) as queries, captured_inputs(model, layers) as inputs:
             hidden.append(run(model, repeat.token_ids, cache))
         columns = slice(sink + repeat.start, sink + repeat.stop)
         for row, layer in zip(values, layers, strict=True):
             keys = cache.layers[layer].keys[0]  # [H, end + T, D]
             seen = torch.cat([keys[:, :sink], keys[:, columns], keys[:, end:]], dim=1)
-            weights = attention(model.model.layers[layer].self_attn, queries[layer], seen)  # [Hq, T, A + C + T]
+            module = model.model.layers[layer].self_attn
+            logits = attention_logits(module, queries[layer], seen)  # [Hq, T, A + C + T]
+            weights = logits if method == "logit" else logits.softmax(dim=-1)
             chunk_weights = weights[:, :, sink : sink + repeat.stop - repeat.start]
+            if method == "kvzip+":
+                group = len(queries[layer]) // len(keys)
+                values_of = cache.layers[layer].values[0][:, columns].repeat_interleave(group, dim=0)  # [Hq, C, D]
+                projections = module.o_proj.weight.unflatten(1, (len(values_of), -1)).transpose(0, 1)  # [Hq, M, D]
+                sizes = (values_of @ projections.mT).norm(dim=-1)  # [Hq, C]
+                chunk_weights = chunk_weights * sizes[:, None] / inputs[layer].norm(dim=-1)[:, None]
             largest = chunk_weights.unflatten(0, (keys.shape[0], -1)).amax(dim=(1, 2))
             row[:, repeat.start : repeat.stop] = largest
         cache.crop(-len(repeat.token_ids))
@@ -146,8 +158,27 @@ def captured_queries(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[
             handle.remove()
 
 
-def attention(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
-    """Returns softmax weights [Hq T N]; the last T keys are the queries' own tokens, all others are older."""
+@contextmanager
+def captured_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Yields a dict that a forward pass fills with the hidden states [T M] that enter each layer."""
+    inputs: dict[int, Tensor] = {}
+
+    def capture(layer: int) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, arguments: tuple) -> None:
+            inputs[layer] = arguments[0][0]
+
+        return hook
+
+    handles = [model.model.layers[layer].register_forward_pre_hook(capture(layer)) for layer in layers]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_logits(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+    """Returns masked logits [Hq T N]; the last T keys are the queries' own tokens, all others are older."""
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
     logits = (queries.float() @ keys.float().mT) * module.scaling
     softcap = getattr(module, "attn_logit_softcapping", None)
@@ -156,4 +187,4 @@ def attention(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
     own = queries.shape[1]
     future = torch.ones(own, own, dtype=torch.bool).triu(1)
     logits[:, :, -own:] = logits[:, :, -own:].masked_fill(future, float("-inf"))
-    return logits.softmax(dim=-1)
+    return logits

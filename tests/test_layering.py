@@ -18,7 +18,17 @@ ALLOWED = {
     "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
-_STAGES = ("prefilling", "scoring", "compression", "decoding", "generation", "conversation", "head_scores")
+_STAGES = (
+    "prefilling",
+    "scoring",
+    "streaming",
+    "compression",
+    "scores",
+    "decoding",
+    "generation",
+    "conversation",
+    "head_scores",
+)
 STAGES = [f"kvzip.{name}" for name in _STAGES]
 TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.cli"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""

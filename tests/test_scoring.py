@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kvzip
 import random_model
-from kvzip.scoring import repeats
+from kvzip.scoring import repeats, score_chunks
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice."
 
@@ -54,6 +54,20 @@ def test_both_scopes_agree_where_one_chunk_is_the_whole_context(windows, softcap
     if windows == (None, None):  # in the first global layer queries have attended to nothing that the scope changes
         apart = kvzip.score(model, cache, chunk=17, scope="chunk").scores.values
         assert (apart - kvzip.score(model, cache, chunk=17).scores.values).abs().max() > 1e-4
+
+
+def test_neighbors_of_a_chunk_are_attended_to_and_not_scored():
+    model = random_model.make(random_model.config())
+    cache = kvzip.prefill(model, TEXT)
+    context = kvzip.score(model, cache, chunk=17).scores.values
+
+    def local(neighbors):
+        options = {"scope": "chunk", "method": "kvzip", "chunk": 17, "hint": 8}
+        return score_chunks(model, cache, **options, neighbors=neighbors)
+
+    torch.testing.assert_close(local(99)[..., 34:], context[..., 34:])  # the last chunk then sees all
+    torch.testing.assert_close(local(17)[..., 17:34], local(99)[..., 17:34])
+    assert (local(16)[..., 17:34] - local(99)[..., 17:34]).abs().max() > 1e-5
 
 
 def test_the_scale_is_the_models_own():

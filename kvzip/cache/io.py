@@ -47,14 +47,21 @@ def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str
     """
     if isinstance(cache, DenseCache):
         check_whole(cache)
-    path = Path(path)
     tensors, header = _describe(cache)
-    header |= {"library": version("kvzip"), "note": dict(note or {})}
+    write_file(path, tensors, header, note=note)
+
+
+def write_file(
+    path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any], *, note: Mapping[str, Any] | None = None
+) -> None:
+    """Writes tensors and a header whole or not at all. Raises as `save` does."""
+    path = Path(path)
+    header = header | {"version": VERSION, "library": version("kvzip"), "note": dict(note or {})}
     metadata = {"kvzip": json.dumps(header)}
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     try:
-        save_file(tensors, partial, metadata=metadata)
+        save_file(_apart(tensors), partial, metadata=metadata)
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
@@ -104,6 +111,8 @@ def load_cache(
     """
     path = Path(path)
     header = read_header(path)
+    if header.get("cache") == "Scores":
+        raise ValueError(f"expected a cache, got scores without their pairs in {path.name}: use kvzip.scores.load")
     if model is not None and header.get("fingerprint") != model.fingerprint:
         raise ValueError(
             f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
@@ -150,7 +159,6 @@ def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[
             kind["start"] = layer.start
         described.append(kind)
     header = {
-        "version": VERSION,
         "cache": type(cache).__name__,
         "fingerprint": cache.fingerprint,
         "length": cache.length if dense else cache.context_length,
@@ -172,7 +180,7 @@ def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[
     if cache.scores is not None:
         header["scores"] = {f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name != "values"}
         tensors["scores.values"] = cache.scores.values
-    return _apart(tensors), header
+    return tensors, header
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

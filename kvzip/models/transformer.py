@@ -55,10 +55,18 @@ def forward(
 
 
 def run_attention(
-    model: Model, token_ids: Int64[Tensor, "B T"], positions: Int64[Tensor, "*b T"], attend: Attend
+    model: Model,
+    token_ids: Int64[Tensor, "B T"],
+    positions: Int64[Tensor, "*b T"],
+    attend: Attend,
+    *,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Calls `attend` in every layer as `forward` does, and stops at the last one: nothing after it reaches a cache."""
-    _run(model, token_ids, positions, attend, whole=False)
+    """Calls `attend` in every layer as `forward` does, and stops at the last one: nothing after it reaches a cache.
+
+    `observe(layer, hidden [B T M])` is called with the input of each layer before its `attend` is.
+    """
+    _run(model, token_ids, positions, attend, whole=False, observe=observe)
 
 
 def logits(model: Model, hidden: Float[Tensor, "*b M"]) -> Float[Tensor, "*b V"]:
@@ -68,13 +76,23 @@ def logits(model: Model, hidden: Float[Tensor, "*b M"]) -> Float[Tensor, "*b V"]
     return out if cap is None else torch.tanh(out / cap) * cap
 
 
-def _run(model: Model, token_ids: Tensor, positions: Tensor, attend: Attend, *, whole: bool) -> Tensor:
+def _run(
+    model: Model,
+    token_ids: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    *,
+    whole: bool,
+    observe: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     config, weights = model.config, model.weights
     hidden = F.embedding(token_ids, weights.embed)
     if config.embed_scale != 1.0:
         hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
     tables = {rope: cos_sin(rope, positions, config.head_dim, hidden.dtype) for rope in {s.rope for s in config.layers}}
     for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
+        if observe is not None:
+            observe(index, hidden)
         qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias, norm=_norm(layer.attn_norm, config))
         q, k, v = ops.rotary(
             qkv,

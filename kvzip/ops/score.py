@@ -18,6 +18,7 @@ def score(
     lse: Float[Tensor, "Hq T"] | None = None,
     row_weight: Float[Tensor, "Hq T"] | None = None,
     key_weight: Float[Tensor, "Hq C"] | None = None,
+    softmax: bool = True,
 ) -> Float[Tensor, "H C"]:
     """Returns, for each key of the chunk, the largest attention weight that any row of its group gives it.
 
@@ -33,18 +34,22 @@ def score(
         lse: natural log-sum-exp of each row's logits over what it is to be normalised by. Given, k_sink and k_self
             are not read, and one pass over the chunk is enough; None computes it over [sink, chunk, causal self].
         row_weight, key_weight: non-negative factors of KVzip+.
+        softmax: False returns the largest logit itself, softcapped, which may be negative: one pass over the chunk that
+            reads neither k_sink nor k_self.
 
-    Raises: ValueError if shapes, dtypes or devices do not fit together.
-    Source: KVzip, arXiv 2505.23416, section 3; the weights are those of KVzap, arXiv 2601.07891, equation 3. The
-    authors take the softmax in the model's dtype, we in float32.
+    Raises: ValueError if shapes, dtypes or devices do not fit together, or for weights or lse without the softmax.
+    Source: KVzip, arXiv 2505.23416, section 3, and its appendix C.3 for scores without the softmax; the weights are
+    those of KVzap, arXiv 2601.07891, equation 3. The authors take the softmax in the model's dtype, we in float32.
     """
     _check(q, k, k_sink, k_self, softcap, lse, row_weight, key_weight)
+    if not softmax and not (lse is row_weight is key_weight is None):
+        raise ValueError("expected neither lse nor weights with softmax=False, got some: they belong to the softmax")
     if use_triton(q):
         from kvzip.ops.triton.score import score_triton as run
     else:
         run = score_reference
     weights = {"row_weight": row_weight, "key_weight": key_weight}
-    return run(q, k, k_sink, k_self, scale=scale, softcap=softcap, lse=lse, **weights)
+    return run(q, k, k_sink, k_self, scale=scale, softcap=softcap, lse=lse, **weights, softmax=softmax)
 
 
 def score_reference(
@@ -58,13 +63,14 @@ def score_reference(
     lse: Float[Tensor, "Hq T"] | None = None,
     row_weight: Float[Tensor, "Hq T"] | None = None,
     key_weight: Float[Tensor, "Hq C"] | None = None,
+    softmax: bool = True,
 ) -> Float[Tensor, "H C"]:
     """Plain PyTorch `score`, a query head at a time."""
     heads, group = k.shape[0], q.shape[0] // k.shape[0]
     rows, chunk = q.shape[1], k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    best = torch.zeros(heads, chunk, dtype=dtype, device=q.device)
+    best = torch.full((heads, chunk), 0.0 if softmax else -torch.inf, dtype=dtype, device=q.device)
     if rows == 0:
         return best
 
@@ -75,6 +81,9 @@ def score_reference(
     for head in range(heads * group):
         h = head // group
         to_chunk = logits(q[head], k[h])  # [T C]
+        if not softmax:
+            best[h] = torch.maximum(best[h], to_chunk.amax(dim=0))
+            continue
         if lse is None:
             to_self = logits(q[head], k_self[h]).masked_fill_(future, -torch.inf)
             parts = [to_chunk, to_self, logits(q[head], k_sink[h])]

@@ -1,5 +1,6 @@
 """Laws of `score`, and its kernels against the reference."""
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def check_kernel(inputs: dict, **options) -> None:
         by_definition(**inputs, **options, product=tensor_cores) if sixteen else score_reference(**inputs, **options)
     )
     # Weights enter as logarithms and the exponential is taken of a maximum: four more roundings of an exponent.
-    plain = exact + (plain - exact).abs() + 4 * torch.finfo(torch.float32).eps * exact
+    plain = exact + (plain - exact).abs() + 4 * torch.finfo(torch.float32).eps * exact.abs()
     assert_as_accurate(score_triton(**inputs, **options), exact, plain)
 
 
@@ -62,17 +63,22 @@ def tensor_cores(a, b):
 
 
 def by_definition(
-    q, k, k_sink, k_self, *, scale, softcap=None, lse=None, row_weight=None, key_weight=None, product=torch.mm
-):
+    q, k, k_sink, k_self, *, scale, softcap=None, lse=None, row_weight=None, key_weight=None, softmax=True,
+    product=torch.mm,
+):  # fmt: skip
     """The authors' way: one softmax over all the keys of a row, whole."""
     H, C, _ = k.shape
     G, T = q.shape[0] // H, q.shape[1]
-    out = torch.zeros(H, C, dtype=q.dtype if product is torch.mm else torch.float32, device=q.device)
+    dtype = q.dtype if product is torch.mm else torch.float32
+    out = torch.full((H, C), 0.0 if softmax else -math.inf, dtype=dtype, device=q.device)
     for head in range(H * G):
         h = head // G
         logits = scale * product(q[head], torch.cat([k_sink[h], k[h], k_self[h]]).T)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        if not softmax:
+            out[h] = torch.maximum(out[h], logits[:, k_sink.shape[1] : k_sink.shape[1] + C].amax(0))
+            continue
         seen = torch.ones(T, T, device=q.device).tril().bool()
         logits[:, -T:] = torch.where(seen, logits[:, -T:], -math.inf)
         total = logits.logsumexp(1) if lse is None else lse[head]
@@ -108,6 +114,23 @@ def test_kernel_is_as_accurate_as_the_reference(seed, H, G, T, C, A, softcap, we
     check_kernel(make(seed, H, G, T, C, A, D, dtype, weights, lse), scale=D**-0.5, softcap=softcap)
 
 
+@settings(max_examples=12)
+@given(D=st.sampled_from([16, 80]), dtype=st.sampled_from(KERNEL_DTYPES), sign=st.sampled_from([-1, 1]), **SHAPES)
+def test_without_the_softmax_the_largest_logit_is_the_score(seed, H, G, T, C, A, softcap, weights, D, dtype, sign):
+    inputs = make(seed, H, G, T, C, A, D, dtype)
+    inputs["k"] = sign * inputs["k"].abs()
+    inputs["q"] = inputs["q"].abs()  # so that all logits have the sign of the keys
+    options = {"scale": D**-0.5, "softcap": softcap, "softmax": False}
+    exact = {name: x.double().cpu() for name, x in inputs.items()}
+    torch.testing.assert_close(score_reference(**exact, **options), by_definition(**exact, **options))
+    check_kernel(inputs, **options)
+    unread = {"k_sink": torch.full_like(inputs["k_sink"], math.nan), "k_self": inputs["k_self"] * math.nan}
+    assert torch.equal(score(**inputs | unread, **options), score(**inputs, **options))
+    if weights:
+        with pytest.raises(ValueError, match="neither lse nor weights with softmax=False"):
+            score(**make(seed, H, G, T, C, A, D, dtype, weights), **options)
+
+
 def test_the_log_sum_exp_of_the_same_keys_changes_nothing():
     inputs = make(0, 2, 2, 40, 50, 3, 64, torch.float32)
     keys = torch.cat([inputs["k_sink"], inputs["k"], inputs["k_self"]], dim=1).double()
@@ -122,8 +145,8 @@ def test_the_log_sum_exp_of_the_same_keys_changes_nothing():
 def test_a_nan_reaches_the_scores_of_its_head_and_no_other():
     inputs = make(1, 2, 2, 9, 20, 2, 64, torch.float32)
     inputs["q"][0, 4, 7] = math.nan
-    for run in (score_reference, score_triton):
-        found = run(**inputs, scale=0.1)
+    for run, softmax in itertools.product((score_reference, score_triton), (True, False)):
+        found = run(**inputs, scale=0.1, softmax=softmax)
         assert found[0].isnan().all() and not found[1].isnan().any()
 
 
@@ -140,7 +163,10 @@ def test_views_of_a_cache_give_the_same():
 
 def test_empty_shapes_score_nothing():
     assert score_triton(**make(3, 2, 2, 4, 0, 3, 64, torch.float32), scale=1.0).shape == (2, 0)
-    assert torch.equal(score_triton(**make(3, 2, 2, 0, 5, 3, 64, torch.float32), scale=1.0).cpu(), torch.zeros(2, 5))
+    rowless = make(3, 2, 2, 0, 5, 3, 64, torch.float32)
+    for run in (score_reference, score_triton):
+        assert torch.equal(run(**rowless, scale=1.0).cpu(), torch.zeros(2, 5))
+        assert torch.equal(run(**rowless, scale=1.0, softmax=False).cpu(), torch.full((2, 5), -math.inf))
 
 
 @pytest.mark.parametrize(
@@ -164,16 +190,16 @@ def test_what_does_not_fit_raises(change, message):
 COMPILE = """
 import torch
 from kvzip.ops.triton.score import score_triton
-def go(D, dtype, G=4, softcap=None, weights=False):
+def go(D, dtype, G=4, softcap=None, weights=False, softmax=True):
     q, k = torch.empty(2 * G, 256, D, dtype=dtype), torch.empty(2, 256, D, dtype=dtype)
     weights = {"row_weight": torch.empty(2 * G, 256), "key_weight": torch.empty(2 * G, 256)} if weights else {}
-    score_triton(q, k, k[:, :16], k, scale=1.0, softcap=softcap, **weights)
+    score_triton(q, k, k[:, :16], k, scale=1.0, softcap=softcap, **weights, softmax=softmax)
 """
 
 
 @pytest.mark.parametrize(("D", "capability"), [(64, 90), (80, 90), (96, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
-    calls = [f"{D}, torch.bfloat16", f"{D}, torch.float16, 7, 5.0, True"]
+    calls = [f"{D}, torch.bfloat16", f"{D}, torch.float16, 7, 5.0, True", f"{D}, torch.bfloat16, softmax=False"]
     if D <= 128:  # at D=256 the plain float32 products, which have no tensor cores, spill 160 bytes
         calls.append(f"{D}, torch.float32")
     source = COMPILE + "\n".join(f"go({call})" for call in calls)
@@ -188,6 +214,7 @@ def test_compiled_kernel_over_the_grid(dtype, D, G):
     check_kernel(make(5, 2, G, 333, 500, 17, D, dtype), scale=D**-0.5)
     check_kernel(make(6, 2, G, 130, 257, 0, D, dtype, weights=True), scale=D**-0.5, softcap=30.0)
     check_kernel(make(7, 2, G, 333, 129, 0, D, dtype, lse=True), scale=D**-0.5)
+    check_kernel(make(8, 2, G, 333, 129, 0, D, dtype), scale=D**-0.5, softmax=False)
 
 
 @pytest.mark.gpu

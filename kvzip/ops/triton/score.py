@@ -43,6 +43,7 @@ def score_triton(
     lse: Float[Tensor, "Hq T"] | None = None,
     row_weight: Float[Tensor, "Hq T"] | None = None,
     key_weight: Float[Tensor, "Hq C"] | None = None,
+    softmax: bool = True,
 ) -> Float[Tensor, "H C"]:
     """`score` in two launches, or one where the log-sum-exp is given; neither waits on the host.
 
@@ -53,19 +54,25 @@ def score_triton(
     with 4 warps 237; maximum by 8 warps over 64 rows 84, over 128 rows 76, one share of the rows per key block 79.
     """
     normalizer, largest = launch_config(q.shape[2], q.dtype, softcap is not None)
-    return launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_weight, key_weight)
+    weights = (row_weight, key_weight)
+    return launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, *weights, softmax=softmax)
 
 
-def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_weight, key_weight, splits=None):
+def launch(
+    normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_weight, key_weight, splits=None, softmax=True
+):
     query_heads, rows, width = q.shape
     heads, chunk, _ = k.shape
     group = query_heads // heads
     compute = compute_dtype(q)
     check_rows(q=q, k=k, k_sink=k_sink, k_self=k_self)
-    best = torch.zeros((heads, chunk), dtype=torch.float32, device=q.device)
+    best = torch.full((heads, chunk), 0.0 if softmax else -torch.inf, dtype=torch.float32, device=q.device)
     if q.numel() == 0 or chunk == 0:
         return best
-    if lse is None:
+    if not softmax:
+        best.view(torch.int32).bitwise_xor_(0x7FFFFFFF)  # see the kernel's end
+        lse = best
+    elif lse is None:
         lse = torch.empty((query_heads, rows), dtype=torch.float32, device=q.device)
         _normalizer_kernel[(triton.cdiv(rows * group, normalizer.stay), heads)](
             q, k, k_sink, k_self, lse, *q.stride()[:2], *k.stride()[:2], *k_sink.stride()[:2], *k_self.stride()[:2],
@@ -82,9 +89,12 @@ def launch(normalizer, largest, q, k, k_sink, k_self, scale, softcap, lse, row_w
         lse if key_weight is None else key_weight.contiguous(), best.view(torch.int32),
         *q.stride()[:2], *k.stride()[:2], float(scale), float(softcap or 1.0), rows, chunk, steps,
         G=group, D=width, BLOCK_M=largest.walk, BLOCK_N=largest.stay, SOFTCAP=softcap is not None,
-        ROW_WEIGHT=row_weight is not None, KEY_WEIGHT=key_weight is not None,
+        ROW_WEIGHT=row_weight is not None, KEY_WEIGHT=key_weight is not None, SOFTMAX=softmax,
         COMPUTE=compute, num_warps=largest.warps, num_stages=largest.stages, enable_fp_fusion=True,
     )  # fmt: skip
+    if not softmax:
+        bits = best.view(torch.int32)
+        bits ^= (bits >> 31) & 0x7FFFFFFF
     return best
 
 
@@ -172,11 +182,12 @@ def _largest_kernel(
     q_ptr, k_ptr, lse_ptr, row_weight_ptr, key_weight_ptr, best_bits_ptr,
     stride_qh, stride_qt, stride_kh, stride_kc, scale, softcap, rows, chunk, steps,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr, KEY_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr, KEY_WEIGHT: tl.constexpr, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program: the largest weight that a share of the rows gives to each of BLOCK_N keys.
 
-    The exponential is taken once per key, after the maximum of the exponents (weights enter as logarithms).
+    The exponential is taken once per key, after the maximum of the exponents (weights enter as logarithms). Without
+    SOFTMAX the maximum is that of the logits.
     """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     head = tl.program_id(1).to(tl.int64)
@@ -197,7 +208,10 @@ def _largest_kernel(
         at_q = q_ptr + query_head * stride_qh + (start + tl.zeros([], tl.int64)) * stride_qt
         q = load_rows(at_q, m, d, stride_qt, rows - start, True, D, BLOCK_D)
         place = query_head * rows + start + m
-        base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32)
+        if SOFTMAX:
+            base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32)
+        else:
+            base = tl.where(live, 0.0, float("inf"))
         if ROW_WEIGHT:
             base -= tl.log(tl.load(row_weight_ptr + place, mask=live, other=0).to(tl.float32))
         x = _logits(k, q.to(COMPUTE), scale, softcap, SOFTCAP) * factor - base[None, :]  # [BLOCK_N, BLOCK_M]
@@ -205,8 +219,13 @@ def _largest_kernel(
             weight = tl.load(key_weight_ptr + query_head * chunk + n, mask=n < chunk, other=0).to(tl.float32)
             x += tl.log(weight)[:, None]
         best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
-    weight = tl.exp2(tl.max(best, 1) * LOG2_E)
-    # Floats that are not negative order as their bits do, and a NaN is the greatest.
+    weight = tl.max(best, 1)
+    if SOFTMAX:
+        weight = tl.exp2(weight * LOG2_E)
+    # Floats that are not negative order as their bits do, and a NaN is the greatest; of others all bits but the sign
+    # are turned.
     broken = tl.max((best != best).to(tl.int32), 1) > 0
     bits = tl.where(broken, 0x7FC00000, weight.to(tl.int32, bitcast=True))
+    if not SOFTMAX:
+        bits ^= (bits >> 31) & 0x7FFFFFFF
     tl.atomic_max(best_bits_ptr + head * chunk + n, bits, mask=n < chunk, sem="relaxed")

@@ -1,0 +1,154 @@
+"""Scores as an object of their own: attached, combined, saved and loaded, plotted.
+
+`compress` and `keep_mask` turn them into pairs at any ratio or budget; no forward pass is needed again.
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, read_header
+from .cache.io import write_file
+from .compression import keep_mask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def attach(cache: DenseCache, scores: Scores) -> DenseCache:
+    """Returns a cache of the same pairs with these scores in place of its own.
+
+    Raises: ValueError if the scores are those of other layers, heads or tokens.
+    """
+    layers, shape, span = _place(cache)
+    if (tuple(scores.layers), tuple(scores.values.shape), (scores.start, scores.stop)) != (layers, shape, span):
+        raise ValueError(
+            f"expected scores {list(shape)} of layers {layers} and tokens {span}, got {list(scores.values.shape)} of "
+            f"layers {scores.layers} and tokens {(scores.start, scores.stop)}: attach them to the cache they are of"
+        )
+    return replace(cache, scores=replace(scores, values=scores.values.to(_device(cache))))
+
+
+def combine(*scores: Scores) -> Scores:
+    """Returns the largest of several scores of the same pairs, pair by pair.
+
+    What any of several repeats, chunk sizes or hints finds important stays important. The scores must be of one scale:
+    of one method, or made so by the caller.
+
+    Raises: ValueError for none, or scores of other layers, heads or tokens.
+    """
+    if not scores:
+        raise ValueError("expected scores to combine, got none")
+    first = scores[0]
+    for other in scores[1:]:
+        same = (other.layers, other.start, other.stop) == (first.layers, first.start, first.stop)
+        if not same or other.values.shape != first.values.shape:
+            raise ValueError(
+                f"expected scores {list(first.values.shape)} of tokens {first.start} to {first.stop}, got "
+                f"{list(other.values.shape)} of {other.start} to {other.stop}: combine scores of one cache"
+            )
+    values = first.values
+    for other in scores[1:]:
+        values = torch.maximum(values, other.values.to(values.device))
+    source = f"max({', '.join(dict.fromkeys(one.source for one in scores))})"
+    return replace(first, values=values, source=source if len(scores) > 1 else first.source)
+
+
+def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: dict[str, Any] | None = None) -> None:
+    """Writes a cache's scores without its pairs, 4 bytes a pair, with what ties them to its model and tokens.
+
+    Raises: ValueError for a cache without scores; TypeError for a note that JSON cannot hold; OSError.
+    """
+    scores = cache.scores
+    if scores is None:
+        raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
+    header = {"cache": "Scores", "fingerprint": cache.fingerprint, "tokens": _digest(cache, scores.stop)}
+    header |= {"layers": scores.layers, "start": scores.start, "stop": scores.stop, "source": scores.source}
+    write_file(path, {"values": scores.values}, header, note=note)
+
+
+def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
+    """Returns the scores of a file that `save` wrote, on the device of the cache that they must belong to.
+
+    Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
+    """
+    path = Path(path)
+    header = read_header(path)
+    if header.get("cache") != "Scores":
+        raise ValueError(f"expected a file of scores, got one of {header.get('cache')} in {path.name}")
+    if header.get("fingerprint") != cache.fingerprint:
+        raise ValueError(
+            f"expected scores by the cache's model (fingerprint {cache.fingerprint}), got {header.get('fingerprint')} "
+            f"in {path.name}: score with this model"
+        )
+    try:
+        with safe_open(path, framework="pt", device=str(_device(cache))) as file:
+            values = file.get_tensor("values")
+        start, stop, source = header["start"], header["stop"], header["source"]
+        layers, shape, span = _place(cache)
+        fits = (tuple(header["layers"]), tuple(values.shape), (start, stop)) == (layers, shape, span)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"expected a whole file of scores, got {path.name} that is damaged ({error})") from error
+    if not fits or values.dtype != torch.float32 or header.get("tokens") != _digest(cache, stop):
+        raise ValueError(f"expected scores of this cache's tokens, got those of others in {path.name}: score it again")
+    return Scores(values, layers, start, stop, str(source))
+
+
+def plot(scores: Scores, ratio: float = 0.3, *, title: str | None = None) -> "Figure":
+    """Returns a figure: the fraction that each layer and head keeps at a ratio, and how the scores are distributed.
+
+    Save it with `.savefig(path)`; no window is opened. Needs matplotlib, the extra `plot`.
+
+    Raises: ValueError as `compress` does; ImportError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("expected matplotlib for a plot, got none: pip install 'kvzip[plot]'") from error
+    mask = keep_mask(scores, ratio)
+    fractions = mask.float().mean(-1).cpu().numpy()
+    lowest = scores.values[mask].min().item() if mask.any() else torch.inf
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    heads, histogram = figure.subplots(1, 2, width_ratios=[1, 1.2])
+    image = heads.imshow(fractions, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=heads, label="fraction kept")
+    heads.set(title=f"{ratio:g} of all pairs kept", xlabel="KV head", ylabel="layer")
+    heads.set_yticks(range(len(scores.layers)), [str(layer) for layer in scores.layers], fontsize=6)
+    values = scores.values.flatten().float().cpu()
+    logarithmic = bool((values >= 0).all())
+    if logarithmic:
+        values, lowest = values.clamp(min=1e-12).log10(), max(lowest, 1e-12)
+    histogram.hist(values.numpy(), bins=100, color="tab:blue")
+    at = torch.tensor(lowest).log10().item() if logarithmic else lowest
+    histogram.axvline(at, color="tab:red", label=f"lowest kept: {lowest:.3g}")
+    histogram.set(xlabel="log10 of the score" if logarithmic else "score", ylabel="pairs", title=scores.source)
+    histogram.legend()
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def _place(cache: DenseCache | RaggedCache) -> tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int]]:
+    """The scored layers of a cache, the shape of its scores, and the tokens that they are of."""
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
+    length = cache.length if isinstance(cache, DenseCache) else cache.context_length
+    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
+    scored = tuple(i for i, layer in enumerate(layers) if not isinstance(layer, WindowKV))
+    first = layers[scored[0]]
+    heads = len(first.offsets) - 1 if isinstance(first, RaggedKV) else first.k.shape[1]
+    return scored, (len(scored), heads, length - cache.start), (cache.start, length)
+
+
+def _device(cache: DenseCache | RaggedCache) -> torch.device:
+    first = cache.layers[0] if isinstance(cache, DenseCache) else cache.context[0]
+    return first.offsets.device if isinstance(first, RaggedKV) else first.k.device
+
+
+def _digest(cache: DenseCache | RaggedCache, stop: int) -> str:
+    """What tells the tokens before `stop` from others."""
+    return hashlib.sha256(cache.token_ids[:stop].contiguous().numpy().tobytes()).hexdigest()

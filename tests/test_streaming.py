@@ -1,0 +1,372 @@
+"""prefill_compressed: what stays, what a segment attends to, pieces, interruptions."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import kvzip
+import random_model
+import small_models
+from kvzip import ops, prompts, streaming
+from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
+from kvzip.models import run_attention
+from kvzip.scoring import score_chunks
+
+TEXT = "The quick brown fox jumps over the lazy dog, twice. Nobody knows why. "
+LONG = "".join(f"{n}: {TEXT}" for n in range(4))
+FAMILIES = {
+    "plain": {},
+    "window": {"windows": (None, 9, None)},
+    "softcap": {"windows": (9, None, None), "attn_softcap": 2.0},
+    "capped": {"attn_softcap": 2.0},
+}
+SHARES = ("segment", "running", "final")
+
+
+def model_of(family, dtype=torch.float64, **options):
+    return random_model.make(random_model.config(**FAMILIES[family]), dtype=dtype, **options)
+
+
+def kept_mask(cache):
+    """Which pairs a ragged cache holds: [L H S], prefix included."""
+    masks = []
+    for layer in cache.context:
+        if isinstance(layer, RaggedKV):
+            mask = torch.zeros(len(layer.offsets) - 1, cache.context_length, dtype=torch.bool)
+            for head, (start, stop) in enumerate(pairwise(layer.offsets.tolist())):
+                mask[head, layer.positions[start:stop].long()] = True
+            masks.append(mask)
+    return torch.stack(masks)
+
+
+@pytest.mark.parametrize("scope", ["chunk", "context"])
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_one_segment_is_compress_after_prefill(family, scope):
+    model = model_of(family)
+    want = kvzip.compress(kvzip.score(model, kvzip.prefill(model, LONG), chunk=90, scope=scope), 0.3)
+    for share in SHARES:
+        got = kvzip.prefill_compressed(model, LONG, 0.3, segment=999, share=share, scope=scope, chunk=90)
+        assert (got.kept, got.total, got.context_length) == (want.kept, want.total, want.context_length)
+        torch.testing.assert_close(got.scores.values, want.scores.values)
+        for x, y in zip(got.context, want.context, strict=True):
+            torch.testing.assert_close((x.k, x.v), (y.k, y.v))
+            if isinstance(x, RaggedKV):
+                assert torch.equal(x.positions, y.positions) and torch.equal(x.offsets, y.offsets)
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_keeping_all_is_prefill(family, template):
+    model = model_of(family)
+    got = kvzip.prefill_compressed(model, LONG, 1.0, segment=70, template=template)
+    want = as_ragged(kvzip.prefill(model, LONG, template=template))
+    assert got.kept == want.kept
+    for x, y in zip(got.context, want.context, strict=True):
+        torch.testing.assert_close((x.k, x.v), (y.k, y.v))
+    question = {"template": False, "max_tokens": 6}
+    assert kvzip.generate(model, got, "Why?", **question) == kvzip.generate(model, want, "Why?", **question)
+
+
+@pytest.mark.parametrize("scope", ["chunk", "context"])
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_a_segment_is_scored_as_the_end_of_a_context(family, scope):
+    """Where all is kept and no end is known, its scores are those of `score` for a context that ends with it."""
+    model = model_of(family)
+    got = kvzip.prefill_compressed(model, iter([LONG]), 1.0, segment=120, scope=scope, chunk=60).scores.values
+    for start in range(0, len(LONG), 120):
+        stop = min(start + 120, len(LONG))
+        want = kvzip.score(model, kvzip.prefill(model, LONG[:stop]), scope=scope, chunk=60).scores.values
+        torch.testing.assert_close(got[..., start:stop], want[..., start:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("context", [LONG, (LONG, len(LONG))], ids=["known", "guessed"])
+def test_where_the_end_is_known_scope_chunk_gives_the_scores_of_score(context):
+    model = model_of("capped")
+    pieces, length = (iter([context[0]]), context[1]) if isinstance(context, tuple) else (context, None)
+    got = kvzip.prefill_compressed(model, pieces, 1.0, segment=120, length=length, chunk=60).scores.values
+    want = kvzip.score(model, kvzip.prefill(model, LONG), scope="chunk", chunk=60).scores.values
+    torch.testing.assert_close(got, want)
+    other = kvzip.prefill_compressed(model, iter([LONG]), 1.0, segment=120, chunk=60).scores.values
+    assert (other[..., :240] - want[..., :240]).abs().max() > 1e-3
+
+
+def test_across_a_gap_window_layers_see_the_repeat_alone():
+    """Their last tokens are then too far away to be told apart from others, so they must not matter."""
+    model = model_of("window")
+    cache = kvzip.prefill(model, TEXT)
+    blank = [WindowKV(kv.k * 0, kv.v * 0, kv.start) if isinstance(kv, WindowKV) else kv for kv in cache.layers]
+    options = {"scope": "chunk", "method": "kvzip", "chunk": 60, "hint": 8}
+    for end, same in ((500, True), (0, False)):
+        one, other = (score_chunks(model, c, **options, end=end) for c in (cache, replace(cache, layers=blank)))
+        assert torch.equal(one, other) == same
+
+
+@settings(max_examples=3)
+@pytest.mark.parametrize("share", SHARES)
+@given(ratio=st.floats(0.001, 1.0), segment=st.integers(40, 130))
+def test_exactly_the_budget_stays_and_it_is_the_highest_scored(share, ratio, segment):
+    model = model_of("plain", torch.float32)
+    cache = kvzip.prefill_compressed(model, LONG, ratio, segment=segment, share=share, chunk=60)
+    values, mask = cache.scores.values, kept_mask(cache)
+    assert mask[:, :, : cache.start].all()
+    assert cache.kept == mask[:, :, cache.start :].sum() == int(ratio * cache.total)
+    assert values.shape[2] == len(LONG) and (values > 0).all()
+    pairs = values.shape[0] * values.shape[1]
+    expected = torch.zeros_like(mask[:, :, cache.start :])
+    for start in range(0, len(LONG), segment):
+        stop = min(start + segment, len(LONG))
+        budget = int(ratio * (pairs * (len(LONG) if share == "final" else stop)))
+        part = values.clone()
+        part[:, :, stop:] = -1
+        if share == "segment":
+            part[:, :, :start] = -1
+            new = ops.select_count(part, count=budget - int(ratio * (pairs * start)))
+            expected |= new
+        else:
+            seen = expected.clone()
+            seen[:, :, start:stop] = True
+            part[~seen] = -1
+            expected = ops.select_count(part, count=min(budget, int(seen.sum())))
+    assert torch.equal(mask[:, :, cache.start :], expected)
+    if share == "final":
+        assert torch.equal(expected, ops.select(values, ratio=ratio))
+
+
+@pytest.mark.parametrize("family", ["plain", "window", "capped"])
+def test_a_segment_attends_to_what_is_kept_of_those_before_it(family, monkeypatch):
+    """The keys and values of every segment, from one pass with a mask for each layer and head."""
+    monkeypatch.setattr(streaming, "_PASS", 33)
+    model = model_of(family)
+    cache = kvzip.prefill_compressed(model, LONG, 0.3, segment=80, share="segment", chunk=50)
+    length, config = cache.context_length, model.config
+    place = torch.arange(length)
+    segment = (place - cache.start).div(80, rounding_mode="floor")
+    causal = place <= place[:, None]
+    kept = iter(kept_mask(cache))
+    pairs = []
+
+    def attend(layer, q, k, v):
+        window, kv = config.layers[layer].window, cache.context[layer]
+        if window is None:
+            own = next(kept)
+            seen = causal & ((segment == segment[:, None]) | own[:, None])  # [H S S]
+            rows = [x[0][own] for x in (k, v)]
+        else:
+            seen = (causal & (place[:, None] - place < window)).expand(k.shape[1], -1, -1)
+            rows = [x[:, :, -window:] for x in (k, v)]
+        pairs.append((rows, [kv.k, kv.v]))
+        group = q.shape[1] // k.shape[1]
+        logits = config.attn_scale * q @ k.repeat_interleave(group, 1).mT
+        if config.attn_softcap is not None:
+            logits = config.attn_softcap * torch.tanh(logits / config.attn_softcap)
+        weights = logits.masked_fill(~seen.repeat_interleave(group, 0), -torch.inf).softmax(-1)
+        return weights @ v.repeat_interleave(group, 1)
+
+    run_attention(model, cache.token_ids[None], place, attend)
+    for want, got in pairs:
+        torch.testing.assert_close(got, want)
+
+
+def same_bits(a, b, tmp_path):
+    files = []
+    for name, cache in (("a", a), ("b", b)):
+        kvzip.save(cache, tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    return files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("share", "scope", "stop"),
+    [("running", "chunk", 1), ("running", "context", 2), ("segment", "context", 2), ("final", "chunk", 2),
+     ("final", "context", 4)],
+)  # fmt: skip
+def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    options = {"segment": 80, "share": share, "scope": scope, "chunk": 50}
+    want = kvzip.prefill_compressed(model, LONG, 0.3, **options)
+    steps = []
+
+    def interrupt(done, total):
+        steps.append((done, total))
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, LONG, 0.3, **options, checkpoint=path, progress=interrupt)
+    partial = load_cache(path, model=model)
+    assert partial.context_length - partial.start == steps[-1][0] == min(80 * stop, len(LONG))
+    again = []
+    got = kvzip.prefill_compressed(
+        model, LONG, 0.3, **options, checkpoint=path, progress=lambda *step: again.append(step)
+    )
+    assert steps + again == [(n, len(LONG)) for n in (80, 160, 240, len(LONG))]
+    assert same_bits(got, want, tmp_path) and not path.exists()
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_an_interruption_while_a_segment_is_packed_loses_nothing(at, tmp_path, monkeypatch):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    want = kvzip.prefill_compressed(model, LONG, 0.3, segment=80)
+    packed, calls = streaming._packed, []
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) == 1 + at:
+            raise KeyboardInterrupt
+        return packed(*arguments)
+
+    monkeypatch.setattr(streaming, "_packed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, LONG, 0.3, segment=80, checkpoint=path)
+    assert load_cache(path).context_length == want.start + 80 * (1 + at // 2)
+    got = kvzip.prefill_compressed(model, LONG, 0.3, segment=80, checkpoint=path)
+    assert same_bits(got, want, tmp_path)
+
+
+def test_a_checkpoint_is_written_every_so_often_and_belongs_to_its_run(tmp_path):
+    model, path = model_of("plain", torch.float32), tmp_path / "state.kvz"
+    lengths = []
+
+    def look(done, total):
+        lengths.append(read_header(path)["length"] if path.exists() else 0)
+        if done == 240:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        kvzip.prefill_compressed(
+            model, LONG, 0.3, segment=60, checkpoint=path, save_every=2, progress=look, template=False
+        )
+    assert lengths == [0, 120, 120, 240]
+    options = {"segment": 60, "template": False, "checkpoint": path}
+    with pytest.raises(ValueError, match=r"expected a checkpoint of a run with ratio=0.4, got 0.3"):
+        kvzip.prefill_compressed(model, LONG, 0.4, **options)
+    with pytest.raises(ValueError, match="got other tokens"):
+        kvzip.prefill_compressed(model, LONG.replace("3: The", "3: Thy").replace("0", "1"), 0.3, **options)
+    assert read_header(path)["length"] == 240, "a run that fails before it gets further leaves the file as it was"
+
+
+def split(text, lengths):
+    pieces, at = [], 0
+    while at < len(text):
+        pieces.append(text[at : at + lengths[len(pieces) % len(lengths)]])
+        at += len(pieces[-1])
+    return pieces
+
+
+@pytest.mark.parametrize("kind", ["text", "ids"])
+def test_pieces_are_the_whole(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "_BLOCK", 100)
+    model = model_of("plain", torch.float32)
+    want = kvzip.prefill_compressed(model, LONG, 0.3, segment=80)
+    guess = {"segment": 80, "length": len(LONG)}
+    pieces = split(LONG, [1, 50, 3])
+    if kind == "ids":
+        pieces = [torch.tensor(prompts.encode_text(model.tokenizer, piece)) for piece in pieces]
+    steps = []
+
+    def interrupt(done, total):
+        steps.append((done, total))
+        if done == 160:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "state.kvz"
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, iter(pieces), 0.3, **guess, checkpoint=path, progress=interrupt)
+    got = kvzip.prefill_compressed(model, iter(pieces), 0.3, **guess, checkpoint=path)
+    assert steps == [(80, None), (160, None)] and same_bits(got, want, tmp_path)
+
+
+def trained(kind):
+    raw = Tokenizer(models.BPE())
+    if kind == "byte level":
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if kind == "metaspace" else "never")
+        alphabet = []
+    raw.train_from_iterator([LONG * 3], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    return prompts.Tokenizer(text=raw, control=raw, bos_ids=())
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace", "no prefix"])
+@settings(max_examples=15)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), block=st.integers(1, 200))
+def test_text_in_pieces_has_the_tokens_of_the_whole(kind, lengths, block):
+    tokenizer = trained(kind)
+    text = (LONG + "a  b\n\n c\t\td é 漢字 " * 3) * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "_BLOCK", block)
+        encoded = list(prompts.encode_pieces(tokenizer, split(text, lengths)))
+    assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
+    assert len(encoded) >= len(text) // (2 * block + 200)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_real_tokenizers_read_pieces_as_the_whole(name, monkeypatch):
+    try:
+        tokenizer = prompts.read_tokenizer(small_models.model_dir(name), None)
+    except small_models.Unavailable as missing:
+        pytest.skip(f"left out, {name} cannot be had here: {missing}")
+    monkeypatch.setattr(prompts, "_BLOCK", 500)
+    source = Path(small_models.__file__)
+    text = source.read_text(encoding="utf-8") + (source.parent / "document.txt").read_text(encoding="utf-8")
+    encoded = list(prompts.encode_pieces(tokenizer, split(text, [1, 700, 33])))
+    assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
+    assert len(encoded) > len(text) // 1500
+
+
+def test_text_without_a_place_to_cut_is_held(monkeypatch):
+    monkeypatch.setattr(prompts, "_BLOCK", 10)
+    tokenizer = random_model.tokenizer()
+    assert len(list(prompts.encode_pieces(tokenizer, ["x" * 500]))) == 1
+    assert len(list(prompts.encode_pieces(tokenizer, ["x " * 250]))) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0.0}, "0 < ratio <= 1"),
+        ({"share": "fair"}, "expected share to be one of"),
+        ({"scope": "all"}, "scope 'context' or 'chunk'"),
+        ({"segment": 0}, "expected segment to be at least 1"),
+        ({"save_every": 0}, "expected save_every to be at least 1"),
+        ({"context": ""}, "at least one token"),
+        ({"context": iter([])}, "at least one token"),
+        ({"context": iter([TEXT]), "share": "final"}, "its end is unknown"),
+        ({"context": TEXT * 100}, "expected at most 4096 positions"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"context": TEXT, "ratio": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        kvzip.prefill_compressed(model_of("plain"), **arguments)
+
+
+def test_mixed_pieces_are_refused():
+    with pytest.raises(TypeError, match=r"pieces that are all str, got Tensor"):
+        kvzip.prefill_compressed(model_of("plain"), iter([TEXT, torch.tensor([1])]), 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", SHARES)
+def test_memory_stays_at_what_is_kept_and_a_segment(share):
+    sizes = {"head_dim": 64, "hidden_size": 128, "attn_scale": 0.125, "windows": (None,) * 6, "max_length": 1 << 20}
+    model = random_model.make(random_model.config(**sizes), dtype=torch.bfloat16, device="cuda")
+    ids = torch.randint(256, (300_000,), generator=torch.Generator().manual_seed(0))
+    pair = 6 * 2 * 2 * 64 * 2  # bytes of a token: layers, k and v, heads, width, bytes
+    kvzip.prefill_compressed(model, ids[:20_000], 0.2, segment=8_000)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cache = kvzip.prefill_compressed(model, ids, 0.2, segment=8_000, share=share)
+    peak = torch.cuda.max_memory_allocated() - before
+    kept = int(0.2 * len(ids) * pair)
+    layer = kept // 6  # the layer that is being packed, and scores of 4 bytes a pair beside its 256
+    assert kvzip.nbytes(cache) < 1.05 * kept
+    assert peak < kept + 8_000 * pair + 2 * layer + 120e6
