@@ -1,6 +1,7 @@
 """Models of published shapes with random weights, for measuring where real ones cannot be had."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from kvzip import prompts
 from kvzip.models import Model, empty_weights
 from kvzip.models.load import translate_config
 from kvzip.models.weights import fingerprint, named_tensors
@@ -52,7 +54,7 @@ def random_model(
     return Model(
         config=config,
         weights=weights,
-        tokenizer=_byte_tokenizer(),
+        tokenizer=_tokenizer(),
         device=torch.device(device),
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
@@ -62,14 +64,16 @@ def random_model(
     )
 
 
-def _byte_tokenizer() -> Tokenizer:
-    """One token per byte, and four control tokens: the lengths of prompts are what matters."""
+def _tokenizer() -> Tokenizer:
+    """One token for each word of the repeat prompts, which are then as long as a real model's; else one per byte."""
+    words = sorted(set(re.findall(r" ?\w+", prompts.REPEAT_FIRST + prompts.REPEAT_NEXT)))
 
     def build(as_text: bool) -> RawTokenizer:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         raw.decoder = decoders.ByteLevel()
+        raw.add_tokens([AddedToken(word) for word in words])
         raw.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
         raw.encode_special_tokens = as_text
         return raw

@@ -191,6 +191,10 @@ def causal_attention(
     """
     if config.attn_softcap is not None:
         return _softcapped(q, past_k, past_v, k, v, config)
+    tokens, past_tokens = q.shape[2], past_k.shape[2]
+    if _has_flash(q) and 0 < past_tokens <= 4 * tokens and tokens * (past_tokens + tokens) < _WORTH_PLANNING:
+        # one kernel over both costs less than two and their merging, if not much has to be copied for it
+        return _flash(q, torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), config.attn_scale)
     out, lse = _sdpa(q, k, v, scale=config.attn_scale, causal=True)
     if past_k.shape[2] == 0:
         return out, lse
@@ -242,12 +246,7 @@ def window_attention(
     """
     if _has_flash(q) and config.attn_softcap is None:
         reach = q.shape[2] + window - 1
-        rows, keys, values = (x.transpose(1, 2) for x in (q, k[:, :, -reach:], v[:, :, -reach:]))
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            rows, keys, values, None, None, rows.shape[1], keys.shape[1], 0.0, False, False,
-            scale=config.attn_scale, window_size_left=window - 1, window_size_right=0,
-        )  # fmt: skip
-        return out.transpose(1, 2)
+        return _flash(q, k[:, :, -reach:], v[:, :, -reach:], config.attn_scale, window)[0]
     tokens, reach = q.shape[2], window - 1
     block = min(tokens, max(window, 128))
     blocks = -(-tokens // block)
@@ -377,6 +376,16 @@ def _sdpa(
         return out, lse
     out = rearrange(out, "b h (g t) d -> b (h g) t d", t=tokens)
     return out, rearrange(lse, "b h (g t) -> b (h g) t", t=tokens)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of the last T of S tokens, each to those up to itself or the last `window` of them, and its lse."""
+    rows, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        rows, keys, values, None, None, rows.shape[1], keys.shape[1], 0.0, False, False,
+        scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
 
 
 def _has_flash(x: Tensor) -> bool:

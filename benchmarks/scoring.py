@@ -1,0 +1,208 @@
+"""Times scoring in both scopes, and a context that is larger than memory from tokens to answer.
+
+    python benchmarks/scoring.py score                            # both scopes at 32,768 and 126,000 tokens
+    python benchmarks/scoring.py stream --tokens 1000000          # prefill_compressed at ratio 0.3, then 16 tokens
+    python benchmarks/scoring.py stream --upto 500000 --state DIR # stops after 500,000 and saves what goes on from there
+    python benchmarks/scoring.py profile                          # kernels of a scoring pass
+
+Random weights of a published shape. Each figure is one JSON line appended to benchmarks/results/scoring.jsonl.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+
+import kvzip  # noqa: E402
+from benchmarks.end_to_end import machine  # noqa: E402
+from benchmarks.shapes import random_model  # noqa: E402
+from kvzip import streaming  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "scoring.jsonl"
+
+
+class Reached(Exception):
+    pass
+
+
+def clock():
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ids_of(count):
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def say(arguments, **facts):
+    record = {"shape": arguments.shape, **facts, **machine(arguments.commit)}
+    print(json.dumps(facts), flush=True)
+    with arguments.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def score_part(model, arguments):
+    for tokens in arguments.lengths:
+        begin = clock()
+        cache = kvzip.prefill(model, ids_of(tokens))
+        prefill_s = clock() - begin
+        for scope in ("chunk", "context"):
+            warm = kvzip.prefill(model, ids_of(4_500), progress=None)
+            kvzip.score(model, warm, scope=scope)  # compiles, and plans the shapes of all but the past
+            del warm
+            times = []
+            for _ in range(arguments.repeats if scope == "chunk" or tokens < 50_000 else 1):
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                begin = clock()
+                scored = kvzip.score(model, cache, scope=scope)
+                times.append(clock() - begin)
+                peak = torch.cuda.max_memory_allocated() - before
+            say(
+                arguments,
+                what="score",
+                scope=scope,
+                tokens=tokens,
+                prefill_s=prefill_s,
+                s=min(times),
+                spread_s=max(times) - min(times),
+                extra_peak_gib=peak / 2**30,
+                nan=bool(scored.scores.values.isnan().any()),
+            )
+        del cache, scored
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def profile_part(model, arguments):
+    from torch.profiler import ProfilerActivity, profile
+
+    cache = kvzip.prefill(model, ids_of(8_000))
+    kvzip.score(model, cache, scope="chunk")
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        kvzip.score(model, cache, scope="chunk")
+        torch.cuda.synchronize()
+    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=25))
+
+
+def stream_part(model, arguments):
+    weights = torch.cuda.memory_allocated()
+    state = None if arguments.state is None else Path(arguments.state) / "stream.kvz"
+    ids = ids_of(arguments.tokens)
+    stages, last = {}, [None]
+
+    def timed(name, function):
+        def run(*args, **kwargs):
+            begin = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                stages[name] = stages.get(name, 0.0) + clock() - begin
+
+        return run
+
+    # a synchronisation on each side of a stage: three a segment
+    streaming._prefill_segment = timed("prefill_s", streaming._prefill_segment)
+    streaming.score_chunks = timed("score_s", streaming.score_chunks)
+    streaming._choose = timed("select_s", streaming._choose)
+    streaming._settle = timed("pack_s", streaming._settle)
+    streaming.save = timed("save_s", streaming.save)
+    streaming.load_cache = timed("load_s", streaming.load_cache)
+
+    def progress(done, total):
+        now = clock()
+        if last[0] is not None and (done // 16_000) % 8 == 0:
+            say(
+                arguments,
+                what="stream segment",
+                done=done,
+                segment_s=now - last[0],
+                peak_gib=(torch.cuda.max_memory_allocated() - weights) / 2**30,
+            )
+        last[0] = now
+        if done >= arguments.upto:
+            raise Reached
+
+    options = {"share": arguments.share, "checkpoint": state, "progress": progress}
+    kvzip.prefill_compressed(model, ids[:40_000], 0.3, share=arguments.share)  # compiles
+    stages.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = clock()
+    full = 131_072 * arguments.tokens
+    allowed = arguments.ratio * full + 16_000 * 131_072 + 2 * 2**30
+    try:
+        cache = kvzip.prefill_compressed(model, ids, arguments.ratio, **options)
+    except Reached:
+        say(
+            arguments,
+            what="stream stopped",
+            tokens=arguments.upto,
+            s=clock() - begin,
+            **stages,
+            peak_gib=(torch.cuda.max_memory_allocated() - weights) / 2**30,
+            allowed_gib=allowed / 2**30,
+        )
+        return
+    total_s = clock() - begin
+    peak = torch.cuda.max_memory_allocated() - weights
+    begin = clock()
+    answer = kvzip.generate(model, cache, "What is it about?", max_tokens=16)
+    first_s = clock() - begin
+    begin = clock()
+    again = kvzip.generate(model, cache, "What is it about?", max_tokens=16)
+    say(
+        arguments,
+        what="stream",
+        tokens=arguments.tokens,
+        ratio=arguments.ratio,
+        share=arguments.share,
+        s=total_s,
+        **stages,
+        kept=cache.kept,
+        expected=int(arguments.ratio * cache.total),
+        cache_gb=kvzip.nbytes(cache) / 1e9,
+        peak_gib=peak / 2**30,
+        allowed_gib=allowed / 2**30,
+        decode_16_first_s=first_s,
+        decode_16_s=clock() - begin,
+        answer=len(answer.token_ids),
+        same=answer == again,
+        finite=all(bool(kv.k.isfinite().all()) for kv in cache.context),
+    )
+    assert cache.kept == int(arguments.ratio * cache.total) and peak <= allowed, (peak, allowed)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("part", choices=("score", "stream", "profile"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 126_000])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--share", default="running", choices=("segment", "running", "final"))
+    parser.add_argument("--upto", type=int, default=1 << 40)
+    parser.add_argument("--state", default=None)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, default=None)
+    arguments = parser.parse_args()
+    model = random_model(arguments.shape, layers=arguments.layers, max_length=1_200_000)
+    {"score": score_part, "stream": stream_part, "profile": profile_part}[arguments.part](model, arguments)
+
+
+if __name__ == "__main__":
+    main()
