@@ -2,7 +2,7 @@
 
     python benchmarks/scoring.py score                            # both scopes at 32,768 and 126,000 tokens
     python benchmarks/scoring.py stream --tokens 1000000          # prefill_compressed at ratio 0.3, then 16 tokens
-    python benchmarks/scoring.py stream --upto 500000 --state DIR # stops after 500,000 and saves what goes on from there
+    python benchmarks/scoring.py stream --upto 500000 --state DIR # stops there and saves
     python benchmarks/scoring.py profile                          # kernels of a scoring pass
 
 Random weights of a published shape. Each figure is one JSON line appended to benchmarks/results/scoring.jsonl.
