@@ -36,7 +36,7 @@ def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length
             return window_attention(q, k, v, window, config)
         kv.k[:, :, length : length + tokens] = k
         kv.v[:, :, length : length + tokens] = v
-        return causal_attention(q, kv.k[:, :, :length], kv.v[:, :, :length], k, v, config)[0]
+        return causal_attention(q, [kv.k[:, :, :length]], [kv.v[:, :, :length]], k, v, config)[0]
 
     return attend
 
@@ -89,12 +89,13 @@ def score_attend(
         chunk_k, sink_k = kv.k[0, :, start:stop], kv.k[0, :, :sink]
         first = max(sink, start - neighbors)
         if local:
-            past_k, past_v = (torch.cat([x[:, :, :sink], x[:, :, first:stop]], dim=2) for x in (kv.k, kv.v))
+            seen = (slice(sink), slice(first, stop))
+            past_k, past_v = ([x[:, :, part] for part in seen] for x in (kv.k, kv.v))
             out, lse = causal_attention(q, past_k, past_v, k, v, config)
         elif layer == len(config.layers) - 1:
             out, lse = q, None  # nothing is made of what the last layer attends to
         elif past is None:
-            out, lse = causal_attention(q, kv.k, kv.v, k, v, config)
+            out, lse = causal_attention(q, [kv.k], [kv.v], k, v, config)
         else:
             out, lse = _after_ragged(q, past[layer], kv.k[:, :, sink:], kv.v[:, :, sink:], k, v, config)
         row_weight, key_weight = (None, None) if factors is None else factors(layer, kv.v[0, :, start:stop])
@@ -179,26 +180,27 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
 
 def causal_attention(
     q: Float[Tensor, "1 Hq T D"],
-    past_k: Float[Tensor, "1 H P D"],
-    past_v: Float[Tensor, "1 H P D"],
+    past_k: Sequence[Float[Tensor, "1 H _ D"]],
+    past_v: Sequence[Float[Tensor, "1 H _ D"]],
     k: Float[Tensor, "1 H T D"],
     v: Float[Tensor, "1 H T D"],
     config: ModelConfig,
 ) -> tuple[Float[Tensor, "1 Hq T D"], Float[Tensor, "1 Hq T"]]:
-    """Returns attention of T new tokens to all P past ones and causally to themselves, with its log-sum-exp.
+    """Returns attention of T new tokens to all parts of the past and causally to themselves, with its log-sum-exp.
 
-    The two parts are computed apart and merged, so there is never a mask of T x (P + T).
+    Past and self are computed apart and merged, so there is never a mask of T x S; a short past goes to one kernel with
+    the new tokens.
     """
+    tokens, past = q.shape[2], sum(part.shape[2] for part in past_k)
+    if config.attn_softcap is None and past == 0:
+        return _sdpa(q, k, v, scale=config.attn_scale, causal=True)
+    if config.attn_softcap is None and _has_flash(q) and past <= 4 * tokens and tokens * past < _WORTH_PLANNING:
+        return _flash(q, torch.cat([*past_k, k], dim=2), torch.cat([*past_v, v], dim=2), config.attn_scale)
+    keys, values = (x[0] if len(x) == 1 else torch.cat(list(x), dim=2) for x in (past_k, past_v))
     if config.attn_softcap is not None:
-        return _softcapped(q, past_k, past_v, k, v, config)
-    tokens, past_tokens = q.shape[2], past_k.shape[2]
-    if _has_flash(q) and 0 < past_tokens <= 4 * tokens and tokens * (past_tokens + tokens) < _WORTH_PLANNING:
-        # one kernel over both costs less than two and their merging, if not much has to be copied for it
-        return _flash(q, torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), config.attn_scale)
-    out, lse = _sdpa(q, k, v, scale=config.attn_scale, causal=True)
-    if past_k.shape[2] == 0:
-        return out, lse
-    return ops.merge(*_sdpa(q, past_k, past_v, scale=config.attn_scale, causal=False), out, lse)
+        return _softcapped(q, keys, values, k, v, config)
+    own = _sdpa(q, k, v, scale=config.attn_scale, causal=True)
+    return ops.merge(*_sdpa(q, keys, values, scale=config.attn_scale), *own)
 
 
 def _after_ragged(
@@ -213,7 +215,7 @@ def _after_ragged(
         out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
     else:
         out, lse = _ragged_on_host(q, past, config.attn_scale)
-    return ops.merge(out, lse, *causal_attention(q, dense_k, dense_v, k, v, config))
+    return ops.merge(out, lse, *causal_attention(q, [dense_k], [dense_v], k, v, config))
 
 
 def _ragged_on_host(q: Tensor, past: RaggedKV, scale: float) -> tuple[Tensor, Tensor]:

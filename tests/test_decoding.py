@@ -219,7 +219,8 @@ def test_steps_never_wait_for_the_device():
 
 @pytest.mark.gpu
 def test_memory_of_a_gpu_that_is_nearly_full():
-    model = random_model.make(replace(random_model.config(), max_length=10**9), dtype=torch.bfloat16, device="cuda")
+    config = random_model.config(head_dim=64, hidden_size=128, attn_scale=0.125)
+    model = random_model.make(replace(config, max_length=10**9), dtype=torch.bfloat16, device="cuda")
     cache = kvzip.score(model, kvzip.prefill(model, TEXT))
     with pytest.raises(torch.OutOfMemoryError, match=r"bytes for the tails of 1 questions"):
         kvzip.Decoder(model, cache, tail=2**31)
