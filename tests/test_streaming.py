@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import kvzip
 import random_model
 import small_models
+from accuracy import assert_as_accurate
 from kvzip import ops, prompts, streaming
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
@@ -352,6 +353,37 @@ def test_bad_input_is_named(change, message):
 def test_mixed_pieces_are_refused():
     with pytest.raises(TypeError, match=r"pieces that are all str, got Tensor"):
         kvzip.prefill_compressed(model_of("plain"), iter([TEXT, torch.tensor([1])]), 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", ["chunk", "context"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_a_stream_on_the_gpu_is_as_accurate_as_on_the_cpu(family, dtype, scope):
+    """All pairs are kept, so that near ties do not decide what later segments see."""
+
+    def stream(dtype, device):
+        sizes = {"head_dim": 64, "hidden_size": 128, "attn_scale": 0.125}
+        model = random_model.make(random_model.config(**FAMILIES[family], **sizes), dtype=dtype, device=device)
+        cache = kvzip.prefill_compressed(model, LONG, 1.0, segment=130, chunk=70, scope=scope)
+        pairs = torch.cat([x.flatten() for kv in cache.context for x in (kv.k, kv.v)])
+        return {"pairs": pairs.cpu(), "scores": cache.scores.values.cpu()}
+
+    exact, plain, got = stream(torch.float64, "cpu"), stream(dtype, "cpu"), stream(dtype, "cuda")
+    for name in exact:
+        assert_as_accurate(got[name], exact[name].double(), plain[name])
+
+
+@pytest.mark.gpu
+def test_a_stream_on_the_gpu_keeps_the_pairs_of_the_cpu():
+    masks, caches = [], []
+    for device in ("cpu", "cuda"):
+        sizes = {"head_dim": 64, "hidden_size": 128, "attn_scale": 0.125}
+        model = random_model.make(random_model.config(**FAMILIES["window"], **sizes), device=device)
+        caches.append(kvzip.prefill_compressed(model, LONG, 0.3, segment=80, chunk=50))
+        masks.append(kept_mask(kvzip.to(caches[-1], "cpu")))
+    assert caches[0].kept == caches[1].kept == masks[1][:, :, caches[0].start :].sum()
+    assert (masks[0] & masks[1]).sum() > 0.99 * masks[0].sum()
 
 
 @pytest.mark.gpu
