@@ -105,6 +105,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "chunk": arguments.chunk,
         "segment": arguments.segment,
         "plain": arguments.plain,
+        "asked": arguments.tokens,
         "torch": torch.__version__,
         "kvzip": kvzip.__version__,
         "commit": commit(),
@@ -119,9 +120,14 @@ def measure(arguments: argparse.Namespace) -> None:
             console.print(f"{facts['model']} {case.name}: {time.perf_counter() - begin:.0f} s")
 
 
+def setting_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What lines must share to stand in one table; `asked` are the context tokens asked for."""
+    return tuple(line[name] for name in ("model", "dtype", "device", "asked", "chunk", "segment", "plain"))
+
+
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     """What makes two lines the same measurement."""
-    return tuple(line[name] for name in ("model", "case", "method", "ratio", "chunk", "segment", "plain"))
+    return (*setting_of(line), line["case"], line["method"], line["ratio"])
 
 
 def commit() -> str:
@@ -290,17 +296,16 @@ def report(path: Path, docs: Path) -> None:
     lines = read(path)
     if not lines:
         raise ValueError(f"expected results in {path}, got none: measure first")
-    models = sorted({line["model"] for line in lines})
-    text = []
-    for model in models:
-        table = summary([line for line in lines if line["model"] == model])
-        text.append(f"### {model}\n\n" + markdown(table, [line for line in lines if line["model"] == model]))
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(setting_of(line), []).append(line)
+    text = [f"### {group[0]['model']}\n\n" + markdown(summary(group), group) for group in groups.values()]
     begin, end = "<!-- results:start -->", "<!-- results:end -->"
     target = docs / "scoring.md"
     page = target.read_text(encoding="utf-8")
     head, tail = page.split(begin)[0], page.split(end)[1]
     target.write_text(head + begin + "\n" + "\n\n".join(text) + "\n" + end + tail, encoding="utf-8")
-    plot(lines, models, docs / "scoring.png")
+    plot(list(groups.values()), docs / "scoring.png")
 
 
 Summary = dict[tuple[str, float], dict[str, Any]]
@@ -352,7 +357,8 @@ def markdown(table: Summary, lines: list[dict[str, Any]]) -> str:
     text = [
         f"{len({line['case'] for line in lines})} contexts of {min(line['tokens'] for line in lines):,} to "
         f"{max(line['tokens'] for line in lines):,} tokens, {full['questions']} questions; chunk {first['chunk']}, "
-        f"segment {first['segment']}; {first['dtype']} on {first['device']}. Full cache: exact {full['exact'][0]:.1%}"
+        f"segment {first['segment']}; {first['dtype']} on {first['device']}; questions "
+        f"{'in plain text' if first['plain'] else 'by the chat template'}. Full cache: exact {full['exact'][0]:.1%}"
         f"{contained}.",
         "",
     ]
@@ -383,16 +389,16 @@ def markdown(table: Summary, lines: list[dict[str, Any]]) -> str:
     return "\n".join(text).strip()
 
 
-def plot(lines: list[dict[str, Any]], models: Sequence[str], path: Path) -> None:
-    """Log-likelihood lost by ratio, a panel for each model, a line for each method."""
+def plot(groups: Sequence[list[dict[str, Any]]], path: Path) -> None:
+    """Log-likelihood lost by ratio, a panel for each table, a line for each method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        table = summary([line for line in lines if line["model"] == model])
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False)
+    for axis, group in zip(axes[0], groups, strict=True):
+        table = summary(group)
         methods = [m for m in dict.fromkeys(method for method, _ in table) if m not in ("full", "random")]
         colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
         for n, method in enumerate(methods):
@@ -401,7 +407,8 @@ def plot(lines: list[dict[str, Any]], models: Sequence[str], path: Path) -> None
             axis.plot(ratio, mean, color=colors[n % 20], label=method, linewidth=1.5)
             if method in ("context", "chunk"):
                 axis.fill_between(ratio, low, high, color=colors[n % 20], alpha=0.15)
-        axis.set(title=model, xlabel="ratio kept", ylabel="log-likelihood lost, gold answer (nats)")
+        title = f"{group[0]['model']}, about {group[0]['asked']:,} tokens"
+        axis.set(title=title, xlabel="ratio kept", ylabel="log-likelihood lost, gold answer (nats)")
         axis.set_yscale("symlog", linthresh=0.1)
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7)

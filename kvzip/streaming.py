@@ -20,6 +20,7 @@ from .cache import (
     Scores,
     WindowKV,
     as_ragged,
+    explain_out_of_memory,
     load_cache,
     read_header,
     save,
@@ -83,7 +84,8 @@ def prefill_compressed(
         progress: called with (context tokens done, context tokens in all or None) after each segment.
 
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, a checkpoint
-        of other arguments or another context; TypeError for pieces of mixed kinds.
+        of other arguments or another context; TypeError for pieces of mixed kinds; torch.OutOfMemoryError that says
+        what for.
     """
     for name, value in (("segment", segment), ("chunk", chunk), ("save_every", save_every), ("length", length)):
         check_count(1 if value is None else value, name)
@@ -109,7 +111,7 @@ def prefill_compressed(
     scoring: dict[str, Any] = {"scope": scope, "method": method, "chunk": chunk, "hint": hint}
     settings = {"ratio": ratio, "segment": segment, "share": share, **scoring}
     settings |= {"template": template, "prefix": prefix.tolist(), "expected": expected}
-    end = len(prefix) + (expected or 0)
+    end, source = len(prefix) + (expected or 0), f"{method}-{scope}"
     path = None if checkpoint is None else Path(checkpoint)
     run = _resume(model, path, settings) if path is not None and path.exists() else _begin(model, prefix, template)
     known = tokens if share == "final" else None
@@ -117,12 +119,16 @@ def prefill_compressed(
 
     def write() -> None:
         if path is not None and len(run.token_ids) > saved:
-            save(_cache_of(model, run, f"{method}-{scope}"), path, note=settings)
+            save(_cache_of(model, run, source, share), path, note=settings)
 
     with torch.no_grad():
         try:
             for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
-                _extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
+                with explain_out_of_memory(
+                    f"the pairs and activations of {len(ids)} tokens beside {run.kept} kept pairs",
+                    "lower segment, chunk or ratio" + ("" if path is None else f"; what is done is in {path.name}"),
+                ):
+                    _extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
                 if save_every is not None and number % save_every == 0:
                     write()
                     saved = len(run.token_ids)
@@ -136,7 +142,7 @@ def prefill_compressed(
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
     if path is not None:
         path.unlink(missing_ok=True)
-    return _cache_of(model, run, f"{method}-{scope}")
+    return _cache_of(model, run, source, share)
 
 
 @dataclass(frozen=True)
@@ -366,7 +372,7 @@ def _packed(
         ranks += [rank[r], _finite(values[head, c])]
     offsets = torch.tensor(ends, dtype=torch.int32, device=held.offsets.device)
     k, v = gather(held.k, new.k), gather(held.v, new.v)
-    return RaggedKV(k, v, offsets, torch.cat(positions), ops.decode_schedule(offsets)), torch.cat(ranks)
+    return RaggedKV(k, v, offsets, torch.cat(positions), ops.decode_schedule(offsets, bounds=ends)), torch.cat(ranks)
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -374,7 +380,7 @@ def _finite(values: Tensor) -> Tensor:
     return values.clamp(max=torch.finfo(torch.float32).max)
 
 
-def _cache_of(model: Model, run: _Run, source: str) -> RaggedCache:
+def _cache_of(model: Model, run: _Run, source: str, share: str) -> RaggedCache:
     scored = tuple(i for i, layer in enumerate(run.context) if isinstance(layer, RaggedKV))
     run.scores = (torch.cat(run.scores, dim=2),)
     values, length = run.scores[0], len(run.token_ids)
@@ -389,6 +395,7 @@ def _cache_of(model: Model, run: _Run, source: str) -> RaggedCache:
         kept=run.kept,
         total=values.numel(),
         scores=Scores(values, scored, run.start, length, source),
+        method=f"{source}/stream-{share}",
     )
 
 

@@ -15,7 +15,6 @@ from kvzip.models import Model
 SIZES = {"vocab_size": 260, "max_position_embeddings": 512}
 CONFIGS = {
     "llama": tiny_models.llama(**SIZES),
-    "mistral": tiny_models.mistral(**SIZES),
     "qwen2": tiny_models.qwen2(**SIZES),
     "qwen3": tiny_models.qwen3(**SIZES),
     "gemma2": tiny_models.gemma2(**SIZES),  # windows and softcap

@@ -49,7 +49,7 @@ WAYS = st.one_of(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=9)
 @given(way=WAYS)
 def test_the_mask_is_what_compress_keeps(cache, way):
     mask, small = kvzip.keep_mask(cache.scores, **way), kvzip.compress(cache, **way)
@@ -58,7 +58,7 @@ def test_the_mask_is_what_compress_keeps(cache, way):
     assert torch.equal(torch.cat(kept), mask.flatten(0, 1).nonzero()[:, 1].int() + cache.start)
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(ratio=st.floats(0.05, 1.0))
 def test_saved_scores_compress_the_cache_as_before(model, cache, ratio, tmp_path_factory):
     path = tmp_path_factory.mktemp("scores") / "doc.scores"

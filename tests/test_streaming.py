@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import kvzip
 import random_model
 import small_models
+from accuracy import assert_as_accurate
 from kvzip import ops, prompts, streaming
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
@@ -45,23 +46,23 @@ def kept_mask(cache):
     return torch.stack(masks)
 
 
-@pytest.mark.parametrize("scope", ["chunk", "context"])
-@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
-def test_one_segment_is_compress_after_prefill(family, scope):
+@pytest.mark.parametrize(
+    ("family", "scope", "share"),
+    [("plain", "context", "segment"), ("window", "chunk", "running"), ("softcap", "context", "final")],
+)
+def test_one_segment_is_compress_after_prefill(family, scope, share):
     model = model_of(family)
     want = kvzip.compress(kvzip.score(model, kvzip.prefill(model, LONG), chunk=90, scope=scope), 0.3)
-    for share in SHARES:
-        got = kvzip.prefill_compressed(model, LONG, 0.3, segment=999, share=share, scope=scope, chunk=90)
-        assert (got.kept, got.total, got.context_length) == (want.kept, want.total, want.context_length)
-        torch.testing.assert_close(got.scores.values, want.scores.values)
-        for x, y in zip(got.context, want.context, strict=True):
-            torch.testing.assert_close((x.k, x.v), (y.k, y.v))
-            if isinstance(x, RaggedKV):
-                assert torch.equal(x.positions, y.positions) and torch.equal(x.offsets, y.offsets)
+    got = kvzip.prefill_compressed(model, LONG, 0.3, segment=999, share=share, scope=scope, chunk=90)
+    assert (got.kept, got.total, got.context_length) == (want.kept, want.total, want.context_length)
+    torch.testing.assert_close(got.scores.values, want.scores.values)
+    for x, y in zip(got.context, want.context, strict=True):
+        torch.testing.assert_close((x.k, x.v), (y.k, y.v))
+        if isinstance(x, RaggedKV):
+            assert torch.equal(x.positions, y.positions) and torch.equal(x.offsets, y.offsets)
 
 
-@pytest.mark.parametrize("template", [True, False])
-@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+@pytest.mark.parametrize(("family", "template"), [("plain", False), ("window", True), ("softcap", False)])
 def test_keeping_all_is_prefill(family, template):
     model = model_of(family)
     got = kvzip.prefill_compressed(model, LONG, 1.0, segment=70, template=template)
@@ -78,9 +79,9 @@ def test_keeping_all_is_prefill(family, template):
 def test_a_segment_is_scored_as_the_end_of_a_context(family, scope):
     """Where all is kept and no end is known, its scores are those of `score` for a context that ends with it."""
     model = model_of(family)
-    got = kvzip.prefill_compressed(model, iter([LONG]), 1.0, segment=120, scope=scope, chunk=60).scores.values
-    for start in range(0, len(LONG), 120):
-        stop = min(start + 120, len(LONG))
+    got = kvzip.prefill_compressed(model, iter([LONG]), 1.0, segment=180, scope=scope, chunk=60).scores.values
+    for start in range(0, len(LONG), 180):
+        stop = min(start + 180, len(LONG))
         want = kvzip.score(model, kvzip.prefill(model, LONG[:stop]), scope=scope, chunk=60).scores.values
         torch.testing.assert_close(got[..., start:stop], want[..., start:], rtol=1e-4, atol=1e-6)
 
@@ -308,8 +309,8 @@ def test_text_in_pieces_has_the_tokens_of_the_whole(kind, lengths, block):
     assert len(encoded) >= len(text) // (2 * block + 200)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
-def test_real_tokenizers_read_pieces_as_the_whole(name, monkeypatch):
+def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
+    name = "smollm2-135m-instruct"
     try:
         tokenizer = prompts.read_tokenizer(small_models.model_dir(name), None)
     except small_models.Unavailable as missing:
@@ -352,6 +353,37 @@ def test_bad_input_is_named(change, message):
 def test_mixed_pieces_are_refused():
     with pytest.raises(TypeError, match=r"pieces that are all str, got Tensor"):
         kvzip.prefill_compressed(model_of("plain"), iter([TEXT, torch.tensor([1])]), 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", ["chunk", "context"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_a_stream_on_the_gpu_is_as_accurate_as_on_the_cpu(family, dtype, scope):
+    """All pairs are kept, so that near ties do not decide what later segments see."""
+
+    def stream(dtype, device):
+        sizes = {"head_dim": 64, "hidden_size": 128, "attn_scale": 0.125}
+        model = random_model.make(random_model.config(**FAMILIES[family], **sizes), dtype=dtype, device=device)
+        cache = kvzip.prefill_compressed(model, LONG, 1.0, segment=130, chunk=70, scope=scope)
+        pairs = torch.cat([x.flatten() for kv in cache.context for x in (kv.k, kv.v)])
+        return {"pairs": pairs.cpu(), "scores": cache.scores.values.cpu()}
+
+    exact, plain, got = stream(torch.float64, "cpu"), stream(dtype, "cpu"), stream(dtype, "cuda")
+    for name in exact:
+        assert_as_accurate(got[name], exact[name].double(), plain[name])
+
+
+@pytest.mark.gpu
+def test_a_stream_on_the_gpu_keeps_the_pairs_of_the_cpu():
+    masks, caches = [], []
+    for device in ("cpu", "cuda"):
+        sizes = {"head_dim": 64, "hidden_size": 128, "attn_scale": 0.125}
+        model = random_model.make(random_model.config(**FAMILIES["window"], **sizes), device=device)
+        caches.append(kvzip.prefill_compressed(model, LONG, 0.3, segment=80, chunk=50))
+        masks.append(kept_mask(kvzip.to(caches[-1], "cpu")))
+    assert caches[0].kept == caches[1].kept == masks[1][:, :, caches[0].start :].sum()
+    assert (masks[0] & masks[1]).sum() > 0.99 * masks[0].sum()
 
 
 @pytest.mark.gpu
