@@ -241,7 +241,7 @@ def test_every_method_scores_global_layers_and_keeps_the_budget(name, dtype, cha
     assert all(torch.equal(kv.k, k) and torch.equal(kv.v, v) for kv, (k, v) in zip(cache.layers, before, strict=True))
     assert scores.layers == tuple(n for n, kv in enumerate(cache.layers) if isinstance(kv, DenseKV))
     assert scores.values.dtype == torch.float32 and scores.values.isfinite().all()
-    assert scores.source == ("kvzip-context" if name == "kvzip" else name)
+    assert scores.source == {"kvzip": "kvzip-context", "kvzip+": "kvzip+-context"}.get(name, name)
     assert METHODS[name].name == name
     scored = METHODS[name].score(model, cache)
     total, sharing = scores.values.numel(), {"uniform": len(TEXT), "layer": 2 * len(TEXT)}
