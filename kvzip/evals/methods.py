@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention import causal_attention, window_attention
 from ..cache import DenseCache, DenseKV, Scores, check_whole, global_layers
 from ..models import Model, ModelConfig, run_attention
-from ..models.rope import cos_sin, rotate
+from ..models.rope import cos_sin
 from ..scoring import check_fingerprint, score
 
 _CHUNK = 2_048  # tokens of a forward pass
@@ -200,8 +200,7 @@ def expected_attention(model: Model, cache: DenseCache, *, future: int = 512) ->
     for n, layer in enumerate(global_layers(cache)):
         kv = cache.layers[layer]
         tables = cos_sin(config.layers[layer].rope, ahead, width, torch.float64)
-        cos, sin = (x.mean(0).expand(width, -1) for x in tables)
-        turn = rotate(torch.eye(width, dtype=torch.float64, device=model.device)[None, None], cos, sin)[0, 0]
+        turn = _rotate(torch.eye(width, dtype=torch.float64, device=model.device), *(x.mean(0) for x in tables))
         m = rearrange((mean[n] @ turn).float(), "(h g) d -> h g d", h=heads)
         c = rearrange((turn.T @ covariance[n] @ turn).float(), "(h g) i j -> h g i j", h=heads)
         k = kv.k[0, :, sink:].float()
@@ -284,7 +283,7 @@ def query_statistics(
         rope = config.layers[scored[n]].rope
         positions = torch.arange(start, start + q.shape[1], device=model.device)
         cos, sin = (x / rope.attention_factor**2 for x in cos_sin(rope, positions, config.head_dim, torch.float64))
-        plain = rotate(q[None].double(), cos, -sin)[0, :, max(0, first - start) :]
+        plain = _rotate(q.double(), cos, -sin)[:, max(0, first - start) :]
         sums[n] += plain.sum(1)
         squares[n] += plain.mT @ plain
 
@@ -322,6 +321,14 @@ def _replay(model: Model, cache: DenseCache, first: int, see: See) -> None:
 
         with torch.no_grad():
             run_attention(model, piece[None], torch.arange(start, start + len(piece), device=model.device), attend)
+
+
+def _rotate(
+    x: Float64[Tensor, "*b D"], cos: Float64[Tensor, "*c D"], sin: Float64[Tensor, "*c D"]
+) -> Float64[Tensor, "*b D"]:
+    """x turned as RoPE does, and back with -sin; also by means over positions, which no longer are rotations."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _weights(
