@@ -224,6 +224,12 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("kvzip", lambda model, cache: score(model, cache), "pair", "KVzip, arXiv 2505.23416"),
         Method("kvzip-chunk", lambda model, cache: score(model, cache, scope="chunk"), "pair", "KVzip, scope chunk"),
+        Method(
+            "kvzip+",
+            lambda model, cache: score(model, cache, method="kvzip+"),
+            "pair",
+            "KVzip+ of KVzap, arXiv 2601.07891, equation 3",
+        ),
         Method("kvzip-heads", heads, "head", "KVzip, arXiv 2505.23416, section 4.2"),
         Method("snapkv", snapkv, "uniform", "SnapKV, arXiv 2404.14469"),
         Method("h2o", h2o, "uniform", "H2O, arXiv 2306.14048"),
