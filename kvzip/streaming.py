@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from . import ops, prompts
@@ -158,7 +158,18 @@ class _Merge:
     token_ids: Int64[Tensor, " S"]
     kept: int
     scores: tuple[Float32[Tensor, "L H _"], ...]
-    done: list[tuple[RaggedKV | WindowKV, Float32[Tensor, " _"] | None]] = field(default_factory=list)
+    halves: "dict[int, _Half]" = field(default_factory=dict)  # by layer
+    done: dict[int, tuple[RaggedKV | WindowKV, Float32[Tensor, " _"] | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """A layer whose keys are packed, and what packing its values takes."""
+
+    k: Float[Tensor, "M D"]
+    v: Float[Tensor, "N D"]
+    positions: Int32[Tensor, " N"]
+    places: tuple[list[Tensor], list[Tensor], list[int]]
 
 
 @dataclass
@@ -169,7 +180,7 @@ class _Run:
     scores: of all context tokens so far, by segment, on the host.
     """
 
-    context: list[RaggedKV | WindowKV]
+    context: list[Any]  # RaggedKV or WindowKV; None while a segment is taken in
     ranks: list[Float32[Tensor, " _"] | None]
     start: int
     chat: bool
@@ -318,61 +329,76 @@ def _choose(
 
 
 def _settle(run: _Run) -> None:
-    """Takes the segment under way into the held layers, one at a time, and frees what it replaces."""
+    """Takes the segment under way into the held layers, and frees what it replaces.
+
+    The memory added meanwhile is that of the keys or the values of one layer. Layers differ in what they keep, up to
+    all of it: the longest come last, when most of the segment is gone.
+    """
     merge = run.merge
     if merge is None:
         return
-    scored = [i for i, layer in enumerate(run.context) if isinstance(layer, RaggedKV)]
-    for index in range(len(merge.done), len(run.context)):
-        held, new = run.context[index], merge.segment[index]
-        if isinstance(held, RaggedKV):
-            n, rank = scored.index(index), run.ranks[index]
-            assert isinstance(new, DenseKV) and rank is not None
-            position = len(merge.token_ids) - merge.values.shape[2]
-            merge.done.append(_packed(held, rank, new, merge.values[n], merge.keep[n], run.start, position))
-        else:
+    scored = [i for i, rank in enumerate(run.ranks) if rank is not None]
+    sizes = [0 if rank is None else len(rank) for rank in run.ranks]
+    for index in sorted(set(range(len(sizes))) - set(merge.done), key=sizes.__getitem__):
+        new, rank = merge.segment[index], run.ranks[index]
+        if rank is None:
             assert isinstance(new, WindowKV)
-            merge.done.append((new, None))
-        del held, new
+            merge.done[index] = (new, None)
+        else:
+            assert isinstance(new, DenseKV)
+            n, position = scored.index(index), len(merge.token_ids) - merge.values.shape[2]
+            if index not in merge.halves:
+                held = run.context[index]
+                assert isinstance(held, RaggedKV) and isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
+                places = _places(held, merge.keep[n])
+                k = _gather(held.k, new.k, run.start, *places)
+                merge.halves[index] = _Half(k, held.v, held.positions, places)
+                del held, k
+            run.context[index] = None  # of what was held, only what the half has is left
+            half = merge.halves[index]
+            v = _gather(half.v, new.v, run.start, *half.places)
+            positions, ranks = [], []
+            for head, (rows, columns) in enumerate(zip(*half.places[:2], strict=True)):
+                positions += [half.positions[rows], (columns + position).int()]
+                ranks += [rank[rows], _finite(merge.values[n][head, columns])]
+            ends = half.places[2]
+            offsets = torch.tensor(ends, dtype=torch.int32, device=v.device)
+            schedule = ops.decode_schedule(offsets, bounds=ends)
+            layer = RaggedKV(half.k, v, offsets, torch.cat(positions), schedule)
+            merge.done[index] = (layer, torch.cat(ranks))
+            del merge.halves[index], half, v, layer
         run.context[index], run.ranks[index] = merge.done[index]
         merge.segment[index] = None
-    run.context, run.ranks = [layer for layer, _ in merge.done], [rank for _, rank in merge.done]
+        del new, rank
+    run.context = [merge.done[i][0] for i in range(len(sizes))]
+    run.ranks = [merge.done[i][1] for i in range(len(sizes))]
     run.token_ids, run.kept, run.scores = merge.token_ids, merge.kept, merge.scores
     run.merge = None
 
 
-def _packed(
-    held: RaggedKV,
-    rank: Float32[Tensor, " _"],
-    new: DenseKV,
-    values: Float32[Tensor, "H n"],
-    keep: list[Bool[Tensor, " _"]],
-    start: int,
-    position: int,
-) -> tuple[RaggedKV, Float32[Tensor, " _"]]:
-    """One layer: of each head its rows that stay, then the segment's tokens that stay; and the ranks of all."""
-    firsts = held.offsets[:-1].tolist()
-    rows = [mask.nonzero()[:, 0] + first for mask, first in zip(keep[::2], firsts, strict=True)]
+def _places(held: RaggedKV, keep: list[Bool[Tensor, " _"]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """For each head its held rows and the segment's tokens that stay, and where the heads then end, from 0."""
+    rows = [mask.nonzero()[:, 0] + first for mask, first in zip(keep[::2], held.offsets.tolist(), strict=False)]
     columns = [mask.nonzero()[:, 0] for mask in keep[1::2]]
     lengths = [len(r) + len(c) for r, c in zip(rows, columns, strict=True)]
-    ends = list(itertools.accumulate(lengths, initial=0))
+    return rows, columns, list(itertools.accumulate(lengths, initial=0))
 
-    def gather(old: Tensor, fresh: Tensor) -> Tensor:
-        out = old.new_empty(ends[-1], old.shape[1])
-        for head, (r, c) in enumerate(zip(rows, columns, strict=True)):
-            middle = ends[head] + len(r)
-            torch.index_select(old, 0, r, out=out[ends[head] : middle])
-            torch.index_select(fresh[0, head, start:], 0, c, out=out[middle : ends[head + 1]])
-        return out
 
-    assert isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
-    positions, ranks = [], []
+def _gather(
+    old: Float[Tensor, "N D"],
+    fresh: Float[Tensor, "1 H S D"],
+    start: int,
+    rows: list[Tensor],
+    columns: list[Tensor],
+    ends: list[int],
+) -> Float[Tensor, "M D"]:
+    """Of each head its rows that stay, then the segment's that stay, which begin at `start` of `fresh`."""
+    out = old.new_empty(ends[-1], old.shape[1])
     for head, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        positions += [held.positions[r], (c + position).int()]
-        ranks += [rank[r], _finite(values[head, c])]
-    offsets = torch.tensor(ends, dtype=torch.int32, device=held.offsets.device)
-    k, v = gather(held.k, new.k), gather(held.v, new.v)
-    return RaggedKV(k, v, offsets, torch.cat(positions), ops.decode_schedule(offsets, bounds=ends)), torch.cat(ranks)
+        middle = ends[head] + len(r)
+        torch.index_select(old, 0, r, out=out[ends[head] : middle])
+        torch.index_select(fresh[0, head, start:], 0, c, out=out[middle : ends[head + 1]])
+    return out
 
 
 def _finite(values: Tensor) -> Tensor:

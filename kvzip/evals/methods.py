@@ -320,7 +320,7 @@ def _replay(model: Model, cache: DenseCache, first: int, see: See) -> None:
                 return window_attention(q, k, v, window, config)
             stop = start + q.shape[2]
             out, lse = causal_attention(
-                q, kv.k[:, :, :start], kv.v[:, :, :start], kv.k[:, :, start:stop], kv.v[:, :, start:stop], config
+                q, [kv.k[:, :, :start]], [kv.v[:, :, :start]], kv.k[:, :, start:stop], kv.v[:, :, start:stop], config
             )
             see(number[layer], start, q[0], kv.k[0], lse[0])
             return out
