@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py [--shape llama-3.1-8b ...] [--tokens 32768 126000] [--only decode ...]
     python benchmarks/end_to_end.py --model DIRECTORY      # real weights
-    python benchmarks/end_to_end.py --plot                 # draws the latest lines into docs/
+    python benchmarks/end_to_end.py --render               # the latest lines to a plot in docs/ and the README's table
 
 Every run first checks that the paths it times agree: kernels against plain PyTorch by the project's accuracy rule, the
 CUDA graph against step by step, a batch against each question alone. Weights of a named shape are random. Each figure
@@ -44,6 +44,7 @@ REFERENCE = {  # the authors' code on the same chip, Llama-3.1-8B shape: prefill
     32_768: (1.82, 21.0, 26.0),
     126_000: (16.4, 27.0, 26.8),
 }
+START, STOP = "<!-- end-to-end:start -->", "<!-- end-to-end:end -->"
 READ_BANDWIDTH = 3.07e12  # bytes a second of one H100, a sum over 2 GiB
 
 
@@ -55,10 +56,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--plot", action="store_true", help="draw the latest lines into docs/ and stop")
+    parser.add_argument("--render", action="store_true", help="draw the latest lines, write their table, and stop")
     options = parser.parse_args()
-    if options.plot:
-        plot(options.results, ROOT / "docs" / "end-to-end.png")
+    if options.render:
+        latest = read_latest(options.results)
+        plot(latest, ROOT / "docs" / "end-to-end.png")
+        render_table(latest, ROOT / "README.md")
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these figures need one")
@@ -115,7 +118,8 @@ def measure(model: Model, tokens: int, parts: list[str]) -> Iterator[dict[str, A
         yield {"what": "prefill", "s": statistics.median(times), "spread_s": max(times) - min(times), "first_s": cold}
     cache = with_scores(cache, model)
     if "decode" in parts:
-        yield {"what": "decode", "ratio": 1.0, "questions": 1, **step_ms(model, cache, 1)}
+        size = kvzip.nbytes(cache) / 1e9
+        yield {"what": "decode", "ratio": 1.0, "questions": 1, "gb": size, **step_ms(model, cache, 1)}
     if "question" in parts:
         yield {"what": "question", "ratio": 1.0, **question_ms(model, cache)}
     if "ratios" in parts:
@@ -311,31 +315,40 @@ def machine(commit: str | None) -> dict[str, str]:
     }
 
 
-def plot(results: Path, path: Path) -> None:
-    """Draws milliseconds a token and cache size against the ratio kept, from the latest line of each figure."""
+def read_latest(results: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The latest line of each figure, by shape, tokens, what it is, ratio and questions; `line` is its number."""
+    latest = {}
+    for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
+        record = {**json.loads(line), "line": number}
+        key = (record["shape"], record["tokens"], record["what"], record.get("ratio"), record.get("questions"))
+        latest[key] = record
+    return latest
+
+
+def plot(latest: dict[tuple[Any, ...], dict[str, Any]], path: Path) -> None:
+    """Draws milliseconds a token and cache size against the ratio kept."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    latest: dict[tuple[int, float], dict[str, Any]] = {}
-    for line in results.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["shape"] == "llama-3.1-8b" and record["what"] == "decode" and record["questions"] == 1:
-            latest[record["tokens"], record["ratio"]] = record
+    shape, weights = "llama-3.1-8b", 15.0e9
+    steps = {(n, ratio): r for (s, n, what, ratio, q), r in latest.items() if (s, what, q) == (shape, "decode", 1)}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    weights = 15.0e9
-    for color, tokens in zip(("tab:blue", "tab:orange"), sorted({tokens for tokens, _ in latest}), strict=False):
-        ratios = sorted(ratio for n, ratio in latest if n == tokens)
+    for color, tokens in zip(("tab:blue", "tab:orange"), sorted({tokens for tokens, _ in steps}), strict=False):
+        ratios = sorted(ratio for n, ratio in steps if n == tokens)
         label = f"{tokens:,} tokens"
-        axes[0].plot(ratios, [latest[tokens, r]["ms"] for r in ratios], "o-", color=color, label=f"kvzip, {label}")
+        axes[0].plot(ratios, [steps[tokens, r]["ms"] for r in ratios], "o-", color=color, label=f"kvzip, {label}")
         floor = [1e3 * (weights + r * tokens * 131_072) / READ_BANDWIDTH for r in ratios]
         axes[0].plot(ratios, floor, ":", color=color, label=f"floor (bytes at 3.07 TB/s), {label}")
         if tokens in REFERENCE:
             _, full, kept = REFERENCE[tokens]
             axes[0].plot([0.3, 1.0], [kept, full], "x--", color=color, label=f"authors' code, {label}")
-        sized = [r for r in ratios if "gb" in latest[tokens, r]]
-        axes[1].plot(sized, [latest[tokens, r]["gb"] for r in sized], "o-", color=color, label=label)
+        sizes = {r: steps[tokens, r]["gb"] for r in ratios if "gb" in steps[tokens, r]}
+        memory = latest.get((shape, tokens, "memory", None, None))
+        if memory is not None:
+            sizes |= {0.3: memory["kept_gb"], 1.0: memory["full_gb"]}
+        axes[1].plot(sorted(sizes), [sizes[r] for r in sorted(sizes)], "o-", color=color, label=label)
     axes[0].set(xlabel="ratio of pairs kept", ylabel="ms per token", ylim=(0, None), title="Decoding one question")
     axes[1].set(xlabel="ratio of pairs kept", ylabel="GB", ylim=(0, None), title="Cache")
     for axis in axes:
@@ -345,6 +358,33 @@ def plot(results: Path, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
+
+
+def render_table(latest: dict[tuple[Any, ...], dict[str, Any]], readme: Path) -> None:
+    """Writes the table between its markers in the README, each figure linked to its line."""
+    columns = [
+        ("prefill", "prefill", None, None, "s", 1, " s"),
+        ("ms/token, full", "decode", 1.0, 1, "ms", 1, ""),
+        ("ms/token, 0.3", "decode", 0.3, 1, "ms", 1, ""),
+        ("ms/step, 0.3, 32 questions", "decode", 0.3, 32, "ms", 1, ""),
+        ("question of 30, 0.3", "question", 0.3, None, "ms", 1, " ms"),
+        ("first token from compress", "first token", None, None, "ms", 0, " ms"),
+        ("beyond weights and full cache", "memory", None, None, "peak_gib", 1, " GiB"),
+    ]
+    rows = [
+        "| shape | tokens | " + " | ".join(name for name, *_ in columns) + " |",
+        "| --- | ---: |" + " ---: |" * len(columns),
+    ]
+    for shape, tokens in dict.fromkeys(key[:2] for key in latest):
+        cells = []
+        for _, what, ratio, questions, field, digits, unit in columns:
+            record = latest.get((shape, tokens, what, ratio, questions))
+            link = None if record is None else f"benchmarks/results/end-to-end.jsonl#L{record['line']}"
+            cells.append("-" if record is None else f"[{record[field]:.{digits}f}{unit}]({link})")
+        rows.append(f"| {shape} | {tokens:,} | " + " | ".join(cells) + " |")
+    before, rest = readme.read_text(encoding="utf-8").split(START)
+    readme.write_text(before + START + "\n" + "\n".join(rows) + "\n" + STOP + rest.split(STOP)[1], encoding="utf-8")
+    print(f"wrote the table of {readme}")
 
 
 if __name__ == "__main__":

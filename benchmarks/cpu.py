@@ -1,0 +1,115 @@
+"""Times decoding on the CPU beside Transformers' own generate, on real weights, taking turns.
+
+    python benchmarks/cpu.py MODEL_DIRECTORY [--tokens 2000] [--steps 32] [--rounds 5] [--threads 2] [--no-transformers]
+
+Milliseconds a token after the first: our full cache, our cache at ratio 0.3, and Transformers with its full cache, all
+greedy in float32 over the same random context. Lines are appended to benchmarks/results/cpu.jsonl.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import kvzip  # noqa: E402
+from benchmarks.end_to_end import with_scores  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
+QUESTION = list(range(1000, 1012))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=int, default=2_000)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = kvzip.load(options.model, dtype=torch.float32, device="cpu")
+    model = replace(model, stop_ids=())
+    ids = torch.randint(1000, 30_000, (options.tokens,), generator=torch.Generator().manual_seed(0))
+    cache = with_scores(kvzip.prefill(model, ids), model)
+    variants = {
+        "kvzip, full cache": ours(model, cache, options.steps),
+        "kvzip, ratio 0.3": ours(model, kvzip.compress(cache, 0.3), options.steps),
+    }
+    if not options.no_transformers:
+        variants["transformers, full cache"] = theirs(options.model, cache.token_ids, options.steps)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds):
+        for name, run in variants.items():
+            times[name].append(run())
+    facts = {
+        "model": options.model.name,
+        "tokens": options.tokens,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+    with options.results.open("a", encoding="utf-8") as file:
+        for name, found in times.items():
+            line = {
+                "what": name,
+                "ms": statistics.median(found),
+                "least_ms": min(found),
+                "most_ms": max(found),
+                **facts,
+            }
+            print(f"{name:26} {line['ms']:7.1f} ms/token ({line['least_ms']:.1f} to {line['most_ms']:.1f})", flush=True)
+            file.write(json.dumps(line) + "\n")
+
+
+def ours(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, steps: int) -> Callable[[], float]:
+    """Milliseconds a step, the question read before the clock starts."""
+    decoder = kvzip.Decoder(model, cache, tail=steps + 64)
+
+    def run() -> float:
+        decoder.read([QUESTION])
+        begin = time.perf_counter()
+        for _ in range(steps):
+            decoder.step()
+            decoder.fetch()()
+        return 1e3 * (time.perf_counter() - begin) / steps
+
+    return run
+
+
+def theirs(directory: Path, token_ids: torch.Tensor, steps: int) -> Callable[[], float]:
+    """The same of Transformers' generate, as the difference of a long answer and one token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        past = model(token_ids[None], use_cache=True, logits_to_keep=1).past_key_values
+    prompt = torch.cat([token_ids, torch.tensor(QUESTION)])[None]
+
+    def answer(count: int) -> float:
+        cache = copy.deepcopy(past)
+        begin = time.perf_counter()
+        model.generate(
+            prompt, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        return time.perf_counter() - begin
+
+    return lambda: 1e3 * (answer(steps + 1) - answer(1)) / steps
+
+
+if __name__ == "__main__":
+    main()
