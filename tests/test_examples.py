@@ -45,9 +45,9 @@ def test_one_process_compresses_and_another_answers(paragraphs, capfd: pytest.Ca
 
 
 def test_a_batch_of_32_questions_is_answered_as_one_by_one(paragraphs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert many_questions.main(["--document", paragraphs(5), "--ratio", "0.5", "--tokens", "3"]) == 0
+    assert many_questions.main(["--document", paragraphs(5), "--ratio", "0.5", "--tokens", "4"]) == 0
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^│ \d+ ", printed, re.MULTILINE)) == 32
-    for question in many_questions.QUESTIONS[:3]:
-        assert f"{question.opening} ✓ {question.expected}" in " ".join(printed.split())
+    marks = re.findall(r"^│ \d+ +│ .*?([✓✗])", printed, re.MULTILINE)
+    assert len(marks) == 32
+    assert marks[:4].count("✓") >= 3 and marks[4:].count("✓") <= 3, "the text answers the first four questions only"
     assert "4 of the 4 that were asked alone too got the same answer" in printed
