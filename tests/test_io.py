@@ -19,7 +19,7 @@ from kvzip.cache import RaggedCache, RaggedKV, empty_tail, read_header
 from kvzip.cache.memory import _tensors
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
-KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4"]
+KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,10 @@ def caches(model):
     for x in (*tail.k, *tail.v):
         x.fill_(0.5)
     ids = torch.cat([ragged.token_ids, torch.tensor([1, 2])])
+    turn = kvzip.ask(model, kvzip.compress(scored, 0.5, bits=8), "Who is?", max_tokens=4)[1]
     return {
+        "turn": turn,
+        "folded": kvzip.fold(model, turn, 0.6),
         "dense": dense,
         "scored": scored,
         "ragged": ragged,
@@ -93,7 +96,9 @@ def test_every_kind_comes_back_bit_for_bit(model, caches, kind, tmp_path):
     header = read_header(path)
     assert header["version"] == [1, 1] and header["note"] == {"from": "a book"}
     assert header["ratio"] == header["kept"] / header["total"] and header["library"] == version("kvzip")
-    assert header["method"] == {"dense": "", "scored": "kvzip-context"}.get(kind, "kvzip-context/pair")
+    assert header["method"] == {"dense": "", "scored": "kvzip-context"}.get(
+        kind, "kvzip-context/pair" + "+fold" * (kind == "folded")
+    )
     assert header["tokens"] == len(caches[kind].token_ids) and header["fingerprint"] == model.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["doc.kvz"]
 

@@ -139,3 +139,46 @@ def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
         with torch.no_grad():
             best = pair.reference.lm_head(hidden[len(asked) - 1 : -1]).argmax(-1)
         assert best.tolist() == answer.token_ids
+
+
+def test_transformers_continues_a_uniform_cache(pair: Pair) -> None:
+    """Its rows are half as many as its tokens, so Transformers is told the positions."""
+    small = kvzip.compress(pair.cache, 0.5, level="uniform")
+    asked, length = pair.encode(QUERIES[0]), len(small.token_ids)
+    theirs = pair.reference.generate(
+        torch.tensor([asked]),
+        cache=kvzip.to_transformers(pair.model, small),
+        position_ids=torch.arange(length, length + len(asked))[None],
+        attention_mask=torch.ones(1, length + len(asked), dtype=torch.long),
+        max_new_tokens=16,
+        min_new_tokens=16,
+        do_sample=False,
+    )
+    free = replace(pair.model, stop_ids=())
+    ours = kvzip.generate(free, small, QUERIES[0], template=False, max_tokens=16)
+    assert theirs[0, len(asked) :].tolist() == ours.token_ids
+
+
+def test_a_cache_of_transformers_is_continued_by_us(pair: Pair) -> None:
+    taken = kvzip.from_transformers(pair.model, pair.plain.cache, pair.cache.token_ids)
+    assert (taken.start, taken.chat) == (pair.cache.start, True)
+    options = {"template": False, "max_tokens": 16}
+    ours = kvzip.generate(pair.model, pair.cache, QUERIES, **options)
+    assert kvzip.generate(pair.model, taken, QUERIES, **options) == ours
+
+
+def test_turns_are_those_that_the_chat_template_renders(pair: Pair) -> None:
+    """A conversation of two turns: the text of its tail is the template's, answers at their places; a fold keeps it."""
+    queries = ["What is this text about?", "And who wrote it?"]
+    cache, turns = kvzip.compress(pair.cache, 0.5), []
+    for query in queries:
+        before = kvzip.fold(pair.model, cache)
+        answer, cache = kvzip.ask(pair.model, cache, query, max_tokens=12)
+        assert kvzip.generate(pair.model, before, query, max_tokens=12) == answer
+        turns += [{"role": "user", "content": query}, {"role": "assistant", "content": answer.text}]
+    turns[0]["content"] = f"{MARK}\n\n{queries[0]}"
+    turns.append({"role": "user", "content": f"next {MARK}"})
+    rendered = pair.tokenizer.apply_chat_template(turns, tokenize=False)
+    _, expected, _ = rendered.split(MARK)
+    tail = pair.tokenizer.decode(cache.token_ids[cache.context_length :], skip_special_tokens=False)
+    assert tail == expected.removesuffix("next ")
