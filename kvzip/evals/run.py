@@ -186,12 +186,19 @@ def prefill_example(model: Model, example: Example, *, form: str) -> DenseCache:
 
 
 def ask(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str) -> list[Answer]:
-    """Returns the greedy answers to questions with the same max_tokens and stop texts, as one batch."""
+    """Returns the greedy answers to questions with the same max_tokens and stop texts, as one batch.
+
+    A continuation that begins with its stop text, as some models put an answer on a new line, goes on after it, once.
+    """
     limit, stop = questions[0].max_tokens, questions[0].cloze_stop
     if form == "chat":
         return generate(model, cache, [question.query for question in questions], max_tokens=limit)
     texts = [prompts.QUERY_SEPARATOR + question.cloze for question in questions]
-    return generate(model, cache, texts, max_tokens=limit, stop=stop, template=False)
+    answers = generate(model, cache, texts, max_tokens=limit, stop=stop, template=False)
+    begun = [n for n, answer in enumerate(answers) if answer.token_ids and not answer.text.strip()]
+    longer = [texts[n] + prompts.decode(tokenizer_of(model), answers[n].token_ids) for n in begun]
+    again = dict(zip(begun, generate(model, cache, longer, max_tokens=limit, stop=stop, template=False), strict=True))
+    return [again.get(n, answer) for n, answer in enumerate(answers)]
 
 
 def question_lines(job: Job, run: str) -> list[dict[str, Any]]:

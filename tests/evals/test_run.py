@@ -186,12 +186,29 @@ def test_forms_ask_the_chat_or_continue_the_text(model: kvzip.Model, monkeypatch
     assert asked == [
         (["Q: who?"], {"max_tokens": 5}),
         (["\n\nIt was"], {"max_tokens": 5, "stop": ("#",), "template": False}),
+        ([], {"max_tokens": 5, "stop": ("#",), "template": False}),
     ]
     texts = [kvzip.prompts.decode(model.tokenizer, cache.token_ids.tolist()) for cache in (chat, cloze)]
     assert texts == ["Read this.\n\nsome text"] * 2
     assert (chat.start, cloze.start) == (len("Read this.\n\n") + 1, 0)
     plain = prefill_example(model, replace(example, instruction=None), form="cloze")
     assert plain.length == len("some text")
+
+
+def test_a_continuation_that_begins_with_its_stop_text_goes_on_once(
+    model: kvzip.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"\n\nOne": "a", "\n\nTwo": "\n", "\n\nTwo\n": "b", "\n\nThree": "", "\n\nFour": "\n", "\n\nFour\n": "\n"}
+
+    def generate(model: object, cache: object, queries: list[str], **options: Any) -> list[kvzip.Answer]:
+        texts = [said[query] for query in queries]
+        return [kvzip.Answer(text.strip(), list(text.encode()), "stop") for text in texts]
+
+    monkeypatch.setattr(run, "generate", generate)
+    monkeypatch.setattr(run.prompts, "decode", lambda tokenizer, ids: bytes(ids).decode())
+    questions = [Question("", text, ("x",), "include") for text in ("One", "Two", "Three", "Four")]
+    cache = kvzip.prefill(model, "some text", template=False)
+    assert [answer.text for answer in ask(model, cache, questions, form="cloze")] == ["a", "b", "", ""]
 
 
 @pytest.mark.parametrize(
