@@ -95,24 +95,25 @@ def test_pairs_are_really_evicted_in_the_numbers_written_down(model: kvzip.Model
 
 
 def test_a_killed_run_goes_on_where_it_stopped(model: kvzip.Model, tmp_path: Path) -> None:
-    whole = answers(evaluate(model, tmp_path / "whole.jsonl", batch=2))
+    settings: dict[str, Any] = {"methods": ("full", "kvzip"), "ratios": (0.3,), "batch": 2}
+    whole = answers(evaluate(model, tmp_path / "whole.jsonl", **settings))
     out = tmp_path / "killed.jsonl"
 
     def kill(finished: int, total: int, what: str) -> None:
-        if finished >= 34:
+        assert total == len(whole) == 20
+        if finished >= 14:  # in the second context
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, out, batch=2, progress=kill)
+        evaluate(model, out, progress=kill, **settings)
     content = out.read_bytes()
     out.write_bytes(content[:-20])  # a torn last line
-    left = len(read(out))
-    assert left == 33 < len(whole)
+    assert len(read(out)) == 13
     calls: list[str] = []
-    assert answers(evaluate(model, out, batch=2, available=with_counts(calls))) == whole
-    assert calls == ["kvzip", "random"]  # the first context was done
+    assert answers(evaluate(model, out, available=with_counts(calls), **settings)) == whole
+    assert calls == ["kvzip"]  # the first context was done
     before = out.read_bytes()
-    assert answers(evaluate(model, out, batch=2)) == whole
+    assert answers(evaluate(model, out, **settings)) == whole
     assert out.read_bytes() == before
 
 
