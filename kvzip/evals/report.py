@@ -22,7 +22,7 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
 
     A model's answers in one form are a section: one plot for each task with a line for each method, one of the mean
     over tasks as a fraction of the full cache's, and a heat map of lengths and depths for each method where needles
-    were hidden. The table also says by how much `base` is better than each other method to the same questions.
+    were hidden. The table also gives each method's difference to the full cache and to `base` over the same questions.
 
     Raises: ValueError for results that `results.read` refuses, or none; ImportError without the `plot` extra.
     """
@@ -68,26 +68,28 @@ def overview(answers: Sequence[Answered]) -> str:
 def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
     """Returns a Markdown table of scores (0 to 100, with 95% intervals), a row for each task, method and ratio.
 
-    The last column is the difference to `base` at the same ratio, over the same questions; one whose interval holds no
-    0 is bold.
+    The last columns are the differences to the full cache and to `base` at the same ratio, over the same questions; one
+    whose interval holds no 0 is bold.
     """
     methods = [method for (method,) in group(answers, "method")]
     apart: dict[tuple[Any, ...], Summary] = {}
-    for method in methods:
-        if base in methods and method not in (base, FULL):
-            for difference in differences(answers, method=method, base=base, keys=("label", "ratio")):
-                apart[(*difference.group[:1], method, *difference.group[1:])] = difference
+    for other in (FULL, base):
+        for method in methods:
+            if other in methods and method not in (other, FULL):
+                for difference in differences(answers, method=method, base=other):
+                    task, ratio = difference.group
+                    apart[task, method, ratio, other] = difference
     lines = [
-        f"| task | method | kept | score | 95% interval | questions (contexts) | less {base} |",
-        "|---|---|---|---|---|---|---|",
+        f"| task | method | kept | score | 95% interval | questions (contexts) | less {FULL} | less {base} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = summarize(answers, "label", "method", "ratio")
     for row in sorted(rows, key=lambda row: (row.group[0], row.group[2], methods.index(row.group[1]))):
         task, method, ratio = row.group
-        difference = apart.get(row.group)
+        less = [_difference(apart.get((*row.group, other))) for other in (FULL, base)]
         lines.append(
             f"| {task} | {method} | {ratio:g} | {100 * row.mean:.1f} | {100 * row.low:.1f} to {100 * row.high:.1f} | "
-            f"{row.questions} ({row.contexts}) | {_difference(difference)} |"
+            f"{row.questions} ({row.contexts}) | {less[0]} | {less[1]} |"
         )
     return "\n".join(lines)
 

@@ -53,10 +53,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_has_each_score_with_its_interval_and_difference(results: Path) -> None:
     rows = table(read(results)).split("\n")
-    assert "| kv | full | 1 | 100.0 | 100.0 to 100.0 | 4 (2) |  |" in rows
-    assert "| kv | kvzip | 0.3 | 75.0 | 50.0 to 100.0 | 4 (2) |  |" in rows
-    assert "| kv | random | 0.3 | 0.0 | 0.0 to 0.0 | 4 (2) | **-75.0** |" in rows
-    assert "| needles | random | 0.3 | 25.0 | 0.0 to 50.0 | 4 (2) | +0.0 |" in rows
+    assert "| kv | full | 1 | 100.0 | 100.0 to 100.0 | 4 (2) |  |  |" in rows
+    assert "| kv | kvzip | 0.3 | 75.0 | 50.0 to 100.0 | 4 (2) | -25.0 |  |" in rows
+    assert "| kv | random | 0.3 | 0.0 | 0.0 to 0.0 | 4 (2) | **-100.0** | **-75.0** |" in rows
+    assert "| needles | random | 0.3 | 25.0 | 0.0 to 50.0 | 4 (2) | -25.0 | +0.0 |" in rows
 
 
 def test_the_overview_has_methods_down_and_tasks_across(results: Path) -> None:
