@@ -35,7 +35,7 @@ class DecodeSchedule:
     piece costs a partial result per row. Which level is used depends on shapes only, never on values.
     """
 
-    levels: tuple[Pieces, ...]  # at most two pieces per processor, one, a half, ..., whole heads
+    levels: tuple[Pieces, ...]  # at most eight pieces per processor, four, two, one, a half, ..., whole heads
     processors: int
 
 
@@ -125,7 +125,7 @@ def decode_reference(
             ~seen, -torch.inf
         )
         lse = torch.logsumexp(logits, dim=-1)
-        weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+        weights = torch.softmax(logits, dim=-1).masked_fill((lse == -torch.inf)[..., None], 0)
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
         outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
         lses.append(lse)
@@ -145,7 +145,7 @@ def decode_schedule(
         cuda = offsets.is_cuda
         processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if cuda else 8
     bounds = offsets.tolist() if bounds is None else bounds
-    targets = [2 * processors, processors]
+    targets = [8 * processors, 4 * processors, 2 * processors, processors]
     while targets[-1] // 2 >= len(bounds):
         targets.append(targets[-1] // 2)
     targets.append(0)  # every head whole

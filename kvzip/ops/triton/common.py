@@ -72,6 +72,24 @@ def await_launch(OVERLAP: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def exp2(x, EXACT: tl.constexpr):
+    """2 ** x; EXACT to half an ulp (Taylor series of degree 7 around whole numbers), else the device's, good to two."""
+    if EXACT:
+        whole = tl.floor(tl.maximum(x, -126.0) + 0.5)
+        f = (tl.maximum(x, -126.0) - whole) * LN_2
+        series = f * (1 / 5040) + 1 / 720
+        series = series * f + 1 / 120
+        series = series * f + 1 / 24
+        series = series * f + 1 / 6
+        series = (series * f + 0.5) * f * f + f + 1
+        power = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return tl.where(x < -126, 0.0, series * power)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+@no_type_check
 def tanh(x):
     """tanh to float32 accuracy: an odd polynomial (Cephes) near 0, where 1 - e^-2x would cancel."""
     z = x * x
@@ -82,6 +100,31 @@ def tanh(x):
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     far = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+@no_type_check
+def product(a, b):
+    """a @ b.T in float32 sums; float32 rows in sums of 32 products, then of those sums: one long chain rounds more."""
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = b.shape[0]
+    D: tl.constexpr = a.shape[1]
+    if a.dtype == tl.float32 and D > 32:
+        a_parts = tl.permute(tl.reshape(a, [M, D // 32, 32]), [1, 0, 2])
+        b_parts = tl.permute(tl.reshape(b, [N, D // 32, 32]), [1, 2, 0])
+        return tl.sum(tl.dot(a_parts, b_parts, input_precision="ieee"), 0)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
+@no_type_check
+def add_product(total, a, b):
+    """total + a @ b; in float32 the product is summed apart, for its chain of additions would round at total's size."""
+    if a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)  # a plain sum is folded into the product
+    else:
+        return tl.dot(a, b, total)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import LOG2_E, check_rows, compute_dtype, load_rows, tanh
+from kvzip.ops.triton.common import LOG2_E, check_rows, compute_dtype, load_rows, product, tanh
 
 
 class Launch(NamedTuple):
@@ -26,7 +26,7 @@ def launch_config(D: int, dtype: torch.dtype, softcap: bool = False) -> tuple[La
     Tuned on an H100, 2026-11-24.
     """
     if dtype == torch.float32:
-        return Launch(16, 16, 8, 2), Launch(32, 32, 4, 2)
+        return Launch(16, 16 if D <= 128 else 8, 8, 2), Launch(16, 16, 8, 2)
     if D > 128:
         return Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)
     return Launch(128, 64, 8, 3), Launch(128, 64, 8 if softcap else 4, 3)
@@ -102,7 +102,7 @@ def launch(
 @no_type_check
 def _logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     """Products of the rows of a and of b: logits with SOFTCAP, else still to be scaled."""
-    x = tl.dot(a, tl.trans(b), input_precision="ieee")
+    x = product(a, b)
     if SOFTCAP:
         x = tanh(x * (scale / softcap)) * softcap
     return x
