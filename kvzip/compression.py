@@ -30,6 +30,8 @@ def compress(
     threshold: float | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: int = 0,
+    sink: int = 0,
+    recent: int = 0,
     bits: int | None = None,
     consume: bool = False,
 ) -> RaggedCache:
@@ -41,11 +43,15 @@ def compress(
         ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
         level: where the budget is shared. "pair": int(ratio * L * H * E) over all layers and heads. "layer":
             int(ratio * H * E) in each layer. "uniform": int(ratio * E) in each head. "head": int(ratio * L * H) whole
-            heads, by their highest score; the others keep protected and minimum rows only.
+            heads, by their highest score; the others keep protected and minimum rows, `sink` and `recent` only, which
+            come on top of the ratio, so that `kept` exceeds it.
         budget: tokens per head on average, in place of a ratio: int(budget * L * H) pairs, at most all.
         threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
+        sink, recent: first and last context tokens that dropped heads keep too, as DuoAttention's streaming heads do;
+            level "head" only. The prefix stays in any case: DuoAttention counts it among its sink tokens, we do not.
+            The last tokens are those of the context: they do not move on while a question is answered.
         bits: 8 or 4 packs the kept keys and values, prefix included, into that many bits (see `ops.quantize`); window
             layers and what follows the context stay as they are.
         consume: frees each dense layer as it is packed; `cache` cannot be used afterwards.
@@ -114,6 +120,7 @@ def _keep(
     """The mask, and on the host how many of each head it keeps."""
     count = _budget(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
+    ends = _ends(scores, level, sink=sink, recent=recent)
     forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
     if count is None:
         assert threshold is not None
@@ -122,6 +129,7 @@ def _keep(
         keep = keep if forced is None else keep | forced
     else:
         keep = _select(scores.values, count, level, forced, nan)
+    keep = keep if ends is None else keep | ends
     *flat, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
     if overflowed:
         raise ValueError(
@@ -145,6 +153,8 @@ def _budget(
     if ratio is not None:
         if not 0 < ratio <= 1:
             raise ValueError(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {ratio}: 0.3 keeps 30%")
+        if level == "head":
+            return lambda heads: int(ratio * heads) * evictable
         return lambda heads: int(ratio * (heads * evictable))
     if budget is not None:
         if not budget > 0:
@@ -153,6 +163,20 @@ def _budget(
     if level != "pair":
         raise ValueError(f"expected level 'pair' with a threshold, got {level!r}: a threshold has no budget to share")
     return None
+
+
+def _ends(scores: Scores, level: str, *, sink: int, recent: int) -> Bool[Tensor, " E"] | None:
+    """The tokens that dropped heads keep, as DuoAttention's streaming heads do; None where there are none."""
+    if not sink and not recent:
+        return None
+    if level != "head":
+        raise ValueError(
+            f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
+        )
+    if min(sink, recent) < 0:
+        raise ValueError(f"expected sink and recent of 0 tokens or more, got sink={sink} and recent={recent}")
+    token = torch.arange(scores.values.shape[2], device=scores.values.device)
+    return (token < sink) | (token >= len(token) - recent)
 
 
 def _forced(
