@@ -1,6 +1,6 @@
 """kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
 
-from . import models, ops, prompts, scores
+from . import head_scores, models, ops, prompts, scores
 from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
 from .compression import compress, keep_mask
 from .conversation import ask, extend, fold, fork
@@ -27,6 +27,7 @@ __all__ = [
     "fork",
     "from_transformers",
     "generate",
+    "head_scores",
     "keep_mask",
     "load",
     "load_cache",

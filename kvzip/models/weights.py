@@ -165,13 +165,18 @@ def read_weights(
 def fingerprint(config: ModelConfig, weights: Weights, dtype: torch.dtype) -> str:
     """Returns a hex digest of the config, the dtype and 64 values sampled from every weight."""
     digest = hashlib.sha256(f"{config!r} {dtype}".encode())
+    digest.update(sampled(weights).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def sampled(weights: Weights) -> Tensor:
+    """Returns up to 64 values of every weight, in a fixed order, in float32 on the CPU."""
     samples = []
     for _, tensor in named_tensors(weights):
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // 64)
         samples.append(flat[::step][:64].float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return torch.cat(samples).cpu()
 
 
 def _shards(directory: Path) -> list[Path]:

@@ -1,0 +1,359 @@
+"""Head scores: one number for each layer and KV head, made once from any text, good for every later context.
+
+A head that never attends far back while the model repeats a text does not need its context in another text either.
+`make` runs the scoring once and keeps the largest score of each head; `attach` then lets `compress(level="head")`
+keep or drop the whole context of each head with no scoring pass at all. The authors recommend a ratio of 0.6.
+
+    scores = head_scores.make(model, [essay, code])
+    head_scores.save(scores, "heads.safetensors")
+    small = kvzip.compress(head_scores.attach(kvzip.prefill(model, document), scores), 0.6, level="head")
+
+Source: KVzip, arXiv 2505.23416, section 4.2; DuoAttention, arXiv 2410.10819, for the files of `to_duo_attention`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float32, Int64
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .cache import DenseCache, Scores, check_whole, global_layers, read_header
+from .cache.io import write_file
+from .models import Model
+from .models.weights import sampled
+from .prefilling import Progress, context_ids, prefill
+from .scoring import score
+
+RECOMMENDED_RATIO = 0.6
+SHIPPED = Path(__file__).parent / "data" / "head_scores"
+"""Where the scores that come with the library are: one file for each model, named after it."""
+
+_TSV, _CONFIG = "full_attention_heads.tsv", "config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text that head scores were made from: what the caller calls it, its tokens, and the SHA-256 of their ids."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """How much each head needs its context, larger is kept first.
+
+    values[l, h] belongs to the scored layer layers[l] and KV head h. `fingerprint` and `family` say which model made
+    them (see `fingerprint_of`); both are "" where that is not known. `method` says how. `sink` and `recent` are the
+    first and last tokens that dropped heads keep in DuoAttention; its files carry them, and `compress` takes them as
+    arguments.
+    """
+
+    values: Float32[Tensor, "L H"]
+    layers: tuple[int, ...]
+    fingerprint: str
+    family: str
+    method: str
+    sources: tuple[Source, ...]
+    sink: int = 128
+    recent: int = 256
+
+
+def make(
+    model: Model,
+    text: str | Int64[Tensor, " S"] | Sequence[str | Int64[Tensor, " S"]],
+    *,
+    names: Sequence[str] | None = None,
+    template: bool = True,
+    scope: str = "context",
+    chunk: int = 2_000,
+    progress: Progress | None = None,
+) -> HeadScores:
+    """Returns the head scores of one text, or the largest of several texts'.
+
+        values[l, h] = max over texts and their tokens e of score(model, prefill(model, text)).scores.values[l, h, e]
+
+    A text's pairs and scores are freed before the next one is read. Tens of thousands of tokens of the kind that the
+    model will read are what the authors use: a book, and source code besides if code is to be asked about.
+
+    Args:
+        text: texts or their token ids, without any prefix.
+        names: what to call each text in `sources`; None numbers them.
+        template, scope, chunk: as in `prefill` and `score`.
+        progress: called with (tokens done, tokens in all); each context token counts twice, read and repeated.
+
+    Raises: ValueError for no text, an empty one, other names than texts, NaN scores, and whatever `prefill` and
+        `score` refuse.
+    Source: KVzip, arXiv 2505.23416, section 4.2: the largest score over one book of 88,000 tokens, and over several
+    such files where there are any.
+    """
+    texts = [text] if isinstance(text, (str, Tensor)) else list(text)
+    if not texts:
+        raise ValueError("expected at least one text to make head scores from, got none")
+    names = [f"text {n + 1}" for n in range(len(texts))] if names is None else list(names)
+    if len(names) != len(texts):
+        raise ValueError(f"expected a name for each of {len(texts)} texts, got {len(names)}")
+    contexts = [context_ids(model, one) for one in texts]
+    total, done = 2 * sum(map(len, contexts)), 0
+
+    def stage(before: int, tokens: int) -> Progress | None:
+        """Progress of one stage, whose own count may include a prefix, as progress of the whole."""
+        if progress is None:
+            return None
+        tell = progress
+        return lambda now, of: tell(before + max(0, tokens - (of - now)), total)
+
+    found = []
+    for name, ids in zip(names, contexts, strict=True):
+        cache = prefill(model, ids, template=template, progress=stage(done, len(ids)))
+        cache = score(model, cache, scope=scope, chunk=chunk, progress=stage(done + len(ids), len(ids)))
+        found.append(_of_one(model, cache, Source(name, len(ids), _sha256(ids))))
+        done += 2 * len(ids)
+        del cache
+    return combine(*found)
+
+
+def combine(*scores: HeadScores) -> HeadScores:
+    """Returns the largest of several head scores of one model, head by head; their sources follow each other.
+
+    Raises: ValueError for none, or scores of other layers, heads or models, or made by other methods.
+    """
+    if not scores:
+        raise ValueError("expected head scores to combine, got none")
+    first = scores[0]
+    for other in scores[1:]:
+        ours, theirs = ((x.layers, tuple(x.values.shape), x.fingerprint, x.method) for x in (first, other))
+        if ours != theirs:
+            raise ValueError(
+                f"expected head scores of one model and method, got {ours} and {theirs} "
+                "(layers, shape, fingerprint, method): combine those of one model only"
+            )
+    values = torch.stack([one.values.to(first.values.device) for one in scores]).amax(0)
+    return replace(
+        first,
+        values=values,
+        sources=tuple(source for one in scores for source in one.sources),
+        sink=max(one.sink for one in scores),
+        recent=max(one.recent for one in scores),
+    )
+
+
+def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
+    """Returns a cache of the same pairs in which every token of a head has the head's score. No pass, no memory.
+
+    `compress(cache, 0.6, level="head", sink=..., recent=...)` then keeps whole heads. Only layers and heads are
+    checked, because the scores of a model serve its fine-tunes; `load(path, model=model)` checks the model.
+
+    Raises: ValueError for scores of other layers or heads, or a cache that was consumed.
+    """
+    check_whole(cache)
+    layers = global_layers(cache)
+    heads = cache.layers[0].k.shape[1]
+    if scores.layers != layers or tuple(scores.values.shape) != (len(layers), heads):
+        raise ValueError(
+            f"expected head scores of layers {layers} with {heads} KV heads each (the cache's), got "
+            f"{list(scores.values.shape)} of layers {scores.layers}: make them with this model"
+        )
+    values = scores.values.to(cache.layers[0].k.device)[:, :, None].expand(-1, -1, cache.length - cache.start)
+    return replace(cache, scores=Scores(values, layers, cache.start, cache.length, source="heads"))
+
+
+def save(scores: HeadScores, path: str | Path, *, note: Mapping[str, Any] | None = None) -> None:
+    """Writes head scores to one safetensors file, whole or not at all.
+
+    Args:
+        note: anything else that JSON can hold, for the header (`kvzip.cache.read_header` reads it).
+
+    Raises: ValueError for NaN; TypeError for a note that JSON cannot hold; OSError if it cannot be written.
+    """
+    _check_numbers(scores.values)
+    header = {"cache": "HeadScores", **{k: v for k, v in asdict(scores).items() if k != "values"}}
+    write_file(path, {"values": scores.values}, header, note=note)
+
+
+def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
+    """Returns the head scores of a file that `save` wrote, on the CPU.
+
+    Args:
+        model: the model that they must have been made by, in any dtype, if given.
+
+    Raises: FileNotFoundError; ValueError for a file of something else, of a newer major version, that is damaged, or
+        of another model.
+    """
+    path = Path(path)
+    header = read_header(path)
+    if header.get("cache") != "HeadScores":
+        raise ValueError(
+            f"expected head scores, got a file of {header.get('cache')} in {path.name}: load_cache reads caches"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            scores = _from_header(header, file.get_tensor("values"))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected whole head scores, got {path.name} that is damaged ({error})") from error
+    if model is not None and scores.fingerprint != fingerprint_of(model):
+        raise ValueError(
+            f"expected head scores made by this model ({fingerprint_of(model)}), got those of another "
+            f"({scores.fingerprint}) in {path.name}: make them with this model, or load without model= if it is one "
+            "of its fine-tunes"
+        )
+    return scores
+
+
+def shipped(model: Model | str) -> HeadScores:
+    """Returns head scores that come with the library: by name (see `shipped_names`), or those made by this model.
+
+    A model finds its own in every dtype; the header of the file says what texts they were made from.
+
+    Raises: ValueError that lists the names, if there are none.
+    """
+    names = shipped_names()
+    if isinstance(model, str):
+        if model.lower() in names:
+            return load(_shipped_path(model.lower()))
+        wanted = repr(model)
+    else:
+        wanted = fingerprint_of(model)
+        for name in names:
+            if read_header(_shipped_path(name)).get("fingerprint") == wanted:
+                return load(_shipped_path(name))
+    raise ValueError(f"expected a model with shipped head scores, {', '.join(names)}, got {wanted}: call make")
+
+
+def shipped_names() -> tuple[str, ...]:
+    """Returns the names of the models whose head scores come with the library."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
+
+
+def to_duo_attention(scores: HeadScores, directory: str | Path) -> None:
+    """Writes `full_attention_heads.tsv` and `config.json` as DuoAttention reads them.
+
+    The first has a line of H tab-separated numbers for each layer; the second gives `sink_size` and `recent_size`,
+    taken from the scores. DuoAttention keeps the heads above a quantile and adds noise of up to 1e-6 first, so heads
+    that differ by less may change places.
+
+    Raises: ValueError for scores outside [0, 1], to which DuoAttention clips them, or of a model with window layers,
+        which its file has no room for; OSError if they cannot be written.
+    """
+    if scores.layers != tuple(range(len(scores.layers))):
+        raise ValueError(
+            f"expected scores of all layers, a row of DuoAttention's file for each, got layers {scores.layers}: "
+            "it has no window layers"
+        )
+    _check_numbers(scores.values)
+    low, high = (x.item() for x in scores.values.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"expected scores in [0, 1], to which DuoAttention clips them, got [{low:g}, {high:g}]: rescale them"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = ("\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.tolist())
+    (directory / _TSV).write_text("".join(rows), encoding="ascii")
+    sizes = {"sink_size": scores.sink, "recent_size": scores.recent}
+    (directory / _CONFIG).write_text(json.dumps(sizes, indent=4) + "\n", encoding="ascii")
+
+
+def from_duo_attention(directory: str | Path) -> HeadScores:
+    """Returns the head scores of a directory in DuoAttention's format, clipped to [0, 1] as its own loader does.
+
+    The file names no model, so `fingerprint` and `family` are "". Numbers are rounded to float32.
+
+    Raises: FileNotFoundError; ValueError for a table or a config that is not understood.
+    """
+    directory = Path(directory)
+    for name in (_TSV, _CONFIG):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"expected {_TSV} and {_CONFIG} in {directory}, got no {name}")
+    try:
+        lines = (directory / _TSV).read_text(encoding="utf-8").splitlines()
+        rows = [[float(cell) for cell in line.split("\t")] for line in lines if line.strip()]
+        config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        sink, recent = (_count(config, key) for key in ("sink_size", "recent_size"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a table of tab-separated numbers in {_TSV}, and sink_size and recent_size in {_CONFIG}, "
+            f"got {directory} where that fails ({error!r})"
+        ) from error
+    if not rows or len(set(map(len, rows))) != 1 or not all(math.isfinite(x) for row in rows for x in row):
+        raise ValueError(
+            f"expected a row of as many finite numbers for each layer in {_TSV}, got rows of {[*map(len, rows)]}"
+        )
+    values = torch.tensor(rows, dtype=torch.float64).clamp(0, 1).float()
+    return HeadScores(values, tuple(range(len(rows))), "", "", "duo-attention", (), sink, recent)
+
+
+def fingerprint_of(model: Model) -> str:
+    """Returns a hex digest of the model's shape and of 64 values of each weight, the same in every dtype.
+
+    The values are rounded to bfloat16, and those too small for float16 count as 0, so a bfloat16 checkpoint is known
+    however it was loaded. `max_length` and RoPE scaling, which a caller may change, are not part of it.
+    """
+    config = model.config
+    shape = [config.family, config.vocab_size, config.hidden_size, config.intermediate_size]
+    shape += [config.num_heads, config.num_kv_heads, config.head_dim, *(spec.window for spec in config.layers)]
+    values = sampled(model.weights)
+    values = values.where(values.abs() >= torch.finfo(torch.float16).tiny, 0.0).bfloat16().float()
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _of_one(model: Model, cache: DenseCache, source: Source) -> HeadScores:
+    assert cache.scores is not None
+    values = cache.scores.values.amax(-1)  # a NaN stays one
+    _check_numbers(values)
+    return HeadScores(
+        values, cache.scores.layers, fingerprint_of(model), model.config.family, cache.scores.source, (source,)
+    )
+
+
+def _check_numbers(values: Tensor) -> None:
+    if values.isnan().any():
+        raise ValueError("expected head scores without NaN, got some: the model overflowed, use bfloat16 or float32")
+
+
+def _from_header(header: Mapping[str, Any], values: Tensor) -> HeadScores:
+    """The scores of a file's parts. Raises KeyError, TypeError or ValueError for parts that do not fit together."""
+    layers = tuple(header["layers"])
+    if not all(type(n) is int for n in layers) or list(layers) != sorted({n for n in layers if n >= 0}):
+        raise ValueError(f"layers {layers}")
+    if values.dtype != torch.float32 or values.ndim != 2 or values.shape[0] != len(layers) or not values.numel():
+        raise ValueError(f"values of shape {list(values.shape)} and {values.dtype} for {len(layers)} layers")
+    _check_numbers(values)
+    sources = []
+    for entry in header["sources"]:
+        source = Source(**entry)
+        if type(source.name) is not str or type(source.sha256) is not str:
+            raise TypeError(f"source {entry}")
+        _count(entry, "tokens")
+        sources.append(source)
+    texts = {key: header[key] for key in ("fingerprint", "family", "method")}
+    if not all(type(text) is str for text in texts.values()):
+        raise TypeError(f"names {texts}")
+    return HeadScores(
+        values, layers, sources=tuple(sources), sink=_count(header, "sink"), recent=_count(header, "recent"), **texts
+    )
+
+
+def _count(header: Mapping[str, Any], key: str) -> int:
+    value = header[key]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _sha256(ids: Int64[Tensor, " S"]) -> str:
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _shipped_path(name: str) -> Path:
+    return SHIPPED / f"{name}.safetensors"
