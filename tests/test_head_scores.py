@@ -101,6 +101,15 @@ def test_heads_keep_all_or_only_sink_and_recent(plain, made, ratio, sink, recent
     assert small.total == layers * heads * length
 
 
+def test_protected_and_minimum_rows_of_dropped_heads_stay_beside_the_ends(plain, made):
+    cache = head_scores.attach(kvzip.prefill(plain, DOCUMENT), made)
+    small = kvzip.compress(cache, 0.5, level="head", sink=2, recent=3, protect=[(10, 14)], min_rows=1)
+    length, rows = len(DOCUMENT), [rows for layer in kept_rows(small) for rows in layer]
+    dropped = [row for row in rows if len(row) < length]
+    assert len(dropped) == 6 and small.kept == 6 * length + sum(map(len, dropped))
+    assert all(row == [0, 1, *range(10, 14), *range(length - 3, length)] for row in dropped)  # equal scores: the first
+
+
 @pytest.mark.parametrize("heads", [10, 90, 100])
 @pytest.mark.parametrize("percent", [29, 57, 70])
 def test_the_number_of_heads_does_not_depend_on_the_context(heads, percent):
