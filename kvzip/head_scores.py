@@ -209,23 +209,23 @@ def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
 
 
 def shipped(model: Model | str) -> HeadScores:
-    """Returns head scores that come with the library: by name (see `shipped_names`), or those made by this model.
+    """Returns head scores that come with the library: those made by this model, or those of a name.
 
-    A model finds its own in every dtype; the header of the file says what texts they were made from.
+    A model finds its own by its weights, in every dtype. A name is one of `shipped_names`, also as the last part of a
+    path or a hub id, in any case. The header of the file says what texts they were made from.
 
     Raises: ValueError that lists the names, if there are none.
     """
     names = shipped_names()
     if isinstance(model, str):
-        if model.lower() in names:
-            return load(_shipped_path(model.lower()))
-        wanted = repr(model)
+        wanted = model.rstrip("/").rpartition("/")[2].lower()
+        found = [name for name in names if name == wanted]
     else:
         wanted = fingerprint_of(model)
-        for name in names:
-            if read_header(_shipped_path(name)).get("fingerprint") == wanted:
-                return load(_shipped_path(name))
-    raise ValueError(f"expected a model with shipped head scores, {', '.join(names)}, got {wanted}: call make")
+        found = [name for name in names if read_header(_shipped_path(name)).get("fingerprint") == wanted]
+    if not found:
+        raise ValueError(f"expected a model with shipped head scores, {', '.join(names)}, got {wanted!r}: call make")
+    return load(_shipped_path(found[0]))
 
 
 def shipped_names() -> tuple[str, ...]:
