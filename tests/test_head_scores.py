@@ -154,9 +154,13 @@ def test_saved_scores_come_back_bit_for_bit(model, tmp_path):
 
 def test_a_fingerprint_survives_the_dtype_and_the_length_but_not_other_weights(model):
     stored = random_model.make(model.config, dtype=torch.bfloat16)  # the checkpoint
+    tiny = replace(stored.weights, embed=stored.weights.embed * 1e-6)  # float16 has few bits for these
+    stored = replace(stored, weights=tiny)
+    assert not torch.equal(tiny.embed, tiny.embed.half().bfloat16())
     same = [stored, cast(stored, torch.float32), cast(stored, torch.float16)]
     same.append(replace(stored, config=replace(stored.config, max_length=9_999)))
     assert len({head_scores.fingerprint_of(x) for x in same}) == 1
+    assert head_scores.fingerprint_of(model) == head_scores.fingerprint_of(cast(model, torch.bfloat16))
     other = [random_model.make(model.config, seed=1, dtype=torch.bfloat16), stored]
     windows = [replace(spec, window=5) for spec in stored.config.layers]
     other.append(replace(stored, config=replace(stored.config, layers=tuple(windows))))
