@@ -69,7 +69,15 @@ def compress(
     if bits not in (None, 8, 4):
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}")
     keep, counts = _keep(
-        scores, ratio, level=level, budget=budget, threshold=threshold, protect=protect, min_rows=min_rows
+        scores,
+        ratio,
+        level=level,
+        budget=budget,
+        threshold=threshold,
+        protect=protect,
+        min_rows=min_rows,
+        sink=sink,
+        recent=recent,
     )
     context = _pack_or_explain(cache, scores, keep, counts, bits=bits, consume=consume)
     return RaggedCache(
@@ -96,6 +104,8 @@ def keep_mask(
     threshold: float | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: int = 0,
+    sink: int = 0,
+    recent: int = 0,
 ) -> Bool[Tensor, "L H E"]:
     """Returns which context pairs `compress` would keep, by its arguments; needs the scores alone, no pairs.
 
@@ -104,7 +114,18 @@ def keep_mask(
 
     Raises: ValueError as `compress` does.
     """
-    return _keep(scores, ratio, level=level, budget=budget, threshold=threshold, protect=protect, min_rows=min_rows)[0]
+    mask, _ = _keep(
+        scores,
+        ratio,
+        level=level,
+        budget=budget,
+        threshold=threshold,
+        protect=protect,
+        min_rows=min_rows,
+        sink=sink,
+        recent=recent,
+    )
+    return mask
 
 
 def _keep(
@@ -116,6 +137,8 @@ def _keep(
     threshold: float | None,
     protect: Sequence[tuple[int, int]],
     min_rows: int,
+    sink: int,
+    recent: int,
 ) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
     """The mask, and on the host how many of each head it keeps."""
     count = _budget(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
