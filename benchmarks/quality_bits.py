@@ -314,11 +314,12 @@ def table_of(
     model: str, facts: dict[str, Any], by: dict[str, dict[str, dict[str, Any]]], names: list[str], shared: list[str]
 ) -> Table:
     """The table of one model. `gained` is the log-likelihood of a gold answer over the full cache's, in nats;
-    `over row` that over keys quantized by rows, at the same ratio and bits."""
+    `change` the size of its difference, either way, from 16 bits of the same pairs: noise that cancels in `gained`;
+    `over row` how much larger the change is with keys quantized by rows, at the same ratio and bits."""
     count = sum(len(by[FULL.name][case]["loglik"]) for case in shared)
     title = f"{model}, {facts['dtype']} on {facts['device']}: {count} questions of {len(shared)} contexts"
     table = Table(title=title)
-    for column in ("setting", "kept", "bytes", "contains gold, %", "loglik per token", "gained", "over row"):
+    for column in ("setting", "kept", "bytes", "contains gold, %", "loglik per token", "gained", "change", "over row"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     whole = gather(by[FULL.name], shared, "loglik")
     for name in names:
@@ -330,12 +331,14 @@ def table_of(
         contained = "-"
         if all(line["contained"] is not None for line in lines):
             contained = interval(100 * gather(by[name], shared, "contained"), "{:.0f}")
-        rows = name.partition(", keys")[0]
-        over = interval(mine - gather(by[rows], shared, "loglik")) if rows != name else ""
+        rows, wide = name.partition(", keys")[0], f"{name.partition(',')[0]}, 16 bits"
+        change, over = np.abs(mine - gather(by[wide], shared, "loglik")) if wide in by else None, ""
+        if change is not None and rows != name:
+            over = interval(np.abs(gather(by[rows], shared, "loglik") - gather(by[wide], shared, "loglik")) - change)
         kept = sum(line["kept"] for line in lines) / len(lines)
-        table.add_row(
-            name, f"{kept:.3f}", size, contained, f"{mine.sum() / tokens.sum():.3f}", interval(mine - whole), over
-        )
+        moved = "-" if change is None else interval(change, "{:.2f}")
+        likelihood = f"{mine.sum() / tokens.sum():.3f}"
+        table.add_row(name, f"{kept:.3f}", size, contained, likelihood, interval(mine - whole), moved, over)
     return table
 
 
