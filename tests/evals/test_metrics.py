@@ -33,6 +33,8 @@ CASES = [
     ("part", "It is in Paris", "Paris, France", 0),
     ("gsm", "First 3 + 4 = 7. The answer is 7.", "3 + 4 = 7\n#### 7", 1),
     ("gsm", "The answer is 7. No, the answer is 8.", "#### 7", 0),
+    ("gsm", "The answer is 7. No, the answer is 8.", "#### 8", 1),
+    ("gsm", "There are 7 of them. The answer is 9.", "#### 7", 0),
     ("gsm", "The answer is $1,200", "#### 1200", 0),  # nothing is normalized
     ("gsm", "70", "#### 7", 1),  # a substring, and no "the answer is"
     ("option", "(B) or so", "(B) 06/02/2021", 1),
