@@ -42,7 +42,7 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Laun
     if bits < 16:
         if rows <= 8:
             return Launch(8, keys, 2, 3, 4)
-        return Launch(16 if rows <= 16 else 32, 32, 4, 3)
+        return Launch(16 if rows <= 16 or D > 128 else 32, 32, 4, 3)
     if rows <= 16:
         return Launch(16, keys, 4, 3)
     if rows <= 64:
@@ -64,18 +64,17 @@ def decode_triton(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` by two launches whose sizes follow from shapes and the schedule alone.
 
-    Reads each context byte once for up to 128 rows (questions x tokens x group): 2 N D values, 161 MB at 0.3 of
-    131,072 (8 heads, D 128), 52.5 us at the 3.07 TB/s of an H100; 4 rows N D operations. Measured there (bf16, cold,
-    in a CUDA graph, benchmarks/results/ops-decode-score.jsonl): 61.2 us, and 20.9 us at 0.3 of 32,768; one head with
-    half of the rows 62.1, even heads 60.0; 32 questions 74.8; int8 40.0, int4 30.9; D=256 117.8 (2.73 TB/s). With 512
-    and 2,000 new tokens 432 and 443 TFLOP/s by the same kernel with 128 rows a program.
+    Reads each context byte once for up to 128 rows (questions x tokens x group; codes: 32, the rest from L2): 2 N D
+    values, 161 MB at 0.3 of 131,072 (8 heads, D 128), 52.5 us at the 3.07 TB/s of an H100; 4 rows N D operations.
+    Measured there (bf16, cold, in a CUDA graph, benchmarks/results/ops-decode-score.jsonl): 61.2 us, and 20.9 us at
+    0.3 of 32,768; one head with half of the rows 62.1, even heads 60.0; 32 questions 74.8; D=256 117.8 (2.73 TB/s).
+    With 512 and 2,000 new tokens 432 and 443 TFLOP/s by the same kernel with 128 rows a program. About 9 us of every
+    launch do not depend on N: its start, two loads that wait for each other, and programs that end at different times.
 
     Tried, in us at 131,072 unless said: three to eight pieces per processor 66 to 80 (starting a program costs more
     than balance gains); tiles of 128 keys 69, pipelines of two stages 64; combining without overlapped launches 62.3;
-    32 partial results at a time instead of all 63.6 (23.2 instead of 20.2 at 32,768). Codes: bytes converted by
-    Triton 55.7 (int8) and 58.7 (int4), against 41.9 and 31.8 as 16-bit words unpacked two at a time to float16, and
-    40.2 and 29.3 with the steps prefetched to L2; loading steps two tiles ahead by hand stops Triton's pipelining.
-    What is left there is instructions: about 540 a tile of 64 keys, by count 63% of the issue slots (not profiled).
+    32 partial results at a time instead of all 63.6 (23.2 instead of 20.2 at 32,768); combining all columns in one
+    program 66.4 instead of 64.2.
     """
     rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
     config = launch_config(q.shape[3], rows, q.dtype, k.bits if isinstance(k, Quantized) else 16)
