@@ -1,6 +1,6 @@
 """Times every op beside the best alternative that is installed, and appends one JSON line for each figure.
 
-    python benchmarks/ops.py [--only select prune] [--commit HASH] [--flex]
+    python benchmarks/ops.py [--only select prune] [--commit HASH] [--flex] [--workers 12]
     python benchmarks/ops.py --table        # renders the latest lines into README.md
 
 It runs the ops' tests on the GPU first and times nothing if one fails. Variants of a case take turns, from CUDA
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--workers", type=int, default=1, help="processes that run the tests, with pytest-xdist")
     parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
     options = parser.parse_args()
     if options.table:
@@ -56,7 +57,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    test_or_exit(options.only)
+    test_or_exit(options.only, options.workers)
     facts = machine(options.commit)
     floors = measure_floors()
     record(options.results, facts, [floor_line(name, value) for name, value in floors.items()])
@@ -75,9 +76,11 @@ def main() -> None:
             torch.cuda.empty_cache()
 
 
-def test_or_exit(only: list[str]) -> None:
+def test_or_exit(only: list[str], workers: int) -> None:
     files = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in only]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", *files]
+    if workers > 1:
+        command += ["-n", str(workers)]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         sys.exit("the tests above failed: nothing is timed on red")
 
@@ -301,10 +304,15 @@ def decode_case(
         caches.append((k, v) if bits is None else (ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)))
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
+        plain = [[ops.dequantize(x, dtype=torch.bfloat16) for x in pair] for pair in caches[:2]]  # two are cold too
     variants: dict[str, Variant] = {
         "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
     }
-    if bits is None:
+    if bits is not None:
+        variants["kvzip, bf16"] = [
+            lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
+        ]
+    else:
         variants["flash-2 varlen"] = [
             lambda k=k, v=v: flash_varlen(q, k, v, offsets, max(lengths), scale) for k, v in caches
         ]
