@@ -1,4 +1,4 @@
-"""Scores as an object of their own: attached, combined, saved and loaded, plotted.
+"""Scores as an object of their own: attached, combined, applied again, saved and loaded, plotted.
 
 `compress` and `keep_mask` turn them into pairs at any ratio or budget; no forward pass is needed again.
 """
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float32
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from . import ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, read_header
 from .cache.io import write_file
 from .compression import keep_mask
+from .ops import Quantized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +60,62 @@ def combine(*scores: Scores) -> Scores:
         values = torch.maximum(values, other.values.to(values.device))
     source = f"max({', '.join(dict.fromkeys(one.source for one in scores))})"
     return replace(first, values=values, source=source if len(scores) > 1 else first.source)
+
+
+def shrink(cache: RaggedCache, ratio: float) -> RaggedCache:
+    """Returns a compressed cache that keeps fewer of its pairs: the int(ratio * total) highest scored that it holds.
+
+    `shrink(compress(cache, 0.5), 0.2)` is `compress(cache, 0.2)`, without the dense cache or another pass; packed pairs
+    keep their bits. The prefix, window layers and the tail stay; what `compress` had protected competes by score.
+
+    Args:
+        ratio: fraction of ALL evictable pairs that is kept, at most what the cache holds.
+
+    Raises: ValueError for a cache without scores, or a ratio of none or more than it holds.
+    """
+    scores = cache.scores
+    if scores is None:
+        raise ValueError("expected a cache with scores, got none: compress a scored cache, or shrink before folding")
+    count = int(ratio * cache.total)
+    if not 0 < ratio <= 1 or count > cache.kept:
+        raise ValueError(
+            f"expected 0 < ratio <= {cache.kept / cache.total:.4f} (what the cache holds), got {ratio}: pairs that are "
+            "gone do not come back"
+        )
+    layers = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
+    heads = [torch.repeat_interleave(layer.offsets.diff().long()) for layer in layers]
+    ranks = [
+        _ranks(layer, head, cache.start, one) for layer, head, one in zip(layers, heads, scores.values, strict=True)
+    ]
+    prefix = sum(int((rank == torch.inf).sum()) for rank in ranks)
+    keep = ops.select_count([rank[None] for rank in ranks], count=count + prefix)
+    packed = iter([_rows_of(layer, head, mask[0]) for layer, head, mask in zip(layers, heads, keep, strict=True)])
+    context = tuple(next(packed) if isinstance(layer, RaggedKV) else layer for layer in cache.context)
+    return replace(cache, context=context, kept=count, method=f"{scores.source}/pair")
+
+
+def _ranks(layer: RaggedKV, heads: Tensor, start: int, values: Float32[Tensor, "H E"]) -> Float32[Tensor, " N"]:
+    """The score of each row, infinite for the prefix's."""
+    rank = torch.full(layer.positions.shape, torch.inf, device=heads.device)
+    own = layer.positions >= start
+    found = values.to(heads.device)[heads[own], layer.positions[own].long() - start]
+    rank[own] = found.clamp(max=torch.finfo(torch.float32).max)
+    return rank
+
+
+def _rows_of(layer: RaggedKV, heads: Tensor, keep: Bool[Tensor, " N"]) -> RaggedKV:
+    """A layer with the rows of a mask alone."""
+
+    def take(x: Tensor | Quantized) -> Tensor | Quantized:
+        return (
+            x[keep]
+            if isinstance(x, Tensor)
+            else replace(x, codes=x.codes[keep], scale=x.scale[keep], zero=x.zero[keep])
+        )
+
+    counts = torch.bincount(heads[keep], minlength=len(layer.offsets) - 1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return RaggedKV(take(layer.k), take(layer.v), offsets, layer.positions[keep], ops.decode_schedule(offsets))
 
 
 def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: dict[str, Any] | None = None) -> None:

@@ -73,6 +73,32 @@ def test_saved_scores_compress_the_cache_as_before(model, cache, ratio, tmp_path
     assert read_header(path)["note"] == {"chunk": 2_000} and path.stat().st_size < 4 * cache.total + 2_000
 
 
+@settings(max_examples=6)
+@given(large=st.floats(0.3, 1.0), part=st.floats(0.05, 1.0), bits=st.sampled_from([None, 8]))
+def test_a_compressed_cache_shrinks_to_what_a_smaller_ratio_keeps(model, cache, large, part, bits):
+    held = kvzip.compress(cache, large, bits=bits)
+    small, want = scores_of.shrink(held, large * part), kvzip.compress(cache, large * part, bits=bits)
+    assert small.kept == want.kept == int(large * part * cache.total)
+    for x, y in zip(small.context, want.context, strict=True):
+        if isinstance(x, RaggedKV):
+            assert torch.equal(x.positions, y.positions) and torch.equal(x.offsets, y.offsets)
+    options = {"max_tokens": 5, "template": False}
+    assert kvzip.generate(model, small, "Who?", **options) == kvzip.generate(model, want, "Who?", **options)
+    streamed = kvzip.prefill_compressed(model, TEXT, large, segment=70, share="final")
+    again = scores_of.shrink(streamed, large * part)
+    mask = kvzip.keep_mask(streamed.scores, large * part)
+    assert counts(again) == mask.sum(-1).tolist()
+    assert again.context[1] is streamed.context[1]
+
+
+def test_what_is_gone_does_not_come_back(model, cache):
+    small = kvzip.compress(cache, 0.4)
+    with pytest.raises(ValueError, match=r"0 < ratio <= 0\.\d+ \(what the cache holds\), got 0.5"):
+        scores_of.shrink(small, 0.5)
+    with pytest.raises(ValueError, match="a cache with scores, got none"):
+        scores_of.shrink(replace(small, scores=None), 0.1)
+
+
 def test_scores_are_tied_to_their_model_and_tokens(model, cache, tmp_path):
     path = tmp_path / "doc.scores"
     scores_of.save(cache, path)
