@@ -396,23 +396,26 @@ def plot(groups: Sequence[list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups) + 2, 4.5), squeeze=False)
+    methods = [m for m in dict.fromkeys(line["method"] for group in groups for line in group) if m != "full"]
+    colors = dict(zip(methods, pyplot.get_cmap("tab20").colors * 2, strict=False))  # type: ignore[attr-defined]
+    lines: dict[str, Any] = {}
     for axis, group in zip(axes[0], groups, strict=True):
         table = summary(group)
-        methods = [m for m in dict.fromkeys(method for method, _ in table) if m not in ("full", "random")]
-        colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
-        for n, method in enumerate(methods):
-            points = sorted((r, *table[m, r]["lost"]) for m, r in table if m == method)
+        for method in methods:
+            points = sorted((ratio, *row["lost"]) for (name, ratio), row in table.items() if name == method)
+            if not points or method == "random":
+                continue
             ratio, mean, low, high = map(np.array, zip(*points, strict=True))
-            axis.plot(ratio, mean, color=colors[n % 20], label=method, linewidth=1.5)
+            (lines[method],) = axis.plot(ratio, mean, color=colors[method], marker=".", linewidth=1.5)
             if method in ("context", "chunk"):
-                axis.fill_between(ratio, low, high, color=colors[n % 20], alpha=0.15)
-        title = f"{group[0]['model']}, about {group[0]['asked']:,} tokens"
+                axis.fill_between(ratio, low, high, color=colors[method], alpha=0.12)
+        title = f"{group[0]['model']}, about {group[0]['asked']:,} tokens{', plain' if group[0]['plain'] else ''}"
         axis.set(title=title, xlabel="ratio kept", ylabel="log-likelihood lost, gold answer (nats)")
         axis.set_yscale("symlog", linthresh=0.1)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(list(lines.values()), list(lines), loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 1.6 / (6 * len(groups) + 2), 1))
     figure.savefig(path, dpi=120)
 
 
