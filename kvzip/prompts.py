@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,39 @@ def encode_prefix(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Returns the text of ids, without control tokens."""
     return tokenizer.control.decode(ids, skip_special_tokens=True)
+
+
+def token_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:
+    """Returns the UTF-8 of each token as it stands within a text; control tokens as they are written.
+
+    A token that holds a part of a character gives its bytes: joined with those of its neighbors they are the text.
+    """
+    vocabulary, decoder = tokenizer.control, tokenizer.control.decoder
+    added = {i: token.content for i, token in vocabulary.get_added_tokens_decoder().items()}
+    result = []
+    for i in ids:
+        name = added.get(i, vocabulary.id_to_token(i) or "")
+        # behind a letter, since some decoders drop the space in front of a text
+        text = name if i in added or decoder is None else decoder.decode(["a", name])[1:]
+        result.append(_raw_bytes(name) if "\ufffd" in text and i not in added else text.encode())
+    return result
+
+
+def _raw_bytes(name: str) -> bytes:
+    """The bytes that a token's name in the vocabulary spells, one way or the other."""
+    spelled = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+    if spelled:
+        return bytes.fromhex(spelled[1])
+    letters = _byte_letters()
+    return bytes(letters[c] for c in name) if all(c in letters for c in name) else name.encode()
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """Byte-level vocabularies write each byte as a letter: printable Latin-1 as itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

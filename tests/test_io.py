@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 import kvzip
 import random_model
-from kvzip.cache import RaggedCache, RaggedKV, empty_tail, read_header
+from kvzip import prompts
+from kvzip.cache import RaggedCache, RaggedKV, empty_tail, encode_levels, read_header, read_pieces
 from kvzip.cache.memory import _tensors
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
-KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded"]
+KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded", "named"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def caches(model):
     turn = kvzip.ask(model, kvzip.compress(scored, 0.5, bits=8), "Who is?", max_tokens=4)[1]
     return {
         "turn": turn,
+        "named": in_levels(ragged),
         "folded": kvzip.fold(model, turn, 0.6),
         "dense": dense,
         "scored": scored,
@@ -51,15 +54,26 @@ def caches(model):
 
 
 @pytest.fixture(scope="module")
-def files(caches, tmp_path_factory):
+def files(model, caches, tmp_path_factory):
     """The bytes of each cache's file."""
     path = tmp_path_factory.mktemp("files") / "doc.kvz"
 
-    def written(cache):
-        kvzip.save(cache, path)
+    def written(kind):
+        kvzip.save(caches[kind], path, **options(kind, model))
         return path.read_bytes()
 
-    return {kind: written(cache) for kind, cache in caches.items()}
+    return {kind: written(kind) for kind in caches}
+
+
+def options(kind, model):
+    """What a kind is saved with: "named" with its model and scores of 8 bits."""
+    return {"model": model, "score_bits": 8} if kind == "named" else {}
+
+
+def in_levels(cache):
+    """The cache with its scores rounded as 8 bits round them, so that they come back exactly."""
+    codes, levels = encode_levels(cache.scores.values)
+    return replace(cache, scores=replace(cache.scores, values=levels[codes.long()]))
 
 
 def quantized(cache: RaggedCache, bits: int) -> RaggedCache:
@@ -85,16 +99,16 @@ def same(a, b):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_comes_back_bit_for_bit(model, caches, kind, tmp_path):
     path = tmp_path / "doc.kvz"
-    kvzip.save(caches[kind], path, note={"from": "a book"})
+    kvzip.save(caches[kind], path, note={"from": "a book"}, **options(kind, model))
     back = kvzip.load_cache(path, model=model)
     same(caches[kind], back)
     if caches[kind].scores is not None:
         for name in ("layers", "start", "stop", "source"):
             assert getattr(back.scores, name) == getattr(caches[kind].scores, name)
-    options = {"max_tokens": 8, "template": False}
-    assert kvzip.generate(model, back, "Who?", **options) == kvzip.generate(model, caches[kind], "Who?", **options)
+    asked = {"max_tokens": 8, "template": False}
+    assert kvzip.generate(model, back, "Who?", **asked) == kvzip.generate(model, caches[kind], "Who?", **asked)
     header = read_header(path)
-    assert header["version"] == [1, 1] and header["note"] == {"from": "a book"}
+    assert header["version"] == [1, 2] and header["note"] == {"from": "a book"}
     assert header["ratio"] == header["kept"] / header["total"] and header["library"] == version("kvzip")
     assert header["method"] == {"dense": "", "scored": "kvzip-context"}.get(
         kind, "kvzip-context/pair" + "+fold" * (kind == "folded")
@@ -133,7 +147,7 @@ def test_files_that_do_not_belong_are_named(model, caches, tmp_path):
         kvzip.load_cache(path)
 
 
-def test_files_of_version_1_0_still_load(model, caches, tmp_path):
+def test_files_of_older_versions_still_load(model, caches, tmp_path):
     path = tmp_path / "doc.kvz"
 
     def age(header):
@@ -142,6 +156,8 @@ def test_files_of_version_1_0_still_load(model, caches, tmp_path):
 
     for kind in ("scored", "ragged"):
         kvzip.save(caches[kind], path)
+        rewrite(path, lambda header: header.update(version=[1, 1]))
+        same(caches[kind], kvzip.load_cache(path, model=model))
         rewrite(path, age)
         back = kvzip.load_cache(path, model=model)
         same(caches[kind] if kind == "scored" else replace(caches[kind], method=""), back)
@@ -169,6 +185,9 @@ def refused_or_sound(model, path):
         cache = kvzip.load_cache(path, model=model)
     except ValueError:
         return
+    pieces = read_pieces(path)
+    assert not pieces or set(pieces) == set(cache.token_ids.tolist())
+    assert cache.scores is None or not cache.scores.values.isnan().any() or "bits" not in read_header(path)["scores"]
     layers = cache.context if isinstance(cache, RaggedCache) else ()
     for layer in layers:
         if isinstance(layer, RaggedKV):
@@ -203,11 +222,12 @@ def test_headers_that_lie_are_refused(model, files, tmp_path_factory, kind, data
     path.write_bytes(files[kind])
     true = read_header(path)
     keys = ["length", "start", "tokens", "kept", "total", "ratio", "layers", "tail", "scores", "cache"]
+    keys += ["pieces", "model"] if kind == "named" else []
     key = data.draw(st.sampled_from(keys))
     values = st.one_of(st.none(), st.integers(-3, 400), st.text(max_size=3), st.lists(st.integers(), max_size=3))
     value = data.draw(values)
     rewrite(path, lambda header: header.update({key: value}))
-    if value == true[key] or (key == "scores" and value is None):
+    if value == true[key] or (key in ("scores", "pieces", "model") and value is None):
         refused_or_sound(model, path)
         return
     with pytest.raises(ValueError):
@@ -223,11 +243,19 @@ def test_headers_that_lie_are_refused(model, files, tmp_path_factory, kind, data
         ("layers.0.positions", lambda x: x[0].fill_(-1)),
         ("layers.0.positions", lambda x: x.copy_(x.flip(0))),
         ("token_ids", lambda x: x[0].fill_(-5)),
+        ("pieces.ids", lambda x: x[0].add_(1)),
+        ("pieces.ids", lambda x: x.copy_(x.flip(0))),
+        ("pieces.offsets", lambda x: x[1].fill_(100)),
+        ("pieces.offsets", lambda x: x[0].fill_(-1)),
+        ("pieces.offsets", lambda x: x[-1].add_(1)),
+        ("scores.codes", lambda x: x[0, 0, 0].fill_(255)),
+        ("scores.levels", lambda x: x.copy_(x.flip(0))),
+        ("scores.levels", lambda x: x[0].fill_(torch.nan)),
     ],
 )
-def test_tensors_that_lie_are_refused(caches, tmp_path, name, change):
+def test_tensors_that_lie_are_refused(model, caches, tmp_path, name, change):
     path = tmp_path / "doc.kvz"
-    kvzip.save(caches["ragged"], path)
+    kvzip.save(caches["named"], path, **options("named", model))
     retouch(path, lambda tensors: change(tensors[name]))
     with pytest.raises(ValueError, match="truncated or tampered"):
         kvzip.load_cache(path)
@@ -250,3 +278,93 @@ def retouch(path, change):
         metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     change(tensors)
     save_file(tensors, path, metadata=metadata)
+
+
+def test_a_file_names_its_model_and_its_text(model, caches, tmp_path):
+    path = tmp_path / "doc.kvz"
+    cache = caches["ragged"]
+    with pytest.raises(ValueError, match=r"the model that made the cache.*got another"):
+        kvzip.save(cache, path, model=random_model.make(model.config, seed=9))
+    kvzip.save(cache, path, model=replace(model, source=str(tmp_path)))
+    assert read_header(path)["model"] == {"source": str(tmp_path), "dtype": "float32"}
+    pieces = read_pieces(path)
+    text = b"".join(pieces[i] for i in cache.token_ids.tolist()).decode()
+    assert text == "<|user|>" + TEXT and len(pieces) == len(set(cache.token_ids.tolist()))
+    kvzip.save(cache, path, model=replace(model, tokenizer=None))
+    assert read_pieces(path) == {} and read_header(path)["model"]["source"] == "random"
+    assert os.listdir(tmp_path) == ["doc.kvz"]
+
+
+def test_scores_in_8_bits_select_almost_as_the_exact_ones(model, caches, tmp_path):
+    path = tmp_path / "doc.kvz"
+    values = torch.randn(4, 3, 2_000, generator=torch.Generator().manual_seed(0)).exp()
+    codes, levels = encode_levels(values)
+    below = levels[codes.long()]
+    above = torch.cat([levels, levels.new_tensor([torch.inf])])[codes.long() + 1]
+    assert (below <= values).all() and (values < above).all() and len(levels) == 256
+    assert codes.flatten().bincount().max() <= 1.1 * values.numel() / 255
+    for few in (torch.tensor([[[0.0, -1.0, torch.inf, 0.5]]]), torch.zeros(1, 2, 0), torch.ones(2, 1, 7)):
+        codes, levels = encode_levels(few)
+        assert torch.equal(levels[codes.long()], few)
+    scored = caches["scored"]
+    kvzip.save(scored, path, score_bits=8)
+    back = kvzip.load_cache(path, model=model)
+    exact, rounded = (kvzip.keep_mask(cache.scores, 0.3) for cache in (scored, back))
+    assert 0 < (exact != rounded).float().mean() < 0.01 or torch.equal(exact, rounded)
+    kvzip.save(scored, path)
+    assert torch.equal(kvzip.load_cache(path).scores.values, scored.scores.values)
+    broken = replace(scored, scores=replace(scored.scores, values=torch.full_like(scored.scores.values, torch.nan)))
+    with pytest.raises(ValueError, match="without NaN"):
+        kvzip.save(broken, path, score_bits=8)
+    with pytest.raises(ValueError, match="32 or 8, got 4"):
+        kvzip.save(scored, path, score_bits=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_is_read_without_the_pairs(model, caches, kind, tmp_path):
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches[kind], path)
+    whole, outline = kvzip.load_cache(path), kvzip.load_cache(path, pairs=False)
+    for x, y in zip(_tensors(whole), _tensors(outline), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype) and (y.is_meta or torch.equal(x, y))
+    assert sum(x.is_meta for x in _tensors(outline)) >= 2 * len(model.config.layers)
+    assert outline.kept == whole.kept and torch.equal(outline.token_ids, whole.token_ids)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_mode_of_any_new_file(caches, tmp_path, umask, mode):
+    path = tmp_path / "doc.kvz"
+    before = os.umask(umask)
+    try:
+        kvzip.save(caches["ragged"], path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("family", ["bytes", "metaspace"])
+def test_tokens_are_the_bytes_of_their_part_of_a_text(family):
+    """A byte-level vocabulary, and one that writes spaces as U+2581 and unknown characters as bytes, as Gemma's."""
+    text = " é 日本 \ufffd a  b\n\n🎉<|end|>"
+    if family == "bytes":
+        tokenizer = random_model.tokenizer()
+        added = "<|end|>"
+    else:
+        names = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "é", "a", "▁b"]
+        raw = Tokenizer(
+            models.BPE(
+                vocab={n: i for i, n in enumerate(names)},
+                merges=[],
+                byte_fallback=True,
+                unk_token=None,
+            )
+        )
+        raw.normalizer = normalizers.Replace(" ", "▁")
+        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        raw.add_special_tokens(["<|end|>", "é€"])
+        tokenizer, added = prompts.Tokenizer(text=raw, control=raw, bos_ids=()), "<|end|>"
+    ids = tokenizer.control.encode(text, add_special_tokens=False).ids
+    parts = prompts.token_bytes(tokenizer, ids)
+    assert b"".join(parts).decode() == text and parts[-1] == added.encode()
+    assert any("\ufffd" in part.decode(errors="replace") for part in parts)

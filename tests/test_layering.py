@@ -13,7 +13,7 @@ PACKAGE = Path(kvzip.__file__).parent
 
 ALLOWED = {
     "kvzip.ops": set(),
-    "kvzip.cache": {"kvzip.ops"},
+    "kvzip.cache": {"kvzip.ops", "kvzip.prompts"},
     "kvzip.prompts": set(),
     "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
@@ -30,7 +30,7 @@ _STAGES = (
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.cli"]
+TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.cli"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 

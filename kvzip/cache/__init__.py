@@ -1,7 +1,8 @@
 """Caches as data: dense, ragged, their bytes and devices."""
 
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
-from .io import load_cache, read_header, save
+from .io import load_cache, read_header, read_pieces, save, whole_file
+from .levels import encode_levels
 from .memory import explain_out_of_memory, free_bytes, nbytes, to
 from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, empty_tail, grow_tail
 
@@ -17,6 +18,7 @@ __all__ = [
     "as_ragged",
     "check_whole",
     "empty_tail",
+    "encode_levels",
     "explain_out_of_memory",
     "free_bytes",
     "global_layers",
@@ -24,6 +26,8 @@ __all__ = [
     "load_cache",
     "nbytes",
     "read_header",
+    "read_pieces",
     "save",
     "to",
+    "whole_file",
 ]

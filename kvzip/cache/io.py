@@ -6,8 +6,10 @@ JSON object in the file's metadata under "kvzip". Nothing is ever unpickled.
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..ops import Quantized, decode_schedule
+from ..prompts import token_bytes
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
+from .levels import LEVELS, encode_levels
 from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
 
-VERSION = (1, 1)  # of the format: another major version cannot be read, a newer minor one can
+VERSION = (1, 2)  # of the format: another major version cannot be read, a newer minor one can
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
+_PAIRS = re.compile(r"layers\.\d+\.[kv]|tail\.[kv]\.\d+|layers\.\d+\.[kv]\.(codes|scale|zero)")
 
 
 @runtime_checkable
@@ -36,18 +42,53 @@ class BelongsTo(Protocol):
     def device(self) -> torch.device: ...
 
 
-def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str, Any] | None = None) -> None:
+@runtime_checkable
+class Origin(BelongsTo, Protocol):
+    """What `save` asks of a model that a file shall name."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+def save(
+    cache: DenseCache | RaggedCache,
+    path: str | Path,
+    *,
+    note: Mapping[str, Any] | None = None,
+    model: Origin | None = None,
+    score_bits: int = 32,
+) -> None:
     """Writes the cache to one file: under another name first, then renamed, so a crash leaves the old file or the new.
 
     Args:
         note: anything that JSON can hold, for the header.
+        model: the cache's own. The header then says where it came from (a local directory by its absolute path) and
+            its dtype, under "model", and the file holds the text of each token, so that it can be read without it.
+        score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
+            them down to at most 256 levels (`levels.encode_levels`), a quarter of the bytes.
 
-    Raises: ValueError for a consumed cache; TypeError for a note that JSON cannot hold; OSError if it cannot be
-        written.
+    Raises: ValueError for a consumed cache, one of another model, another number of bits, or NaN scores in 8 bits;
+        TypeError for a note that JSON cannot hold; OSError if it cannot be written.
     """
     if isinstance(cache, DenseCache):
         check_whole(cache)
-    tensors, header = _describe(cache)
+    if score_bits not in (32, 8):
+        raise ValueError(f"expected score_bits of 32 or 8, got {score_bits}: 32 is exact")
+    tensors, header = _describe(cache, score_bits)
+    if model is not None:
+        if model.fingerprint != cache.fingerprint:
+            raise ValueError(
+                f"expected the model that made the cache (fingerprint {cache.fingerprint}), got another "
+                f"({model.fingerprint}): save it with its own"
+            )
+        header["model"] = {"source": _absolute(model.source), "dtype": str(model.dtype).removeprefix("torch.")}
+        if model.tokenizer is not None:
+            tensors |= _pieces(model.tokenizer, cache.token_ids)
+            header["pieces"] = len(tensors["pieces.ids"])
     write_file(path, tensors, header, note=note)
 
 
@@ -55,13 +96,25 @@ def write_file(
     path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any], *, note: Mapping[str, Any] | None = None
 ) -> None:
     """Writes tensors and a header whole or not at all. Raises as `save` does."""
-    path = Path(path)
     header = header | {"version": VERSION, "library": version("kvzip"), "note": dict(note or {})}
     metadata = {"kvzip": json.dumps(header)}
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as partial:
         save_file(_apart(tensors), partial, metadata=metadata)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Gives an empty file beside `path` to write to, which takes its place at the end, or is deleted on an error.
+
+    Its mode is what the process's umask leaves of 0666, as of any new file.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = partial.stat().st_mode
+    try:
+        yield partial
+        os.chmod(partial, mode)  # a writer may have put a private file in its place, as safetensors does
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
@@ -98,13 +151,19 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def load_cache(
-    path: str | Path, *, model: BelongsTo | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    model: BelongsTo | None = None,
+    device: torch.device | str | None = None,
+    pairs: bool = True,
 ) -> DenseCache | RaggedCache:
     """Returns the cache of a file that `save` wrote.
 
     Args:
         model: the model that it must belong to, if given.
         device: where its tensors go; None takes the model's, or the CPU.
+        pairs: False leaves the keys and values in the file: they have their shapes and dtypes, on torch's meta device.
+            Lengths, offsets, positions, token ids and scores are read, which say what is kept of what.
 
     Raises: FileNotFoundError; ValueError for a file of another model, of a newer major version, or whose lengths,
         offsets, dtypes or positions do not fit together.
@@ -120,10 +179,44 @@ def load_cache(
         )
     if device is None:
         device = "cpu" if model is None else model.device
+    return _read(path, str(device), lambda reader: reader.cache(header), pairs=pairs)
+
+
+def read_pieces(path: str | Path) -> dict[int, bytes]:
+    """Returns the UTF-8 of each different token of a file, by id; a token may begin or end within a character.
+
+    Empty for a file that was saved without `model`.
+
+    Raises: as `load_cache` does.
+    """
+    path = Path(path)
+    header = read_header(path)
+    return _read(path, "cpu", lambda reader: reader.pieces(header, reader.token_ids(header)))
+
+
+def _read(path: Path, device: str, read: Callable[["_Reader"], Any], *, pairs: bool = True) -> Any:
+    """What `read` makes of a file, every failure an error that names the file."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return _Reader(file.get_tensor, set(file.keys())).cache(header)
-    except (SafetensorError, _Bad, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        with safe_open(path, framework="pt", device=device) as file:
+
+            def get(name: str) -> Tensor:
+                if pairs or not _PAIRS.fullmatch(name):
+                    return file.get_tensor(name)
+                stored = file.get_slice(name)
+                return torch.empty(stored.get_shape(), dtype=_STORED[stored.get_dtype()], device="meta")
+
+            return read(_Reader(get, set(file.keys())))
+    except (
+        SafetensorError,
+        _Bad,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise _damaged(path, str(error)) from error
 
 
@@ -139,7 +232,22 @@ def _ratio(kept: int, total: int) -> float:
     return kept / total if total else 1.0
 
 
-def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _absolute(source: str) -> str:
+    """Where a model can be found from any directory."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.is_dir() else source
+
+
+def _pieces(tokenizer: Any, token_ids: Tensor) -> dict[str, Tensor]:
+    """The text of each different token: ids ascending, and their bytes one after the other between offsets."""
+    ids = token_ids.unique()
+    parts = token_bytes(tokenizer, ids.tolist())
+    offsets = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    text = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)[: int(offsets[-1])]
+    return {"pieces.ids": ids, "pieces.offsets": offsets, "pieces.bytes": text}
+
+
+def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {"token_ids": cache.token_ids}
     dense = isinstance(cache, DenseCache)
     layers = cache.layers if dense else cache.context
@@ -179,7 +287,11 @@ def _describe(cache: DenseCache | RaggedCache) -> tuple[dict[str, Tensor], dict[
             tensors |= {f"tail.{name}.{n}": x for n, x in enumerate(getattr(cache.tail, name))}
     if cache.scores is not None:
         header["scores"] = {f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name != "values"}
-        tensors["scores.values"] = cache.scores.values
+        if score_bits == 8:
+            header["scores"]["bits"] = 8
+            tensors["scores.codes"], tensors["scores.levels"] = encode_levels(cache.scores.values)
+        else:
+            tensors["scores.values"] = cache.scores.values
     return tensors, header
 
 
@@ -205,8 +317,11 @@ class _Reader:
     def cache(self, header: dict[str, Any]) -> DenseCache | RaggedCache:
         length, start = _count(header, "length"), _count(header, "start")
         _require(start <= length, f"start {start} after length {length}")
-        token_ids = self.take("token_ids", (_count(header, "tokens"),), torch.int64).cpu()
-        _require(not len(token_ids) or int(token_ids.min()) >= 0, "a negative token id")
+        token_ids = self.token_ids(header)
+        self.pieces(header, token_ids)
+        origin = header.get("model")  # files before version 1.2 have neither model nor pieces
+        known = origin is None or all(isinstance(origin[key], str) for key in ("source", "dtype"))
+        _require(known, f"model is {origin!r}")
         kept, total, has_tail = _count(header, "kept"), _count(header, "total"), _flag(header, "tail")
         method = header.get("method", "")  # files of version 1.0 have neither method nor ratio
         _require(isinstance(method, str), f"method is {method!r}")
@@ -249,6 +364,25 @@ class _Reader:
             method=method,
             **common,
         )
+
+    def token_ids(self, header: dict[str, Any]) -> Tensor:
+        token_ids = self.take("token_ids", (_count(header, "tokens"),), torch.int64).cpu()
+        _require(not len(token_ids) or int(token_ids.min()) >= 0, "a negative token id")
+        return token_ids
+
+    def pieces(self, header: dict[str, Any], token_ids: Tensor) -> dict[int, bytes]:
+        """The bytes of each different token of `token_ids`; empty where the file has none."""
+        if header.get("pieces") is None:
+            return {}
+        count = _count(header, "pieces")
+        ids = self.take("pieces.ids", (count,), torch.int64).cpu()
+        _require(torch.equal(ids, token_ids.unique()), "pieces of other tokens")
+        offsets = self.take("pieces.offsets", (count + 1,), torch.int64).cpu()
+        text = self.take("pieces.bytes", (None,), torch.uint8).cpu().numpy().tobytes()
+        _require(int(offsets[0]) == 0 and int(offsets[-1]) == len(text), "pieces and their bytes differ in length")
+        _require(bool((offsets.diff() >= 0).all()), "offsets of pieces decrease")
+        bounds = offsets.tolist()
+        return {i: text[a:b] for i, a, b in zip(ids.tolist(), bounds, bounds[1:], strict=False)}
 
     def take(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Tensor:
         """The tensor of that name, if it has the shape (None is any size) and one of the dtypes."""
@@ -313,7 +447,18 @@ class _Reader:
         _require(
             spec["layers"] == scored and (spec["start"], spec["stop"]) == (start, length), "scores of other tokens"
         )
-        values = self.take("scores.values", (len(scored), head_count(layers[0]), length - start), torch.float32)
+        bits = spec.get("bits", 32)
+        _require(bits in (8, 32) and type(bits) is int, f"scores of {bits!r} bits")
+        shape = (len(scored), head_count(layers[0]), length - start)
+        if bits == 32:
+            values = self.take("scores.values", shape, torch.float32)
+        else:
+            codes = self.take("scores.codes", shape, torch.uint8)
+            levels = self.take("scores.levels", (None,), torch.float32)
+            _require(0 < len(levels) <= LEVELS and not bool(levels.isnan().any()), f"{len(levels)} levels of scores")
+            _require(bool((levels.diff() > 0).all()), "levels of scores that do not ascend")
+            _require(not codes.numel() or int(codes.max()) < len(levels), "scores above the highest level")
+            values = torch.stack([levels[layer.int()] for layer in codes])
         return Scores(values, tuple(scored), start, length, str(spec["source"]))
 
 
