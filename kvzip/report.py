@@ -1,0 +1,154 @@
+"""One self-contained HTML page about a saved cache: what is kept of its document, token by token and head by head.
+
+The page is `data/report.html` with the file's facts as JSON and its arrays as deflate-compressed base64 in it. It
+needs no network and no model.
+"""
+
+import base64
+import codecs
+import html
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from .cache import (
+    DenseCache,
+    RaggedCache,
+    RaggedKV,
+    WindowKV,
+    encode_levels,
+    load_cache,
+    read_header,
+    read_pieces,
+    whole_file,
+)
+from .ops import Quantized
+
+LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
+_PLACE = "<!-- data -->"
+
+
+def write_report(file: Path, out: Path) -> None:
+    """Writes the page of a file that `kvzip.save` wrote, whole or not at all.
+
+    It shows the document with each token shaded by the fraction of layers and heads that keep its pair, a map of the
+    fractions by layer and head, the distribution of the scores, sizes, and what the file's note says. Where the file
+    has scores, a slider keeps another fraction of them, at the level that the file was compressed at, in 8 bits (see
+    `cache.encode_levels`), without protected or minimum rows. Text needs a file saved with `model`; otherwise tokens
+    are shown by their ids.
+
+    Raises: FileNotFoundError; ValueError for a file that is damaged or holds no cache; OSError.
+    """
+    header, cache, pieces = read_header(file), load_cache(file, pairs=False), read_pieces(file)
+    facts, arrays = describe(header, cache, pieces)
+    facts |= {"file": file.name, "fileBytes": file.stat().st_size, "title": facts["title"] or file.stem}
+    page = resources.files("kvzip").joinpath("data/report.html").read_text(encoding="utf-8")
+    before, after = page.replace("<!-- title -->", html.escape(facts["title"])).split(_PLACE)
+    with whole_file(out) as partial, open(partial, "w", encoding="utf-8", newline="\n") as written:
+        written.write(before)
+        written.writelines(_embed(facts, arrays))
+        written.write(after)
+
+
+def describe(
+    header: Mapping[str, Any], cache: DenseCache | RaggedCache, pieces: Mapping[int, bytes]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns what the page says of a cache (JSON) and the arrays that it computes with.
+
+    Arrays, little-endian: `ids` [S] int32 and `texts` [S] int32, a token's place in the list of texts; `kept`, the
+    mask of `kept_mask` as bits, lowest first; with scores `codes` [L H E] uint8 and `levels` [K] float32.
+    """
+    dense = isinstance(cache, DenseCache)
+    layers = cache.layers if dense else cache.context
+    length = cache.length if dense else cache.context_length
+    mask = kept_mask(cache)
+    texts, places = _texts(cache.token_ids.tolist(), pieces)
+    note, origin = header.get("note") or {}, header.get("model") or {}
+    level = header.get("method", "").rpartition("/")[2]
+    facts: dict[str, Any] = {
+        "title": next((str(note[key]) for key in ("title", "document") if note.get(key)), ""),
+        "format": ".".join(map(str, header["version"])),
+        "library": str(header.get("library", "")),
+        "model": origin.get("source", ""),
+        "dtype": origin.get("dtype", ""),
+        "method": header.get("method", ""),
+        "level": level if level in LEVELS else "pair",
+        "bits": next((spec["bits"] for spec in header["layers"] if "bits" in spec), None),
+        "layers": [n for n, layer in enumerate(layers) if not isinstance(layer, WindowKV)],
+        "windows": sum(isinstance(layer, WindowKV) for layer in layers),
+        "heads": mask.shape[1],
+        "start": cache.start,
+        "length": length,
+        "kept": cache.kept,
+        "total": cache.total,
+        "cacheBytes": sum(_bytes(x) for layer in layers for x in (layer.k, layer.v)),
+        "note": list(_flat({key: value for key, value in note.items() if key not in ("title", "document")})),
+        "hasText": bool(pieces),
+        "texts": texts,
+    }
+    arrays = {
+        "ids": cache.token_ids.numpy().astype("<i4"),
+        "texts": np.array(places, dtype="<i4"),
+        "kept": np.packbits(mask.flatten().numpy(), bitorder="little"),
+    }
+    if cache.scores is not None:
+        codes, levels = encode_levels(cache.scores.values)
+        arrays |= {"codes": codes.numpy(), "levels": levels.numpy().astype("<f4")}
+    return facts, arrays
+
+
+def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
+    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix."""
+    if isinstance(cache, DenseCache):
+        layers = [layer for layer in cache.layers if not isinstance(layer, WindowKV)]
+        heads = layers[0].k.shape[1] if layers else 0
+        return torch.ones(len(layers), heads, cache.length - cache.start, dtype=torch.bool)
+    ragged = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
+    heads = len(ragged[0].offsets) - 1 if ragged else 0
+    mask = torch.zeros(len(ragged), heads, cache.context_length, dtype=torch.bool)
+    for kept, layer in zip(mask, ragged, strict=True):
+        head = torch.repeat_interleave(torch.arange(heads), layer.offsets.diff().cpu())
+        kept[head, layer.positions.long().cpu()] = True
+    return mask[:, :, cache.start :]
+
+
+def _bytes(x: Tensor | Quantized) -> int:
+    return x.nbytes if isinstance(x, Tensor) else x.codes.nbytes + x.scale.nbytes + x.zero.nbytes
+
+
+def _texts(ids: list[int], pieces: Mapping[int, bytes]) -> tuple[list[str], list[int]]:
+    """The different texts of tokens, and which one each token shows: a character is shown by its last token."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    places: dict[str, int] = {}
+    order = []
+    for n, i in enumerate(ids):
+        text = decoder.decode(pieces[i], final=n + 1 == len(ids)) if pieces else f"⟨{i}⟩"
+        order.append(places.setdefault(text, len(places)))
+    return list(places), order
+
+
+def _flat(note: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of a note, nested ones by "outer name"."""
+    for key, value in note.items():
+        name = f"{path} {key}".strip()
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        elif value is not None:
+            yield name, value if isinstance(value, (int, float, str)) else json.dumps(value)
+
+
+def _embed(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Data blocks of HTML; no text in them can end its block."""
+    written = json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
+    yield f'<script type="application/json" id="facts">{written}</script>\n'
+    for name, array in arrays.items():
+        packed = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode("ascii")
+        yield f'<script type="text/plain" id="{name}">{packed}</script>\n'
