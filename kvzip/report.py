@@ -9,7 +9,7 @@ import codecs
 import html
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .cache import (
     DenseCache,
+    DenseKV,
     RaggedCache,
     RaggedKV,
     WindowKV,
@@ -30,10 +31,11 @@ from .cache import (
     read_pieces,
     whole_file,
 )
+from .cache.ragged import head_count, head_dim
 from .ops import Quantized
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
-_PLACE = "<!-- data -->"
+_SHOWN = ("title", "document", "model", "full_bytes")  # of a note, otherwise or in another place
 
 
 def write_report(file: Path, out: Path) -> None:
@@ -50,12 +52,8 @@ def write_report(file: Path, out: Path) -> None:
     header, cache, pieces = read_header(file), load_cache(file, pairs=False), read_pieces(file)
     facts, arrays = describe(header, cache, pieces)
     facts |= {"file": file.name, "fileBytes": file.stat().st_size, "title": facts["title"] or file.stem}
-    page = resources.files("kvzip").joinpath("data/report.html").read_text(encoding="utf-8")
-    before, after = page.replace("<!-- title -->", html.escape(facts["title"])).split(_PLACE)
     with whole_file(out) as partial, open(partial, "w", encoding="utf-8", newline="\n") as written:
-        written.write(before)
-        written.writelines(_embed(facts, arrays))
-        written.write(after)
+        written.writelines(render(facts, arrays))
 
 
 def describe(
@@ -77,7 +75,7 @@ def describe(
         "title": next((str(note[key]) for key in ("title", "document") if note.get(key)), ""),
         "format": ".".join(map(str, header["version"])),
         "library": str(header.get("library", "")),
-        "model": origin.get("source", ""),
+        "model": _name(origin.get("source", "")),
         "dtype": origin.get("dtype", ""),
         "method": header.get("method", ""),
         "level": level if level in LEVELS else "pair",
@@ -89,8 +87,9 @@ def describe(
         "length": length,
         "kept": cache.kept,
         "total": cache.total,
+        "fullBytes": _full_bytes(layers, length, origin.get("dtype")),
         "cacheBytes": sum(_bytes(x) for layer in layers for x in (layer.k, layer.v)),
-        "note": list(_flat({key: value for key, value in note.items() if key not in ("title", "document")})),
+        "note": list(_flat({key: value for key, value in note.items() if key not in _SHOWN})),
         "hasText": bool(pieces),
         "texts": texts,
     }
@@ -103,6 +102,19 @@ def describe(
         codes, levels = encode_levels(cache.scores.values)
         arrays |= {"codes": codes.numpy(), "levels": levels.numpy().astype("<f4")}
     return facts, arrays
+
+
+def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Yields the page of what `describe` returns, in pieces. No text of a document can end the block that it is in."""
+    page = resources.files("kvzip").joinpath("data/report.html").read_text(encoding="utf-8")
+    before, after = page.split("<!-- data -->")
+    yield before.replace("<!-- title -->", html.escape(facts["title"]))
+    written = json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
+    yield f'<script type="application/json" id="facts">{written}</script>\n'
+    for name, array in arrays.items():
+        packed = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode("ascii")
+        yield f'<script type="text/plain" id="{name}">{packed}</script>\n'
+    yield after
 
 
 def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
@@ -124,6 +136,22 @@ def _bytes(x: Tensor | Quantized) -> int:
     return x.nbytes if isinstance(x, Tensor) else x.codes.nbytes + x.scale.nbytes + x.zero.nbytes
 
 
+def _full_bytes(layers: Sequence[DenseKV | WindowKV | RaggedKV], length: int, dtype: str | None) -> int | None:
+    """The bytes of the layers before any pair was dropped; None if only codes are there, of an unknown dtype."""
+    plain = next((x.element_size() for layer in layers if isinstance(x := layer.k, Tensor)), None)
+    size = plain or getattr(getattr(torch, dtype or "", None), "itemsize", None)
+    if size is None:
+        return None
+    windows = sum(_bytes(x) for layer in layers if isinstance(layer, WindowKV) for x in (layer.k, layer.v))
+    whole = [layer for layer in layers if not isinstance(layer, WindowKV)]
+    return windows + sum(2 * head_count(layer) * length * head_dim(layer.k) * size for layer in whole)
+
+
+def _name(source: str) -> str:
+    """A model's source as a reader elsewhere knows it: of a directory here, its name."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def _texts(ids: list[int], pieces: Mapping[int, bytes]) -> tuple[list[str], list[int]]:
     """The different texts of tokens, and which one each token shows: a character is shown by its last token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -143,12 +171,3 @@ def _flat(note: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, name)
         elif value is not None:
             yield name, value if isinstance(value, (int, float, str)) else json.dumps(value)
-
-
-def _embed(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """Data blocks of HTML; no text in them can end its block."""
-    written = json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
-    yield f'<script type="application/json" id="facts">{written}</script>\n'
-    for name, array in arrays.items():
-        packed = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode("ascii")
-        yield f'<script type="text/plain" id="{name}">{packed}</script>\n'

@@ -1,0 +1,245 @@
+"""The page about a saved cache: its numbers are the cache's, and its own JavaScript keeps what `keep_mask` keeps."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+import time
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import kvzip
+import random_model
+from kvzip.cache import DenseCache, DenseKV, Scores, WindowKV, load_cache
+from kvzip.report import describe, kept_mask, render, write_report
+
+TEXT = "Happy families <b>are</b> all alike;\n</script><script>alert('é 日本')</script><!-- every\n\nunhappy 🎉 family."
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LEVELS = ("pair", "layer", "uniform", "head")
+RATIOS = (0.05, 0.07, 0.1, 0.29, 0.3, 0.33, 0.5, 0.58, 0.77, 0.99, 1.0)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to run the page in: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model.make(random_model.config(windows=(None, 6, None)))
+
+
+@pytest.fixture(scope="module")
+def scored(model):
+    return kvzip.score(model, kvzip.prefill(model, TEXT))
+
+
+@pytest.fixture(scope="module")
+def saved(model, scored, tmp_path_factory):
+    """A compressed cache with a turn after it, its file, and the page of that."""
+    path = tmp_path_factory.mktemp("report") / "doc.kvz"
+    cache = kvzip.ask(model, kvzip.compress(scored, 0.3), "Who is?", max_tokens=3)[1]
+    note = {"title": "Anna <Karenina>", "seconds": {"prefill": 1.25}}
+    kvzip.save(cache, path, model=model, score_bits=8, note=note)
+    write_report(path, path.with_suffix(".html"))
+    return load_cache(path), path, path.with_suffix(".html").read_text(encoding="utf-8")
+
+
+def block(page, name):
+    (found,) = re.findall(rf'<script type="[a-z/]+" id="{name}">(.*?)</script>', page, re.DOTALL)
+    return found
+
+
+def array(page, name, dtype):
+    return np.frombuffer(zlib.decompress(base64.b64decode(block(page, name))), dtype)
+
+
+def in_chromium(page, path, script):
+    """What `script`, the body of an async function that runs in the page when it is ready, returns."""
+    ask = f"""<script>
+        report.ready.then(async () => {{ {script} }}).catch((error) => ({{ error: String(error) }})).then((value) => {{
+            const answer = Object.assign(document.createElement("pre"), {{ id: "answer" }});
+            answer.textContent = JSON.stringify(value);
+            document.body.replaceChildren(answer);
+        }});
+    </script></body>"""
+    path.write_text(page.replace("</body>", ask), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=20000 --window-size=1000,800 --dump-dom"
+    home = path.parent / f"{path.stem}-profile"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={home}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout.decode(), re.DOTALL)
+    assert found, "the page was not ready in time"
+    answer = json.loads(html.unescape(found[1]))
+    assert not (isinstance(answer, dict) and "error" in answer), answer
+    return answer
+
+
+def test_the_numbers_in_the_page_are_those_of_the_cache(saved, scored):
+    cache, path, page = saved
+    facts = json.loads(block(page, "facts"))
+    shape = tuple(cache.scores.values.shape)
+    codes, levels = array(page, "codes", "u1").reshape(shape), array(page, "levels", "<f4")
+    assert np.array_equal(levels[codes], cache.scores.values.numpy())
+    assert np.array_equal(array(page, "ids", "<i4"), cache.token_ids.numpy())
+    kept = np.unpackbits(array(page, "kept", "u1"), bitorder="little")[: codes.size].reshape(shape)
+    assert np.array_equal(kept, kvzip.keep_mask(scored.scores, 0.3).numpy()) and kept.sum() == cache.kept
+    texts = [facts["texts"][n] for n in array(page, "texts", "<i4")]
+    assert "".join(texts[cache.start : cache.context_length]) == TEXT
+    assert (facts["kept"], facts["total"], facts["start"], facts["length"]) == (
+        cache.kept,
+        cache.total,
+        cache.start,
+        cache.context_length,
+    )
+    assert facts["layers"] == [0, 2] and facts["windows"] == 1 and facts["level"] == "pair"
+    assert facts["fileBytes"] == path.stat().st_size and ["seconds prefill", 1.25] in facts["note"]
+    pairs = [x for layer in cache.context for x in (layer.k, layer.v)]
+    assert facts["cacheBytes"] == sum(x.nbytes for x in pairs)
+    window = sum(x.nbytes for layer in cache.context if isinstance(layer, WindowKV) for x in (layer.k, layer.v))
+    assert facts["fullBytes"] == window + (cache.total + 4 * cache.start) * 2 * 8 * 4
+
+
+def test_the_page_needs_nothing_else_and_its_data_stay_data(saved):
+    _, _, page = saved
+    assert "<" not in block(page, "facts") and "<title>Anna &lt;Karenina&gt; · kvzip</title>" in page
+    code = re.sub(r'<script type=".*?</script>', "", page, flags=re.DOTALL)
+    assert not re.search(r"https?:|\bsrc=|\burl\(|@import|\bfetch\(|<link", code)
+    assert "default-src 'none'" in code
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_what_is_kept_is_what_the_pairs_held_are(model, scored, bits):
+    for way in ({"ratio": 0.4, "level": "uniform"}, {"budget": 9.0, "protect": [(3, 9)]}, {"ratio": 1.0}):
+        small = kvzip.compress(scored, **way, bits=bits)
+        assert torch.equal(kept_mask(small), kvzip.keep_mask(scored.scores, **way))
+    assert kept_mask(scored).all() and kept_mask(scored).shape == scored.scores.values.shape
+
+
+def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_path):
+    path, out = tmp_path / "doc.kvz", tmp_path / "page.html"
+    for cache in (kvzip.prefill(model, TEXT), kvzip.compress(scored, 0.3, level="layer", bits=4)):
+        kvzip.save(replace(cache, scores=None), path)
+        write_report(path, out)
+        page = out.read_text(encoding="utf-8")
+        facts = json.loads(block(page, "facts"))
+        assert 'id="codes"' not in page and not facts["hasText"] and facts["model"] == "" and facts["title"] == "doc"
+        texts = [facts["texts"][n] for n in array(page, "texts", "<i4")]
+        assert texts == [f"⟨{i}⟩" for i in cache.token_ids.tolist()]
+    assert facts["level"] == "layer" and facts["bits"] == 4
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path / "absent.kvz", out)
+    before = out.read_bytes()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="truncated or tampered"):
+        write_report(path, out)
+    assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+@needs_chromium
+def test_the_slider_keeps_what_keep_mask_keeps(saved, tmp_path):
+    cache, _, page = saved
+    asked = [(level, ratio) for level in LEVELS for ratio in RATIOS]
+    answer = in_chromium(
+        page,
+        tmp_path / "page.html",
+        f"""
+        const counts = () => [Array.from(report.state.byHead), Array.from(report.state.byToken), report.state.kept];
+        const saved = counts();
+        const rest = {json.dumps(asked)}.map(([level, ratio]) => {{
+            report.state.facts.level = level;
+            report.setRatio(ratio);
+            return counts();
+        }});
+        return [saved, ...rest];
+        """,
+    )
+
+    def counts(mask):
+        return [mask.sum(-1).flatten().tolist(), mask.sum((0, 1)).tolist(), int(mask.sum())]
+
+    assert answer[0] == counts(kept_mask(cache))
+    for (level, ratio), found in zip(asked, answer[1:], strict=True):
+        assert found == counts(kvzip.keep_mask(cache.scores, ratio, level=level)), (level, ratio)
+
+
+@needs_chromium
+def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp_path):
+    cache, _, page = saved
+    answer = in_chromium(
+        page,
+        tmp_path / "page.html",
+        """
+        const $ = (id) => document.getElementById(id), slider = $("ratio");
+        const each = (of) => Array.from($("document").querySelectorAll(".t"), of);
+        const shades = () => each((x) => x.style.getPropertyValue("--kept"));
+        const text = each((x) => x.textContent).join("");
+        const press = (key) =>
+            document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        const saved = shades();
+        report.focusToken(0);
+        const walk = [];
+        for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp", "End", "Home"]) {
+            press(key);
+            walk.push(document.activeElement.index);
+        }
+        slider.value = 0.6;
+        slider.dispatchEvent(new Event("input"));
+        await new Promise((done) => setTimeout(done, 200));
+        return { text, saved, walk, moved: shades(), status: $("status").textContent, spoken: slider.ariaValueText ??
+            slider.getAttribute("aria-valuetext"), label: document.activeElement.getAttribute("aria-label"),
+            table: $("facts-table").textContent, stops: document.querySelectorAll("#document [tabindex='0']").length };
+        """,
+    )
+    inside = slice(cache.start, cache.context_length)
+
+    def shades(mask):
+        return [f"{x:.3f}" for x in mask.float().mean((0, 1)).tolist()]
+
+    assert answer["text"].count(TEXT) == 1
+    assert [f"{float(x):.3f}" for x in answer["saved"][inside]] == shades(kept_mask(cache))
+    moved = kvzip.keep_mask(cache.scores, 0.6)
+    assert [f"{float(x):.3f}" for x in answer["moved"][inside]] == shades(moved)
+    assert f"{int(moved.sum()):,} of {moved.numel():,} pairs would be kept" in answer["status"]
+    assert answer["spoken"].startswith("60%: ")
+    *steps, below, back, last, first = answer["walk"]
+    assert steps == [1, 2, 1] and below > 2 and back < below and (last, first) == (len(cache.token_ids) - 1, 0)
+    assert "token 0, id" in answer["label"] and answer["stops"] == 1
+    assert "Time to prefill1.25 s" in answer["table"] and "random, float32" in answer["table"]
+
+
+@needs_chromium
+def test_a_hundred_thousand_tokens_are_there_in_three_seconds(tmp_path):
+    """28 layers of 4 heads, as Qwen2.5-7B has. The time is what it takes beyond a short page: a browser starts in both."""
+    generator = torch.Generator().manual_seed(0)
+    seconds, answers = {}, {}
+    for length in (200, 100_000):
+        values = torch.rand(28, 4, length, generator=generator) ** 8
+        ids = torch.randint(0, 5_000, (length,), generator=generator)
+        empty = torch.zeros(1, 4, length, 1, dtype=torch.float16)
+        scores = Scores(values, tuple(range(28)), 0, length, "kvzip-context")
+        cache = DenseCache([DenseKV(empty, empty)] * 28, length, 0, False, ids, "none", scores)
+        pieces = {i: b"\n\n" if i < 20 else f" word{i}".encode() for i in range(5_000)}
+        header = {"version": [1, 2], "layers": [], "note": {"title": "long"}}
+        facts, arrays = describe(header, cache, pieces)
+        page = "".join(render(facts | {"file": "long.kvz", "fileBytes": 1}, arrays))
+        start = time.perf_counter()
+        answers[length] = in_chromium(
+            page,
+            tmp_path / f"{length}.html",
+            """
+            const spans = () => document.querySelectorAll(".t").length, first = spans();
+            report.focusToken(report.state.ids.length - 1);
+            await new Promise((done) => setTimeout(done, 300));
+            report.setRatio(0.3);
+            return [report.state.kept, first, spans(), document.querySelectorAll(".block").length];
+            """,
+        )
+        seconds[length] = time.perf_counter() - start
+        assert answers[length][0] == int(0.3 * values.numel())
+    _, first, later, blocks = answers[100_000]
+    assert blocks > 250 and max(first, later) < 10_000, "only what is near the window is in the page"
+    assert seconds[100_000] - seconds[200] < 3
