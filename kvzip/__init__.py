@@ -1,16 +1,21 @@
 """kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
 
-from . import head_scores, models, ops, prompts, scores
-from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
-from .compression import compress, keep_mask
-from .conversation import ask, extend, fold, fork
-from .decoding import Decoder
-from .generation import Answer, generate
-from .interop import from_transformers, to_transformers
-from .models import Model, ModelConfig, load
-from .prefilling import prefill
-from .scoring import score
-from .streaming import prefill_compressed
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import head_scores, models, ops, prompts, scores
+    from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
+    from .compression import compress, keep_mask
+    from .conversation import ask, extend, fold, fork
+    from .decoding import Decoder
+    from .generation import Answer, generate
+    from .interop import from_transformers, to_transformers
+    from .models import Model, ModelConfig, load
+    from .prefilling import prefill
+    from .scoring import score
+    from .streaming import prefill_compressed
 
 __all__ = [
     "Answer",
@@ -44,3 +49,32 @@ __all__ = [
     "to_transformers",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "cache": ("DenseCache", "RaggedCache", "Scores", "load_cache", "nbytes", "save", "to"),
+    "compression": ("compress", "keep_mask"),
+    "conversation": ("ask", "extend", "fold", "fork"),
+    "decoding": ("Decoder",),
+    "generation": ("Answer", "generate"),
+    "interop": ("from_transformers", "to_transformers"),
+    "models": ("Model", "ModelConfig", "load"),
+    "prefilling": ("prefill",),
+    "scoring": ("score",),
+    "streaming": ("prefill_compressed",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a module, imported when it is first asked for: torch takes seconds, `kvzip --help` does not."""
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None and (name.startswith("_") or find_spec(f"{__name__}.{name}") is None):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = import_module(f"{__name__}.{home or name}")
+    if home is not None:
+        value = getattr(value, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

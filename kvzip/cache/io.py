@@ -118,8 +118,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(partial)
+        if isinstance(error, SafetensorError):  # a full disk, in safetensors' words
+            raise OSError(f"expected to write {path.name}, got {error}: free some space, or write elsewhere") from error
         raise
 
 

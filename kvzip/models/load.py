@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ ALIASES: dict[str, str] = {
     **{f"gemma3-{size}b-it": f"google/gemma-3-{size}b-it" for size in ("1", "4", "12", "27")},
 }
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 def load(
@@ -97,8 +97,8 @@ def load(
     )
 
 
-def resolve(source: str | Path) -> Path:
-    """Returns the local directory of a source, fetched from the hub if it is a hub id or an alias.
+def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES) -> Path:
+    """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
 
     Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
     """
@@ -120,7 +120,7 @@ def resolve(source: str | Path) -> Path:
             f"expected the hub extra to fetch {name}, got no huggingface_hub: pip install 'kvzip[hub]', "
             "or pass a local directory"
         ) from error
-    return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    return Path(snapshot_download(name, allow_patterns=list(only)))
 
 
 def translate_config(raw: Mapping[str, Any]) -> ModelConfig:

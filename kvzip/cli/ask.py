@@ -1,0 +1,163 @@
+"""`kvzip ask`: answers out of a file, as they come."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .plumbing import command, hint, positive, put_json, stages
+from .sources import model_options, open_cache, short
+
+
+def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say how answers are chosen."""
+    options = [
+        click.option(
+            "-n", "--max-tokens", type=positive, default=256, show_default=True, help="Tokens of an answer, at most."
+        ),
+        click.option(
+            "-t",
+            "--temperature",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="0 takes the most likely token.",
+        ),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Sample among the most likely tokens of this probability.",
+        ),
+        click.option("--seed", type=int, help="Of the sampling."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@command(
+    "ask",
+    epilog="""
+    kvzip ask contract.kvz "Who signed it?"
+    kvzip ask contract.kvz "Who signed it?" "When?" "What does it cost?"
+    kvzip ask contract.kvz --json - < questions.txt
+    """,
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("questions", metavar="QUESTION...", nargs=-1, required=True)
+@answer_options
+@model_options(required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print questions, answers and times as JSON.")
+def ask(
+    file: Path,
+    questions: tuple[str, ...],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+    as_json: bool,
+) -> None:
+    """Ask questions of a compressed file.
+
+    QUESTION may be - to read questions from standard input, one a line. They are answered as one batch, each by
+    itself, and none changes the file.
+    """
+    asked = [line.strip() for q in questions for line in (sys.stdin if q == "-" else [q]) if line.strip()]
+    if not asked:
+        raise click.UsageError("expected a question, got none with text in it")
+    from ..generation import generate
+
+    begun = time.monotonic()
+    with stages() as stage:
+        loaded, cache, _ = open_cache(
+            stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
+        )
+    load_s, begun = time.monotonic() - begun, time.monotonic()
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with _shown(asked, as_json) as (on_token, finish):
+        answers = generate(loaded, cache, asked, **options, stop=stop, template=cache.chat, on_token=on_token)
+        finish([answer.text for answer in answers])
+    answer_s = time.monotonic() - begun
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    if as_json:
+        listed = [
+            {"question": q, "answer": a.text, "tokens": len(a.token_ids), "stopped": a.stopped}
+            for q, a in zip(asked, answers, strict=True)
+        ]
+        put_json({"file": str(file), "model": loaded.source, "answers": listed, "load_s": load_s, "answer_s": answer_s})
+    hint(f"{tokens} tokens in {answer_s:.1f} s by {short(loaded.source)}, loaded in {load_s:.1f} s")
+
+
+OnToken = Callable[[str, int], None]
+
+
+@contextmanager
+def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Callable[[list[str]], None]]]:
+    """Yields what shows pieces of answers as they come, and what shows the rest when all are known.
+
+    One answer streams to any output. Several grow side by side on a terminal; elsewhere they come in order, the first
+    as it is made.
+    """
+    if as_json:
+        yield None, lambda texts: None
+    elif len(asked) > 1 and sys.stdout.isatty():
+        with _growing(asked) as shown:
+            yield shown
+    else:
+        yield _in_order(asked)
+
+
+def _in_order(asked: list[str]) -> tuple[OnToken, Callable[[list[str]], None]]:
+    def heading(n: int) -> None:
+        if len(asked) > 1:
+            click.echo(("\n" if n else "") + f"> {asked[n]}")
+
+    def on_token(piece: str, n: int) -> None:
+        if n == 0:
+            click.echo(piece, nl=False)
+
+    def finish(texts: list[str]) -> None:
+        click.echo()
+        for n in range(1, len(asked)):
+            heading(n)
+            click.echo(texts[n])
+
+    heading(0)
+    return on_token, finish
+
+
+@contextmanager
+def _growing(asked: list[str]) -> Iterator[tuple[OnToken, Callable[[list[str]], None]]]:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    texts = [""] * len(asked)
+
+    def rendered() -> Group:
+        pairs = zip(asked, texts, strict=True)
+        return Group(*(Text.assemble((f"> {q}", "bold"), "\n", text.strip(), "\n") for q, text in pairs))
+
+    with Live(get_renderable=rendered, refresh_per_second=12) as live:
+
+        def on_token(piece: str, n: int) -> None:
+            texts[n] += piece
+
+        def finish(whole: list[str]) -> None:
+            texts[:] = whole
+            live.vertical_overflow = "visible"
+
+        yield on_token, finish

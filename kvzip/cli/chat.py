@@ -1,0 +1,202 @@
+"""`kvzip chat`: a conversation about a file, whose states can be kept, left and folded into the context."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .ask import answer_options
+from .compress import RATIO, SUFFIX
+from .plumbing import check_target, command, explain, hint, say, size, stages
+from .sources import model_options, open_cache, title_of
+
+if TYPE_CHECKING:
+    from ..cache import RaggedCache
+    from ..models import Model
+
+
+@dataclass
+class Talk:
+    """A conversation: the states of each branch, oldest first. The last state of branch `current` is the present."""
+
+    model: "Model"
+    branches: "dict[str, list[RaggedCache]]"
+    current: str
+    note: dict[str, Any]
+
+    @property
+    def states(self) -> "list[RaggedCache]":
+        return self.branches[self.current]
+
+
+@command("chat", epilog="kvzip chat contract.kvz")
+@click.argument("file", type=click.Path(path_type=Path))
+@answer_options
+@model_options(required=False)
+def chat(
+    file: Path,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+) -> None:
+    """Talk about a compressed file.
+
+    Each question sees those before it. /help lists the commands. Lines may also come from a pipe. The file does not
+    change; /save writes another one.
+    """
+    from ..cache import DenseCache, as_ragged
+    from ..conversation import ask
+
+    with stages() as stage:
+        loaded, cache, header = open_cache(
+            stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
+        )
+    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
+    talk = Talk(loaded, {"1": [cache]}, "1", header.get("note", {}))
+    hint(f"{title_of(file, header)}, {cache.context_length:,} tokens: ask, or /help")
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for line in _lines():
+        try:
+            if line.startswith("/"):
+                name, _, argument = line[1:].partition(" ")
+                if name in ("quit", "exit"):
+                    break
+                _command(name)(talk, argument.strip())
+                continue
+            _, state = ask(
+                loaded,
+                talk.states[-1],
+                line,
+                **options,
+                stop=stop,
+                template=cache.chat,
+                on_token=lambda piece: click.echo(piece, nl=False),
+            )
+            click.echo()
+            talk.states.append(state)
+        except KeyboardInterrupt:
+            click.echo()
+            say("stopped; this turn is forgotten")
+        except (ValueError, OSError, RuntimeError) as error:
+            say(explain(error))
+
+
+def _lines() -> Iterator[str]:
+    """Yields lines with something in them, from a person or a pipe, until there are no more."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    with suppress(ImportError):
+        import_module("readline")  # gives input() history and editing
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        if line:
+            yield line
+
+
+def _command(name: str) -> Callable[[Talk, str], None]:
+    if name not in COMMANDS:
+        raise ValueError(f"expected one of {', '.join('/' + known for known in COMMANDS)}, /quit, got /{name}")
+    return COMMANDS[name]
+
+
+def _help(talk: Talk, argument: str) -> None:
+    """list the commands"""
+    for name, run in COMMANDS.items():
+        click.echo(f"/{name:8}{run.__doc__}")
+    click.echo("/quit    end; so does Ctrl-D")
+
+
+def _stats(talk: Talk, argument: str) -> None:
+    """what is held: tokens, pairs, bytes, branches"""
+    from ..cache import nbytes
+
+    state = talk.states[-1]
+    said, limit = len(state.token_ids) - state.context_length, talk.model.config.max_length
+    click.echo(
+        f"context  {state.context_length:,} tokens, {state.kept / state.total:.1%} of {state.total:,} pairs kept"
+    )
+    click.echo(f"turns    {said:,} tokens, whole, after the context")
+    click.echo(f"room     {limit - len(state.token_ids):,} of {limit:,} positions")
+    click.echo(f"memory   {size(nbytes(state))}")
+    click.echo(f"branch   {talk.current} of {', '.join(talk.branches)}")
+
+
+def _fork(talk: Talk, argument: str) -> None:
+    """[NAME] go on in a new branch; the old one stays as it is"""
+    name = argument or str(len(talk.branches) + 1)
+    if name in talk.branches:
+        raise ValueError(f"expected the name of a new branch, got {name}: /switch {name} goes there")
+    talk.branches[name] = list(talk.states)  # states never change, so branches share them
+    click.echo(f"branch {name}, from {talk.current}")
+    talk.current = name
+
+
+def _switch(talk: Talk, argument: str) -> None:
+    """NAME go to another branch"""
+    if argument not in talk.branches:
+        raise ValueError(f"expected a branch of {', '.join(talk.branches)}, got {argument or 'none'}")
+    talk.current = argument
+    click.echo(f"branch {argument}")
+
+
+def _undo(talk: Talk, argument: str) -> None:
+    """forget the last turn or fold"""
+    if len(talk.states) == 1:
+        raise ValueError("expected a turn to forget, got none")
+    del talk.states[-1]
+    click.echo("forgotten")
+
+
+def _fold(talk: Talk, argument: str) -> None:
+    """[RATIO] compress the turns so far into the context (0.3)"""
+    from ..conversation import fold
+
+    state = talk.states[-1]
+    try:
+        ratio = float(argument or RATIO)
+    except ValueError:
+        raise ValueError(f"expected a ratio as 0.3, got {argument}") from None
+    tokens = len(state.token_ids) - state.context_length
+    folded = fold(talk.model, state, ratio)
+    talk.states.append(folded)
+    click.echo(f"{tokens:,} tokens folded: {folded.kept - state.kept:,} of {folded.total - state.total:,} pairs kept")
+
+
+def _save(talk: Talk, argument: str) -> None:
+    """FILE write this state to a file, to ask or go on later"""
+    from ..cache import save
+
+    if not argument:
+        raise ValueError(f"expected a file to write, got none: /save talk{SUFFIX}")
+    path = Path(argument)
+    check_target(path, kind=SUFFIX)
+    save(talk.states[-1], path, note=talk.note)
+    click.echo(f"{path}, {size(path.stat().st_size)}")
+
+
+COMMANDS: dict[str, Callable[[Talk, str], None]] = {
+    "stats": _stats,
+    "fork": _fork,
+    "switch": _switch,
+    "undo": _undo,
+    "fold": _fold,
+    "save": _save,
+    "help": _help,
+}

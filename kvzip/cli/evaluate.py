@@ -1,0 +1,242 @@
+"""`kvzip eval`, `kvzip compare` and `kvzip bench`: what was lost, and how fast it is."""
+
+import logging
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import documents
+from .plumbing import Group, Stopped, check_target, command, positive, put, put_json, say, stages
+from .sources import load_model, model_options
+
+UNFINISHED = 75
+"""Exit code of an evaluation whose time limit left work for the next run."""
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@click.group("eval", cls=Group)
+def evaluate() -> None:
+    """Measure how much quality is left."""
+
+
+@evaluate.command(
+    "run",
+    epilog="""
+    kvzip eval run -m DIR --task squad@2000 --task kv@4096 --data DATA -o results.jsonl
+    kvzip eval run -m DIR --task ruler@4096 --method full --method kvzip --ratio 0.3 -o results.jsonl
+    """,
+)
+@model_options(required=True)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    required=True,
+    metavar="NAME[@LENGTH]",
+    help="See `kvzip eval tasks`; may be repeated.",
+)
+@click.option(
+    "--method", "methods", multiple=True, default=("full", "kvzip"), show_default=True, help="May be repeated."
+)
+@click.option(
+    "--ratio",
+    "ratios",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    default=(0.1, 0.2, 0.3, 0.5, 0.7),
+    show_default=True,
+    help="Fraction kept; may be repeated.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File of JSON lines; a run goes on where it stopped.",
+)
+@click.option("--form", type=click.Choice(["chat", "cloze"]), help="[default: chat where the model has a template]")
+@click.option("--count", type=positive, default=10, show_default=True, help="Contexts of a task.")
+@click.option("--questions", type=positive, default=10, show_default=True, help="Questions about a context.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--data", metavar="DIR", help='Directory of JSONL files, or "hub".')
+@click.option("--batch", type=positive, default=32, show_default=True, help="Questions answered at once.")
+@click.option("--max-tokens", type=positive, help="Tokens of an answer, if fewer than its task says.")
+@click.option(
+    "--limit",
+    type=float,
+    metavar="SECONDS",
+    help=f"Begin no further batch after so long; exits with {UNFINISHED} if work is left.",
+)
+@click.option("--commit", help="Commit to write down, where git cannot be asked.")
+def run(
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+    tasks: tuple[str, ...],
+    methods: tuple[str, ...],
+    ratios: tuple[float, ...],
+    out: Path,
+    form: str | None,
+    count: int,
+    questions: int,
+    seed: int,
+    data: str | None,
+    batch: int,
+    max_tokens: int | None,
+    limit: float | None,
+    commit: str | None,
+) -> None:
+    """Answer the questions of tasks, by methods, at ratios."""
+    check_target(out)
+    from ..evals import run_eval
+
+    logging.getLogger("kvzip.evals").setLevel(logging.INFO)
+    try:
+        with stages() as stage:
+            loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+            shown = stage("answering")
+            done = run_eval(
+                loaded,
+                tasks=tasks,
+                out=out,
+                methods=methods,
+                ratios=ratios,
+                form=form,
+                count=count,
+                questions=questions,
+                seed=seed,
+                data=data,
+                batch=batch,
+                max_tokens=max_tokens,
+                limit_s=limit,
+                commit=commit,
+                progress=lambda finished, total, what: shown(finished, total),
+            )
+    except KeyboardInterrupt as error:
+        raise Stopped(f"answers so far are in {out}: the same command goes on from there") from error
+    click.echo(f"{out}: " + ("all answered" if done else "stopped at the time limit, the same command goes on"))
+    if not done:
+        raise click.exceptions.Exit(UNFINISHED)
+
+
+@evaluate.command("report", epilog="kvzip eval report results.jsonl -o report/")
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory for the report.")
+def report(results: tuple[Path, ...], out: Path) -> None:
+    """Make a table, plots and a page of results."""
+    from ..evals import write_report
+
+    for path in write_report(results, out):
+        click.echo(path)
+
+
+@evaluate.command("tasks")
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+def tasks(as_json: bool) -> None:
+    """List tasks, groups of them, and methods."""
+    from rich.table import Table
+
+    from ..evals import GROUPS, METHODS, TASKS
+
+    if as_json:
+        about = {task.name: {"length": task.length, "about": task.about} for task in TASKS.values()}
+        methods = {method.name: {"level": method.level, "cite": method.cite} for method in METHODS.values()}
+        put_json(
+            {"tasks": about, "groups": {name: list(members) for name, members in GROUPS.items()}, "methods": methods}
+        )
+        return
+    table = Table("task or group", "length", "what", box=None, pad_edge=False)
+    for task in TASKS.values():
+        table.add_row(task.name, str(task.length or "own"), task.about)
+    for name, members in GROUPS.items():
+        table.add_row(name, "", ", ".join(members))
+    methods = Table("method", "level", "source", box=None, pad_edge=False)
+    for method in METHODS.values():
+        methods.add_row(method.name, method.level, method.cite)
+    put(table, "", methods)
+
+
+@command("compare", epilog='kvzip compare contract.txt "Who signed it?" -m DIR -r 0.3')
+@click.argument("document", metavar="DOC")
+@click.argument("questions", metavar="QUESTION...", nargs=-1, required=True)
+@model_options(required=True)
+@click.option(
+    "-r",
+    "--ratio",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.3,
+    show_default=True,
+    help="Fraction of pairs KEPT.",
+)
+@click.option("--method", default="kvzip", show_default=True, help="See `kvzip eval tasks`.")
+@click.option("--plain", is_flag=True, help="Questions continue the document, no chat template.")
+@click.option("-n", "--max-tokens", type=positive, default=256, show_default=True, help="Tokens of an answer, at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+def compare(
+    document: str,
+    questions: tuple[str, ...],
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+    ratio: float,
+    method: str,
+    plain: bool,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """Show what compression changes in answers.
+
+    Questions are asked of the document's full cache and of the compressed one.
+    """
+    text, _ = documents.read([document])
+    from ..evals import compare as compared
+    from ..evals.compare import render
+
+    with stages() as stage:
+        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        stage("compressing and answering")
+        found = compared(loaded, text, list(questions), ratio, method=method, template=not plain, max_tokens=max_tokens)
+    if as_json:
+        put_json(asdict(found))
+    else:
+        put(render(found))
+
+
+@command(
+    "bench",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="""
+    kvzip bench
+    kvzip bench ops --only decode
+    """,
+)
+@click.argument("name", required=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(name: str | None, arguments: tuple[str, ...]) -> None:
+    """Run a benchmark of the checkout, or list them. Arguments are handed on."""
+    directory = CHECKOUT / "benchmarks"
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"expected a checkout of kvzip, got no {directory}: clone it, pip install -e . and run it there"
+        )
+    found = {
+        path.stem: path for path in sorted(directory.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")
+    }
+    if name is None:
+        for stem, path in found.items():
+            first = path.read_text(encoding="utf-8").lstrip().split("\n", 1)[0].strip('"')
+            click.echo(f"{stem:18}{first}")
+        return
+    if name not in found:
+        raise click.UsageError(f"expected a benchmark of {', '.join(found)}, got {name}")
+    say(f"{sys.executable} {found[name]} {' '.join(arguments)}".rstrip())
+    raise click.exceptions.Exit(subprocess.run([sys.executable, str(found[name]), *arguments], check=False).returncode)

@@ -1,0 +1,233 @@
+"""`kvzip info`: what a file holds, or what a model's cache takes and how much of it fits here."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .plumbing import command, put, put_json, size
+from .sources import short
+
+if TYPE_CHECKING:
+    from ..models import ModelConfig
+
+RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
+SPARE = 0.1  # of the memory, for activations and what else runs
+
+
+@command(
+    "info",
+    epilog="""
+    kvzip info contract.kvz
+    kvzip info qwen2.5-7b --memory 24GB
+    """,
+)
+@click.argument("source", metavar="FILE|MODEL")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=lambda ctx, option, value: _bytes(ctx, option, value),
+    help="For a model: memory to fill, as 24GB [default: what is free here].",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
+def info(source: str, memory: int | None, as_json: bool) -> None:
+    """Say what a file holds, or how much fits in memory.
+
+    For a file of kvzip: its document, model, bytes, and what is kept of each layer. For a model: what its cache takes
+    for each token, and how many tokens fit in memory at which ratio. Only its config is read.
+    """
+    path = Path(source)
+    if path.is_file() or (path.suffix == ".kvz" and not path.is_dir()):
+        facts = file_facts(path)
+        show = _show_file
+    else:
+        facts = model_facts(source, memory)
+        show = _show_model
+    if as_json:
+        put_json(facts)
+    else:
+        show(facts)
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Returns what a file says of itself, with the kept pairs of each layer; its keys and values are not read.
+
+    Raises: FileNotFoundError; ValueError for another file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from ..cache import read_header
+
+    header = read_header(path)
+    note = header.get("note", {})
+    facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
+    facts |= {"title": note.get("title"), "model": note.get("model"), "fingerprint": header.get("fingerprint")}
+    facts["format"] = ".".join(map(str, header["version"]))
+    if header.get("cache") not in ("RaggedCache", "DenseCache"):
+        return facts
+    start, length, kept, total = (header[name] for name in ("start", "length", "kept", "total"))
+    layers = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for n, spec in enumerate(header["layers"]):
+                if spec["kind"] == "RaggedKV":
+                    rows = (file.get_tensor(f"layers.{n}.offsets").diff() - start).tolist()
+                    layers.append({"layer": n, "heads": rows, "kept": sum(rows) / (len(rows) * (length - start))})
+                elif spec["kind"] == "WindowKV":
+                    layers.append({"layer": n, "window": length - spec["start"]})
+                else:
+                    layers.append({"layer": n, "kept": 1.0})
+    except (SafetensorError, ZeroDivisionError) as error:
+        raise ValueError(f"expected a whole kvzip cache, got {path.name} that is damaged ({error})") from error
+    bits = {spec.get("bits") for spec in header["layers"]} - {None}
+    return facts | {
+        "tokens": length,
+        "prefix_tokens": start,
+        "turn_tokens": header["tokens"] - length,
+        "kept": kept,
+        "total": total,
+        "ratio": header.get("ratio", kept / total if total else 1.0),
+        "method": header.get("method", ""),
+        "bits": bits.pop() if bits else None,
+        "chat": header["chat"],
+        "scores": header["scores"] is not None,
+        "full_bytes": note.get("full_bytes"),
+        "layers": layers,
+    }
+
+
+def model_facts(source: str, memory: int | None) -> dict[str, Any]:
+    """Returns the shape of a model, the bytes of its cache for each token, and how many tokens fit at which ratio.
+
+    Only the config is read. Cache and weights are counted in bfloat16.
+
+    Args:
+        memory: bytes to fill with weights and cache; None takes what is free on the GPU, or in host memory.
+    """
+    import torch
+
+    from ..cache import free_bytes
+    from ..models import empty_weights
+    from ..models.load import resolve, translate_config
+    from ..models.weights import named_tensors
+
+    directory = resolve(source, only=("config.json",))
+    path = directory / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"expected a kvzip file or a model, got {source} without config.json")
+    config = translate_config(json.loads(path.read_text(encoding="utf-8")))
+    meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
+    weights = sum(tensor.nbytes for _, tensor in named_tensors(meta))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = "given" if memory else torch.cuda.get_device_name() if device.type == "cuda" else "host memory"
+    memory = memory or free_bytes(device)
+    windows = [spec.window for spec in config.layers if spec.window is not None]
+    pairs = config.num_kv_heads * (len(config.layers) - len(windows))
+    fixed = sum(windows) * config.num_kv_heads * pair_bytes(config, None)
+    room = None if memory is None else int((1 - SPARE) * memory) - weights - fixed
+    fits = []
+    for ratio in RATIOS:
+        row: dict[str, Any] = {"ratio": ratio}
+        for bits in (None, 8, 4):
+            # a compressed pair has its position beside it, 4 bytes
+            a_token = ratio * pairs * (pair_bytes(config, bits) + (4 if ratio < 1 or bits else 0))
+            tokens = None if room is None or not pairs else max(0, int(room / a_token))
+            row[f"{bits or 16}_bits"] = {"bytes_per_token": a_token, "tokens": tokens}
+        fits.append(row)
+    return {
+        "model": source,
+        "family": config.family,
+        "layers": len(config.layers),
+        "global_layers": len(config.layers) - len(windows),
+        "window": max(windows, default=None),
+        "query_heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_length": config.max_length,
+        "weight_bytes": weights,
+        "window_bytes": fixed,
+        "bytes_per_token": pairs * pair_bytes(config, None),
+        "memory_bytes": memory,
+        "memory": where,
+        "fits": fits,
+    }
+
+
+def pair_bytes(config: "ModelConfig", bits: int | None) -> int:
+    """Returns the bytes of one key and its value, in bfloat16 or packed."""
+    import torch
+
+    from ..ops import quantize
+
+    if bits is None:
+        return 2 * 2 * config.head_dim
+    row = quantize(torch.zeros(1, config.head_dim, dtype=torch.bfloat16), bits=bits)
+    return 2 * (row.codes.nbytes + row.scale.nbytes + row.zero.nbytes)
+
+
+def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "TIB": 2**40, "GIB": 2**30, "MIB": 2**20}
+    text = value.strip().upper()
+    unit = next((unit for unit in units if text.endswith(unit)), "")
+    try:
+        return int(float(text.removesuffix(unit)) * units.get(unit, 1))
+    except ValueError:
+        raise click.BadParameter("expected a size as 24GB or 80GiB", ctx, option) from None
+
+
+def _show_file(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    made = facts["model"] or {}
+    click.echo(f"{facts['file']}: {facts['title'] or facts['kind']}, {size(facts['bytes'])}")
+    if made:
+        click.echo(f"model    {short(made['source'])} in {made['dtype']}")
+    if "tokens" not in facts:
+        return
+    turns = f", {facts['turn_tokens']:,} of turns after it" if facts["turn_tokens"] else ""
+    click.echo(f"tokens   {facts['tokens']:,}, {facts['prefix_tokens']} of them prefix{turns}")
+    packed = f", packed into {facts['bits']} bits" if facts["bits"] else ""
+    by = f" by {facts['method']}" if facts["method"] else ""
+    click.echo(f"kept     {facts['kept']:,} of {facts['total']:,} pairs ({facts['ratio']:.1%}){by}{packed}")
+    if facts["full_bytes"]:
+        click.echo(f"full     cache would be {size(facts['full_bytes'])}")
+    table = Table("layer", "kept", "", "least and most of a head", box=None, pad_edge=False)
+    evictable = max(1, facts["tokens"] - facts["prefix_tokens"])
+    for layer in facts["layers"]:
+        if "window" in layer:
+            table.add_row(str(layer["layer"]), "", f"window: its last {layer['window']:,} tokens")
+            continue
+        heads = [rows / evictable for rows in layer.get("heads", [evictable])]
+        bar = "█" * round(24 * layer["kept"]) or "▏"
+        table.add_row(str(layer["layer"]), f"{layer['kept']:.1%}", bar, f"{min(heads):.0%} {max(heads):.0%}")
+    put("", table)
+
+
+def _show_model(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    window = (
+        f", {facts['layers'] - facts['global_layers']} with a window of {facts['window']:,}" if facts["window"] else ""
+    )
+    click.echo(f"{short(facts['model'])}: {facts['family']}, {facts['layers']} layers{window}")
+    click.echo(f"heads    {facts['query_heads']} query, {facts['kv_heads']} key-value of width {facts['head_dim']}")
+    click.echo(f"length   {facts['max_length']:,} positions")
+    click.echo(f"weights  {size(facts['weight_bytes'])} in bfloat16")
+    click.echo(
+        f"cache    {size(facts['bytes_per_token'])} for each token"
+        + (f", {size(facts['window_bytes'])} for windows" if facts["window"] else "")
+    )
+    if facts["memory_bytes"] is None:
+        return
+    title = f"tokens that fit in {size(facts['memory_bytes'])} ({facts['memory']}), {SPARE:.0%} left free"
+    table = Table("kept", "16 bits", "8 bits", "4 bits", box=None, pad_edge=False)
+    for row in facts["fits"]:
+        cells = [row[f"{bits}_bits"]["tokens"] for bits in (16, 8, 4)]
+        table.add_row(
+            "all" if row["ratio"] == 1 else f"{row['ratio']:.0%}", *("-" if n is None else f"{n:,}" for n in cells)
+        )
+    put("", title, table)
+    click.echo("\nCompressing holds the full cache first (row all), unless it is done with --segment.")

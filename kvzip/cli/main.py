@@ -1,0 +1,32 @@
+"""The `kvzip` command and its commands."""
+
+import click
+
+from .. import __version__
+from .ask import ask
+from .chat import chat
+from .compress import compress
+from .evaluate import bench, compare, evaluate
+from .heads import heads
+from .info import info
+from .plumbing import Group
+from .report import report
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""
+    kvzip compress contract.pdf -m qwen2.5-7b -r 0.3 -o contract.kvz
+    kvzip ask contract.kvz "Who signed it?" "When?"
+    kvzip chat contract.kvz
+    eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion; zsh_source, fish_source
+    """,
+)
+@click.version_option(__version__, prog_name="kvzip")
+def main() -> None:
+    """Compress documents once, answer any question later from a fraction of the key-value cache."""
+
+
+for each in (compress, ask, chat, info, report, compare, heads, evaluate, bench):
+    main.add_command(each)

@@ -1,0 +1,193 @@
+"""What every command shares: errors on one line, what goes to which stream, progress, and where a file may be written.
+
+Standard output is data; everything else goes to standard error. A command ends with 0, with 1 for an error of the run,
+2 for a wrong call, 130 for Ctrl-C.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+Stage = Callable[[str], Callable[[int, int | None], None]]
+"""stage(what) begins a line of progress and returns its progress(done, total)."""
+
+positive = click.IntRange(min=1)
+
+
+class Stopped(Exception):
+    """Ctrl-C, with what is left and how to go on."""
+
+
+class Command(click.Command):
+    """A command that reports what goes wrong on one line; --debug shows the traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")
+        logging.basicConfig(level=logging.WARNING, format="kvzip: %(message)s")
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort, Stopped) as stopped:
+            say(f"kvzip: interrupted: {stopped}" if isinstance(stopped, Stopped) else "kvzip: interrupted")
+            ctx.exit(130)
+        except Exception as error:
+            if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise
+            say(f"kvzip: {explain(error)}")
+            ctx.exit(1)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self, formatter)
+
+
+class Group(click.Group):
+    """Commands in the order in which they were written down."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self, formatter)
+
+
+def _write_examples(command: click.Command, formatter: click.HelpFormatter) -> None:
+    """Writes the epilog's lines as they are; click would fill them into a paragraph."""
+    if command.epilog:
+        with formatter.section("Examples"):
+            for line in command.epilog.strip().splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+def command(name: str, *, epilog: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a function a command, with examples below its help."""
+    return click.command(name, cls=Command, epilog=epilog, **options)
+
+
+def explain(error: Exception) -> str:
+    """Returns an error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        remedy = {
+            errno.ENOSPC: "free some space, or write elsewhere (-o)",
+            errno.EACCES: "choose another place (-o)",
+            errno.EROFS: "choose another place (-o)",
+        }.get(error.errno or 0)
+        return f"{error.strerror}{where}" + (f": {remedy}" if remedy else "")
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return text or "out of memory"
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text:
+        return text
+    return f"unexpected {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def say(text: str, *, bold: bool = False) -> None:
+    """Writes a line to standard error."""
+    click.secho(text, err=True, bold=bold)
+
+
+def hint(text: str) -> None:
+    """Writes a line that only a person wants: to standard error, if that is a terminal."""
+    if sys.stderr.isatty():
+        click.secho(text, err=True, dim=True)
+
+
+def put_json(value: Any) -> None:
+    """Writes a value as JSON to standard output."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def put(*renderables: Any) -> None:
+    """Writes rich's tables to standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with console.capture() as shown:
+        for renderable in renderables:
+            console.print(renderable)
+    click.echo("\n".join(line.rstrip() for line in shown.get().rstrip().splitlines()))
+
+
+@contextmanager
+def stages() -> Iterator[Stage]:
+    """Yields what begins a line of progress on standard error; nothing is shown where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not sys.stderr.isatty()) as bars:
+
+        def stage(what: str) -> Callable[[int, int | None], None]:
+            task = bars.add_task(what, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield stage
+
+
+def check_target(path: Path, *, kind: str | None = None) -> None:
+    """Raises an error now, not after minutes of work, if a file cannot be written at `path`.
+
+    Args:
+        kind: the ending of files that may be replaced; None replaces any file.
+
+    Raises: OSError; ValueError for a directory, or another kind of file that is there already.
+    """
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, got the directory {path}: name a file in it")
+    if kind is not None and path.exists() and path.suffix != kind:
+        raise ValueError(f"expected a new file or an older {kind} file to write, got {path}: it is left as it is")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected a directory to write {path.name} in, got no {path.parent}: make it first")
+    try:
+        handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".probe", dir=path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    os.close(handle)
+    os.unlink(probe)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises OSError if the disk of a file has no room for `needed` bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device ({size(needed)} needed, {size(free)} free)", str(path))
+
+
+def size(count: float) -> str:
+    """Returns bytes for people: 1234567 is 1.2 MB."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while abs(count) >= 999.5 and unit != "TB":
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"

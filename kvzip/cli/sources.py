@@ -1,0 +1,150 @@
+"""Where a model comes from: by options, or by what a file says of the model that made it."""
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .plumbing import Stage
+
+if TYPE_CHECKING:
+    from ..cache import DenseCache, RaggedCache
+    from ..models import Model
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def model_options(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the options that say how a model is loaded.
+
+    Args:
+        required: False for commands to which a file says what made it; options then stand in place of what it says.
+    """
+    about = "Directory in Hugging Face format, hub id or alias."
+    given = "" if required else " In place of the one that the file names."
+    options = [
+        click.option("-m", "--model", required=required, help=about + given),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            help="Of weights and cache [default: bfloat16 on a GPU, else float32]."
+            if required
+            else "In place of the file's.",
+        ),
+        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 [default: a GPU if there is one]."),
+        click.option("--max-length", type=click.IntRange(min=1), help="Positions, in place of the model's own limit."),
+        click.option("--rope", metavar="JSON", callback=_json, help="RoPE scaling in place of the config's."),
+    ]
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def _json(ctx: click.Context, option: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        read = json.loads(value)
+    except json.JSONDecodeError:
+        read = None
+    if not isinstance(read, dict):
+        raise click.BadParameter('expected an object as {"rope_type": "yarn", "factor": 4.0}', ctx, option)
+    return read
+
+
+def load_model(
+    stage: Stage,
+    model: str,
+    *,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+) -> "Model":
+    """Returns the model of a source, loaded with the options."""
+    import torch
+
+    from .. import models
+
+    on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
+    stage(f"loading {short(model)}")
+    return models.load(model, dtype=getattr(torch, dtype), device=device, max_length=max_length, rope=rope)
+
+
+def origin(model: "Model", source: str, *, max_length: int | None, rope: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what a file says of the model that made it, so that the same one can be loaded again."""
+    path = Path(source).expanduser()
+    return {
+        "source": str(path.resolve()) if path.is_dir() else source,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_length": max_length,
+        "rope": rope,
+    }
+
+
+def open_cache(
+    stage: Stage,
+    path: Path,
+    *,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+) -> "tuple[Model, DenseCache | RaggedCache, dict[str, Any]]":
+    """Returns the model that made a cache file, the cache, and the file's header.
+
+    Raises: FileNotFoundError, ValueError as `load` and `load_cache` do; ValueError if no model is named.
+    """
+    from ..cache import load_cache, read_header
+
+    header = read_header(path)
+    if header.get("cache") not in ("RaggedCache", "DenseCache"):
+        raise ValueError(f"expected a cache, got {header.get('cache')} in {path.name}: make one with kvzip compress")
+    made = header.get("note", {}).get("model") or {}
+    source = model or made.get("source")
+    if source is None:
+        raise ValueError(f"expected {path.name} to say which model made it, got none: pass --model")
+    if model is None and Path(source).is_absolute() and not Path(source).is_dir():
+        raise FileNotFoundError(f"expected the model that made {path.name} in {source}, got no directory: pass --model")
+    loaded = load_model(
+        stage,
+        source,
+        dtype=dtype or made.get("dtype"),
+        device=device,
+        max_length=max_length or made.get("max_length"),
+        rope=rope or made.get("rope"),
+    )
+    if loaded.fingerprint != header.get("fingerprint"):
+        maker = f"{short(made['source'])} in {made['dtype']}" if made else "another model or dtype"
+        got = f"{short(source)} in {str(loaded.dtype).removeprefix('torch.')}"
+        raise ValueError(f"expected the model that made {path.name}, {maker}, got {got}: pass its --model and --dtype")
+    stage(f"reading {path.name}")
+    return loaded, load_cache(path, model=loaded), header
+
+
+def short(source: str) -> str:
+    """Returns a source as people call it: the last part of a path, a hub id whole."""
+    path = Path(source)
+    return path.resolve().name if path.is_dir() else source
+
+
+def title_of(path: Path, header: dict[str, Any]) -> str:
+    """Returns what a file's document is called."""
+    return str(header.get("note", {}).get("title") or path.name)
+
+
+def head_scores_module() -> Any:
+    """Returns `kvzip.head_scores`. Raises ImportError in a kvzip without it."""
+    try:
+        return import_module("kvzip.head_scores")
+    except ModuleNotFoundError as error:
+        raise ImportError("expected a kvzip with head scores, got one without: install a newer one") from error
