@@ -189,7 +189,8 @@ def _at_once(
         prefix = prefilling.prefix_ids(model, **prompt)
         _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
         if how["ratio"] is not None:
-            check_space(output, int(how["ratio"] * prefilling.dense_bytes(model, len(ids)) * (how["bits"] or 16) / 16))
+            packing = 1 if how["bits"] is None else how["bits"] / (8 * model.dtype.itemsize)
+            check_space(output, int(how["ratio"] * packing * prefilling.dense_bytes(model, len(ids))))
         dense = prefilling.prefill(model, ids, **prompt, progress=stage("reading the document"))
         seconds["prefill"] = time.monotonic() - begun
         full = nbytes(dense)

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,15 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     """Make a table, plots and a page of results."""
     from ..evals import write_report
 
-    for path in write_report(results, out):
-        click.echo(path)
+    check_target(out / "index.html" if out.is_dir() else out)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            made = write_report(results, Path(scratch))
+            out.mkdir(exist_ok=True)
+            for path in made:
+                click.echo(path.replace(out / path.name))
+    except KeyboardInterrupt as error:
+        raise Stopped(f"nothing was written to {out}: run it again") from error
 
 
 @evaluate.command("tasks")

@@ -2,7 +2,6 @@
 
 import click
 
-from .. import __version__
 from .ask import ask
 from .chat import chat
 from .compress import compress
@@ -23,7 +22,7 @@ from .report import report
     eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion; zsh_source, fish_source
     """,
 )
-@click.version_option(__version__, prog_name="kvzip")
+@click.version_option(package_name="kvzip")
 def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .plumbing import Stopped, check_target, command, size
+from .plumbing import Stopped, check_target, command, size, whole
 
 
 @command("report", epilog="kvzip report contract.kvz -o contract.html")
@@ -27,7 +27,8 @@ def report(file: Path, output: Path | None) -> None:
         raise FileNotFoundError(f"expected a cache file, got no file {file}")
     check_target(output, kind=".html")
     try:
-        write_report(file, output)
+        with whole(output) as partial:
+            write_report(file, partial)
     except KeyboardInterrupt as error:
         raise Stopped(f"{output} was not written: run it again") from error
     click.echo(f"{output}, {size(output.stat().st_size)}")

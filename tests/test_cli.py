@@ -1,0 +1,646 @@
+"""The `kvzip` command on a tiny model in a directory: what it prints, writes and leaves, and how it fails."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+import kvzip
+import random_model
+from kvzip.cache import nbytes, read_header
+from kvzip.cli import documents, evaluate, main
+from kvzip.cli.ask import _in_order
+from kvzip.cli.plumbing import size
+from kvzip.models.llama import LAYER_NAMES
+from kvzip.models.weights import slots
+from kvzip.prefilling import dense_bytes
+
+TEXT = "The lighthouse at Cape Rouen was built in 1871. Its keeper, Ines Vautier, counted 312 steps. " * 4
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvzip.__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers in Hugging Face's format, one token a byte."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def write_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+    directory.mkdir()
+    config = random_model.config()
+    model = random_model.make(config, seed=seed)
+    tensors = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor.clone()
+        for name, tensor in slots(config, model.weights, LAYER_NAMES).items()
+    }
+    save_file(tensors, directory / "model.safetensors")
+    described = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": len(config.layers),
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.layers[0].rope.theta,
+        "max_position_embeddings": config.max_length,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "eos_token_id": random_model.END,
+        **changes,
+    }
+    (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": random_model.TEMPLATE}), encoding="utf-8"
+    )
+    model.tokenizer.control.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> kvzip.Model:
+    return kvzip.load(model_dir, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small(model: kvzip.Model) -> kvzip.RaggedCache:
+    """What `compress` should hold of TEXT."""
+    return kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), 0.3)
+
+
+@pytest.fixture(scope="module")
+def kvz(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """TEXT compressed by the command. Tests read it and do not write to it."""
+    directory = tmp_path_factory.mktemp("made")
+    (directory / "light.txt").write_text(TEXT, encoding="utf-8")
+    path = directory / "light.kvz"
+    result = call("compress", directory / "light.txt", "-m", model_dir, "--device", "cpu", "-o", path)
+    assert result.exit_code == 0, result.stderr
+    return path
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    (tmp_path / "doc.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "doc.txt"
+
+
+def call(*arguments: object, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=text)
+
+
+def one_line(result: Result, code: int = 1) -> str:
+    """The only line on standard error of a command that failed, with nothing on standard output."""
+    assert result.exit_code == code, (result.stderr, result.exception)
+    assert result.stdout == "" and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.output
+    return result.stderr.strip()
+
+
+def same_pairs(a: kvzip.RaggedCache, b: kvzip.RaggedCache) -> bool:
+    if (a.kept, a.total, a.method, a.chat, a.start) != (b.kept, b.total, b.method, b.chat, b.start):
+        return False
+    return torch.equal(a.token_ids, b.token_ids) and all(
+        torch.equal(getattr(x, name), getattr(y, name))
+        for x, y in zip(a.context, b.context, strict=True)
+        for name in ("k", "v", "offsets", "positions")
+    )
+
+
+# --- compress
+
+
+def test_compress_writes_what_the_library_makes(kvz: Path, small: kvzip.RaggedCache, model_dir: Path) -> None:
+    cache = kvzip.load_cache(kvz)
+    assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, small)
+    assert cache.kept == int(0.3 * cache.total)
+    note = read_header(kvz)["note"]
+    assert note["title"] == "light.txt"
+    assert note["model"] == {"source": str(model_dir), "dtype": "float32", "max_length": None, "rope": None}
+
+
+def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: kvzip.Model) -> None:
+    out = document.with_name("out.kvz")
+    options = ("--level", "uniform", "--budget", 50, "--bits", 8, "--scope", "chunk", "--chunk", 100)
+    result = call("compress", document, "-m", model_dir, "-o", out, *options, "--system", "Be brief.", "--json")
+    facts = json.loads(result.stdout)
+    full = kvzip.prefill(model, TEXT, system="Be brief.")
+    scored = kvzip.score(model, full, scope="chunk", chunk=100)
+    expected = kvzip.compress(scored, level="uniform", budget=50.0, bits=8)
+    assert (facts["kept"], facts["total"], facts["tokens"]) == (expected.kept, expected.total, full.length)
+    assert facts["cache_bytes"] == nbytes(expected) and facts["full_bytes"] == nbytes(full)
+    assert facts["file_bytes"] == out.stat().st_size and set(facts["seconds"]) == {"prefill", "score", "compress"}
+    cache = kvzip.load_cache(out, model=model)
+    assert torch.equal(cache.context[1].k.codes, expected.context[1].k.codes)  # pyright: ignore
+
+
+def test_without_a_name_the_file_is_named_after_the_document(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(document.parent)
+    result = call("compress", "doc.txt", "-m", model_dir, "--plain", "-r", 0.5)
+    assert result.stdout.startswith("doc.kvz: 372 tokens, 50.0% of 1,488 pairs kept, cache 98.2 kB -> "), result.stdout
+    assert result.stderr == ""  # no progress where nobody looks
+    assert kvzip.load_cache("doc.kvz").chat is False
+
+
+def test_standard_input_is_a_document(tmp_path: Path, model_dir: Path, small: kvzip.RaggedCache) -> None:
+    out = tmp_path / "in.kvz"
+    result = call("compress", "-", "-m", model_dir, "-o", out, "--title", "mine", text=TEXT)
+    assert result.exit_code == 0
+    cache = kvzip.load_cache(out)
+    assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, small)
+    assert read_header(out)["note"]["title"] == "mine"
+
+
+def test_an_interrupted_run_in_segments_goes_on_and_ends_with_the_same_bits(
+    document: Path, model_dir: Path, model: kvzip.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = document.with_name("out.kvz"), document.with_name("out.kvz.partial")
+    command = ("compress", document, "-m", model_dir, "-o", out, "--segment", 150)
+    whole = kvzip.streaming._extend
+    calls = []
+
+    def stop_at_the_second(*arguments: Any, **options: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        whole(*arguments, **options)
+
+    monkeypatch.setattr("kvzip.streaming._extend", stop_at_the_second)
+    line = one_line(call(*command), 130)
+    assert line == f"kvzip: interrupted: what is done is in {partial}: the same command goes on from there"
+    assert not out.exists() and partial.exists()
+    assert "delete" in one_line(call(*command, "-r", 0.4))  # other arguments than the run was begun with
+    assert call(*command).exit_code == 0
+    assert len(calls) == 4  # the first segment was not done again
+    expected = kvzip.prefill_compressed(model, TEXT, 0.3, segment=150)
+    cache = kvzip.load_cache(out)
+    assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, expected)
+    assert not partial.exists()
+
+
+# --- documents
+
+
+def test_a_directory_is_one_context_with_its_paths(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / ".hidden").mkdir()
+    (project / "__pycache__").mkdir()
+    (project / "src" / "b.py").write_text("b = 2\n", encoding="utf-8")
+    (project / "a.md").write_text("# A\n", encoding="utf-8")
+    (project / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    for hidden in (".hidden/x", "__pycache__/y", ".z"):
+        (project / hidden).write_text("no\n", encoding="utf-8")
+    expected = "===== a.md =====\n# A\n\n\n===== src/b.py =====\nb = 2\n"
+    assert documents.read([str(project)]) == (expected, "project")
+    subprocess.run(["git", "init", "-q", project], check=True)
+    (project / ".gitignore").write_text("src\n.*\n__pycache__\n", encoding="utf-8")
+    assert documents.read([str(project)])[0] == "# A\n"
+
+
+def test_several_documents_are_told_apart(document: Path) -> None:
+    other = document.with_name("other.md")
+    other.write_text("\ufeff# Other", encoding="utf-8")
+    text, title = documents.read([str(other), str(document)])
+    assert text == f"===== {other} =====\n# Other\n\n===== {document} =====\n{TEXT}"
+    assert title == "other.md, doc.txt"
+
+
+def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "doc.pdf"
+    write_pdf(path, "Three hundred and twelve steps")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pypdf", None)
+        line = one_line(call("compress", path, "-m", "nowhere", "-o", tmp_path / "out.kvz"))
+    assert line == "kvzip: expected the pdf extra to read doc.pdf, got no pypdf: pip install 'kvzip[pdf]'"
+    pytest.importorskip("pypdf")
+    assert documents.read([str(path)]) == ("Three hundred and twelve steps", "doc.pdf")
+    write_pdf(path, "")
+    with pytest.raises(ValueError, match=r"expected text in doc\.pdf, got 1 pages without any"):
+        documents.read([str(path)])
+    path.write_bytes(b"%PDF-1.4\nnonsense")
+    with pytest.raises(ValueError, match="expected a PDF that can be read"):
+        documents.read([str(path)])
+
+
+def write_pdf(path: Path, text: str) -> None:
+    """The smallest PDF with a line of text on a page."""
+    drawn = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 400 200]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>\nstream\n%s\nendstream" % (len(drawn), drawn),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    content, places = b"%PDF-1.4\n", []
+    for number, each in enumerate(objects, start=1):
+        places.append(len(content))
+        content += b"%d 0 obj\n%s\nendobj\n" % (number, each)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    trailer = b"trailer\n<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % len(content)
+    path.write_bytes(content + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer)
+
+
+# --- ask and chat
+
+
+def test_ask_prints_what_generate_answers(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
+    questions = ["How many steps?", "Who?"]
+    first, second = (a.text for a in kvzip.generate(model, small, questions, max_tokens=6))
+    assert call("ask", kvz, questions[0], "-n", 6).stdout == first + "\n"
+    expected = f"> {questions[0]}\n{first}\n\n> {questions[1]}\n{second}\n"
+    assert call("ask", kvz, *questions, "-n", 6).stdout == expected
+    assert call("ask", kvz, "-", "-n", 6, text="How many steps?\n\nWho?\n").stdout == expected
+    sampled = kvzip.generate(model, small, questions[0], max_tokens=6, temperature=2.0, top_p=0.9, seed=3).text
+    assert sampled != first
+    assert call("ask", kvz, questions[0], "-n", 6, "-t", 2, "--top-p", 0.9, "--seed", 3).stdout == sampled + "\n"
+
+
+def test_ask_prints_json(kvz: Path, model: kvzip.Model, model_dir: Path, small: kvzip.RaggedCache) -> None:
+    shown = json.loads(call("ask", kvz, "How many?", "-n", 5, "--json").stdout)
+    answer = kvzip.generate(model, small, "How many?", max_tokens=5)
+    assert shown["answers"] == [
+        {"question": "How many?", "answer": answer.text, "tokens": len(answer.token_ids), "stopped": answer.stopped}
+    ]
+    assert shown["model"] == str(model_dir) and shown["answer_s"] > 0
+
+
+def test_pieces_are_shown_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    on_token, finish = _in_order(["a?", "b?"])
+    on_token("on", 0)
+    assert capsys.readouterr().out == "> a?\non"
+    on_token("two", 1)
+    assert capsys.readouterr().out == ""  # in its turn
+    on_token("e", 0)
+    assert capsys.readouterr().out == "e"
+    finish(["one", "two"])
+    assert capsys.readouterr().out == "\n\n> b?\ntwo\n"
+
+
+def test_chat_keeps_forks_and_folds_its_turns(
+    kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache, tmp_path: Path
+) -> None:
+    saved = tmp_path / "talk.kvz"
+    first, one = kvzip.ask(model, small, "How many?", max_tokens=6)
+    second, two = kvzip.ask(model, one, "Who?", max_tokens=6)
+    folded = kvzip.fold(model, two, 0.5)
+    lines = ["How many?", "/fork b", "Who?", "/fold 0.5", f"/save {saved}", "/undo", "/switch 1", "/stats", "/nope"]
+    result = call("chat", kvz, "-n", 6, text="\n".join([*lines, "/fold x", "/quit", "never asked"]))
+    kept = f"{folded.kept - two.kept:,} of {folded.total - two.total:,} pairs kept"
+    turns = len(two.token_ids) - small.context_length
+    expected = [
+        *first.text.splitlines(),
+        "branch b, from 1",
+        *second.text.splitlines(),
+        f"{turns} tokens folded: {kept}",
+        f"{saved}, {size(saved.stat().st_size)}",
+        "forgotten",
+        "branch 1",
+        f"context  {small.context_length} tokens, 30.0% of {small.total:,} pairs kept",
+        f"turns    {len(one.token_ids) - small.context_length} tokens, whole, after the context",
+        f"room     {4096 - len(one.token_ids):,} of 4,096 positions",
+        f"memory   {size(nbytes(one))}",
+        "branch   1 of 1, b",
+    ]
+    assert result.stdout.splitlines() == expected
+    known = "/stats, /fork, /switch, /undo, /fold, /save, /help, /quit"
+    assert result.stderr.splitlines() == [f"expected one of {known}, got /nope", "expected a ratio as 0.3, got x"]
+    cache = kvzip.load_cache(saved, model=model)
+    assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, folded)
+    assert call("ask", saved, "And?", "-n", 4).stdout == kvzip.generate(model, folded, "And?", max_tokens=4).text + "\n"
+
+
+def test_an_interrupted_turn_is_forgotten(kvz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = kvzip.ask
+
+    def stopped(model: Any, cache: Any, query: str, **options: Any) -> Any:
+        if query == "stop":
+            raise KeyboardInterrupt
+        return ask(model, cache, query, **options)
+
+    monkeypatch.setattr("kvzip.conversation.ask", stopped)
+    result = call("chat", kvz, "-n", 4, text="stop\n/stats\n")
+    assert result.exit_code == 0 and result.stderr == "stopped; this turn is forgotten\n"
+    assert "turns    0 tokens" in result.stdout
+
+
+# --- info
+
+
+def test_info_says_what_a_file_holds(kvz: Path, small: kvzip.RaggedCache, model: kvzip.Model) -> None:
+    facts = json.loads(call("info", kvz, "--json").stdout)
+    assert (facts["kept"], facts["total"], facts["bytes"]) == (small.kept, small.total, kvz.stat().st_size)
+    assert facts["full_bytes"] == nbytes(kvzip.prefill(model, TEXT))
+    for layer, held in zip(facts["layers"], small.context, strict=True):
+        assert isinstance(held, kvzip.cache.RaggedKV)
+        assert layer["heads"] == [int(n) - small.start for n in held.offsets.diff()]
+    assert sum(sum(layer["heads"]) for layer in facts["layers"]) == small.kept
+    text = call("info", kvz).stdout
+    assert f"kept     {small.kept:,} of {small.total:,} pairs (30.0%) by kvzip-context/pair" in text
+
+
+def test_info_says_what_fits_in_memory(model_dir: Path, model: kvzip.Model) -> None:
+    half = replace(model, dtype=torch.bfloat16)
+    facts = json.loads(call("info", model_dir, "--memory", "1GB", "--json").stdout)
+    assert facts["bytes_per_token"] == dense_bytes(half, 1) == 2 * 2 * 2 * 8 * 2  # K and V, layers, heads, width, bytes
+    room = 0.9e9 - facts["weight_bytes"]
+    assert facts["fits"][0]["16_bits"]["tokens"] == int(room / 128)
+    third = facts["fits"][2]
+    assert (third["ratio"], third["16_bits"]["tokens"]) == (0.3, int(room / (0.3 * 4 * (32 + 4))))
+    assert third["4_bits"]["tokens"] > third["8_bits"]["tokens"] > third["16_bits"]["tokens"]
+    assert f"30%   {third['16_bits']['tokens']:,}" in call("info", model_dir, "--memory", "1GB").stdout
+
+
+# --- the rest
+
+
+def test_compare_bench_and_tasks(
+    document: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = json.loads(call("compare", document, "Who?", "-m", model_dir, "-r", 0.4, "-n", 3, "--json").stdout)
+    assert shown["kept"] == int(0.4 * shown["total"]) and shown["answers"][0]["query"] == "Who?"
+    tasks = json.loads(call("eval", "tasks", "--json").stdout)
+    assert "kv" in tasks["tasks"] and "kvzip" in tasks["methods"]
+    assert "ops " in call("bench").stdout
+    (tmp_path / "benchmarks").mkdir()
+    script = '"""Ends with a number."""\nimport sys\nif __name__ == "__main__":\n    sys.exit(int(sys.argv[-1]))\n'
+    (tmp_path / "benchmarks" / "ends.py").write_text(script, encoding="utf-8")
+    monkeypatch.setattr(evaluate, "CHECKOUT", tmp_path)
+    assert call("bench").stdout.split(maxsplit=1) == ["ends", "Ends with a number.\n"]
+    assert call("bench", "ends", "--flag", 3).exit_code == 3
+    assert call("bench", "other").exit_code == 2
+    monkeypatch.setattr(evaluate, "CHECKOUT", tmp_path / "installed")
+    assert "expected a checkout of kvzip" in one_line(call("bench"))
+
+
+def eval_run(model_dir: Path, out: Path) -> Result:
+    tasks = ("--task", "kv@600", "--count", 1, "--questions", 2, "--ratio", 0.5, "--max-tokens", 2)
+    return call("eval", "run", "-m", model_dir, "-o", out, *tasks)
+
+
+def test_eval_runs_and_goes_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results.jsonl"
+    append = evaluate_append()
+    calls = []
+
+    def stop_at_the_third(*arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        append(*arguments)
+
+    monkeypatch.setattr("kvzip.evals.run.append", stop_at_the_third)
+    line = one_line(eval_run(model_dir, out), 130)
+    assert line == f"kvzip: interrupted: answers so far are in {out}: the same command goes on from there"
+    assert eval_run(model_dir, out).stdout == f"{out}: all answered\n"
+    kinds = [json.loads(line)["kind"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert kinds.count("answer") == 4 and kinds.count("question") == 2
+    pytest.importorskip("matplotlib")
+    result = call("eval", "report", out, "-o", tmp_path / "page")
+    assert sorted(result.stdout.split()) == sorted(map(str, (tmp_path / "page").iterdir()))
+    assert str(tmp_path / "page" / "index.html") in result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page", "results.jsonl"]
+
+
+def evaluate_append() -> Callable[..., None]:
+    from kvzip.evals.run import append
+
+    return append
+
+
+def test_head_scores_are_made_shown_and_used(document: Path, model_dir: Path, model: kvzip.Model) -> None:
+    head_scores = pytest.importorskip("kvzip.head_scores")
+    out, small = document.with_name("heads.safetensors"), document.with_name("out.kvz")
+    assert call("heads", "make", document, "-m", model_dir, "-o", out).stdout == f"{out}: 2 layers x 2 heads of tiny\n"
+    made = head_scores.make(model, TEXT)
+    shown = json.loads(call("heads", "show", out, "--json").stdout)
+    assert torch.equal(torch.tensor(shown["values"]), made.values)
+    assert call("compress", document, "-m", model_dir, "-o", small, "--heads", out, "-r", 0.5).exit_code == 0
+    cache = kvzip.load_cache(small)
+    lengths = torch.stack([layer.offsets.diff() for layer in cache.context])  # pyright: ignore
+    whole = cache.context_length  # pyright: ignore
+    assert torch.equal(lengths == whole, made.values >= made.values.flatten().sort(descending=True).values[1])
+
+
+@pytest.mark.parametrize(("module", "command"), [("head_scores", ["heads", "show", "x"]), ("report", ["report", "x"])])
+def test_a_missing_part_is_named(module: str, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"kvzip.{module}", None)
+    assert "install a newer one" in one_line(call(*command))
+
+
+# --- what goes wrong
+
+
+def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.kvz"
+    before = sorted(tmp_path.iterdir())
+    binary, empty, bare = tmp_path / "x.bin", tmp_path / "empty.txt", tmp_path / "bare.kvz"
+    compress = ("compress", document, "-m", model_dir, "-o")
+    other = write_model(tmp_path / "other", seed=1)
+    binary.write_bytes(b"\0\1\2\xff")
+    empty.write_text(" \n", encoding="utf-8")
+    kvzip.save(kvzip.load_cache(kvz), bare)
+    for command, expected in [
+        (
+            ("compress", "none.txt", "-m", model_dir, "-o", out),
+            "expected a document, got no file or directory none.txt",
+        ),
+        (("compress", binary, "-m", model_dir, "-o", out), "that is neither: convert it first"),
+        (("compress", empty, "-m", model_dir, "-o", out), "with text in it, got none in empty.txt"),
+        (("compress", document, "-m", "no-model", "-o", out), "got 'no-model': no such directory"),
+        (("compress", document, "-m", tmp_path, "-o", out), "expected config.json in"),
+        ((*compress, document), "it is left as it is"),
+        ((*compress, tmp_path / "none" / "x.kvz"), "expected a directory to write x.kvz in"),
+        ((*compress, out, "--max-length", 500), "expected a document that fits in 500 positions"),
+        (("ask", tmp_path / "none.kvz", "hi"), "got no file"),
+        (("ask", document, "hi"), "doc.txt"),
+        (("ask", bare, "hi"), "expected bare.kvz to say which model made it, got none: pass --model"),
+        (("ask", kvz, "hi", "-m", other), "light.kvz, tiny in float32, got other in float32"),
+        (("ask", kvz, "hi", "--dtype", "bfloat16"), "light.kvz, tiny in float32, got tiny in bfloat16"),
+        (("info", tmp_path / "none.kvz"), "got no file"),
+        (("chat", kvz, "-m", tmp_path / "gone"), "no such directory"),
+    ]:
+        assert expected in one_line(call(*command)), command
+    assert sorted(p for p in tmp_path.iterdir() if p not in {binary, empty, bare, other}) == before
+    assert call("ask", bare, "hi", "-m", model_dir, "--dtype", "float32", "-n", 2).exit_code == 0
+
+
+def test_wrong_calls_end_with_2(document: Path, kvz: Path) -> None:
+    for command in [
+        ("compress", document),
+        ("compress", document, "-m", "x", "-r", 1.5),
+        ("compress", document, "-m", "x", "-r", 0.5, "--budget", 3),
+        ("compress", document, "-m", "x", "--segment", 5, "--bits", 8),
+        ("compress", document, "-m", "x", "--rope", "{"),
+        ("ask", kvz),
+        ("ask", kvz, " "),
+        ("info", "x", "--memory", "much"),
+        ("nothing",),
+    ]:
+        result = call(*command)
+        assert result.exit_code == 2 and result.stderr.startswith("Usage: "), command
+
+
+def test_out_of_memory_is_one_line_and_debug_shows_more(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("expected room for 9 bytes,\n  got out of memory: lower chunk")
+
+    monkeypatch.setattr("kvzip.scoring.score", full)
+    command = ("compress", document, "-m", model_dir, "-o", document.with_name("out.kvz"))
+    assert one_line(call(*command)) == "kvzip: expected room for 9 bytes, got out of memory: lower chunk"
+    assert isinstance(call(*command, "--debug").exception, torch.OutOfMemoryError)
+    monkeypatch.setattr("kvzip.scoring.score", lambda *a, **o: {}["x"])
+    assert one_line(call(*command)) == "kvzip: unexpected KeyError: 'x' (--debug shows where)"
+
+
+Writer = Callable[[Path], Result]
+
+
+@pytest.fixture(params=["compress", "segments", "chat", "heads", "eval", "eval report", "report"])
+def writer(
+    request: pytest.FixtureRequest, kvz: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Writer:
+    """Runs a command that writes into a directory."""
+    document = kvz.with_name("light.txt")
+    results = tmp_path_factory.mktemp("results") / "results.jsonl"
+    name = request.param
+    if name == "heads":
+        pytest.importorskip("kvzip.head_scores")
+    if name == "report":
+        pytest.importorskip("kvzip.report")
+    if name == "eval report":
+        pytest.importorskip("matplotlib")
+        assert eval_run(model_dir, results).exit_code == 0
+
+    def run(directory: Path) -> Result:
+        compress = ("compress", document, "-m", model_dir, "-o", directory / "out.kvz")
+        return {
+            "compress": lambda: call(*compress),
+            "segments": lambda: call(*compress, "--segment", 500),
+            "chat": lambda: call("chat", kvz, text=f"/save {directory / 'out.kvz'}"),
+            "heads": lambda: call("heads", "make", document, "-m", model_dir, "-o", directory / "out.safetensors"),
+            "eval": lambda: eval_run(model_dir, directory / "out.jsonl"),
+            "eval report": lambda: call("eval", "report", results, "-o", directory / "out"),
+            "report": lambda: call("report", kvz, "-o", directory / "out.html"),
+        }[name]()
+
+    run.__name__ = name
+    return run
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_nothing_half_written_is_left(
+    writer: Writer, stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(target: Path) -> None:
+        target.write_bytes(b"half")
+        raise stop
+
+    def no_append(path: Path, lines: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr("kvzip.cache.io.save_file", lambda tensors, path, metadata: half(Path(path)))
+    monkeypatch.setattr("kvzip.evals.run.append", no_append)
+    write_text, write_bytes = Path.write_text, Path.write_bytes
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **o: half(self))
+    if writer.__name__ != "eval report":
+        monkeypatch.setattr(Path, "write_text", write_text)
+    result = writer(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == []
+    assert result.stderr.count("\n") == 1, result.output
+    if isinstance(stop, OSError):
+        assert "No space left on device" in result.stderr
+    if writer.__name__ != "chat":  # which goes on
+        assert result.exit_code == (1 if isinstance(stop, OSError) else 130)
+
+
+def test_a_read_only_directory_is_noticed(writer: Writer, tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        directory = Path("/sys") if os.access(tmp_path, os.W_OK) else tmp_path  # root may write anywhere else
+        if os.access(directory, os.W_OK) and os.geteuid() != 0:
+            pytest.skip("no directory here is read-only")
+        result = writer(directory)
+        assert result.stderr.count("\n") == 1 and "denied" in result.stderr, result.output
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        tmp_path.chmod(0o755)
+
+
+# --- processes
+
+
+def test_help_is_quick_and_importing_kvzip_imports_no_command() -> None:
+    program = (
+        "import sys, kvzip.cli; heavy = {'torch', 'rich', 'transformers'} & set(sys.modules); assert not heavy, heavy\n"
+        "del sys.modules['kvzip.cli']\n"
+        "from kvzip import *; assert 'torch' in sys.modules and 'kvzip.cli' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
+    shown = subprocess.run(
+        [sys.executable, "-m", "kvzip.cli", "compress", "--help"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert "cat log.txt | kvzip compress - -m DIR --bits 8 -o log.kvz\n" in shown.stdout, shown.stderr
+    completed = subprocess.run(
+        [sys.executable, "-m", "kvzip.cli"],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "_KVZIP_COMPLETE": "bash_complete", "COMP_WORDS": "kvzip com", "COMP_CWORD": "1"},
+    )
+    assert completed.stdout.splitlines() == ["plain,compress", "plain,compare"]
+
+
+def test_every_public_name_has_a_home() -> None:
+    modules = {"models", "ops", "prompts", "scores"}
+    assert sorted([*modules, *(name for names in kvzip._HOMES.values() for name in names)]) == sorted(kvzip.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = kvzip.nothing  # pyright: ignore
+
+
+def test_a_disk_that_fills_up_leaves_no_file(document: Path, model_dir: Path) -> None:
+    out = document.with_name("out.kvz")
+    command = [sys.executable, "-m", "kvzip.cli", "compress", document, "-m", model_dir, "-o", out]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("kvzip: expected to write out.kvz, got ") and done.stderr.count("\n") == 1
+    assert sorted(p.name for p in document.parent.iterdir()) == ["doc.txt"]
+
+
+def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
+    command = [sys.executable, "-m", "kvzip.cli", "chat", str(kvz), "-n", "5"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(b"/switch 1\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"branch 1\n"  # the pipe is read line by line, and nothing is held back
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read() == b"kvzip: interrupted\n"
