@@ -127,30 +127,30 @@ def put(*renderables: Any) -> None:
 
 @contextmanager
 def stages() -> Iterator[Stage]:
-    """Yields what begins a line of progress on standard error; nothing is shown where that is not a terminal."""
+    """Yields what begins a line of progress in place of the last; nothing is shown where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        SpinnerColumn(),
+        TextColumn("{task.description:28}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]:>17}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    shown = Console(stderr=True)
-    with Progress(*columns, console=shown, transient=True, disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
 
         def stage(what: str) -> Callable[[int, int | None], None]:
-            task = bars.add_task(what, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
+            for old in bars.task_ids:
+                bars.remove_task(old)
+            task = bars.add_task(what, total=None, count="")
+
+            def progress(done: int, total: int | None) -> None:
+                count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+                bars.update(task, completed=done, total=total, count=count)
+
+            return progress
 
         yield stage
 
