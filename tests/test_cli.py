@@ -149,13 +149,16 @@ def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: k
 
 
 def test_without_a_name_the_file_is_named_after_the_document(
-    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    document: Path, model_dir: Path, model: kvzip.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(document.parent)
     result = call("compress", "doc.txt", "-m", model_dir, "--plain", "-r", 0.5)
     assert result.stdout.startswith("doc.kvz: 372 tokens, 50.0% of 1,488 pairs kept, cache 98.2 kB -> "), result.stdout
     assert result.stderr == ""  # no progress where nobody looks
-    assert kvzip.load_cache("doc.kvz").chat is False
+    cache = kvzip.load_cache("doc.kvz")
+    assert cache.chat is False
+    continued = kvzip.generate(model, cache, "\n\nThe keeper", max_tokens=5, template=False).text
+    assert call("ask", "doc.kvz", "The keeper", "-n", 5).stdout == continued + "\n"
 
 
 def test_standard_input_is_a_document(tmp_path: Path, model_dir: Path, small: kvzip.RaggedCache) -> None:
@@ -471,6 +474,7 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
         ((*compress, document), "it is left as it is"),
         ((*compress, tmp_path / "none" / "x.kvz"), "expected a directory to write x.kvz in"),
         ((*compress, out, "--max-length", 500), "expected a document that fits in 500 positions"),
+        ((*compress, out, "--max-length", 500, "--segment", 90), "expected a document that fits in 500 positions"),
         (("ask", tmp_path / "none.kvz", "hi"), "got no file"),
         (("ask", document, "hi"), "doc.txt"),
         (("ask", bare, "hi"), "expected bare.kvz to say which model made it, got none: pass --model"),

@@ -5,12 +5,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .plumbing import command, hint, positive, put_json, stages
 from .sources import model_options, open_cache, short
+
+if TYPE_CHECKING:
+    from ..cache import DenseCache, RaggedCache
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +91,15 @@ def ask(
     load_s, begun = time.monotonic() - begun, time.monotonic()
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with _shown(asked, as_json) as (on_token, finish):
-        answers = generate(loaded, cache, asked, **options, stop=stop, template=cache.chat, on_token=on_token)
+        answers = generate(
+            loaded,
+            cache,
+            [in_place(cache, q) for q in asked],
+            **options,
+            stop=stop,
+            template=cache.chat,
+            on_token=on_token,
+        )
         finish([answer.text for answer in answers])
     answer_s = time.monotonic() - begun
     tokens = sum(len(answer.token_ids) for answer in answers)
@@ -99,6 +110,13 @@ def ask(
         ]
         put_json({"file": str(file), "model": loaded.source, "answers": listed, "load_s": load_s, "answer_s": answer_s})
     hint(f"{tokens} tokens in {answer_s:.1f} s by {short(loaded.source)}, loaded in {load_s:.1f} s")
+
+
+def in_place(cache: "DenseCache | RaggedCache", question: str) -> str:
+    """Returns a question as it follows a cache: where there is no chat, as the start of a new paragraph."""
+    from ..prompts import QUERY_SEPARATOR
+
+    return question if cache.chat else QUERY_SEPARATOR + question
 
 
 OnToken = Callable[[str, int], None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .ask import answer_options
+from .ask import answer_options, in_place
 from .compress import RATIO, SUFFIX
 from .plumbing import check_target, command, explain, hint, say, size, stages
 from .sources import model_options, open_cache, title_of
@@ -78,7 +78,7 @@ def chat(
             _, state = ask(
                 loaded,
                 talk.states[-1],
-                line,
+                in_place(cache, line),
                 **options,
                 stop=stop,
                 template=cache.chat,

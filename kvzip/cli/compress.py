@@ -229,6 +229,8 @@ def _in_segments(
     begun = time.monotonic()
     partial = output.with_name(output.name + ".partial")
     ids = prefilling.context_ids(model, text)
+    prefix = prefilling.prefix_ids(model, **{name: options[name] for name in ("system", "instruction", "template")})
+    _check_length(model, ids, prefix, chunk=options["chunk"], chat=options["template"])
     full = prefilling.dense_bytes(model, len(ids))
     check_space(output, int(ratio * full))
     if partial.exists():
