@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import kvzip
 import random_model
+from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, evaluate, main
 from kvzip.cli.ask import _in_order
@@ -130,7 +131,8 @@ def test_compress_writes_what_the_library_makes(kvz: Path, small: kvzip.RaggedCa
     assert cache.kept == int(0.3 * cache.total)
     note = read_header(kvz)["note"]
     assert note["title"] == "light.txt"
-    assert note["model"] == {"source": str(model_dir), "dtype": "float32", "max_length": None, "rope": None}
+    assert note["load"] == {"max_length": None, "rope": None}
+    assert read_header(kvz)["model"] == {"source": str(model_dir), "dtype": "float32"}
 
 
 def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: kvzip.Model) -> None:
@@ -429,7 +431,6 @@ def evaluate_append() -> Callable[..., None]:
 
 
 def test_head_scores_are_made_shown_and_used(tmp_path: Path, model_dir: Path, model: kvzip.Model) -> None:
-    head_scores = pytest.importorskip("kvzip.head_scores")
     document, out, small = (tmp_path / name for name in ("long.txt", "heads.safetensors", "out.kvz"))
     document.write_text(TEXT * 2, encoding="utf-8")
     assert call("heads", "make", document, "-m", model_dir, "-o", out).stdout == f"{out}: 2 layers x 2 heads of tiny\n"
@@ -444,10 +445,10 @@ def test_head_scores_are_made_shown_and_used(tmp_path: Path, model_dir: Path, mo
     assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, expected)
 
 
-@pytest.mark.parametrize(("module", "command"), [("head_scores", ["heads", "show", "x"]), ("report", ["report", "x"])])
-def test_a_missing_part_is_named(module: str, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, f"kvzip.{module}", None)
-    assert "install a newer one" in one_line(call(*command))
+def test_report_writes_a_page(kvz: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert call("report", kvz, "-o", page).stdout == f"{page}, {size(page.stat().st_size)}\n"
+    assert "<title>light.txt" in page.read_text(encoding="utf-8")
 
 
 # --- what goes wrong
@@ -529,10 +530,6 @@ def writer(
     document = kvz.with_name("light.txt")
     results = tmp_path_factory.mktemp("results") / "results.jsonl"
     name = request.param
-    if name == "heads":
-        pytest.importorskip("kvzip.head_scores")
-    if name == "report":
-        pytest.importorskip("kvzip.report")
     if name == "eval report":
         pytest.importorskip("matplotlib")
         assert eval_run(model_dir, results).exit_code == 0
@@ -557,22 +554,22 @@ def writer(
 def test_nothing_half_written_is_left(
     writer: Writer, stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(target: Path) -> None:
-        target.write_bytes(b"half")
+    def fail(*arguments: Any) -> None:
         raise stop
 
-    def no_append(path: Path, lines: Any) -> None:
+    def half(path: Path, *arguments: Any, **options: Any) -> None:
+        with open(path, "wb") as file:
+            file.write(b"half")
         raise stop
 
-    monkeypatch.setattr("kvzip.cache.io.save_file", lambda tensors, path, metadata: half(Path(path)))
-    monkeypatch.setattr("kvzip.evals.run.append", no_append)
-    write_text, write_bytes = Path.write_text, Path.write_bytes
-    monkeypatch.setattr(Path, "write_text", lambda self, *a, **o: half(self))
-    if writer.__name__ != "eval report":
-        monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr("kvzip.cache.io.save_file", lambda tensors, path, metadata: half(path))
+    monkeypatch.setattr("kvzip.evals.run.append", fail)
+    if writer.__name__ == "report":
+        monkeypatch.setattr("os.fsync", fail)
+    if writer.__name__ == "eval report":
+        monkeypatch.setattr(Path, "write_text", half)
     result = writer(tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    assert sorted(p.name for p in tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     assert result.stderr.count("\n") == 1, result.output
     if isinstance(stop, OSError):
         assert "No space left on device" in result.stderr

@@ -187,7 +187,7 @@ def _save(talk: Talk, argument: str) -> None:
         raise ValueError(f"expected a file to write, got none: /save talk{SUFFIX}")
     path = Path(argument)
     check_target(path, kind=SUFFIX)
-    save(talk.states[-1], path, note=talk.note)
+    save(talk.states[-1], path, note=talk.note, model=talk.model, score_bits=8)
     click.echo(f"{path}, {size(path.stat().st_size)}")
 
 

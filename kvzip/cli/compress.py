@@ -8,7 +8,7 @@ import click
 
 from . import documents
 from .plumbing import Stage, Stopped, check_space, check_target, command, hint, positive, put_json, size, stages
-from .sources import head_scores_module, load_model, model_options, origin
+from .sources import load_model, model_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def compress(
     prompt = {"system": system, "instruction": instruction, "template": not plain}
     with stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-        note["model"] = origin(loaded, model, max_length=max_length, rope=rope)
+        note["load"] = {"max_length": max_length, "rope": rope}
         if segment:
             full, cache = _in_segments(
                 stage,
@@ -153,7 +153,7 @@ def compress(
         stage(f"writing {output.name}")
         note["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         note["full_bytes"] = full
-        _write(cache, output, note)
+        _write(loaded, cache, output, note)
     _report(output, cache, note, as_json)
 
 
@@ -178,13 +178,13 @@ def _at_once(
     prompt: dict[str, Any],
 ) -> "tuple[int, RaggedCache]":
     """The full cache's bytes, and the compressed cache by way of it."""
-    from .. import compression, prefilling
+    from .. import compression, head_scores, prefilling
     from .. import scoring as scorer
     from ..cache import nbytes
 
     begun = time.monotonic()
     try:
-        head_scores = None if heads is None else head_scores_module().load(heads, model=model)
+        chosen = None if heads is None else head_scores.load(heads, model=model)
         ids = prefilling.context_ids(model, text)
         prefix = prefilling.prefix_ids(model, **prompt)
         _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
@@ -195,12 +195,11 @@ def _at_once(
         seconds["prefill"] = time.monotonic() - begun
         full = nbytes(dense)
         begun = time.monotonic()
-        if head_scores is None:
+        if chosen is None:
             dense = scorer.score(model, dense, **scoring, progress=stage("scoring pairs"))
         else:
-            dense = head_scores_module().attach(dense, head_scores)
-            spans = [(0, head_scores.sink), (max(0, len(ids) - head_scores.recent), len(ids))]
-            how = {"level": "head", "protect": [span for span in spans if span[0] < span[1] <= len(ids)]} | how
+            dense = head_scores.attach(dense, chosen)
+            how = {"level": "head", "sink": chosen.sink, "recent": chosen.recent} | how
         seconds["score"] = time.monotonic() - begun
         begun = time.monotonic()
         stage("dropping the others")
@@ -277,11 +276,11 @@ def _check_length(model: "Model", ids: "Tensor", prefix: list[int], *, chunk: in
         )
 
 
-def _write(cache: "RaggedCache", output: Path, note: dict[str, Any]) -> None:
+def _write(model: "Model", cache: "RaggedCache", output: Path, note: dict[str, Any]) -> None:
     from ..cache import save
 
     try:
-        save(cache, output, note=note)
+        save(cache, output, note=note, model=model, score_bits=8)
     except KeyboardInterrupt as error:
         raise Stopped(f"{output} was not written: run it again") from error
 

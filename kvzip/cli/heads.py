@@ -7,7 +7,7 @@ import click
 
 from . import documents
 from .plumbing import Group, Stopped, check_target, positive, put, put_json, stages
-from .sources import head_scores_module, load_model, model_options, origin, short
+from .sources import load_model, model_options, short
 
 
 @click.group("heads", cls=Group)
@@ -36,7 +36,8 @@ def make(
     plain: bool,
 ) -> None:
     """Make head scores from documents: the largest that each head gets in any of them."""
-    head_scores = head_scores_module()
+    from .. import head_scores
+
     check_target(output, kind=".safetensors")
     texts = [documents.read([source]) for source in documents_]
     try:
@@ -50,7 +51,7 @@ def make(
                 chunk=chunk,
                 progress=stage("reading and scoring"),
             )
-            head_scores.save(made, output, note={"model": origin(loaded, model, max_length=max_length, rope=rope)})
+            head_scores.save(made, output, note={"model": loaded.source})
     except KeyboardInterrupt as error:
         raise Stopped(f"{output} was not written: run it again") from error
     click.echo(f"{output}: {made.values.shape[0]} layers x {made.values.shape[1]} heads of {short(model)}")
@@ -64,7 +65,8 @@ def show(source: str, as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    head_scores = head_scores_module()
+    from .. import head_scores
+
     scores = head_scores.load(source) if Path(source).exists() else head_scores.shipped(source)
     values = scores.values.tolist()
     if as_json:

@@ -62,7 +62,7 @@ def file_facts(path: Path) -> dict[str, Any]:
     header = read_header(path)
     note = header.get("note", {})
     facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
-    facts |= {"title": note.get("title"), "model": note.get("model"), "fingerprint": header.get("fingerprint")}
+    facts |= {"title": note.get("title"), "model": header.get("model"), "fingerprint": header.get("fingerprint")}
     facts["format"] = ".".join(map(str, header["version"]))
     if header.get("cache") not in ("RaggedCache", "DenseCache"):
         return facts

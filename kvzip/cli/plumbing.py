@@ -177,19 +177,6 @@ def check_target(path: Path, *, kind: str | None = None) -> None:
     os.unlink(probe)
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its place if all goes well and is gone if not."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(partial)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
 def check_space(path: Path, needed: int) -> None:
     """Raises OSError if the disk of a file has no room for `needed` bytes."""
     free = shutil.disk_usage(path.parent).free

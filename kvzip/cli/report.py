@@ -1,11 +1,10 @@
 """`kvzip report`: a page that shows what a file keeps of its document."""
 
-from importlib import import_module
 from pathlib import Path
 
 import click
 
-from .plumbing import Stopped, check_target, command, size, whole
+from .plumbing import Stopped, check_target, command, size
 
 
 @command("report", epilog="kvzip report contract.kvz -o contract.html")
@@ -19,16 +18,13 @@ def report(file: Path, output: Path | None) -> None:
     One HTML file that needs nothing else: the document shaded by what is kept of it, heads, scores, sizes and times.
     """
     output = output or file.with_suffix(".html")
-    try:
-        write_report = import_module("kvzip.report").write_report
-    except ModuleNotFoundError as error:
-        raise ImportError("expected a kvzip with reports, got one without: install a newer one") from error
+    from ..report import write_report
+
     if not file.is_file():
         raise FileNotFoundError(f"expected a cache file, got no file {file}")
     check_target(output, kind=".html")
     try:
-        with whole(output) as partial:
-            write_report(file, partial)
+        write_report(file, output)
     except KeyboardInterrupt as error:
         raise Stopped(f"{output} was not written: run it again") from error
     click.echo(f"{output}, {size(output.stat().st_size)}")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +78,6 @@ def load_model(
     return models.load(model, dtype=getattr(torch, dtype), device=device, max_length=max_length, rope=rope)
 
 
-def origin(model: "Model", source: str, *, max_length: int | None, rope: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns what a file says of the model that made it, so that the same one can be loaded again."""
-    path = Path(source).expanduser()
-    return {
-        "source": str(path.resolve()) if path.is_dir() else source,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "max_length": max_length,
-        "rope": rope,
-    }
-
-
 def open_cache(
     stage: Stage,
     path: Path,
@@ -109,7 +97,7 @@ def open_cache(
     header = read_header(path)
     if header.get("cache") not in ("RaggedCache", "DenseCache"):
         raise ValueError(f"expected a cache, got {header.get('cache')} in {path.name}: make one with kvzip compress")
-    made = header.get("note", {}).get("model") or {}
+    made = (header.get("model") or {}) | header.get("note", {}).get("load", {})
     source = model or made.get("source")
     if source is None:
         raise ValueError(f"expected {path.name} to say which model made it, got none: pass --model")
@@ -124,7 +112,7 @@ def open_cache(
         rope=rope or made.get("rope"),
     )
     if loaded.fingerprint != header.get("fingerprint"):
-        maker = f"{short(made['source'])} in {made['dtype']}" if made else "another model or dtype"
+        maker = f"{short(made['source'])} in {made['dtype']}" if "source" in made else "another model or dtype"
         got = f"{short(source)} in {str(loaded.dtype).removeprefix('torch.')}"
         raise ValueError(f"expected the model that made {path.name}, {maker}, got {got}: pass its --model and --dtype")
     stage(f"reading {path.name}")
@@ -140,11 +128,3 @@ def short(source: str) -> str:
 def title_of(path: Path, header: dict[str, Any]) -> str:
     """Returns what a file's document is called."""
     return str(header.get("note", {}).get("title") or path.name)
-
-
-def head_scores_module() -> Any:
-    """Returns `kvzip.head_scores`. Raises ImportError in a kvzip without it."""
-    try:
-        return import_module("kvzip.head_scores")
-    except ModuleNotFoundError as error:
-        raise ImportError("expected a kvzip with head scores, got one without: install a newer one") from error
