@@ -437,6 +437,7 @@ def test_head_scores_are_made_shown_and_used(tmp_path: Path, model_dir: Path, mo
     made = head_scores.make(model, TEXT * 2)
     shown = json.loads(call("heads", "show", out, "--json").stdout)
     assert torch.equal(torch.tensor(shown["values"]), made.values)
+    assert "scores   of 2 layers of llama by" in call("info", out).stdout
     assert call("compress", document, "-m", model_dir, "-o", small, "--heads", out, "-r", 0.5).exit_code == 0
     attached = head_scores.attach(kvzip.prefill(model, TEXT * 2), made)
     expected = kvzip.compress(attached, 0.5, level="head", sink=made.sink, recent=made.recent)  # pyright: ignore

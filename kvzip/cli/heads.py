@@ -67,12 +67,12 @@ def show(source: str, as_json: bool) -> None:
 
     from .. import head_scores
 
-    scores = head_scores.load(source) if Path(source).exists() else head_scores.shipped(source)
+    scores = head_scores.load(source) if Path(source).is_file() else head_scores.shipped(source)
     values = scores.values.tolist()
     if as_json:
         put_json({"layers": list(scores.layers), "values": values, "family": scores.family, "method": scores.method})
         return
-    table = Table("layer", *(f"head {n}" for n in range(len(values[0]))), title=source)
+    table = Table("layer", *(f"head {n}" for n in range(len(values[0]))), box=None, pad_edge=False)
     highest = max(map(max, values)) or 1.0
     for layer, row in zip(scores.layers, values, strict=True):
         cells = [Text(f"{x:.3f}", style="bold" if x > highest / 2 else "dim" if x < highest / 10 else "") for x in row]

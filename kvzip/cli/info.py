@@ -65,7 +65,9 @@ def file_facts(path: Path) -> dict[str, Any]:
     facts |= {"title": note.get("title"), "model": header.get("model"), "fingerprint": header.get("fingerprint")}
     facts["format"] = ".".join(map(str, header["version"]))
     if header.get("cache") not in ("RaggedCache", "DenseCache"):
-        return facts
+        return facts | {
+            name: header[name] for name in ("family", "layers", "method", "sources", "source") if name in header
+        }
     start, length, kept, total = (header[name] for name in ("start", "length", "kept", "total"))
     layers = []
     try:
@@ -186,6 +188,11 @@ def _show_file(facts: dict[str, Any]) -> None:
     if made:
         click.echo(f"model    {short(made['source'])} in {made['dtype']}")
     if "tokens" not in facts:
+        if facts.get("layers"):
+            family = f" of {facts['family']}" if facts.get("family") else ""
+            click.echo(
+                f"scores   of {len(facts['layers'])} layers{family} by {facts.get('method') or facts.get('source')}"
+            )
         return
     turns = f", {facts['turn_tokens']:,} of turns after it" if facts["turn_tokens"] else ""
     click.echo(f"tokens   {facts['tokens']:,}, {facts['prefix_tokens']} of them prefix{turns}")

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,10 @@ class Command(click.Command):
         debug = ctx.params.pop("debug")
         logging.basicConfig(level=logging.WARNING, format="kvzip: %(message)s")
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not debug:
+                    warnings.simplefilter("ignore")  # those of torch to its programmers
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (KeyboardInterrupt, click.Abort, Stopped) as stopped:
