@@ -361,7 +361,9 @@ def test_tokens_are_the_bytes_of_their_part_of_a_text(family):
             )
         )
         raw.normalizer = normalizers.Replace(" ", "▁")
-        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        raw.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
         raw.add_special_tokens(["<|end|>", "é€"])
         tokenizer, added = prompts.Tokenizer(text=raw, control=raw, bos_ids=()), "<|end|>"
     ids = tokenizer.control.encode(text, add_special_tokens=False).ids
