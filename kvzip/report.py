@@ -63,11 +63,15 @@ def describe(
 
     Arrays, little-endian: `ids` [S] int32 and `texts` [S] int32, a token's place in the list of texts; `kept`, the
     mask of `kept_mask` as bits, lowest first; with scores `codes` [L H E] uint8 and `levels` [K] float32.
+
+    Raises: ValueError for a cache of window layers only.
     """
     dense = isinstance(cache, DenseCache)
     layers = cache.layers if dense else cache.context
     length = cache.length if dense else cache.context_length
     mask = kept_mask(cache)
+    if not mask.shape[0]:
+        raise ValueError("expected a cache with global layers, got sliding windows in all: nothing is ever dropped")
     texts, places = _texts(cache.token_ids.tolist(), pieces)
     note, origin = header.get("note") or {}, header.get("model") or {}
     level = header.get("method", "").rpartition("/")[2]

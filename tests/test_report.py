@@ -212,35 +212,54 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
     assert "Time to prefill1.25 s" in answer["table"] and "random, float32" in answer["table"]
 
 
-@needs_chromium
-def test_a_hundred_thousand_tokens_are_there_in_three_seconds(tmp_path):
-    """28 layers of 4 heads, as Qwen2.5-7B has. The time is what it takes beyond a short page: both start a browser."""
+def long_page(length):
+    """The page of a document of 28 layers and 4 heads, as Qwen2.5-7B has, and its number of pairs."""
     generator = torch.Generator().manual_seed(0)
-    seconds, answers = {}, {}
+    values = torch.rand(28, 4, length, generator=generator) ** 8
+    ids = torch.randint(0, 5_000, (length,), generator=generator)
+    empty = torch.zeros(1, 4, length, 1, dtype=torch.float16)
+    scores = Scores(values, tuple(range(28)), 0, length, "kvzip-context")
+    cache = DenseCache([DenseKV(empty, empty)] * 28, length, 0, False, ids, "none", scores)
+    pieces = {i: b"\n\n" if i < 20 else f" word{i}".encode() for i in range(5_000)}
+    facts, arrays = describe({"version": [1, 2], "layers": [], "note": {"title": "long"}}, cache, pieces)
+    return "".join(render(facts | {"file": "long.kvz", "fileBytes": 1}, arrays)), values.numel()
+
+
+TO_THE_END = """
+    const spans = () => document.querySelectorAll(".t").length, first = spans();
+    report.focusToken(report.state.ids.length - 1);
+    await new Promise((done) => setTimeout(done, 300));
+    report.setRatio(0.3);
+    return [report.state.kept, first, spans(), document.querySelectorAll(".block").length];
+"""
+
+
+@needs_chromium
+def test_of_a_hundred_thousand_tokens_only_what_is_near_the_window_is_in_the_page(tmp_path):
+    page, pairs = long_page(100_000)
+    kept, first, later, blocks = in_chromium(page, tmp_path / "page.html", TO_THE_END)
+    assert kept == int(0.3 * pairs) and blocks > 250
+    assert 100 < first < 10_000 and 100 < later < 10_000
+
+
+@needs_chromium
+@pytest.mark.slow  # a fact of time: on an idle machine
+def test_a_hundred_thousand_tokens_are_there_in_three_seconds(tmp_path):
+    """The time is what it takes beyond a short page, the least of three runs: both start a browser."""
+    least = {}
     for length in (200, 100_000):
-        values = torch.rand(28, 4, length, generator=generator) ** 8
-        ids = torch.randint(0, 5_000, (length,), generator=generator)
-        empty = torch.zeros(1, 4, length, 1, dtype=torch.float16)
-        scores = Scores(values, tuple(range(28)), 0, length, "kvzip-context")
-        cache = DenseCache([DenseKV(empty, empty)] * 28, length, 0, False, ids, "none", scores)
-        pieces = {i: b"\n\n" if i < 20 else f" word{i}".encode() for i in range(5_000)}
-        header = {"version": [1, 2], "layers": [], "note": {"title": "long"}}
-        facts, arrays = describe(header, cache, pieces)
-        page = "".join(render(facts | {"file": "long.kvz", "fileBytes": 1}, arrays))
-        start = time.perf_counter()
-        answers[length] = in_chromium(
-            page,
-            tmp_path / f"{length}.html",
-            """
-            const spans = () => document.querySelectorAll(".t").length, first = spans();
-            report.focusToken(report.state.ids.length - 1);
-            await new Promise((done) => setTimeout(done, 300));
-            report.setRatio(0.3);
-            return [report.state.kept, first, spans(), document.querySelectorAll(".block").length];
-            """,
-        )
-        seconds[length] = time.perf_counter() - start
-        assert answers[length][0] == int(0.3 * values.numel())
-    _, first, later, blocks = answers[100_000]
-    assert blocks > 250 and max(first, later) < 10_000, "only what is near the window is in the page"
-    assert seconds[100_000] - seconds[200] < 3
+        page, _ = long_page(length)
+        seconds = []
+        for run in range(3):
+            start = time.perf_counter()
+            in_chromium(page, tmp_path / f"{length}-{run}.html", TO_THE_END)
+            seconds.append(time.perf_counter() - start)
+        least[length] = min(seconds)
+    assert least[100_000] - least[200] < 3, least
+
+
+def test_a_cache_of_windows_has_nothing_to_show(tmp_path):
+    model = random_model.make(random_model.config(windows=(6, 6)))
+    kvzip.save(kvzip.prefill(model, TEXT), tmp_path / "doc.kvz")
+    with pytest.raises(ValueError, match="windows in all"):
+        write_report(tmp_path / "doc.kvz", tmp_path / "page.html")
