@@ -234,28 +234,28 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def token_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:
-    """Returns the UTF-8 of each token as it stands within a text; control tokens as they are written.
+    """Returns the UTF-8 of each token as `tokenizers` decodes it within a text; control tokens as they are written.
 
     A token that holds a part of a character gives its bytes: joined with those of its neighbors they are the text.
     """
     vocabulary, decoder = tokenizer.control, tokenizer.control.decoder
-    added = {i: token.content for i, token in vocabulary.get_added_tokens_decoder().items()}
     result = []
     for i in ids:
-        name = added.get(i, vocabulary.id_to_token(i) or "")
+        name = vocabulary.id_to_token(i) or ""
         # behind a letter, since some decoders drop the space in front of a text
-        text = name if i in added or decoder is None else decoder.decode(["a", name])[1:]
-        result.append(_raw_bytes(name) if "\ufffd" in text and i not in added else text.encode())
+        text = name if decoder is None else decoder.decode(["a", name])[1:]
+        partial = _raw_bytes(name) if "\ufffd" in text else None
+        result.append(text.encode() if partial is None else partial)
     return result
 
 
-def _raw_bytes(name: str) -> bytes:
-    """The bytes that a token's name in the vocabulary spells, one way or the other."""
+def _raw_bytes(name: str) -> bytes | None:
+    """The bytes that a token's name in the vocabulary spells, one way or the other; None if it spells characters."""
     spelled = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
     if spelled:
         return bytes.fromhex(spelled[1])
     letters = _byte_letters()
-    return bytes(letters[c] for c in name) if all(c in letters for c in name) else name.encode()
+    return bytes(letters[c] for c in name) if all(c in letters for c in name) else None
 
 
 @cache

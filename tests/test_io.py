@@ -365,6 +365,7 @@ def test_tokens_are_the_bytes_of_their_part_of_a_text(family):
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         raw.add_special_tokens(["<|end|>", "é€"])
+        raw.add_tokens(["▁▁", "▁\ufffd"])
         tokenizer, added = prompts.Tokenizer(text=raw, control=raw, bos_ids=()), "<|end|>"
     ids = tokenizer.control.encode(text, add_special_tokens=False).ids
     parts = prompts.token_bytes(tokenizer, ids)
