@@ -145,7 +145,7 @@ def test_saved_scores_come_back_bit_for_bit(model, tmp_path):
     assert read_header(path)["note"] == {"commit": "abc"} and [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(ValueError, match=r"made by this model.*got those of another"):
         head_scores.load(path, model=random_model.make(model.config, seed=1))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"expected a cache, got HeadScores.*use kvzip.head_scores.load"):
         kvzip.load_cache(path)
     kvzip.save(kvzip.prefill(model, "abc"), path)
     with pytest.raises(ValueError, match="expected head scores, got a file of DenseCache"):
@@ -162,9 +162,9 @@ def test_a_fingerprint_survives_the_dtype_and_the_length_but_not_other_weights(m
     assert len({head_scores.fingerprint_of(x) for x in same}) == 1
     assert head_scores.fingerprint_of(model) == head_scores.fingerprint_of(cast(model, torch.bfloat16))
     other = [random_model.make(model.config, seed=1, dtype=torch.bfloat16), stored]
-    windows = [replace(spec, window=5) for spec in stored.config.layers]
-    other.append(replace(stored, config=replace(stored.config, layers=tuple(windows))))
-    assert len({head_scores.fingerprint_of(x) for x in other}) == 3
+    windows = tuple(replace(spec, window=5) for spec in stored.config.layers)
+    other += [replace(stored, config=replace(stored.config, **x)) for x in ({"layers": windows}, {"family": "other"})]
+    assert len({head_scores.fingerprint_of(x) for x in other}) == 4
 
 
 def cast(model, dtype):

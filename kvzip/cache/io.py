@@ -27,6 +27,7 @@ from .levels import LEVELS, encode_levels
 from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
 
 VERSION = (1, 2)  # of the format: another major version cannot be read, a newer minor one can
+_OTHERS = {"Scores": "kvzip.scores.load", "HeadScores": "kvzip.head_scores.load"}  # files that hold no cache
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
 _PAIRS = re.compile(r"layers\.\d+\.[kv]|tail\.[kv]\.\d+|layers\.\d+\.[kv]\.(codes|scale|zero)")
@@ -172,8 +173,10 @@ def load_cache(
     """
     path = Path(path)
     header = read_header(path)
-    if header.get("cache") == "Scores":
-        raise ValueError(f"expected a cache, got scores without their pairs in {path.name}: use kvzip.scores.load")
+    if header.get("cache") in _OTHERS:
+        raise ValueError(
+            f"expected a cache, got {header['cache']} without pairs in {path.name}: use {_OTHERS[header['cache']]}"
+        )
     if model is not None and header.get("fingerprint") != model.fingerprint:
         raise ValueError(
             f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
