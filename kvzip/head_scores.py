@@ -36,6 +36,7 @@ SHIPPED = Path(__file__).parent / "data" / "head_scores"
 """Where the scores that come with the library are: one file for each model, named after it."""
 
 _TSV, _CONFIG = "full_attention_heads.tsv", "config.json"
+_ROUNDING = 1e-6  # by which a softmax may exceed 1
 
 
 @dataclass(frozen=True)
@@ -250,13 +251,13 @@ def to_duo_attention(scores: HeadScores, directory: str | Path) -> None:
         )
     _check_numbers(scores.values)
     low, high = (x.item() for x in scores.values.aminmax())
-    if low < 0 or high > 1:
+    if low < 0 or high > 1 + _ROUNDING:
         raise ValueError(
             f"expected scores in [0, 1], to which DuoAttention clips them, got [{low:g}, {high:g}]: rescale them"
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    rows = ("\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.tolist())
+    rows = ("\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.clamp(max=1).tolist())
     (directory / _TSV).write_text("".join(rows), encoding="ascii")
     sizes = {"sink_size": scores.sink, "recent_size": scores.recent}
     (directory / _CONFIG).write_text(json.dumps(sizes, indent=4) + "\n", encoding="ascii")

@@ -4,6 +4,7 @@ import itertools
 import json
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +277,25 @@ def test_damaged_duo_attention_files_are_refused(tmp_path, name, text, error):
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"no {name}"):
         head_scores.from_duo_attention(tmp_path)
+
+
+def test_a_softmax_rounded_above_one_is_one_for_duo_attention(tmp_path):
+    above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()
+    scores = head_scores.HeadScores(torch.tensor([[above, 0.5]]), (0,), "", "", "test", ())
+    head_scores.to_duo_attention(scores, tmp_path)
+    assert (tmp_path / "full_attention_heads.tsv").read_text().startswith("1.000000000000000000e+00\t")
+
+
+def test_shipped_scores_are_whole_and_say_what_they_were_made_from():
+    names = head_scores.shipped_names()
+    assert set(names) >= {"smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m"}
+    for name in names:
+        scores, header = head_scores.shipped(name), read_header(head_scores.SHIPPED / f"{name}.safetensors")
+        assert header["note"]["model"] == name and header["library"] and scores.method == "kvzip-context"
+        assert (scores.values > 0).all() and (scores.values <= 1 + 1e-6).all() and len(scores.fingerprint) == 32
+        assert all(source.name and source.tokens >= 1000 for source in scores.sources)
+        assert str(Path.home()) not in json.dumps(header)
+    assert len({head_scores.shipped(name).fingerprint for name in names}) == len(names)
 
 
 def test_what_duo_attention_has_no_room_for_is_refused(model, tmp_path):
