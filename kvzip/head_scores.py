@@ -150,8 +150,10 @@ def combine(*scores: HeadScores) -> HeadScores:
 def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     """Returns a cache of the same pairs in which every token of a head has the head's score. No pass, no memory.
 
-    `compress(cache, 0.6, level="head", sink=..., recent=...)` then keeps whole heads. Only layers and heads are
-    checked, because the scores of a model serve its fine-tunes; `load(path, model=model)` checks the model.
+    `compress(cache, 0.6, level="head", sink=..., recent=...)` then keeps whole heads. Without a prefix in front of the
+    context (template=False) dropped heads need a few `sink` tokens, or they lose what they attend to by default. Only
+    layers and heads are checked, because the scores of a model serve its fine-tunes; `load(path, model=model)` checks
+    the model.
 
     Raises: ValueError for scores of other layers or heads, or a cache that was consumed.
     """
