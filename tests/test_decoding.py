@@ -11,7 +11,7 @@ import kvzip
 import kvzip.cache.memory
 import random_model
 from accuracy import assert_as_accurate
-from kvzip import generation
+from kvzip import generation, ops
 from kvzip.attention import decode_attend
 from kvzip.cache import Tail, all_ragged, explain_out_of_memory, free_bytes
 from kvzip.decoding import sample
@@ -116,8 +116,21 @@ def test_attention_on_the_host_is_as_accurate_as_the_op(tokens, lengths, ratio, 
         return [run(layer, *(x.to(dtype) for x in new)) for layer in (0, 1)]
 
     exact, plain = attend(torch.float64, softcap=1e9), attend(torch.float32, softcap=1e9)
+    plain[1] = merged_parts(context[1], rows, new, lengths, model.config.attn_scale)
     for got in zip(attend(torch.float32), exact, plain, strict=True):
         assert_as_accurate(*got)
+
+
+def merged_parts(kv, rows, new, lengths, scale):
+    """Context and tail by the reference, merged: what plain PyTorch gives where the two are computed apart."""
+    q, tail = new[0], [rows[1].clone(), rows[3].clone()]
+    lengths = torch.tensor(lengths).int()
+    for x, y in zip(tail, new[1:], strict=True):
+        for b, length in enumerate(lengths.tolist()):
+            x[b, :, length : length + q.shape[2]] = y[b]
+    none = torch.zeros(3, dtype=torch.int32)
+    own = ops.decode(q, q.new_empty(0, 16), q.new_empty(0, 16), none, scale=scale, tail=(*tail, lengths + q.shape[2]))
+    return ops.merge(*ops.decode(q, kv.k, kv.v, kv.offsets, scale=scale), *own)[0]
 
 
 @given(temperature=st.sampled_from([0.5, 1.0, 3.0]), top_p=st.sampled_from([0.3, 0.9, 1.0]))

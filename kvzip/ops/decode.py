@@ -125,7 +125,7 @@ def decode_reference(
             ~seen, -torch.inf
         )
         lse = torch.logsumexp(logits, dim=-1)
-        weights = torch.softmax(logits, dim=-1).masked_fill((lse == -torch.inf)[..., None], 0)
+        weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
         outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
         lses.append(lse)

@@ -41,13 +41,14 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Laun
     keys = 64 if D <= 128 else 32
     if bits < 16:
         if rows <= 8:
-            return Launch(8, keys, 2, 3, 4)
+            padded = triton.next_power_of_2(D) != D  # 64 keys of 8 bits would spill
+            return Launch(8, 32 if padded and bits == 8 else keys, 2, 3, 4)
         return Launch(16 if rows <= 16 or D > 128 else 32, 32, 4, 3)
     if rows <= 16:
         return Launch(16, keys, 4, 3)
     if rows <= 64:
         return Launch(32 if rows <= 32 else 64, keys, 4, 3)
-    return Launch(128, keys, 8, 3, 1)
+    return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)
 
 
 def decode_triton(
@@ -68,8 +69,8 @@ def decode_triton(
     values, 161 MB at 0.3 of 131,072 (8 heads, D 128), 52.5 us at the 3.07 TB/s of an H100; 4 rows N D operations.
     Measured there (bf16, cold, in a CUDA graph, benchmarks/results/ops-decode-score.jsonl): 61.2 us, and 20.9 us at
     0.3 of 32,768; one head with half of the rows 62.1, even heads 60.0; 32 questions 74.8; D=256 117.8 (2.73 TB/s).
-    With 512 and 2,000 new tokens 432 and 443 TFLOP/s by the same kernel with 128 rows a program. About 9 us of every
-    launch do not depend on N: its start, two loads that wait for each other, and programs that end at different times.
+    With 512 and 2,000 new tokens 432 and 443 TFLOP/s by the same kernel with 128 rows a program. At both
+    lengths that is 8 to 9 us more than the bytes take; what they go to was not measured.
 
     Tried, in us at 131,072 unless said: three to eight pieces per processor 66 to 80 (starting a program costs more
     than balance gains); tiles of 128 keys 69, pipelines of two stages 64; combining without overlapped launches 62.3;

@@ -9,8 +9,9 @@ the products, codes made float16 by two instructions a pair 40.0 / 30.9, by Trit
 program, eight at once on a processor 48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps, three
 and six programs at once 39.3 / 26.5 and 46.1 / 28.4 (shipped: four); four warps 39.7 / 28.0, with tiles of 128 keys
 40.2 / 27.8; four stages 41.0 / 26.3; the first 128 rows prefetched to L2 40.8 / 26.1, all rows 53.0 / 30.2.
-By `ncu` (int4, one warp a program) 32% of the issue slots and 30% of the integer pipe are used, 55% of the memory
-bandwidth, and 62% of a warp's time is waiting for memory: instructions are no longer what limits.
+By `ncu` (int4, one warp a program, eight at once, 128 rows prefetched: not the shipped launch) 32% of the issue slots,
+30% of the integer pipe and 55% of the memory bandwidth are used, and 53% of a warp's time is waiting for loads: there
+instructions are not what limits. Times of one run that spread by 2 to 8 us; differences below that say little.
 """
 
 from typing import no_type_check
