@@ -276,7 +276,7 @@ def bench_decode(options: argparse.Namespace):
     yield decode_case("0.3 of 131,072, skewed, 512 new tokens", skewed, options, tokens=512)
     k, v = (torch.randn(1, HEADS, 131_072, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(1, QUERY_HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
-    dense = {"SDPA": [lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)]}
+    dense: dict[str, Variant] = {"SDPA": [lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)]}
     yield "full cache of 131,072 (nothing removed)", dense, {"bytes": 2 * k.nbytes}
 
 
@@ -304,11 +304,11 @@ def decode_case(
         caches.append((k, v) if bits is None else (ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)))
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
-        plain = [[ops.dequantize(x, dtype=torch.bfloat16) for x in pair] for pair in caches[:2]]  # two are cold too
     variants: dict[str, Variant] = {
         "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
     }
     if bits is not None:
+        plain = [[ops.dequantize(x, dtype=torch.bfloat16) for x in pair] for pair in caches[:2]]  # two are cold too
         variants["kvzip, bf16"] = [
             lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
         ]
