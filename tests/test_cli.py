@@ -639,10 +639,15 @@ def test_a_disk_that_fills_up_leaves_no_file(document: Path, model_dir: Path) ->
     assert sorted(p.name for p in document.parent.iterdir()) == ["doc.txt"]
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
     command = [sys.executable, "-m", "kvzip.cli", "chat", str(kvz), "-n", "5"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=ENVIRONMENT) as process:
+    # what runs in the background of a shell ignores SIGINT, and so would its children
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=_heed_interrupts) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"/switch 1\n")
         process.stdin.flush()

@@ -173,10 +173,9 @@ def load_cache(
     """
     path = Path(path)
     header = read_header(path)
-    if header.get("cache") in _OTHERS:
-        raise ValueError(
-            f"expected a cache, got {header['cache']} without pairs in {path.name}: use {_OTHERS[header['cache']]}"
-        )
+    kind = header.get("cache")
+    if isinstance(kind, str) and kind in _OTHERS:
+        raise ValueError(f"expected a cache, got {kind} without pairs in {path.name}: use {_OTHERS[kind]}")
     if model is not None and header.get("fingerprint") != model.fingerprint:
         raise ValueError(
             f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
