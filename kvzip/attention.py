@@ -192,15 +192,14 @@ def causal_attention(
     the new tokens.
     """
     tokens, past = q.shape[2], sum(part.shape[2] for part in past_k)
-    if config.attn_softcap is None and past == 0:
-        return _sdpa(q, k, v, scale=config.attn_scale, causal=True)
-    if config.attn_softcap is None and _has_flash(q) and past <= 4 * tokens and tokens * past < _WORTH_PLANNING:
+    few = 0 < past <= 4 * tokens and tokens * past < _WORTH_PLANNING
+    if config.attn_softcap is None and few and _has_flash(q):
         return _flash(q, torch.cat([*past_k, k], dim=2), torch.cat([*past_v, v], dim=2), config.attn_scale)
     keys, values = (x[0] if len(x) == 1 else torch.cat(list(x), dim=2) for x in (past_k, past_v))
     if config.attn_softcap is not None:
         return _softcapped(q, keys, values, k, v, config)
     own = _sdpa(q, k, v, scale=config.attn_scale, causal=True)
-    return ops.merge(*_sdpa(q, keys, values, scale=config.attn_scale), *own)
+    return own if past == 0 else ops.merge(*_sdpa(q, keys, values, scale=config.attn_scale), *own)
 
 
 def _after_ragged(
@@ -218,20 +217,31 @@ def _after_ragged(
     return ops.merge(out, lse, *causal_attention(q, [dense_k], [dense_v], k, v, config))
 
 
-def _ragged_on_host(q: Tensor, past: RaggedKV, scale: float) -> tuple[Tensor, Tensor]:
-    """`ops.decode` without a tail by torch's fused attention, a head at a time: no logits are held in memory."""
-    assert isinstance(past.k, Tensor) and isinstance(past.v, Tensor)
-    bounds = past.offsets.tolist()
-    rows = rearrange(q, "1 (h g) t d -> h 1 1 (g t) d", h=len(bounds) - 1)
-    out = torch.zeros_like(rows)
-    lse = torch.full(rows.shape[:4], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for head, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        if start < stop:
-            keys, values = (x[None, None, start:stop] for x in (past.k, past.v))
-            out[head], lse[head] = _sdpa(rows[head], keys, values, scale=scale, causal=False)
-    tokens = q.shape[2]
-    out = rearrange(out, "h 1 1 (g t) d -> 1 (h g) t d", t=tokens)
-    return out, rearrange(lse, "h 1 1 (g t) -> 1 (h g) t", t=tokens)
+def _ragged_on_host(q: Tensor, context: RaggedKV, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """`ops.decode` without a tail by torch's fused attention, a head at a time or all at once: no logits are held.
+
+    Of each head the last `window` rows are read.
+    """
+    bounds = context.offsets.tolist()
+    heads, batch, tokens = len(bounds) - 1, q.shape[0], q.shape[2]
+    rows = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
+    k, v = (x if isinstance(x, Tensor) else ops.dequantize(x, dtype=q.dtype) for x in (context.k, context.v))
+    spans = [
+        (start if window is None else max(start, stop - window), stop) for start, stop in itertools.pairwise(bounds)
+    ]
+    if len({stop - start for start, stop in itertools.pairwise(bounds)}) == 1 and spans[0][0] < spans[0][1]:
+        k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, spans[0][0] :] for x in (k, v))
+        out, lse = _sdpa(rows, k, v, scale=scale)
+    else:
+        out = torch.zeros_like(rows)
+        lse = torch.full(rows.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        for h, (start, stop) in enumerate(spans):
+            if start < stop:
+                keys, values = (x[None, None, start:stop] for x in (k, v))
+                out[:, h : h + 1], lse[:, h : h + 1] = _sdpa(rows[:, h : h + 1], keys, values, scale=scale)
+    sizes = {"b": batch, "t": tokens}
+    out = rearrange(out, "1 h (b g t) d -> b (h g) t d", **sizes)
+    return out, rearrange(lse, "1 h (b g t) -> b (h g) t", **sizes)
 
 
 def window_attention(
@@ -279,9 +289,8 @@ def _decode_on_host(
 
     A window is for one token of one question.
     """
-    batch, tokens = q.shape[0], q.shape[2]
-    bounds, lengths = kv.offsets.tolist(), tail[2].tolist()
-    heads, longest = len(bounds) - 1, max(lengths)
+    tokens, lengths = q.shape[2], tail[2].tolist()
+    longest = max(lengths)
     first = 0 if window is None else max(0, longest - window)
     seen = None
     if tokens > 1 or len(set(lengths)) > 1:
@@ -291,27 +300,9 @@ def _decode_on_host(
     if len(set(lengths)) > 1:  # a masked key still has to be a number
         written = (torch.arange(longest) < tail[2][:, None])[:, None, :, None]
         keys, values = (x.masked_fill(~written, 0) for x in (keys, values))
-    out, lse = _sdpa(q, keys, values, scale=scale, causal=False, mask=seen)
-    sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
-    hidden = [0 if window is None else min(size, max(0, longest + size - window)) for size in sizes]
-    if not any(size - skip for size, skip in zip(sizes, hidden, strict=True)):
-        return out
-    folded = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
-    k, v = (x if isinstance(x, Tensor) else ops.dequantize(x, dtype=q.dtype) for x in (kv.k, kv.v))
-    if len(set(sizes)) == 1:
-        k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, hidden[0] :] for x in (k, v))
-        rows, row_lse = _sdpa(folded, k, v, scale=scale)
-    else:
-        rows = torch.zeros_like(folded)
-        row_lse = torch.full(folded.shape[:3], -torch.inf, dtype=lse.dtype)
-        for h, (start, size, skip) in enumerate(zip(bounds, sizes, hidden, strict=False)):
-            if size > skip:
-                part = slice(start + skip, start + size)
-                one = _sdpa(folded[:, h : h + 1], k[None, None, part], v[None, None, part], scale=scale)
-                rows[:, h], row_lse[:, h] = one[0][:, 0], one[1][:, 0]
-    pattern = {"b": batch, "t": tokens}
-    rows = rearrange(rows, "1 h (b g t) d -> b (h g) t d", **pattern)
-    return ops.merge(rows, rearrange(row_lse, "1 h (b g t) -> b (h g) t", **pattern), out, lse)[0]
+    own = _sdpa(q, keys, values, scale=scale, mask=seen)
+    left = None if window is None else max(0, window - longest)  # what the tail leaves of the window
+    return ops.merge(*_ragged_on_host(q, kv, scale, left), *own)[0]
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, config: ModelConfig) -> Tensor:

@@ -75,7 +75,8 @@ class Decoder:
                 f"expected 1 to {self.batch} questions of 1 to {self.rows} tokens, got {len(questions)} of up to "
                 f"{longest}: make a Decoder with a larger batch or tail"
             )
-        if self._replays and self.batch * longest <= _ROWS_OF_A_GRAPH:  # one graph serves many lengths
+        replayed = self._replays and self.batch * longest <= _ROWS_OF_A_GRAPH
+        if replayed:  # one graph serves many lengths
             longest = min(-(-longest // 32) * 32, self.rows)
         rows = [*questions, *[questions[-1]] * (self.batch - len(questions))]
         padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows])
@@ -86,7 +87,7 @@ class Decoder:
             self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(seed)))
             self._controls.copy_(torch.tensor([temperature, top_p]))
             self._drawn.zero_()
-        if self._replays and self.batch * longest <= _ROWS_OF_A_GRAPH:
+        if replayed:
             if longest not in self._questions:
                 self._questions[longest] = torch.empty_like(padded, device=self.model.device)
             self._questions[longest].copy_(padded)
