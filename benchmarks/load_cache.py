@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the file")
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     options = parser.parse_args()
-    tests = ["-k", "bit_for_bit", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_io.py")]
+    tests = ["-k", "bit_for_bit", "-o", "addopts=", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_io.py")]
     if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode != 0:
         sys.exit("the tests above failed: nothing is timed on red")
     cache, slow = ragged_cache(options.gib), False

@@ -16,9 +16,10 @@ from kvzip.ops.triton.common import (
     compute_dtype,
     exp2,
     interpreted,
+    launch_options,
     overlaps_launches,
 )
-from kvzip.ops.triton.decode_codes import codes_piece
+from kvzip.ops.triton.decode_codes import codes_piece, prefetch_rows
 from kvzip.ops.triton.decode_rows import rows_piece
 
 _TAIL_PIECE = 256  # rows of a tail that a program takes, times the programs that share them
@@ -32,6 +33,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     pieces: int = 2  # programs that run at once on a processor: 1, 2, 4 or 8
+    early: bool = False  # whether programs ask for their first rows while the kernel in front still runs
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Launch:
@@ -42,7 +44,7 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Laun
     if bits < 16:
         if rows <= 8:
             padded = triton.next_power_of_2(D) != D  # 64 keys of 8 bits would spill
-            return Launch(8, 32 if padded and bits == 8 else keys, 2, 3, 4)
+            return Launch(8, 32 if padded and bits == 8 else keys, 2, 3, 4, early=bits == 8)
         return Launch(16 if rows <= 16 or D > 128 else 32, 32, 4, 3)
     if rows <= 16:
         return Launch(16, keys, 4, 3)
@@ -126,6 +128,7 @@ def launch(
     compute = compute_dtype(q)
     packed = bits < 16 and compute != tl.float32 and not interpreted()
 
+    early = overlap and config.early
     count, row_blocks = len(pieces.bounds), triton.cdiv(rows, config.block_m)
     capacity = 0 if tail is None else tail_k.shape[2]
     # A tile of a tail has as many bytes as one of the context, and the products of 16-bit rows at least 16 rows.
@@ -148,8 +151,8 @@ def launch(
             G=group, D=width, BITS=bits, GROUP=k_group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             TAIL_M=tail_m, TAIL_N=tail_n, SOFTCAP=softcap is not None, WINDOW=window is not None, TAIL=splits > 0,
             COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, OVERLAP=overlap,
-            SHORT=len(k_codes) < config.block_n,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            EARLY=early, SHORT=len(k_codes) < config.block_n,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_options(early),
         )  # fmt: skip
     # As a rule one step of the loop takes all the partial results of a row; more are taken when heads are unequal.
     block_p = min(max(16, triton.next_power_of_2(2 * (count // heads + splits))), 128)
@@ -157,8 +160,8 @@ def launch(
     _combine_kernel[(rows, heads, triton.cdiv(width, block_d))](
         part, part_lse, pieces.first, out, lse, rows, tokens, heads, count, splits,
         G=group, D=width, BLOCK_D=block_d, BLOCK_P=block_p,
-        OVERLAP=overlap and programs > 0, num_warps=4, enable_fp_fusion=True,
-        **({"launch_pdl": True} if overlap and programs else {}),
+        OVERLAP=overlap and programs > 0, EARLY=early, num_warps=4, enable_fp_fusion=True,
+        **launch_options(overlap and programs > 0),
     )  # fmt: skip
     return out, lse
 
@@ -197,7 +200,8 @@ def _decode_kernel(
     G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, TAIL_N: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, TAIL: tl.constexpr, COMPUTE: tl.constexpr,
-    CODE_COMPUTE: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, SHORT: tl.constexpr,
+    CODE_COMPUTE: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
+    SHORT: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows against one piece of the context (programs 0 to count * row_blocks) or of a tail."""
     if OVERLAP:
@@ -209,6 +213,11 @@ def _decode_kernel(
         head = tl.load(bounds_ptr + piece * 3)
         start = tl.load(bounds_ptr + piece * 3 + 1)
         stop = tl.load(bounds_ptr + piece * 3 + 2)
+        if EARLY:
+            TWO_TILES: tl.constexpr = triton.next_power_of_2(2 * BLOCK_N * D * BITS // 8)
+            prefetch_rows(k_ptr, start, stop, stride_kn, TWO_TILES)
+            prefetch_rows(v_ptr, start, stop, stride_vn, TWO_TILES)
+            tl.extra.cuda.gdc_wait()
         low = tl.zeros([BLOCK_M], tl.int32)
         high = low
         if WINDOW:
@@ -238,6 +247,8 @@ def _decode_kernel(
                 G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, CODE_COMPUTE, PACKED, SHORT,
             )  # fmt: skip
     elif TAIL:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         program -= count * row_blocks
         block = program % tail_blocks
         split = program // tail_blocks % splits
@@ -273,6 +284,7 @@ def _decode_kernel(
 def _combine_kernel(
     part_ptr, part_lse_ptr, first_ptr, out_ptr, lse_ptr, rows, tokens, heads, count, splits,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of one head, its partial results weighted by their log-sum-exp."""
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
@@ -283,6 +295,8 @@ def _combine_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     for at in range(0, pieces + splits, BLOCK_P):

@@ -24,6 +24,17 @@ from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, load_rows, 
 
 @triton.jit
 @no_type_check
+def prefetch_rows(ptr, start, stop, stride, BYTES: tl.constexpr):
+    """Asks for the first BYTES of rows start:stop to be brought to the L2. Reads nothing: it may run before a wait."""
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    at = start.to(tl.int64) * stride * SIZE + 64 * tl.arange(0, BYTES // 64)
+    address = ptr.to(tl.int64) + tl.minimum(at, (stop.to(tl.int64) * stride - 1) * SIZE)
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+@no_type_check
 def _codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
     """Code PART of each 16-bit word, times 2 ** -24, or 2 ** -20 for the high half of a byte.
 
@@ -162,6 +173,13 @@ def codes_piece(
     DEFER: tl.constexpr = BLOCK_M <= 16
     w = tl.arange(0, BLOCK_W)
     n = tl.arange(0, BLOCK_N)
+    # Without MASKED tiles are whole: the last of a piece begins early enough, and counts only what is new in it.
+    limit = stop if MASKED else tl.maximum(stop - BLOCK_N, 0)
+    at = tl.minimum(start, limit)
+    # Steps are too narrow for asynchronous copies: they are loaded by hand, a tile before use.
+    next_k, next_k_zero = _steps(k_scale_ptr, k_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
+    next_v, next_v_zero = _steps(v_scale_ptr, v_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
+    first_step = tl.load(v_scale_ptr + (at + tl.zeros([], tl.int64)) * Q)
     m = row + tl.arange(0, BLOCK_M)
     live_q = (w < W)[:, None] & (m < row_stop)[None, :]
     b, t, g = (m // G // tokens).to(tl.int64), m // G % tokens, m % G
@@ -194,15 +212,9 @@ def codes_piece(
     else:
         total = tl.zeros([BLOCK_M], tl.float32)
     shift = total
-    # Without MASKED tiles are whole: the last of a piece begins early enough, and counts only what is new in it.
-    limit = stop if MASKED else tl.maximum(stop - BLOCK_N, 0)
-    at = tl.minimum(start, limit)
-    # Steps are too narrow for asynchronous copies: they are loaded by hand, a tile before use.
-    next_k, next_k_zero = _steps(k_scale_ptr, k_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
-    next_v, next_v_zero = _steps(v_scale_ptr, v_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
-    # Weights times steps go to the tensor cores in 16 bits. The power of two of the largest step of a key, over one
-    # that is common to the piece, joins its logit, so that they stay near 1 whatever the steps are.
-    common = tl.minimum(tl.max(_exponent(next_v.to(tl.float32)), 0), 60)
+    # Weights times steps go to the tensor cores in 16 bits. The power of two of the largest step of a key, over that
+    # of the piece's first key (1 if that has none), joins its logit, so that they stay near 1 whatever the steps are.
+    common = tl.where(first_step == 0, 0, tl.minimum(_exponent(first_step.to(tl.float32)), 60))
     for begin in range(start, stop, BLOCK_N):
         at = tl.minimum(begin, limit)
         key = at + n
