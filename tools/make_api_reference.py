@@ -1,0 +1,245 @@
+"""Writes docs/api.md, the reference of what a caller may use, from the docstrings and signatures of the package.
+
+    python tools/make_api_reference.py
+
+tests/test_docs.py fails when the page is not what this makes.
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "api.md"
+WIDTH = 100  # of a signature on one line
+
+STAGES = (
+    ("Models and contexts", ("load", "prefill", "prefill_compressed", "Model", "ModelConfig")),
+    ("Scores and compression", ("score", "compress", "keep_mask", "Scores")),
+    ("Answers and conversations", ("generate", "Answer", "Decoder", "ask", "extend", "fork", "fold")),
+    ("Caches", ("DenseCache", "RaggedCache", "save", "load_cache", "to", "nbytes")),
+    ("Transformers", ("from_transformers", "to_transformers")),
+)
+"""The public names of `kvzip`, in the order in which they are used."""
+
+MODULES = ("scores", "head_scores", "cache", "models", "attention", "prompts", "ops", "evals")
+
+HEAD = """\
+# API reference
+
+<!-- Made by tools/make_api_reference.py from the docstrings: change those, not this page. -->
+
+The names under "kvzip" are the package's own, `kvzip.load` and so on, in the order in which they are used; most programs
+need no others but `kvzip.scores`, `kvzip.head_scores` and `kvzip.evals`. The modules after those are what they are made
+of, for [a scorer of your own](adding_a_scorer.md) or [another family](adding_a_family.md).
+
+Axes mean the same everywhere: L scored layers, Hq query heads, H KV heads, T new tokens, S cached tokens, E evictable
+tokens, C tokens of one scoring chunk, A tokens of the prefix, R rows reserved, W window, N kept pairs of one layer, D
+head width, M hidden width, V vocabulary, B questions that share a context. Sizes are in tokens unless a name says
+otherwise. `ratio` is always the fraction of evictable pairs that is KEPT.
+"""
+
+
+def main() -> int:
+    """Writes the page."""
+    PAGE.write_text(reference(), encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
+    return 0
+
+
+def reference() -> str:
+    """Returns the page. Raises ValueError if a public name of `kvzip` is in no section."""
+    package = import_module("kvzip")
+    listed = {name for _, names in STAGES for name in names}
+    modules = {name for name in package.__all__ if isinstance(getattr(package, name), ModuleType)}
+    if listed | modules != set(package.__all__):
+        raise ValueError(
+            f"expected sections for all public names, got none for {sorted(set(package.__all__) - listed - modules)} "
+            f"and unknown {sorted(listed - set(package.__all__))}: correct STAGES"
+        )
+    parts = [HEAD, "## kvzip\n"]
+    known: set[Any] = set()
+    for title, names in STAGES:
+        parts.append(f"### {title}\n")
+        parts += [entry(package, name, level=4) for name in names]
+        known |= {id(getattr(package, name)) for name in names}
+    for module in (import_module(f"kvzip.{name}") for name in MODULES):
+        parts.append(f"## {module.__name__}\n\n{prose(module.__doc__)}")
+        parts += [entry(module, name, level=3) for name in names_of(module) if id(getattr(module, name)) not in known]
+        known |= {id(getattr(module, name)) for name in names_of(module)}
+    return "\n".join(parts)
+
+
+def names_of(module: ModuleType) -> list[str]:
+    """Returns what a module offers: its `__all__`, or the public functions and classes that it defines, in order."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__, key=lambda name: (name.isupper(), name.lower()))
+    return [name for name, node in definitions(module).items() if not isinstance(node, (ast.Assign, ast.AnnAssign))]
+
+
+def entry(module: ModuleType, name: str, *, level: int) -> str:
+    """Returns the heading, signature and description of one name of a module."""
+    home = home_of(module, name)
+    node = definitions(home)[name]
+    source = inspect.getsource(home)
+    parts = ["#" * level + f" {name}\n", fence(signature(source, node)), prose(description(home, name))]
+    if isinstance(node, ast.ClassDef):
+        for member in node.body:
+            if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                parts += [f"`{name}.{member.name}`:\n", fence(signature(source, member)), prose(doc_of(member))]
+    return "\n".join(part for part in parts if part)
+
+
+def home_of(module: ModuleType, name: str) -> ModuleType:
+    """Returns the module whose source defines a name that another may only pass on."""
+    value = getattr(module, name)
+    home = getattr(inspect.unwrap(value) if callable(value) else value, "__module__", None)
+    candidates = [module] if home is None or not home.startswith("kvzip") else [import_module(home)]
+    while candidates:
+        candidate = candidates.pop(0)
+        if name in definitions(candidate):
+            return candidate
+        candidates += [sys.modules[path] for path in imported_from(candidate, name) if path in sys.modules]
+    raise ValueError(f"expected {name} to be defined in {module.__name__} or where it is imported from, got neither")
+
+
+def imported_from(module: ModuleType, name: str) -> Iterator[str]:
+    """Yields the module that another imports a name from."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            package = (module.__package__ or "").split(".")
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, *([node.module] if node.module else [])])
+
+
+@cache
+def definitions(module: ModuleType) -> dict[str, ast.stmt]:
+    """Returns the statements that define a module's public names; of overloads the last, which is the function."""
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            continue
+        found |= {name: node for name in names if not name.startswith("_")}
+    return found
+
+
+def description(module: ModuleType, name: str) -> str | None:
+    """Returns the docstring of a function or class, or the string that follows the assignment of a name."""
+    node = definitions(module)[name]
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return doc_of(node)
+    body = ast.parse(inspect.getsource(module)).body
+    after = {one.lineno: two for one, two in zip(body, body[1:], strict=False)}.get(node.lineno)
+    if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+        return inspect.cleandoc(after.value.value)
+    return None
+
+
+def doc_of(node: ast.FunctionDef | ast.ClassDef) -> str | None:
+    """Returns a docstring without its indentation."""
+    return ast.get_docstring(node)
+
+
+def signature(source: str, node: ast.stmt) -> str:
+    """Returns a definition as it is written, without its body: a call, a class with its fields, or a name's type."""
+
+    def text(part: ast.AST) -> str:
+        return " ".join((ast.get_source_segment(source, part) or "").split())
+
+    if isinstance(node, ast.FunctionDef):
+        returned = "" if node.returns is None else f" -> {text(node.returns)}"
+        if any(isinstance(one, ast.Name) and one.id == "property" for one in node.decorator_list):
+            return f"{node.name}: {returned.removeprefix(' -> ')}"
+        return call(node.name, [*arguments(node.args, text)], returned)
+    if isinstance(node, ast.ClassDef):
+        maker = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+        if maker:
+            return call(f"class {node.name}", [*arguments(maker[0].args, text)], "")
+        fields = [text(one) for one in node.body if isinstance(one, ast.AnnAssign)]
+        bases = ", ".join(map(text, node.bases))
+        return "\n    ".join([f"class {node.name}" + (f"({bases})" if bases else ""), *fields])
+    if isinstance(node, ast.AnnAssign):
+        return f"{text(node.target)}: {text(node.annotation)}"
+    assert isinstance(node, ast.Assign)
+    value = text(node.value)
+    return f"{text(node.targets[0])} = {value if len(value) <= WIDTH else '...'}"
+
+
+def call(name: str, arguments: list[str], returned: str) -> str:
+    """Returns a signature on one line, or a line for each argument if that is too long."""
+    line = f"{name}({', '.join(arguments)}){returned}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([f"{name}(", *(f"    {one}," for one in arguments), f"){returned}"])
+
+
+def arguments(node: ast.arguments, text: Any) -> Iterator[str]:
+    """Yields each argument of a function as it is written, but for `self`."""
+    plain = [*node.posonlyargs, *node.args]
+    defaults = [None] * (len(plain) - len(node.defaults)) + list(node.defaults)
+    pairs = [(one, default) for one, default in zip(plain, defaults, strict=True) if one.arg != "self"]
+    for one, default in pairs:
+        yield text(one) + ("" if default is None else f" = {text(default)}")
+    if node.vararg is not None:
+        yield f"*{text(node.vararg)}"
+    elif node.kwonlyargs:
+        yield "*"
+    for one, default in zip(node.kwonlyargs, node.kw_defaults, strict=True):
+        yield text(one) + ("" if default is None else f" = {text(default)}")
+
+
+def fence(text: str) -> str:
+    """Returns text as a block that is shown as it is."""
+    return f"```text\n{text}\n```\n"
+
+
+def prose(docstring: str | None) -> str:
+    """Returns a docstring as Markdown: arguments as a list, what is indented as a block, Raises and Source set off."""
+    blocks: list[str] = []
+    lines = inspect.cleandoc(docstring or "").splitlines()
+    while lines:
+        indented = [*_take(lines, lambda line: not line.strip() or line.startswith("    "))]
+        if any(line.strip() for line in indented):
+            blocks.append(fence(textwrap.dedent("\n".join(indented)).strip("\n")))
+        if lines and lines[0] == "Args:":
+            lines.pop(0)
+            items = [*_take(lines, lambda line: not line.strip() or line.startswith("    "))]
+            blocks.append(_items(textwrap.dedent("\n".join(items)).strip()))
+            continue
+        text = [lines.pop(0)] if lines else []
+        hanging = bool(text) and text[0].startswith(("Raises:", "Source:"))
+        ends = re.compile(r"(Args|Raises|Source):" if hanging else r"(Args|Raises|Source):| {4}")
+        text += [line.strip() for line in _take(lines, lambda line: bool(line.strip()) and not ends.match(line))]
+        if text:
+            blocks.append(re.sub(r"\A(Raises|Source):", r"**\1**", "\n".join(text)) + "\n")
+    return "\n".join(blocks)
+
+
+def _items(text: str) -> str:
+    """The arguments of a docstring as a list; what is indented belongs to the one above."""
+    return re.sub(r"(?m)^(\w[\w, ]*):", r"- `\1`:", text).replace("\n    ", "\n  ") + "\n"
+
+
+def _take(lines: list[str], wanted: Any) -> Iterator[str]:
+    """Removes lines from the front as long as they are wanted, and yields them."""
+    while lines and wanted(lines[0]):
+        yield lines.pop(0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
