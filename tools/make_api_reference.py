@@ -10,9 +10,10 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,9 +38,9 @@ HEAD = """\
 
 <!-- Made by tools/make_api_reference.py from the docstrings: change those, not this page. -->
 
-The names under "kvzip" are the package's own, `kvzip.load` and so on, in the order in which they are used; most programs
-need no others but `kvzip.scores`, `kvzip.head_scores` and `kvzip.evals`. The modules after those are what they are made
-of, for [a scorer of your own](adding_a_scorer.md) or [another family](adding_a_family.md).
+The names under "kvzip" are the package's own, `kvzip.load` and so on, in the order in which they are used; most
+programs need no others but those of `kvzip.scores`, `kvzip.head_scores` and `kvzip.evals`. The modules after them are
+what they are made of, for [a scorer of your own](adding_a_scorer.md) or [another family](adding_a_family.md).
 
 Axes mean the same everywhere: L scored layers, Hq query heads, H KV heads, T new tokens, S cached tokens, E evictable
 tokens, C tokens of one scoring chunk, A tokens of the prefix, R rows reserved, W window, N kept pairs of one layer, D
@@ -65,12 +66,14 @@ def reference() -> str:
             f"expected sections for all public names, got none for {sorted(set(package.__all__) - listed - modules)} "
             f"and unknown {sorted(listed - set(package.__all__))}: correct STAGES"
         )
-    parts = [HEAD, "## kvzip\n"]
-    known: set[Any] = set()
+    parts = [HEAD, "## kvzip\n", "| name | what it is |\n|---|---|"]
+    for name in (name for _, names in STAGES for name in names):
+        parts.append(f"| [`{name}`](#{name.lower()}) | {summary(description(home_of(package, name), name))} |")
+    parts.append("")
     for title, names in STAGES:
         parts.append(f"### {title}\n")
         parts += [entry(package, name, level=4) for name in names]
-        known |= {id(getattr(package, name)) for name in names}
+    known = {id(getattr(package, name)) for name in listed}
     for module in (import_module(f"kvzip.{name}") for name in MODULES):
         parts.append(f"## {module.__name__}\n\n{prose(module.__doc__)}")
         parts += [entry(module, name, level=3) for name in names_of(module) if id(getattr(module, name)) not in known]
@@ -143,7 +146,7 @@ def description(module: ModuleType, name: str) -> str | None:
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return doc_of(node)
     body = ast.parse(inspect.getsource(module)).body
-    after = {one.lineno: two for one, two in zip(body, body[1:], strict=False)}.get(node.lineno)
+    after = next((two for one, two in pairwise(body) if one.lineno == node.lineno), None)
     if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
         return inspect.cleandoc(after.value.value)
     return None
@@ -187,7 +190,7 @@ def call(name: str, arguments: list[str], returned: str) -> str:
     return "\n".join([f"{name}(", *(f"    {one}," for one in arguments), f"){returned}"])
 
 
-def arguments(node: ast.arguments, text: Any) -> Iterator[str]:
+def arguments(node: ast.arguments, text: Callable[[ast.AST], str]) -> Iterator[str]:
     """Yields each argument of a function as it is written, but for `self`."""
     plain = [*node.posonlyargs, *node.args]
     defaults = [None] * (len(plain) - len(node.defaults)) + list(node.defaults)
@@ -209,35 +212,23 @@ def fence(text: str) -> str:
 
 def prose(docstring: str | None) -> str:
     """Returns a docstring as Markdown: arguments as a list, what is indented as a block, Raises and Source set off."""
-    blocks: list[str] = []
-    lines = inspect.cleandoc(docstring or "").splitlines()
-    while lines:
-        indented = [*_take(lines, lambda line: not line.strip() or line.startswith("    "))]
-        if any(line.strip() for line in indented):
-            blocks.append(fence(textwrap.dedent("\n".join(indented)).strip("\n")))
-        if lines and lines[0] == "Args:":
-            lines.pop(0)
-            items = [*_take(lines, lambda line: not line.strip() or line.startswith("    "))]
-            blocks.append(_items(textwrap.dedent("\n".join(items)).strip()))
-            continue
-        text = [lines.pop(0)] if lines else []
-        hanging = bool(text) and text[0].startswith(("Raises:", "Source:"))
-        ends = re.compile(r"(Args|Raises|Source):" if hanging else r"(Args|Raises|Source):| {4}")
-        text += [line.strip() for line in _take(lines, lambda line: bool(line.strip()) and not ends.match(line))]
-        if text:
-            blocks.append(re.sub(r"\A(Raises|Source):", r"**\1**", "\n".join(text)) + "\n")
-    return "\n".join(blocks)
+    parts = []
+    for block in re.split(r"\n\n+|\n(?=(?:Args|Raises|Source):)", inspect.cleandoc(docstring or "")):
+        if block.startswith("    "):
+            parts.append(fence(textwrap.dedent(block)))
+        elif block.startswith("Args:\n"):
+            items = textwrap.dedent(block.removeprefix("Args:\n"))
+            parts.append(re.sub(r"(?m)^(\w[\w, ]*):", r"- `\1`:", items).replace("\n    ", "\n  ") + "\n")
+        elif block:
+            text = re.sub(r"(?m)^ +", "", block)
+            parts.append(re.sub(r"\A(Raises|Source):", r"**\1**", text) + "\n")
+    return "\n".join(parts)
 
 
-def _items(text: str) -> str:
-    """The arguments of a docstring as a list; what is indented belongs to the one above."""
-    return re.sub(r"(?m)^(\w[\w, ]*):", r"- `\1`:", text).replace("\n    ", "\n  ") + "\n"
-
-
-def _take(lines: list[str], wanted: Any) -> Iterator[str]:
-    """Removes lines from the front as long as they are wanted, and yields them."""
-    while lines and wanted(lines[0]):
-        yield lines.pop(0)
+def summary(docstring: str | None) -> str:
+    """Returns the first sentence of a docstring."""
+    first = " ".join(inspect.cleandoc(docstring or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[a-z`)\]])[.:;] ", first)[0].rstrip(".:")
 
 
 if __name__ == "__main__":

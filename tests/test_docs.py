@@ -1,0 +1,279 @@
+"""Every code block of README.md and docs/, run as it stands, in the order of its page, on small models.
+
+The language of a block says what becomes of it:
+
+    python    runs; the blocks of a page share one namespace
+    bash      runs a line at a time through the real command line; every line must end with 0
+    console   runs what follows "$ ", and compares what is printed with the lines below; "..." stands for any lines
+    json      must be JSON
+    text      is shown, not run
+
+A block that cannot run here has a comment in front of it, <!-- not run: why -->, and stands in NOT_RUN.
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from markdown_it import MarkdownIt
+
+import kvzip
+import small_models
+from kvzip.cli import main
+from test_cli import write_model
+
+ROOT = Path(kvzip.__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = ("python", "bash", "console")
+
+MODELS = ("Qwen/Qwen2.5-7B-Instruct-1M", "qwen2.5-7b")
+"""Names of large models in the blocks, in whose place a tiny random one is put."""
+REAL = "smollm2-135m-instruct"
+"""The real model whose output console blocks show; it is in the working directory under this name."""
+PARAGRAPH = "The contract was signed by Ines Vautier in 1871. The keeper counts 312 steps, and is paid for each. "
+FILES = {"contract.txt": PARAGRAPH * 4, "book.txt": PARAGRAPH * 8, "huge.txt": PARAGRAPH * 8}
+"""Documents that blocks read from the working directory, besides what a page makes itself."""
+
+NOT_RUN = {
+    ("README.md", "make demo    # compresses a document on real weights and asks five questions of it"),
+    ("README.md", "pip install -e .          # from a checkout"),
+    ("docs/evals.md", "pip install 'kvzip[eval]'"),
+}
+"""Page and first line of every block that is not run."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; `line` is that of its first line of code, `reason` why it is not run, or None."""
+
+    page: str
+    line: int
+    language: str
+    source: str
+    reason: str | None
+
+
+def blocks_of(text: str, page: str) -> list[Block]:
+    """The blocks of a page. Raises ValueError for an indented one, which says nothing of its language."""
+    found = []
+    tokens = MarkdownIt("commonmark").parse(text)
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        line = token.map[0] + 1 if token.map else 0
+        if token.type == "code_block":
+            raise ValueError(f"expected fenced blocks, got an indented one at {page}:{line}: fence it")
+        if token.type == "fence":
+            comment = before.content if before is not None and before.type == "html_block" else ""
+            reason = re.fullmatch(r"<!-- not run: (.+?) -->\n", comment, re.DOTALL)
+            found.append(Block(page, line + 1, token.info, token.content, reason[1] if reason else None))
+    return found
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page.read_text(encoding="utf-8"), name_of(page))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that stands for large ones: one token a byte, random weights, and many tokens that end an answer."""
+    stops = list(range(0, 256, 3))
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32_768, eos_token_id=stops)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of blocks: documents, the checkout's examples, and `kvzip` and `python` on the path."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "bin").mkdir()
+    for name, command in (("kvzip", f"{sys.executable} -m kvzip.cli"), ("python", sys.executable)):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_blocks(blocks: list[Block], model: Path, directory: Path) -> None:
+    """Runs the blocks of one page. Raises AssertionError, or what a python block raises, for the first that fails."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    if any(REAL in block.source for block in blocks) and not (directory / REAL).exists():
+        try:
+            (directory / REAL).symlink_to(small_models.model_dir(REAL))
+        except small_models.Unavailable as missing:
+            pytest.skip(f"left out, {REAL} cannot be had here: {missing}")
+    for block in blocks:
+        source = block.source
+        for name in MODELS:
+            source = re.sub(rf"(?<![\w/.-]){re.escape(name)}(?![\w/.-])", str(model), source)
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + source, str(ROOT / block.page), "exec"), namespace)
+        elif block.language == "bash":
+            for line in source.replace("\\\n", " ").splitlines():
+                run_line(line, block)
+        elif block.language == "console":
+            for command, expected in sessions(source):
+                printed = run_line(command, block)
+                assert matches(printed, expected), f"{block.page}:{block.line}: {command}\nprints\n{printed}"
+
+
+def run_line(line: str, block: Block) -> str:
+    """What one line of shell prints, on both streams. `kvzip` alone runs in this process, all else in bash."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    parts = list(words)
+    if not parts:
+        return ""
+    if parts[0] == "kvzip" and not any(set(part) <= set("();<>|&") for part in parts) and "$" not in line:
+        result = CliRunner().invoke(main, parts[1:], prog_name="kvzip")
+        status, printed = result.exit_code, result.output
+    else:
+        shell = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+        status, printed = shell.returncode, shell.stdout.decode()
+    assert status == 0, f"{block.page}:{block.line}: {line}\nended with {status}\n{printed}"
+    return printed
+
+
+def sessions(source: str) -> list[tuple[str, str]]:
+    """The commands of a console block, each with what it prints."""
+    parts = re.split(r"(?m)^\$ ", source.replace("\\\n", " "))
+    assert not parts[0].strip(), "a console block begins with a command"
+    return [(command, printed) for command, _, printed in (part.partition("\n") for part in parts[1:])]
+
+
+def matches(printed: str, expected: str) -> bool:
+    """Whether a program printed what a page shows, but for times and space at the ends of lines."""
+
+    def plain(text: str) -> list[str]:
+        return [re.sub(r"\d[\d.,]* (m?s)\b", r"N \1", line.rstrip()) for line in text.rstrip().splitlines()]
+
+    lines = [r"[\s\S]*?" if line == "..." else re.escape(line) for line in plain(expected)]
+    return re.fullmatch("\n".join(lines), "\n".join(plain(printed))) is not None
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(block.page for block in BLOCKS if block.language in RUN))
+def test_the_blocks_of_a_page_run(page: str, tiny: Path, workplace: Path) -> None:
+    run_blocks([block for block in BLOCKS if block.page == page and block.reason is None], tiny, workplace)
+
+
+def test_only_the_listed_blocks_are_not_run() -> None:
+    assert {(block.page, block.source.split("\n")[0]) for block in BLOCKS if block.reason} == NOT_RUN
+    assert sum(block.reason is not None for block in BLOCKS) == len(NOT_RUN)
+
+
+def test_every_block_names_its_language() -> None:
+    unknown = [f"{b.page}:{b.line} {b.language!r}" for b in BLOCKS if b.language not in (*RUN, "json", "text")]
+    assert not unknown
+    for block in BLOCKS:
+        if block.language == "json":
+            json.loads(block.source)
+
+
+@pytest.mark.parametrize(
+    ("language", "source", "error"),
+    [
+        (
+            "python",
+            "import kvzip\nassert kvzip.load('Qwen/Qwen2.5-7B-Instruct-1M').config.num_heads == 5",
+            AssertionError,
+        ),
+        ("python", "kvzip.prefil(None, '')", NameError),
+        ("bash", "kvzip compress contract.txt -m nowhere/at/all -o c.kvz", AssertionError),
+        ("bash", "cat contract.txt | kvzip compress - --ratio 2 -m qwen2.5-7b", AssertionError),
+        ("console", "$ head -c 12 contract.txt\nthe contract", AssertionError),
+        ("console", "$ echo one; echo two; echo three\none\n...\nfour", AssertionError),
+    ],
+)
+def test_a_block_that_is_wrong_fails(
+    language: str, source: str, error: type[Exception], tiny: Path, workplace: Path
+) -> None:
+    (block,) = blocks_of(f"# A page\n\n```{language}\n{source}\n```\n", "page.md")
+    with pytest.raises(error):
+        run_blocks([block], tiny, workplace)
+
+
+def test_a_page_is_read_as_it_is_shown() -> None:
+    with pytest.raises(ValueError, match=r"expected fenced blocks, got an indented one at page\.md:3"):
+        blocks_of("text\n\n    make demo\n", "page.md")
+    (block,) = blocks_of("<!-- not run: takes hours -->\n```bash\nmake\n```\n", "page.md")
+    assert (block.line, block.language, block.source, block.reason) == (3, "bash", "make\n", "takes hours")
+    (block,) = blocks_of("<!-- not run: takes hours -->\n\ntext\n\n```bash\nmake\n```\n", "page.md")
+    assert block.reason is None, "a comment speaks for the block right behind it"
+    assert matches("took 12.5 s \na\nb\n", "took 9 s\n...\nb") and not matches("took 12.5 s\na\n", "took 9 s\n...\nb")
+
+
+def test_the_api_page_is_made_from_the_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = importlib.import_module("make_api_reference")
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == tool.reference(), (
+        "docs/api.md is not what the docstrings say: run  python tools/make_api_reference.py"
+    )
+
+
+def links_of(page: Path) -> list[str]:
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+    inline = [child for token in tokens if token.type == "inline" for child in token.children or []]
+    targets = [child.attrGet("href" if child.type == "link_open" else "src") for child in inline]
+    return [str(target) for target in targets if target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for target in links_of(page):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if not file.exists():
+            wrong.append(target)
+        elif line := re.fullmatch(r"L(\d+)", anchor):
+            if int(line[1]) > len(file.read_text(encoding="utf-8").splitlines()):
+                wrong.append(target)
+        elif anchor and anchor not in headings(file):
+            wrong.append(target)
+    assert not wrong
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that headings of a page get."""
+    found = re.findall(r"(?m)^#+ (.+)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_names_that_pages_mention_exist(page: Path) -> None:
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text(encoding="utf-8"))
+    files = [span for span in spans if re.fullmatch(r"(kvzip|tests|tools|benchmarks|examples|docs)/[\w./-]+", span)]
+    names = [span.partition("(")[0] for span in spans if re.match(r"kvzip(\.\w+)+(\(|$)", span)]
+    missing = [file for file in files if not (ROOT / file).exists()] + [name for name in names if not exists(name)]
+    assert not missing
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    value: Any = kvzip
+    for part in name.split(".")[1:]:
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            try:
+                value = importlib.import_module(f"{value.__name__}.{part}")
+            except (AttributeError, ImportError):
+                return part in getattr(value, "__annotations__", {})
+    return True
