@@ -16,7 +16,6 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -116,7 +115,7 @@ def home_of(module: ModuleType, name: str) -> ModuleType:
 
 def imported_from(module: ModuleType, name: str) -> Iterator[str]:
     """Yields the module that another imports a name from."""
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in tree(module):
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             package = (module.__package__ or "").split(".")
             base = package[: len(package) - node.level + 1] if node.level else []
@@ -124,10 +123,16 @@ def imported_from(module: ModuleType, name: str) -> Iterator[str]:
 
 
 @cache
+def tree(module: ModuleType) -> list[ast.stmt]:
+    """Returns the statements of a module."""
+    return ast.parse(inspect.getsource(module)).body
+
+
+@cache
 def definitions(module: ModuleType) -> dict[str, ast.stmt]:
     """Returns the statements that define a module's public names; of overloads the last, which is the function."""
     found: dict[str, ast.stmt] = {}
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in tree(module):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names = [node.name]
         elif isinstance(node, ast.Assign):
@@ -145,8 +150,7 @@ def description(module: ModuleType, name: str) -> str | None:
     node = definitions(module)[name]
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return doc_of(node)
-    body = ast.parse(inspect.getsource(module)).body
-    after = next((two for one, two in pairwise(body) if one.lineno == node.lineno), None)
+    after = next((two for one, two in pairwise(tree(module)) if one.lineno == node.lineno), None)
     if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
         return inspect.cleandoc(after.value.value)
     return None
@@ -228,7 +232,7 @@ def prose(docstring: str | None) -> str:
 def summary(docstring: str | None) -> str:
     """Returns the first sentence of a docstring."""
     first = " ".join(inspect.cleandoc(docstring or "").split("\n\n")[0].split())
-    return re.split(r"(?<=[a-z`)\]])[.:;] ", first)[0].rstrip(".:")
+    return re.split(r"(?<=[a-z`)\]])[.:;] ", first)[0].rstrip(".:").replace("|", "\\|")
 
 
 if __name__ == "__main__":
