@@ -32,7 +32,7 @@ import small_models
 from kvzip.cli import main
 from test_cli import write_model
 
-ROOT = Path(kvzip.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("python", "bash", "console")
 
@@ -99,7 +99,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "bin").mkdir()
-    for name, command in (("kvzip", f"{sys.executable} -m kvzip.cli"), ("python", sys.executable)):
+    python = shlex.quote(sys.executable)
+    for name, command in (("kvzip", f"{python} -m kvzip.cli"), ("python", python)):
         (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
