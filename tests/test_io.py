@@ -19,6 +19,7 @@ import random_model
 from kvzip import prompts
 from kvzip.cache import RaggedCache, RaggedKV, empty_tail, encode_levels, read_header, read_pieces
 from kvzip.cache.memory import _tensors
+from kvzip.ops import decode_schedule
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
 KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded", "named"]
@@ -242,6 +243,8 @@ def test_headers_that_lie_are_refused(model, files, tmp_path_factory, kind, data
         ("layers.0.positions", lambda x: x[0].fill_(10_000)),
         ("layers.0.positions", lambda x: x[0].fill_(-1)),
         ("layers.0.positions", lambda x: x.copy_(x.flip(0))),
+        ("layers.0.positions", lambda x: x[0].fill_(1)),
+        ("layers.2.offsets", lambda x: x[1].copy_(x[2])),
         ("token_ids", lambda x: x[0].fill_(-5)),
         ("pieces.ids", lambda x: x[0].add_(1)),
         ("pieces.ids", lambda x: x.copy_(x.flip(0))),
@@ -259,6 +262,100 @@ def test_tensors_that_lie_are_refused(model, caches, tmp_path, name, change):
     retouch(path, lambda tensors: change(tensors[name]))
     with pytest.raises(ValueError, match="truncated or tampered"):
         kvzip.load_cache(path)
+
+
+@pytest.mark.parametrize("part", ["scale", "zero"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_are_not_finite_are_refused(caches, tmp_path, part, value):
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches["int4"], path)
+    retouch(path, lambda tensors: tensors[f"layers.2.k.{part}"][-1].fill_(value))
+    with pytest.raises(ValueError, match=r"scales of layers\.2\.k that are not finite"):
+        kvzip.load_cache(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": [1, 2], "note": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_a_header_too_deep_to_read_is_refused(tmp_path, text):
+    save_file({"token_ids": torch.zeros(1)}, tmp_path / "deep.kvz", metadata={"kvzip": text})
+    with pytest.raises(ValueError, match="without its header"):
+        kvzip.load_cache(tmp_path / "deep.kvz")
+
+
+def cut_window(tensors):
+    tensors |= {name: tensors[name][:, :, -2:].clone() for name in ("layers.1.k", "layers.1.v")}
+
+
+UNFIT = {
+    "a token of another vocabulary": (lambda t: t["token_ids"][-1].fill_(260), {}, "token 260 of a vocabulary of 260"),
+    "narrow heads": (lambda t: t.update({n: x[..., :4].clone() for n, x in pairs_of(t)}), {}, "2 heads of width 4"),
+    "another dtype": (lambda t: t.update({n: x.half() for n, x in pairs_of(t)}), {}, r"not in torch\.float32"),
+    "another dtype in one": (lambda t: t.update({"layers.2.v": t["layers.2.v"].half()}), {}, r"not in torch\.float32"),
+    "a short window": (cut_window, {1: {"kind": "WindowKV", "start": 76}}, "2 rows in a window of 6"),
+}
+
+
+def pairs_of(tensors):
+    return [(name, tensor) for name, tensor in tensors.items() if name.endswith((".k", ".v"))]
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_file_that_its_model_could_not_read_is_refused(model, caches, tmp_path, case):
+    """Its fingerprint is the model's, its tensors fit together, but not with the model."""
+    path = tmp_path / "doc.kvz"
+    change, layers, reason = UNFIT[case]
+    kvzip.save(caches["ragged"], path)
+    retouch(path, change)
+    rewrite(path, lambda header: [header["layers"].__setitem__(n, layer) for n, layer in layers.items()])
+    assert kvzip.load_cache(path).kept == caches["ragged"].kept
+    with pytest.raises(ValueError, match=rf"truncated or tampered with \(.*{reason}"):
+        kvzip.load_cache(path, model=model)
+
+
+def test_layers_of_another_kind_than_the_models_are_refused(model, caches, tmp_path):
+    path = tmp_path / "doc.kvz"
+    other = random_model.make(random_model.config(windows=(None, None, None)))
+    for kind in ("dense", "ragged"):
+        kvzip.save(caches[kind], path)
+        rewrite(path, lambda header: header.update(fingerprint=other.fingerprint))
+        with pytest.raises(ValueError, match="other layers than the model's"):
+            kvzip.load_cache(path, model=other)
+
+
+def test_a_device_that_is_not_there_is_no_fault_of_the_file(caches, tmp_path):
+    kvzip.save(caches["ragged"], tmp_path / "doc.kvz")
+    with pytest.raises(RuntimeError, match="device string: nonsense"):
+        kvzip.load_cache(tmp_path / "doc.kvz", device="nonsense")
+
+
+def test_out_of_memory_is_no_fault_of_the_file(caches, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kvzip.save(caches["ragged"], tmp_path / "doc.kvz")
+    monkeypatch.setattr(kvzip.cache.io, "decode_schedule", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        kvzip.load_cache(tmp_path / "doc.kvz")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_goes_to_another_device_but_for_its_tokens(caches, kind):
+    """On torch's meta device, which has shapes and no values: heads are cut anew, for the processors of the device."""
+    cache = caches[kind]
+    assert kvzip.to(cache, "cpu") is cache
+
+    def cut(offsets):
+        assert offsets.is_meta
+        return decode_schedule(cache.context[0].offsets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kvzip.cache.memory, "decode_schedule", cut)
+        moved = kvzip.to(cache, "meta")
+    assert moved.token_ids is cache.token_ids
+    pairs = [
+        x for layer in (moved.layers if kind in ("dense", "scored") else moved.context) for x in (layer.k, layer.v)
+    ]
+    assert all((x if isinstance(x, torch.Tensor) else x.codes).is_meta for x in pairs)
+    assert not moved.scores or moved.scores.values.is_meta
 
 
 def test_layers_that_do_not_belong_together_are_refused(caches, tmp_path):

@@ -38,9 +38,13 @@ class BelongsTo(Protocol):
     """What `load_cache` asks of a model."""
 
     @property
+    def config(self) -> Any: ...
+    @property
     def fingerprint(self) -> str: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @runtime_checkable
@@ -49,8 +53,6 @@ class Origin(BelongsTo, Protocol):
 
     @property
     def source(self) -> str: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
     @property
     def tokenizer(self) -> Any: ...
 
@@ -64,6 +66,8 @@ def save(
     score_bits: int = 32,
 ) -> None:
     """Writes the cache to one file: under another name first, then renamed, so a crash leaves the old file or the new.
+
+    A process that is killed meanwhile leaves what it wrote beside it, as `.NAME.*.partial`, which may be deleted.
 
     Args:
         note: anything that JSON can hold, for the header.
@@ -143,7 +147,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         header = json.loads(metadata["kvzip"])
         major, minor = header["version"]
         known = isinstance(major, int) and isinstance(minor, int)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"expected a file written by kvzip.save, got {path.name} without its header") from error
     if not known or major != VERSION[0]:
         raise ValueError(
@@ -169,7 +173,8 @@ def load_cache(
             Lengths, offsets, positions, token ids and scores are read, which say what is kept of what.
 
     Raises: FileNotFoundError; ValueError for a file of another model, of a newer major version, or whose lengths,
-        offsets, dtypes or positions do not fit together.
+        offsets, dtypes or positions do not fit together, or the model; torch.OutOfMemoryError; what torch raises for a
+        device that is not there.
     """
     path = Path(path)
     header = read_header(path)
@@ -183,7 +188,15 @@ def load_cache(
         )
     if device is None:
         device = "cpu" if model is None else model.device
-    return _read(path, str(device), lambda reader: reader.cache(header), pairs=pairs)
+    torch.empty(0, device=device)  # a device that is not there is no fault of the file
+
+    def read(reader: _Reader) -> DenseCache | RaggedCache:
+        cache = reader.cache(header)
+        if model is not None:
+            _check_fits(cache, model)
+        return cache
+
+    return _read(path, str(device), read, pairs=pairs)
 
 
 def read_pieces(path: str | Path) -> dict[int, bytes]:
@@ -210,6 +223,8 @@ def _read(path: Path, device: str, read: Callable[["_Reader"], Any], *, pairs: b
                 return torch.empty(stored.get_shape(), dtype=_STORED[stored.get_dtype()], device="meta")
 
             return read(_Reader(get, set(file.keys())))
+    except torch.OutOfMemoryError:
+        raise
     except (
         SafetensorError,
         _Bad,
@@ -226,6 +241,26 @@ def _read(path: Path, device: str, read: Callable[["_Reader"], Any], *, pairs: b
 
 class _Bad(Exception):
     """What does not fit together in a file."""
+
+
+def _check_fits(cache: DenseCache | RaggedCache, model: BelongsTo) -> None:
+    """Raises _Bad unless the model can read the cache: a fingerprint is a word that anyone can write."""
+    config = model.config
+    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
+    length = cache.length if isinstance(cache, DenseCache) else cache.context_length
+    windows = [spec.window is not None for spec in config.layers]
+    _require([isinstance(layer, WindowKV) for layer in layers] == windows, "other layers than the model's")
+    sizes = (head_count(layers[0]), head_dim(layers[0].k))
+    _require(sizes == (config.num_kv_heads, config.head_dim), f"{sizes[0]} heads of width {sizes[1]}")
+    for layer, spec in zip(layers, config.layers, strict=True):
+        if isinstance(layer, WindowKV):  # one row less in a cache that Transformers made
+            rows = layer.k.shape[2]
+            _require(min(length, spec.window - 1) <= rows <= spec.window, f"{rows} rows in a window of {spec.window}")
+    tail = () if isinstance(cache, DenseCache) or cache.tail is None else (*cache.tail.k, *cache.tail.v)
+    rows = [x for layer in layers for x in (layer.k, layer.v) if isinstance(x, Tensor)]
+    _require(all(x.dtype == model.dtype for x in (*rows, *tail)), f"pairs that are not in {model.dtype}")
+    largest = int(cache.token_ids.max()) if len(cache.token_ids) else 0
+    _require(largest < config.vocab_size, f"token {largest} of a vocabulary of {config.vocab_size}")
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -330,7 +365,7 @@ class _Reader:
         method = header.get("method", "")  # files of version 1.0 have neither method nor ratio
         _require(isinstance(method, str), f"method is {method!r}")
         _require(header.get("ratio", _ratio(kept, total)) == _ratio(kept, total), "ratio is not kept / total")
-        layers: list[Any] = [self.layer(n, spec, length) for n, spec in enumerate(header["layers"])]
+        layers: list[Any] = [self.layer(n, spec, start, length) for n, spec in enumerate(header["layers"])]
         _require(len(layers) > 0, "no layers")
         widths = {head_dim(layer.k) for layer in layers}
         _require(len(widths) == 1, f"heads of widths {sorted(widths)}")
@@ -396,21 +431,21 @@ class _Reader:
         _require(fits and tensor.dtype in dtypes, f"{name} of shape {list(tensor.shape)} and {tensor.dtype}")
         return tensor
 
-    def layer(self, index: int, spec: dict[str, Any], length: int) -> DenseKV | WindowKV | RaggedKV:
+    def layer(self, index: int, spec: dict[str, Any], start: int, length: int) -> DenseKV | WindowKV | RaggedKV:
         name, kind = f"layers.{index}", spec["kind"]
         if kind == "RaggedKV":
-            return self.ragged(name, spec, length)
+            return self.ragged(name, spec, start, length)
         _require(kind in ("DenseKV", "WindowKV"), f"a layer of kind {kind!r}")
         k = self.take(f"{name}.k", (1, None, None, None), *_DTYPES)
         v = self.take(f"{name}.v", tuple(k.shape), k.dtype)
         if kind == "DenseKV":
             _require(k.shape[2] == length, f"{k.shape[2]} rows in {name}, {length} tokens")
             return DenseKV(k, v)
-        start = _count(spec, "start")
-        _require(start + k.shape[2] == length, f"the window of {name} does not end at token {length}")
-        return WindowKV(k, v, start)
+        first = _count(spec, "start")
+        _require(first + k.shape[2] == length, f"the window of {name} does not end at token {length}")
+        return WindowKV(k, v, first)
 
-    def ragged(self, name: str, spec: dict[str, Any], length: int) -> RaggedKV:
+    def ragged(self, name: str, spec: dict[str, Any], start: int, length: int) -> RaggedKV:
         offsets = self.take(f"{name}.offsets", (None,), torch.int32)
         positions = self.take(f"{name}.positions", (None,), torch.int32)
         k, v = (self.rows(f"{name}.{part}", spec, len(positions)) for part in ("k", "v"))
@@ -423,6 +458,11 @@ class _Reader:
             starts = torch.zeros(len(positions) + 1, dtype=torch.bool, device=offsets.device)
             starts[offsets.long()] = True
             _require(bool((starts[1:-1] | (positions.diff() > 0)).all()), f"positions of {name} out of order")
+        if start:  # the prefix is read by place: every head begins with it
+            _require(int(offsets.diff().min()) >= start, f"a head of {name} without the {start} tokens of the prefix")
+            prefix = torch.arange(start, dtype=torch.int32, device=offsets.device)
+            whole = positions[offsets[:-1, None] + prefix] == prefix
+            _require(bool(whole.all()), f"the prefix of {name} is not whole")
         return RaggedKV(k, v, offsets, positions, decode_schedule(offsets))
 
     def rows(self, name: str, spec: dict[str, Any], count: int) -> Tensor | Quantized:
@@ -433,7 +473,10 @@ class _Reader:
         width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
         _require(group > 0 and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
         scale = self.take(f"{name}.scale", (count, width // group), torch.float16, torch.float32)
-        return Quantized(codes, scale, self.take(f"{name}.zero", tuple(scale.shape), scale.dtype), bits, group)
+        zero = self.take(f"{name}.zero", tuple(scale.shape), scale.dtype)
+        finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
+        _require(finite, f"scales of {name} that are not finite")
+        return Quantized(codes, scale, zero, bits, group)
 
     def tail(self, layers: list[Any]) -> Tail:
         k = tuple(

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..ops import decode_schedule
 from .dense import DenseCache, Scores
-from .ragged import RaggedCache
+from .ragged import RaggedCache, RaggedKV
 
 C = TypeVar("C", DenseCache, RaggedCache)
 
@@ -25,8 +26,16 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
 
 
 def to(cache: C, device: torch.device | str) -> C:
-    """Returns the cache on another device; on its own device, the cache itself."""
-    return _map(cache, lambda tensor: tensor.to(device))
+    """Returns the cache on another device; on its own device, the cache itself. Token ids stay on the host."""
+    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
+    first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
+    if first.device == torch.empty(0, device=device).device:
+        return cache
+    moved = replace(_map(cache, lambda tensor: tensor.to(device)), token_ids=cache.token_ids)
+    if isinstance(moved, RaggedCache):  # heads are cut for the processors of a device
+        cut = [replace(x, schedule=decode_schedule(x.offsets)) if isinstance(x, RaggedKV) else x for x in moved.context]
+        moved = replace(moved, context=tuple(cut))
+    return moved
 
 
 def free_bytes(device: torch.device) -> int | None:
