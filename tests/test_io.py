@@ -264,6 +264,25 @@ def test_tensors_that_lie_are_refused(model, caches, tmp_path, name, change):
         kvzip.load_cache(path)
 
 
+def test_a_head_without_the_prefix_is_refused(caches, tmp_path):
+    """The first head is empty, so that the next one's prefix stands where its own should."""
+    path, cache = tmp_path / "doc.kvz", caches["ragged"]
+    rows = int(cache.context[0].offsets[1])
+
+    def drop(tensors):
+        for name in ("k", "v", "positions"):
+            tensors[f"layers.0.{name}"] = tensors[f"layers.0.{name}"][rows:].clone()
+        tensors["layers.0.offsets"] -= rows
+        tensors["layers.0.offsets"][0] = 0
+
+    kvzip.save(cache, path)
+    retouch(path, drop)
+    kept = cache.kept - rows
+    rewrite(path, lambda header: header.update(kept=kept, ratio=kept / cache.total))
+    with pytest.raises(ValueError, match=r"a head of layers\.0 without the 1 tokens of the prefix"):
+        kvzip.load_cache(path)
+
+
 @pytest.mark.parametrize("part", ["scale", "zero"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_scales_that_are_not_finite_are_refused(caches, tmp_path, part, value):
@@ -343,9 +362,12 @@ def test_a_cache_goes_to_another_device_but_for_its_tokens(caches, kind):
     cache = caches[kind]
     assert kvzip.to(cache, "cpu") is cache
 
+    fresh = []
+
     def cut(offsets):
         assert offsets.is_meta
-        return decode_schedule(cache.context[0].offsets)
+        fresh.append(decode_schedule(cache.context[0].offsets))
+        return fresh[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvzip.cache.memory, "decode_schedule", cut)
@@ -356,6 +378,8 @@ def test_a_cache_goes_to_another_device_but_for_its_tokens(caches, kind):
     ]
     assert all((x if isinstance(x, torch.Tensor) else x.codes).is_meta for x in pairs)
     assert not moved.scores or moved.scores.values.is_meta
+    if isinstance(moved, RaggedCache):
+        assert [kv.schedule for kv in moved.context if isinstance(kv, RaggedKV)] == fresh
 
 
 def test_layers_that_do_not_belong_together_are_refused(caches, tmp_path):
