@@ -1,6 +1,7 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -182,9 +183,11 @@ def _budget(
     if budget is not None:
         if not budget > 0:
             raise ValueError(f"expected a budget above 0 tokens per head, got {budget}")
-        return lambda heads: min(int(budget * heads), heads * evictable)
+        return lambda heads: int(min(budget * heads, heads * evictable))
     if level != "pair":
         raise ValueError(f"expected level 'pair' with a threshold, got {level!r}: a threshold has no budget to share")
+    if threshold != threshold:
+        raise ValueError("expected a threshold that is a number, got NaN: scores are compared with it")
     return None
 
 
@@ -212,14 +215,29 @@ def _forced(
     if not 0 <= min_rows <= evictable:
         raise ValueError(f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}")
     forced = ops.select_uniform_count(scores.values, count=min_rows, nan=nan)
-    for start, stop in protect:
-        if not 0 <= start <= stop <= evictable:
-            raise ValueError(
-                f"expected protected spans within [0, {evictable}] (context tokens), got ({start}, {stop}): "
-                "0 is the first token after the system prefix"
-            )
+    for start, stop in protected_spans(protect, evictable):
         forced[:, :, start:stop] = True
     return forced
+
+
+def protected_spans(protect: Sequence[tuple[int, int]], evictable: int | None) -> list[tuple[int, int]]:
+    """Returns the spans of `compress(protect=)`, checked. `evictable`: how many context tokens there are, if known."""
+    spans = []
+    for span in protect:
+        try:
+            start, stop = map(operator.index, span)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected protect to list (start, stop) pairs of context tokens, got {span!r} in it: protect=[(0, 9)]"
+            ) from error
+        if not 0 <= start <= stop or (evictable is not None and stop > evictable):
+            within = "0 and up" if evictable is None else f"[0, {evictable}]"
+            raise ValueError(
+                f"expected protected spans within {within} (context tokens), got ({start}, {stop}): "
+                "0 is the first token after the system prefix"
+            )
+        spans.append((start, stop))
+    return spans
 
 
 def _select(

@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +27,11 @@ def model():
 @pytest.fixture(scope="module")
 def plain():
     return random_model.make(random_model.config())
+
+
+@pytest.fixture(scope="module")
+def dense(plain):
+    return scored(plain)
 
 
 def scored(model, values=None):
@@ -99,6 +105,73 @@ def test_protected_and_minimum_rows_come_first(plain, span, rows):
     top = values.sort(dim=-1, descending=True, stable=True).indices[..., :rows]
     assert mask.gather(-1, top).all()
     assert small.kept == int(0.5 * cache.total)
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(sorted).map(tuple), max_size=3)
+BUDGETS = st.one_of(
+    st.fixed_dictionaries({"ratio": st.floats(0.001, 1.0)}),
+    st.fixed_dictionaries({"budget": st.one_of(st.floats(0.1, 90), st.just(torch.inf))}),
+    st.fixed_dictionaries({"threshold": st.floats(-1, 6, width=32)}),
+)
+
+
+@given(
+    how=BUDGETS,
+    level=st.sampled_from(["pair", "layer", "uniform", "head"]),
+    protect=SPANS,
+    rows=st.integers(0, 9),
+    ends=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    seed=st.integers(0, 99),
+)
+def test_any_options_together_keep_what_a_plain_sort_keeps(dense, how, level, protect, rows, ends, seed):
+    values = torch.randint(0, 12, (2, 2, len(TEXT)), generator=torch.Generator().manual_seed(seed)).float() / 2
+    cache = replace(dense, scores=replace(dense.scores, values=values))
+    options = {**how, "protect": protect, "min_rows": rows}
+    options |= {"level": "pair"} if "threshold" in how else {"level": level}
+    options |= {"sink": ends[0], "recent": ends[1]} if options["level"] == "head" else {}
+    want = sorted_out(values.tolist(), **options)
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            kvzip.compress(cache, **options)
+        return
+    small = kvzip.compress(cache, **options)
+    assert kept(small)[:, :, cache.start :].tolist() == want
+    assert small.kept == sum(sum(map(sum, heads)) for heads in want)
+
+
+def sorted_out(values, *, ratio=None, budget=None, threshold=None, level, protect, min_rows, sink=0, recent=0):
+    """The mask that `compress` should keep, as lists, or the error that it should raise, by sorting plain lists."""
+    layers, heads, length = len(values), len(values[0]), len(values[0][0])
+    score = {(n, h, e): x for n, rows in enumerate(values) for h, row in enumerate(rows) for e, x in enumerate(row)}
+    pairs = list(score)
+
+    def rank(pair):
+        return (-score[pair], pair)
+
+    def count(whole):
+        n = int(ratio * (whole * length)) if ratio is not None else min(budget * whole, whole * length)
+        return int(n)
+
+    forced = {pair for pair in pairs if any(a <= pair[2] < b for a, b in protect)}
+    for n in range(layers):
+        for h in range(heads):
+            forced |= set(sorted((pair for pair in pairs if pair[:2] == (n, h)), key=rank)[:min_rows])
+    if threshold is not None:
+        keep = forced | {pair for pair in pairs if score[pair] >= threshold}
+    elif level == "head":
+        whole = int(ratio * (layers * heads)) if ratio is not None else count(layers * heads) // length
+        order = sorted({pair[:2] for pair in pairs}, key=lambda head: (-max(values[head[0]][head[1]]), head))[:whole]
+        ends = {pair for pair in pairs if pair[2] < sink or pair[2] >= length - recent}
+        keep = forced | ends | {pair for pair in pairs if pair[:2] in order}
+    else:
+        shared, keep = {"pair": 0, "layer": 1, "uniform": 2}[level], set()
+        groups = [[pair for pair in pairs if pair[:shared] == group] for group in {pair[:shared] for pair in pairs}]
+        allowed, needed = count(len(groups[0]) // length), max(len(forced & set(group)) for group in groups)
+        if needed > allowed:
+            return rf"at most {allowed} protected and minimum rows \(the budget of level '{level}'\), got {needed}"
+        for group in groups:
+            keep |= set(sorted(group, key=lambda pair: (pair not in forced, rank(pair)))[:allowed])
+    return [[[(n, h, e) in keep for e in range(length)] for h in range(heads)] for n in range(layers)]
 
 
 @given(ratio=st.floats(0.01, 1.0), tokens=st.integers(1, 4), softcap=st.sampled_from([None, 2.0]))
@@ -203,3 +276,12 @@ def test_bad_input_is_named(plain):
         kvzip.compress(cache, 0.1, protect=[(0, 20)])
     with pytest.raises(ValueError, match=r"protected spans within \[0, 73\]"):
         kvzip.compress(cache, 0.5, protect=[(3, 90)])
+    with pytest.raises(ValueError, match="a threshold that is a number, got NaN"):
+        kvzip.compress(cache, threshold=float("nan"))
+
+
+@pytest.mark.parametrize("spans", [(3, 9), [3, 9], [(3,)], [(3, 9, 12)], [(0.5, 2)]], ids=str)
+def test_spans_that_are_none_are_named(dense, spans, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no check of types
+    with pytest.raises(ValueError, match=r"\(start, stop\) pairs of context tokens, got .*protect=\[\(0, 9\)\]"):
+        kvzip.compress(dense, 0.5, protect=spans)

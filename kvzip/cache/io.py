@@ -67,7 +67,7 @@ def save(
 ) -> None:
     """Writes the cache to one file: under another name first, then renamed, so a crash leaves the old file or the new.
 
-    A process that is killed meanwhile leaves what it wrote beside it, as `.NAME.*.partial`, which may be deleted.
+    A process that is killed meanwhile leaves what it wrote in a hidden file beside it, which may be deleted.
 
     Args:
         note: anything that JSON can hold, for the header.

@@ -31,11 +31,12 @@ def to(cache: C, device: torch.device | str) -> C:
     first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
     if first.device == torch.empty(0, device=device).device:
         return cache
-    moved = replace(_map(cache, lambda tensor: tensor.to(device)), token_ids=cache.token_ids)
-    if isinstance(moved, RaggedCache):  # heads are cut for the processors of a device
+    moved = _map(cache, lambda tensor: tensor.to(device))
+    changes: dict[str, Any] = {"token_ids": cache.token_ids}
+    if isinstance(cache, RaggedCache):  # heads are cut for the processors of a device
         cut = [replace(x, schedule=decode_schedule(x.offsets)) if isinstance(x, RaggedKV) else x for x in moved.context]
-        moved = replace(moved, context=tuple(cut))
-    return moved
+        changes["context"] = tuple(cut)
+    return replace(moved, **changes)
 
 
 def free_bytes(device: torch.device) -> int | None:
