@@ -1,7 +1,7 @@
 """Prefill of contexts larger than memory: a segment at a time against the compressed past, packed before the next."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .cache import (
     read_header,
     save,
 )
+from .compression import protected_spans
 from .models import Model, run_attention
 from .prefilling import check_count, check_length, context_ids, prefix_ids, tokenizer_of
 from .scoring import check_choice, score_chunks
@@ -43,6 +44,7 @@ def prefill_compressed(
     *,
     segment: int = 16_000,
     share: str = "running",
+    protect: Sequence[tuple[int, int]] = (),
     length: int | None = None,
     scope: str = "chunk",
     method: str = "kvzip",
@@ -71,6 +73,9 @@ def prefill_compressed(
             int(ratio * pairs so far). "final": as "running" with int(ratio * all pairs) from the start, so that the
             highest scored of the whole context stay and early segments are compressed late; the length must be
             known, which it is not for pieces.
+        protect: (start, stop) spans of context tokens, 0 the first after the prefix, that stay in all layers and heads,
+            as in `compress`. Until the budget has grown to them they stay beyond it. Of pieces, whose end is unknown, a
+            span may reach further than there are tokens.
         length: context tokens to expect where pieces do not tell. A repeat's positions start where the context ends, as
             in `score` (a question will come there); where its end is unknown, or nearer than the segment's, they start
             at the segment's end, which keeps other pairs: a guess is better than none.
@@ -83,9 +88,9 @@ def prefill_compressed(
         save_every: writes the checkpoint after every so many segments too.
         progress: called with (context tokens done, context tokens in all or None) after each segment.
 
-    Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, a checkpoint
-        of other arguments or another context; TypeError for pieces of mixed kinds; torch.OutOfMemoryError that says
-        what for.
+    Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, more protected
+        pairs than the ratio keeps (of a segment, with share "segment"), a checkpoint of other arguments or another
+        context; TypeError for pieces of mixed kinds; torch.OutOfMemoryError that says what for.
     """
     for name, value in (("segment", segment), ("chunk", chunk), ("save_every", save_every), ("length", length)):
         check_count(1 if value is None else value, name)
@@ -104,16 +109,30 @@ def prefill_compressed(
         raise ValueError(
             "expected share 'segment' or 'running' for a context in pieces, got 'final': its end is unknown"
         )
+    spans = protected_spans(protect, tokens)
+    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
+    limits: dict[str, Any] = {"heads": heads, "ratio": ratio, "segment": segment, "share": share}
+    if tokens is not None:
+        _check_protected(spans, tokens, **limits)
     expected = length if tokens is None else tokens
     if expected is not None:
         needed = len(prefix) + expected + min(expected, chunk)
         check_length(model, needed, f"a prefix of {len(prefix)}, a context of {expected} tokens and a repeat pass")
     scoring: dict[str, Any] = {"scope": scope, "method": method, "chunk": chunk, "hint": hint}
-    settings = {"ratio": ratio, "segment": segment, "share": share, **scoring}
+    settings = {
+        "ratio": ratio,
+        "segment": segment,
+        "share": share,
+        "protect": [list(span) for span in spans],
+        **scoring,
+    }
     settings |= {"template": template, "prefix": prefix.tolist(), "expected": expected}
     end, source = len(prefix) + (expected or 0), f"{method}-{scope}"
     path = None if checkpoint is None else Path(checkpoint)
-    run = _resume(model, path, settings) if path is not None and path.exists() else _begin(model, prefix, template)
+    if path is not None and path.exists():
+        run = _resume(model, path, settings, spans)
+    else:
+        run = _begin(model, prefix, template, spans)
     known = tokens if share == "final" else None
     saved = len(run.token_ids)
 
@@ -140,6 +159,8 @@ def prefill_compressed(
             raise
     if len(run.token_ids) == run.start:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
+    if tokens is None:
+        _check_protected(spans, len(run.token_ids) - run.start, **limits)
     if path is not None:
         path.unlink(missing_ok=True)
     return _cache_of(model, run, source, share)
@@ -154,7 +175,7 @@ class _Merge:
 
     segment: list[DenseKV | WindowKV | None]
     keep: list[list[Bool[Tensor, " _"]]]  # by scored layer, for each head: its held rows, then the segment's tokens
-    values: Float32[Tensor, "L H E"]
+    ranks: Float32[Tensor, "L H E"]  # the segment's scores, infinite where they are protected
     token_ids: Int64[Tensor, " S"]
     kept: int
     scores: tuple[Float32[Tensor, "L H _"], ...]
@@ -176,8 +197,9 @@ class _Half:
 class _Run:
     """What is held between two segments.
 
-    ranks[i]: the score of each row of layer i, infinite for the prefix's; None for window layers.
+    ranks[i]: the score of each row of layer i, infinite for the prefix's and those protected; None for window layers.
     scores: of all context tokens so far, by segment, on the host.
+    spans: the context tokens that stay whatever their score.
     """
 
     context: list[Any]  # RaggedKV or WindowKV; None while a segment is taken in
@@ -187,10 +209,11 @@ class _Run:
     token_ids: Int64[Tensor, " S"]
     kept: int
     scores: tuple[Float32[Tensor, "L H _"], ...]
+    spans: list[tuple[int, int]]
     merge: _Merge | None = None
 
 
-def _begin(model: Model, prefix: Int64[Tensor, " S"], chat: bool) -> _Run:
+def _begin(model: Model, prefix: Int64[Tensor, " S"], chat: bool, spans: list[tuple[int, int]]) -> _Run:
     """The run before its first segment: the prefix alone."""
     layers = new_layers(model.config, len(prefix), dtype=model.dtype, device=model.device)
     if len(prefix):
@@ -198,10 +221,10 @@ def _begin(model: Model, prefix: Int64[Tensor, " S"], chat: bool) -> _Run:
         with torch.no_grad():
             run_attention(model, prefix[None].to(model.device), positions, prefill_attend(model.config, layers, 0))
     dense = DenseCache(layers, len(prefix), len(prefix), chat, prefix, model.fingerprint)
-    return _run_of(as_ragged(dense), ())
+    return _run_of(as_ragged(dense), (), spans)
 
 
-def _run_of(cache: RaggedCache, scores: tuple[Float32[Tensor, "L H _"], ...]) -> _Run:
+def _run_of(cache: RaggedCache, scores: tuple[Float32[Tensor, "L H _"], ...], spans: list[tuple[int, int]]) -> _Run:
     """The run whose state a cache and the scores of its context are."""
     ranks: list[Float32[Tensor, " _"] | None] = []
     layers = iter(range(len(cache.context)))
@@ -214,8 +237,8 @@ def _run_of(cache: RaggedCache, scores: tuple[Float32[Tensor, "L H _"], ...]) ->
         rank = torch.full(layer.positions.shape, torch.inf, device=layer.positions.device)
         own = layer.positions >= cache.start
         if scores:
-            values = scores[0][index].to(rank.device)
-            rank[own] = _finite(values[heads[own], layer.positions[own].long() - cache.start])
+            values = _ranked(scores[0][index].to(rank.device), spans, 0)
+            rank[own] = values[heads[own], layer.positions[own].long() - cache.start]
         ranks.append(rank)
     return _Run(
         context=list(cache.context),
@@ -225,10 +248,11 @@ def _run_of(cache: RaggedCache, scores: tuple[Float32[Tensor, "L H _"], ...]) ->
         token_ids=cache.token_ids,
         kept=cache.kept,
         scores=scores,
+        spans=spans,
     )
 
 
-def _resume(model: Model, path: Path, settings: dict[str, Any]) -> _Run:
+def _resume(model: Model, path: Path, settings: dict[str, Any], spans: list[tuple[int, int]]) -> _Run:
     """The run that a checkpoint holds. Raises ValueError if it was made with other arguments."""
     note = read_header(path)["note"]
     different = [name for name in settings if note.get(name) != settings[name]]
@@ -241,7 +265,7 @@ def _resume(model: Model, path: Path, settings: dict[str, Any]) -> _Run:
     cache = load_cache(path, model=model)
     if not isinstance(cache, RaggedCache) or cache.scores is None:
         raise ValueError(f"expected a checkpoint of prefill_compressed, got another cache in {path.name}")
-    return _run_of(cache, (cache.scores.values.cpu(),))
+    return _run_of(cache, (cache.scores.values.cpu(),), spans)
 
 
 def _extend(
@@ -262,11 +286,15 @@ def _extend(
     layers, heads, count = values.shape
     pairs = layers * heads * (len(older) + count)
     budget = int(ratio * (pairs if known is None else layers * heads * known))
-    kept = min(budget, run.kept + values.numel())
+    protected = layers * heads * _count_protected(run.spans, 0, len(older) + count)
+    if share == "segment":
+        _check_share(run.spans, len(older), len(older) + count, budget - run.kept, heads=layers * heads)
+    kept = min(max(budget, protected), run.kept + values.numel())
+    ranks = _ranked(values, run.spans, len(older))
     run.merge = _Merge(
         segment=list(segment.layers),
-        keep=_choose(run, values, kept, everything=share == "segment"),
-        values=values,
+        keep=_choose(run, ranks, kept, everything=share == "segment"),
+        ranks=ranks,
         token_ids=torch.cat([run.token_ids, ids]),
         kept=kept,
         scores=(*run.scores, values.cpu()),
@@ -298,14 +326,13 @@ def _prefill_segment(model: Model, run: _Run, ids: Int64[Tensor, " S"]) -> Dense
 
 
 def _choose(
-    run: _Run, values: Float32[Tensor, "L H n"], kept: int, *, everything: bool
+    run: _Run, fresh: Float32[Tensor, "L H n"], kept: int, *, everything: bool
 ) -> list[list[Bool[Tensor, " _"]]]:
-    """Which held rows and new tokens stay (see `_Merge.keep`): those of the prefix and `kept` context pairs.
+    """Which held rows and new tokens, of ranks `fresh`, stay (see `_Merge.keep`): the prefix and `kept` context pairs.
 
     Equal scores stay in the order of layer, head and token. With `everything` all held rows stay.
     """
-    nan = torch.zeros(1, dtype=torch.int32, device=values.device)
-    fresh = _finite(values)
+    nan = torch.zeros(1, dtype=torch.int32, device=fresh.device)
     spans = [list(itertools.pairwise(held.offsets.tolist())) for held in run.context if isinstance(held, RaggedKV)]
     ranks = [rank for rank in run.ranks if rank is not None]
     if everything:
@@ -319,9 +346,9 @@ def _choose(
             torch.cat([x for (a, b), new in zip(span, news, strict=True) for x in (rank[a:b], new)])[None]
             for span, rank, news in zip(spans, ranks, fresh, strict=True)
         ]
-        prefix = values.shape[0] * values.shape[1] * run.start
+        prefix = fresh.shape[0] * fresh.shape[1] * run.start
         chosen = ops.select_count(merged, count=kept + prefix, nan=nan)
-        sizes = [[n for a, b in span for n in (b - a, values.shape[2])] for span in spans]
+        sizes = [[n for a, b in span for n in (b - a, fresh.shape[2])] for span in spans]
         keep = [list(mask[0].split(size)) for mask, size in zip(chosen, sizes, strict=True)]
     if nan.item():
         raise ValueError("expected scores without NaN, got some: the model overflowed, use bfloat16 or float32")
@@ -346,7 +373,7 @@ def _settle(run: _Run) -> None:
             merge.done[index] = (new, None)
         else:
             assert isinstance(new, DenseKV)
-            n, position = scored.index(index), len(merge.token_ids) - merge.values.shape[2]
+            n, position = scored.index(index), len(merge.token_ids) - merge.ranks.shape[2]
             if index not in merge.halves:
                 held = run.context[index]
                 assert isinstance(held, RaggedKV) and isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
@@ -360,7 +387,7 @@ def _settle(run: _Run) -> None:
             positions, ranks = [], []
             for head, (rows, columns) in enumerate(zip(*half.places[:2], strict=True)):
                 positions += [half.positions[rows], (columns + position).int()]
-                ranks += [rank[rows], _finite(merge.values[n][head, columns])]
+                ranks += [rank[rows], merge.ranks[n][head, columns]]
             ends = half.places[2]
             offsets = torch.tensor(ends, dtype=torch.int32, device=v.device)
             schedule = ops.decode_schedule(offsets, bounds=ends)
@@ -401,9 +428,47 @@ def _gather(
     return out
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Scores below infinity, which only the prefix has."""
-    return values.clamp(max=torch.finfo(torch.float32).max)
+def _ranked(values: Float32[Tensor, "*L H n"], spans: list[tuple[int, int]], first: int) -> Float32[Tensor, "*L H n"]:
+    """Scores of context tokens from `first` on, below infinity but where they are protected."""
+    ranks = values.clamp(max=torch.finfo(torch.float32).max)
+    for start, stop in spans:
+        ranks[..., max(0, start - first) : max(0, stop - first)] = torch.inf
+    return ranks
+
+
+def _count_protected(spans: list[tuple[int, int]], start: int, stop: int) -> int:
+    """How many of the context tokens start:stop are protected."""
+    inside = sorted((max(a, start), min(b, stop)) for a, b in spans)
+    count, end = 0, start
+    for a, b in inside:
+        count += max(0, b - max(a, end))
+        end = max(end, b)
+    return count
+
+
+def _check_protected(
+    spans: list[tuple[int, int]], tokens: int, *, heads: int, ratio: float, segment: int, share: str
+) -> None:
+    """Raises ValueError if more is protected than stays of a context of so many tokens, in `heads` of all layers."""
+    if share == "segment":
+        for start in range(0, tokens, segment):
+            stop = min(start + segment, tokens)
+            _check_share(spans, start, stop, int(ratio * (heads * stop)) - int(ratio * (heads * start)), heads=heads)
+    needed, kept = _count_protected(spans, 0, tokens), int(ratio * (heads * tokens)) // heads
+    if needed > kept:
+        raise ValueError(
+            f"expected at most {kept} protected tokens, what ratio {ratio:g} keeps of {tokens}, got {needed}: raise "
+            "the ratio or protect less"
+        )
+
+
+def _check_share(spans: list[tuple[int, int]], start: int, stop: int, pairs: int, *, heads: int) -> None:
+    needed = _count_protected(spans, start, stop)
+    if needed * heads > pairs:
+        raise ValueError(
+            f"expected at most {pairs // heads} protected tokens among {start} to {stop}, the share of that segment, "
+            f"got {needed}: take share='running', raise the ratio or protect less"
+        )
 
 
 def _cache_of(model: Model, run: _Run, source: str, share: str) -> RaggedCache:

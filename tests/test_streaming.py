@@ -139,6 +139,78 @@ def test_exactly_the_budget_stays_and_it_is_the_highest_scored(share, ratio, seg
         assert torch.equal(expected, ops.select(values, ratio=ratio))
 
 
+@settings(max_examples=6)
+@pytest.mark.parametrize("share", SHARES)
+@given(
+    ratio=st.floats(0.05, 1.0),
+    segment=st.integers(60, 130),
+    spans=st.lists(st.tuples(st.integers(0, len(LONG)), st.integers(0, 30)), min_size=1, max_size=3),
+)
+def test_what_is_protected_stays_within_the_budget(share, ratio, segment, spans):
+    model, length = model_of("plain", torch.float32), len(LONG)
+    spans = [(start, min(start + count, length)) for start, count in spans]
+    protected = torch.zeros(length, dtype=torch.bool)
+    for start, stop in spans:
+        protected[start:stop] = True
+    steps = [(start, min(start + segment, length)) for start in range(0, length, segment)]
+    options = {"segment": segment, "share": share, "chunk": 60, "protect": spans}
+    heads, too_much = 4, 4 * int(protected.sum()) > int(ratio * (4 * length))
+    if share == "segment":
+        too_much |= any(
+            heads * int(protected[a:b].sum()) > int(ratio * (heads * b)) - int(ratio * (heads * a)) for a, b in steps
+        )
+    if too_much:
+        with pytest.raises(ValueError, match=r"expected at most \d+ protected tokens.*got \d+"):
+            kvzip.prefill_compressed(model, LONG, ratio, **options)
+        return
+    cache = kvzip.prefill_compressed(model, LONG, ratio, **options)
+    mask = kept_mask(cache)[:, :, cache.start :]
+    assert mask[:, :, protected].all()
+    assert cache.kept == mask.sum() == int(ratio * cache.total)
+    expected = torch.zeros_like(mask)
+    for start, stop in steps:
+        new = torch.zeros_like(mask)
+        new[:, :, start:stop] = True
+        part = cache.scores.values.masked_fill(protected, torch.inf)
+        budget = int(ratio * (heads * (length if share == "final" else stop)))
+        if share == "segment":
+            count = budget - int(ratio * (heads * start))
+            expected |= ops.select_count(part.masked_fill(~new, -1), count=count)
+        else:
+            held = int((expected | new).sum())
+            count = min(max(budget, heads * int(protected[:stop].sum())), held)
+            expected = ops.select_count(part.masked_fill(~(expected | new), -1), count=count)
+    assert torch.equal(mask, expected)
+
+
+def test_what_is_protected_survives_an_interruption(tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    options = {"segment": 60, "protect": [(3, 20), (100, 130)], "checkpoint": path}
+    want = kvzip.prefill_compressed(model, LONG, 0.25, **options)
+
+    def interrupt(done, _):
+        if done == 120:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, LONG, 0.25, **options, progress=interrupt)
+    with pytest.raises(ValueError, match=r"protect=\[\[3, 20\]\], got \[\[3, 20\], \[100, 130\]\]"):
+        kvzip.prefill_compressed(model, LONG, 0.25, **{**options, "protect": [(3, 20)]})
+    assert same_bits(kvzip.prefill_compressed(model, LONG, 0.25, **options), want, tmp_path)
+
+
+def test_spans_may_reach_beyond_pieces_whose_end_is_unknown():
+    model = model_of("plain", torch.float32)
+    cache = kvzip.prefill_compressed(model, iter([LONG]), 0.3, segment=90, protect=[(len(LONG) - 9, 10_000)])
+    assert kept_mask(cache)[:, :, -9:].all() and cache.kept == int(0.3 * cache.total)
+    with pytest.raises(ValueError, match=rf"protected spans within \[0, {len(LONG)}\]"):
+        kvzip.prefill_compressed(model, LONG, 0.3, protect=[(0, 10_000)])
+    with pytest.raises(ValueError, match="protected spans within 0 and up"):
+        kvzip.prefill_compressed(model, iter([LONG]), 0.3, protect=[(-2, 4)])
+    with pytest.raises(ValueError, match=r"at most 58 protected tokens, what ratio 0\.2 keeps of 292, got 292"):
+        kvzip.prefill_compressed(model, iter([LONG]), 0.2, segment=90, protect=[(0, 10_000)])
+
+
 @pytest.mark.parametrize("family", ["plain", "window", "capped"])
 def test_a_segment_attends_to_what_is_kept_of_those_before_it(family, monkeypatch):
     """The keys and values of every segment, from one pass with a mask for each layer and head."""
