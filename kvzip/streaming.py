@@ -508,7 +508,7 @@ def _all(pieces: Iterator[Any], kind: type) -> Iterator[Any]:
     for piece in pieces:
         if not isinstance(piece, kind):
             raise TypeError(
-                f"expected pieces that are all {kind.__name__}, got {type(piece).__name__}: text or tensors"
+                f"expected pieces that are all {kind.__name__}, got {type(piece).__name__}: pass text or tensors of ids"
             )
         yield piece
 

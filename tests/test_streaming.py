@@ -160,8 +160,10 @@ def test_what_is_protected_stays_within_the_budget(share, ratio, segment, spans)
             heads * int(protected[a:b].sum()) > int(ratio * (heads * b)) - int(ratio * (heads * a)) for a, b in steps
         )
     if too_much:
+        read = []
         with pytest.raises(ValueError, match=r"expected at most \d+ protected tokens.*got \d+"):
-            kvzip.prefill_compressed(model, LONG, ratio, **options)
+            kvzip.prefill_compressed(model, LONG, ratio, **options, progress=lambda *step: read.append(step))
+        assert not read, "it is refused before anything is read"
         return
     cache = kvzip.prefill_compressed(model, LONG, ratio, **options)
     mask = kept_mask(cache)[:, :, cache.start :]
