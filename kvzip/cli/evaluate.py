@@ -4,32 +4,94 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import documents
-from .plumbing import Group, Stopped, check_target, command, positive, put, put_json, say, stages
+from .plumbing import Group, ListCommand, Stopped, check_target, command, positive, put, put_json, say, stages
 from .sources import load_model, model_options
 
 UNFINISHED = 75
 """Exit code of an evaluation whose time limit left work for the next run."""
 
 CHECKOUT = Path(__file__).parents[2]
+RESULTS = Path("kvzip-eval.jsonl")
+PAGE = Path("kvzip-eval")
 
 
-@click.group("eval", cls=Group)
+class _Evaluate(Group):
+    """Options without a command are those of `run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("eval", cls=_Evaluate)
 def evaluate() -> None:
-    """Measure how much quality is left."""
+    """Measure how much quality is left; options alone are those of `run`."""
+
+
+def ratios_of(words: Sequence[str]) -> tuple[float, ...]:
+    """Returns ratios, each once and ascending, of words such as "0.3", "0.1:0.5:0.1" (a range), or "0.1 ... 1.0".
+
+    The dots go on in the step of the two ratios before them, or in tenths where there is only one.
+
+    Raises: ValueError for a word that is none of these, or a ratio outside (0, 1].
+    """
+    found: list[Fraction] = []
+    dots = False
+    for word in words:
+        if word in ("...", "\u2026") and found and not dots:
+            dots = True
+            continue
+        try:
+            first, last, step = _range(word, found, dots)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"expected ratios such as 0.3, 0.1:0.5:0.1 or 0.1 ... 1.0, got {' '.join(words)!r}"
+            ) from error
+        found += [first + n * step for n in range(int((last - first) / step) + 1)]
+        dots = False
+    if dots or not all(0 < ratio <= 1 for ratio in found):
+        raise ValueError(f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {' '.join(words)!r}")
+    return tuple(sorted({float(ratio) for ratio in found}))
+
+
+def _range(word: str, before: list[Fraction], dots: bool) -> tuple[Fraction, Fraction, Fraction]:
+    """First, last and step of the ratios that a word adds to those before it; in fractions, as 3 * 0.1 is not 0.3."""
+    if ":" in word:
+        first, last, step = map(Fraction, word.split(":"))
+    elif dots:
+        step = before[-1] - before[-2] if len(before) > 1 else Fraction(1, 10)
+        first, last = before[-1] + step, Fraction(word)
+    else:
+        first, last, step = Fraction(word), Fraction(word), Fraction(1)
+    if step <= 0 or first > last:
+        raise ValueError
+    return first, last, step
+
+
+def _ratios(ctx: click.Context, option: click.Parameter, words: Sequence[str]) -> tuple[float, ...]:
+    try:
+        return ratios_of(words)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, option) from error
 
 
 @evaluate.command(
     "run",
-    epilog="""
-    kvzip eval run -m DIR --task squad@2000 --task kv@4096 --data DATA -o results.jsonl
-    kvzip eval run -m DIR --task ruler@4096 --method full --method kvzip --ratio 0.3 -o results.jsonl
+    cls=ListCommand,
+    epilog=f"""
+    kvzip eval -m DIR --task kv@4096 --ratio 0.1 ... 1.0 --method full,kvzip,snapkv
+    kvzip eval -m DIR --task squad@2000 ruler@4096 --ratio 0.3 0.5 --data DATA -o results.jsonl
+    kvzip eval report results.jsonl -o report    # without names: {RESULTS}, {PAGE}
     """,
 )
 @model_options(required=True)
@@ -39,25 +101,25 @@ def evaluate() -> None:
     multiple=True,
     required=True,
     metavar="NAME[@LENGTH]",
-    help="See `kvzip eval tasks`; may be repeated.",
+    help="One or more, see `kvzip eval tasks`.",
 )
-@click.option(
-    "--method", "methods", multiple=True, default=("full", "kvzip"), show_default=True, help="May be repeated."
-)
+@click.option("--method", "methods", multiple=True, default=("full", "kvzip"), show_default=True, help="One or more.")
 @click.option(
     "--ratio",
     "ratios",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True),
-    default=(0.1, 0.2, 0.3, 0.5, 0.7),
+    metavar="RATIO",
+    callback=_ratios,
+    default=("0.1", "0.2", "0.3", "0.5", "0.7"),
     show_default=True,
-    help="Fraction kept; may be repeated.",
+    help="Fractions KEPT: one or more, a range 0.1:0.5:0.1, or 0.1 ... 1.0 in tenths.",
 )
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    required=True,
+    default=RESULTS,
+    show_default=True,
     help="File of JSON lines; a run goes on where it stopped.",
 )
 @click.option("--form", type=click.Choice(["chat", "cloze"]), help="[default: chat where the model has a template]")
@@ -128,12 +190,15 @@ def run(
 
 
 @evaluate.command("report", epilog="kvzip eval report results.jsonl -o report/")
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory for the report.")
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=PAGE, show_default=True, help="Directory for the report."
+)
 def report(results: tuple[Path, ...], out: Path) -> None:
     """Make a table, plots and a page of results."""
     from ..evals import write_report
 
+    results = results or (RESULTS,)
     check_target(out / "index.html" if out.is_dir() else out)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:

@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -59,6 +60,33 @@ class Command(click.Command):
         _write_examples(self, formatter)
 
 
+class ListCommand(Command):
+    """A command whose repeatable options also take several values at once: --ratio 0.1 0.3, or --ratio 0.1,0.3.
+
+    It has no arguments, so every word up to the next option is a value.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        repeatable = {
+            name for own in self.params if isinstance(own, click.Option) and own.multiple for name in own.opts
+        }
+        words: list[str] = []
+        for word in args:
+            name, equals, value = word.partition("=")
+            words += [name, value] if equals and name in repeatable else [word]
+        spread, option = [], ""
+        for word, following in zip(words, [*words[1:], "--"], strict=True):
+            if _is_option(word):
+                option = word if word in repeatable else ""
+                if option and _is_option(following):
+                    raise click.BadOptionUsage(option, f"Option '{option}' requires an argument.", ctx)
+            if not option:
+                spread.append(word)
+            elif word != option:
+                spread += [part for value in word.split(",") if value for part in (option, value)]
+        return super().parse_args(ctx, spread)
+
+
 class Group(click.Group):
     """Commands in the order in which they were written down."""
 
@@ -69,6 +97,10 @@ class Group(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self, formatter)
+
+
+def _is_option(word: str) -> bool:
+    return re.match(r"-[^\d.]", word) is not None
 
 
 def _write_examples(command: click.Command, formatter: click.HelpFormatter) -> None:
