@@ -20,6 +20,9 @@ from ..models import Model, ModelConfig, run_attention
 from ..models.rope import cos_sin
 from ..scoring import check_fingerprint, score
 
+SNAPKV_WINDOW = 32
+"""The last tokens of a context, whose queries vote and which are kept."""
+
 _CHUNK = 2_048  # tokens of a forward pass
 _ROWS = 64  # query rows whose weights are held in memory: [Hq 64 S]
 
@@ -89,27 +92,34 @@ def recent_and_heavy(values: Float32[Tensor, "L H E"]) -> Float32[Tensor, "L H E
 def pyramidkv(model: Model, cache: DenseCache, *, beta: float = 20.0) -> DenseCache:
     """Returns SnapKV's order in each head, moved so that level "pair" keeps a pyramid: many pairs below, few above.
 
-    At ratio r, layer l of L holds the fraction `pyramid(r, l, L)` of its pairs: from (2 - 1/beta) r in the first down
-    to r / beta in the last in equal steps or, where the first would exceed 1, from 1 to 2r - 1. A pair of rank j in its
-    head has the value -r at which its layer's fraction reaches (j + 1/2) / E.
+    Each head keeps the last 32 tokens. Of the E others, where a fraction r of all is kept, layer l of L holds the
+    fraction `pyramid(r, l, L)`: from (2 - 1/beta) r in the first down to r / beta in the last in equal steps or, where
+    the first would exceed 1, from 1 to 2r - 1. A pair of rank j among the E of its head has the value -r at which its
+    layer's fraction reaches (j + 1/2) / E.
 
-    Source: PyramidKV, arXiv 2406.02069, section 4, with beta = 20. The observation window counts in the budget, and is
-    SnapKV's 32 so that the two differ in nothing else; the paper has 8. L counts global layers.
+    Source: PyramidKV, arXiv 2406.02069, section 4, with beta = 20 as in its authors' code. The observation window is
+    SnapKV's 32 so that the two differ in nothing else; the paper has 8. L counts global layers. Above half of the pairs
+    their code gives all layers the same; here the pyramid goes on.
     """
-    ranks = _rank(snapkv_values(model, cache))
-    layers, _, evictable = ranks.shape
-    fraction = (ranks.double() + 0.5) / evictable
-    depth = torch.linspace(0, 1, layers, dtype=torch.float64, device=ranks.device)[:, None, None]
+    values = snapkv_values(model, cache)
+    layers, _, evictable = values.shape
+    others = evictable - min(SNAPKV_WINDOW, evictable)
+    fraction = (_rank(values[..., :others]).double() + 0.5) / max(1, others)
+    depth = torch.linspace(0, 1, layers, dtype=torch.float64, device=values.device)[:, None, None]
     if layers == 1:
         depth += 0.5
     slope = (2 - 1 / beta) - depth * (2 - 2 / beta)
     turn = 1 / (2 - 1 / beta)  # the ratio at which the first layer is full
     needed = torch.where(fraction <= turn * slope, fraction / slope, 1 - (1 - fraction) / (2 * depth).clamp(min=1e-9))
-    return _attach(model, cache, -needed.float(), "pyramidkv")
+    values[..., :others] = -needed.float()  # the window has values above 1
+    return _attach(model, cache, values, "pyramidkv")
 
 
 def pyramid(ratio: float, layer: int, layers: int, *, beta: float = 20.0) -> float:
-    """Returns the fraction of the pairs of `layer` that PyramidKV keeps where it keeps `ratio` of all."""
+    """Returns the fraction of the pairs of `layer` that PyramidKV keeps where it keeps `ratio` of all.
+
+    Both count pairs outside the window, which is kept.
+    """
     depth = layer / (layers - 1) if layers > 1 else 0.5
     first, last = ratio * (2 - 1 / beta), ratio / beta
     if first > 1:
@@ -117,41 +127,42 @@ def pyramid(ratio: float, layer: int, layers: int, *, beta: float = 20.0) -> flo
     return first + depth * (last - first)
 
 
-def adakv(model: Model, cache: DenseCache, *, safeguard: float = 0.2) -> DenseCache:
-    """Returns SnapKV's scores in the order in which AdaKV takes pairs of a layer.
+def adakv(model: Model, cache: DenseCache) -> DenseCache:
+    """Returns SnapKV's scores in the order in which AdaKV takes pairs of a layer, see `adaptive`.
 
-    At n pairs a head on average, each head holds its `safeguard` * n highest and the rest go to the highest scores of
-    all heads of the layer. See `safeguarded`.
-
-    Source: AdaKV, arXiv 2407.11550, algorithm 1, on SnapKV's scores (Ada-SnapKV) with alpha = 0.2.
+    Source: AdaKV, arXiv 2407.11550, on SnapKV's scores (Ada-SnapKV), with its safeguard alpha = 0.2.
     """
-    values = snapkv_values(model, cache)
-    ordered = torch.stack([safeguarded(layer, share=safeguard) for layer in values])
-    return _attach(model, cache, ordered, "adakv")
+    return _attach(model, cache, adaptive(snapkv_values(model, cache)), "adakv")
 
 
-def safeguarded(values: Float32[Tensor, "H E"], *, share: float) -> Float32[Tensor, "H E"]:
-    """Returns the order of one layer's pairs in which every head always holds `share` of the average head's pairs.
+def adaptive(values: Float32[Tensor, "L H E"], *, alpha: float = 0.2) -> Float32[Tensor, "L H E"]:
+    """Returns the order of each layer's pairs in which its heads hold what AdaKV gives them at any budget.
 
-    Let n be the pairs a head on average, and c_h the pairs of head h among the highest of the layer down to a pair x.
-    With that many by score, and every head filled up to share * n, the layer holds sum_h max(c_h, share * n) = H n.
-    The left side is linear where it is known which k heads are filled up (those with the smallest c_h), and any other
-    guess gives a smaller n, so that
+    At m pairs in a layer of H heads, of which c_h(m) of the m highest belong to head h, that head holds its
 
-        n(x) = max over k < H of (sum of the H - k largest c_h) / (H - k * share)
+        b_h(m) = (1 - alpha) c_h(m) + alpha m / H
 
-    x is taken in at n(x), or at (its rank in its head + 1) / share if that is earlier.
+    highest, rounded: a share alpha is divided equally, the rest goes where the scores are. The sum over heads is m, and
+    b_h only grows, so a pair of rank j in its head has the value -m at which b_h(m) reaches j + 1/2; between whole m,
+    b_h is taken to be linear.
+
+    Source: AdaKV, arXiv 2407.11550: its allocation with the safeguard, as in its authors' code. In kvpress a head holds
+    the larger of both parts instead of their sum.
     """
+    return torch.stack([_adaptive_layer(layer, alpha) for layer in values])
+
+
+def _adaptive_layer(values: Float32[Tensor, "H E"], alpha: float) -> Float32[Tensor, "H E"]:
     heads, evictable = values.shape
-    order = values.flatten().argsort(descending=True, stable=True)
-    owner = order // evictable
-    counts = F.one_hot(owner, heads).cumsum(0)  # [H*E H]
-    largest = counts.sort(dim=-1, descending=True).values.cumsum(-1).double()  # sums of the 1, 2 ... H largest
-    filled = torch.arange(heads - 1, -1, -1, device=values.device)  # H - 1 ... 0 heads filled up
-    by_score = (largest / (heads - filled * share)).amax(-1)
-    by_share = counts.gather(1, owner[:, None])[:, 0].double() / share if share else torch.inf
-    taken = torch.empty_like(by_score).scatter_(0, order, by_score.clamp(max=by_share))
-    return -_rank(-taken[None]).view(heads, evictable).float()
+    owner = values.flatten().argsort(descending=True, stable=True) // evictable
+    taken = F.one_hot(owner, heads).T.double().cumsum(-1)  # [H H*E], c_h(1), c_h(2) ...
+    budget = (1 - alpha) * taken + alpha / heads * torch.arange(1, heads * evictable + 1, device=values.device)
+    budget = F.pad(budget, (1, 0))
+    wanted = (torch.arange(evictable, device=values.device, dtype=torch.float64) + 0.5).expand(heads, -1).contiguous()
+    after = torch.searchsorted(budget, wanted).clamp(max=heads * evictable)
+    low, high = budget.gather(1, after - 1), budget.gather(1, after)
+    reached = after - 1 + (wanted - low) / (high - low).clamp(min=1e-12)
+    return -_rank(-reached.gather(1, _rank(values)).flatten()).view_as(values).float()  # ranks are exact in float32
 
 
 def streaming_llm(model: Model, cache: DenseCache) -> DenseCache:
@@ -178,19 +189,25 @@ def key_norm(model: Model, cache: DenseCache) -> DenseCache:
     return _attach(model, cache, -torch.stack(norms), "key-norm")
 
 
-def expected_attention(model: Model, cache: DenseCache, *, future: int = 512) -> DenseCache:
-    """Returns the attention that queries like the context's would pay from the `future` next positions, times |v|.
+def expected_attention(model: Model, cache: DenseCache, *, future: int = 512, epsilon: float = 0.01) -> DenseCache:
+    """Returns AdaKV's order of the attention that queries like the context's pay from the `future` next positions.
 
-        score[l, h, e] = |v_e| * mean over query heads of head h of softmax over e of
-                         (scale * m . k_e + scale^2 / 2 * k_e' C k_e)
+        score[l, h, e] = |v_e| * (epsilon + mean over query heads of head h of softmax over e of
+                                            (scale * m . k_e + scale^2 / 2 * k_e' C k_e))
 
     m and C are the mean and covariance of the queries before rotation, rotated by the average rotation of the next
     positions: exp(scale * m.k + ...) is the mean of exp(scale * q.k) for a normal q. The first 4 tokens of the sequence
-    are left out of all three and always kept.
+    are left out of all three and always kept. What each head of a layer holds is AdaKV's, see `adaptive`.
 
-    Source: Expected Attention, arXiv 2510.00636, as in kvpress (epsilon 0, equal heads). The queries are measured, not
+    Source: Expected Attention, arXiv 2510.00636, with the settings of its authors' evaluation in kvpress (512 next
+    positions, epsilon 0.01, AdaKV). The paper weighs with |W_o v|, its code, as here, with |v|. The queries are measured, not
     projected from hidden states, so that models with a query norm work too. A softcap is not part of the expectation.
     """
+    return _attach(model, cache, adaptive(expected_values(model, cache, future, epsilon)), "expected-attention")
+
+
+def expected_values(model: Model, cache: DenseCache, future: int, epsilon: float) -> Float32[Tensor, "L H E"]:
+    """Returns Expected Attention's scores, those of the first 4 tokens of the sequence above all others."""
     config, width = model.config, model.config.head_dim
     layers, heads, evictable = _shape(model, cache)
     sink = min(4, cache.length - 1)
@@ -207,9 +224,10 @@ def expected_attention(model: Model, cache: DenseCache, *, future: int = 512) ->
         logits = m @ k.mT * config.attn_scale  # [H G S]
         for g in range(c.shape[1]):
             logits[:, g] += ((k @ c[:, g]) * k).sum(-1) * (config.attn_scale**2 / 2)
-        scores = logits.softmax(-1).mean(1) * torch.linalg.vector_norm(kv.v[0, :, sink:], dim=-1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(kv.v[0, :, sink:], dim=-1, dtype=torch.float32)
+        scores = (logits.softmax(-1).mean(1) + epsilon) * norms
         values[n] = F.pad(scores, (sink, 0))[:, cache.start :]
-    return _attach(model, cache, _keep_sink(values, cache), "expected-attention")
+    return _keep_sink(values, cache)
 
 
 def random_scores(model: Model, cache: DenseCache) -> DenseCache:
@@ -237,13 +255,15 @@ METHODS: dict[str, Method] = {
         Method("adakv", adakv, "layer", "AdaKV, arXiv 2407.11550"),
         Method("streaming-llm", streaming_llm, "uniform", "StreamingLLM, arXiv 2309.17453"),
         Method("key-norm", key_norm, "uniform", "L2 norm of keys, arXiv 2406.11430"),
-        Method("expected-attention", expected_attention, "uniform", "Expected Attention, arXiv 2510.00636"),
+        Method("expected-attention", expected_attention, "layer", "Expected Attention, arXiv 2510.00636"),
         Method("random", random_scores, "pair", "none"),
     )
 }
 
 
-def snapkv_values(model: Model, cache: DenseCache, *, window: int = 32, kernel: int = 7) -> Float32[Tensor, "L H E"]:
+def snapkv_values(
+    model: Model, cache: DenseCache, *, window: int = SNAPKV_WINDOW, kernel: int = 7
+) -> Float32[Tensor, "L H E"]:
     """Returns SnapKV's scores: pooled mean weights in [0, 1], and above 1 for the last `window` context tokens."""
     _, heads, evictable = _shape(model, cache)
     window = min(window, evictable)

@@ -13,11 +13,12 @@ import random_model
 from kvzip.cache import DenseKV
 from kvzip.evals.methods import (
     METHODS,
+    SNAPKV_WINDOW,
     accumulated_attention,
-    expected_attention,
+    adaptive,
+    expected_values,
     pyramid,
     recent_and_heavy,
-    safeguarded,
     snapkv_values,
 )
 from kvzip.models import run_attention
@@ -124,44 +125,66 @@ def test_pyramid_worked_by_hand():
     assert [pyramid(1.0, n, 3) for n in range(3)] == pytest.approx([1.0, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 0.52, 0.8, 1.0])
-def test_pyramidkv_keeps_the_papers_share_of_each_layer(ratio):
+@pytest.mark.parametrize("ratio", [0.02, 0.38, 0.5, 0.7, 0.75, 1.0])
+def test_pyramidkv_keeps_the_window_and_the_papers_share_of_each_layers_rest(ratio):
     model = random_model.make(random_model.config(windows=(None, None, 6, None)))
     cache = METHODS["pyramidkv"].score(model, kvzip.prefill(model, TEXT))
-    best = snapkv_values(model, cache)
+    best, window, others = snapkv_values(model, cache), SNAPKV_WINDOW, len(TEXT) - SNAPKV_WINDOW
+    rest = (ratio * len(TEXT) - window) / others
     for n, layer in enumerate(kept(cache, ratio, "pyramidkv")):
         for head, tokens in enumerate(layer):
-            assert abs(len(tokens) - pyramid(ratio, n, 3) * len(TEXT)) <= 1
+            expected = ratio * len(TEXT) if rest < 0 else window + pyramid(rest, n, 3) * others
+            assert abs(len(tokens) - expected) <= 1
             highest = best[n, head].sort(descending=True, stable=True).indices[: len(tokens)]
             assert tokens == sorted(highest.tolist())
+    assert len(TEXT) == 88 and 0.38 * 88 - 32 > 1  # so that ratio 0.38 has a pyramid above the window
 
 
 def test_adakv_worked_by_hand():
-    # head 1 is below head 0 everywhere; at 2 a head on average it holds half of 2, at 3 the budget takes it to 2
-    values = torch.tensor([[8.0, 7.0, 6.0, 5.0], [4.0, 3.0, 2.0, 1.0]])
-    order = safeguarded(values, share=0.5).flatten().argsort(descending=True)
-    assert set(order[:4].tolist()) == {0, 1, 2, 4}
-    assert set(order[:6].tolist()) == {0, 1, 2, 3, 4, 5}
-    assert safeguarded(values, share=0.0).flatten().argsort(descending=True).tolist() == list(range(8))
+    # The highest 8 of 16: 6 of head 0 (11..16) and 2 of head 1 (9, 10). Shared: half of 4 each, and half of 6 and 2.
+    values = torch.tensor([[[16.0, 1.0, 15.0, 14.0, 13.0, 12.0, 11.0, 2.0], [10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]]])
+    order = adaptive(values, alpha=0.5)[0].flatten().argsort(descending=True)
+    assert set(order[:8].tolist()) == {0, 2, 3, 4, 5, 8, 9, 10}
+    assert set(adaptive(values, alpha=0.0)[0].flatten().argsort(descending=True)[:8].tolist()) == {
+        0,
+        2,
+        3,
+        4,
+        5,
+        6,
+        8,
+        9,
+    }
+    equal = adaptive(values, alpha=1.0)[0].flatten().argsort(descending=True)
+    assert set(equal[:8].tolist()) == {0, 2, 3, 4, 8, 9, 10, 11}
+
+
+def test_adakv_is_on_snapkvs_scores_with_a_fifth_shared_equally(model):
+    cache = METHODS["adakv"].score(model, kvzip.prefill(model, TEXT))
+    assert torch.equal(cache.scores.values, adaptive(snapkv_values(model, cache), alpha=0.2))
+    for layer in kept(cache, 0.6, "adakv"):
+        assert sum(map(len, layer)) == int(0.6 * 2 * len(TEXT))
+        for head in layer:
+            assert set(range(len(TEXT) - SNAPKV_WINDOW, len(TEXT))) <= set(head)
 
 
 @given(
-    heads=st.integers(1, 5), evictable=st.integers(1, 24), share=st.sampled_from([0.0, 0.2, 0.5, 1.0]), data=st.data()
+    heads=st.integers(1, 5), evictable=st.integers(1, 24), alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]), data=st.data()
 )
-def test_adakv_is_the_papers_algorithm_wherever_its_share_is_whole(heads, evictable, share, data):
-    seed = data.draw(st.integers(0, 10_000))
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(heads, 1, generator=generator) ** 3
-    values = torch.rand(heads, evictable, generator=generator) * scale
-    order = safeguarded(values, share=share).flatten().argsort(descending=True)
-    for n in range(1, evictable + 1):
-        floor = round(share * n, 9)
-        if floor % 1:
-            continue
-        safe = values.sort(dim=-1, descending=True).indices[:, : int(floor)]
-        raised = values.scatter(1, safe, 2.0)
-        expected = raised.flatten().sort(descending=True).indices[: heads * n]
-        assert set(order[: heads * n].tolist()) == set(expected.tolist())
+def test_adakv_gives_heads_their_mixed_budgets_at_every_size(heads, evictable, alpha, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
+    scale = torch.rand(1, heads, 1, generator=generator) ** 3
+    values = torch.rand(2, heads, evictable, generator=generator) * scale
+    for layer, order in zip(values, adaptive(values, alpha=alpha), strict=True):
+        for n in range(1, evictable + 1):
+            taken = order.flatten().sort(descending=True).indices[: heads * n]
+            highest = layer.flatten().sort(descending=True).indices[: heads * n]
+            counts, shares = (torch.bincount(x // evictable, minlength=heads).tolist() for x in (taken, highest))
+            for head, count in enumerate(counts):
+                budget = (1 - alpha) * shares[head] + alpha * n
+                assert abs(count - budget) < (0.5 if alpha == 0 else 1.5)
+                own = layer[head].sort(descending=True).indices[:count] + head * evictable
+                assert set(own.tolist()) <= set(taken.tolist())
 
 
 def test_streaming_llm_keeps_what_the_prefix_lacks_of_the_sink_and_the_latest():
@@ -191,7 +214,7 @@ def test_expected_attention_is_the_dense_formula(factor):
     layers = tuple(kvzip.models.LayerSpec(window=None, rope=rope) for _ in range(2))
     model = random_model.make(random_model.config(layers=layers))
     cache = kvzip.prefill(model, TEXT)
-    found = expected_attention(model, cache, future=50).scores.values
+    found = expected_values(model, cache, 50, 0.03)
     sink, scale = 4, model.config.attn_scale
     theta = 1000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)  # a pair (x[i], x[i + 4]) is a complex number
     angle = torch.arange(cache.length, dtype=torch.float64)[:, None] * theta
@@ -207,10 +230,20 @@ def test_expected_attention_is_the_dense_formula(factor):
                 + scale**2 / 2 * torch.einsum("si,ij,sj->s", keys, torch.cov(moved[hq].T, correction=0), keys)
                 for hq in (2 * h, 2 * h + 1)
             ]
-            expected = norms * (logits[0].softmax(-1) + logits[1].softmax(-1)) / 2
+            expected = norms * (0.03 + (logits[0].softmax(-1) + logits[1].softmax(-1)) / 2)
             own = sink - cache.start
             torch.testing.assert_close(found[n, h, own:], expected.float())
             assert (found[n, h, :own] > found[n, :, own:].max()).all()
+
+
+def test_expected_attention_shares_a_layers_budget_as_adakv(model):
+    cache = kvzip.prefill(model, TEXT)
+    scored = METHODS["expected-attention"].score(model, cache)
+    values = expected_values(model, cache, 512, 0.01)
+    assert torch.equal(scored.scores.values, adaptive(values, alpha=0.2))
+    counts = [[len(head) for head in layer] for layer in kept(scored, 0.5, "expected-attention")]
+    assert all(sum(own) == len(TEXT) and min(own) >= 0.2 * len(TEXT) // 2 for own in counts)
+    assert counts[0] != counts[1]
 
 
 def test_kvzip_heads_gives_each_head_its_highest_score(model):
