@@ -7,6 +7,7 @@ pair is minus the budget at which the rule takes it in.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -69,14 +70,14 @@ def snapkv(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def h2o(model: Model, cache: DenseCache) -> DenseCache:
-    """Returns an order that takes recent tokens and heavy hitters in turns: half of any budget each.
+    """Returns an order in which any budget holds half recent tokens and half heavy hitters.
 
     A heavy hitter is a pair that receives much attention, summed over all queries and over the query heads of its head.
-    A budget of n pairs a head holds the m most recent and the m heaviest, for the largest m at which both fit.
+    A budget of n pairs a head holds its n/2 most recent tokens and the n/2 heaviest of the others.
 
-    Source: H2O, arXiv 2306.14048. It evicts at each step, so that later queries see the remaining pairs only; here, as
-    when its authors compress a prompt, the whole context is read first. They fill up from the heavy hitters alone where
-    a recent token is also heavy, we from both sides.
+    Source: H2O, arXiv 2306.14048, algorithm 1 with its equal halves. It evicts at each step, so that later queries see
+    the remaining pairs only; here, as when its authors compress a prompt, the whole context is read first. The weights
+    are summed as they are made, [Hq 64 S] at a time.
     """
     sums = accumulated_attention(model, cache, first=0)[..., cache.start :]
     values = reduce(sums, "l (h g) e -> l h e", "sum", h=model.config.num_kv_heads)
@@ -84,9 +85,29 @@ def h2o(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def recent_and_heavy(values: Float32[Tensor, "L H E"]) -> Float32[Tensor, "L H E"]:
-    """Returns the order that takes the last and the highest of each head in turns, the last first."""
-    age = torch.arange(values.shape[-1], device=values.device).flip(0)
-    return -torch.minimum(2 * age, 2 * _rank(values) + 1).float()
+    """Returns the order in which each head's set grows that holds as many of its last as of the highest others.
+
+    The sets are nested: a token that becomes a recent one makes room for the next heaviest.
+    """
+    heaviest = values.argsort(dim=-1, descending=True, stable=True).flatten(0, 1).tolist()
+    orders = torch.tensor([_taken_in(row) for row in heaviest], device=values.device).view(values.shape)
+    return -orders.argsort(dim=-1).float()
+
+
+def _taken_in(heaviest: list[int]) -> list[int]:
+    """Token indices in the order in which one head takes them in, from those with the heaviest first."""
+    order: list[int] = []
+    taken = [False] * len(heaviest)
+    heavy = iter(heaviest)
+    for recent in reversed(range(len(heaviest))):
+        was_heavy = taken[recent]
+        if not was_heavy:
+            taken[recent] = True
+            order.append(recent)
+        for token in islice((own for own in heavy if not taken[own]), 1 + was_heavy):
+            taken[token] = True
+            order.append(token)
+    return order
 
 
 def pyramidkv(model: Model, cache: DenseCache, *, beta: float = 20.0) -> DenseCache:
@@ -200,8 +221,9 @@ def expected_attention(model: Model, cache: DenseCache, *, future: int = 512, ep
     are left out of all three and always kept. What each head of a layer holds is AdaKV's, see `adaptive`.
 
     Source: Expected Attention, arXiv 2510.00636, with the settings of its authors' evaluation in kvpress (512 next
-    positions, epsilon 0.01, AdaKV). The paper weighs with |W_o v|, its code, as here, with |v|. The queries are measured, not
-    projected from hidden states, so that models with a query norm work too. A softcap is not part of the expectation.
+    positions, epsilon 0.01, AdaKV). The paper weighs with |W_o v|, its code, as here, with |v|. The queries are
+    measured, not projected from hidden states, so that models with a query norm work too. A softcap is not part of the
+    expectation.
     """
     return _attach(model, cache, adaptive(expected_values(model, cache, future, epsilon)), "expected-attention")
 

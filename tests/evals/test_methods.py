@@ -107,10 +107,24 @@ def test_snapkv_of_a_context_shorter_than_its_window_keeps_the_latest(model):
     assert kept(cache, 0.3, "snapkv") == [[[7, 8, 9]] * 2] * 2
 
 
-def test_h2o_takes_recent_and_heavy_in_turns():
-    # heaviest first: 0 4 2 5 1 3; latest first: 5 4 3 2 1 0; in turns: 5, 0, 4, (4), 3, 2, (2), (5), 1
-    order = recent_and_heavy(torch.tensor([[[9.0, 1.0, 5.0, 0.0, 7.0, 2.0]]]))
-    assert order.argsort(descending=True)[0, 0].tolist() == [5, 0, 4, 3, 2, 1]
+def test_h2o_worked_by_hand():
+    # heaviest first: 5 0 4 2 1 3. Recent 5, heavy 0; recent 4 is new, heavy 2 (5 and 4 are recent); then 3, 1
+    order = recent_and_heavy(torch.tensor([[[9.0, 1.0, 5.0, 0.0, 7.0, 10.0]]]))
+    assert order.argsort(descending=True)[0, 0].tolist() == [5, 0, 4, 2, 3, 1]
+    # heaviest first: 4 3 0 1 2 5. Recent 5, heavy 4; 4 becomes recent, so heavy 3 and 0; 3 becomes recent
+    order = recent_and_heavy(torch.tensor([[[3.0, 2.0, 1.0, 4.0, 5.0, 0.0]]]))
+    assert order.argsort(descending=True)[0, 0].tolist() == [5, 4, 3, 0, 1, 2]
+
+
+@given(evictable=st.integers(1, 30), seed=st.integers(0, 10_000))
+def test_h2o_holds_half_recent_and_half_heavy_tokens_at_every_budget(evictable, seed):
+    values = torch.rand(2, 3, evictable, generator=torch.Generator().manual_seed(seed))
+    orders = recent_and_heavy(values).argsort(dim=-1, descending=True)
+    for head, order in zip(values.flatten(0, 1), orders.flatten(0, 1), strict=True):
+        for half in range(evictable // 2 + 1):
+            recent = range(evictable - half, evictable)
+            heavy = head[: evictable - half].argsort(descending=True)[:half].tolist()
+            assert set(order[: 2 * half].tolist()) == {*recent, *heavy}
 
 
 def test_h2o_sums_the_query_heads_of_a_head(model):
