@@ -17,6 +17,8 @@ Metric = Callable[[str, str, Sequence[str]], float]
 
 _NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGITS = {word: str(n) for n, word in enumerate(_NUMERALS)}
+_NUMERAL = re.compile(rf"\b(?:{'|'.join(_NUMERALS)})\b")
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _FUNCTION = re.compile(
     r"^[ \t]*(?:async |export |public |private |static |pub )*(?:def|func|function|fn)\b", re.MULTILINE
@@ -52,8 +54,8 @@ def check_metric(metric: str, answers: Sequence[str], choices: Sequence[str] = (
 
 def normalize(text: str) -> str:
     """Returns the text in lower case without punctuation and articles, single spaces, zero to nine as digits."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(_DIGITS.get(word, word) for word in kept.split() if word not in ("a", "an", "the"))
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return _NUMERAL.sub(lambda word: _DIGITS[word.group()], " ".join(_ARTICLE.sub(" ", bare).split()))
 
 
 def include(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
@@ -99,14 +101,14 @@ def gsm(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
 def option(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
     """1 if prediction and an option line such as "(B) Paris" name the same option.
 
-    They are compared by what their first parentheses hold if both have some, else by the option's text, which the
-    prediction must contain.
+    They are compared by what their first parentheses hold if both have some, else by the option's text: `include`. The
+    authors' code looks at parentheses only where both begin with them, so that "I say (B)" is wrong there.
     """
     if not prediction:
         return 0.0
     if "(" in prediction and "(" in reference:
         return float(_parenthesized(prediction) == _parenthesized(reference))
-    return float(reference.split(")", 1)[-1].strip() in prediction)
+    return include(prediction, reference.split(")", 1)[1] if reference.startswith("(") else reference)
 
 
 def token_f1(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:

@@ -35,7 +35,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Summary:
-    """The mean score of a group of answers with its 95% bootstrap interval, and what the group is made of."""
+    """The mean score of a group of answers, with its 95% bootstrap interval, and what the group is made of."""
 
     group: tuple[Any, ...]
     mean: float
@@ -123,10 +123,11 @@ def label(answer: Answered) -> str:
 
 
 def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0) -> list[Summary]:
-    """Returns the mean score of each group of answers by `keys`, with a 95% interval.
+    """Returns the mean over contexts of their mean scores, for each group of answers by `keys`, with a 95% interval.
 
     The interval is a percentile bootstrap over contexts, as answers about one context are not independent; over the
-    questions where there is one context only. Source: Efron and Tibshirani 1993, chapter 13.
+    questions where there is one context only, which says nothing about other contexts. Sources: Efron and Tibshirani
+    1993, chapter 13; the authors of KVzip, arXiv 2505.23416, average over contexts too.
     """
     return [_summary(own, answers, seed) for own, answers in group(answers, *keys).items()]
 
@@ -155,13 +156,11 @@ def _summary(own: tuple[Any, ...], answers: Sequence[Answered], seed: int) -> Su
     contexts: dict[tuple[str, str], list[float]] = {}
     for answer in answers:
         contexts.setdefault((answer.run["fingerprint"], answer.question["context"]), []).append(answer.score)
-    units = list(contexts.values()) if len(contexts) > 1 else [[answer.score] for answer in answers]
-    sums, counts = np.array([sum(unit) for unit in units]), np.array([len(unit) for unit in units])
+    means = np.array([sum(scores) / len(scores) for scores in contexts.values()])
+    units = means if len(contexts) > 1 else np.array([answer.score for answer in answers])
     picks = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    mean = sums.sum() / counts.sum()
-    return Summary(own, float(mean), float(low), float(high), len(answers), len(contexts))
+    low, high = np.quantile(units[picks].mean(1), [0.025, 0.975])
+    return Summary(own, float(means.mean()), float(low), float(high), len(answers), len(contexts))
 
 
 def _value(answer: Answered, key: str) -> Any:

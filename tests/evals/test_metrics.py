@@ -19,6 +19,13 @@ CASES = [
     ("include", "There were fourteen of them", "4", 0),
     ("include", "20\u201318", "2018", 0),  # the dash is no ASCII punctuation, so it stays
     ("include", "20-18", "2018", 1),
+    (
+        "include",
+        "\u201cthe\u2013fox\u201d",
+        "\u201c \u2013fox\u201d",
+        1,
+    ),  # words end where letters do, as for a regular expression
+    ("include", "\u201cone\u201d", "\u201c1\u201d", 1),
     ("include", "", "anything", 0),
     ("include", "four</s>", "4", 1),
     ("first_line", "Paris\nLondon", "Paris", 1),
@@ -41,6 +48,10 @@ CASES = [
     ("option", "I say (C).", "(B) 06/02/2021", 0),
     ("option", "06/02/2021 it is", "(B) 06/02/2021", 1),
     ("option", "B", "(B) 06/02/2021", 0),
+    ("option", "I think it is (B).", "(B) 06/02/2021", 1),
+    ("option", "the CAPITAL, Paris!", "(B) Capital Paris", 1),  # the text is normalized
+    ("option", "f(x) is it", "(B) f(x)", 0),  # the parentheses are compared
+    ("option", "yes", "Yes", 1),
     ("option", "( B )", "(B) 06/02/2021", 1),
     ("token_f1", "the red fox ran", "a red fox", 2 * (2 / 3) * 1 / (2 / 3 + 1)),
     ("token_f1", "red red fox", "red fox fox", 2 / 3),

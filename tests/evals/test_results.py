@@ -98,13 +98,16 @@ def test_answers_are_grouped_by_their_own_fields_and_by_facts() -> None:
     assert (label(deep), label(plain)) == ("t (kv)", "t")
 
 
-def test_the_mean_is_over_questions_and_the_interval_over_contexts() -> None:
-    # context a: 1, 1, 1; context b: 0. A resample is aa (1), ab (0.75) or bb (0), the outer two a quarter each
+def test_mean_and_interval_are_over_contexts() -> None:
+    # context a: 1, 1, 1; context b: 0. A resample is aa (1), ab (0.5) or bb (0), the outer two a quarter each
     scores = [answered(1.0, "a", n) for n in range(3)] + [answered(0.0, "b")]
     (row,) = summarize(scores, "task", "method", "ratio")
     assert row.group == ("t", "m", 0.5)
-    assert (row.mean, row.questions, row.contexts) == (0.75, 4, 2)
+    assert (row.mean, row.questions, row.contexts) == (0.5, 4, 2)
     assert (row.low, row.high) == (0.0, 1.0)
+    # ten contexts, half of them right with all of their ten questions: the mean of ten coins, not of a hundred
+    (row,) = summarize([answered(float(c % 2), "abcdefghij"[c], n) for c in range(10) for n in range(10)], "task")
+    assert (row.mean, row.low, row.high) == (0.5, pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01))
     # of one context, over its questions: the mean of 100 halves lies within 0.4 to 0.6 in 95%
     (row,) = summarize([answered(float(n % 2), number=n) for n in range(100)], "task")
     assert row.contexts == 1

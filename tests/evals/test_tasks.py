@@ -154,7 +154,8 @@ def test_a_needle_lies_at_its_depth_between_sentences(name: str, files: str) -> 
         for question in example.questions:
             line = question.cloze if name == "needles" else "The best thing to do in San Francisco is"
             before, after = example.context.split(line)
-            assert before == "" or before.endswith(". ")
+            assert before == "" or before.endswith(". " if name == "needles" else ".\n")
+            assert name == "needles" or after == "" or " day.\n" in after or after.endswith(" day.")
             assert after.split(".")[0].strip().lower() == question.answers[0].lower().rstrip(".")
             share = 100 * len(before) / len(example.context)
             assert abs(share - question.facts["depth"]) < (3 if name == "needle" else 7)
@@ -264,10 +265,23 @@ def test_contexts_longer_than_the_length_are_left_out(tmp_path: Path) -> None:
 def test_benchmark_files_are_read_with_the_metric_of_each_part(tmp_path: Path) -> None:
     row = {"context": "c", "question": ["a", "b"], "answers": ["x", "y"]}
     write(tmp_path, "scbench_vt", [row])
-    write(tmp_path, "scbench_repoqa_and_kv", [{**row, "task": ["scbench_repoqa", "scbench_kv"]}])
-    (plain,), (mixed,) = make("scbench_vt", str(tmp_path)), make("scbench_repoqa_and_kv", str(tmp_path))
+    write(tmp_path, "scbench_repoqa_and_kv_tiny", [{**row, "task": ["scbench_repoqa", "scbench_kv"]}])
+    write(tmp_path, "scbench_summary_with_needles", [{**row, "task": ["scbench_summary", "scbench_passkey"]}])
+    (plain,), (code,) = make("scbench_vt", str(tmp_path)), make("scbench_repoqa_and_kv_tiny", str(tmp_path))
+    (report,) = make("scbench_summary_with_needles", str(tmp_path))
     assert [question.metric for question in plain.questions] == ["fraction", "fraction"]
-    assert [(q.metric, q.max_tokens) for q in mixed.questions] == [("repoqa", 512), ("include", 96)]
+    assert [(q.metric, q.max_tokens) for q in code.questions] == [("repoqa", 512), ("include", 512)]
+    assert [(q.metric, q.max_tokens) for q in report.questions] == [("rouge_l", 256), ("include", 256)]
+    assert [q.facts["subtask"] for q in report.questions] == ["scbench_summary", "scbench_passkey"]
+    write(tmp_path, "scbench_repoqa_and_kv", [{**row, "task": ["scbench_repoqa", "scbench_else"]}])
+    with pytest.raises(ValueError, match=r"expected a task of repoqa, kv, .* got 'scbench_else'"):
+        make("scbench_repoqa_and_kv", str(tmp_path))
+
+
+def test_the_authors_shortened_sets_are_tasks_of_their_own() -> None:
+    assert len(GROUPS["scbench"]) == 11
+    assert [len(GROUPS[f"scbench_{size}"]) for size in ("tiny", "short", "mid")] == [8, 8, 8]
+    assert "scbench_kv_short" in GROUPS["scbench_short"] and "scbench_vt_short" not in TASKS
 
 
 def test_the_hub_is_read_as_the_authors_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,10 @@ from .base import Example, Question, Request, Task
 TASKS: dict[str, Task] = {task.name: task for module in (haystack, synthetic, ruler, data) for task in module.TASKS}
 GROUPS: dict[str, tuple[str, ...]] = {
     "ruler": tuple(task.name for task in ruler.TASKS),
-    "scbench": tuple(task.name for task in data.TASKS if task.name.startswith("scbench_")),
+    **{
+        f"scbench{size}": tuple(f"scbench_{name}{size}" for name in data.SCBENCH if f"scbench_{name}{size}" in TASKS)
+        for size in data.SIZES
+    },
     "synthetic": tuple(task.name for task in synthetic.TASKS),
 }
 """Names that stand for several tasks."""

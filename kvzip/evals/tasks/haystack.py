@@ -40,7 +40,8 @@ def needle(request: Request) -> Iterator[Example]:
     for length in (request.length,) if request.length else LENGTHS:
         sentences = essay_sentences(request.data, draws(request, "needle", 0))
         for depth in depths:
-            context = hide(sentences, [NEEDLE], [depth], request, length)
+            context = hide(sentences, [f"\n{NEEDLE}\n"], [depth], request, length)
+            context = context.replace(f" \n{NEEDLE}", f"\n{NEEDLE}").strip()
             question = Question(
                 "Q: Based on the content of the book, the best thing to do in San Francisco is: ",
                 "The best thing to do in San Francisco is",
