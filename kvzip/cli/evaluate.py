@@ -4,7 +4,8 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -159,12 +160,19 @@ def run(
     """Answer the questions of tasks, by methods, at ratios."""
     check_target(out)
     from ..evals import run_eval
+    from ..evals.run import check_names
 
+    check_names(tasks, methods, ratios, form)  # now, not after a model was loaded
     logging.getLogger("kvzip.evals").setLevel(logging.INFO)
     try:
         with stages() as stage:
             loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-            shown = stage("answering")
+            bar, line = stage("answering"), _line_of_progress()
+
+            def shown(finished: int, total: int, what: str) -> None:
+                bar(finished, total)
+                line(finished, total, what)
+
             done = run_eval(
                 loaded,
                 tasks=tasks,
@@ -180,13 +188,31 @@ def run(
                 max_tokens=max_tokens,
                 limit_s=limit,
                 commit=commit,
-                progress=lambda finished, total, what: shown(finished, total),
+                progress=shown,
             )
     except KeyboardInterrupt as error:
         raise Stopped(f"answers so far are in {out}: the same command goes on from there") from error
     click.echo(f"{out}: " + ("all answered" if done else "stopped at the time limit, the same command goes on"))
     if not done:
         raise click.exceptions.Exit(UNFINISHED)
+
+
+def _line_of_progress(*, every_s: float = 30.0) -> Callable[[int, int, str], None]:
+    """Returns a progress that says a line now and then where no bar is shown, as in a log."""
+    first: list[tuple[float, int]] = []
+    said = [time.monotonic()]
+
+    def progress(finished: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append((now, finished))
+        if sys.stderr.isatty() or now - said[0] < every_s or finished == first[0][1]:
+            return
+        said[0] = now
+        left = (now - first[0][0]) / (finished - first[0][1]) * (total - finished)
+        say(f"{finished:,} of {total:,} answers, {what}, {left / 60:.0f} min left")
+
+    return progress
 
 
 @evaluate.command("report", epilog="kvzip eval report results.jsonl -o report/")

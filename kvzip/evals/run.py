@@ -95,13 +95,19 @@ def run_eval(
         that its metric cannot mark, or one that is another than `out` has in its place; nothing is answered then.
     """
     started = time.monotonic()
+    names = check_names(tasks, methods, ratios, form, available)
     form = form or ("chat" if model.template is not None else "cloze")
-    _check(methods, ratios, form, available)
+    if form == "chat" and model.template is None:
+        raise ValueError("expected a model with a chat template for form 'chat', got none: ask in form 'cloze'")
     request = Request(count, questions, 0, seed, data, _counter(model))
-    jobs = [job for task in expand(list(tasks)) for job in plan(model, task, request, max_tokens=max_tokens)]
+    jobs = [job for task in names for job in plan(model, task, request, max_tokens=max_tokens)]
     mend(out)
     done = {answer.key for answer in read(out)} if out.exists() else set()
-    steps = [(method, ratio) for method in methods for ratio in ((1.0,) if method == FULL else ratios)]
+    steps = [
+        (method, ratio)
+        for method in dict.fromkeys(methods)
+        for ratio in ((1.0,) if method == FULL else dict.fromkeys(ratios))
+    ]
     left = [
         {
             step: [n for n, own in enumerate(job.ids) if (model.fingerprint, form, own, *step) not in done]
@@ -137,6 +143,31 @@ def run_eval(
                 if progress is not None:
                     progress(finished, total, f"{job.task} {job.number + 1}, {step[0]} at {step[1]:g}")
     return True
+
+
+def check_names(
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    form: str | None,
+    available: Mapping[str, Method] = METHODS,
+) -> list[str]:
+    """Returns the names of the tasks, groups replaced by their tasks; needs neither a model nor data.
+
+    Raises: ValueError for a name that is not known, a ratio outside (0, 1], or nothing to do.
+    """
+    known = [FULL, *available]
+    for name in methods:
+        if name not in known:
+            raise ValueError(f"expected methods among {known}, got {name!r}")
+    for ratio in ratios:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {ratio}")
+    if form not in (None, *FORMS):
+        raise ValueError(f"expected form 'chat' or 'cloze', got {form!r}")
+    if not tasks or not methods or (not ratios and set(methods) != {FULL}):
+        raise ValueError(f"expected tasks, methods and ratios, got {list(tasks)}, {list(methods)}, {list(ratios)}")
+    return expand(list(tasks))
 
 
 def plan(model: Model, task: str, request: Request, *, max_tokens: int | None = None) -> list[Job]:
@@ -269,18 +300,6 @@ def _batches(job: Job, numbers: Sequence[int], form: str, batch: int) -> Iterato
     for _, own in groupby(sorted(numbers, key=alike), key=alike):
         together = list(own)
         yield from (together[i : i + batch] for i in range(0, len(together), batch))
-
-
-def _check(methods: Sequence[str], ratios: Sequence[float], form: str, available: Mapping[str, Method]) -> None:
-    known = [FULL, *available]
-    for name in methods:
-        if name not in known:
-            raise ValueError(f"expected methods among {known}, got {name!r}")
-    for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {ratio}")
-    if form not in FORMS:
-        raise ValueError(f"expected form 'chat' or 'cloze', got {form!r}")
 
 
 def _counter(model: Model) -> Callable[[str], int]:

@@ -79,6 +79,25 @@ def test_what_cannot_be_meant_is_refused(taken: dict[str, Any], line: str, messa
     assert re.search(message, result.stderr), result.stderr
 
 
+@pytest.mark.parametrize("line", ["--method kvzap", "--task kw", "--task kv@4K"])
+def test_names_are_checked_before_a_model_is_loaded(taken: dict[str, Any], line: str) -> None:
+    result = typed(f"eval --model M --task kv {line}")
+    assert result.exit_code == 1 and "expected" in result.stderr and not taken
+
+
+def test_a_log_gets_a_line_of_progress_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: clock[0])
+    progress = evaluate._line_of_progress()
+    for finished, now in [(100, 1010.0), (110, 1020.0), (120, 1040.0), (125, 1041.0)]:
+        clock[0] = now
+        progress(finished, 400, "kv 3, snapkv at 0.3")
+    # 20 answers in 30 s, 280 to come
+    assert capsys.readouterr().err == "120 of 400 answers, kv 3, snapkv at 0.3, 7 min left\n"
+
+
 def test_help_is_of_the_group_and_commands_are_found(taken: dict[str, Any]) -> None:
     assert "report" in typed("eval --help").stdout
     assert "kv" in typed("eval tasks").stdout and not taken

@@ -72,6 +72,16 @@ def test_every_question_is_answered_once_by_every_method_at_every_ratio(model: k
     assert calls == ["kvzip", "random"] * 2  # once for each of two contexts
 
 
+def test_a_method_or_ratio_that_is_named_twice_is_run_once(model: kvzip.Model, tmp_path: Path) -> None:
+    twice = {"methods": ("full", "kvzip", "full", "kvzip"), "ratios": (0.3, 1.0, 0.3)}
+    found = evaluate(model, tmp_path / "out.jsonl", tasks=[TASK, TASK], count=1, **twice)
+    assert [(a.method, a.ratio) for a in found if a.question["number"] == 0] == [
+        ("full", 1.0),
+        ("kvzip", 0.3),
+        ("kvzip", 1.0),
+    ]
+
+
 def test_ratio_one_equals_the_full_cache_exactly(model: kvzip.Model, tmp_path: Path) -> None:
     found = evaluate(model, tmp_path / "out.jsonl", ratios=(0.1, 1.0))
     full = {a.question["id"]: a.prediction for a in found if a.method == FULL}
@@ -219,6 +229,9 @@ def test_a_continuation_that_begins_with_its_stop_text_goes_on_once(
         ({"methods": ["kvzap"]}, r"expected methods among \['full', .*'kvzip'.*\], got 'kvzap'"),
         ({"ratios": [0.0]}, r"expected ratios in \(0, 1\]"),
         ({"form": "plain"}, "expected form 'chat' or 'cloze', got 'plain'"),
+        ({"tasks": []}, r"expected tasks, methods and ratios, got \[\], "),
+        ({"methods": []}, "expected tasks, methods and ratios"),
+        ({"ratios": []}, "expected tasks, methods and ratios"),
         ({"tasks": ["math_find@4000"]}, r"expected contexts of at most 1896 tokens .* in math_find@4000"),
     ],
 )
@@ -227,6 +240,13 @@ def test_what_cannot_work_is_refused_before_anything_is_answered(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, tmp_path / "out.jsonl", **changes)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_chat_without_a_template_is_refused_before_anything_is_answered(tmp_path: Path) -> None:
+    plain = random_model.make(random_model.config(), template=False)
+    with pytest.raises(ValueError, match="expected a model with a chat template for form 'chat'"):
+        evaluate(plain, tmp_path / "out.jsonl", form="chat")
     assert not (tmp_path / "out.jsonl").exists()
 
 
