@@ -1,6 +1,10 @@
 """The harness: real eviction, every answer once, killed runs go on, and it can fail."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +129,43 @@ def test_a_killed_run_goes_on_where_it_stopped(model: kvzip.Model, tmp_path: Pat
     before = out.read_bytes()
     assert answers(evaluate(model, out, **settings)) == whole
     assert out.read_bytes() == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import random_model
+from kvzip.evals import run
+
+def append(path, lines, calls=[]):
+    calls.append(None)
+    if len(calls) < 5:
+        return whole(path, lines)
+    whole(Path(f"{path}.other"), lines)
+    with path.open("ab", buffering=0) as file:
+        file.write(Path(f"{path}.other").read_bytes()[:-70])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+whole, run.append = run.append, append
+model = random_model.make(random_model.config())
+methods, task = ("full", "kvzip"), sys.argv[2]
+run.run_eval(model, tasks=[task], out=Path(sys.argv[1]), methods=methods, ratios=(0.3,), count=2, questions=5,
+             max_tokens=3, batch=2)
+"""
+
+
+def test_a_run_killed_with_sigkill_in_the_middle_of_a_line_goes_on(model: kvzip.Model, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"methods": ("full", "kvzip"), "ratios": (0.3,), "batch": 2}
+    whole = answers(evaluate(model, tmp_path / "whole.jsonl", **settings))
+    out = tmp_path / "killed.jsonl"
+    command = [sys.executable, "-c", KILLED, str(out), TASK]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert out.read_bytes()[-1:] != b"\n" and 0 < len(read(out)) < len(whole)
+    calls: list[str] = []
+    assert answers(evaluate(model, out, available=with_counts(calls), **settings)) == whole
+    assert calls == ["kvzip"] * 2
+    assert all(json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
 
 
 def test_a_time_limit_leaves_the_rest_for_the_next_run(model: kvzip.Model, tmp_path: Path) -> None:
