@@ -100,6 +100,7 @@ def test_snapkv_pools_the_mean_of_the_last_rows(model):
             pooled = [means[2 * head + g, max(0, at - 3) : at + 4].max() for g in range(2)]
             assert found[n, head, token].item() == pytest.approx(float(sum(pooled) / 2), rel=1e-4)
     assert (found[..., :-32] <= 1).all() and torch.equal(found[0, 0, -32:], 1 + torch.arange(1, 33) / 32)
+    assert torch.equal(METHODS["snapkv"].score(model, cache).scores.values, found)  # the paper's window and kernel
 
 
 def test_snapkv_of_a_context_shorter_than_its_window_keeps_the_latest(model):

@@ -290,6 +290,14 @@ def test_the_hub_is_read_as_the_authors_do(monkeypatch: pytest.MonkeyPatch) -> N
             {"context": f"c{i // 2}", "question": f"q{i}", "answers": {"text": [f"a{i}", "other"]}} for i in range(300)
         ],
         "openai/gsm8k": [{"question": "Tom has 3.5 kg. He eats 1. How much is left?", "answer": "2.5\n#### 2.5"}],
+        "hotpotqa/hotpot_qa": [
+            {
+                "question": f"Who is tall, of {n}?",
+                "answer": "Ann",
+                "context": {"title": ["Ann", "Bob"], "sentences": [["Ann is tall.", " She runs."], ["Bob is small."]]},
+            }
+            for n in range(9)
+        ],
         "Jang-Hyun/SCBench-preprocessed": [{"prompts": ["c", "q1", "q2"], "ground_truth": [["x", "y"], "z"]}],
     }
     fake = SimpleNamespace(load_dataset=lambda name, *_, **__: tables[name])
@@ -298,8 +306,17 @@ def test_the_hub_is_read_as_the_authors_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(squad) == 101
     assert squad[1] == {"context": "c1", "question": ["q2", "q3"], "answers": ["a2", "a3"]}
     assert data.rows("hub", "gsm8k_test")[0]["context"] == "Tom has 3.5 kg. He eats 1."
+    hops = data.rows("hub", "hotpotqa")
+    assert hops[0]["documents"] == ["Ann\nAnn is tall. She runs.", "Bob\nBob is small."] and hops[0]["answers"] == [
+        "Ann"
+    ]
     (row,) = data.rows("hub", "scbench_vt")
     assert (row["context"], row["question"], row["answers"]) == ("c", ["q1", "q2"], ["x, y", "z"])
+    (example, _) = make("ruler_qa_2@100", "hub", questions=2)
+    numbers = list(map(int, re.findall(r"Document (\d+):", example.context)))
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) % 2 == 0
+    assert len(re.findall(r"Document \d+:\nAnn\nAnn is tall. She runs.", example.context)) == len(numbers) // 2
+    assert [q.answers for q in example.questions] == [("Ann",), ("Ann",)]
     with pytest.raises(ValueError, match="expected a task whose data is on the hub, got pg_essays"):
         data.rows("hub", "pg_essays")
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -1,6 +1,7 @@
 """Tasks whose contexts and questions are data: read from JSONL files, or from the Hugging Face hub.
 
 A line of a file is `{"context": str, "question": [str, ...], "answers": [str, ...], ...}`, one answer to a question.
+`hotpotqa` may also have `"documents"`, the parts of its context; mixed SCBench sets have `"task"`, one for a question.
 """
 
 import json
@@ -206,6 +207,8 @@ def _hub_rows(name: str) -> list[Row]:
         return list(groups.values())
     if name == "gsm8k_test":
         return [_gsm_row(row) for row in load_dataset("openai/gsm8k", "main", split="test")]
+    if name == "hotpotqa":
+        return [_hotpot_row(row) for row in load_dataset("hotpotqa/hotpot_qa", "distractor", split="validation")]
     if name.startswith("scbench_"):
         table = load_dataset(_HUB_SCBENCH, data_files=f"{name}.parquet", split="train")
         return [_scbench_row(row) for row in table]
@@ -215,6 +218,17 @@ def _hub_rows(name: str) -> list[Row]:
 def _gsm_row(row: Row) -> Row:
     *context, question = row["question"].split(". ")
     return {"context": ". ".join(context).strip() + ".", "question": [question.strip()], "answers": [row["answer"]]}
+
+
+def _hotpot_row(row: Row) -> Row:
+    paragraphs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
+    documents = [f"{title}\n{''.join(sentences)}" for title, sentences in paragraphs]
+    return {
+        "context": "\n\n".join(documents),
+        "documents": documents,
+        "question": [row["question"]],
+        "answers": [row["answer"]],
+    }
 
 
 def _scbench_row(row: Row) -> Row:

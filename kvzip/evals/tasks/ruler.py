@@ -1,7 +1,8 @@
 """RULER's thirteen tasks at any length: needles of eight kinds, variable tracking, word counts, questions.
 
-Source: RULER, arXiv 2404.06654, whose settings these are. The words are this package's own. Where a context has keys
-that RULER does not ask for, `questions` above 1 asks for them too, each by itself.
+Source: RULER, arXiv 2404.06654, whose settings these are. The words are this package's own, and there is no solved
+example before variable tracking and word counts. Where a context has keys that RULER does not ask for, `questions`
+above 1 asks for them too, each by itself.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .base import Example, Question, Request, Task, draws, fit, spread
-from .data import rows
+from .data import Row, rows
 from .haystack import NOISE, essay_sentences, first_of
 from .synthetic import variable_example
 from .words import letters, number, pairs, plain_words, random_uuid
@@ -169,7 +170,10 @@ def fwe(request: Request) -> Iterator[Example]:
 
 
 def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
-    """Returns a task of questions about some of many numbered documents; the other documents are distractors."""
+    """Returns a task of questions about some of many numbered documents; the other documents are distractors.
+
+    A row's context is one document, or `documents` are several, some of which hold the answer to its question.
+    """
 
     def make(request: Request) -> Iterator[Example]:
         found = rows(request.data, file)
@@ -177,10 +181,10 @@ def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
             order = list(found)
             draws(request, name, n).shuffle(order)
 
-            def build(count: int, order: list[dict[str, str]] = order, n: int = n) -> str:
-                shown = first_rows(order, count)
+            def build(count: int, order: list[Row] = order, n: int = n) -> str:
+                shown = [text for row in first_rows(order, count) for text in row.get("documents", [row["context"]])]
                 draws(request, f"{name} order", n).shuffle(shown)
-                return "\n\n".join(f"Document {i + 1}:\n{row['context']}" for i, row in enumerate(shown))
+                return "\n\n".join(f"Document {i + 1}:\n{text}" for i, text in enumerate(shown))
 
             count = min(len(order), fit(build, request.length, request.count))
             asked = [
@@ -202,7 +206,7 @@ def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
     return make
 
 
-def first_rows(order: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+def first_rows(order: list[Row], count: int) -> list[Row]:
     """Returns the first `count` rows, then empty documents: what is beyond the data must count as too long."""
     return order[:count] + [{"context": "(none)"}] * (count - len(order))
 
