@@ -284,7 +284,9 @@ def describe(model: Model, commit: str | None = None) -> dict[str, Any]:
         "model": Path(model.source).name,
         "fingerprint": model.fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "triton")}},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

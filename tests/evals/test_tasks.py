@@ -325,10 +325,32 @@ def test_the_hub_is_read_as_the_authors_do(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a directory with squad_paragraph\.jsonl, got .*: pass data="):
+    with pytest.raises(
+        ValueError, match=r"expected a directory with squad_paragraph\.jsonl, got .*: pass data= \(--data\)"
+    ):
         make("squad", str(tmp_path))
     with pytest.raises(ValueError, match=r"expected a directory with pg_essays\.jsonl, got None"):
         make("needle@900")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "3",
+        '{"question": ["Q"], "answers": ["A"]}',
+        '{"context": "c", "question": "Q", "answers": "A"}',
+        '{"context": "c", "question": ["Q", "R"], "answers": ["A"]}',
+        '{"context": "c", "question": ["Q"], "answers": [["A", "B"]]}',
+    ],
+)
+def test_a_line_of_another_layout_is_named(tmp_path: Path, line: str) -> None:
+    good = json.dumps({"context": "c\u2028d", "question": ["Q"], "answers": ["A"]}, ensure_ascii=False)
+    (tmp_path / "squad_paragraph.jsonl").write_text(f"{good}\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r'expected \{"context".* in line 3 of .*squad_paragraph\.jsonl, got '):
+        make("squad", str(tmp_path))
+    (tmp_path / "squad_paragraph.jsonl").write_text(f"{good}\n", encoding="utf-8")
+    assert [e.context for e in make("squad", str(tmp_path))] == ["c\u2028d"]
 
 
 def test_names_may_carry_a_length_and_groups_stand_for_their_tasks() -> None:

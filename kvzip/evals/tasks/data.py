@@ -15,6 +15,8 @@ from .base import Example, Question, Request, Task, draws
 
 Row = dict[str, Any]
 
+_LAYOUT = '{"context": "...", "question": ["..."], "answers": ["..."]}'
+
 GSM_INSTRUCTION = "Given the context, answer to the following reasoning question."
 GSM_QUERY = (
     "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "
@@ -29,7 +31,8 @@ SQUAD_CONTEXTS = 101
 def rows(data: str | None, *names: str) -> list[Row]:
     """Returns the rows of the first of the named files that the directory has, or of the first name on the hub.
 
-    Raises: ValueError without data or such a file; ImportError for the hub without the `eval` extra.
+    Raises: ValueError without data or such a file, or for a line of another layout; ImportError for the hub without
+    the `eval` extra.
     """
     if data == "hub":
         return _hub_rows(names[0])
@@ -38,10 +41,12 @@ def rows(data: str | None, *names: str) -> list[Row]:
     if found is None:
         wanted = " or ".join(path.name for path in paths)
         raise ValueError(
-            f"expected a directory with {wanted}, got {data}: pass data=, a directory of JSONL files with "
-            '{"context", "question": [...], "answers": [...]} in a line, or "hub"'
+            f"expected a directory with {wanted}, got {data}: pass data= (--data), a directory of JSONL files with "
+            f'{_LAYOUT} in a line, or "hub"'
         )
-    return [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines() if line]
+    # not splitlines, which also cuts at characters that JSON leaves as they are
+    lines = enumerate(found.read_text(encoding="utf-8").split("\n"), start=1)
+    return [_row(line, f"line {number} of {found}") for number, line in lines if line.strip()]
 
 
 def squad(request: Request) -> Iterator[Example]:
@@ -186,6 +191,23 @@ def _some(request: Request, asked: list[Question], rng: random.Random) -> tuple[
     """At most so many of the questions, drawn, in their order."""
     picks = sorted(rng.sample(range(len(asked)), min(request.questions, len(asked))))
     return tuple(asked[i] for i in picks)
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("context"), str) or not _paired(row):
+        raise ValueError(f"expected {_LAYOUT} with as many answers as questions in {where}, got {line[:80]!r}")
+    return row
+
+
+def _paired(row: Row) -> bool:
+    """Whether questions and answers, if there are any, are texts and as many."""
+    lists = [row.get(key, []) for key in ("question", "answers")]
+    texts = all(isinstance(own, list) and all(isinstance(text, str) for text in own) for own in lists)
+    return texts and len(lists[0]) == len(lists[1])
 
 
 def _hub_rows(name: str) -> list[Row]:
