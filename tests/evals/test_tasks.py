@@ -246,7 +246,9 @@ def test_a_conversation_is_cut_after_whole_topics(tmp_path: Path) -> None:
     }
     write(tmp_path, "leval_topic_retrieval_longchat", [row])
     (whole,) = make("topic", str(tmp_path))
-    assert [question.answers[0] for question in whole.questions] == row["answers"]
+    assert [question.answers[0] for question in whole.questions] == [*row["answers"], "The sand"]
+    assert whole.questions[3].query == "Q: What is the fourth topic we discussed? Only the name."
+    assert whole.questions[3].cloze.endswith("The fourth topic we discussed was")
     (cut,) = make("topic@250", str(tmp_path))
     assert [question.answers[0] for question in cut.questions] == ["The sea", "The sky"]
     assert count(cut.context) <= 250 and cut.context.endswith("Well.")

@@ -22,6 +22,7 @@ GSM_QUERY = (
     "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "
 )
 GSM_TOKENS = 72  # the authors leave out shorter contexts
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 TOPIC = "USER: I would like to discuss the topic of"
 OPTION = re.compile(r"^[ \t]*\(([A-Z])\).*$", re.MULTILINE)
 _HUB_SCBENCH = "Jang-Hyun/SCBench-preprocessed"
@@ -100,7 +101,10 @@ def summary(request: Request) -> Iterator[Example]:
 
 
 def topic(request: Request) -> Iterator[Example]:
-    """Topic retrieval of L-Eval: the first topics of a long conversation, cut after whole topics to the length."""
+    """Topic retrieval of L-Eval: the first topics of a long conversation, cut after whole topics to the length.
+
+    L-Eval asks for the first three; the fourth and the fifth are asked for in the same words, and named as they are.
+    """
     found = rows(request.data, "leval_topic_retrieval_longchat")
     for row in found[: request.examples]:
         topics = [TOPIC + part for part in row["context"].split(TOPIC)[1:]]
@@ -108,19 +112,17 @@ def topic(request: Request) -> Iterator[Example]:
         held = sum(count <= request.length for count in counts)
         if not held:
             raise ValueError(f"expected a length of at least {counts[0]} tokens for this task, got {request.length}")
-        asked = [
-            Question(
-                f"Q: {question}",
-                f"USER: {question.split('?')[0]}? \n ASSISTANT: The {ordinal} topic we discussed was",
-                (answer,),
-                "include",
-                cloze_stop=("\n", "USER:"),
-            )
-            for ordinal, question, answer in zip(
-                ("first", "second", "third"), row["question"], row["answers"], strict=False
-            )
-        ]
-        yield Example("".join(topics[:held]).strip(), tuple(asked[: min(held, request.questions)]))
+        asked = []
+        for n, (ordinal, turn) in enumerate(zip(ORDINALS, topics[:held], strict=False)):
+            if n < len(row["question"]):
+                question, answer = row["question"][n], row["answers"][n]
+            else:
+                question = row["question"][0].replace(ORDINALS[0], ordinal)
+                name = turn.removeprefix(TOPIC).split("\n")[0].strip().rstrip(".")
+                answer = name[:1].upper() + name[1:]
+            lead = f"USER: {question.split('?')[0]}? \n ASSISTANT: The {ordinal} topic we discussed was"
+            asked.append(Question(f"Q: {question}", lead, (answer,), "include", cloze_stop=("\n", "USER:")))
+        yield Example("".join(topics[:held]).strip(), tuple(asked[: request.questions]))
 
 
 def scbench(name: str, metric: str, max_tokens: int) -> Callable[[Request], Iterator[Example]]:
