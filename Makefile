@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/.torch: tools/install_torch.py
 	@test -n "$(PYTHON)" || { echo "expected Python 3.10 or newer with venv, got none of: $(CANDIDATES); set PYTHON"; exit 1; }

@@ -287,7 +287,11 @@ def describe(model: Model, commit: str | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(model.device)
         if model.device.type == "cuda"
         else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "triton")}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # with the build, as +cu126, which the package's metadata may leave out
+            "triton": _version("triton"),
+        },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
