@@ -225,7 +225,10 @@ def _ragged_on_host(q: Tensor, context: RaggedKV, scale: float, window: int | No
     bounds = context.offsets.tolist()
     heads, batch, tokens = len(bounds) - 1, q.shape[0], q.shape[2]
     rows = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
-    k, v = (x if isinstance(x, Tensor) else ops.dequantize(x, dtype=q.dtype) for x in (context.k, context.v))
+    k, v = (
+        x if isinstance(x, Tensor) else ops.dequantize(x, dtype=q.dtype, offsets=context.offsets)
+        for x in (context.k, context.v)
+    )
     spans = [
         (start if window is None else max(start, stop - window), stop) for start, stop in itertools.pairwise(bounds)
     ]

@@ -321,7 +321,7 @@ def _pack(
                 layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=bounds[-1]
             )
             if bits is not None:
-                k, v = ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)
+                k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
             context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds)))
         else:
             context.append(layer)

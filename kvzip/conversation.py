@@ -222,7 +222,8 @@ def _prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tenso
     if isinstance(layer.k, Tensor):
         return layer.k[rows]
     k, flat = layer.k, rows.flatten()
-    keys = ops.dequantize(Quantized(k.codes[flat], k.scale[flat], k.zero[flat], k.bits, k.group), dtype=dtype)
+    prefix = replace(k, codes=k.codes[flat], scale=k.scale[flat], zero=k.zero[flat])
+    keys = ops.dequantize(prefix, dtype=dtype, offsets=torch.arange(len(rows) + 1, device=rows.device).int() * start)
     return rearrange(keys, "(h a) d -> h a d", h=len(rows))
 
 
@@ -244,8 +245,9 @@ def _join(layer: RaggedKV, k: Tensor, v: Tensor, offsets: Tensor, positions: Ten
     def rows(x: Tensor | Quantized, y: Tensor) -> Tensor | Quantized:
         if isinstance(x, Tensor):
             return put(x, y)
-        z = ops.quantize(y, bits=x.bits, group=x.group)
-        return Quantized(put(x.codes, z.codes), put(x.scale, z.scale), put(x.zero, z.zero), x.bits, x.group)
+        whose = None if x.channels is None else offsets
+        z = ops.quantize(y, bits=x.bits, group=x.group, offsets=whose, channels=x.channels)
+        return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
 
     joined = layer.offsets + offsets
     return RaggedKV(

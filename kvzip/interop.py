@@ -136,7 +136,7 @@ def _rows(
     """Keys or values of one uniform layer, its tail behind."""
     rows = getattr(kv, name)
     if isinstance(kv, RaggedKV):
-        rows = rows if isinstance(rows, Tensor) else ops.dequantize(rows, dtype=dtype)
+        rows = rows if isinstance(rows, Tensor) else ops.dequantize(rows, dtype=dtype, offsets=kv.offsets)
         rows = rearrange(rows, "(h s) d -> 1 h s d", h=len(kv.offsets) - 1)
     if cache.tail is None:
         return rows

@@ -55,7 +55,9 @@ def add(rows: Rows, positions: Sequence[int], k: Tensor, v: Tensor) -> None:
 def _context_rows(layer) -> list[Rows]:
     heads: list[Rows] = []
     if isinstance(layer, RaggedKV):
-        k, v = (x if isinstance(x, Tensor) else kvzip.ops.dequantize(x) for x in (layer.k, layer.v))
+        k, v = (
+            x if isinstance(x, Tensor) else kvzip.ops.dequantize(x, offsets=layer.offsets) for x in (layer.k, layer.v)
+        )
         for start, stop in zip(layer.offsets[:-1].tolist(), layer.offsets[1:].tolist(), strict=True):
             positions = layer.positions[start:stop].tolist()
             assert positions == sorted(positions)
@@ -68,6 +70,27 @@ def _context_rows(layer) -> list[Rows]:
         heads.append({})
         add(heads[-1], range(first, first + len(k)), k, v)
     return heads
+
+
+def half_steps(layer: RaggedKV, head: int, name: str, row: Sequence[float]) -> list[float]:
+    """Returns how far each value of a row may move when the layer packs it as one of `name` ("k" or "v") of a head."""
+    x = getattr(layer, name)
+    if x.channels is None:
+        center, spread = [0.0] * len(row), [1.0] * len(row)
+    else:
+        center, spread = x.channels.center[head].tolist(), x.channels.spread[head].tolist()
+    rest = [(value - c) / s for value, c, s in zip(row, center, spread, strict=True)]
+    step = (max(rest) - min(rest)) / (2**x.bits - 1)
+    return [0.501 * step * s for s in spread]
+
+
+def within(layer: RaggedKV, head: int, old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> bool:
+    """Whether a packed key and value are within half a step of what they were."""
+    return all(
+        abs(a - b) <= most
+        for name, x, y in zip("kv", old, new, strict=True)
+        for a, b, most in zip(x, y, half_steps(layer, head, name, x), strict=True)
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Compression: exact counts, real eviction, what is kept whatever its score, and pruned attention's law."""
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -244,11 +245,17 @@ def test_packed_contexts_are_smaller_and_within_half_a_step(model, bits):
     cache = scored(model)
     wide, packed = kvzip.compress(cache, 0.5), kvzip.compress(cache, 0.5, bits=bits)
     assert torch.equal(kept(wide), kept(packed)) and wide.kept == packed.kept
+    offsets = packed.context[0].offsets
     for name in ("k", "v"):
         want, got = getattr(wide.context[0], name), getattr(packed.context[0], name)
         assert got.codes.nbytes == want.numel() * bits // 8
-        error = (kvzip.ops.dequantize(got) - want).abs()
-        assert (error <= got.scale.float() / 2 * (1 + 1e-3) + 1e-6).all()
+        error = (kvzip.ops.dequantize(got, offsets=offsets) - want).abs()
+        spread = 1.0
+        if name == "k":
+            spread = got.channels.spread.repeat_interleave(offsets.diff(), 0)
+            centers = torch.stack([want[a:b].mean(0) for a, b in itertools.pairwise(offsets.tolist())])
+            torch.testing.assert_close(got.channels.center, centers, atol=0.2, rtol=0)
+        assert (error <= got.scale.float() * spread / 2 * (1 + 1e-3) + 1e-6).all()
     assert kvzip.generate(model, packed, ["Who?", "x"], max_tokens=4)
     with pytest.raises(ValueError, match="bits of 8 or 4"):
         kvzip.compress(cache, 0.5, bits=3)

@@ -21,8 +21,8 @@ ALLOWED = {
 _STAGES = (
     "prefilling",
     "scoring",
-    "streaming",
     "compression",
+    "streaming",
     "scores",
     "decoding",
     "generation",

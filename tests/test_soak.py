@@ -174,11 +174,9 @@ def quantized(cache, account: Account, positions: range) -> Account:
     """The account with rows as the cache has packed them: within half a step of what they were."""
     held, actual = copied(account.held), plain_cache.read(cache)
     for layer in (0, 2):
-        for rows, found in zip(held[layer], actual[layer], strict=True):
+        for head, (rows, found) in enumerate(zip(held[layer], actual[layer], strict=True)):
             for position in set(positions) & set(rows):
-                for old, new in zip(rows[position], found[position], strict=True):
-                    step = (max(old) - min(old)) / (2**account.bits - 1)
-                    assert max(abs(a - b) for a, b in zip(old, new, strict=True)) <= 0.501 * step
+                assert plain_cache.within(cache.context[layer], head, rows[position], found[position])
                 rows[position] = found[position]
     return replace(account, held=held)
 

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..ops import Quantized, decode_schedule
+from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
 from .levels import LEVELS, encode_levels
 from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
 
-VERSION = (1, 2)  # of the format: another major version cannot be read, a newer minor one can
+VERSION = (2, 0)  # of the format: a newer major version cannot be read, a newer minor or older one can
 _OTHERS = {"Scores": "kvzip.scores.load", "HeadScores": "kvzip.head_scores.load"}  # files that hold no cache
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
@@ -149,9 +149,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         known = isinstance(major, int) and isinstance(minor, int)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"expected a file written by kvzip.save, got {path.name} without its header") from error
-    if not known or major != VERSION[0]:
+    if not known or not 1 <= major <= VERSION[0]:
         raise ValueError(
-            f"expected a cache file of version {VERSION[0]}.x, got {major}.{minor} in {path.name}: "
+            f"expected a cache file of version {VERSION[0]}.x or older, got {major}.{minor} in {path.name}: "
             "read it with the version of kvzip that wrote it"
         )
     return header
@@ -298,6 +298,10 @@ def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[st
             if isinstance(x, Quantized):
                 kind |= {"bits": x.bits, "group": x.group}
                 tensors |= {f"layers.{index}.{name}.{part}": getattr(x, part) for part in ("codes", "scale", "zero")}
+                if x.channels is not None:
+                    kind["channels"] = True
+                    channels = {part: getattr(x.channels, part) for part in ("center", "spread")}
+                    tensors |= {f"layers.{index}.{name}.{part}": tensor for part, tensor in channels.items()}
             else:
                 tensors[f"layers.{index}.{name}"] = x
         if isinstance(layer, RaggedKV):
@@ -449,6 +453,10 @@ class _Reader:
         offsets = self.take(f"{name}.offsets", (None,), torch.int32)
         positions = self.take(f"{name}.positions", (None,), torch.int32)
         k, v = (self.rows(f"{name}.{part}", spec, len(positions)) for part in ("k", "v"))
+        if _flag({"channels": False} | spec, "channels"):
+            if not isinstance(k, Quantized):
+                raise _Bad(f"channels of {name}, which is not quantized")
+            k = replace(k, channels=self.channels(f"{name}.k", (len(offsets) - 1, head_dim(k))))
         _require(head_dim(k) == head_dim(v), f"k and v of {name} differ in width")
         _require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
         _require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
@@ -477,6 +485,12 @@ class _Reader:
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
         _require(finite, f"scales of {name} that are not finite")
         return Quantized(codes, scale, zero, bits, group)
+
+    def channels(self, name: str, shape: tuple[int, int]) -> Channels:
+        center, spread = (self.take(f"{name}.{part}", shape, torch.float32) for part in ("center", "spread"))
+        fit = center.is_meta or bool(center.isfinite().all() and spread.isfinite().all() and (spread > 0).all())
+        _require(fit, f"channels of {name} that are no numbers or not above 0")
+        return Channels(center, spread)
 
     def tail(self, layers: list[Any]) -> Tail:
         k = tuple(

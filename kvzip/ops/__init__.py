@@ -5,12 +5,13 @@ from kvzip.ops.decode import DecodeSchedule, decode, decode_schedule, merge
 from kvzip.ops.linear import Norm, linear
 from kvzip.ops.norm import rms_norm
 from kvzip.ops.prune import prune
-from kvzip.ops.quantize import Quantized, dequantize, quantize
+from kvzip.ops.quantize import Channels, Quantized, dequantize, quantize
 from kvzip.ops.rotary import rotary
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
 
 __all__ = [
+    "Channels",
     "DecodeSchedule",
     "Norm",
     "Quantized",

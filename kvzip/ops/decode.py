@@ -107,7 +107,7 @@ def decode_reference(
     outs, lses = [], []
     for h, q_h in enumerate(heads):
         n = bounds[h + 1] - bounds[h]
-        k_h, v_h = (_rows(x, bounds[h], bounds[h + 1], dtype) for x in (k, v))
+        k_h, v_h = (_rows(x, bounds[h], bounds[h + 1], h, dtype) for x in (k, v))
         logits = q_h.flatten(0, 2) @ k_h.T
         logits = logits.unflatten(0, q_h.shape[:3])  # [B G T n]
         distance = place + n - torch.arange(n, device=q.device)
@@ -189,11 +189,14 @@ def merge_reference(
     return (weight_a * a + weight_b * b).to(a.dtype), lse
 
 
-def _rows(x: Float[Tensor, "N D"] | Quantized, start: int, stop: int, dtype: torch.dtype) -> Float[Tensor, "n D"]:
-    if isinstance(x, Quantized):
-        part = Quantized(x.codes[start:stop], x.scale[start:stop], x.zero[start:stop], x.bits, x.group)
-        return dequantize(part, dtype=dtype)
-    return x[start:stop].to(dtype)
+def _rows(
+    x: Float[Tensor, "N D"] | Quantized, start: int, stop: int, head: int, dtype: torch.dtype
+) -> Float[Tensor, "n D"]:
+    if isinstance(x, Tensor):
+        return x[start:stop].to(dtype)
+    part = Quantized(x.codes[start:stop], x.scale[start:stop], x.zero[start:stop], x.bits, x.group)
+    rows = dequantize(part, dtype=dtype)
+    return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 
 def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
@@ -239,6 +242,10 @@ def _check(
         if isinstance(x, Quantized):
             got = x.codes.shape[1] * 8 // x.bits
             devices = {x.codes.device, x.scale.device, x.zero.device}
+            if x.channels is not None:
+                shape = list(x.channels.center.shape)
+                if name == "v" or shape != [heads, width] or x.channels.spread.device not in devices:
+                    raise ValueError(f"expected channels of keys alone, [H={heads}, D={width}], got {shape} of {name}")
         else:
             got, devices = x.shape[1], {x.device}
             if x.dtype != q.dtype:

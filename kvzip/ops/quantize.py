@@ -1,19 +1,35 @@
 """Packs rows into 8 or 4 bits, with a scale and a zero for each group of values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, Int32, Int64, UInt8
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
+
+_SAMPLE = 256  # rows of a head from which its channels are measured
+_ROWS_AT_ONCE = 1 << 18  # of float32 held while channels are taken out
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What the D channels of each of H heads have in common: x = center[h] + spread[h] * rest.
+
+    Channels of keys differ by orders of magnitude, and a few are far from 0 in all rows; a row's 16 steps would be
+    spent on that. Spreads are powers of two, so that multiplying by one loses nothing.
+    """
+
+    center: Float32[Tensor, "H D"]
+    spread: Float32[Tensor, "H D"]
 
 
 @dataclass(frozen=True)
 class Quantized:
     """N rows of D values: value[n, d] = zero[n, d // group] + scale[n, d // group] * code[n, d].
 
-    With 8 bits byte d is code d; with 4 bits byte i is code 2i in its high half and code 2i + 1 in its low half.
+    With 8 bits byte d is code d; with 4 bits byte i is code 2i in its high half and code 2i + 1 in its low half. With
+    `channels` that is the rest of the value, of which the center and spread of its head were taken out.
     """
 
     codes: UInt8[Tensor, "N P"]  # P = D * bits / 8
@@ -21,9 +37,17 @@ class Quantized:
     zero: Float[Tensor, "N Q"]
     bits: int
     group: int
+    channels: Channels | None = None
 
 
-def quantize(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:
+def quantize(
+    x: Float[Tensor, "N D"],
+    *,
+    bits: int,
+    group: int | None = None,
+    offsets: Int32[Tensor, " H1"] | None = None,
+    channels: Channels | None = None,
+) -> Quantized:
     """The rows of x as codes of `bits` bits, asymmetric: code 0 is the least value of a group, the last its greatest.
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
@@ -37,18 +61,67 @@ def quantize(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) ->
     Args:
         bits: 8 or 4.
         group: values that share a scale, min(128, D) if not given.
+        offsets: rows offsets[h]:offsets[h + 1] are those of head h, whose channels are taken out first: the rest,
+            rounded to x's dtype, is what is packed.
+        channels: of these heads, from other rows of theirs; None measures them, as mean and root mean square of up to
+            256 rows spread over each head.
 
-    Raises: ValueError if bits is neither, D is not divisible by group, x is not finite, or 4 bits meet an odd group;
-        TypeError for a float64 x.
+    Raises: ValueError if bits is neither, D is not divisible by group, x is not finite, 4 bits meet an odd group, or
+        there are channels without offsets; TypeError for a float64 x.
+    Source: per-channel scales of keys as in KIVI, arXiv 2402.02750, here of a whole head and folded into the query.
     """
     group = min(128, x.shape[1]) if group is None else group
     _check(x, bits, group)
-    return _quantize_op(x)(x, bits=bits, group=group)
+    if offsets is None:
+        if channels is not None:
+            raise ValueError("expected offsets with channels, got none: they say which rows are which head's")
+        return _quantize_op(x)(x, bits=bits, group=group)
+    channels = measure_channels(x, offsets) if channels is None else channels
+    rest = torch.empty_like(x)
+    for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, _heads(offsets, len(x)))), strict=True):
+        out.copy_((rows.float() - channels.center[head]) / channels.spread[head])
+    return replace(_quantize_op(x)(rest, bits=bits, group=group), channels=channels)
 
 
-def dequantize(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:
-    """The values that the codes stand for, computed in float32 and rounded once to dtype."""
-    return _dequantize_op(q.codes)(q, dtype=dtype)
+def dequantize(
+    q: Quantized, *, dtype: torch.dtype = torch.float32, offsets: Int32[Tensor, " H1"] | None = None
+) -> Float[Tensor, "N D"]:
+    """The values that the codes stand for, computed in float32 and rounded once to dtype.
+
+    Args:
+        offsets: of the heads whose rows they are; needed where `q` has channels.
+
+    Raises: ValueError for channels without offsets.
+    """
+    if q.channels is None:
+        return _dequantize_op(q.codes)(q, dtype=dtype)
+    if offsets is None:
+        raise ValueError("expected offsets, got none: the rows have channels, and offsets say which head's")
+    head = _heads(offsets, len(q.codes))
+    rest = _dequantize_op(q.codes)(q, dtype=torch.float32)
+    return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).to(dtype)
+
+
+def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
+    """Returns center and spread of each head's channels, and waits for nothing; a head without rows has 0 and 1.
+
+    The spread is the power of two nearest to the root mean square around the center, 1 where that is 0 or not finite.
+    """
+    heads, width = len(offsets) - 1, x.shape[1]
+    if len(x) == 0:
+        return Channels(*(x.new_full((heads, width), value, dtype=torch.float32) for value in (0.0, 1.0)))
+    counts = offsets.diff().long()[:, None]
+    rows = offsets[:-1, None] + torch.arange(_SAMPLE, device=x.device) * counts // _SAMPLE  # short heads: some twice
+    sample = x[rows.clamp(max=len(x) - 1)].float()  # [H _SAMPLE D]
+    center = sample.mean(1).masked_fill(counts == 0, 0)
+    power = (sample - center[:, None]).square().mean(1).log2().mul(0.5).round().clamp(-60, 60)
+    usable = power.isfinite() & (counts > 0) & (power > -60)
+    return Channels(center.where(center.isfinite(), 0.0), torch.exp2(power.where(usable, 0.0)))
+
+
+def _heads(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
+    """The head of each row."""
+    return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
 
 
 def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:

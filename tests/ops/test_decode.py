@@ -17,7 +17,7 @@ from kvzip.ops.decode import (
     merge,
     merge_reference,
 )
-from kvzip.ops.quantize import Quantized, dequantize, quantize
+from kvzip.ops.quantize import Channels, Quantized, dequantize, quantize
 
 pytest.importorskip("triton")
 
@@ -42,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, device=DEVICE) -> dict:
+def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE) -> dict:
     """Random inputs of `decode`. Tails hold NaN where they are not written, and are slices of something larger."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,7 +53,10 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, device=DEVICE) -> di
     k, v = (draw(sum(lengths), D) for _ in "kv")
     found = {"q": draw(B, H * G, T, D), "k": k, "v": v, "offsets": offsets}
     if bits is not None and sum(lengths):
-        found |= {name: quantize(found[name], bits=bits) for name in "kv"}
+        if channels:
+            found["k"] = stretch(found["k"], generator)
+        found["k"] = quantize(found["k"], bits=bits, offsets=offsets if channels else None)
+        found["v"] = quantize(found["v"], bits=bits)
     if R:
         ends = torch.randint(0, R + 1, (B,), generator=generator, dtype=torch.int32)
         tails = [torch.full((B, H, R + 3, D), math.nan, dtype=dtype) for _ in "kv"]
@@ -64,20 +67,33 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, device=DEVICE) -> di
     return {name: move(x, device) for name, x in found.items()}
 
 
+def stretch(k: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows whose channels differ in size by up to 16 times, and are as far from 0."""
+    size, center = (torch.rand(k.shape[1], generator=generator) * 4 - 2 for _ in range(2))
+    return (k.float() * size.exp2() + center * size.exp2()).to(k.dtype)
+
+
 def move(x, device):
     if isinstance(x, Quantized):
-        return Quantized(*(part.to(device) for part in (x.codes, x.scale, x.zero)), x.bits, x.group)
+        channels = None if x.channels is None else Channels(*(t.to(device) for t in vars(x.channels).values()))
+        return Quantized(*(t.to(device) for t in (x.codes, x.scale, x.zero)), x.bits, x.group, channels)
     return tuple(part.to(device) for part in x) if isinstance(x, tuple) else x.to(device)
 
 
-def widen(x):
+def widen(x, offsets):
     """The same values in float64; codes stand for their value in exact arithmetic."""
     if isinstance(x, Quantized):
         codes = x.codes if x.bits == 8 else torch.stack([x.codes >> 4, x.codes & 15], dim=2).flatten(1)
         steps = codes.double().unflatten(1, (-1, x.group))
-        return (steps * x.scale.double()[..., None] + x.zero.double()[..., None]).flatten(1)
+        rest = (steps * x.scale.double()[..., None] + x.zero.double()[..., None]).flatten(1)
+        if x.channels is None:
+            return rest
+        spread, center = (
+            t.double().repeat_interleave(offsets.diff(), 0) for t in (x.channels.spread, x.channels.center)
+        )
+        return rest * spread + center
     if isinstance(x, tuple):
-        return tuple(widen(part) for part in x)
+        return tuple(widen(part, offsets) for part in x)
     return x.double() if x.is_floating_point() else x
 
 
@@ -91,7 +107,7 @@ def check_kernel(inputs: dict, schedule: DecodeSchedule | None = None, **options
     head, rest = split(inputs)
     got = decode_triton(*head, schedule=schedule, **rest, **options)
     plain = decode_reference(*head, **rest, **options)
-    head, rest = split({name: widen(x) for name, x in inputs.items()})
+    head, rest = split({name: widen(x, inputs["offsets"]) for name, x in inputs.items()})
     exact = decode_reference(*head, **rest, **options)
     assert_as_accurate(got[0], exact[0], plain[0])
     lse = plain[1]
@@ -103,10 +119,17 @@ def check_kernel(inputs: dict, schedule: DecodeSchedule | None = None, **options
 
 
 def lse_rounding(inputs: dict, *, scale: float, **_) -> float:
-    k = inputs["k"]
+    k, q = inputs["k"], inputs["q"].float()
+    largest = torch.zeros(())
+    if k.channels is not None:  # q . center is added last, in one more rounding
+        group = q.shape[1] // len(k.channels.center)
+        center, spread = (x.repeat_interleave(group, 0)[:, None] for x in (k.channels.center, k.channels.spread))
+        largest = (q * center).sum(-1).abs().amax().cpu()
+        q = q * spread
     middle = k.zero.float() + 2 ** (k.bits - 1) * k.scale.float()
-    sums = inputs["q"].float().unflatten(-1, (-1, k.group)).sum(-1).abs()
-    return 2 * torch.finfo(torch.float32).eps * scale * sums.amax() * middle.abs().amax() * k.zero.shape[1]
+    sums = q.unflatten(-1, (-1, k.group)).sum(-1).abs()
+    largest += (sums.amax() * middle.abs().amax() * k.zero.shape[1]).cpu()
+    return float(2 * torch.finfo(torch.float32).eps * scale * largest)
 
 
 def one_row(inputs, b, head, t, scale, softcap, window) -> tuple[Tensor, Tensor]:
@@ -168,10 +191,13 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
     bits=st.sampled_from([8, 4]),
+    channels=st.booleans(),
     **SHAPES,
 )
-def test_kernel_reads_codes_as_accurately_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype, bits):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits)
+def test_kernel_reads_codes_as_accurately_as_the_reference(
+    seed, B, G, T, lengths, R, softcap, window, D, dtype, bits, channels
+):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
@@ -216,7 +242,7 @@ def test_two_halves_merged_equal_the_whole(seed, cut):
     for rows in (slice(0, cut), slice(cut, 50)):
         offsets = torch.tensor([0, len(k[rows])], dtype=torch.int32, device=DEVICE)
         parts += decode_triton(q, k[rows], v[rows], offsets, scale=0.1)
-    exact = decode_reference(*(widen(x) for x in split(inputs)[0]), scale=0.1)
+    exact = decode_reference(*(widen(x, inputs["offsets"]) for x in split(inputs)[0]), scale=0.1)
     plain = decode_reference(*split(inputs)[0], scale=0.1)
     for run in (merge_triton, merge_reference):
         for got, want, base in zip(run(*parts), exact, plain, strict=True):
@@ -320,18 +346,21 @@ def test_what_does_not_fit_raises(change, message):
 COMPILE = """
 import torch
 from kvzip.ops.decode import decode_schedule
-from kvzip.ops.quantize import Quantized
+from kvzip.ops.quantize import Channels, Quantized
 from kvzip.ops.triton import decode as module
 module.overlaps_launches = lambda x: {capability} >= 90
 def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
     offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
+    v = k
     if bits < 16:
         steps = torch.empty(9000, max(1, D // 128), dtype=torch.float16)
-        k = Quantized(torch.empty(9000, D * bits // 8, dtype=torch.uint8), steps, steps, bits, min(D, 128))
+        codes, channels = torch.empty(9000, D * bits // 8, dtype=torch.uint8), torch.empty(2, D)
+        v = Quantized(codes, steps, steps, bits, min(D, 128))
+        k = Quantized(codes, steps, steps, bits, min(D, 128), Channels(channels, channels))
     ends = (torch.empty(B, 2, 512, D, dtype=dtype),) * 2 + (torch.empty(B, dtype=torch.int32),)
     schedule = decode_schedule(offsets, processors=132)
-    module.decode_triton(q, k, k, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
+    module.decode_triton(q, k, v, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
                          tail=ends if tail else None)
 """
 
@@ -380,7 +409,7 @@ def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
 def test_compiled_kernel_over_the_grid_of_codes(dtype, D, bits, B, G):
-    check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits), scale=D**-0.5)
+    check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits, channels=G == 4), scale=D**-0.5)
 
 
 @pytest.mark.gpu
@@ -428,9 +457,9 @@ def test_interpreter_runs_where_there_is_no_gpu():
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4]))
-def test_reference_of_codes_is_the_reference_of_their_values(seed, bits):
-    inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits)
+@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4]), channels=st.booleans())
+def test_reference_of_codes_is_the_reference_of_their_values(seed, bits, channels):
+    inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits, channels)
     head, _ = split(inputs)
-    values = [dequantize(x) for x in head[1:3]]
+    values = [dequantize(x, offsets=head[3]) for x in head[1:3]]
     assert torch.equal(decode_reference(*head, scale=0.1)[0], decode_reference(head[0], *values, head[3], scale=0.1)[0])

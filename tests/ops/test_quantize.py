@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvzip.ops.quantize import Quantized, dequantize, dequantize_reference, quantize, quantize_reference
+from kvzip.ops.quantize import (
+    Channels,
+    Quantized,
+    dequantize,
+    dequantize_reference,
+    measure_channels,
+    quantize,
+    quantize_reference,
+)
 from kvzip.ops.triton.quantize import dequantize_triton, quantize_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,6 +140,59 @@ def test_values_that_are_not_finite_raise(value):
     for quantizer in (quantize_reference, quantize_triton):
         with pytest.raises(ValueError, match="finite"):
             quantizer(x, bits=8)
+
+
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 3, 300, 700]), min_size=1, max_size=4), dtype=st.sampled_from(DTYPES),
+    bits=BITS, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_channels_are_those_of_each_head_and_leave_half_a_step_of_the_rest(lengths, dtype, bits, seed):
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    generator = torch.Generator().manual_seed(seed)
+    size, center = (torch.randn(len(lengths), 64, generator=generator).to(DEVICE) * x for x in (2.0, 30.0))
+    owner = torch.arange(len(lengths), device=DEVICE).repeat_interleave(offsets.diff())
+    x = (rows(sum(lengths), 64, torch.float32, seed) * size.exp2()[owner] + center[owner]).to(dtype)
+    q = quantize(x, bits=bits, offsets=offsets)
+    for head, length in enumerate(lengths):
+        part = x[owner == head].float()
+        mean, spread = q.channels.center[head], q.channels.spread[head]
+        assert torch.equal(spread.log2(), spread.log2().round())
+        if length == 0:
+            assert (mean == 0).all() and (spread == 1).all()
+        elif length >= 300:  # of 256 of them, so within six standard errors; powers of two are within a root of 2
+            deviation = part.std(0).clamp(min=1e-6)
+            assert ((mean - part.mean(0)).abs() < 6 * deviation / 16 + 1e-3).all()
+            assert (part.std(0) < 1e-6).logical_or((spread / deviation).log2().abs() < 0.8).all()
+    spread, middle = q.channels.spread[owner], q.channels.center[owner]
+    rest = ((x.float() - middle) / spread).to(dtype)
+    assert_within_half_a_step(rest, Quantized(q.codes, q.scale, q.zero, bits, 64))
+    back = dequantize(q, offsets=offsets)
+    assert torch.allclose(back, dequantize(quantize(rest, bits=bits)) * spread + middle, rtol=1e-6, atol=1e-5)
+    more = quantize(x, bits=bits, offsets=offsets, channels=q.channels)
+    assert_same(more, q)
+    assert more.channels is q.channels
+
+
+def test_channels_make_room_for_what_differs():
+    """Keys with a large common part and one wide channel: nearly all of 16 steps went there."""
+    x = rows(500, 64, torch.float32)
+    x[:, 3] *= 50
+    x[:, 7] += 200
+    offsets = torch.tensor([0, 500], dtype=torch.int32, device=DEVICE)
+    apart = dequantize(quantize(x, bits=4, offsets=offsets), offsets=offsets)
+    together = dequantize(quantize(x, bits=4))
+    others = [n for n in range(64) if n not in (3, 7)]
+    assert (apart - x)[:, others].square().mean() < (together - x)[:, others].square().mean() / 50
+
+
+def test_channels_need_offsets():
+    x, offsets = rows(4, 64, torch.float32), torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
+    channels = measure_channels(x, offsets)
+    assert isinstance(channels, Channels)
+    with pytest.raises(ValueError, match="expected offsets with channels"):
+        quantize(x, bits=8, channels=channels)
+    with pytest.raises(ValueError, match="expected offsets, got none"):
+        dequantize(quantize(x, bits=8, offsets=offsets))
 
 
 def test_strided_rows_and_no_rows():

@@ -124,6 +124,8 @@ def launch(
     if (bits, k_group) != (v_bits, v_group):
         raise ValueError(f"expected k and v packed alike, got {bits} bits by {k_group} and {v_bits} bits by {v_group}")
     tail_k, tail_v, lengths = (q, q, offsets) if tail is None else tail
+    channels = k.channels if isinstance(k, Quantized) else None
+    center, spread = (k_scale, k_scale) if channels is None else (channels.center, channels.spread)
     check_rows(q=q, k=k_codes, v=v_codes, tail_k=tail_k, tail_v=tail_v)
     compute = compute_dtype(q)
     packed = bits < 16 and compute != tl.float32 and not interpreted()
@@ -143,7 +145,7 @@ def launch(
     programs = count * row_blocks + queries * heads * splits * tail_blocks
     if programs:
         _decode_kernel[(programs,)](
-            q, k_codes, v_codes, k_scale, k_zero, v_scale, v_zero, offsets, pieces.bounds,
+            q, k_codes, v_codes, k_scale, k_zero, v_scale, v_zero, center, spread, offsets, pieces.bounds,
             tail_k, tail_v, lengths, part, part_lse,
             *q.stride()[:3], k_codes.stride(0), v_codes.stride(0), *tail_k.stride()[:3], *tail_v.stride()[:3],
             float(scale), float(softcap or 1.0), 0 if window is None else window,
@@ -151,7 +153,7 @@ def launch(
             G=group, D=width, BITS=bits, GROUP=k_group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             TAIL_M=tail_m, TAIL_N=tail_n, SOFTCAP=softcap is not None, WINDOW=window is not None, TAIL=splits > 0,
             COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, OVERLAP=overlap,
-            EARLY=early, SHORT=len(k_codes) < config.block_n,
+            CHANNELS=channels is not None, EARLY=early, SHORT=len(k_codes) < config.block_n,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_options(early),
         )  # fmt: skip
     # As a rule one step of the loop takes all the partial results of a row; more are taken when heads are unequal.
@@ -192,7 +194,8 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
 )
 @no_type_check
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, offsets_ptr, bounds_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
+    offsets_ptr, bounds_ptr,
     tail_k_ptr, tail_v_ptr, lengths_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn,
     stride_tkb, stride_tkh, stride_tkr, stride_tvb, stride_tvh, stride_tvr,
@@ -201,7 +204,7 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, TAIL_N: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, TAIL: tl.constexpr, COMPUTE: tl.constexpr,
     CODE_COMPUTE: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
-    SHORT: tl.constexpr,
+    SHORT: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows against one piece of the context (programs 0 to count * row_blocks) or of a tail."""
     if OVERLAP:
@@ -241,10 +244,11 @@ def _decode_kernel(
             )  # fmt: skip
         else:
             codes_piece(
-                q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, part_ptr, part_lse_ptr,
+                q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
+                part_ptr, part_lse_ptr,
                 stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
                 head, row, rows, piece, start, stop, low, high, rows, tokens,
-                G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, CODE_COMPUTE, PACKED, SHORT,
+                G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, CODE_COMPUTE, PACKED, SHORT, CHANNELS,
             )  # fmt: skip
     elif TAIL:
         if EARLY:

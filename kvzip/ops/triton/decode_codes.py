@@ -140,8 +140,13 @@ def _add_weighted(
 
 @triton.jit
 @no_type_check
-def _load_q(q_row, w, live, factor, PART: tl.constexpr, EACH: tl.constexpr, COMPUTE: tl.constexpr):
+def _load_q(
+    q_row, spread, w, live, factor, W: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr, COMPUTE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
     q = tl.load(q_row[None, :] + (EACH * w + PART)[:, None], mask=live, other=0).to(tl.float32)
+    if CHANNELS:
+        q *= tl.load(spread + EACH * w + PART, mask=w < W, other=0)[:, None]
     LIFT: tl.constexpr = 16.0 if EACH == 4 and PART % 2 == 1 else 1.0
     return (q * (factor * LIFT)).to(COMPUTE)
 
@@ -149,18 +154,20 @@ def _load_q(q_row, w, live, factor, PART: tl.constexpr, EACH: tl.constexpr, COMP
 @triton.jit
 @no_type_check
 def codes_piece(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, part_ptr, part_lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
+    part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
     head, row, row_stop, slot, start, stop, low, high, rows, tokens,
     G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, BANDED: tl.constexpr, COMPUTE: tl.constexpr,
-    PACKED: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, MASKED: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Writes the attention of rows row:row_stop over keys start:stop of one head to slot of the partial results.
 
     The logit of a row q and a key with codes c is scale * (step * (q . (c - half)) + (zero + half * step) * sum(q)),
-    and weights p give sum(p * step * c) + sum(p * zero). BANDED: row i sees low[i] <= key < high[i] only; MASKED: the
-    context is shorter than BLOCK_N.
+    and weights p give sum(p * step * c) + sum(p * zero). With CHANNELS q is multiplied by its head's spread before
+    that, and scale * q . center is added. BANDED: row i sees low[i] <= key < high[i] only; MASKED: the context is
+    shorter than BLOCK_N.
     """
     EACH: tl.constexpr = 16 // BITS  # values in a word
     W: tl.constexpr = D // EACH
@@ -188,18 +195,23 @@ def codes_piece(
     # Float16 holds all rows once their largest finite value is near 2 ** 10: a power of two takes it there.
     d = tl.arange(0, BLOCK_W * EACH)
     whole = tl.load(q_row[None, :] + d[:, None], mask=(d < D)[:, None] & (m < row_stop)[None, :], other=0)
-    top = tl.max(tl.abs(whole.to(tl.float32)), 0).to(tl.int32, bitcast=True) >> 23
+    whole = whole.to(tl.float32)
+    spread = spread_ptr + head * D
+    if CHANNELS:  # q . (center + spread * rest) = q . center + (q * spread) . rest
+        central = tl.sum(whole * tl.load(center_ptr + head * D + d, mask=d < D, other=0)[:, None], 0) * scale
+        whole *= tl.load(spread + d, mask=d < D, other=0)[:, None]
+    top = tl.max(tl.abs(whole), 0).to(tl.int32, bitcast=True) >> 23
     top = tl.max(tl.where(top == 255, 0, top), 0)
     top = tl.minimum(tl.maximum(top, 27), 227)
     factor = ((264 - top) << 23).to(tl.float32, bitcast=True)  # 2 ** (10 - exponent of the largest)
     unit = ((top - 10) << 23).to(tl.float32, bitcast=True) * (scale / softcap if SOFTCAP else scale * LOG2_E)
-    q = _load_q(q_row, w, live_q, factor, 0, EACH, COMPUTE)  # [BLOCK_W, BLOCK_M]
-    q_1 = _load_q(q_row, w, live_q, factor, 1, EACH, COMPUTE)
+    q = _load_q(q_row, spread, w, live_q, factor, W, 0, EACH, COMPUTE, CHANNELS)  # [BLOCK_W, BLOCK_M]
+    q_1 = _load_q(q_row, spread, w, live_q, factor, W, 1, EACH, COMPUTE, CHANNELS)
     q_2, q_3 = q, q_1
     q_even, q_odd = q.to(tl.float32), q_1.to(tl.float32)
     if BITS == 4:
-        q_2 = _load_q(q_row, w, live_q, factor, 2, EACH, COMPUTE)
-        q_3 = _load_q(q_row, w, live_q, factor, 3, EACH, COMPUTE)
+        q_2 = _load_q(q_row, spread, w, live_q, factor, W, 2, EACH, COMPUTE, CHANNELS)
+        q_3 = _load_q(q_row, spread, w, live_q, factor, W, 3, EACH, COMPUTE, CHANNELS)
         q_even, q_odd = q_even + q_2.to(tl.float32), (q_odd + q_3.to(tl.float32)) * (1 / 16)
     q_word = q_even + q_odd  # sums of the values of a word
     q_sum = tl.sum(q_word, 0)
@@ -256,6 +268,8 @@ def codes_piece(
                 middle += bias
             x += y * (k_step * (unit * (1 / UNIT)))[:, None] + middle
         if SOFTCAP:
+            if CHANNELS:
+                x += (central / softcap)[None, :]
             x = tanh(x) * (softcap * LOG2_E)
         if Q > 1 or SOFTCAP:
             x += bias
@@ -297,7 +311,10 @@ def codes_piece(
         total = tl.sum(total, 0)
         shift = tl.sum(shift, 0)
     place = slot.to(tl.int64) * rows + m
-    tl.store(part_lse_ptr + place, peak * LN_2 + tl.log(total), mask=m < row_stop)
+    lse = peak * LN_2 + tl.log(total)
+    if CHANNELS and not SOFTCAP:  # common to all logits of a row
+        lse += central
+    tl.store(part_lse_ptr + place, lse, mask=m < row_stop)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)[None, :]
     at_part = part_ptr + place[None, :] * D + (EACH * w)[:, None]
     tl.store(at_part, (acc * (1 / UNIT) + shift[None, :]) * share, mask=live_q)
