@@ -193,7 +193,7 @@ def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
 
 
 def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
-    figure, axes = _canvas(1, 1, title)
+    figure, axes = _canvas(1, 1, title, size=(5.4, 3.8))
     styles, lines = _styles(answers), {}
     for (method, ratio), value in sorted(relative(answers).items(), key=lambda item: item[0][1]):
         lines.setdefault(method, []).append((ratio, 100 * value))
@@ -201,33 +201,40 @@ def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
         if method != FULL:
             axes[0].plot(*zip(*points, strict=True), label=method, markersize=4, **styles[method])
     axes[0].axhline(100, color="black", linestyle="--", label=FULL)
-    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, 113))
+    top = max(110.0, *(value for points in lines.values() for _, value in points))
+    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
     return _png(_with_legend(figure, axes))
 
 
 def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
-    """A map for each method (a row of maps) and ratio (a column): lengths across, depths down, green for found."""
+    """A map for each method (a row of maps) and ratio (a column): lengths across, depths down, green for found.
+
+    The full cache, which has no ratio, is the first map of the last row.
+    """
     maps = group(answers, "method", "ratio")
-    methods, ratios = [m for (m,) in group(answers, "method")], sorted({ratio for _, ratio in maps})
+    methods = sorted((method for (method,) in group(answers, "method")), key=lambda method: method == FULL)
+    ratios = sorted({ratio for method, ratio in maps if method != FULL}) or [1.0]
     figure, axes = _canvas(len(methods), len(ratios), title, size=(1.6, 1.4))
     lengths = sorted({length for length, _ in group(answers, "length", "depth")})
     depths = sorted({depth for _, depth in group(answers, "length", "depth")})
     for n, axis in enumerate(axes):
         row, column = divmod(n, len(ratios))
-        own = summarize(maps.get((methods[row], ratios[column]), []), "length", "depth")
+        full = methods[row] == FULL
+        axis.set_visible(not full or column == 0)
+        own = summarize(maps.get((methods[row], 1.0 if full else ratios[column]), []), "length", "depth")
         means = {summary.group: summary.mean for summary in own}
         if means:
             grid = [[means.get((length, depth), float("nan")) for length in lengths] for depth in depths]
             axis.pcolormesh(grid, vmin=0, vmax=1, cmap="RdYlGn", edgecolors="white", linewidth=1)
-        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths if row == len(methods) - 1 else [])
+        lowest = row == len(methods) - 1 - (methods[-1] == FULL and column > 0)
+        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths if lowest else [])
         axis.set_yticks([y + 0.5 for y in range(0, len(depths), 5)], depths[::5] if column == 0 else [])
         axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
-        if row == 0:
+        if row == 0 and not full:
             axis.set_title(f"{ratios[column]:g} kept")
         if column == 0:
-            axis.set_ylabel(methods[row])
-    figure.supxlabel("tokens")
-    figure.supylabel("depth of the needle, %")
+            axis.set_ylabel(methods[row], rotation=0, ha="right", va="center")
+    figure.supxlabel("tokens; down: depth of the needle, %")
     return _png(figure)
 
 
@@ -264,7 +271,7 @@ def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:
     for axis in axes:
         axis.set_visible(axis.has_data())
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
     return figure
 
 
