@@ -299,6 +299,14 @@ def test_every_method_scores_global_layers_and_keeps_the_budget(name, dtype, cha
             assert kvzip.compress(scored, ratio, level=METHODS[name].level).kept == int(ratio * unit) * (total // unit)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 33])  # fewer than a sink, than a window, and one outside it
+@pytest.mark.parametrize("name", METHODS)
+def test_short_contexts_are_scored_and_kept_whole_at_ratio_one(name, tokens, model):
+    scored = METHODS[name].score(model, kvzip.prefill(model, "x" * tokens))
+    assert scored.scores.values.isfinite().all()
+    assert kept(scored, 1.0, name) == [[list(range(tokens))] * 2] * 2
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_another_models_cache_is_refused(name, model):
     other = random_model.make(random_model.config(), seed=1)
