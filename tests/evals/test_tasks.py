@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvzip.evals.metrics import check_metric, evaluate
-from kvzip.evals.tasks import GROUPS, TASKS, Example, Request, data, examples, expand
+from kvzip.evals.tasks import GROUPS, TASKS, Example, Request, data, examples, expand, synthetic
 from kvzip.evals.tasks.base import fit, insert
 
 GENERATED = [
@@ -131,6 +131,35 @@ def test_functions_lose_their_docstrings_and_keep_their_code() -> None:
         compile(code.removeprefix("@"), "function", "exec")
 
 
+@pytest.mark.parametrize("name", ["repoqa", "repoqa_kv"])
+def test_long_contexts_take_functions_of_other_modules_and_none_twice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, more = ([(f"def {kind}_{i}():\n    return {i}", f"{kind} {i}") for i in range(40)] for kind in ("few", "more"))
+    monkeypatch.setattr(synthetic, "library_functions", lambda: tuple(few))
+    monkeypatch.setattr(synthetic, "other_functions", lambda: tuple(more))
+    (short, _), (long, _) = make(f"{name}@200"), make(f"{name}@700")
+    assert "more_" not in short.context and all(code in long.context for code, _ in few)
+    assert 0 < long.context.count("more_") < 40
+    assert max(Counter(re.findall(r"def (\w+)", long.context)).values()) == 1
+    with pytest.raises(ValueError, match=r"expected a length of at most \d+ tokens for this task, got 5000: the stand"):
+        make(f"{name}@5000")
+
+
+def test_other_functions_are_of_other_modules_with_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doc = '    """Finds what is asked for in the list that is given, or says why it cannot."""\n'
+    body = "    for x in range(3):\n        pass\n    return None\n"
+    for module, names in {"bisect": "ab", "test/case": "c", "deep/other": "ad"}.items():
+        path = tmp_path / f"{module}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(f"def {name}():\n{doc}{body}" for name in names), encoding="utf-8")
+    monkeypatch.setattr(synthetic, "_STDLIB", tmp_path)
+    found = (synthetic.library_functions.__wrapped__(), synthetic.other_functions.__wrapped__())
+    assert [[code.split("(")[0] for code, _ in own] for own in found] == [["def a", "def b"], ["def d"]]
+
+
 def test_mixed_tasks_ask_their_parts_in_turn(files: str) -> None:
     (example, _) = make("repoqa_kv@3000", files)
     assert [question.facts["subtask"] for question in example.questions] == ["repoqa", "kv", "repoqa", "kv"]
@@ -210,6 +239,11 @@ def test_documents_hold_the_answers_among_distractors(files: str) -> None:
         for question in example.questions:
             assert question.answers[0] in example.context
             assert question.metric == "part"
+
+
+def test_a_length_beyond_the_documents_is_refused(files: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a length of at most .* which has 6 rows, got 9000"):
+        make("ruler_qa_1@9000", files)
 
 
 def test_paragraphs_stay_apart_or_are_joined_to_the_length(files: str) -> None:

@@ -186,7 +186,12 @@ def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
                 draws(request, f"{name} order", n).shuffle(shown)
                 return "\n\n".join(f"Document {i + 1}:\n{text}" for i, text in enumerate(shown))
 
-            count = min(len(order), fit(build, request.length, request.count))
+            count = fit(build, request.length, request.count)
+            if count > len(order):
+                raise ValueError(
+                    f"expected a length of at most {request.count(build(len(order)))} tokens for this task, which has "
+                    f"{len(order)} rows, got {request.length}"
+                )
             asked = [
                 Question(
                     f"Q: {row['question'][0]}",

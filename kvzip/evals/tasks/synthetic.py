@@ -8,7 +8,7 @@ import ast
 import random
 import string
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -37,6 +37,8 @@ textwrap threading timeit tokenize trace traceback turtle types typing unittest/
 urllib/request uuid warnings wave weakref webbrowser xml/dom/minidom zipfile zipapp
 """
 MODULES = _MODULES.split()
+_STDLIB = Path(sysconfig.get_path("stdlib"))
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "encodings"}
 
 Function = tuple[str, str]
 """A function's code without its docstring, and the docstring."""
@@ -181,13 +183,8 @@ def repoqa(request: Request) -> Iterator[Example]:
     for n in range(request.examples):
         known = list(library_functions())
         draws(request, "repoqa", n).shuffle(known)
-
-        def build(count: int, known: list[Function] = known) -> str:
-            return _code(first(known, count))
-
-        count = min(len(known), fit(build, request.length, request.count))
-        shown = first(known, count)
-        asked = draws(request, "repoqa questions", n).sample(shown, min(request.questions, count))
+        shown = fitting(known, _code, request, draws(request, "more functions", n))
+        asked = draws(request, "repoqa questions", n).sample(shown, min(request.questions, len(shown)))
         yield Example(_code(shown), tuple(_function_question(f, shown) for f in asked), CODE_INSTRUCTION)
 
 
@@ -222,38 +219,69 @@ def repoqa_kv(request: Request) -> Iterator[Example]:
         pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(half)]
         lines = [f'# "{key}": "{value}"' for key, value in pairs]
 
-        def build(count: int, known: list[Function] = known, lines: list[str] = lines) -> str:
-            shown = [code for code, _ in first(known, count)]
-            return insert(shown, lines, [i * len(shown) // len(lines) for i in range(len(lines))], joint="\n\n")
+        def build(functions: list[Function], lines: list[str] = lines) -> str:
+            places = [i * len(functions) // len(lines) for i in range(len(lines))]
+            return insert([code for code, _ in functions], lines, places, joint="\n\n")
 
-        count = min(len(known), fit(build, request.length, request.count))
-        shown = first(known, count)
-        asked = [_function_question(f, shown) for f in rng.sample(shown, min(half, count))]
+        shown = fitting(known, build, request, draws(request, "more functions", n))
+        asked = [_function_question(f, shown) for f in rng.sample(shown, min(half, len(shown)))]
         kinds = ["repoqa"] * len(asked) + ["kv"] * len(pairs)
         asked += [_kv_question(*pair) for pair in pairs]
-        yield Example(build(count), _labelled(asked, kinds)[: request.questions], CODE_INSTRUCTION)
+        yield Example(build(shown), _labelled(asked, kinds)[: request.questions], CODE_INSTRUCTION)
+
+
+def fitting(
+    known: list[Function], build: Callable[[list[Function]], str], request: Request, rng: random.Random
+) -> list[Function]:
+    """Returns the functions whose text is as long as fits: the first of those known, then others in a drawn order.
+
+    Raises: ValueError if there are not enough, or one is too long.
+    """
+    count = _most(known, build, request)
+    if count > len(known):
+        others = list(other_functions())
+        rng.shuffle(others)
+        known = known + others
+        count = _most(known, build, request)
+    if count <= len(known):
+        return known[:count]
+    raise ValueError(
+        f"expected a length of at most {request.count(build(known))} tokens for this task, got {request.length}: "
+        "the standard library has no more functions"
+    )
+
+
+def _most(known: list[Function], build: Callable[[list[Function]], str], request: Request) -> int:
+    """How many functions fit, if those known were repeated without end."""
+    return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
 
 
 @cache
 def library_functions() -> tuple[Function, ...]:
-    """Returns the documented functions of 4 to 40 lines of Python's standard library, no two with the same name."""
+    """Returns the documented functions of 4 to 40 lines of common modules of Python's standard library."""
+    paths = [_STDLIB / f"{module}.py" for module in MODULES]
+    return tuple(_functions([path for path in paths if path.exists()]).values())
+
+
+@cache
+def other_functions() -> tuple[Function, ...]:
+    """Returns such functions of the library's other modules, but for tests and those with a name that is known."""
+    paths = [path for path in sorted(_STDLIB.rglob("*.py")) if not set(path.relative_to(_STDLIB).parts) & _LEFT_OUT]
+    known = _functions([path for name in MODULES if (path := _STDLIB / f"{name}.py").exists()])
+    return tuple(function for name, function in _functions(paths).items() if name not in known)
+
+
+def _functions(paths: Sequence[Path]) -> dict[str, Function]:
+    """The functions in files by their names, the first of each."""
     found: dict[str, Function] = {}
-    for module in MODULES:
-        path = Path(sysconfig.get_path("stdlib")) / f"{module}.py"
-        if not path.exists():
-            continue
+    for path in paths:
         source = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 function = _without_docstring(source, node)
                 if function is not None:
                     found.setdefault(node.name, function)
-    return tuple(found.values())
-
-
-def first(known: list[Function], count: int) -> list[Function]:
-    """Returns the first `count` functions, repeated if there are fewer."""
-    return [known[i % len(known)] for i in range(count)]
+    return found
 
 
 def _without_docstring(source: str, node: ast.FunctionDef) -> Function | None:
