@@ -20,7 +20,7 @@ from .generation import Answer, generate, query_ids
 from .models import Model, run_attention
 from .ops import Quantized
 from .prefilling import check_count, check_length, context_ids, prompt_of, tokenizer_of
-from .scoring import check_fingerprint, repeats
+from .scoring import check_choice, check_fingerprint, plus_factors, repeats
 
 FOLDED = "+fold"  # in a cache's method: not all pairs of its turns were kept
 
@@ -109,33 +109,45 @@ def ask(
     return answer, extend(model, cache, torch.tensor([*asked, *answer.token_ids, *separator]))
 
 
-def fold(model: Model, cache: RaggedCache, ratio: float = 1.0, *, chunk: int = 2_000, hint: int = 8) -> RaggedCache:
+def fold(
+    model: Model,
+    cache: DenseCache | RaggedCache,
+    ratio: float = 1.0,
+    *,
+    method: str = "kvzip",
+    chunk: int = 2_000,
+    hint: int = 8,
+) -> RaggedCache:
     """Returns a cache whose context includes the tail: int(ratio * L * H * n) pairs of its n tokens, over all layers
     and heads, packed after the rows of their heads. What the context held before stays as it is, bit for bit.
 
     The pairs are scored as `kvzip.score` scores those of a context that the tail is the last part of: the model is
     asked to repeat it, the rows attend to context and tail, and a pair's score is its largest weight in a softmax over
-    prefix, chunk and repeat. At ratio 1 nothing needs scoring, and the answers are those of `cache`. Window layers move
+    prefix, chunk and repeat. There is no other `scope`: turns refer to their context, and to read what is kept of it
+    costs little. At ratio 1 nothing needs scoring, and the answers are those of `cache`. Window layers move
     on to the last tokens, new rows of a quantized context are quantized alike, and `kept` and `total` count the
     tail's pairs too. May be repeated, after further turns.
 
     Args:
+        cache: one without a tail is returned as it is.
         ratio: fraction of the tail's pairs KEPT, 0 < ratio <= 1.
-        chunk, hint: as in `kvzip.score`.
+        method, chunk, hint: as in `kvzip.score`.
 
-    Raises: ValueError for a cache of another model, a ratio out of range, or one too long to leave room for a repeat.
+    Raises: ValueError for a cache of another model, options out of range, or one too long to leave room for a repeat.
     Source: the authors' code drops kept turns when a later question is rolled back, while positions go on counting
     them; folded turns are part of the frozen context, which nothing drops.
     """
     check_count(chunk, "chunk")
+    check_choice("context", method)
     check_fingerprint(model, cache.fingerprint)
+    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     if not 0 < ratio <= 1:
         raise ValueError(f"expected 0 < ratio <= 1, the fraction of the tail that is KEPT, got {ratio}: 1 keeps it all")
     start, stop = cache.context_length, len(cache.token_ids)
     if cache.tail is None or start == stop:
         return replace(cache, tail=None)
     tail = cache.tail
-    keep = _keep(model, cache, tail, ratio, chunk=chunk, hint=hint)
+    keep = _keep(model, cache, tail, ratio, method=method, chunk=chunk, hint=hint)
     counts = keep.sum((1, 2)).tolist()
     context: list[RaggedKV | WindowKV] = []
     scored = iter(zip(keep, counts, strict=True))
@@ -169,7 +181,7 @@ def _roomy(cache: RaggedCache, rows: int, dtype: torch.dtype) -> Tail:
 
 
 def _keep(
-    model: Model, cache: RaggedCache, tail: Tail, ratio: float, *, chunk: int, hint: int
+    model: Model, cache: RaggedCache, tail: Tail, ratio: float, *, method: str, chunk: int, hint: int
 ) -> Bool[Tensor, "L H E"]:
     """Which pairs of the tail are kept."""
     layers = sum(isinstance(layer, RaggedKV) for layer in cache.context)
@@ -177,14 +189,21 @@ def _keep(
     if ratio == 1 or layers == 0:
         return torch.ones(shape, dtype=torch.bool, device=model.device)
     values = torch.empty(shape, dtype=torch.float32, device=model.device)
-    _score_tail(model, cache, tail, values, chunk=chunk, hint=hint)
+    _score_tail(model, cache, tail, values, method=method, chunk=chunk, hint=hint)
     mask = ops.select(values, ratio=ratio)
     assert isinstance(mask, Tensor)
     return mask
 
 
 def _score_tail(
-    model: Model, cache: RaggedCache, tail: Tail, values: Float32[Tensor, "L H E"], *, chunk: int, hint: int
+    model: Model,
+    cache: RaggedCache,
+    tail: Tail,
+    values: Float32[Tensor, "L H E"],
+    *,
+    method: str,
+    chunk: int,
+    hint: int,
 ) -> None:
     """Fills `values` with the scores of the tail's pairs. The repeats go to a copy of the tail, and are dropped."""
     config, first, used = model.config, cache.context_length, len(cache.token_ids)
@@ -195,12 +214,14 @@ def _score_tail(
     prefixes = [_prefix_keys(x, cache.start, model.dtype) for x in cache.context if isinstance(x, RaggedKV)]
     scored = [n for n, layer in enumerate(cache.context) if isinstance(layer, RaggedKV)]
     decode = decode_attend(config, context, scratch)
+    factors, observe = plus_factors(model) if method == "kvzip+" else (None, None)
     for start, stop, ids in passes:
         part = slice(start - first, stop - first)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, part: slice = part) -> Tensor:
             if config.layers[layer].window is None:
                 n = scored.index(layer)
+                weights = (None, None) if factors is None else factors(layer, scratch.v[layer][0, :, part])
                 values[n, :, part] = ops.score(
                     q[0],
                     scratch.k[layer][0, :, part],
@@ -208,12 +229,15 @@ def _score_tail(
                     k[0],
                     scale=config.attn_scale,
                     softcap=config.attn_softcap,
+                    row_weight=weights[0],
+                    key_weight=weights[1],
+                    softmax=method != "logit",
                 )
             return decode(layer, q, k, v)
 
         positions = torch.arange(used, used + len(ids), device=model.device)
         with torch.no_grad():
-            run_attention(model, ids[None].to(model.device), positions, attend)
+            run_attention(model, ids[None].to(model.device), positions, attend, observe=observe)
 
 
 def _prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor, "H A D"]:

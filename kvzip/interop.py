@@ -35,6 +35,12 @@ def from_transformers(
         start: how many tokens at the beginning are always kept and never scored; None takes those that `prefill` puts
             in front of a context, and expects to find them.
 
+    Where the cache ends with an answer that Transformers generated (it holds all of its tokens but the last), the user
+    turn is not open: `extend` it by that token and by what closes the answer's turn and opens the next, before asking.
+
+        close = model.tokenizer.control.encode(prompt_of(model).separator, add_special_tokens=False).ids
+        cache = kvzip.extend(model, cache, torch.tensor([last, *close]))  # prompt_of: kvzip.prefilling
+
     Raises: TypeError for another kind of cache; ValueError if its layers, heads, widths, dtype or length are not the
         model's and the tokens', or the tokens do not begin with the prefix.
     """

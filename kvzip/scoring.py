@@ -22,7 +22,7 @@ from .cache import (
     global_layers,
 )
 from .models import Model, run_attention
-from .prefilling import Progress, check_count, check_length, prompt_of, tokenizer_of
+from .prefilling import Progress, check_count, check_length, context_ids, prompt_of, tokenizer_of
 
 PLAIN_POSTFIX = "\n\nAnswer: "  # between a repeat prompt and the repeat, where there is no chat template
 
@@ -102,7 +102,7 @@ def score_chunks(
     here = cache.length + (0 if before is None else len(before))
     end = max(here, end)
     heads = model.config.num_kv_heads
-    factors, observe = _plus_factors(model) if method == "kvzip+" else (None, None)
+    factors, observe = plus_factors(model) if method == "kvzip+" else (None, None)
     shape = (len(global_layers(cache)), heads, total)
     with explain_out_of_memory(f"{4 * math.prod(shape):,} bytes of scores", "free memory; the cache is as it was"):
         values = torch.empty(shape, dtype=torch.float32, device=model.device)
@@ -164,7 +164,7 @@ def repeats(
         postfix = torch.tensor(prompts.encode_control(tokenizer, prompt_of(model).postfix), dtype=torch.long)
     else:
         postfix = encode(PLAIN_POSTFIX)
-    ids, first = cache.token_ids, cache.start if begin is None else begin
+    ids, first = context_ids(model, cache.token_ids), cache.start if begin is None else begin
     older = ids[cache.start : first] if before is None else torch.cat([before, ids[cache.start : first]])
     known = older[max(0, len(older) - hint) :]
     for start in range(first, len(ids), chunk):
@@ -175,7 +175,7 @@ def repeats(
         known = ids[max(cache.start, stop - hint) : stop]
 
 
-def _plus_factors(model: Model) -> tuple[Factors, Callable[[int, Tensor], None]]:
+def plus_factors(model: Model) -> tuple[Factors, Callable[[int, Tensor], None]]:
     """The factors of "kvzip+", and what must observe the layers' inputs before they are asked for."""
     config = model.config
     seen: dict[str, Tensor] = {}

@@ -278,6 +278,23 @@ def test_a_tail_is_scored_as_score_does_a_context(model, caches, kind, monkeypat
     assert_as_accurate(found[0], exact, plain)
 
 
+@pytest.mark.parametrize("method", ["kvzip", "kvzip+", "logit"])
+def test_a_tail_has_the_scores_of_the_end_of_a_context(model, method, monkeypatch):
+    """Every method of `score`: the tail is its second chunk, after a context of which all is kept."""
+    more = " It was the age of wisdom."
+    whole = kvzip.score(model, kvzip.prefill(model, TEXT + more), method=method, chunk=len(TEXT)).scores.values
+    found = []
+    monkeypatch.setattr(kvzip.ops, "select", lambda values, *, ratio: found.append(values) or values > 0)
+    kvzip.fold(model, kvzip.extend(model, kvzip.prefill(model, TEXT), more), 0.5, method=method, chunk=len(TEXT))
+    torch.testing.assert_close(found[0], whole[:, :, len(TEXT) :], rtol=1e-4, atol=1e-5)
+
+
+def test_folding_nothing_changes_nothing(model, caches):
+    dense, ragged = caches["dense"], caches["ragged"]
+    assert plain_cache.read(kvzip.fold(model, dense, 0.5)) == plain_cache.read(dense)
+    assert kvzip.fold(model, ragged, 0.5) == ragged
+
+
 def test_the_repeat_of_a_tail_continues_the_context(model, caches):
     cache = kvzip.extend(model, caches["ragged"], "Then a tail of some length.")
     found = [text_of(model, ids) for *_, ids in repeats(model, cache, chunk=20, hint=8, begin=cache.context_length)]
@@ -296,6 +313,11 @@ def test_bad_input_is_named(model, caches):
         kvzip.extend(model, caches["ragged"], "")
     with pytest.raises(ValueError, match="expected token ids in"):
         kvzip.extend(model, caches["ragged"], torch.tensor([1000]))
+    with pytest.raises(ValueError, match=r"expected method 'kvzip', 'kvzip\+' or 'logit', got 'snapkv'"):
+        kvzip.fold(model, caches["turn"], method="snapkv")
+    strange = replace(caches["turn"], token_ids=caches["turn"].token_ids.clone().fill_(1000))
+    with pytest.raises(ValueError, match=r"expected token ids in \[0, 260\), got 1000"):
+        kvzip.fold(model, strange, 0.5)
     with pytest.raises(ValueError, match="fraction of the tail that is KEPT, got 0"):
         kvzip.fold(model, caches["turn"], 0.0)
     used = len(caches["ragged"].token_ids)

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 import kvzip
 import random_model
 import tiny_models
+from kvzip.prefilling import prefix_ids, prompt_of
 from kvzip.prompts import ChatTemplate
 
 TEXT = "Mr. and Mrs. Dursley were proud to say that they were perfectly normal, thank you very much."
@@ -89,6 +90,28 @@ def test_a_context_that_transformers_prefilled_is_ours_bit_for_bit(models, dense
     scored = kvzip.score(model, taken)
     torch.testing.assert_close(scored.scores.values, dense.scores.values, rtol=1e-4, atol=1e-4)
     assert kvzip.compress(scored, 0.3).kept == kvzip.compress(dense, 0.3).kept
+
+
+def test_a_conversation_that_transformers_began_goes_on(models):
+    """A prompt with a question, an answer of 6 tokens of which its cache holds 5, then a question of ours."""
+    theirs, model = models
+    say = model.tokenizer.control.encode("<|end|><|assistant|>").ids
+    close = model.tokenizer.control.encode(prompt_of(model).separator).ids
+    prompt = [*prefix_ids(model), *model.tokenizer.text.encode(TEXT + "\n\nWhy?").ids, *say]
+    cache = DynamicCache(config=theirs.config)
+    out = theirs.generate(torch.tensor([prompt]), cache=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0]
+    taken = kvzip.from_transformers(model, cache, out[:-1])
+    turn = kvzip.extend(model, taken, torch.cat([out[-1:], torch.tensor(close)]))
+    asked = model.tokenizer.text.encode("Were they?").ids + say
+    expected = theirs.generate(
+        torch.cat([turn.token_ids, torch.tensor(asked)])[None],
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        do_sample=False,
+    )[0, -STEPS:]
+    assert kvzip.generate(model, turn, "Were they?", max_tokens=STEPS).token_ids == expected.tolist()
+    small = kvzip.compress(kvzip.score(model, taken), 0.5)
+    assert small.kept == int(0.5 * small.total) and small.context_length == len(out) - 1
 
 
 @pytest.mark.parametrize("kind", ["dense", "uniform", "turn", "folded", "int8"])

@@ -185,6 +185,14 @@ def test_what_is_protected_stays_within_the_budget(share, ratio, segment, spans)
     assert torch.equal(mask, expected)
 
 
+def test_what_a_segment_cannot_protect_is_refused_before_anything_is_read():
+    read = []
+    options = {"segment": 90, "share": "segment", "progress": lambda *step: read.append(step)}
+    with pytest.raises(ValueError, match=r"at most 45 protected tokens among 90 to 180.*got 70: take share='running'"):
+        kvzip.prefill_compressed(model_of("plain"), LONG, 0.5, **options, protect=[(100, 170)])
+    assert not read
+
+
 def test_what_is_protected_survives_an_interruption(tmp_path):
     model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
     options = {"segment": 60, "protect": [(3, 20), (100, 130)], "checkpoint": path}
