@@ -142,7 +142,7 @@ def _keep(
     recent: int,
 ) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
     """The mask, and on the host how many of each head it keeps."""
-    count = _budget(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
+    count = budget_of(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
     ends = _ends(scores, level, sink=sink, recent=recent)
     forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
@@ -162,10 +162,13 @@ def _keep(
     return keep, [flat[i : i + keep.shape[1]] for i in range(0, len(flat), keep.shape[1])]
 
 
-def _budget(
+def budget_of(
     scores: Scores, *, ratio: float | None, budget: float | None, threshold: float | None, level: str
 ) -> Callable[[int], int] | None:
-    """How many to keep of the pairs of n whole heads, as a function of n; None for a threshold."""
+    """Returns how many to keep of the pairs of n whole heads, as a function of n; None for a threshold.
+
+    Raises: ValueError as `compress` does.
+    """
     if sum(x is not None for x in (ratio, budget, threshold)) != 1:
         raise ValueError(
             f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, read_header
 from .cache.io import write_file
-from .compression import keep_mask
+from .compression import budget_of, keep_mask, protected_spans
 from .ops import Quantized
 
 if TYPE_CHECKING:
@@ -62,44 +63,69 @@ def combine(*scores: Scores) -> Scores:
     return replace(first, values=values, source=source if len(scores) > 1 else first.source)
 
 
-def shrink(cache: RaggedCache, ratio: float) -> RaggedCache:
+def shrink(
+    cache: RaggedCache,
+    ratio: float | None = None,
+    *,
+    budget: float | None = None,
+    threshold: float | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+) -> RaggedCache:
     """Returns a compressed cache that keeps fewer of its pairs: the int(ratio * total) highest scored that it holds.
 
     `shrink(compress(cache, 0.5), 0.2)` is `compress(cache, 0.2)`, without the dense cache or another pass; packed pairs
-    keep their bits. The prefix, window layers and the tail stay; what `compress` had protected competes by score.
+    keep their bits. The prefix, window layers and the tail stay; what `compress` had protected competes by score,
+    unless it is protected again.
 
     Args:
         ratio: fraction of ALL evictable pairs that is kept, at most what the cache holds.
+        budget: tokens per head on average, in place of a ratio.
+        threshold: keeps what the cache holds with score >= threshold, in place of a ratio.
+        protect: spans of context tokens, as in `compress`, of which all that the cache holds stays.
 
-    Raises: ValueError for a cache without scores, or a ratio of none or more than it holds.
+    Raises: ValueError for a cache without scores, more than it holds, fewer than are protected, and arguments that
+        `compress` refuses.
     """
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: compress a scored cache, or shrink before folding")
-    count = int(ratio * cache.total)
-    if not 0 < ratio <= 1 or count > cache.kept:
-        raise ValueError(
-            f"expected 0 < ratio <= {cache.kept / cache.total:.4f} (what the cache holds), got {ratio}: pairs that are "
-            "gone do not come back"
-        )
+    wanted = budget_of(scores, ratio=ratio, budget=budget, threshold=threshold, level="pair")
+    spans = protected_spans(protect, scores.values.shape[2])
     layers = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
     heads = [torch.repeat_interleave(layer.offsets.diff().long()) for layer in layers]
     ranks = [
-        _ranks(layer, head, cache.start, one) for layer, head, one in zip(layers, heads, scores.values, strict=True)
+        _ranks(layer, head, cache.start, one, spans)
+        for layer, head, one in zip(layers, heads, scores.values, strict=True)
     ]
-    prefix = sum(int((rank == torch.inf).sum()) for rank in ranks)
+    prefix = cache.start * sum(len(layer.offsets) - 1 for layer in layers)
+    forced = sum(int((rank == torch.inf).sum()) for rank in ranks) - prefix
+    if wanted is None:
+        assert threshold is not None
+        count = sum(int((rank >= threshold).sum()) for rank in ranks) - prefix
+    else:
+        count = wanted(scores.values.shape[0] * scores.values.shape[1])
+    if not forced <= count <= cache.kept:
+        raise ValueError(
+            f"expected to keep {forced} (protected) to {cache.kept} pairs (what the cache holds of {cache.total}), a "
+            f"ratio of {forced / cache.total:.4f} to {cache.kept / cache.total:.4f}, got {count}: pairs that are gone "
+            "do not come back"
+        )
     keep = ops.select_count([rank[None] for rank in ranks], count=count + prefix)
     packed = iter([_rows_of(layer, head, mask[0]) for layer, head, mask in zip(layers, heads, keep, strict=True)])
     context = tuple(next(packed) if isinstance(layer, RaggedKV) else layer for layer in cache.context)
     return replace(cache, context=context, kept=count, method=f"{scores.source}/pair")
 
 
-def _ranks(layer: RaggedKV, heads: Tensor, start: int, values: Float32[Tensor, "H E"]) -> Float32[Tensor, " N"]:
-    """The score of each row, infinite for the prefix's."""
+def _ranks(
+    layer: RaggedKV, heads: Tensor, start: int, values: Float32[Tensor, "H E"], spans: Sequence[tuple[int, int]]
+) -> Float32[Tensor, " N"]:
+    """The score of each row, infinite for the prefix's and those protected."""
     rank = torch.full(layer.positions.shape, torch.inf, device=heads.device)
     own = layer.positions >= start
     found = values.to(heads.device)[heads[own], layer.positions[own].long() - start]
     rank[own] = found.clamp(max=torch.finfo(torch.float32).max)
+    for first, stop in spans:
+        rank[(layer.positions >= start + first) & (layer.positions < start + stop)] = torch.inf
     return rank
 
 

@@ -91,10 +91,42 @@ def test_a_compressed_cache_shrinks_to_what_a_smaller_ratio_keeps(model, cache, 
     assert again.context[1] is streamed.context[1]
 
 
+@settings(max_examples=8)
+@given(
+    how=st.one_of(
+        st.fixed_dictionaries({"ratio": st.floats(0.15, 0.5)}),
+        st.fixed_dictionaries({"budget": st.floats(24, 70)}),
+        st.fixed_dictionaries({"threshold": st.floats(0.25, 0.875, width=32)}),
+    ),
+    first=st.integers(0, 140),
+    kind=st.sampled_from(["compressed", "streamed", "turn"]),
+)
+def test_shrinking_is_compressing_by_every_budget(model, cache, how, first, kind):
+    span = (first, first + 12)
+    if kind == "streamed":
+        held = kvzip.prefill_compressed(model, TEXT, 0.6, segment=70, share="final", protect=[span])
+    else:
+        held = kvzip.compress(cache, 0.6, protect=[span])
+        held = kvzip.ask(model, held, "Why?", max_tokens=2)[1] if kind == "turn" else held
+    small = scores_of.shrink(held, **how, protect=[span])
+    mask = kvzip.keep_mask(held.scores, **how, protect=[span])
+    assert counts(small) == mask.sum(-1).tolist() and small.kept == mask.sum()
+    positions = [kv.positions[kv.positions >= small.start] for kv in small.context if isinstance(kv, RaggedKV)]
+    assert torch.equal(torch.cat(positions), mask.flatten(0, 1).nonzero()[:, 1].int() + small.start)
+    assert small.tail is held.tail
+
+
 def test_what_is_gone_does_not_come_back(model, cache):
     small = kvzip.compress(cache, 0.4)
-    with pytest.raises(ValueError, match=r"0 < ratio <= 0\.\d+ \(what the cache holds\), got 0.5"):
-        scores_of.shrink(small, 0.5)
+    for more in ({"ratio": 0.5}, {"budget": 80.0}):
+        with pytest.raises(ValueError, match=r"expected to keep 0 \(protected\) to \d+ pairs .*gone do not come back"):
+            scores_of.shrink(small, **more)
+    with pytest.raises(ValueError, match=r"expected to keep 80 \(protected\) to \d+ pairs .*got 6:"):
+        scores_of.shrink(kvzip.compress(cache, 0.4, protect=[(0, 20)]), 0.01, protect=[(0, 20)])
+    with pytest.raises(ValueError, match="exactly one of ratio, budget and threshold"):
+        scores_of.shrink(small, 0.1, budget=3.0)
+    with pytest.raises(ValueError, match="0 < ratio <= 1"):
+        scores_of.shrink(small, 0.0)
     with pytest.raises(ValueError, match="a cache with scores, got none"):
         scores_of.shrink(replace(small, scores=None), 0.1)
 
