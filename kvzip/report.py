@@ -56,6 +56,12 @@ def write_report(file: Path, out: Path) -> None:
         written.writelines(render(facts, arrays))
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of `write_report`, so that another may take its place."""
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="kvzip">' in file.read(1024)
+
+
 def describe(
     header: Mapping[str, Any], cache: DenseCache | RaggedCache, pieces: Mapping[int, bytes]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -22,7 +22,7 @@ import kvzip
 import random_model
 from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
-from kvzip.cli import documents, evaluate, main
+from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
 from kvzip.cli.plumbing import size
 from kvzip.models.llama import LAYER_NAMES
@@ -387,12 +387,12 @@ def test_compare_bench_and_tasks(
     (tmp_path / "benchmarks").mkdir()
     script = '"""Ends with a number."""\nimport sys\nif __name__ == "__main__":\n    sys.exit(int(sys.argv[-1]))\n'
     (tmp_path / "benchmarks" / "ends.py").write_text(script, encoding="utf-8")
-    monkeypatch.setattr(evaluate, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(sys.modules["kvzip.cli.bench"], "CHECKOUT", tmp_path)
     assert call("bench").stdout.split(maxsplit=1) == ["ends", "Ends with a number.\n"]
     assert call("bench", "ends", "--flag", 3).exit_code == 3
     assert call("bench", "other").exit_code == 2
-    monkeypatch.setattr(evaluate, "CHECKOUT", tmp_path / "installed")
-    assert "expected a checkout of kvzip" in one_line(call("bench"))
+    monkeypatch.setattr(sys.modules["kvzip.cli.bench"], "CHECKOUT", tmp_path / "installed")
+    assert "expected -m MODEL to time, or a checkout of kvzip" in one_line(call("bench"))
 
 
 def eval_run(model_dir: Path, out: Path) -> Result:

@@ -5,15 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .plumbing import command, hint, positive, put_json, stages
+from .plumbing import check_text, command, hint, positive, put_json, stages, stdin_lines
 from .sources import model_options, open_cache, short
-
-if TYPE_CHECKING:
-    from ..cache import DenseCache, RaggedCache
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +75,8 @@ def ask(
     QUESTION may be - to read questions from standard input, one a line. They are answered as one batch, each by
     itself, and none changes the file.
     """
-    asked = [line.strip() for q in questions for line in (sys.stdin if q == "-" else [q]) if line.strip()]
+    lines = [line.strip() for q in questions for line in (stdin_lines() if q == "-" else [q])]
+    asked = [check_text(line) for line in lines if line]
     if not asked:
         raise click.UsageError("expected a question, got none with text in it")
     from ..generation import generate
@@ -94,7 +92,7 @@ def ask(
         answers = generate(
             loaded,
             cache,
-            [in_place(cache, q) for q in asked],
+            [follow(q, chat=cache.chat) for q in asked],
             **options,
             stop=stop,
             template=cache.chat,
@@ -112,11 +110,11 @@ def ask(
     hint(f"{tokens} tokens in {answer_s:.1f} s by {short(loaded.source)}, loaded in {load_s:.1f} s")
 
 
-def in_place(cache: "DenseCache | RaggedCache", question: str) -> str:
-    """Returns a question as it follows a cache: where there is no chat, as the start of a new paragraph."""
+def follow(question: str, *, chat: bool) -> str:
+    """Returns a question as it follows a document: where there is no chat, as the start of a new paragraph."""
     from ..prompts import QUERY_SEPARATOR
 
-    return question if cache.chat else QUERY_SEPARATOR + question
+    return question if chat else QUERY_SEPARATOR + question
 
 
 OnToken = Callable[[str, int], None]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .ask import answer_options, in_place
+from .ask import answer_options, follow
 from .compress import RATIO, SUFFIX
-from .plumbing import check_target, command, explain, hint, say, size, stages
+from .plumbing import check_target, check_text, command, explain, hint, is_kvzip_file, say, size, stages, stdin_lines
 from .sources import model_options, open_cache, title_of
 
 if TYPE_CHECKING:
@@ -68,17 +68,20 @@ def chat(
     hint(f"{title_of(file, header)}, {cache.context_length:,} tokens: ask, or /help")
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for line in _lines():
+        stopped = "stopped; nothing has changed"
         try:
+            check_text(line)
             if line.startswith("/"):
                 name, _, argument = line[1:].partition(" ")
                 if name in ("quit", "exit"):
                     break
                 _command(name)(talk, argument.strip())
                 continue
+            stopped = "stopped; this turn is forgotten"
             _, state = ask(
                 loaded,
                 talk.states[-1],
-                in_place(cache, line),
+                follow(line, chat=cache.chat),
                 **options,
                 stop=stop,
                 template=cache.chat,
@@ -88,24 +91,33 @@ def chat(
             talk.states.append(state)
         except KeyboardInterrupt:
             click.echo()
-            say("stopped; this turn is forgotten")
-        except (ValueError, OSError, RuntimeError) as error:
+            say(stopped)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             say(explain(error))
 
 
 def _lines() -> Iterator[str]:
     """Yields lines with something in them, from a person or a pipe, until there are no more."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        yield from filter(None, stdin_lines())
         return
     with suppress(ImportError):
         import_module("readline")  # gives input() history and editing
+    leaving = False
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             click.echo()
             return
+        except KeyboardInterrupt:
+            click.echo()
+            if leaving:
+                raise
+            leaving = True  # a conversation is not lost by a slip
+            say("/quit or Ctrl-C again ends this talk, /save FILE keeps it")
+            continue
+        leaving = False
         if line:
             yield line
 
@@ -186,7 +198,7 @@ def _save(talk: Talk, argument: str) -> None:
     if not argument:
         raise ValueError(f"expected a file to write, got none: /save talk{SUFFIX}")
     path = Path(argument)
-    check_target(path, kind=SUFFIX)
+    check_target(path, kind="file of kvzip", ours=is_kvzip_file)
     save(talk.states[-1], path, note=talk.note, model=talk.model, score_bits=8)
     click.echo(f"{path}, {size(path.stat().st_size)}")
 

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import documents
-from .plumbing import Stage, Stopped, check_space, check_target, command, hint, positive, put_json, size, stages
+from .plumbing import (
+    Stage,
+    check_space,
+    check_target,
+    command,
+    hint,
+    is_kvzip_file,
+    positive,
+    put_json,
+    resuming,
+    size,
+    stages,
+    unwritten,
+)
 from .sources import load_model, model_options
 
 if TYPE_CHECKING:
@@ -18,6 +31,8 @@ if TYPE_CHECKING:
 
 RATIO = 0.3
 SUFFIX = ".kvz"
+SEGMENT = 16_000  # of which help and errors speak
+PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progress, and on a GPU
 
 
 @command(
@@ -109,12 +124,14 @@ def compress(
         raise click.UsageError("--heads takes no --scope: nothing is scored")
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
-    check_target(output, kind=SUFFIX)
+    check_target(output, kind="file of kvzip", ours=is_kvzip_file)
     text, named = documents.read(documents_)
     note: dict[str, Any] = {"title": title or named, "documents": list(documents_)}
     seconds: dict[str, float] = {}
     prompt = {"system": system, "instruction": instruction, "template": not plain}
-    with stages() as stage:
+    from ..cache import save
+
+    with resuming(lambda: _left(output, segment)), stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
         note["load"] = {"max_length": max_length, "rope": rope}
         if segment:
@@ -153,16 +170,29 @@ def compress(
         stage(f"writing {output.name}")
         note["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         note["full_bytes"] = full
-        _write(loaded, cache, output, note)
+        save(cache, output, note=note, model=loaded, score_bits=8)
     _report(output, cache, note, as_json)
 
 
+def _left(output: Path, segment: int | None) -> str:
+    """What to say after Ctrl-C."""
+    partial = _partial(output)
+    if segment is None:
+        return f"{unwritten(output)}, or with --segment {SEGMENT}, which can go on where it stopped"
+    if partial.exists():
+        return f"what is done is in {partial}: the same command goes on from there"
+    return unwritten(output)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
 def _stem(sources: tuple[str, ...]) -> str:
-    return (
-        "stdin"
-        if sources[0] == "-"
-        else Path(sources[0]).resolve().name.rpartition(".")[0] or Path(sources[0]).resolve().name
-    )
+    if sources[0] == "-":
+        return "stdin"
+    name = documents.title_of(sources[0])
+    return name.rpartition(".")[0] or name
 
 
 def _at_once(
@@ -183,32 +213,34 @@ def _at_once(
     from ..cache import nbytes
 
     begun = time.monotonic()
-    try:
-        chosen = None if heads is None else head_scores.load(heads, model=model)
-        ids = prefilling.context_ids(model, text)
-        prefix = prefilling.prefix_ids(model, **prompt)
-        _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
-        if how["ratio"] is not None:
-            packing = 1 if how["bits"] is None else how["bits"] / (8 * model.dtype.itemsize)
-            check_space(output, int(how["ratio"] * packing * prefilling.dense_bytes(model, len(ids))))
-        dense = prefilling.prefill(model, ids, **prompt, progress=stage("reading the document"))
-        seconds["prefill"] = time.monotonic() - begun
-        full = nbytes(dense)
-        begun = time.monotonic()
-        if chosen is None:
-            dense = scorer.score(model, dense, **scoring, progress=stage("scoring pairs"))
-        else:
-            dense = head_scores.attach(dense, chosen)
-            how = {"level": "head", "sink": chosen.sink, "recent": chosen.recent} | how
-        seconds["score"] = time.monotonic() - begun
-        begun = time.monotonic()
-        stage("dropping the others")
-        small = compression.compress(dense, **how, consume=True)
-        seconds["compress"] = time.monotonic() - begun
-    except KeyboardInterrupt as error:
-        raise Stopped(
-            f"{output} was not written; --segment 16000 makes a run that can go on where it stopped"
-        ) from error
+    chosen = None if heads is None else head_scores.load(heads, model=model)
+    ids = prefilling.context_ids(model, text)
+    prefix = prefilling.prefix_ids(model, **prompt)
+    _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
+    whole = prefilling.dense_bytes(model, len(prefix) + len(ids))
+    _check_memory(model, whole, len(ids))
+    if how["ratio"] is not None:
+        packing = 1 if how["bits"] is None else how["bits"] / (8 * model.dtype.itemsize)
+        check_space(output, int(how["ratio"] * packing * whole))
+    progress = stage("reading the document")
+    progress(0, len(prefix) + len(ids))
+    step = PREFILL_CHUNK[model.device.type == "cuda"]
+    dense = prefilling.prefill(model, ids, **prompt, chunk=step, progress=progress)
+    seconds["prefill"] = time.monotonic() - begun
+    full = nbytes(dense)
+    begun = time.monotonic()
+    if chosen is None:
+        progress = stage("scoring pairs")
+        progress(0, len(ids))
+        dense = scorer.score(model, dense, **scoring, progress=progress)
+    else:
+        dense = head_scores.attach(dense, chosen)
+        how = {"level": "head", "sink": chosen.sink, "recent": chosen.recent} | how
+    seconds["score"] = time.monotonic() - begun
+    begun = time.monotonic()
+    stage("dropping the others")
+    small = compression.compress(dense, **how, consume=True)
+    seconds["compress"] = time.monotonic() - begun
     return full, small
 
 
@@ -226,7 +258,7 @@ def _in_segments(
     from .. import prefilling, streaming
 
     begun = time.monotonic()
-    partial = output.with_name(output.name + ".partial")
+    partial = _partial(output)
     ids = prefilling.context_ids(model, text)
     prefix = prefilling.prefix_ids(model, **{name: options[name] for name in ("system", "instruction", "template")})
     _check_length(model, ids, prefix, chunk=options["chunk"], chat=options["template"])
@@ -234,17 +266,10 @@ def _in_segments(
     check_space(output, int(ratio * full))
     if partial.exists():
         hint(f"going on with {partial}")
+    progress = stage("reading and compressing")
+    progress(0, len(ids))
     try:
-        small = streaming.prefill_compressed(
-            model, ids, ratio, **options, checkpoint=partial, progress=stage("reading and compressing")
-        )
-    except KeyboardInterrupt as error:
-        done = (
-            f"what is done is in {partial}: the same command goes on from there"
-            if partial.exists()
-            else "nothing was written: run it again"
-        )
-        raise Stopped(done) from error
+        small = streaming.prefill_compressed(model, ids, ratio, **options, checkpoint=partial, progress=progress)
     except ValueError as error:
         if not partial.exists():
             raise
@@ -276,13 +301,16 @@ def _check_length(model: "Model", ids: "Tensor", prefix: list[int], *, chunk: in
         )
 
 
-def _write(model: "Model", cache: "RaggedCache", output: Path, note: dict[str, Any]) -> None:
-    from ..cache import save
+def _check_memory(model: "Model", needed: int, tokens: int) -> None:
+    """Raises MemoryError now if a full cache has no room: a host would be out of memory long after, all at once."""
+    from ..cache import free_bytes
 
-    try:
-        save(cache, output, note=note, model=model, score_bits=8)
-    except KeyboardInterrupt as error:
-        raise Stopped(f"{output} was not written: run it again") from error
+    free = free_bytes(model.device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"expected a document whose cache fits in memory, got {tokens:,} tokens that take {size(needed)} of "
+            f"{size(free)} free: --segment {SEGMENT} never holds all of it, --dtype bfloat16 takes half"
+        )
 
 
 def _report(output: Path, cache: "RaggedCache", note: dict[str, Any], as_json: bool) -> None:

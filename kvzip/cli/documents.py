@@ -1,10 +1,15 @@
 """Documents as text: files of text and Markdown, PDF, standard input, directories of code."""
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from .plumbing import hint
+
+STDIN = "standard input"
 
 SKIPPED = ("__pycache__", "node_modules", "venv", "build", "dist")
 """Directories that are not read where git does not say what belongs to a project; nor are hidden ones."""
@@ -23,74 +28,88 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
     """
     parts: list[tuple[str, str]] = []
     for source in sources:
-        if source == "-":
-            parts.append(("standard input", sys.stdin.read()))
-            continue
         path = Path(source)
-        if path.is_dir():
+        if source == "-":
+            parts.append((STDIN, _decoded(sys.stdin.buffer.read(), STDIN)))
+        elif path.is_dir():
             parts += _directory(path)
         elif path.exists():
-            parts.append((source, read_file(path)))
+            parts.append((source, _decoded(path.read_bytes(), source)))  # read once: it may be a pipe
         else:
             raise FileNotFoundError(f"expected a document, got no file or directory {source}")
-    title = ", ".join("standard input" if s == "-" else Path(s).resolve().name for s in sources)
+    title = ", ".join(map(title_of, sources))
     text = parts[0][1] if len(parts) == 1 else "\n\n".join(f"===== {name} =====\n{own}" for name, own in parts)
     if not text.strip():
         raise ValueError(f"expected a document with text in it, got none in {title}")
     return text, title
 
 
-def read_file(path: Path) -> str:
-    """Returns the text of one file. Raises ValueError for one that is no text in UTF-8."""
-    with path.open("rb") as file:
-        start = file.read(5)
-    if start == b"%PDF-":
-        return _pdf(path)
-    text = _text(path)
+def title_of(source: str) -> str:
+    """Returns what a document is called: the name of its file, without a directory."""
+    path = Path(source)
+    if source == "-" or path.is_fifo():
+        return STDIN if source == "-" else "pipe"
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def _decoded(content: bytes, name: str) -> str:
+    if content.startswith(b"%PDF-"):
+        return _pdf(content, Path(name).name)
+    text = _text(content)
     if text is None:
-        raise ValueError(f"expected text in UTF-8 or a PDF, got {path} that is neither: convert it first")
+        raise ValueError(f"expected text in UTF-8 or a PDF, got {name} that is neither: convert it first")
     return text
 
 
-def _text(path: Path) -> str | None:
+def _text(content: bytes) -> str | None:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else text
 
 
-def _pdf(path: Path) -> str:
+def _pdf(content: bytes, name: str) -> str:
     try:
         from pypdf import PdfReader  # pyright: ignore[reportMissingImports]
         from pypdf.errors import PyPdfError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(
-            f"expected the pdf extra to read {path.name}, got no pypdf: pip install 'kvzip[pdf]'"
-        ) from error
+        raise ImportError(f"expected the pdf extra to read {name}, got no pypdf: pip install 'kvzip[pdf]'") from error
     try:
-        pages = [page.extract_text() for page in PdfReader(path).pages]
-    except PyPdfError as error:
-        raise ValueError(f"expected a PDF that can be read, got {path.name}: {error}") from error
+        pages = [page.extract_text() for page in PdfReader(io.BytesIO(content)).pages]
+    except (PyPdfError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of damaged ones
+        raise ValueError(f"expected a PDF that can be read, got {name}: {error}") from error
     text = "\n\n".join(page.strip() for page in pages)
     if not text.strip():
-        raise ValueError(
-            f"expected text in {path.name}, got {len(pages)} pages without any: recognise its letters first"
-        )
+        raise ValueError(f"expected text in {name}, got {len(pages)} pages without any: recognise its letters first")
     return text
 
 
 def _directory(path: Path) -> list[tuple[str, str]]:
-    """The text files of a directory, by their paths in it; binary files are left out."""
-    found = [(str(name), _text(path / name)) for name in sorted(_names(path))]
-    parts = [(name, text) for name, text in found if text is not None and text.strip()]
+    """The text files of a directory, by their paths in it; others are left out, which a person is told."""
+    parts, others = [], []
+    for name in sorted(_names(path)):
+        text = _text((path / name).read_bytes())
+        if text is None:
+            others.append(str(name))
+        elif text.strip():
+            parts.append((str(name), text))
     if not parts:
-        raise ValueError(f"expected a directory with text files, got {path} without any")
+        raise ValueError(
+            f"expected a directory with text files, got {path} without any"
+            + (f": its {len(others)} files are no text in UTF-8" if others else "")
+        )
+    if others:
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        hint(f"{path}: {len(parts)} files read; left out, being no text in UTF-8: {named}")
     return parts
 
 
 def _names(path: Path) -> Iterator[Path]:
-    """What git tracks or would; where there is no git, all but hidden files and what tools put there."""
+    """What git tracks or would; where there is no git, all but hidden files and what tools put there.
+
+    Links are not followed: what they point to is read in its own place, or belongs elsewhere.
+    """
     command = ["git", "-C", str(path), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "."]
     try:
         listed = subprocess.run(command, capture_output=True, check=False)
@@ -98,8 +117,14 @@ def _names(path: Path) -> Iterator[Path]:
         listed = None
     if listed is not None and listed.returncode == 0:
         names = {Path(os.fsdecode(name)) for name in listed.stdout.split(b"\0") if name}
-        yield from (name for name in names if (path / name).is_file())
+        yield from (name for name in names if _is_regular(path / name))
         return
     for directory, inner, files in os.walk(path):
         inner[:] = [name for name in inner if not name.startswith(".") and name not in SKIPPED]
-        yield from (Path(directory, name).relative_to(path) for name in files if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and _is_regular(Path(directory, name)):
+                yield Path(directory, name).relative_to(path)
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

@@ -1,12 +1,11 @@
-"""`kvzip eval`, `kvzip compare` and `kvzip bench`: what was lost, and how fast it is."""
+"""`kvzip eval` and `kvzip compare`: what was lost."""
 
 import logging
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,27 @@ from typing import Any
 import click
 
 from . import documents
-from .plumbing import Group, ListCommand, Stopped, check_target, command, positive, put, put_json, say, stages
+from .ask import follow
+from .plumbing import (
+    Group,
+    ListCommand,
+    check_target,
+    check_text,
+    command,
+    positive,
+    put,
+    put_json,
+    resuming,
+    say,
+    stages,
+    unwritten,
+)
 from .sources import load_model, model_options
 
 UNFINISHED = 75
 """Exit code of an evaluation whose time limit left work for the next run."""
 
-CHECKOUT = Path(__file__).parents[2]
+
 RESULTS = Path("kvzip-eval.jsonl")
 PAGE = Path("kvzip-eval")
 
@@ -34,7 +47,15 @@ class _Evaluate(Group):
         return super().parse_args(ctx, args)
 
 
-@click.group("eval", cls=_Evaluate)
+@click.group(
+    "eval",
+    cls=_Evaluate,
+    epilog="""
+    kvzip eval -m DIR --task squad@2000 --data DATA --method full kvzip snapkv --ratio 0.1 0.3 1.0 -o results.jsonl
+    kvzip eval report results.jsonl -o report/
+    kvzip eval tasks
+    """,
+)
 def evaluate() -> None:
     """Measure how much quality is left; options alone are those of `run`."""
 
@@ -158,40 +179,37 @@ def run(
     commit: str | None,
 ) -> None:
     """Answer the questions of tasks, by methods, at ratios."""
-    check_target(out)
+    check_target(out, kind="file of results", ours=_is_results)
     from ..evals import run_eval
     from ..evals.run import check_names
 
     check_names(tasks, methods, ratios, form)  # now, not after a model was loaded
     logging.getLogger("kvzip.evals").setLevel(logging.INFO)
-    try:
-        with stages() as stage:
-            loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-            bar, line = stage("answering"), _line_of_progress()
+    with resuming(lambda: RESUMES.format(out) if out.exists() else unwritten(out)), stages() as stage:
+        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        bar, line = stage("answering"), _line_of_progress()
 
-            def shown(finished: int, total: int, what: str) -> None:
-                bar(finished, total)
-                line(finished, total, what)
+        def shown(finished: int, total: int, what: str) -> None:
+            bar(finished, total)
+            line(finished, total, what)
 
-            done = run_eval(
-                loaded,
-                tasks=tasks,
-                out=out,
-                methods=methods,
-                ratios=ratios,
-                form=form,
-                count=count,
-                questions=questions,
-                seed=seed,
-                data=data,
-                batch=batch,
-                max_tokens=max_tokens,
-                limit_s=limit,
-                commit=commit,
-                progress=shown,
-            )
-    except KeyboardInterrupt as error:
-        raise Stopped(f"answers so far are in {out}: the same command goes on from there") from error
+        done = run_eval(
+            loaded,
+            tasks=tasks,
+            out=out,
+            methods=methods,
+            ratios=ratios,
+            form=form,
+            count=count,
+            questions=questions,
+            seed=seed,
+            data=data,
+            batch=batch,
+            max_tokens=max_tokens,
+            limit_s=limit,
+            commit=commit,
+            progress=shown,
+        )
     click.echo(f"{out}: " + ("all answered" if done else "stopped at the time limit, the same command goes on"))
     if not done:
         raise click.exceptions.Exit(UNFINISHED)
@@ -215,7 +233,24 @@ def _line_of_progress(*, every_s: float = 30.0) -> Callable[[int, int, str], Non
     return progress
 
 
-@evaluate.command("report", epilog="kvzip eval report results.jsonl -o report/")
+def _is_results(path: Path) -> bool:
+    """Whether a file is one that `run` may go on with."""
+    with path.open("rb") as file:
+        start = file.read(len(_FIRST))
+    return _FIRST.startswith(start)  # a killed run may have written less than a line
+
+
+RESUMES = "answers so far are in {}: the same command goes on from there"
+_FIRST = b'{"kind": "run"'
+
+
+@evaluate.command(
+    "report",
+    epilog="""
+    kvzip eval report results.jsonl -o report/
+    kvzip eval report results-*.jsonl -o report/
+    """,
+)
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=PAGE, show_default=True, help="Directory for the report."
@@ -225,18 +260,26 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     from ..evals import write_report
 
     results = results or (RESULTS,)
-    check_target(out / "index.html" if out.is_dir() else out)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            made = write_report(results, Path(scratch))
-            out.mkdir(exist_ok=True)
-            for path in made:
-                click.echo(path.replace(out / path.name))
-    except KeyboardInterrupt as error:
-        raise Stopped(f"nothing was written to {out}: run it again") from error
+    if out.is_dir():
+        for name in ("index.html", "table.md"):
+            check_target(out / name, kind="report", ours=lambda path: path.with_name("table.md").is_file())
+    else:
+        check_target(out, kind="report", ours=lambda path: False)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    with resuming(lambda: unwritten(out)), scratch as directory:
+        made = write_report(results, Path(directory))
+        out.mkdir(exist_ok=True)
+        for path in made:
+            click.echo(path.replace(out / path.name))
 
 
-@evaluate.command("tasks")
+@evaluate.command(
+    "tasks",
+    epilog="""
+    kvzip eval tasks
+    kvzip eval tasks --json
+    """,
+)
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def tasks(as_json: bool) -> None:
     """List tasks, groups of them, and methods."""
@@ -262,7 +305,13 @@ def tasks(as_json: bool) -> None:
     put(table, "", methods)
 
 
-@command("compare", epilog='kvzip compare contract.txt "Who signed it?" -m DIR -r 0.3')
+@command(
+    "compare",
+    epilog="""
+    kvzip compare contract.txt "Who signed it?" -m DIR -r 0.3
+    kvzip compare contract.txt "Who signed it?" "When?" -m DIR -r 0.1 --method snapkv --json
+    """,
+)
 @click.argument("document", metavar="DOC")
 @click.argument("questions", metavar="QUESTION...", nargs=-1, required=True)
 @model_options(required=True)
@@ -294,48 +343,23 @@ def compare(
 ) -> None:
     """Show what compression changes in answers.
 
-    Questions are asked of the document's full cache and of the compressed one.
+    Questions are asked of the document's full cache and of the compressed one: answers, the tokens that changed and
+    their probabilities, differences of probabilities and margins, times and memory.
     """
+    asked = [check_text(question.strip()) for question in questions]
+    if not all(asked):
+        raise click.UsageError("expected questions with text in them, got an empty one")
     text, _ = documents.read([document])
     from ..evals import compare as compared
     from ..evals.compare import render
 
     with stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-        stage("compressing and answering")
-        found = compared(loaded, text, list(questions), ratio, method=method, template=not plain, max_tokens=max_tokens)
+        how: dict[str, Any] = {"method": method, "template": not plain, "max_tokens": max_tokens}
+        found = compared(loaded, text, [follow(q, chat=not plain) for q in asked], ratio, **how, on_step=stage)
+    named = [replace(pair, query=query) for query, pair in zip(asked, found.answers, strict=True)]
+    found = replace(found, answers=tuple(named))
     if as_json:
         put_json(asdict(found))
     else:
         put(render(found))
-
-
-@command(
-    "bench",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog="""
-    kvzip bench
-    kvzip bench ops --only decode
-    """,
-)
-@click.argument("name", required=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def bench(name: str | None, arguments: tuple[str, ...]) -> None:
-    """Run a benchmark of the checkout, or list them. Arguments are handed on."""
-    directory = CHECKOUT / "benchmarks"
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"expected a checkout of kvzip, got no {directory}: clone it, pip install -e . and run it there"
-        )
-    found = {
-        path.stem: path for path in sorted(directory.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")
-    }
-    if name is None:
-        for stem, path in found.items():
-            first = path.read_text(encoding="utf-8").lstrip().split("\n", 1)[0].strip('"')
-            click.echo(f"{stem:18}{first}")
-        return
-    if name not in found:
-        raise click.UsageError(f"expected a benchmark of {', '.join(found)}, got {name}")
-    say(f"{sys.executable} {found[name]} {' '.join(arguments)}".rstrip())
-    raise click.exceptions.Exit(subprocess.run([sys.executable, str(found[name]), *arguments], check=False).returncode)

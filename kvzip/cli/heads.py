@@ -6,11 +6,19 @@ from typing import Any
 import click
 
 from . import documents
-from .plumbing import Group, Stopped, check_target, positive, put, put_json, stages
+from .plumbing import Group, check_target, is_kvzip_file, positive, put, put_json, resuming, stages, unwritten
 from .sources import load_model, model_options, short
 
 
-@click.group("heads", cls=Group)
+@click.group(
+    "heads",
+    cls=Group,
+    epilog="""
+    kvzip heads make book.txt -m DIR -o heads.safetensors
+    kvzip heads show heads.safetensors
+    kvzip compress document.txt -m DIR --heads heads.safetensors
+    """,
+)
 def heads() -> None:
     """Make or show scores of heads.
 
@@ -35,33 +43,42 @@ def make(
     chunk: int,
     plain: bool,
 ) -> None:
-    """Make head scores from documents: the largest that each head gets in any of them."""
+    """Make head scores from documents.
+
+    A head's score is the largest that it gets in any of them.
+    """
     from .. import head_scores
 
-    check_target(output, kind=".safetensors")
+    check_target(output, kind="file of kvzip", ours=is_kvzip_file)
     texts = [documents.read([source]) for source in documents_]
-    try:
-        with stages() as stage:
-            loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-            made = head_scores.make(
-                loaded,
-                [text for text, _ in texts],
-                names=[name for _, name in texts],
-                template=not plain,
-                chunk=chunk,
-                progress=stage("reading and scoring"),
-            )
-            head_scores.save(made, output, note={"model": loaded.source})
-    except KeyboardInterrupt as error:
-        raise Stopped(f"{output} was not written: run it again") from error
+    with resuming(lambda: unwritten(output)), stages() as stage:
+        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        made = head_scores.make(
+            loaded,
+            [text for text, _ in texts],
+            names=[name for _, name in texts],
+            template=not plain,
+            chunk=chunk,
+            progress=stage("reading and scoring"),
+        )
+        head_scores.save(made, output, note={"model": loaded.source})
     click.echo(f"{output}: {made.values.shape[0]} layers x {made.values.shape[1]} heads of {short(model)}")
 
 
-@heads.command("show", epilog="kvzip heads show heads.safetensors")
+@heads.command(
+    "show",
+    epilog="""
+    kvzip heads show heads.safetensors
+    kvzip heads show smollm2-135m-instruct --json
+    """,
+)
 @click.argument("source", metavar="FILE|NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def show(source: str, as_json: bool) -> None:
-    """Show head scores: of a file, or by the name of a model whose scores come with the library."""
+    """Show head scores.
+
+    Those of a file, or by the name of a model whose scores come with the library.
+    """
     from rich.table import Table
     from rich.text import Text
 

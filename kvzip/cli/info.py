@@ -1,13 +1,14 @@
 """`kvzip info`: what a file holds, or what a model's cache takes and how much of it fits here."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .plumbing import command, put, put_json, size
-from .sources import short
+from .sources import header_of, quiet_hub, short
 
 if TYPE_CHECKING:
     from ..models import ModelConfig
@@ -57,9 +58,7 @@ def file_facts(path: Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    from ..cache import read_header
-
-    header = read_header(path)
+    header = header_of(path)
     note = header.get("note", {})
     facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
     facts |= {"title": note.get("title"), "model": header.get("model"), "fingerprint": header.get("fingerprint")}
@@ -114,6 +113,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     from ..models.load import resolve, translate_config
     from ..models.weights import named_tensors
 
+    quiet_hub()
     directory = resolve(source, only=("config.json",))
     path = directory / "config.json"
     if not path.exists():
@@ -171,13 +171,14 @@ def pair_bytes(config: "ModelConfig", bits: int | None) -> int:
 def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
-    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "TIB": 2**40, "GIB": 2**30, "MIB": 2**20}
-    text = value.strip().upper()
-    unit = next((unit for unit in units if text.endswith(unit)), "")
-    try:
-        return int(float(text.removesuffix(unit)) * units.get(unit, 1))
-    except ValueError:
-        raise click.BadParameter("expected a size as 24GB or 80GiB", ctx, option) from None
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
+    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
+        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
+    if size == 0:
+        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
+    return size
 
 
 def _show_file(facts: dict[str, Any]) -> None:

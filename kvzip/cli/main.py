@@ -3,9 +3,10 @@
 import click
 
 from .ask import ask
+from .bench import bench
 from .chat import chat
 from .compress import compress
-from .evaluate import bench, compare, evaluate
+from .evaluate import compare, evaluate
 from .heads import heads
 from .info import info
 from .plumbing import Group

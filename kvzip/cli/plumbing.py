@@ -25,6 +25,8 @@ Stage = Callable[[str], Callable[[int, int | None], None]]
 
 positive = click.IntRange(min=1)
 
+NAME_IT = ": name a file (-o)"
+
 
 class Stopped(Exception):
     """Ctrl-C, with what is left and how to go on."""
@@ -111,6 +113,20 @@ def _write_examples(command: click.Command, formatter: click.HelpFormatter) -> N
                 formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
 
 
+@contextmanager
+def resuming(how: Callable[[], str]) -> Iterator[None]:
+    """Turns Ctrl-C within into Stopped with what `how` then says of what is left and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(how()) from error
+
+
+def unwritten(path: Path) -> str:
+    """Returns what to say of a file that was to be written when Ctrl-C came."""
+    return f"{path} {'is as it was' if path.exists() else 'was not written'}: run it again"
+
+
 def command(name: str, *, epilog: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a function a command, with examples below its help."""
     return click.command(name, cls=Command, epilog=epilog, **options)
@@ -132,6 +148,24 @@ def explain(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text:
         return text
     return f"unexpected {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def stdin_lines() -> Iterator[str]:
+    """Yields the lines of standard input as they come, without what ends them.
+
+    A line that is not UTF-8 keeps its bytes as surrogates, see `check_text`.
+    """
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "surrogateescape").strip()
+
+
+def check_text(text: str) -> str:
+    """Returns a text that came from a person or a pipe. Raises ValueError for one that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected text in UTF-8, got {text.encode('utf-8', 'surrogateescape')!r}") from None
+    return text
 
 
 def say(text: str, *, bold: bool = False) -> None:
@@ -191,18 +225,23 @@ def stages() -> Iterator[Stage]:
         yield stage
 
 
-def check_target(path: Path, *, kind: str | None = None) -> None:
+def check_target(path: Path, *, kind: str | None = None, ours: Callable[[Path], bool] = lambda path: True) -> None:
     """Raises an error now, not after minutes of work, if a file cannot be written at `path`.
 
     Args:
-        kind: the ending of files that may be replaced; None replaces any file.
+        kind: what the file is, for the error.
+        ours: whether a file that is there already may be replaced.
 
-    Raises: OSError; ValueError for a directory, or another kind of file that is there already.
+    Raises: OSError; ValueError for a directory, or a file that is not ours.
     """
+    if str(path) == "-":
+        raise ValueError(f"expected the name of a file to write, got -: nothing is written to standard output{NAME_IT}")
     if path.is_dir():
-        raise ValueError(f"expected a file to write, got the directory {path}: name a file in it")
-    if kind is not None and path.exists() and path.suffix != kind:
-        raise ValueError(f"expected a new file or an older {kind} file to write, got {path}: it is left as it is")
+        raise ValueError(f"expected a file to write, got the directory {path}{NAME_IT}")
+    if os.path.lexists(path) and not (path.is_file() and ours(path)):
+        raise ValueError(
+            f"expected a new file or an older {kind or 'regular file'} to write, got {path}: it is left as it is"
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected a directory to write {path.name} in, got no {path.parent}: make it first")
     try:
@@ -211,6 +250,17 @@ def check_target(path: Path, *, kind: str | None = None) -> None:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     os.unlink(probe)
+
+
+def is_kvzip_file(path: Path) -> bool:
+    """Whether a file is one that kvzip wrote, of any kind."""
+    from ..cache import read_header
+
+    try:
+        read_header(path)
+    except ValueError:
+        return False
+    return True
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import click
 
-from .plumbing import Stopped, check_target, command, size
+from .plumbing import check_target, command, resuming, size, unwritten
+from .sources import header_of
 
 
-@command("report", epilog="kvzip report contract.kvz -o contract.html")
+@command(
+    "report",
+    epilog="""
+    kvzip report contract.kvz
+    kvzip report contract.kvz -o pages/contract.html
+    """,
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Page to write [default: the file's name, .html]."
@@ -18,13 +25,10 @@ def report(file: Path, output: Path | None) -> None:
     One HTML file that needs nothing else: the document shaded by what is kept of it, heads, scores, sizes and times.
     """
     output = output or file.with_suffix(".html")
-    from ..report import write_report
+    from ..report import is_page, write_report
 
-    if not file.is_file():
-        raise FileNotFoundError(f"expected a cache file, got no file {file}")
-    check_target(output, kind=".html")
-    try:
+    with resuming(lambda: unwritten(output)):
+        header_of(file)
+        check_target(output, kind="page of kvzip", ours=is_page)
         write_report(file, output)
-    except KeyboardInterrupt as error:
-        raise Stopped(f"{output} was not written: run it again") from error
     click.echo(f"{output}, {size(output.stat().st_size)}")

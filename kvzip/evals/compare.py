@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -98,6 +99,7 @@ def compare(
     max_tokens: int = 256,
     stop: Sequence[str] = (),
     available: Mapping[str, Method] = METHODS,
+    on_step: Callable[[str], object] | None = None,
 ) -> Comparison:
     """Returns the answers to each question from the full cache of a document and from the compressed one.
 
@@ -110,6 +112,7 @@ def compare(
         instruction: opens the user turn, before the document; only with a chat template.
         template: False lets the questions continue the document as plain text.
         stop: texts that end an answer, as `generate` takes them.
+        on_step: called with what is begun, as "reading the document".
 
     Raises: ValueError for an unknown method, and what prefill, score, compress and generate raise.
     Source: the comparison script of the authors' implementation.
@@ -117,7 +120,10 @@ def compare(
     if method not in available:
         raise ValueError(f"expected a method among {sorted(available)}, got {method!r}")
     how = available[method]
+    step = on_step or (lambda what: None)
+    step("reading the document")
     full, prefill_s = _timed(model, lambda: prefill(model, document, instruction=instruction, template=template))
+    step("scoring pairs")
     scored, score_s = _timed(model, lambda: how.score(model, full))
     small, compress_s = _timed(model, lambda: compress(scored, ratio, level=how.level))
 
@@ -127,7 +133,8 @@ def compare(
         )
 
     pairs = []
-    for query in questions:
+    for number, query in enumerate(questions, start=1):
+        step(f"answering {number} of {len(questions)}")
         (of_full, full_s), (of_small, small_s) = answer(full, query), answer(small, query)
         pairs.append(_pair(model, full, small, query, of_full, of_small, full_s, small_s, template=template))
     return Comparison(
@@ -171,32 +178,34 @@ def answer_probabilities(
 def render(comparison: Comparison) -> RenderableType:
     """Returns the comparison as rich's tables: sizes and times, then each question with what changed."""
     c = comparison
-    sizes = Table(title=f"{c.model}: {c.tokens:,} tokens, {c.method} keeps {c.kept:,} of {c.total:,} pairs")
-    for column in ("", "full", f"{c.kept / c.total:.2f} kept"):
-        sizes.add_column(column)
+    sizes = Table("", "full", f"{c.kept / c.total:.0%} kept", box=None, pad_edge=False)
     sizes.add_row("cache, MB", f"{c.full_bytes / 1e6:.2f}", f"{c.small_bytes / 1e6:.2f}")
+    sizes.add_row("reading the document, s", f"{c.prefill_s:.2f}", "")
+    sizes.add_row("scoring and packing, s", "", f"{c.score_s:.2f} + {c.compress_s:.2f}")
     answering = [sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)]
-    sizes.add_row("answers, s", *(f"{seconds:.2f}" for seconds in answering))
-    sizes.add_row("prefill / score / compress, s", f"{c.prefill_s:.2f}", f"{c.score_s:.2f} / {c.compress_s:.2f}")
-    return Group(sizes, *(_render_pair(pair) for pair in c.answers))
+    sizes.add_row("answering, s", *(f"{seconds:.2f}" for seconds in answering))
+    name = Path(c.model).name if Path(c.model).is_dir() else c.model
+    title = f"{name}: {c.tokens:,} tokens, {c.method} keeps {c.kept:,} of {c.total:,} pairs"
+    legend = "Differences are compressed minus full over the full cache's answer: least to greatest (mean absolute)."
+    return Group(escape(title), "", sizes, *(_render_pair(pair) for pair in c.answers), "", legend)
 
 
 def _render_pair(pair: AnswerPair) -> Table:
-    table = Table(title=escape(pair.query), show_header=False)
-    if pair.full.text == pair.small.text:
-        table.add_row("same answer", escape(pair.full.text))
-    else:
-        table.add_row("full", escape(pair.full.text))
+    table = Table(title="\n" + escape(pair.query), title_justify="left", title_style="bold", show_header=False)
+    same = pair.full.text == pair.small.text
+    table.add_row("both" if same else "full", escape(pair.full.text))
+    if not same:
         table.add_row("compressed", escape(pair.small.text))
-    for name, spread in (("p of answer", pair.p_answer), ("margin", pair.margin), ("p of all", pair.p)):
+    spreads = {"p of the answer": pair.p_answer, "margin to the next": pair.margin, "p of any token": pair.p}
+    for name, spread in spreads.items():
         if spread is not None:
-            table.add_row(name, f"{spread.low:+.4f} to {spread.high:+.4f}, mean abs. {spread.mean_abs:.2e}")
+            table.add_row(name, f"{spread.low:+.4f} to {spread.high:+.4f} ({spread.mean_abs:.1e})")
     for change in pair.changes:
         table.add_row(
             f"token {change.position}",
             escape(
-                f"{change.full!r} to {change.small!r}: full {change.full_p[0]:.3f} to {change.full_p[1]:.3f}, "
-                f"compressed {change.small_p[0]:.3f} to {change.small_p[1]:.3f}"
+                f"{change.full!r} becomes {change.small!r}: p {change.full_p[0]:.3f} and {change.full_p[1]:.3f} of the "
+                f"full cache, {change.small_p[0]:.3f} and {change.small_p[1]:.3f} of the compressed one"
             ),
         )
     return table

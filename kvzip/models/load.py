@@ -69,7 +69,8 @@ def load(
             what it sees as today.
 
     Raises: FileNotFoundError for a missing directory or file; ValueError for an unknown name, or a config or
-    weights that are not exactly understood; ImportError for a hub id without the `hub` extra.
+    weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
+    the `hub` extra.
     """
     directory = resolve(source)
     path = directory / "config.json"
@@ -120,7 +121,14 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES) -> Path:
             f"expected the hub extra to fetch {name}, got no huggingface_hub: pip install 'kvzip[hub]', "
             "or pass a local directory"
         ) from error
-    return Path(snapshot_download(name, allow_patterns=list(only)))
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(only)))
+    except (OSError, ValueError, RuntimeError) as error:  # no network, no such name, a gated one, a full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        raise OSError(
+            f"expected {name} on the hub, there being no such directory here, got {reason}: "
+            "check the name, the network and the login (hf auth login)"
+        ) from error
 
 
 def translate_config(raw: Mapping[str, Any]) -> ModelConfig:

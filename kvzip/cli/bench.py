@@ -1,0 +1,204 @@
+"""`kvzip bench`: how fast a model is on this machine, from its full cache and from compressed ones."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .plumbing import Stage, command, positive, put, put_json, say, size, stages
+from .sources import load_model, model_options, short
+
+if TYPE_CHECKING:
+    from ..cache import DenseCache, RaggedCache
+    from ..models import Model
+
+CHECKOUT = Path(__file__).parents[2]
+QUESTION = "What is the value of the first key?"
+
+R = TypeVar("R")
+
+
+@command(
+    "bench",
+    # options stand before the name of a benchmark; what follows it is handed on, --help too
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="""
+    kvzip bench -m DIR
+    kvzip bench -m DIR --tokens 32000 -r 0.3 -r 0.1 --json
+    kvzip bench
+    kvzip bench ops --only decode
+    """,
+)
+@click.argument("name", required=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@model_options(required=False, about="To time here. ")
+@click.option("--tokens", type=positive, default=2_000, show_default=True, help="Of the document.")
+@click.option(
+    "-r",
+    "--ratio",
+    "ratios",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    default=(0.3,),
+    show_default=True,
+    help="Fraction of pairs KEPT; may be repeated.",
+)
+@click.option("-n", "--max-tokens", type=positive, default=32, show_default=True, help="Tokens of the timed answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print times as JSON.")
+def bench(
+    name: str | None,
+    arguments: tuple[str, ...],
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    max_length: int | None,
+    rope: dict[str, Any] | None,
+    tokens: int,
+    ratios: tuple[float, ...],
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """Time a model on this machine.
+
+    Reading, scoring and compressing a document of keys and values, and answering from what is left of it, once each
+    after a warm-up. With NAME, a benchmark of the checkout, which gets the ARGUMENTS; with nothing, a list of those.
+    """
+    if model is None:
+        _run_script(name, arguments)
+        return
+    if name is not None:
+        raise click.UsageError(f"expected a model or the name of a benchmark, got both: -m {model} and {name}")
+    with stages() as stage:
+        begun = time.perf_counter()
+        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        load_s = time.perf_counter() - begun
+        facts = {"model": loaded.source, "load_s": load_s} | measure(stage, loaded, tokens, ratios, max_tokens)
+    put_json(facts) if as_json else _show(facts)
+
+
+def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...], answer: int) -> dict[str, Any]:
+    """Returns the seconds of each step on this machine, and the bytes of the full cache and of each compressed one.
+
+    An answer's first token is timed with the reading of the question; the others are the difference to it, by number.
+
+    Raises: ValueError for more tokens than the model takes.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from .. import compression, prefilling, scoring
+    from ..cache import nbytes
+
+    endless = replace(model, stop_ids=())  # so that every answer has the same length
+    chat = model.template is not None
+    ids = document_ids(model, tokens)
+    warm = prefilling.prefill(model, ids[:64], template=chat)
+    scoring.score(model, warm)
+    progress = stage("reading the document")
+    dense, prefill_s = _timed(lambda: prefilling.prefill(model, ids, template=chat, progress=progress), model)
+    progress = stage("scoring pairs")
+    scored, score_s = _timed(lambda: scoring.score(model, dense, progress=progress), model)
+    stage("answering from all pairs")
+    rows = [{"ratio": 1.0, "compress_s": 0.0, "cache_bytes": nbytes(dense)} | _answering(endless, dense, answer)]
+    for ratio in ratios:
+        stage(f"answering from {ratio:.0%}")
+        small, compress_s = _timed(lambda ratio=ratio: compression.compress(scored, ratio), model)
+        row = {"ratio": ratio, "compress_s": compress_s, "cache_bytes": nbytes(small)}
+        rows.append(row | _answering(endless, small, answer))
+    on_gpu = model.device.type == "cuda"
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "tokens": dense.length,
+        "prefill_s": prefill_s,
+        "score_s": score_s,
+        "peak_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
+        "answers": rows,
+    }
+
+
+def document_ids(model: "Model", tokens: int) -> Any:
+    """Returns the ids of a made-up document of so many tokens, the same on every machine."""
+    from ..evals.tasks import examples
+    from ..evals.tasks.base import Request
+    from ..prefilling import context_ids
+
+    def count(text: str) -> int:
+        return len(context_ids(model, text))
+
+    (made,) = examples("kv", Request(1, 1, tokens + 128, 0, None, count))
+    ids = context_ids(model, made.context)
+    return ids[: min(tokens, len(ids))]
+
+
+def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, float]:
+    from ..decoding import Decoder
+    from ..generation import generate, query_ids
+
+    chat = cache.chat
+    (asked,) = query_ids(model, cache, [QUESTION], template=chat)
+    decoder = Decoder(model, cache, tail=len(asked) + tokens + 1)
+
+    def seconds(count: int) -> float:
+        made: dict[str, Any] = {"max_tokens": count, "template": chat, "decoder": decoder}
+        return _timed(lambda: generate(model, cache, QUESTION, **made), model)[1]
+
+    seconds(2)  # captures graphs, compiles kernels
+    first = seconds(1)
+    return {"first_token_s": first, "token_s": max(0.0, seconds(tokens + 1) - first) / tokens}
+
+
+def _timed(run: Callable[[], R], model: "Model") -> tuple[R, float]:
+    """What `run` returns and the seconds that it took, work queued on the GPU included."""
+    begun = time.perf_counter()
+    result = run()
+    if model.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(model.device)
+    return result, time.perf_counter() - begun
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    tokens, prefill_s, score_s = facts["tokens"], facts["prefill_s"], facts["score_s"]
+    click.echo(f"{short(facts['model'])} in {facts['dtype']} on {facts['device']}, torch {facts['torch']}")
+    click.echo(f"load     {facts['load_s']:.2f} s")
+    click.echo(f"prefill  {prefill_s:.2f} s for {tokens:,} tokens, {tokens / prefill_s:,.0f} a second")
+    click.echo(f"score    {score_s:.2f} s, {score_s / prefill_s:.1f} times the prefill")
+    if facts["peak_bytes"] is not None:
+        click.echo(f"peak     {size(facts['peak_bytes'])}")
+    table = Table("kept", "cache", "packed in", "first token", "each other", "a second", box=None, pad_edge=False)
+    for row in facts["answers"]:
+        times = (f"{row['first_token_s']:.3f} s", f"{1000 * row['token_s']:.1f} ms")
+        rate = f"{1 / row['token_s']:.1f}" if row["token_s"] else "-"
+        packed = f"{row['compress_s']:.3f} s" if row["compress_s"] else ""
+        table.add_row(f"{row['ratio']:.0%}", size(row["cache_bytes"]), packed, *times, rate)
+    put("", table)
+
+
+def _run_script(name: str | None, arguments: tuple[str, ...]) -> None:
+    directory = CHECKOUT / "benchmarks"
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"expected -m MODEL to time, or a checkout of kvzip to run its benchmarks, got no {directory}"
+        )
+    found = {
+        path.stem: path for path in sorted(directory.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")
+    }
+    if name is None:
+        for stem, path in found.items():
+            first = path.read_text(encoding="utf-8").lstrip().split("\n", 1)[0].strip('"')
+            click.echo(f"{stem:18}{first}")
+        return
+    if name not in found:
+        raise click.UsageError(f"expected a benchmark of {', '.join(found)}, got {name}")
+    say(f"{sys.executable} {found[name]} {' '.join(arguments)}".rstrip())
+    raise click.exceptions.Exit(subprocess.run([sys.executable, str(found[name]), *arguments], check=False).returncode)
