@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+import pty
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +222,42 @@ def test_a_directory_is_one_context_with_its_paths(tmp_path: Path) -> None:
     assert documents.read([str(project)])[0] == "# A\n"
 
 
+def test_of_a_directory_only_its_own_text_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, outside = tmp_path / "project", tmp_path / "outside.txt"
+    (project / "sub").mkdir(parents=True)
+    outside.write_text("secret", encoding="utf-8")
+    (project / "a.py").write_text("a = 1\n", encoding="utf-8")
+    for n in range(4):
+        (project / f"latin{n}.txt").write_bytes("caf\xe9".encode("latin-1"))
+    for name, target in [("loop", ".."), ("twice.py", "../a.py"), ("gone", "nowhere"), ("self", "self")]:
+        (project / "sub" / name).symlink_to(target)
+    (project / "secret.txt").symlink_to(outside)
+    os.mkfifo(project / "pipe")
+    told: list[str] = []
+    monkeypatch.setattr(documents, "hint", told.append)
+    assert documents.read([str(project)])[0] == "a = 1\n"
+    left = "latin0.txt, latin1.txt, latin2.txt and 1 more"
+    assert told == [f"{project}: 1 files read; left out, being no text in UTF-8: {left}"]
+    subprocess.run(["git", "init", "-q", project], check=True)
+    assert documents.read([str(project)])[0] == "a = 1\n"
+    (project / "a.py").unlink()
+    with pytest.raises(ValueError, match="without any: its 4 files are no text in UTF-8"):
+        documents.read([str(project)])
+
+
+def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -> None:
+    pipe, out = tmp_path / "pipe", tmp_path / "out.kvz"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["sh", "-c", f"printf '# Notes' > '{pipe}'"]):
+        assert documents.read([str(pipe)]) == ("# Notes", "pipe")
+    for junk in (b"\xff\xfe\0", b"a\0b"):
+        result = CliRunner().invoke(main, ["compress", "-", "-m", "x", "-o", str(out)], input=junk)
+        assert (
+            one_line(result)
+            == "kvzip: expected text in UTF-8 or a PDF, got standard input that is neither: convert it first"
+        )
+
+
 def test_several_documents_are_told_apart(document: Path) -> None:
     other = document.with_name("other.md")
     other.write_text("\ufeff# Other", encoding="utf-8")
@@ -346,6 +385,13 @@ def test_an_interrupted_turn_is_forgotten(kvz: Path, monkeypatch: pytest.MonkeyP
     assert "turns    0 tokens" in result.stdout
 
 
+def test_a_line_that_is_no_text_ends_neither_chat_nor_in_a_traceback(kvz: Path) -> None:
+    result = CliRunner().invoke(main, ["chat", str(kvz), "-n", "3"], input=b"a\xff\n/stats\n")
+    assert result.stderr == "expected text in UTF-8, got b'a\\xff'\n" and "turns    0 tokens" in result.stdout
+    result = CliRunner().invoke(main, ["ask", str(kvz), "-"], input=b"a\xff\n")
+    assert one_line(result) == "kvzip: expected text in UTF-8, got b'a\\xff'"
+
+
 # --- info
 
 
@@ -372,6 +418,11 @@ def test_info_says_what_fits_in_memory(model_dir: Path, model: kvzip.Model) -> N
     assert third["4_bits"]["tokens"] > third["8_bits"]["tokens"] > third["16_bits"]["tokens"]
     assert f"30%   {third['16_bits']['tokens']:,}" in call("info", model_dir, "--memory", "1GB").stdout
 
+    for given, expected in [("1g", 10**9), ("1.5 GiB", 3 * 2**29), ("900MB", 9 * 10**8)]:
+        assert json.loads(call("info", model_dir, "--memory", given, "--json").stdout)["memory_bytes"] == expected
+    for given in ("24", "inf", "nan", "-1GB", "0GB", "much"):
+        assert call("info", model_dir, "--memory", given).exit_code == 2, given
+
 
 # --- the rest
 
@@ -393,6 +444,36 @@ def test_compare_bench_and_tasks(
     assert call("bench", "other").exit_code == 2
     monkeypatch.setattr(sys.modules["kvzip.cli.bench"], "CHECKOUT", tmp_path / "installed")
     assert "expected -m MODEL to time, or a checkout of kvzip" in one_line(call("bench"))
+
+
+def test_bench_times_a_model_without_a_checkout(model_dir: Path, model: kvzip.Model) -> None:
+    facts = json.loads(call("bench", "-m", model_dir, "--tokens", 300, "-r", 0.5, "-r", 0.1, "-n", 3, "--json").stdout)
+    dense = kvzip.prefill(model, torch.randint(0, 100, (300,)))
+    assert facts["tokens"] == dense.length and facts["prefill_s"] > 0 and facts["score_s"] > 0
+    full, half, tenth = facts["answers"]
+    assert full["cache_bytes"] == nbytes(dense) > half["cache_bytes"] > tenth["cache_bytes"]
+    assert [row["ratio"] for row in facts["answers"]] == [1.0, 0.5, 0.1]
+    assert full["first_token_s"] > 0 and half["compress_s"] > 0
+    shown = call("bench", "-m", model_dir, "--tokens", 300, "-n", 2).stdout
+    assert shown.startswith("tiny in float32 on CPU") and "\n30%   " in shown
+    assert call("bench", "-m", model_dir, "ops").exit_code == 2
+
+
+def test_lists_of_eval_are_written_as_one_likes_and_run_goes_without_saying(model_dir: Path, tmp_path: Path) -> None:
+    tail = ("--count", 1, "--questions", 1, "--max-tokens", 2, "--task", "kv@600", "-m", model_dir)
+    ways = [
+        ("eval", "run", "--ratio", "0.5", "1.0", "--method", "full,random", "-o", tmp_path / "a.jsonl", *tail),
+        ("eval", "--ratio=0.5,1", "--method", "full", "--method", "random", *tail, "-o", tmp_path / "b.jsonl"),
+    ]
+    answers = []
+    for way, name in zip(ways, ("a", "b"), strict=True):
+        result = call(*way)
+        assert result.exit_code == 0, result.stderr
+        lines = map(json.loads, (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+        answers.append([(x["method"], x["ratio"], x["prediction"]) for x in lines if x["kind"] == "answer"])
+    assert [x[:2] for x in answers[0]] == [("full", 1.0), ("random", 0.5), ("random", 1.0)] and answers[0] == answers[1]
+    assert call("eval", "--help").stdout.startswith("Usage: main eval [OPTIONS] COMMAND")
+    assert call("eval", "run", "--seed", "-1", "x", *tail).exit_code == 2
 
 
 def eval_run(model_dir: Path, out: Path) -> Result:
@@ -478,12 +559,15 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
         ((*compress, out, "--max-length", 500), "expected a document that fits in 500 positions"),
         ((*compress, out, "--max-length", 500, "--segment", 90), "expected a document that fits in 500 positions"),
         (("ask", tmp_path / "none.kvz", "hi"), "got no file"),
-        (("ask", document, "hi"), "doc.txt"),
+        (("ask", document, "hi"), f"expected a file that kvzip wrote, got {document} that is none"),
         (("ask", bare, "hi"), "expected bare.kvz to say which model made it, got none: pass --model"),
         (("ask", kvz, "hi", "-m", other), "light.kvz, tiny in float32, got other in float32"),
         (("ask", kvz, "hi", "--dtype", "bfloat16"), "light.kvz, tiny in float32, got tiny in bfloat16"),
         (("info", tmp_path / "none.kvz"), "got no file"),
         (("chat", kvz, "-m", tmp_path / "gone"), "no such directory"),
+        (("ask", tmp_path, "hi"), "expected a file that kvzip wrote, got the directory"),
+        (("ask", kvz, "hi", "--device", "mps"), "expected a device of cpu"),
+        (("compress", document, "-m", model_dir, "-o", "-"), "expected the name of a file to write, got -"),
     ]:
         assert expected in one_line(call(*command)), command
     assert sorted(p for p in tmp_path.iterdir() if p not in {binary, empty, bare, other}) == before
@@ -499,6 +583,8 @@ def test_wrong_calls_end_with_2(document: Path, kvz: Path) -> None:
         ("compress", document, "-m", "x", "--rope", "{"),
         ("ask", kvz),
         ("ask", kvz, " "),
+        ("ask", kvz, "hi", "--device", "a b"),
+        ("compare", document, "hi", " ", "-m", "x"),
         ("info", "x", "--memory", "much"),
         ("nothing",),
     ]:
@@ -518,6 +604,52 @@ def test_out_of_memory_is_one_line_and_debug_shows_more(
     assert isinstance(call(*command, "--debug").exception, torch.OutOfMemoryError)
     monkeypatch.setattr("kvzip.scoring.score", lambda *a, **o: {}["x"])
     assert one_line(call(*command)) == "kvzip: unexpected KeyError: 'x' (--debug shows where)"
+
+
+def test_what_the_hub_cannot_give_is_one_line(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fetch(name: str, **options: Any) -> str:
+        raise hub.errors.LocalEntryNotFoundError("Got: no network\nAn error happened while trying to locate the files")
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    why = "on the hub, there being no such directory here, got no network: check the name, the network and the login"
+    for command, name in [
+        (("info", "some/model"), "some/model"),
+        (("compress", document, "-m", "qwen3-4b", "-o", document.with_suffix(".kvz")), "Qwen/Qwen3-4B"),
+    ]:
+        assert one_line(call(*command)) == f"kvzip: expected {name} {why} (hf auth login)"
+
+
+def test_a_document_too_long_for_memory_is_known_before_it_is_read(
+    document: Path, model_dir: Path, model: kvzip.Model, small: kvzip.RaggedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = size(dense_bytes(model, small.context_length))
+    monkeypatch.setattr("kvzip.cache.free_bytes", lambda device: 90_000)
+    monkeypatch.setattr("kvzip.prefilling.prefill", lambda *a, **o: pytest.fail("was read"))
+    line = one_line(call("compress", document, "-m", model_dir, "-o", document.with_suffix(".kvz")))
+    got = f"got 372 tokens that take {needed} of 90.0 kB free: --segment 16000"
+    assert line.startswith(f"kvzip: expected a document whose cache fits in memory, {got}")
+
+
+def test_files_of_others_are_left_as_they_are(document: Path, kvz: Path, model_dir: Path, tmp_path: Path) -> None:
+    made = ("eval", "run", "-m", model_dir, "--task", "kv@600", "-o")
+    mine = {name: tmp_path / name for name in ("a.kvz", "a.safetensors", "a.html", "a.jsonl", "report/index.html")}
+    for path in mine.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(
+            (model_dir / "model.safetensors").read_bytes() if path.suffix == ".safetensors" else b"a\nmine"
+        )
+    before = {path: path.read_bytes() for path in mine.values()}
+    for command in [
+        ("compress", document, "-m", model_dir, "-o", mine["a.kvz"]),
+        ("heads", "make", document, "-m", model_dir, "-o", mine["a.safetensors"]),
+        ("report", kvz, "-o", mine["a.html"]),
+        (*made, mine["a.jsonl"]),
+        ("eval", "report", mine["a.jsonl"], "-o", tmp_path / "report"),
+    ]:
+        assert one_line(call(*command)).endswith("it is left as it is"), command
+    assert {path: path.read_bytes() for path in mine.values()} == before
 
 
 Writer = Callable[[Path], Result]
@@ -576,6 +708,35 @@ def test_nothing_half_written_is_left(
         assert "No space left on device" in result.stderr
     if writer.__name__ != "chat":  # which goes on
         assert result.exit_code == (1 if isinstance(stop, OSError) else 130)
+
+
+def test_control_c_at_any_point_leaves_the_old_file_and_says_how_to_go_on(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert writer(tmp_path).exit_code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before
+    for point in {
+        "compress": ["models.load", "prefilling.run_attention", "scoring.score_chunks", "compression.compress"],
+        "segments": ["models.load", "prefilling.context_ids", "streaming._extend"],
+        "chat": ["cache.io.save_file"],
+        "heads": ["models.load", "head_scores.prefill", "head_scores.save"],
+        "eval": ["models.load", "evals.run_eval"],
+        "eval report": ["evals.write_report"],
+        "report": ["report.load_cache", "report.render"],
+    }[writer.__name__]:
+        with monkeypatch.context() as patched:
+            patched.setattr(f"kvzip.{point}", stop)
+            result = writer(tmp_path)
+        if writer.__name__ == "chat":
+            assert result.stderr == "stopped; nothing has changed\n"
+        else:
+            line = one_line(result, 130)
+            assert re.search("(is as it was: run it again|the same command goes on)", line), (point, line)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, point
 
 
 def test_a_read_only_directory_is_noticed(writer: Writer, tmp_path: Path) -> None:
@@ -637,6 +798,69 @@ def test_a_disk_that_fills_up_leaves_no_file(document: Path, model_dir: Path) ->
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("kvzip: expected to write out.kvz, got ") and done.stderr.count("\n") == 1
     assert sorted(p.name for p in document.parent.iterdir()) == ["doc.txt"]
+
+
+def test_help_of_every_command_has_examples_and_every_shell_has_completion() -> None:
+    names = [(name,) for name in main.commands]
+    names += [(group, name) for group in ("heads", "eval") for name in main.commands[group].commands]  # pyright: ignore
+    for name in [(), *names]:
+        result = call(*name, "--help")
+        examples = result.stdout.partition("\nExamples:\n")[2].splitlines()
+        assert result.exit_code == 0 and examples, name
+        assert all(line.startswith(("  kvzip ", "  cat ", "  eval ")) for line in examples), name
+        for line in examples:
+            if line.startswith("  kvzip ") and "DIR" not in line:
+                assert line.split()[1] in main.commands, line
+        assert "..." not in "".join(result.stdout.partition("Commands:")[2].partition("Examples:")[0]), name
+    for shell, begins in [("bash", "_kvzip_completion() {"), ("zsh", "#compdef kvzip"), ("fish", "function _kvzip")]:
+        found = CliRunner().invoke(main, env={"_KVZIP_COMPLETE": f"{shell}_source"}, prog_name="kvzip")
+        assert found.exit_code == 0 and found.stdout.lstrip().startswith(begins), shell
+
+
+def test_answers_stream_through_a_pipe_while_they_are_made(kvz: Path) -> None:
+    """Each piece is written to the pipe by itself; were they held back there would be one read."""
+    command = [sys.executable, "-m", "kvzip.cli", "ask", str(kvz), "How many?", "-n", "40"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.stdout and process.stderr
+        reads = list(iter(lambda: os.read(process.stdout.fileno(), 4096), b""))  # pyright: ignore
+        assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+    assert len(reads) > 4 and reads[-1].endswith(b"\n")
+
+
+def on_a_terminal(*arguments: object, answers: dict[str, bytes]) -> tuple[int, str]:
+    """The exit code and the output of a command on a terminal of its own, which types an answer after each text seen."""
+    child, terminal = pty.fork()
+    if child == 0:
+        _heed_interrupts()
+        os.execve(sys.executable, [sys.executable, "-m", "kvzip.cli", *map(str, arguments)], ENVIRONMENT)
+    output, seen, waiting = "", 0, list(answers.items())
+    with suppress(OSError):  # the terminal goes with the process
+        while part := os.read(terminal, 4096):
+            output += part.decode(errors="replace")
+            if waiting and (found := output.find(waiting[0][0], seen)) >= 0:
+                seen = found + len(waiting[0][0])
+                time.sleep(0.1)
+                os.write(terminal, waiting.pop(0)[1])
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
+
+
+def test_on_a_terminal_there_is_progress_and_a_slip_does_not_end_a_chat(
+    document: Path, model_dir: Path, kvz: Path
+) -> None:
+    document.write_text(TEXT * 4, encoding="utf-8")
+    out = document.with_suffix(".kvz")
+    code, shown = on_a_terminal("compress", document, "-m", model_dir, "-o", out, answers={})
+    assert code == 0 and "reading the document" in shown and "scoring pairs" in shown and "0 of 1," in shown
+    code, shown = on_a_terminal(
+        "chat",
+        kvz,
+        "-n",
+        "4",
+        answers={"/help": b"\x03", "ends this talk": b"/stats\r", "branch   1": b"\x03", "ends": b"\x03"},
+    )
+    assert code == 130 and shown.count("/quit or Ctrl-C again ends this talk, /save FILE keeps it") == 2
+    assert shown.count("turns    0 tokens") == 1 and shown.count("kvzip: interrupted") == 1
 
 
 def _heed_interrupts() -> None:

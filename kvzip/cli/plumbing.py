@@ -41,7 +41,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
-        logging.basicConfig(level=logging.WARNING, format="kvzip: %(message)s")
+        logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, format="kvzip: %(message)s")
+        logging.getLogger("kvzip").setLevel(logging.WARNING)  # other libraries warn their programmers
         try:
             with warnings.catch_warnings():
                 if not debug:
