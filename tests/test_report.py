@@ -180,6 +180,17 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
         const press = (key) =>
             document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
         const saved = shades();
+        const hover = (on, type, more) => on.dispatchEvent(
+            new PointerEvent(type, { pointerType: "mouse", bubbles: true, ...more }));
+        hover(document.querySelectorAll(".t")[5], "pointerover");
+        const place = $("map").getBoundingClientRect(), { step, tall } = report.state.cells;
+        const grid = $("grid").getContext("2d"), scale = devicePixelRatio; // one color for each layer and head
+        const cells = Array.from({ length: 4 }, (_, n) => Array.from(grid.getImageData(
+            Math.round((step * (n >> 1) + step / 2) * scale), Math.round((tall * (n & 1) + tall / 2) * scale), 1, 1,
+        ).data).join());
+        const pointed = [$("piece").textContent, $("where").textContent, $("grid").hidden, cells];
+        hover($("map"), "pointermove", { clientX: place.left + 1.5 * step, clientY: place.top + 0.5 * tall });
+        const head = $("cell").textContent;
         $("document").focus();
         const walk = [];
         const keys = ["Down", "Right", "Right", "Left", "Down", "Up"].map((name) => `Arrow${name}`);
@@ -190,8 +201,8 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
         slider.value = 0.6;
         slider.dispatchEvent(new Event("input"));
         await new Promise((done) => setTimeout(done, 200));
-        return { text, saved, walk, moved: shades(), status: $("status").textContent, spoken: slider.ariaValueText ??
-            slider.getAttribute("aria-valuetext"), label: document.activeElement.getAttribute("aria-label"),
+        return { text, saved, pointed, head, walk, moved: shades(), status: $("status").textContent,
+            spoken: slider.ariaValueText ?? slider.getAttribute("aria-valuetext"), label: document.activeElement.getAttribute("aria-label"),
             table: $("facts-table").textContent, chosen: document.querySelectorAll("[aria-selected]").length };
         """,
     )
@@ -202,6 +213,14 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
 
     assert answer["text"].count(TEXT) == 1
     assert [f"{float(x):.3f}" for x in answer["saved"][inside]] == shades(kept_mask(cache))
+    mask = kept_mask(cache)
+    piece, where, hidden, cells = answer["pointed"]
+    at, held = 5 - cache.start, mask[:, :, 5 - cache.start].flatten().tolist()
+    assert piece == TEXT[at].replace(" ", "\u2423") and f"kept in {sum(held)} of 4" in where and not hidden
+    full = {cell for cell, kept in zip(cells, held, strict=True) if kept}
+    assert len(full) <= 1 and full.isdisjoint(cell for cell, kept in zip(cells, held, strict=True) if not kept)
+    tokens = int(mask[1, 0].sum())
+    assert answer["head"].startswith("layer 2 head 0: ") and f" {tokens} of {mask.shape[2]} tokens" in answer["head"]
     moved = kvzip.keep_mask(cache.scores, 0.6)
     assert [f"{float(x):.3f}" for x in answer["moved"][inside]] == shades(moved)
     assert f"{int(moved.sum()):,} of {moved.numel():,} pairs would be kept" in answer["status"]
@@ -210,6 +229,36 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
     assert steps == [0, 1, 2, 1] and below > 2 and back < below and (last, first) == (len(cache.token_ids) - 1, 0)
     assert "token 0, id" in answer["label"] and answer["chosen"] == 1
     assert "Time to prefill1.25 s" in answer["table"] and "random, float32" in answer["table"]
+
+
+@needs_chromium
+def test_no_text_becomes_markup_and_a_phone_scrolls_in_one_direction(model, tmp_path):
+    """Text, title and note try to run as scripts, and are as wide as they can; the page is in a frame of 320 pixels."""
+    attack = "</title></script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>" + "W" * 300
+    path, out = tmp_path / "doc.kvz", tmp_path / "out.html"
+    cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, f"<!--<script>{attack}\u202e\u2028")), 0.3)
+    kvzip.save(cache, path, model=model, score_bits=8, note={"title": attack, attack: attack})
+    write_report(path, out)
+    ask = """<script>report.ready.then(() => {
+        const wide = (x) => x.getBoundingClientRect().right > innerWidth + 1, root = document.documentElement;
+        report.focusToken(9);
+        parent.postMessage({
+            hacked: "hacked" in window, images: document.images.length, scripts: document.scripts.length,
+            heading: document.getElementById("title").textContent, width: innerWidth,
+            sideways: root.scrollWidth - root.clientWidth,
+            wide: Array.from(document.body.querySelectorAll("*")).filter(wide).length,
+        }, "*");
+    });</script></body>"""
+    framed = html.escape(out.read_text(encoding="utf-8").replace("</body>", ask))
+    page = f"""<body><iframe style="width: 320px; height: 700px; border: 0" srcdoc="{framed}"></iframe><script>
+        const told = new Promise((resolve) => addEventListener("message", (event) => resolve(event.data)));
+        const report = {{ ready: told }};
+    </script></body>"""
+    answer = in_chromium(page, tmp_path / "page.html", "return await told;")
+    # what is left of its scripts: the facts, the page's own and the one that asks
+    assert not answer["hacked"] and answer["images"] == 0 and answer["scripts"] == 3
+    assert answer["heading"] == attack
+    assert (answer["width"], answer["sideways"], answer["wide"]) == (320, 0, 0)
 
 
 def long_page(length):

@@ -92,6 +92,8 @@ def chat(
         except KeyboardInterrupt:
             click.echo()
             say(stopped)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             say(explain(error))
 
