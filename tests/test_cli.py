@@ -246,10 +246,12 @@ def test_of_a_directory_only_its_own_text_files_are_read(tmp_path: Path, monkeyp
 
 
 def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -> None:
-    pipe, out = tmp_path / "pipe", tmp_path / "out.kvz"
-    os.mkfifo(pipe)
-    with subprocess.Popen(["sh", "-c", f"printf '# Notes' > '{pipe}'"]):
-        assert documents.read([str(pipe)]) == ("# Notes", "pipe")
+    out = tmp_path / "out.kvz"
+    end, beginning = os.pipe()
+    os.write(beginning, b"# Notes")
+    os.close(beginning)
+    assert documents.read([f"/dev/fd/{end}"]) == ("# Notes", "pipe")
+    os.close(end)
     for junk in (b"\xff\xfe\0", b"a\0b"):
         result = CliRunner().invoke(main, ["compress", "-", "-m", "x", "-o", str(out)], input=junk)
         assert (
