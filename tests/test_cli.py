@@ -448,13 +448,23 @@ def test_compare_bench_and_tasks(
     assert "expected -m MODEL to time, or a checkout of kvzip" in one_line(call("bench"))
 
 
-def test_bench_times_a_model_without_a_checkout(model_dir: Path, model: kvzip.Model) -> None:
+def test_bench_times_a_model_without_a_checkout(
+    model_dir: Path, model: kvzip.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, answered = kvzip.generate, []
+
+    def noted(model: Any, cache: Any, query: str, **options: Any) -> Any:
+        answered.append(cache.kept / cache.total)
+        return generate(model, cache, query, **options)
+
+    monkeypatch.setattr("kvzip.generation.generate", noted)
     facts = json.loads(call("bench", "-m", model_dir, "--tokens", 300, "-r", 0.5, "-r", 0.1, "-n", 3, "--json").stdout)
     dense = kvzip.prefill(model, torch.randint(0, 100, (300,)))
     assert facts["tokens"] == dense.length and facts["prefill_s"] > 0 and facts["score_s"] > 0
     full, half, tenth = facts["answers"]
     assert full["cache_bytes"] == nbytes(dense) > half["cache_bytes"] > tenth["cache_bytes"]
     assert [row["ratio"] for row in facts["answers"]] == [1.0, 0.5, 0.1]
+    assert list(map(round, answered, [2] * 9)) == [1.0] * 3 + [0.5] * 3 + [0.1] * 3
     assert full["first_token_s"] > 0 and half["compress_s"] > 0
     shown = call("bench", "-m", model_dir, "--tokens", 300, "-n", 2).stdout
     assert shown.startswith("tiny in float32 on CPU") and "\n30%   " in shown
@@ -826,7 +836,8 @@ def test_help_of_every_command_has_examples_and_every_shell_has_completion() -> 
 def test_answers_stream_through_a_pipe_while_they_are_made(kvz: Path) -> None:
     """Each piece is written to the pipe by itself; were they held back there would be one read."""
     command = [sys.executable, "-m", "kvzip.cli", "ask", str(kvz), "How many?", "-n", "40"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+    buffered = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         assert process.stdout and process.stderr
         reads = list(iter(lambda: os.read(process.stdout.fileno(), 4096), b""))  # pyright: ignore
         assert process.wait(timeout=60) == 0 and process.stderr.read() == b""

@@ -203,7 +203,8 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
         await new Promise((done) => setTimeout(done, 200));
         return { text, saved, pointed, head, walk, moved: shades(), status: $("status").textContent,
             spoken: slider.ariaValueText ?? slider.getAttribute("aria-valuetext"),
-            label: document.activeElement.getAttribute("aria-label"), table: $("facts-table").textContent, chosen: document.querySelectorAll("[aria-selected]").length };
+            label: document.activeElement.getAttribute("aria-label"),
+            table: $("facts-table").textContent, chosen: document.querySelectorAll("[aria-selected]").length };
         """,
     )
     inside = slice(cache.start, cache.context_length)
