@@ -579,6 +579,7 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
         (("chat", kvz, "-m", tmp_path / "gone"), "no such directory"),
         (("ask", tmp_path, "hi"), "expected a file that kvzip wrote, got the directory"),
         (("ask", kvz, "hi", "--device", "mps"), "expected a device of cpu"),
+        (("ask", kvz, "a" * 5000), "shorten it, or pass --max-length (and --rope)"),
         (("compress", document, "-m", model_dir, "-o", "-"), "expected the name of a file to write, got -"),
     ]:
         assert expected in one_line(call(*command)), command

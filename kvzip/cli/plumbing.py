@@ -26,6 +26,7 @@ Stage = Callable[[str], Callable[[int, int | None], None]]
 positive = click.IntRange(min=1)
 
 NAME_IT = ": name a file (-o)"
+IN_THE_LIBRARY = ("pass max_length= (and rope=) to load", "pass --max-length (and --rope)")
 
 
 class Stopped(Exception):
@@ -143,7 +144,7 @@ def explain(error: Exception) -> str:
             errno.EROFS: "choose another place (-o)",
         }.get(error.errno or 0)
         return f"{error.strerror}{where}" + (f": {remedy}" if remedy else "")
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).replace(*IN_THE_LIBRARY)
     if isinstance(error, MemoryError):
         return text or "out of memory"
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text:
