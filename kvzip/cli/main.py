@@ -20,7 +20,7 @@ from .report import report
     kvzip compress contract.pdf -m qwen2.5-7b -r 0.3 -o contract.kvz
     kvzip ask contract.kvz "Who signed it?" "When?"
     kvzip chat contract.kvz
-    eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion; zsh_source, fish_source
+    eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion in bash; in zsh zsh_source
     """,
 )
 @click.version_option(package_name="kvzip")
