@@ -1,6 +1,7 @@
 """Full cache against compressed: probabilities that decoding itself gives, and what changed between the two."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -94,9 +95,26 @@ def test_the_table_shows_answers_and_changes_as_text(comparison: Comparison) -> 
     Console(file=out, width=200).print(render(comparison))
     text = out.getvalue()
     assert f"keeps {comparison.kept:,} of {comparison.total:,} pairs" in text
+    c = comparison
+    for row, *numbers in [
+        ("cache, MB", c.full_bytes / 1e6, c.small_bytes / 1e6),
+        ("reading the document, s", c.prefill_s),
+        ("scoring and packing, s", c.score_s, c.compress_s),
+        ("answering, s", sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)),
+    ]:
+        (line,) = [line for line in text.splitlines() if line.startswith(row)]
+        assert re.findall(r"\d+\.\d+", line) == [f"{number:.2f}" for number in numbers]
     for pair in comparison.answers:
         assert pair.query in text
+        for spread in (pair.p_answer, pair.margin, pair.p):
+            assert spread is None or f"{spread.low:+.4f} to {spread.high:+.4f} ({spread.mean_abs:.1e})" in text
         assert all(f"token {change.position}" in text for change in pair.changes)
+
+
+def test_steps_are_told_as_they_begin(model: kvzip.Model) -> None:
+    told: list[str] = []
+    compare(model, TEXT, QUERIES[:2], 0.5, max_tokens=2, on_step=told.append)
+    assert told == ["reading the document", "scoring pairs", "answering 1 of 2", "answering 2 of 2"]
 
 
 def test_an_unknown_method_is_an_error_that_lists_the_known(model: kvzip.Model) -> None:
