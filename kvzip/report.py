@@ -179,5 +179,7 @@ def _flat(note: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
         name = f"{path} {key}".strip()
         if isinstance(value, Mapping):
             yield from _flat(value, name)
+        elif isinstance(value, list) and all(isinstance(each, str) for each in value):
+            yield name, ", ".join(value)
         elif value is not None:
             yield name, value if isinstance(value, (int, float, str)) else json.dumps(value)

@@ -469,6 +469,8 @@ def test_bench_times_a_model_without_a_checkout(
     shown = call("bench", "-m", model_dir, "--tokens", 300, "-n", 2).stdout
     assert shown.startswith("tiny in float32 on CPU") and "\n30%   " in shown
     assert call("bench", "-m", model_dir, "ops").exit_code == 2
+    line = one_line(call("bench", "-m", model_dir, "--tokens", 100_000))
+    assert "expected at most 4,096 tokens (the model's length), got 100,000: lower --tokens" in line
 
 
 def test_lists_of_eval_are_written_as_one_likes_and_run_goes_without_saying(model_dir: Path, tmp_path: Path) -> None:

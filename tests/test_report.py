@@ -41,7 +41,7 @@ def saved(model, scored, tmp_path_factory):
     """A compressed cache with a turn after it, its file, and the page of that."""
     path = tmp_path_factory.mktemp("report") / "doc.kvz"
     cache = kvzip.ask(model, kvzip.compress(scored, 0.3), "Who is?", max_tokens=3)[1]
-    note = {"title": "Anna <Karenina>", "seconds": {"prefill": 1.25}}
+    note = {"title": "Anna <Karenina>", "documents": ["a.md", "b.md"], "seconds": {"prefill": 1.25}}
     kvzip.save(cache, path, model=model, score_bits=8, note=note)
     write_report(path, path.with_suffix(".html"))
     return load_cache(path), path, path.with_suffix(".html").read_text(encoding="utf-8")
@@ -96,7 +96,11 @@ def test_the_numbers_in_the_page_are_those_of_the_cache(saved, scored):
         cache.context_length,
     )
     assert facts["layers"] == [0, 2] and facts["windows"] == 1 and facts["level"] == "pair"
-    assert facts["fileBytes"] == path.stat().st_size and ["seconds prefill", 1.25] in facts["note"]
+    assert (
+        facts["fileBytes"] == path.stat().st_size
+        and ["seconds prefill", 1.25] in facts["note"]
+        and ["documents", "a.md, b.md"] in facts["note"]
+    )
     pairs = [x for layer in cache.context for x in (layer.k, layer.v)]
     assert facts["cacheBytes"] == sum(x.nbytes for x in pairs)
     window = sum(x.nbytes for layer in cache.context if isinstance(layer, WindowKV) for x in (layer.k, layer.v))

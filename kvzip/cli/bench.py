@@ -1,5 +1,6 @@
 """`kvzip bench`: how fast a model is on this machine, from its full cache and from compressed ones."""
 
+import random
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from .plumbing import Stage, command, positive, put, put_json, say, size, stages
 from .sources import load_model, model_options, short
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..cache import DenseCache, RaggedCache
     from ..models import Model
 
@@ -96,6 +99,11 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
 
     endless = replace(model, stop_ids=())  # so that every answer has the same length
     chat = model.template is not None
+    if tokens > model.config.max_length:
+        raise ValueError(
+            f"expected at most {model.config.max_length:,} tokens (the model's length), got {tokens:,}: "
+            "lower --tokens, or pass --max-length (and --rope)"
+        )
     ids = document_ids(model, tokens)
     warm = prefilling.prefill(model, ids[:64], template=chat)
     scoring.score(model, warm)
@@ -123,18 +131,13 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
     }
 
 
-def document_ids(model: "Model", tokens: int) -> Any:
-    """Returns the ids of a made-up document of so many tokens, the same on every machine."""
-    from ..evals.tasks import examples
-    from ..evals.tasks.base import Request
+def document_ids(model: "Model", tokens: int) -> "Tensor":
+    """Returns the ids of a made-up document of so many tokens, the same on every machine: keys and their values."""
     from ..prefilling import context_ids
 
-    def count(text: str) -> int:
-        return len(context_ids(model, text))
-
-    (made,) = examples("kv", Request(1, 1, tokens + 128, 0, None, count))
-    ids = context_ids(model, made.context)
-    return ids[: min(tokens, len(ids))]
+    draw = random.Random(0)
+    lines = (f'"{draw.getrandbits(128):032x}": "{draw.getrandbits(128):032x}"' for _ in range(tokens // 10 + 1))
+    return context_ids(model, "{" + ",\n ".join(lines))[:tokens]
 
 
 def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, float]:
