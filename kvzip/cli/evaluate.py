@@ -57,7 +57,10 @@ class _Evaluate(Group):
     """,
 )
 def evaluate() -> None:
-    """Measure how much quality is left; options alone are those of `run`."""
+    """Measure how much quality is left.
+
+    Options without a command are those of `run`.
+    """
 
 
 def ratios_of(words: Sequence[str]) -> tuple[float, ...]:
