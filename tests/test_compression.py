@@ -292,3 +292,11 @@ def test_spans_that_are_none_are_named(dense, spans, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no check of types
     with pytest.raises(ValueError, match=r"\(start, stop\) pairs of context tokens, got .*protect=\[\(0, 9\)\]"):
         kvzip.compress(dense, 0.5, protect=spans)
+
+
+def test_a_third_of_the_pairs_in_4_bits_is_a_twelfth_of_the_bytes():
+    """Heads of 128 values in bfloat16, as large models have, metadata included."""
+    model = random_model.make(random_model.config(head_dim=128, attn_scale=128**-0.5), dtype=torch.bfloat16)
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT * 15), scope="chunk")
+    small = kvzip.compress(cache, 0.3, bits=4)
+    assert 11.5 < kvzip.nbytes(cache) / kvzip.nbytes(small) < 12.5
