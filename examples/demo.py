@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,31 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import kvzip
-from small_models import Unavailable, model_dir
+from museum import DEFAULT_MODEL, DOCUMENT, Question, default_dtype, is_right, load
+from museum import FIVE as QUESTIONS
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
-DOCUMENT = Path(__file__).parent / "document.txt"
 RATIO = 0.3
 CHUNK = 512  # tokens per pass, small enough for the progress bars to move
 ANSWER_TOKENS = 12
 REQUIRED = 4
-
-
-@dataclass(frozen=True)
-class Question:
-    """The beginning of a sentence and the text that its continuation must contain."""
-
-    opening: str
-    expected: str
-
-
-QUESTIONS = (
-    Question("The map of the river was painted by the surveyor", "Lucas Brandt"),
-    Question("The great storm began on the second of", "November"),
-    Question("The Selden Expedition was led by Captain", "Victor Holm"),
-    Question("The violin is insured for", "two million dollars"),
-    Question("The record for the rowing race is held by the", "bakers"),
-)
 
 
 @dataclass(frozen=True)
@@ -69,14 +50,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     arguments = parser.parse_args()
     console = Console()
-    try:
-        source = arguments.model or model_dir(DEFAULT_MODEL)
-    except Unavailable as error:
-        print(f"{DEFAULT_MODEL}: {error}", file=sys.stderr)
-        return 1
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        model = kvzip.load(source, dtype=getattr(torch, arguments.dtype or default_dtype()))
+        model = load(arguments.model, getattr(torch, arguments.dtype) if arguments.dtype else default_dtype())
     columns = run(model, DOCUMENT.read_text(encoding="utf-8").strip(), seconds, console)
     console.print(answer_table(columns))
     console.print("  ".join(f"{stage} {elapsed:.1f} s" for stage, elapsed in seconds.items()))
@@ -103,11 +79,6 @@ def run(model: kvzip.Model, document: str, seconds: dict[str, float], console: C
     return columns
 
 
-def default_dtype() -> str:
-    """Returns bfloat16 with a GPU, else float32: most CPUs run bfloat16 several times slower."""
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def ask(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, questions: Sequence[Question]) -> list[str]:
     """Returns the model's continuations of the questions' openings, each as a new paragraph after the document."""
     openings = [f"\n\n{question.opening}" for question in questions]
@@ -121,11 +92,6 @@ def with_random_scores(cache: kvzip.DenseCache, seed: int = 0) -> kvzip.DenseCac
     values = torch.rand(cache.scores.values.shape, generator=torch.Generator().manual_seed(seed))
     scores = replace(cache.scores, values=values.to(cache.scores.values.device), source="random")
     return replace(cache, scores=scores)
-
-
-def is_right(question: Question, answer: str) -> bool:
-    """Whether the answer contains the expected text, case and spacing apart."""
-    return " ".join(question.expected.lower().split()) in " ".join(answer.lower().split())
 
 
 def answer_table(columns: list[Column]) -> Table:

@@ -1,6 +1,10 @@
 """Test configuration: kernels run in Triton's interpreter where there is no GPU."""
 
 import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 
 import pytest
 import torch
@@ -14,6 +18,19 @@ settings.register_profile(
     "kvzip", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.load_profile("kvzip")
+
+
+class _Uninstrumented(MetaPathFinder):
+    """Finds the kernels before jaxtyping's import hook does."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(fullname, path) if fullname.startswith("kvzip.ops.triton.") else None
+
+
+if sys.version_info < (3, 11):
+    # The last jaxtyping for Python 3.10 wraps functions marked no_type_check too, which hides a kernel's globals from
+    # Triton's interpreter.
+    sys.meta_path.insert(0, _Uninstrumented())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

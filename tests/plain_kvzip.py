@@ -4,6 +4,7 @@ The cache keeps every token of every layer, and Transformers' masks hide what a 
 dropping the repeat again is a plain crop. Written from the paper (arXiv 2505.23416) and its published algorithm.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,13 +124,20 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     return [index for index, kind in enumerate(types) if kind == "full_attention"]
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Returns what this version of Transformers calls the cache: `cache`, or `past_key_values` as 5.20 does."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 @torch.no_grad()
 def run(model: PreTrainedModel, token_ids: Sequence[int], cache: DynamicCache) -> Tensor:
     """Returns the final hidden states [T M] of ids that follow what the cache holds, which grows by them."""
     past = cache.get_seq_length()
     positions = torch.arange(past, past + len(token_ids))[None]
     ids = torch.tensor([list(token_ids)])
-    return model.model(ids, position_ids=positions, cache=cache, use_cache=True).last_hidden_state[0]
+    past_rows = {cache_argument(model): cache}
+    return model.model(ids, position_ids=positions, use_cache=True, **past_rows).last_hidden_state[0]
 
 
 @contextmanager

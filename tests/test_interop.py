@@ -11,6 +11,7 @@ import random_model
 import tiny_models
 from kvzip.prefilling import prefix_ids, prompt_of
 from kvzip.prompts import ChatTemplate
+from plain_kvzip import cache_argument
 
 TEXT = "Mr. and Mrs. Dursley were proud to say that they were perfectly normal, thank you very much."
 QUERY = " Were they?"
@@ -44,7 +45,7 @@ def dense(models):
 def prefilled(theirs, ids, **options):
     cache = DynamicCache(**options)
     with torch.no_grad():
-        theirs(ids[None], cache=cache, use_cache=True)
+        theirs(ids[None], use_cache=True, **{cache_argument(theirs): cache})
     return cache
 
 
@@ -55,7 +56,7 @@ def continued(theirs, converted, length, ids):
     seen = torch.ones(1, length + count, dtype=torch.long)
     out = theirs.generate(
         torch.tensor([ids]),
-        cache=converted,
+        **{cache_argument(theirs): converted},
         position_ids=positions,
         attention_mask=seen,
         max_new_tokens=STEPS,

@@ -248,9 +248,17 @@ def test_a_cpu_needs_no_triton_and_forcing_it_is_a_clear_error() -> None:
     assert worked == "True 3"
     assert on_cpu.startswith("ValueError expected CUDA tensors for KVZIP_BACKEND=triton, got cpu: set TRITON_INTERPRET")
     assert interpreted == (
-        "ImportError expected triton for KVZIP_BACKEND=triton, got no such package: pip install triton, or set "
-        "KVZIP_BACKEND=reference"
+        "ImportError expected Triton for the kernels, got no such package: pip install triton, or set "
+        "KVZIP_BACKEND=reference, which is plain PyTorch on any device"
     )
+
+
+def test_a_triton_too_old_for_the_kernels_is_named() -> None:
+    program = (
+        "import triton; triton.__version__ = '3.3.1'\ntry:\n    import kvzip.ops.triton.norm\n"
+        "except ImportError as error: print(error)"
+    )
+    assert _python(program).startswith("expected Triton 3.5 or newer (torch 2.9) for the kernels, got 3.3.1, which ")
 
 
 def _python(program: str, *arguments: str) -> str:

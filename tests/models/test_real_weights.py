@@ -147,7 +147,7 @@ def test_transformers_continues_a_uniform_cache(pair: Pair) -> None:
     asked, length = pair.encode(QUERIES[0]), len(small.token_ids)
     theirs = pair.reference.generate(
         torch.tensor([asked]),
-        cache=kvzip.to_transformers(pair.model, small),
+        **{plain_kvzip.cache_argument(pair.reference): kvzip.to_transformers(pair.model, small)},
         position_ids=torch.arange(length, length + len(asked))[None],
         attention_mask=torch.ones(1, length + len(asked), dtype=torch.long),
         max_new_tokens=8,

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,12 @@ def compile_launches(source: str, *, capability: int) -> list[Compiled]:
     """The kernels that the statements of `source` launch, compiled for sm_<capability> and not run.
 
     `source` runs in a process of its own, without the interpreter; it calls launchers on CPU tensors, whose results
-    mean nothing, since no kernel writes them.
+    mean nothing, since no kernel writes them. With a Triton that the kernels do not take the test is skipped.
     """
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 5):
+        import pytest
+
+        pytest.skip("kernels are compiled by Triton 3.5 and newer")
     root = Path(__file__).parents[2]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests" / "ops")])

@@ -109,7 +109,7 @@ def product(a, b):
     M: tl.constexpr = a.shape[0]
     N: tl.constexpr = b.shape[0]
     D: tl.constexpr = a.shape[1]
-    if a.dtype == tl.float32 and D > 32:
+    if D > 32 and a.dtype == tl.float32:
         a_parts = tl.permute(tl.reshape(a, [M, D // 32, 32]), [1, 0, 2])
         b_parts = tl.permute(tl.reshape(b, [N, D // 32, 32]), [1, 2, 0])
         return tl.sum(tl.dot(a_parts, b_parts, input_precision="ieee"), 0)
