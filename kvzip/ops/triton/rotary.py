@@ -61,7 +61,8 @@ def _rotary_kernel(
     b, t = row // tokens, row % tokens
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    is_q, live = h < HEADS, (h < HEADS + KV_HEADS)[:, None] & (d < HALF)[None, :]
+    is_q, is_k = h < HEADS, h >= HEADS
+    live = (h < HEADS + KV_HEADS)[:, None] & (d < HALF)[None, :]
     await_launch(OVERLAP)
     at = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * D + h[:, None] * D + d[None, :]
     first = tl.load(at, mask=live, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
@@ -71,10 +72,10 @@ def _rotary_kernel(
         for_q = is_q[:, None] & live
         weight = d[None, :] + tl.zeros([BLOCK_H, BLOCK_D], tl.int32)
         first_weight = tl.load(q_norm_ptr + weight, mask=for_q, other=0) + tl.load(
-            k_norm_ptr + weight, mask=live & ~is_q[:, None], other=0
+            k_norm_ptr + weight, mask=live & is_k[:, None], other=0
         )
         second_weight = tl.load(q_norm_ptr + HALF + weight, mask=for_q, other=0) + tl.load(
-            k_norm_ptr + HALF + weight, mask=live & ~is_q[:, None], other=0
+            k_norm_ptr + HALF + weight, mask=live & is_k[:, None], other=0
         )
         first *= factor[:, None] * (first_weight.to(tl.float32) + offset)
         second *= factor[:, None] * (second_weight.to(tl.float32) + offset)
@@ -87,5 +88,5 @@ def _rotary_kernel(
     to_k = k_ptr + ((b * KV_HEADS + h[:, None] - HEADS) * tokens + t) * D + d[None, :]
     tl.store(to_q, turned, mask=live & is_q[:, None])
     tl.store(to_q + HALF, turned_2, mask=live & is_q[:, None])
-    tl.store(to_k, turned, mask=live & ~is_q[:, None])
-    tl.store(to_k + HALF, turned_2, mask=live & ~is_q[:, None])
+    tl.store(to_k, turned, mask=live & is_k[:, None])
+    tl.store(to_k + HALF, turned_2, mask=live & is_k[:, None])
