@@ -62,9 +62,9 @@ def quantize(
         bits: 8 or 4.
         group: values that share a scale, min(128, D) if not given.
         offsets: rows offsets[h]:offsets[h + 1] are those of head h, whose channels are taken out first: the rest,
-            rounded to x's dtype, is what is packed.
-        channels: of these heads, from other rows of theirs; None measures them, as mean and root mean square of up to
-            256 rows spread over each head.
+            rounded to float16 unless x is float32, is what is packed.
+        channels: of these heads, from other rows of theirs; None measures them, as mean and largest distance from it
+            of up to 256 rows spread over each head.
 
     Raises: ValueError if bits is neither, D is not divisible by group, x is not finite, 4 bits meet an odd group, or
         there are channels without offsets; TypeError for a float64 x.
@@ -77,7 +77,7 @@ def quantize(
             raise ValueError("expected offsets with channels, got none: they say which rows are which head's")
         return _quantize_op(x)(x, bits=bits, group=group)
     channels = measure_channels(x, offsets) if channels is None else channels
-    rest = torch.empty_like(x)
+    rest = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
     for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, _heads(offsets, len(x)))), strict=True):
         out.copy_((rows.float() - channels.center[head]) / channels.spread[head])
     return replace(_quantize_op(x)(rest, bits=bits, group=group), channels=channels)
@@ -105,7 +105,7 @@ def dequantize(
 def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
     """Returns center and spread of each head's channels, and waits for nothing; a head without rows has 0 and 1.
 
-    The spread is the power of two nearest to the root mean square around the center, 1 where that is 0 or not finite.
+    The spread is the power of two nearest to the largest distance from the center, 1 where that is 0 or not finite.
     """
     heads, width = len(offsets) - 1, x.shape[1]
     if len(x) == 0:
@@ -114,7 +114,7 @@ def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> 
     rows = offsets[:-1, None] + torch.arange(_SAMPLE, device=x.device) * counts // _SAMPLE  # short heads: some twice
     sample = x[rows.clamp(max=len(x) - 1)].float()  # [H _SAMPLE D]
     center = sample.mean(1).masked_fill(counts == 0, 0)
-    power = (sample - center[:, None]).square().mean(1).log2().mul(0.5).round().clamp(-60, 60)
+    power = (sample - center[:, None]).abs().amax(1).log2().round().clamp(-60, 60)
     usable = power.isfinite() & (counts > 0) & (power > -60)
     return Channels(center.where(center.isfinite(), 0.0), torch.exp2(power.where(usable, 0.0)))
 

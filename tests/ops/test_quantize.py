@@ -159,12 +159,12 @@ def test_channels_are_those_of_each_head_and_leave_half_a_step_of_the_rest(lengt
         assert torch.equal(spread.log2(), spread.log2().round())
         if length == 0:
             assert (mean == 0).all() and (spread == 1).all()
-        elif length >= 300:  # of 256 of them, so within six standard errors; powers of two are within a root of 2
-            deviation = part.std(0).clamp(min=1e-6)
-            assert ((mean - part.mean(0)).abs() < 6 * deviation / 16 + 1e-3).all()
-            assert (part.std(0) < 1e-6).logical_or((spread / deviation).log2().abs() < 0.8).all()
+        elif length >= 300:  # of 256 of them: the mean is within six standard errors, the farthest may be missed
+            assert ((mean - part.mean(0)).abs() < 6 * part.std(0) / 16 + 1e-3).all()
+            farthest = (part - mean).abs().amax(0)
+            assert (farthest < 1e-6).logical_or((spread / farthest).log2().abs() < 1.5).all()
     spread, middle = q.channels.spread[owner], q.channels.center[owner]
-    rest = ((x.float() - middle) / spread).to(dtype)
+    rest = ((x.float() - middle) / spread).to(torch.float32 if dtype == torch.float32 else torch.float16)
     assert_within_half_a_step(rest, Quantized(q.codes, q.scale, q.zero, bits, 64))
     back = dequantize(q, offsets=offsets)
     assert torch.allclose(back, dequantize(quantize(rest, bits=bits)) * spread + middle, rtol=1e-6, atol=1e-5)
