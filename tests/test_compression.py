@@ -295,8 +295,8 @@ def test_spans_that_are_none_are_named(dense, spans, monkeypatch):
 
 
 def test_a_third_of_the_pairs_in_4_bits_is_a_twelfth_of_the_bytes():
-    """Heads of 128 values in bfloat16, as large models have, all metadata of 3,650 tokens included."""
+    """Heads of 128 values in bfloat16, as large models have, all metadata of 3,300 tokens included."""
     model = random_model.make(random_model.config(head_dim=128, attn_scale=128**-0.5), dtype=torch.bfloat16)
-    cache = kvzip.score(model, kvzip.prefill(model, TEXT * 50), scope="chunk", chunk=400)
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT * 45), scope="chunk", chunk=400)
     small = kvzip.compress(cache, 0.3, bits=4)
     assert 11.5 < kvzip.nbytes(cache) / kvzip.nbytes(small) < 12.5
