@@ -69,15 +69,16 @@ def decode_triton(
 
     Reads each context byte once for up to 128 rows (questions x tokens x group; codes: 32, the rest from L2): 2 N D
     values, 161 MB at 0.3 of 131,072 (8 heads, D 128), 52.5 us at the 3.07 TB/s of an H100; 4 rows N D operations.
-    Measured there (bf16, cold, in a CUDA graph, benchmarks/results/ops-decode-score.jsonl): 61.2 us, and 20.9 us at
-    0.3 of 32,768; one head with half of the rows 62.1, even heads 60.0; 32 questions 74.8; D=256 117.8 (2.73 TB/s).
-    With 512 and 2,000 new tokens 432 and 443 TFLOP/s by the same kernel with 128 rows a program. At both
-    lengths that is 8 to 9 us more than the bytes take; what they go to was not measured.
+    Measured there (bf16, cold, in a CUDA graph, benchmarks/results/ops.jsonl): 61.0 us, and 20.6 us at 0.3 of 32,768;
+    one head with half of the rows 61.6, even heads 60.8; 32 questions 76.2; D=256 115.3 (2.79 TB/s). With 512 new
+    tokens 431 TFLOP/s by the same kernel with 128 rows a program. At both lengths that is 8 to 9 us more than the bytes
+    take; what they go to was not measured.
 
     Tried, in us at 131,072 unless said: three to eight pieces per processor 66 to 80 (starting a program costs more
     than balance gains); tiles of 128 keys 69, pipelines of two stages 64; combining without overlapped launches 62.3;
     32 partial results at a time instead of all 63.6 (23.2 instead of 20.2 at 32,768); combining all columns in one
-    program 66.4 instead of 64.2.
+    program 66.4 instead of 64.2; starting before the kernel in front has ended 62.2 instead of 60.9, and 21.7 instead
+    of 20.6 (its programs then share processors unevenly with those that still run), though 8 bits gain by it.
     """
     rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
     config = launch_config(q.shape[3], rows, q.dtype, k.bits if isinstance(k, Quantized) else 16)

@@ -3,8 +3,12 @@
 As columns, 8 query rows need no padding to 16, which halves products and softmax. A tile of 64 keys takes two warps
 about 500 instructions each, whatever the bits; 256 of all 1,000 make operands out of 4-bit codes.
 
-At 0.3 of 131,072 (8 heads, D 128, bf16 queries) on an H100, 2026-11-24, whole `decode`, int8 / int4: 39.7 / 25.4 us
-next to 64.2 for bf16 in the same run; 83 and 43 MB, 27 and 14 us at the read bandwidth. Tried, in us: rows as rows of
+At 0.3 of 131,072 (8 heads, D 128, bf16 queries) on an H100, 2026-11-24, whole `decode`, int8 / int4: 35.5 / 24.5 us
+in variants of this code, next to 62.2 and 61.3 for bf16 in the same runs; 83 and 43 MB, 27 and 14 us at the read
+bandwidth. What brought them there, from 37.7 / 24.8: steps asked for before queries and no reduction over steps before
+the first tile 37.3 / 24.5; started while the kernel in front still runs 37.0 / 25.9; first two tiles asked for
+meanwhile 35.5 / 25.3 (so for 8 bits only; there two stages 35.8, four 36.4, four warps 45.5, tiles of 32 keys 41.9, of
+128 37.2, eight programs at once 40.1). Earlier, at 39.7 / 25.4 next to 64.2, in us: rows as rows of
 the products, codes made float16 by two instructions a pair 40.0 / 30.9, by Triton from bytes 55.7 / 58.7; one warp a
 program, eight at once on a processor 48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps, three
 and six programs at once 39.3 / 26.5 and 46.1 / 28.4 (shipped: four); four warps 39.7 / 28.0, with tiles of 128 keys

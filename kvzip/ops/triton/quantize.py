@@ -7,8 +7,8 @@ codes are those of the reference bit for bit.
 The first pass stores float16 scales and reports whether they hold; only where they do not is a second pass made with
 float32. Bytes: x read and the codes written once, plus 2 * 2 bytes a group; about 30 operations a value, most of them
 the correctly rounded division. For 314,570 rows of 128 in bf16 on an H100 (2026-11-24, triton 3.6) the int8 kernel
-takes 72 us, 41 at the bandwidth of a copy, and a call 120 to 290 with the launches and the wait for the flags.
-Restoring takes 42 us (int8) and 38 (int4). Blocks of 16 and 32 rows with 4 warps were alike, 64 rows and 2 or 8 warps
+takes 72 us, 41 at the bandwidth of a copy, and a call 144 to 294 with the launches and the wait for the flags.
+Restoring takes 43 us (int8) and 37 (int4). Blocks of 16 and 32 rows with 4 warps were alike, 64 rows and 2 or 8 warps
 slower.
 """
 
