@@ -152,7 +152,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 
 def _pdf(directory: Path) -> None:
     (directory / "a.pdf").write_bytes(b"%PDF-1.4")
-    documents.read_file(directory / "a.pdf")
+    documents.read([str(directory / "a.pdf")])
 
 
 def _plot(_: Path) -> None:
