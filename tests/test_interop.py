@@ -100,7 +100,8 @@ def test_a_conversation_that_transformers_began_goes_on(models):
     close = model.tokenizer.control.encode(prompt_of(model).separator).ids
     prompt = [*prefix_ids(model), *model.tokenizer.text.encode(TEXT + "\n\nWhy?").ids, *say]
     cache = DynamicCache(config=theirs.config)
-    out = theirs.generate(torch.tensor([prompt]), cache=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0]
+    options = {cache_argument(theirs): cache, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    out = theirs.generate(torch.tensor([prompt]), **options)[0]
     taken = kvzip.from_transformers(model, cache, out[:-1])
     turn = kvzip.extend(model, taken, torch.cat([out[-1:], torch.tensor(close)]))
     asked = model.tokenizer.text.encode("Were they?").ids + say

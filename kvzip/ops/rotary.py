@@ -64,13 +64,14 @@ def rotary_reference(
     offset: int = 0,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     q, k, v = split(qkv, cos.shape[-1], kv_heads)
-    if q_norm is not None and k_norm is not None:
-        q, k = (
-            rms_norm_reference(q, q_norm, eps=eps, offset=offset),
-            rms_norm_reference(k, k_norm, eps=eps, offset=offset),
-        )
     if cos.ndim == 3:  # positions differ by question: [B T D] beside [B H T D]
         cos, sin = cos[:, None], sin[:, None]
+    if q_norm is None or k_norm is None:  # one after the other in memory: half as many operations
+        both = split(qkv, cos.shape[-1], 0)[0][:, :-kv_heads]
+        q, k = _rotate(both, cos, sin).split([q.shape[1], kv_heads], dim=1)
+        return q, k, v
+    q = rms_norm_reference(q, q_norm, eps=eps, offset=offset)
+    k = rms_norm_reference(k, k_norm, eps=eps, offset=offset)
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
