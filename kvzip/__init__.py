@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from .version import VERSION
+
 if TYPE_CHECKING:
     from . import head_scores, models, ops, prompts, scores
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
@@ -48,7 +50,8 @@ __all__ = [
     "to",
     "to_transformers",
 ]
-__version__ = "0.1.0"
+
+__version__ = VERSION
 
 _HOMES = {
     "cache": ("DenseCache", "RaggedCache", "Scores", "load_cache", "nbytes", "save", "to"),

@@ -4,7 +4,7 @@ import json
 import os
 import struct
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -148,6 +148,15 @@ def test_files_that_do_not_belong_are_named(model, caches, tmp_path):
     path.write_bytes(b"not a cache")
     with pytest.raises(ValueError, match="truncated or tampered"):
         kvzip.load_cache(path)
+
+
+def test_a_checkout_that_is_not_installed_saves(caches, tmp_path, monkeypatch):
+    def unknown(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", unknown)
+    kvzip.save(caches["ragged"], tmp_path / "doc.kvz")
+    assert read_header(tmp_path / "doc.kvz")["library"] == kvzip.__version__
 
 
 def test_files_of_older_versions_still_load(model, caches, tmp_path):

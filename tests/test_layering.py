@@ -12,8 +12,9 @@ import kvzip
 PACKAGE = Path(kvzip.__file__).parent
 
 ALLOWED = {
+    "kvzip.version": set(),
     "kvzip.ops": set(),
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts"},
+    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
     "kvzip.prompts": set(),
     "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
+from ..version import VERSION as LIBRARY
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
 from .levels import LEVELS, encode_levels
 from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
@@ -101,7 +101,7 @@ def write_file(
     path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any], *, note: Mapping[str, Any] | None = None
 ) -> None:
     """Writes tensors and a header whole or not at all. Raises as `save` does."""
-    header = header | {"version": VERSION, "library": version("kvzip"), "note": dict(note or {})}
+    header = header | {"version": VERSION, "library": LIBRARY, "note": dict(note or {})}
     metadata = {"kvzip": json.dumps(header)}
     with whole_file(path) as partial:
         save_file(_apart(tensors), partial, metadata=metadata)

@@ -2,6 +2,7 @@
 
 import click
 
+from ..version import VERSION
 from .ask import ask
 from .bench import bench
 from .chat import chat
@@ -23,7 +24,7 @@ from .report import report
     eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion in bash; in zsh zsh_source
     """,
 )
-@click.version_option(package_name="kvzip")
+@click.version_option(VERSION)
 def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 
