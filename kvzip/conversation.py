@@ -245,8 +245,7 @@ def _prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tenso
     rows = layer.offsets[:-1, None].long() + torch.arange(start, device=layer.offsets.device)
     if isinstance(layer.k, Tensor):
         return layer.k[rows]
-    k, flat = layer.k, rows.flatten()
-    prefix = replace(k, codes=k.codes[flat], scale=k.scale[flat], zero=k.zero[flat])
+    prefix = ops.take_rows(layer.k, rows.flatten())
     keys = ops.dequantize(prefix, dtype=dtype, offsets=torch.arange(len(rows) + 1, device=rows.device).int() * start)
     return rearrange(keys, "(h a) d -> h a d", h=len(rows))
 

@@ -133,11 +133,7 @@ def _rows_of(layer: RaggedKV, heads: Tensor, keep: Bool[Tensor, " N"]) -> Ragged
     """A layer with the rows of a mask alone."""
 
     def take(x: Tensor | Quantized) -> Tensor | Quantized:
-        return (
-            x[keep]
-            if isinstance(x, Tensor)
-            else replace(x, codes=x.codes[keep], scale=x.scale[keep], zero=x.zero[keep])
-        )
+        return x[keep] if isinstance(x, Tensor) else ops.take_rows(x, keep)
 
     counts = torch.bincount(heads[keep], minlength=len(layer.offsets) - 1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

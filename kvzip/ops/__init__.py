@@ -5,7 +5,7 @@ from kvzip.ops.decode import DecodeSchedule, decode, decode_schedule, merge
 from kvzip.ops.linear import Norm, linear
 from kvzip.ops.norm import rms_norm
 from kvzip.ops.prune import prune
-from kvzip.ops.quantize import Channels, Quantized, dequantize, quantize
+from kvzip.ops.quantize import Channels, Quantized, dequantize, quantize, take_rows
 from kvzip.ops.rotary import rotary
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
@@ -30,4 +30,5 @@ __all__ = [
     "select_count",
     "select_uniform",
     "select_uniform_count",
+    "take_rows",
 ]

@@ -1,14 +1,14 @@
 """Attention of new tokens over frozen ragged heads and a dense tail: contract, reference, schedule and merge."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
-from kvzip.ops.quantize import Quantized, dequantize
+from kvzip.ops.quantize import Quantized, dequantize, take_rows
 
 Tail = tuple[Float[Tensor, "B H R D"], Float[Tensor, "B H R D"], Int32[Tensor, " B"]]
 
@@ -194,8 +194,7 @@ def _rows(
 ) -> Float[Tensor, "n D"]:
     if isinstance(x, Tensor):
         return x[start:stop].to(dtype)
-    part = Quantized(x.codes[start:stop], x.scale[start:stop], x.zero[start:stop], x.bits, x.group)
-    rows = dequantize(part, dtype=dtype)
+    rows = dequantize(replace(take_rows(x, slice(start, stop)), channels=None), dtype=dtype)
     return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 

@@ -102,6 +102,11 @@ def dequantize(
     return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).to(dtype)
 
 
+def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
+    """Returns some of the rows, by an index, a mask or a slice, with the channels that all of them have."""
+    return replace(q, codes=q.codes[rows], scale=q.scale[rows], zero=q.zero[rows])
+
+
 def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
     """Returns center and spread of each head's channels, and waits for nothing; a head without rows has 0 and 1.
 
