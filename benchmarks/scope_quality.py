@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--answer-ratios", nargs="+", type=float, default=[0.3], help="where --answers are asked for")
     parser.add_argument("--stream-ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.5], help="of stream-*")
     parser.add_argument("--max-length", type=int, default=None, help="positions, in place of the model's own limit")
+    parser.add_argument("--commit", default=None, help="what is measured, where git cannot say it")
     parser.add_argument("--report", action="store_true", help="make table and plot of the results, and stop")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
@@ -108,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "asked": arguments.tokens,
         "torch": torch.__version__,
         "kvzip": kvzip.__version__,
-        "commit": commit(),
+        "commit": arguments.commit or commit(),
     }
     done = {key_of(line) for line in read(arguments.out)}
     for path in arguments.data:
