@@ -126,9 +126,12 @@ def lse_rounding(inputs: dict, *, scale: float, **_) -> float:
         center, spread = (x.repeat_interleave(group, 0)[:, None] for x in (k.channels.center, k.channels.spread))
         largest = (q * center).sum(-1).abs().amax().cpu()
         q = q * spread
-    middle = k.zero.float() + 2 ** (k.bits - 1) * k.scale.float()
+    half = 2 ** (k.bits - 1) * k.scale.float()
+    larger = (k.zero.float() + half).abs().amax()
+    if inputs["q"].dtype != torch.float32:  # tensor cores multiply codes that no half was taken from: sums begin at it
+        larger += half.amax()
     sums = q.unflatten(-1, (-1, k.group)).sum(-1).abs()
-    largest += (sums.amax() * middle.abs().amax() * k.zero.shape[1]).cpu()
+    largest += (sums.amax() * larger * k.zero.shape[1]).cpu()
     return float(2 * torch.finfo(torch.float32).eps * scale * largest)
 
 
