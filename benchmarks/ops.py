@@ -303,14 +303,19 @@ def decode_case(
     caches = []
     for _ in range(copies):
         k, v = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        caches.append((k, v) if bits is None else (ops.quantize(k, bits=bits), ops.quantize(v, bits=bits)))
+        if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
+            k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
+        caches.append((k, v))
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
     variants: dict[str, Variant] = {
         "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
     }
     if bits is not None:
-        plain = [[ops.dequantize(x, dtype=torch.bfloat16) for x in pair] for pair in caches[:2]]  # two are cold too
+        plain = [  # two are cold too
+            (ops.dequantize(k, dtype=torch.bfloat16, offsets=offsets), ops.dequantize(v, dtype=torch.bfloat16))
+            for k, v in caches[:2]
+        ]
         variants["kvzip, bf16"] = [
             lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
         ]
