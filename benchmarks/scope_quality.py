@@ -49,6 +49,11 @@ ASK = " Answer with a few words of the text."
 PLAIN_ASK, PLAIN_ANSWER = "\n\nQuestion: ", "\nAnswer:"
 BATCH = 64  # questions of a forward pass
 SAMPLES = 2_000  # of the bootstrap
+COLUMNS = 3  # of panels in the plot
+DRAWN = {  # and the methods in it, with their colors
+    **{"context": "C0-", "chunk": "C1-", "chunk+near": "C4:", "chunk:512": "C2-", "kvzip+": "C3-"},
+    **{"stream-running": "C5--", "logit": "k:", "random": "C7--"},
+}
 
 Score = dict[str, Any]
 
@@ -365,11 +370,11 @@ def markdown(table: Summary, lines: list[dict[str, Any]]) -> str:
     ]
 
     def block(title: str, cell: Callable[[dict[str, Any]], str], chosen: Sequence[str]) -> None:
-        text.extend([f"| {title} | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"])
-        text.append("| --- |" + " ---: |" * len(ratios))
-        for method in chosen:
-            cells = [cell(table[method, r]) if (method, r) in table else "-" for r in ratios]
-            text.append(f"| {method} | " + " | ".join(cells) + " |")
+        cells = {m: [cell(table[m, r]) if (m, r) in table else "-" for r in ratios] for m in chosen}
+        filled = [n for n in range(len(ratios)) if any(row[n] != "-" for row in cells.values())]
+        text.extend([f"| {title} | " + " | ".join(f"{ratios[n]:g}" for n in filled) + " |"])
+        text.append("| --- |" + " ---: |" * len(filled))
+        text.extend(f"| {method} | " + " | ".join(row[n] for n in filled) + " |" for method, row in cells.items())
         text.append("")
 
     block('kept pairs that "context" keeps too', lambda row: f"{row['agreement']:.3f}", methods)
@@ -391,33 +396,33 @@ def markdown(table: Summary, lines: list[dict[str, Any]]) -> str:
 
 
 def plot(groups: Sequence[list[dict[str, Any]]], path: Path) -> None:
-    """Log-likelihood lost by ratio, a panel for each table, a line for each method."""
+    """Log-likelihood lost by ratio, a panel for each table, a line for each of the methods that matter most."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups) + 2, 4.5), squeeze=False)
-    methods = [m for m in dict.fromkeys(line["method"] for group in groups for line in group) if m != "full"]
-    colors = dict(zip(methods, pyplot.get_cmap("tab20").colors * 2, strict=False))  # type: ignore[attr-defined]
+    rows = -(-len(groups) // COLUMNS)
+    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(5.2 * COLUMNS, 3.9 * rows), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
     lines: dict[str, Any] = {}
-    for axis, group in zip(axes[0], groups, strict=True):
+    for axis, group in zip(axes.flat, groups, strict=False):
         table = summary(group)
-        for method in methods:
+        for method, style in DRAWN.items():
             points = sorted((ratio, *row["lost"]) for (name, ratio), row in table.items() if name == method)
-            if not points or method == "random":
+            if not points:
                 continue
             ratio, mean, low, high = map(np.array, zip(*points, strict=True))
-            (lines[method],) = axis.plot(ratio, mean, color=colors[method], marker=".", linewidth=1.5)
+            (lines[method],) = axis.plot(ratio, mean, style, marker=".", linewidth=1.5)
             if method in ("context", "chunk"):
-                axis.fill_between(ratio, low, high, color=colors[method], alpha=0.12)
-        title = f"{group[0]['model']}, about {group[0]['asked']:,} tokens{', plain' if group[0]['plain'] else ''}"
-        axis.set(title=title, xlabel="ratio kept", ylabel="log-likelihood lost, gold answer (nats)")
-        axis.set_yscale("symlog", linthresh=0.1)
+                axis.fill_between(ratio, low, high, color=lines[method].get_color(), alpha=0.12)
+        axis.set_title(f"{group[0]['model']}, about {group[0]['asked']:,} tokens", fontsize=10)
+        axis.set(xlabel="ratio kept", ylabel="log-likelihood lost, gold answer (nats)")
         axis.grid(alpha=0.3)
-    figure.legend(list(lines.values()), list(lines), loc="center right", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1 - 1.6 / (6 * len(groups) + 2), 1))
-    figure.savefig(path, dpi=120)
+    figure.legend(list(lines.values()), list(lines), loc="lower center", ncol=len(lines))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -406,7 +406,7 @@ def test_info_says_what_a_file_holds(kvz: Path, small: kvzip.RaggedCache, model:
         assert layer["heads"] == [int(n) - small.start for n in held.offsets.diff()]
     assert sum(sum(layer["heads"]) for layer in facts["layers"]) == small.kept
     text = call("info", kvz).stdout
-    assert f"kept     {small.kept:,} of {small.total:,} pairs (30.0%) by kvzip-context/pair" in text
+    assert f"kept     {small.kept:,} of {small.total:,} pairs (30.0%) by kvzip-chunk/pair" in text
 
 
 def test_info_says_what_fits_in_memory(model_dir: Path, model: kvzip.Model) -> None:

@@ -282,7 +282,8 @@ def test_a_tail_is_scored_as_score_does_a_context(model, caches, kind, monkeypat
 def test_a_tail_has_the_scores_of_the_end_of_a_context(model, method, monkeypatch):
     """Every method of `score`: the tail is its second chunk, after a context of which all is kept."""
     more = " It was the age of wisdom."
-    whole = kvzip.score(model, kvzip.prefill(model, TEXT + more), method=method, chunk=len(TEXT)).scores.values
+    dense = kvzip.prefill(model, TEXT + more)
+    whole = kvzip.score(model, dense, scope="context", method=method, chunk=len(TEXT)).scores.values
     found = []
     monkeypatch.setattr(kvzip.ops, "select", lambda values, *, ratio: found.append(values) or values > 0)
     kvzip.fold(model, kvzip.extend(model, kvzip.prefill(model, TEXT), more), 0.5, method=method, chunk=len(TEXT))

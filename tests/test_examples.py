@@ -74,7 +74,7 @@ def test_one_process_compresses_and_another_answers(paragraphs, capfd: pytest.Ca
     assert save_and_reload.main([*arguments, "--file", str(file)]) == 0
     printed = capfd.readouterr().out
     kept, total = pairs(printed)
-    assert kept == int(0.5 * total) and "pairs of short.txt, by kvzip-context/pair" in printed
+    assert kept == int(0.5 * total) and "pairs of short.txt, by kvzip-chunk/pair" in printed
     sizes = re.search(r"([\d.]+) MB of cache, ([\d.]+) MB in short.kvz", printed)
     assert sizes and float(sizes[2]) < 0.55 * float(sizes[1]) and file.exists()
     assert printed.count(" ... ") == 5 and "another process: short.kvz loaded" in printed
@@ -127,7 +127,7 @@ def test_own_scores_are_compared_with_those_of_kvzip(paragraphs, capsys: pytest.
     assert custom_scorer.main(paragraphs(2)) == 0
     printed = capsys.readouterr().out
     found = re.findall(r"^(\S+)/pair: ([\d,]+) of [\d,]+ pairs, (\d+)%", printed, re.MULTILINE)
-    assert [name for name, _, _ in found] == ["kvzip-context", "short-keys", "random"]
+    assert [name for name, _, _ in found] == ["kvzip-chunk", "short-keys", "random"]
     assert len({kept for _, kept, _ in found}) == 1
     shared = [int(percent) for _, _, percent in found]
     assert shared[0] == 100 and abs(shared[2] - 50) <= 2, "a draw shares what chance gives"

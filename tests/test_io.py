@@ -113,8 +113,8 @@ def test_every_kind_comes_back_bit_for_bit(model, caches, kind, tmp_path):
     header = read_header(path)
     assert header["version"] == [2, 0] and header["note"] == {"from": "a book"}
     assert header["ratio"] == header["kept"] / header["total"] and header["library"] == kvzip.__version__
-    assert header["method"] == {"dense": "", "scored": "kvzip-context"}.get(
-        kind, "kvzip-context/pair" + "+fold" * (kind == "folded")
+    assert header["method"] == {"dense": "", "scored": "kvzip-chunk"}.get(
+        kind, "kvzip-chunk/pair" + "+fold" * (kind == "folded")
     )
     assert header["tokens"] == len(caches[kind].token_ids) and header["fingerprint"] == model.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["doc.kvz"]

@@ -44,7 +44,7 @@ def encode(model: Model, text: str) -> list[int]:
 def test_scores_are_those_of_the_plain_implementation(both, method):
     reference, model = both
     cache = kvzip.prefill(model, TEXT)
-    scores = kvzip.score(model, cache, method=method, chunk=CHUNK).scores
+    scores = kvzip.score(model, cache, scope="context", method=method, chunk=CHUNK).scores
     ids = cache.token_ids.tolist()
     postfix = prompts.encode_control(model.tokenizer, prompts.render(model.template).postfix)
     arguments = (ids[: cache.start], ids[cache.start :], postfix, lambda text: encode(model, text))

@@ -48,18 +48,18 @@ def test_repeat_inputs_are_the_papers(model):
 def test_both_scopes_agree_where_one_chunk_is_the_whole_context(windows, softcap):
     model = random_model.make(random_model.config(windows=windows, attn_softcap=softcap))
     cache = kvzip.prefill(model, TEXT)
-    context = kvzip.score(model, cache, chunk=100).scores.values
+    context = kvzip.score(model, cache, chunk=100, scope="context").scores.values
     chunk = kvzip.score(model, cache, chunk=100, scope="chunk").scores.values
     torch.testing.assert_close(context, chunk)
     if windows == (None, None):  # in the first global layer queries have attended to nothing that the scope changes
         apart = kvzip.score(model, cache, chunk=17, scope="chunk").scores.values
-        assert (apart - kvzip.score(model, cache, chunk=17).scores.values).abs().max() > 1e-4
+        assert (apart - kvzip.score(model, cache, chunk=17, scope="context").scores.values).abs().max() > 1e-4
 
 
 def test_neighbors_of_a_chunk_are_attended_to_and_not_scored():
     model = random_model.make(random_model.config())
     cache = kvzip.prefill(model, TEXT)
-    context = kvzip.score(model, cache, chunk=17).scores.values
+    context = kvzip.score(model, cache, chunk=17, scope="context").scores.values
 
     def local(neighbors):
         options = {"scope": "chunk", "method": "kvzip", "chunk": 17, "hint": 8}

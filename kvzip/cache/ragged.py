@@ -44,7 +44,7 @@ class RaggedCache:
 
     `kept` and `total` count evictable pairs; the first `start` tokens (system prefix) and window layers are not
     counted and stay. `context_length` is the position where the tail starts; `token_ids` includes the tail's. `method`
-    says how pairs were chosen, "kvzip-context/pair" for the source of the scores and the level; empty: all are kept.
+    says how pairs were chosen, "kvzip-chunk/pair" for the source of the scores and the level; empty: all are kept.
     """
 
     context: tuple[RaggedKV | WindowKV, ...]

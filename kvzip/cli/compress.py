@@ -63,7 +63,7 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 @click.option(
     "--scope",
     type=click.Choice(["context", "chunk"]),
-    help="What scoring attends to: all, or a chunk (linear cost) [default: context; with --segment chunk].",
+    help="What scoring attends to: all, or a chunk (linear cost) [default: chunk].",
 )
 @click.option(
     "--method",
@@ -155,7 +155,7 @@ def compress(
                 "threshold": threshold,
                 "bits": int(bits) if bits else None,
             }
-            scoring = {"scope": scope or "context", "method": method, "chunk": chunk}
+            scoring = {"scope": scope or "chunk", "method": method, "chunk": chunk}
             full, cache = _at_once(
                 stage,
                 loaded,

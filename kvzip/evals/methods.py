@@ -48,7 +48,7 @@ def heads(model: Model, cache: DenseCache) -> DenseCache:
     Source: KVzip, arXiv 2505.23416, section 4.2, which takes the maximum over another document once for all; here it
     is over the context at hand.
     """
-    scores = score(model, cache).scores
+    scores = score(model, cache, scope="context").scores
     assert scores is not None
     values = scores.values.amax(-1, keepdim=True).expand_as(scores.values).contiguous()
     return replace(cache, scores=replace(scores, values=values, source="kvzip-heads"))
@@ -262,11 +262,11 @@ def random_scores(model: Model, cache: DenseCache) -> DenseCache:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("kvzip", lambda model, cache: score(model, cache), "pair", "KVzip, arXiv 2505.23416"),
+        Method("kvzip", lambda model, cache: score(model, cache, scope="context"), "pair", "KVzip, arXiv 2505.23416"),
         Method("kvzip-chunk", lambda model, cache: score(model, cache, scope="chunk"), "pair", "KVzip, scope chunk"),
         Method(
             "kvzip+",
-            lambda model, cache: score(model, cache, method="kvzip+"),
+            lambda model, cache: score(model, cache, scope="context", method="kvzip+"),
             "pair",
             "KVzip+ of KVzap, arXiv 2601.07891, equation 3",
         ),

@@ -66,7 +66,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
     plain = plain_kvzip.score(reference, prefix_ids, context_ids, postfix_ids, encode, chunk=CHUNK)
     model = kvzip.load(path, dtype=torch.float32, device="cpu")
-    cache = kvzip.score(model, kvzip.prefill(model, torch.tensor(context_ids)), chunk=CHUNK)
+    cache = kvzip.score(model, kvzip.prefill(model, torch.tensor(context_ids)), scope="context", chunk=CHUNK)
     yield Pair(reference, tokenizer, plain, prefix_ids, context_ids, model, cache)
 
 
