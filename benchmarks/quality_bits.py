@@ -1,7 +1,7 @@
 """What bits and ratio cost in answers: the gold answers' likelihood, and answers that contain them, on real weights.
 
     python benchmarks/quality_bits.py --model DIR --data squad_article.jsonl --questions 50 --out RESULTS.jsonl
-    python benchmarks/quality_bits.py --table --out RESULTS.jsonl
+    python benchmarks/quality_bits.py --table --out RESULTS.jsonl [--page docs/concepts.md]
 
 Data, questions and likelihoods are those of scope_quality.py: contexts are joined up to --tokens, prefilled and scored
 once, and the same questions are asked of every setting's cache. One JSON line is appended for each (model, context,
@@ -80,9 +80,12 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="ask in plain text, without the model's chat template")
     parser.add_argument("--commit", default=None, help="what is measured, where git cannot say it")
     parser.add_argument("--table", action="store_true", help="print tables of the results, and stop")
+    parser.add_argument("--page", type=Path, help="also put the short tables between the markers of this page")
     arguments = parser.parse_args()
     if arguments.table:
         print_tables(read(arguments.out))
+        if arguments.page:
+            render(read(arguments.out), arguments.page)
     elif arguments.model and arguments.data:
         measure(arguments)
     else:
@@ -237,6 +240,42 @@ def table_of(by: dict[str, Lines], shared: list[str]) -> Table:
             "" if name == ours else bracketed(moved - np.abs(loglik[ours] - loglik[wide]), "{:+.2f}"),
         )
     return table
+
+
+def render(lines: list[dict[str, Any]], page: Path) -> None:
+    """Puts two short tables of all models between the markers of a page: bits by ratio, and whole heads."""
+    groups: dict[str, dict[str, Lines]] = {}
+    for line in lines:
+        groups.setdefault(line["model"], {}).setdefault(line["setting"], {})[line["case"]] = line
+    widths = (16, 8, 4)
+    bits = ["| model, questions | ratio | bytes | contains the gold text, % | log-likelihood gained |"]
+    heads = ["| model | pairs at 0.6 | heads at 0.6 | and 16 first, 64 latest tokens of dropped heads |"]
+    bits.append("| --- | ---: | ---: | ---: | ---: |")
+    heads.append("| --- | ---: | ---: | ---: |")
+    for model, by in groups.items():
+        shared = sorted(set.intersection(*map(set, by.values())))
+        full = gather(by[FULL.name], shared, "loglik")
+
+        def told(setting: Setting, by: dict[str, Lines] = by, shared: list[str] = shared) -> tuple[str, str, str]:
+            found = by[setting.name]
+            size = np.mean([found[case]["nbytes"] / found[case]["dense_nbytes"] for case in shared])
+            gained = gather(found, shared, "loglik") - gather(by[FULL.name], shared, "loglik")
+            contained = gather(found, shared, "contained").mean()
+            return f"{size:.3f}", f"{contained:.0%}".removesuffix("%"), f"{gained.mean():+.2f}"
+
+        for ratio in (1.0, 0.5, 0.3):
+            cells = zip(*(told(Setting(ratio, width)) for width in widths), strict=True)
+            bits.append(
+                f"| {model}, {len(full)} | {ratio:g} | " + " | ".join(" / ".join(cell) for cell in cells) + " |"
+            )
+        chosen = (Setting(0.6, 16), Setting(0.6, 16, "head"), Setting(0.6, 16, "window"))
+        cells = ["{} of bytes, {}%, {}".format(*told(setting)) for setting in chosen]
+        heads.append(f"| {model} | " + " | ".join(cells) + " |")
+    text = page.read_text(encoding="utf-8")
+    for name, table in (("bits", bits), ("heads", heads)):
+        begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        text = text.split(begin)[0] + "\n".join([begin, *table, end]) + text.split(end)[1]
+    page.write_text(text, encoding="utf-8")
 
 
 def bracketed(values: np.ndarray, form: str) -> str:
