@@ -181,7 +181,20 @@ def tail_bytes_per_token(model: Model) -> int:
 
 
 def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Returns the replay of a CUDA graph of what `run` launches. Nothing is executed here."""
+    """Returns the replay of a CUDA graph of what `run` launches. Nothing is executed here.
+
+    The memory of graphs that are gone is given back only when some allocation fails, and the allocator gives nothing
+    back during a capture. So if this one fails, it is given back here and the capture made again.
+    """
+    try:
+        return _capture_once(run, device)
+    except torch.OutOfMemoryError:
+        pass  # what the failed capture holds goes with the exception
+    torch.cuda.empty_cache()
+    return _capture_once(run, device)
+
+
+def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -11,7 +11,7 @@ import kvzip
 import kvzip.cache.memory
 import random_model
 from accuracy import assert_as_accurate
-from kvzip import generation, ops
+from kvzip import decoding, generation, ops
 from kvzip.attention import decode_attend
 from kvzip.cache import Tail, all_ragged, explain_out_of_memory, free_bytes
 from kvzip.decoding import sample
@@ -228,6 +228,36 @@ def test_steps_never_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(wait()) == 3
+
+
+def test_a_capture_that_runs_out_of_memory_is_made_again_once_memory_was_given_back(monkeypatch):
+    happened = []
+
+    def once(run, device):
+        happened.append("capture")
+        if len(happened) == 1:
+            raise torch.OutOfMemoryError("full of graphs that are gone")
+        return run
+
+    monkeypatch.setattr(decoding, "_capture_once", once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("give back"))
+    assert decoding._capture(list, torch.device("cpu"))() == []
+    assert happened == ["capture", "give back", "capture"]
+
+
+@pytest.mark.gpu
+def test_graphs_of_decoders_that_are_gone_do_not_fill_the_memory():
+    config = random_model.config(head_dim=64, hidden_size=128, attn_scale=0.125)
+    model = replace(random_model.make(config, dtype=torch.bfloat16, device="cuda"), stop_ids=())
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
+    first = kvzip.generate(model, cache, QUERIES, **OPTIONS)
+    room = torch.cuda.memory_reserved() + 2 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        for _ in range(20):
+            assert kvzip.generate(model, cache, QUERIES, **OPTIONS) == first
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu
