@@ -3,16 +3,16 @@
 As columns, 8 query rows need no padding to 16, which halves products and softmax. A tile of 64 keys takes two warps
 about 500 instructions each, whatever the bits; 256 of all 1,000 make operands out of 4-bit codes.
 
-At 0.3 of 131,072 (8 heads, D 128, bf16 queries) on an H100, 2026-11-24, whole `decode`, int8 / int4: 35.5 / 24.5 us
-in variants of this code, next to 62.2 and 61.3 for bf16 in the same runs; 83 and 43 MB, 27 and 14 us at the read
-bandwidth. What brought them there, from 37.7 / 24.8: steps asked for before queries and no reduction over steps before
-the first tile 37.3 / 24.5; started while the kernel in front still runs 37.0 / 25.9; first two tiles asked for
-meanwhile 35.5 / 25.3 (so for 8 bits only; there two stages 35.8, four 36.4, four warps 45.5, tiles of 32 keys 41.9, of
-128 37.2, eight programs at once 40.1). Earlier, at 39.7 / 25.4 next to 64.2, in us: rows as rows of
-the products, codes made float16 by two instructions a pair 40.0 / 30.9, by Triton from bytes 55.7 / 58.7; one warp a
-program, eight at once on a processor 48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps, three
-and six programs at once 39.3 / 26.5 and 46.1 / 28.4 (shipped: four); four warps 39.7 / 28.0, with tiles of 128 keys
-40.2 / 27.8; four stages 41.0 / 26.3; the first 128 rows prefetched to L2 40.8 / 26.1, all rows 53.0 / 30.2.
+At 0.3 of 131,072 (8 heads, D 128, bf16 queries) on an H100, 2026-11-25, whole `decode`, int8 / int4: 35.4 / 24.8 us
+next to 61.3 and 61.2 for bf16 in the same run, without channels (with them not timed); 83 and 43 MB, 27 and 14 us at
+the read bandwidth. What brought them there, from 37.7 / 24.8: steps asked for before queries and no reduction before
+the first tile 37.3 / 24.5 (24.8 again in the run above); started while the kernel in front still runs 37.0 / 25.9;
+first two tiles asked for meanwhile 35.5 / 25.3 (so for 8 bits only; there two stages 35.8, four 36.4, four warps 45.5,
+tiles of 32 keys 41.9, of 128 37.2, eight programs at once 40.1). Earlier, at 39.7 / 25.4 next to 64.2, in us: rows as
+rows of the products, codes made float16 by two instructions a pair 40.0 / 30.9, by Triton from bytes 55.7 / 58.7; one
+warp a program, eight at once on a processor 48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps,
+three and six programs at once 39.3 / 26.5 and 46.1 / 28.4 (shipped: four); four warps 39.7 / 28.0, with tiles of 128
+keys 40.2 / 27.8; four stages 41.0 / 26.3; the first 128 rows prefetched to L2 40.8 / 26.1, all rows 53.0 / 30.2.
 By `ncu` (int4, one warp a program, eight at once, 128 rows prefetched: not the shipped launch) 32% of the issue slots,
 30% of the integer pipe and 55% of the memory bandwidth are used, and 53% of a warp's time is waiting for loads: there
 instructions are not what limits. Times of one run that spread by 2 to 8 us; differences below that say little.
@@ -202,7 +202,8 @@ def codes_piece(
     whole = whole.to(tl.float32)
     spread = spread_ptr + head * D
     if CHANNELS:  # q . (center + spread * rest) = q . center + (q * spread) . rest
-        central = tl.sum(whole * tl.load(center_ptr + head * D + d, mask=d < D, other=0)[:, None], 0) * scale
+        if SOFTCAP:
+            central = tl.sum(whole * tl.load(center_ptr + head * D + d, mask=d < D, other=0)[:, None], 0) * scale
         whole *= tl.load(spread + d, mask=d < D, other=0)[:, None]
     top = tl.max(tl.abs(whole), 0).to(tl.int32, bitcast=True) >> 23
     top = tl.max(tl.where(top == 255, 0, top), 0)
@@ -316,8 +317,10 @@ def codes_piece(
         shift = tl.sum(shift, 0)
     place = slot.to(tl.int64) * rows + m
     lse = peak * LN_2 + tl.log(total)
-    if CHANNELS and not SOFTCAP:  # common to all logits of a row
-        lse += central
+    if CHANNELS and not SOFTCAP:  # common to all logits of a row: queries are read again, while others load tiles
+        whole = tl.load(q_row[None, :] + d[:, None], mask=(d < D)[:, None] & (m < row_stop)[None, :], other=0)
+        center = tl.load(center_ptr + head * D + d, mask=d < D, other=0)
+        lse += tl.sum(whole.to(tl.float32) * center[:, None], 0) * scale
     tl.store(part_lse_ptr + place, lse, mask=m < row_stop)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)[None, :]
     at_part = part_ptr + place[None, :] * D + (EACH * w)[:, None]
