@@ -36,20 +36,26 @@ class Launch(NamedTuple):
     early: bool = False  # whether programs ask for their first rows while the kernel in front still runs
 
 
-def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16) -> Launch:
-    """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-24."""
+def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
+    """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-24.
+
+    Chips before it multiply from registers and get smaller tiles where these would not hold them; not tuned there.
+    """
+    padded = triton.next_power_of_2(D) != D  # tiles are wider than rows
     if dtype == torch.float32:  # products in plain float32: no tensor cores
-        return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 else 8, 2)
+        half = padded and bits < 16 and not hopper  # eight warps would spill
+        return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, 2)
     keys = 64 if D <= 128 else 32
     if bits < 16:
         if rows <= 8:
-            padded = triton.next_power_of_2(D) != D  # 64 keys of 8 bits would spill
-            return Launch(8, 32 if padded and bits == 8 else keys, 2, 3, 4, early=bits == 8)
-        return Launch(16 if rows <= 16 or D > 128 else 32, 32, 4, 3)
+            few = padded and (bits == 8 or not hopper)  # 64 keys would spill
+            return Launch(8, 32 if few else keys, 2, 3, 4, early=bits == 8)
+        return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)
     if rows <= 16:
-        return Launch(16, keys, 4, 3)
+        return Launch(16, keys if hopper or not padded else 32, 4, 3)
     if rows <= 64:
-        return Launch(32 if rows <= 32 else 64, keys, 4, 3)
+        block = 32 if rows <= 32 else 64
+        return Launch(block, keys, 4 if D <= 128 and (hopper or block == 32) else 8, 3)
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)
 
 
@@ -81,10 +87,12 @@ def decode_triton(
     of 20.6 (its programs then share processors unevenly with those that still run), though 8 bits gain by it.
     """
     rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
-    config = launch_config(q.shape[3], rows, q.dtype, k.bits if isinstance(k, Quantized) else 16)
+    overlap = overlaps_launches(q)  # as Hopper does, and nothing before it
+    bits = k.bits if isinstance(k, Quantized) else 16
+    config = launch_config(q.shape[3], rows, q.dtype, bits, hopper=overlap or interpreted())
     schedule = decode_schedule(offsets) if schedule is None else schedule
     pieces = choose_level(schedule, config, rows)
-    return launch(q, k, v, offsets, scale, softcap, window, pieces, tail, config, overlaps_launches(q))
+    return launch(q, k, v, offsets, scale, softcap, window, pieces, tail, config, overlap)
 
 
 def choose_level(schedule: DecodeSchedule, config: Launch, rows: int) -> Pieces:
