@@ -21,7 +21,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,16 +196,21 @@ def print_tables(lines: list[dict[str, Any]]) -> None:
     if not lines:
         raise SystemExit("expected results, got none: measure first")
     console = Console()
+    for model, by, shared in grouped(lines):
+        if FULL.name in by and shared:
+            console.print(table_of(by, shared))
+        else:
+            console.print(f"{model}: no context has all settings yet")
+
+
+def grouped(lines: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Lines], list[str]]]:
+    """Yields each model (dtype and form of question) with its lines by setting, and the contexts that all have."""
     groups: dict[tuple[str, str, bool], dict[str, Lines]] = {}
     for line in lines:
         group = groups.setdefault((line["model"], line["dtype"], line["plain"]), {})
         group.setdefault(line["setting"], {})[line["case"]] = line
     for (model, *_), by in groups.items():
-        shared = sorted(set.intersection(*map(set, by.values())))
-        if FULL.name in by and shared:
-            console.print(table_of(by, shared))
-        else:
-            console.print(f"{model}: no context has all settings yet")
+        yield model, by, sorted(set.intersection(*map(set, by.values())))
 
 
 def table_of(by: dict[str, Lines], shared: list[str]) -> Table:
@@ -244,38 +249,32 @@ def table_of(by: dict[str, Lines], shared: list[str]) -> Table:
 
 def render(lines: list[dict[str, Any]], page: Path) -> None:
     """Puts two short tables of all models between the markers of a page: bits by ratio, and whole heads."""
-    groups: dict[str, dict[str, Lines]] = {}
-    for line in lines:
-        groups.setdefault(line["model"], {}).setdefault(line["setting"], {})[line["case"]] = line
-    widths = (16, 8, 4)
     bits = ["| model, questions | ratio | bytes | contains the gold text, % | log-likelihood gained |"]
     heads = ["| model | pairs at 0.6 | heads at 0.6 | and 16 first, 64 latest tokens of dropped heads |"]
     bits.append("| --- | ---: | ---: | ---: | ---: |")
     heads.append("| --- | ---: | ---: | ---: |")
-    for model, by in groups.items():
-        shared = sorted(set.intersection(*map(set, by.values())))
-        full = gather(by[FULL.name], shared, "loglik")
-
-        def told(setting: Setting, by: dict[str, Lines] = by, shared: list[str] = shared) -> tuple[str, str, str]:
-            found = by[setting.name]
-            size = np.mean([found[case]["nbytes"] / found[case]["dense_nbytes"] for case in shared])
-            gained = gather(found, shared, "loglik") - gather(by[FULL.name], shared, "loglik")
-            contained = gather(found, shared, "contained").mean()
-            return f"{size:.3f}", f"{contained:.0%}".removesuffix("%"), f"{gained.mean():+.2f}"
-
+    for model, by, shared in grouped(lines):
+        count = len(gather(by[FULL.name], shared, "loglik"))
         for ratio in (1.0, 0.5, 0.3):
-            cells = zip(*(told(Setting(ratio, width)) for width in widths), strict=True)
-            bits.append(
-                f"| {model}, {len(full)} | {ratio:g} | " + " | ".join(" / ".join(cell) for cell in cells) + " |"
-            )
+            cells = zip(*(in_short(by, shared, Setting(ratio, width)) for width in (16, 8, 4)), strict=True)
+            bits.append(f"| {model}, {count} | {ratio:g} | " + " | ".join(" / ".join(cell) for cell in cells) + " |")
         chosen = (Setting(0.6, 16), Setting(0.6, 16, "head"), Setting(0.6, 16, "window"))
-        cells = ["{} of bytes, {}%, {}".format(*told(setting)) for setting in chosen]
+        cells = ["{} of bytes, {}%, {}".format(*in_short(by, shared, setting)) for setting in chosen]
         heads.append(f"| {model} | " + " | ".join(cells) + " |")
     text = page.read_text(encoding="utf-8")
     for name, table in (("bits", bits), ("heads", heads)):
         begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         text = text.split(begin)[0] + "\n".join([begin, *table, end]) + text.split(end)[1]
     page.write_text(text, encoding="utf-8")
+
+
+def in_short(by: dict[str, Lines], shared: list[str], setting: Setting) -> tuple[str, str, str]:
+    """Bytes of the full cache's, percent of answers that contain the gold text, and log-likelihood gained."""
+    found = by[setting.name]
+    size = np.mean([found[case]["nbytes"] / found[case]["dense_nbytes"] for case in shared])
+    contained = gather(found, shared, "contained").mean()
+    gained = gather(found, shared, "loglik") - gather(by[FULL.name], shared, "loglik")
+    return f"{size:.3f}", f"{100 * contained:.0f}", f"{gained.mean():+.2f}"
 
 
 def bracketed(values: np.ndarray, form: str) -> str:

@@ -129,6 +129,7 @@ def compress(
     note: dict[str, Any] = {"title": title or named, "documents": list(documents_)}
     seconds: dict[str, float] = {}
     prompt = {"system": system, "instruction": instruction, "template": not plain}
+    scoring: dict[str, Any] = {"scope": scope or "chunk", "method": method, "chunk": chunk}
     from ..cache import save
 
     with resuming(lambda: _left(output, segment)), stages() as stage:
@@ -143,9 +144,7 @@ def compress(
                 seconds,
                 ratio=ratio or RATIO,
                 segment=segment,
-                scope=scope or "chunk",
-                method=method,
-                chunk=chunk,
+                **scoring,
                 **prompt,
             )
         else:
@@ -155,7 +154,6 @@ def compress(
                 "threshold": threshold,
                 "bits": int(bits) if bits else None,
             }
-            scoring = {"scope": scope or "chunk", "method": method, "chunk": chunk}
             full, cache = _at_once(
                 stage,
                 loaded,
