@@ -190,7 +190,7 @@ def work_off(
     """Answers pieces in `workers` processes until all are done or it is time to stop; returns how many failed."""
     context = multiprocessing.get_context("spawn")
     taken, said = context.Value("i", 0), context.Queue()
-    arguments = (list(pieces), taken, said, work, data, stop - time.monotonic(), commit)
+    arguments = (list(pieces), taken, said, work, data, stop - time.monotonic(), commit, 0.95 / workers)
     processes = [context.Process(target=worker, args=arguments) for _ in range(min(workers, len(pieces)))]
     for process in processes:
         process.start()
@@ -208,11 +208,25 @@ def work_off(
 
 
 def worker(
-    pieces: list[Piece], taken: Any, said: Any, work: Path, data: str | None, seconds: float, commit: str | None
+    pieces: list[Piece],
+    taken: Any,
+    said: Any,
+    work: Path,
+    data: str | None,
+    seconds: float,
+    commit: str | None,
+    share: float,
 ) -> None:
-    """Takes pieces, of which `taken` are, until there are none or time is up; keeps a model while pieces are of it."""
+    """Takes pieces, of which `taken` are, until there are none or time is up; keeps a model while pieces are of it.
+
+    `share` of the GPU's memory is its own.
+    """
+    import torch
+
     import kvzip
 
+    if torch.cuda.is_available():  # who reaches the limit gives back what graphs of earlier caches held
+        torch.cuda.set_per_process_memory_fraction(share)
     logging.getLogger("kvzip").setLevel(logging.WARNING)
     stop = time.monotonic() + seconds
     source, model = None, None

@@ -1,6 +1,7 @@
 """Decoding: the buffers and CUDA graphs that answer a batch of questions over one frozen context, token by token."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -188,8 +189,10 @@ def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None
     """
     try:
         return _capture_once(run, device)
-    except torch.OutOfMemoryError:
-        pass  # what the failed capture holds goes with the exception
+    except RuntimeError as error:  # torch's own, or the driver's while it makes the graph, which has no type
+        if "out of memory" not in str(error):
+            raise
+    # what the failed capture held is gone with the exception
     torch.cuda.empty_cache()
     return _capture_once(run, device)
 
@@ -203,7 +206,10 @@ def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[],
         graph.capture_begin(capture_error_mode="relaxed")  # a kernel may be compiled and loaded meanwhile
         try:
             run()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # the end of a broken capture may fail too, which is not why
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay

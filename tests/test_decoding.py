@@ -1,6 +1,8 @@
 """The decoder: used again, smaller than its questions, out of memory; and the host's attention against the op."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,19 +232,66 @@ def test_steps_never_wait_for_the_device():
     assert len(wait()) == 3
 
 
-def test_a_capture_that_runs_out_of_memory_is_made_again_once_memory_was_given_back(monkeypatch):
+class Graph:
+    """In place of a CUDA graph; `capture_end` raises the first of `ends`, if there is one."""
+
+    ends: list[str]
+    replay = staticmethod(lambda: "replayed")
+
+    def capture_begin(self, **options):
+        pass
+
+    def capture_end(self):
+        if self.ends:
+            raise RuntimeError(self.ends.pop(0))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What a capture needs of a GPU; returns what happens."""
     happened = []
-
-    def once(run, device):
-        happened.append("capture")
-        if len(happened) == 1:
-            raise torch.OutOfMemoryError("full of graphs that are gone")
-        return run
-
-    monkeypatch.setattr(decoding, "_capture_once", once)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Graph, "ends", [], raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("give back"))
-    assert decoding._capture(list, torch.device("cpu"))() == []
-    assert happened == ["capture", "give back", "capture"]
+    return happened
+
+
+def run_of(happened, errors):
+    """Something to capture, which raises one error after the other."""
+
+    def run():
+        happened.append("run")
+        if errors:
+            raise errors.pop(0)
+
+    return run
+
+
+@pytest.mark.parametrize("ends", [[], ["CUDA error: out of memory"], ["CUDA error: operation not permitted"]])
+def test_a_capture_that_runs_out_of_memory_is_made_again_once_memory_was_given_back(cuda, ends):
+    Graph.ends = ends
+    run = run_of(cuda, [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")])
+    assert decoding._capture(run, torch.device("cpu"))() == "replayed"
+    assert cuda == ["run", "give back", "run"]
+
+
+def test_so_is_one_whose_graph_the_driver_has_no_memory_for(cuda):
+    Graph.ends = ["CUDA error: out of memory"]
+    assert decoding._capture(run_of(cuda, []), torch.device("cpu"))() == "replayed"
+    assert cuda == ["run", "give back", "run"]
+
+
+def test_other_errors_of_a_capture_are_raised_as_they_are(cuda):
+    Graph.ends = ["CUDA error: operation not permitted"]
+    with pytest.raises(RuntimeError, match="not permitted"):
+        decoding._capture(run_of(cuda, []), torch.device("cpu"))
+    with pytest.raises(ValueError, match="too long"):
+        decoding._capture(run_of(cuda, [ValueError("too long")]), torch.device("cpu"))
+    assert cuda == ["run", "run"]
 
 
 @pytest.mark.gpu

@@ -12,12 +12,13 @@ from kvzip.ops.quantize import Quantized, dequantize, take_rows
 
 Tail = tuple[Float[Tensor, "B H R D"], Float[Tensor, "B H R D"], Int32[Tensor, " B"]]
 
-_SHORTEST_PIECE = 128  # rows; below this, merging partial results costs more than a longer loop
+_TILE = 64  # rows that a kernel takes at a time; a piece that ends within a tile costs a whole one
+_SHORTEST_PIECE = 2  # tiles; below this, merging partial results costs more than a longer loop
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Ragged heads cut into pieces of nearly equal length.
+    """Ragged heads cut into pieces of nearly equal length, whole tiles but for the end of a head.
 
     bounds: (head, first row, row after the last) of each piece, head after head.
     first: pieces first[h]:first[h + 1] belong to head h.
@@ -199,24 +200,25 @@ def _rows(
 
 
 def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
-    """Cuts heads into the shortest equal pieces of which there are at most `target`, or one per head.
+    """Cuts heads into the shortest equal pieces of whole tiles of which there are at most `target`, or one per head.
 
     Returns (head, first row, row after the last) of one piece after the other, and each head's first piece.
     """
-    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-    target = max(target, sum(n > 0 for n in lengths))
-    low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, *lengths)
+    tiles = [-(-(stop - start) // _TILE) for start, stop in itertools.pairwise(bounds)]
+    target = max(target, sum(n > 0 for n in tiles))
+    low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, *tiles)
     while low < high:
         middle = (low + high) // 2
-        if sum(-(-n // middle) for n in lengths) <= target:
+        if sum(-(-n // middle) for n in tiles) <= target:
             high = middle
         else:
             low = middle + 1
     pieces, first = [], [0]
-    for h, (start, n) in enumerate(zip(bounds, lengths, strict=False)):
+    for h, n in enumerate(tiles):
         count = -(-n // low)
         for i in range(count):
-            pieces += [h, start + n * i // count, start + n * (i + 1) // count]
+            begin, end = bounds[h] + _TILE * (n * i // count), bounds[h] + _TILE * (n * (i + 1) // count)
+            pieces += [h, begin, min(end, bounds[h + 1])]
         first.append(first[-1] + count)
     return pieces, first
 

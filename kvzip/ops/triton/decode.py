@@ -49,9 +49,11 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     if bits < 16:
         if rows <= 8:
             few = padded and (bits == 8 or not hopper)  # 64 keys would spill
-            return Launch(8, 32 if few else keys, 2, 3, 4, early=bits == 8)
+            return Launch(8, 32 if few else keys, 2, 3, 4, early=True)
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)
     if rows <= 16:
+        if D == 128 and hopper:
+            return Launch(16, keys, 4, 4, early=True)
         return Launch(16, keys if hopper or not padded else 32, 4, 3)
     if rows <= 64:
         block = 32 if rows <= 32 else 64
@@ -169,8 +171,9 @@ def launch(
     block_p = min(max(16, triton.next_power_of_2(2 * (count // heads + splits))), 128)
     block_d = min(32, triton.next_power_of_2(width))
     _combine_kernel[(rows, heads, triton.cdiv(width, block_d))](
-        part, part_lse, pieces.first, out, lse, rows, tokens, heads, count, splits,
-        G=group, D=width, BLOCK_D=block_d, BLOCK_P=block_p,
+        part, part_lse, pieces.first, out, lse, q, center, *q.stride()[:3], float(scale),
+        rows, tokens, heads, count, splits,
+        G=group, D=width, BLOCK_D=block_d, BLOCK_P=block_p, CENTERED=channels is not None and softcap is None,
         OVERLAP=overlap and programs > 0, EARLY=early, num_warps=4, enable_fp_fusion=True,
         **launch_options(overlap and programs > 0),
     )  # fmt: skip
@@ -295,28 +298,43 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["rows", "tokens", "heads", "count", "splits"])
 @no_type_check
 def _combine_kernel(
-    part_ptr, part_lse_ptr, first_ptr, out_ptr, lse_ptr, rows, tokens, heads, count, splits,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
-    EARLY: tl.constexpr,
+    part_ptr, part_lse_ptr, first_ptr, out_ptr, lse_ptr, q_ptr, center_ptr, stride_qb, stride_qh, stride_qt, scale,
+    rows, tokens, heads, count, splits,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, CENTERED: tl.constexpr,
+    OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row of one head, its partial results weighted by their log-sum-exp."""
+    """One program: one row of one head, its partial results weighted by their log-sum-exp.
+
+    CENTERED: those of the context lack scale * q . center.
+    """
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     row, head = tl.program_id(0), tl.program_id(1)
+    b, t, g = row // G // tokens, row // G % tokens, row % G
     first = tl.load(first_ptr + head)
     pieces = tl.load(first_ptr + head + 1) - first
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
+    c = tl.arange(0, triton.next_power_of_2(D))
+    if CENTERED:
+        center = tl.load(center_ptr + head * D + c, mask=c < D, other=0)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    shift = 0.0
+    if CENTERED:
+        q_row = q_ptr + b.to(tl.int64) * stride_qb + (head * G + g).to(tl.int64) * stride_qh
+        q = tl.load(q_row + t.to(tl.int64) * stride_qt + c, mask=c < D, other=0)
+        shift = tl.sum(q.to(tl.float32) * center, 0) * scale
     for at in range(0, pieces + splits, BLOCK_P):
         i = at + tl.arange(0, BLOCK_P)
         slot = tl.where(i < pieces, first + i, count + head * splits + i - pieces)
         place = slot.to(tl.int64) * rows + row
         lse = tl.load(part_lse_ptr + place, mask=i < pieces + splits, other=float("-inf"))
+        if CENTERED:
+            lse += tl.where(i < pieces, shift, 0.0)
         new_peak = tl.maximum(peak, tl.max(lse, 0))
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weight = exp2((lse - floor) * LOG2_E, EXACT)
@@ -327,7 +345,6 @@ def _combine_kernel(
         acc = acc * decay + tl.sum(weight[:, None] * part, 0)
         total = total * decay + tl.sum(weight, 0)
         peak = new_peak
-    b, t, g = row // G // tokens, row // G % tokens, row % G
     place = (b.to(tl.int64) * heads * G + head * G + g) * tokens + t
     acc = acc / tl.where(total == 0, 1.0, total)
     tl.store(out_ptr + place * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -170,8 +170,8 @@ def codes_piece(
 
     The logit of a row q and a key with codes c is scale * (step * (q . (c - half)) + (zero + half * step) * sum(q)),
     and weights p give sum(p * step * c) + sum(p * zero). With CHANNELS q is multiplied by its head's spread before
-    that, and scale * q . center is added. BANDED: row i sees low[i] <= key < high[i] only; MASKED: the context is
-    shorter than BLOCK_N.
+    that; scale * q . center, the same for all keys, is added here with SOFTCAP only, else to the log-sum-exp when
+    pieces are combined. BANDED: row i sees low[i] <= key < high[i] only; MASKED: the context is shorter than BLOCK_N.
     """
     EACH: tl.constexpr = 16 // BITS  # values in a word
     W: tl.constexpr = D // EACH
@@ -316,12 +316,7 @@ def codes_piece(
         total = tl.sum(total, 0)
         shift = tl.sum(shift, 0)
     place = slot.to(tl.int64) * rows + m
-    lse = peak * LN_2 + tl.log(total)
-    if CHANNELS and not SOFTCAP:  # common to all logits of a row: queries are read again, while others load tiles
-        whole = tl.load(q_row[None, :] + d[:, None], mask=(d < D)[:, None] & (m < row_stop)[None, :], other=0)
-        center = tl.load(center_ptr + head * D + d, mask=d < D, other=0)
-        lse += tl.sum(whole.to(tl.float32) * center[:, None], 0) * scale
-    tl.store(part_lse_ptr + place, lse, mask=m < row_stop)
+    tl.store(part_lse_ptr + place, peak * LN_2 + tl.log(total), mask=m < row_stop)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)[None, :]
     at_part = part_ptr + place[None, :] * D + (EACH * w)[:, None]
     tl.store(at_part, (acc * (1 / UNIT) + shift[None, :]) * share, mask=live_q)
