@@ -1,5 +1,6 @@
 """Decoding: the buffers and CUDA graphs that answer a batch of questions over one frozen context, token by token."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -199,7 +200,7 @@ def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None
 
 def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
+    stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # torch.cuda.graph would also collect garbage and empty the allocator's cache, which takes longer than this
@@ -213,3 +214,9 @@ def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[],
         graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that all graphs of a device are captured on: cuBLAS keeps 32 MiB for each that it has ever seen."""
+    return torch.cuda.Stream(device)

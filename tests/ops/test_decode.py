@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from compiling import assert_fits, compile_launches
 
 from kvzip.ops.triton.common import interpreted
-from kvzip.ops.triton.decode import decode_triton, merge_triton
+from kvzip.ops.triton.decode import decode_triton, launch_config, merge_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -379,6 +379,20 @@ def compiled(calls: list[str], capability: int) -> None:
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
     compiled([few, many, few + ", 8", few + ", 4", f"{D}, 7, 1, 1, torch.float32"], capability)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_as_many_programs_over_codes_fit_on_a_processor_as_pieces_are_cut_for(bits):
+    calls = [
+        f"128, 4, 1, 1, torch.{dtype}, {bits}{rest}" for dtype in ("bfloat16", "float16") for rest in ("", ", 5.0, 9")
+    ]
+    source = COMPILE.format(capability=90) + "\n".join(f"go({call})" for call in calls)
+    kernels = compile_launches(source, capability=90)
+    assert_fits(kernels, capability=90)
+    pieces = launch_config(128, 4, torch.bfloat16, bits).pieces
+    found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "_decode_kernel"]
+    assert len(found) == 4
+    assert all(size * pieces <= 228 * 1024 < size * (pieces + 1) for size in found)
 
 
 @pytest.mark.slow

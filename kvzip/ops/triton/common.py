@@ -48,6 +48,19 @@ def launch_options(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
+def shared_memory(size_bytes: int) -> str:
+    """The argument of `reserve`."""
+    return f"{{ .shared .align 1024 .b8 reserved[{size_bytes}]; mov.u32 $0, reserved; }}" if size_bytes else ""
+
+
+@triton.jit
+@no_type_check
+def reserve(SHARED: tl.constexpr):
+    """Takes shared memory that nothing uses, so that fewer programs fit on a processor at once."""
+    if SHARED != "":
+        tl.inline_asm_elementwise(SHARED, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
 def check_rows(**tensors: Tensor) -> None:
     """Raises: ValueError for a tensor whose last axis is not contiguous."""
     for name, x in tensors.items():

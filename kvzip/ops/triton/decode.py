@@ -18,6 +18,8 @@ from kvzip.ops.triton.common import (
     interpreted,
     launch_options,
     overlaps_launches,
+    reserve,
+    shared_memory,
 )
 from kvzip.ops.triton.decode_codes import codes_piece, prefetch_rows
 from kvzip.ops.triton.decode_rows import rows_piece
@@ -34,6 +36,7 @@ class Launch(NamedTuple):
     stages: int
     pieces: int = 2  # programs that run at once on a processor: 1, 2, 4 or 8
     early: bool = False  # whether programs ask for their first rows while the kernel in front still runs
+    reserve: int = 0  # bytes of shared memory beyond what tiles take, so that no more programs run at once
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
@@ -49,7 +52,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     if bits < 16:
         if rows <= 8:
             few = padded and (bits == 8 or not hopper)  # 64 keys would spill
-            return Launch(8, 32 if few else keys, 2, 3, 4, early=True)
+            reserve = {8: 8 * 1024, 4: 25 * 1024}[bits] if D == 128 else 0
+            return Launch(8, 32 if few else keys, 2, 3, 4, early=bits == 8 or D == 128, reserve=reserve)
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)
     if rows <= 16:
         if D == 128 and hopper:
@@ -162,9 +166,11 @@ def launch(
             float(scale), float(softcap or 1.0), 0 if window is None else window,
             rows, tokens, heads, count, row_blocks, splits, tail_blocks, tail_piece, capacity,
             G=group, D=width, BITS=bits, GROUP=k_group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            TAIL_M=tail_m, TAIL_N=tail_n, SOFTCAP=softcap is not None, WINDOW=window is not None, TAIL=splits > 0,
+            TAIL_M=tail_m, TAIL_N=tail_n, SOFTCAP=softcap is not None, WINDOW=window is not None,
+            TAIL=splits > 0 or window is None,  # only a window asks
             COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, OVERLAP=overlap,
             CHANNELS=channels is not None, EARLY=early, SHORT=len(k_codes) < config.block_n,
+            RESERVED=shared_memory(config.reserve if early else 0),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_options(early),
         )  # fmt: skip
     # As a rule one step of the loop takes all the partial results of a row; more are taken when heads are unequal.
@@ -216,11 +222,12 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, TAIL_N: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, TAIL: tl.constexpr, COMPUTE: tl.constexpr,
     CODE_COMPUTE: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
-    SHORT: tl.constexpr, CHANNELS: tl.constexpr,
+    SHORT: tl.constexpr, CHANNELS: tl.constexpr, RESERVED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows against one piece of the context (programs 0 to count * row_blocks) or of a tail."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+    reserve(RESERVED)
     program = tl.program_id(0)
     if program < count * row_blocks:
         piece = program // row_blocks
@@ -262,7 +269,7 @@ def _decode_kernel(
                 head, row, rows, piece, start, stop, low, high, rows, tokens,
                 G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, CODE_COMPUTE, PACKED, SHORT, CHANNELS,
             )  # fmt: skip
-    elif TAIL:
+    else:
         if EARLY:
             tl.extra.cuda.gdc_wait()
         program -= count * row_blocks
