@@ -1,12 +1,13 @@
 """The evaluation whose results are published: each model's tasks by each method, several processes on one GPU.
 
     python benchmarks/evaluation.py MODEL_DIR [MODEL_DIR ...] --data DATA --work WORK [--workers 6] [--limit 560]
+    python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `lookups.py`
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, from the results
 
 A piece of work is one task by one method, answered into a file of its own under WORK; processes take the next piece
 when they are done with one. What is there is not done again, so the same command goes on after a limit (exit code 75)
 or a kill, also on another machine that WORK was carried to. Once a model's pieces are all there, their lines are added
-to `benchmarks/results/eval-MODEL.jsonl`, each once. One task and method alone: `kvzip eval run`.
+to `benchmarks/results/eval-MODEL.jsonl` (`study-MODEL.jsonl`), each once. One task and method alone: `kvzip eval run`.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import lookups  # noqa: E402
 from kvzip.evals.methods import METHODS  # noqa: E402
 from kvzip.evals.results import append, group, mend, read  # noqa: E402
 from kvzip.evals.run import FULL, run_eval  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-START, STOP = "<!-- eval:start -->", "<!-- eval:stop -->"
 UNFINISHED = 75
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
@@ -134,6 +135,42 @@ PLANS = {
     ),
 }
 """By the name of a model's directory. The tasks with the longest contexts come first: they take longest."""
+_CHUNKS = ("chunk-500", "chunk-125", "context-125")
+STUDIES = {
+    "qwen2.5-coder-1.5b-instruct": (
+        Plan(
+            tuple(lookups.METHODS),
+            (0.1, 0.2, 0.3, 0.5),
+            (Asked("kv@4096", "chat", 10, 10, 128), Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128)),
+        ),
+        Plan(
+            _CHUNKS,
+            (0.1, 0.2, 0.3, 0.5),
+            (
+                Asked("needles", "cloze", 4, 11, 32),
+                Asked("ruler_qa_1@4096", "chat", 10, 10, 32),
+                Asked("squad@2000", "chat", 10, 12, 48),
+            ),
+        ),
+    ),
+    "gemma-3-270m": (
+        Plan(
+            (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", "lookups", *_CHUNKS),
+            (0.3, 0.5, 0.7, 0.9),
+            (Asked("kv@2000", "cloze", 12, 20, 64),),
+        ),
+        Plan(
+            (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", *_CHUNKS),
+            (0.3, 0.5, 0.7, 0.9),
+            (
+                Asked("needles@2000", "cloze", 6, 11, 32),
+                Asked("squad@1000", "cloze", 10, 12, 48),
+                Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64),
+            ),
+        ),
+    ),
+}
+"""What is asked besides to find out why something is lost."""
 
 
 def main() -> int:
@@ -142,6 +179,7 @@ def main() -> int:
     parser.add_argument("--data", help="directory of JSONL files")
     parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the pieces")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--study", action="store_true", help="the study's methods instead")
     parser.add_argument("--tasks", nargs="+", help="only these, as named in the plan")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the model")
@@ -150,17 +188,19 @@ def main() -> int:
     parser.add_argument("--render", action="store_true", help="write docs/evals.md's tables and plots and stop")
     options = parser.parse_args()
     if options.render:
-        render(sorted(options.results.glob("eval-*.jsonl")), DOCS)
+        render(options.results, DOCS)
         return 0
     for model in options.models:
-        if model.name not in PLANS:
-            parser.error(f"expected directories named {', '.join(PLANS)}, got {model}")
+        known = STUDIES if options.study else PLANS
+        if model.name not in known:
+            parser.error(f"expected directories named {', '.join(known)}, got {model}")
     stop = time.monotonic() + options.limit
     options.work.mkdir(parents=True, exist_ok=True)
     pieces = [
         piece
         for model in options.models
-        for piece in pieces_of(model, PLANS[model.name])
+        for plan in (STUDIES[model.name] if options.study else (PLANS[model.name],))
+        for piece in pieces_of(model, plan)
         if (not options.tasks or piece.asked.task in options.tasks)
         and (not options.methods or piece.method in options.methods)
     ]
@@ -168,10 +208,11 @@ def main() -> int:
     failed = work_off(waiting, options.work, options.workers, options.data, stop, options.commit)
     done = [piece for piece in pieces if (options.work / f"{piece.name}.done").exists()]
     print(f"{len(done)} of {len(pieces)} pieces are done", flush=True)
+    kind = "study" if options.study else "eval"
     for model in options.models:
         own = [piece for piece in pieces if piece.model == model]
         if set(own) <= set(done):
-            collect([options.work / f"{p.name}.jsonl" for p in own], options.results / f"eval-{model.name}.jsonl")
+            collect([options.work / f"{p.name}.jsonl" for p in own], options.results / f"{kind}-{model.name}.jsonl")
     return failed or (0 if len(done) == len(pieces) else UNFINISHED)
 
 
@@ -254,6 +295,7 @@ def worker(
                 questions=asked.questions,
                 data=data,
                 max_tokens=asked.max_tokens,
+                available=METHODS | lookups.METHODS,
                 limit_s=stop - time.monotonic(),
                 commit=commit,
             )
@@ -291,23 +333,38 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
     return line["kind"], line["run"] if line["kind"] == "run" else line["id"]
 
 
-def render(files: Sequence[Path], docs: Path) -> None:
+def render(results: Path, docs: Path) -> None:
     """Writes the plots `docs/evals*.png` of the model with all methods, and the tables in `docs/evals.md`."""
     from kvzip.evals.report import figures, overview
 
-    answers = read(*files)
     tables = []
-    for (model,), own in group(answers, "model").items():
-        tables.append(f"### {model}\n\n" + overview(own).replace("### ", "#### "))
+    for (model,), own in group(read(*sorted(results.glob("eval-*.jsonl"))), "model").items():
+        tables.append(f"### {model}\n\n{deeper(overview(own))}")
         if len(PLANS[model].ratios) > 1:
             for name, figure in figures(own, model).items():
                 (docs / f"evals-{name}.png").write_bytes(figure)
+    studied = [
+        f"{model}:\n\n{deeper(overview(own))}"
+        for (model,), own in group(read(*sorted(results.glob("study-*.jsonl"))), "model").items()
+    ]
     page = docs / "evals.md"
-    head, _, rest = page.read_text(encoding="utf-8").partition(START)
-    _, found, tail = rest.partition(STOP)
+    text = page.read_text(encoding="utf-8")
+    for name, parts in (("eval", tables), ("study", studied)):
+        text = between(text, f"<!-- {name}:start -->", f"<!-- {name}:end -->", "\n\n".join(parts))
+    page.write_text(text, encoding="utf-8")
+
+
+def deeper(tables: str) -> str:
+    return tables.replace("### ", "#### ")
+
+
+def between(text: str, start: str, stop: str, new: str) -> str:
+    """The text with what is between two marks replaced. Raises ValueError where they are missing."""
+    head, _, rest = text.partition(start)
+    _, found, tail = rest.partition(stop)
     if not found:
-        raise ValueError(f"expected {START} and {STOP} in {page}, got none: tables go between them")
-    page.write_text(head + START + "\n" + "\n\n".join(tables) + "\n" + STOP + tail, encoding="utf-8")
+        raise ValueError(f"expected {start} and {stop}, got a page without them: tables go between them")
+    return f"{head}{start}\n{new}\n{stop}{tail}"
 
 
 if __name__ == "__main__":

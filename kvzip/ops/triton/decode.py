@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
-    """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-24.
+    """The launch for `rows` query rows that share a head's context. Tuned on an H100, 2026-11-26.
 
     Chips before it multiply from registers and get smaller tiles where these would not hold them; not tuned there.
     """
@@ -81,16 +81,19 @@ def decode_triton(
 
     Reads each context byte once for up to 128 rows (questions x tokens x group; codes: 32, the rest from L2): 2 N D
     values, 161 MB at 0.3 of 131,072 (8 heads, D 128), 52.5 us at the 3.07 TB/s of an H100; 4 rows N D operations.
-    Measured there (bf16, cold, in a CUDA graph, benchmarks/results/ops.jsonl): 61.0 us, and 20.6 us at 0.3 of 32,768;
-    one head with half of the rows 61.6, even heads 60.8; 32 questions 76.2; D=256 115.3 (2.79 TB/s). With 512 new
-    tokens 431 TFLOP/s by the same kernel with 128 rows a program. At both lengths that is 8 to 9 us more than the bytes
-    take; what they go to was not measured.
+    Measured there (2026-11-26, bf16, cold, in a CUDA graph, benchmarks/results/ops.jsonl): 61.1 us, and 19.8 us at 0.3
+    of 32,768; one head with half of the rows 63.7, even heads 60.9; 32 questions 74.8; D=256 114.8 (2.8 TB/s). With 512
+    new tokens 441 TFLOP/s by the same kernel with 128 rows a program. At both lengths that is 7 to 9 us more than the
+    bytes take; what they go to was not measured.
 
     Tried, in us at 131,072 unless said: three to eight pieces per processor 66 to 80 (starting a program costs more
     than balance gains); tiles of 128 keys 69, pipelines of two stages 64; combining without overlapped launches 62.3;
     32 partial results at a time instead of all 63.6 (23.2 instead of 20.2 at 32,768); combining all columns in one
-    program 66.4 instead of 64.2; starting before the kernel in front has ended 62.2 instead of 60.9, and 21.7 instead
-    of 20.6 (its programs then share processors unevenly with those that still run), though 8 bits gain by it.
+    program 66.4 instead of 64.2. Starting before the kernel in front has ended takes 62.0 instead of 60.9, and 21.6
+    instead of 20.6 at 32,768, where three programs fit on a processor and settle unevenly. With four stages, which two
+    fit of, it takes 61.1 and 19.8, and a step of an 8B shape 7.09 ms for 7.21 and 5.82 for 5.91. Pieces of whole tiles
+    60.5 instead of 61.3; tails before pieces 63.8 instead of 61.8 (with a tail); asking for the next kernel's start at
+    the end of a program 61.5 instead of 60.9.
     """
     rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
     overlap = overlaps_launches(q)  # as Hopper does, and nothing before it

@@ -1,21 +1,27 @@
 """Attention over one piece of a head in 8 or 4 bits, with the keys as rows of the products.
 
 As columns, 8 query rows need no padding to 16, which halves products and softmax. A tile of 64 keys takes two warps
-about 500 instructions each, whatever the bits; 256 of all 1,000 make operands out of 4-bit codes.
+about 550 instructions each, whatever the bits; 256 of all 1,000 make operands out of 4-bit codes.
 
-At 0.3 of 131,072 (8 heads, D 128, bf16 queries) on an H100, 2026-11-25, whole `decode`, int8 / int4: 35.4 / 24.8 us
-next to 61.3 and 61.2 for bf16 in the same run, without channels (with them not timed); 83 and 43 MB, 27 and 14 us at
-the read bandwidth. What brought them there, from 37.7 / 24.8: steps asked for before queries and no reduction before
-the first tile 37.3 / 24.5 (24.8 again in the run above); started while the kernel in front still runs 37.0 / 25.9;
-first two tiles asked for meanwhile 35.5 / 25.3 (so for 8 bits only; there two stages 35.8, four 36.4, four warps 45.5,
-tiles of 32 keys 41.9, of 128 37.2, eight programs at once 40.1). Earlier, at 39.7 / 25.4 next to 64.2, in us: rows as
-rows of the products, codes made float16 by two instructions a pair 40.0 / 30.9, by Triton from bytes 55.7 / 58.7; one
-warp a program, eight at once on a processor 48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps,
-three and six programs at once 39.3 / 26.5 and 46.1 / 28.4 (shipped: four); four warps 39.7 / 28.0, with tiles of 128
-keys 40.2 / 27.8; four stages 41.0 / 26.3; the first 128 rows prefetched to L2 40.8 / 26.1, all rows 53.0 / 30.2.
-By `ncu` (int4, one warp a program, eight at once, 128 rows prefetched: not the shipped launch) 32% of the issue slots,
-30% of the integer pipe and 55% of the memory bandwidth are used, and 53% of a warp's time is waiting for loads: there
-instructions are not what limits. Times of one run that spread by 2 to 8 us; differences below that say little.
+At 0.3 of 131,072 (8 heads, D 128, bf16 queries, keys without their heads' centers and spreads) on an H100, 2026-11-26,
+whole `decode`, int8 / int4: 36.0 / 23.2 us next to 61.1 for bf16 in the same run, with a tail of 100 tokens 36.5 / 23.5
+next to 62.2; 83 and 43 MB, 27 and 14 us at the read bandwidth. What brought them there, in us:
+
+- pieces of whole tiles, as the last one of a piece costs a whole one: 36.3 / 24.9 instead of 36.3 / 25.4; with a tail,
+  whose programs had waited for a second wave in 8 bits, 36.9 / 25.4 instead of 43.6 / 26.3
+- q . center added where pieces are combined, not at the end of each program
+- started while the kernel in front still runs, the first two tiles prefetched: 36.3 instead of 37.9 in 8 bits, of which
+  four programs fit on a processor. In 4 bits seven do, and they settle unevenly: 25.4 with a tail, where waiting takes
+  25.0; six 25.4, five 24.8, four, by reserving shared memory, 23.5. A step of an 8B shape: 5.93 ms for 6.01
+- one kernel with and without a tail: without that of tails, Triton 3.6 makes one that takes 24.9
+
+Also tried since whole tiles, in 4 bits (23.4 then): two stages 28.4, four 26.9, seven 27.4; tiles of 32 keys 36.1, of
+128 27.5; six programs at once 32.1; tails before pieces 23.4 (with a tail 26.1 instead of 26.4); the next kernel's
+start asked for at the end 25.3. Before, at 39.7 / 25.4: rows as rows of the products, codes made float16 by two
+instructions a pair 40.0 / 30.9, by Triton from bytes 55.7 / 58.7; one warp a program, eight at once on a processor
+48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps, three and six programs at once 39.3 / 26.5
+and 46.1 / 28.4; four warps 39.7 / 28.0, with tiles of 128 keys 40.2 / 27.8. Of a tile's instructions 17 are barriers:
+steps and weights change their layout through shared memory, which loads in the layout of the products would save.
 """
 
 from typing import no_type_check

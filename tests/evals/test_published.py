@@ -1,0 +1,117 @@
+"""The published evaluation: its plans, its processes, and that the results in the repository are what they say."""
+
+import json
+import multiprocessing
+import queue
+import shutil
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvzip
+import random_model
+from kvzip.evals.results import group, read
+from kvzip.evals.run import check_names
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import evaluation, lookups  # noqa: E402
+from benchmarks.evaluation import PLANS, STUDIES, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+ALL = evaluation.METHODS | lookups.METHODS
+TASK = Asked("math_find@300", "chat", 1, 3, 4)
+
+
+@pytest.mark.parametrize("plan", [*PLANS.values(), *chain(*STUDIES.values())])
+def test_plans_name_what_there_is_and_every_piece_has_its_own_file(plan: Plan) -> None:
+    for asked in plan.tasks:
+        assert check_names([asked.task], plan.methods, plan.ratios, asked.form, ALL) == [asked.task]
+    names = [piece.name for piece in pieces_of(Path("model"), plan)]
+    assert len(set(names)) == len(names) == len(plan.tasks) * len(plan.methods)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_results_hold_every_answer_of_the_plan(name: str) -> None:
+    plan = PLANS[name]
+    answers = group(read(RESULTS / f"eval-{name}.jsonl"), "task", "method", "ratio")
+    for asked in plan.tasks:
+        questions = {answer.question["id"] for answer in answers[asked.task, "full", 1.0]}
+        assert len(questions) >= (100 if "qwen" in name else 48)
+        for method in plan.methods:
+            for ratio in (1.0,) if method == "full" else plan.ratios:
+                own = answers[asked.task, method, ratio]
+                assert {answer.question["id"] for answer in own} == questions
+                if method not in ("full", "kvzip-heads"):  # whole heads are kept
+                    assert all(abs(answer.kept - ratio) < 2e-3 for answer in own)
+
+
+def worker(pieces: list[Piece], work: Path, seconds: float = 600) -> list[tuple[str, str]]:
+    """What a worker says of the pieces that it takes."""
+    said: Any = queue.Queue()
+    evaluation.worker(pieces, multiprocessing.Value("i", 0), said, work, None, seconds, "c0ffee", 0.9)
+    return [said.get() for _ in range(said.qsize())]
+
+
+def test_a_worker_takes_one_piece_after_the_other_and_says_which_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    model = random_model.make(random_model.config())
+    monkeypatch.setattr(kvzip, "load", lambda source: loaded.append(source) or model)
+    good, bad = Plan(("full", "random"), (0.3, 0.5), (TASK,)), Plan(("full",), (), (Asked("squad", "chat", 1, 1, 4),))
+    pieces = pieces_of(Path("m"), bad) + pieces_of(Path("m"), good)
+    assert [outcome for _, outcome in worker(pieces, tmp_path)] == ["failed", "done", "done"]
+    assert loaded == [Path("m")]
+    assert {path.name for path in tmp_path.glob("*.done")} == {f"{piece.name}.done" for piece in pieces[1:]}
+    assert len(read(*tmp_path.glob("*.jsonl"))) == 3 * (1 + 2)
+    assert worker(pieces[1:], tmp_path, seconds=0) == []
+
+    out = tmp_path / "new" / "eval-m.jsonl"
+    files = [tmp_path / f"{piece.name}.jsonl" for piece in pieces[1:]]
+    for _ in range(2):
+        collect(files, out)
+        lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        assert [sum(line["kind"] == kind for line in lines) for kind in ("run", "question", "answer")] == [2, 3, 9]
+
+
+def test_tables_go_between_their_marks_and_nowhere_else() -> None:
+    assert evaluation.between("a <x> old </x> b", "<x>", "</x>", "new") == "a <x>\nnew\n</x> b"
+    with pytest.raises(ValueError, match="expected <x> and </x>"):
+        evaluation.between("a <x> old", "<x>", "</x>", "new")
+
+
+def test_lookups_are_the_largest_weights_of_each_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model.make(random_model.config())
+    keys = [f"{n:08x}-1111-2222-3333-{n:012x}" for n in range(6)]
+    text = ",\n ".join(f'"{a}": "{b}"' for a, b in zip(keys[::2], keys[1::2], strict=True))
+    cache = kvzip.prefill(model, "{" + text + "}")
+
+    def scored() -> torch.Tensor:
+        scores = lookups.lookups(model, cache).scores
+        assert scores is not None
+        return scores.values
+
+    whole, (_, how) = scored(), next(iter(lookups.ASKED.items()))
+    alone = []
+    for key in keys[::2]:
+        monkeypatch.setattr(lookups, "ASKED", {f'"({key})": "({lookups.UUID})"': how})
+        alone.append(scored())
+    assert torch.equal(torch.stack(alone).amax(0), whole)
+    assert not torch.equal(alone[0], alone[1])
+    with pytest.raises(ValueError, match="expected a context with pairs of UUIDs"):
+        lookups.lookups(model, kvzip.prefill(model, "nothing"))
+
+
+@pytest.mark.slow
+def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "evals.md", tmp_path)
+    evaluation.render(RESULTS, tmp_path)
+    assert (tmp_path / "evals.md").read_text(encoding="utf-8") == (ROOT / "docs" / "evals.md").read_text(
+        encoding="utf-8"
+    )
