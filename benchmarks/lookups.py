@@ -40,7 +40,7 @@ def lookups(model: Model, cache: DenseCache) -> DenseCache:
     tokenizer = tokenizer_of(model)
     text = prompts.decode(tokenizer, cache.token_ids[cache.start :].tolist())
     asked = [
-        ([question.format(key)] if cache.chat else [], (answer if cache.chat else plain).format(key, value))
+        (question.format(key), (answer if cache.chat else prompts.QUERY_SEPARATOR + plain).format(key, value))
         for pattern, (question, answer, plain) in ASKED.items()
         for key, value in re.findall(pattern, text)
     ]
@@ -50,8 +50,8 @@ def lookups(model: Model, cache: DenseCache) -> DenseCache:
     best = torch.zeros(len(layers), model.config.num_kv_heads, stop - sink, device=model.device)
     values = torch.empty_like(best)
     for question, answer in asked:
-        before = sum(query_ids(model, cache, question, template=True), [])
-        ids = before + prompts.encode_text(tokenizer, answer if before else prompts.QUERY_SEPARATOR + answer)
+        before = query_ids(model, cache, [question], template=True)[0] if cache.chat else []
+        ids = before + prompts.encode_text(tokenizer, answer)
         attend = score_attend(model.config, cache.layers, values, sink=sink, start=sink, stop=stop, local=False)
         positions = torch.arange(stop, stop + len(ids), device=model.device)
         with torch.no_grad():
