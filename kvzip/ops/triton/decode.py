@@ -47,13 +47,16 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     padded = triton.next_power_of_2(D) != D  # tiles are wider than rows
     if dtype == torch.float32:  # products in plain float32: no tensor cores
         half = padded and bits < 16 and not hopper  # eight warps would spill
-        return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, 2)
+        stages = 1 if D <= 64 and bits == 8 else 2  # two would spill
+        return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)
     keys = 64 if D <= 128 else 32
     if bits < 16:
         if rows <= 8:
-            few = padded and (bits == 8 or not hopper)  # 64 keys would spill
+            few = (padded and bits == 8) or (D > 64 and not hopper and (padded or bits == 4))  # 64 keys would spill
             reserve = {8: 8 * 1024, 4: 25 * 1024}[bits] if D == 128 else 0
             return Launch(8, 32 if few else keys, 2, 3, 4, early=bits == 8 or D == 128, reserve=reserve)
+        if D <= 64 and bits == 4 and rows > 16 and hopper:
+            return Launch(32, 64, 4, 3)  # 32 keys take 4% less time, and spill with Triton 3.9
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)
     if rows <= 16:
         if D == 128 and hopper:
