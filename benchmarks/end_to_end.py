@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import kvzip  # noqa: E402
 from accuracy import assert_as_accurate  # noqa: E402
+from benchmarks.pages import between  # noqa: E402
 from benchmarks.shapes import random_model, shapes  # noqa: E402
 from kvzip.attention import decode_attend  # noqa: E402
 from kvzip.cache import Scores, all_ragged, empty_tail  # noqa: E402
@@ -382,8 +383,8 @@ def render_table(latest: dict[tuple[Any, ...], dict[str, Any]], readme: Path) ->
             link = None if record is None else f"benchmarks/results/end-to-end.jsonl#L{record['line']}"
             cells.append("-" if record is None else f"[{record[field]:.{digits}f}{unit}]({link})")
         rows.append(f"| {shape} | {tokens:,} | " + " | ".join(cells) + " |")
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    readme.write_text(before + START + "\n" + "\n".join(rows) + "\n" + STOP + rest.split(STOP)[1], encoding="utf-8")
+    page = between(readme.read_text(encoding="utf-8"), START, STOP, "\n".join(rows))
+    readme.write_text(page, encoding="utf-8")
     print(f"wrote the table of {readme}")
 
 

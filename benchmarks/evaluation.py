@@ -27,12 +27,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import lookups  # noqa: E402
+from benchmarks.pages import between  # noqa: E402
+from kvzip.cli.evaluate import UNFINISHED  # noqa: E402
 from kvzip.evals.methods import METHODS  # noqa: E402
 from kvzip.evals.results import append, group, mend, read  # noqa: E402
 from kvzip.evals.run import FULL, run_eval  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-UNFINISHED = 75
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
@@ -73,36 +74,44 @@ class Piece:
 
 
 FEW = (FULL, "kvzip", "kvzip-chunk", "snapkv", "random")
+TOPIC = Asked("topic", "chat", 20, 5, 32)
+NEEDLES = Asked("needles", "cloze", 4, 11, 32)
+UUIDS = (  # 128 tokens, as a Qwen repeats the UUID that it is asked for first
+    Asked("kv@4096", "chat", 10, 10, 128),
+    Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128),
+)
+TEXTS = (Asked("ruler_qa_1@4096", "chat", 10, 10, 32), Asked("squad@2000", "chat", 10, 12, 48))
+BASE_NEEDLES = Asked("needles@2000", "cloze", 6, 11, 32)
+BASE_KEYS = Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64)
+BASE_KV = Asked("kv@2000", "cloze", 12, 20, 64)
+BASE_SQUAD = Asked("squad@1000", "cloze", 10, 12, 48)
+BASE = (Asked("needles@700", "cloze", 6, 11, 32), BASE_NEEDLES, BASE_KEYS, BASE_SQUAD)
+
 PLANS = {
-    # 128 tokens where an answer is a UUID, whose question a Qwen repeats first
     "qwen2.5-coder-1.5b-instruct": Plan(
         (FULL, *METHODS),
         RATIOS,
         (
-            Asked("topic", "chat", 20, 5, 32),
+            TOPIC,
             Asked("many_shot@9000", "chat", 6, 20, 64),
-            Asked("needles", "cloze", 4, 11, 32),
-            Asked("kv@4096", "chat", 10, 10, 128),
-            Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128),
+            NEEDLES,
+            *UUIDS,
             Asked("ruler_niah_multikey_2@4096", "chat", 10, 10, 64),
             Asked("multihop@4096", "chat", 10, 10, 64),
-            Asked("ruler_qa_1@4096", "chat", 10, 10, 32),
-            Asked("squad@2000", "chat", 10, 12, 48),
+            *TEXTS,
         ),
     ),
     "qwen2.5-coder-0.5b-instruct": Plan(
         FEW,
         (0.3,),
         (
-            Asked("topic", "chat", 20, 5, 32),
+            TOPIC,
             Asked("many_shot@9000", "chat", 5, 20, 64),
-            Asked("needles", "cloze", 4, 11, 32),
-            Asked("kv@4096", "chat", 10, 10, 128),
-            Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128),
+            NEEDLES,
+            *UUIDS,
             Asked("ruler_niah_multikey_2@4096", "chat", 5, 20, 64),
             Asked("multihop@4096", "chat", 5, 20, 64),
-            Asked("ruler_qa_1@4096", "chat", 10, 10, 32),
-            Asked("squad@2000", "chat", 10, 12, 48),
+            *TEXTS,
         ),
     ),
     "gemma-3-270m": Plan(
@@ -111,12 +120,9 @@ PLANS = {
         (
             Asked("topic", "cloze", 20, 5, 32),
             Asked("many_shot@9000", "cloze", 6, 20, 32),
-            Asked("needles@700", "cloze", 6, 11, 32),
-            Asked("needles@2000", "cloze", 6, 11, 32),
-            Asked("kv@2000", "cloze", 12, 20, 64),
-            Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64),
+            BASE_KV,
             Asked("multihop@2000", "cloze", 12, 20, 64),
-            Asked("squad@1000", "cloze", 10, 12, 48),
+            *BASE,
         ),
     ),
     "smollm2-135m-instruct": Plan(
@@ -125,49 +131,23 @@ PLANS = {
         (
             Asked("topic@5500", "cloze", 20, 5, 32),
             Asked("many_shot@5500", "cloze", 6, 20, 32),
-            Asked("needles@700", "cloze", 6, 11, 32),
-            Asked("needles@2000", "cloze", 6, 11, 32),
             Asked("kv@1000", "cloze", 12, 20, 64),
-            Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64),
             Asked("multihop@1000", "cloze", 12, 20, 64),
-            Asked("squad@1000", "cloze", 10, 12, 48),
+            *BASE,
         ),
     ),
 }
 """By the name of a model's directory. The tasks with the longest contexts come first: they take longest."""
-_CHUNKS = ("chunk-500", "chunk-125", "context-125")
+CHUNKS = ("chunk-500", "chunk-125", "context-125")
+OTHERS = (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", *CHUNKS)
 STUDIES = {
     "qwen2.5-coder-1.5b-instruct": (
-        Plan(
-            tuple(lookups.METHODS),
-            (0.1, 0.2, 0.3, 0.5),
-            (Asked("kv@4096", "chat", 10, 10, 128), Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128)),
-        ),
-        Plan(
-            _CHUNKS,
-            (0.1, 0.2, 0.3, 0.5),
-            (
-                Asked("needles", "cloze", 4, 11, 32),
-                Asked("ruler_qa_1@4096", "chat", 10, 10, 32),
-                Asked("squad@2000", "chat", 10, 12, 48),
-            ),
-        ),
+        Plan(tuple(lookups.METHODS), (0.1, 0.2, 0.3, 0.5), UUIDS),
+        Plan(CHUNKS, (0.1, 0.2, 0.3, 0.5), (NEEDLES, *TEXTS)),
     ),
     "gemma-3-270m": (
-        Plan(
-            (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", "lookups", *_CHUNKS),
-            (0.3, 0.5, 0.7, 0.9),
-            (Asked("kv@2000", "cloze", 12, 20, 64),),
-        ),
-        Plan(
-            (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", *_CHUNKS),
-            (0.3, 0.5, 0.7, 0.9),
-            (
-                Asked("needles@2000", "cloze", 6, 11, 32),
-                Asked("squad@1000", "cloze", 10, 12, 48),
-                Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64),
-            ),
-        ),
+        Plan((*OTHERS, "lookups"), (0.3, 0.5, 0.7, 0.9), (BASE_KV,)),
+        Plan(OTHERS, (0.3, 0.5, 0.7, 0.9), (BASE_NEEDLES, BASE_SQUAD, BASE_KEYS)),
     ),
 }
 """What is asked besides to find out why something is lost."""
@@ -356,15 +336,6 @@ def render(results: Path, docs: Path) -> None:
 
 def deeper(tables: str) -> str:
     return tables.replace("### ", "#### ")
-
-
-def between(text: str, start: str, stop: str, new: str) -> str:
-    """The text with what is between two marks replaced. Raises ValueError where they are missing."""
-    head, _, rest = text.partition(start)
-    _, found, tail = rest.partition(stop)
-    if not found:
-        raise ValueError(f"expected {start} and {stop}, got a page without them: tables go between them")
-    return f"{head}{start}\n{new}\n{stop}{tail}"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.pages import between  # noqa: E402
 from kvzip import ops  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "ops.jsonl"
@@ -419,11 +420,11 @@ def render_table(results: Path, readme: Path) -> None:
             name, (number, line) = min(variants.items(), key=lambda item: item[1][1]["median_us"])
             cells[2] = f"{name}, [{_time(line)}]({link}#L{number})"
         rows.append(f"| {op} | {case} | {' | '.join(cells)} |")
-    text = readme.read_text()
-    if START not in text or STOP not in text:
-        sys.exit(f"expected the markers {START} and {STOP} in {readme}: add them where the table belongs")
-    before, after = text.split(START)[0], text.split(STOP)[1]
-    readme.write_text(f"{before}{START}\n" + "\n".join(rows) + f"\n{STOP}{after}")
+    try:
+        page = between(readme.read_text(), START, STOP, "\n".join(rows))
+    except ValueError as error:
+        sys.exit(f"{readme}: {error}")
+    readme.write_text(page)
 
 
 def _time(line: dict) -> str:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import evaluation, lookups  # noqa: E402
 from benchmarks.evaluation import PLANS, STUDIES, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
+from benchmarks.pages import between  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 ALL = evaluation.METHODS | lookups.METHODS
@@ -81,9 +82,9 @@ def test_a_worker_takes_one_piece_after_the_other_and_says_which_failed(
 
 
 def test_tables_go_between_their_marks_and_nowhere_else() -> None:
-    assert evaluation.between("a <x> old </x> b", "<x>", "</x>", "new") == "a <x>\nnew\n</x> b"
+    assert between("a <x> old </x> b", "<x>", "</x>", "new") == "a <x>\nnew\n</x> b"
     with pytest.raises(ValueError, match="expected <x> and </x>"):
-        evaluation.between("a <x> old", "<x>", "</x>", "new")
+        between("a <x> old", "<x>", "</x>", "new")
 
 
 def test_lookups_are_the_largest_weights_of_each_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
