@@ -13,7 +13,7 @@ from kvzip import prompts
 from kvzip.models import Model, empty_weights
 from kvzip.models.load import translate_config
 from kvzip.models.weights import fingerprint, named_tensors
-from kvzip.prompts import ChatTemplate, Tokenizer
+from kvzip.prompts import ChatTemplate, Tokenizer, make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
 TEMPLATE = (
@@ -68,14 +68,10 @@ def _tokenizer() -> Tokenizer:
     """One token for each word of the repeat prompts, which are then as long as a real model's; else one per byte."""
     words = sorted(set(re.findall(r" ?\w+", prompts.REPEAT_FIRST + prompts.REPEAT_NEXT)))
 
-    def build(as_text: bool) -> RawTokenizer:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        raw.decoder = decoders.ByteLevel()
-        raw.add_tokens([AddedToken(word) for word in words])
-        raw.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
-        raw.encode_special_tokens = as_text
-        return raw
-
-    return Tokenizer(text=build(True), control=build(False), bos_ids=())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_tokens([AddedToken(word) for word in words])
+    raw.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
+    return make_tokenizer(raw)

@@ -40,7 +40,7 @@ def extend(
     """
     check_count(chunk, "chunk")
     check_fingerprint(model, cache.fingerprint)
-    ids = context_ids(model, text)
+    ids = _following(model, cache, text) if isinstance(text, str) else context_ids(model, text)
     if len(ids) == 0:
         raise ValueError("expected at least one token to extend the cache by, got none: pass text or ids")
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
@@ -91,7 +91,9 @@ def ask(
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     check_fingerprint(model, cache.fingerprint)
     (asked,) = query_ids(model, cache, [query], template=template)
-    separator = prompts.encode_control(tokenizer_of(model), prompt_of(model).separator) if template else []
+    tokenizer = tokenizer_of(model)
+    close = prompts.turn_close(prompt_of(model)) if template else ""
+    separator = prompts.encode_control(tokenizer, close)
     used = len(cache.token_ids) + len(asked) + len(separator)
     check_length(model, used + 1, f"a cache of {len(cache.token_ids)}, a query of {len(asked)} and the end of the turn")
     answer = generate(
@@ -106,7 +108,9 @@ def ask(
         template=template,
         on_token=on_token,
     )
-    return answer, extend(model, cache, torch.tensor([*asked, *answer.token_ids, *separator]))
+    said = [*asked, *answer.token_ids]
+    separator = prompts.encode_control(tokenizer, close, before=prompts.text_of(tokenizer, said))
+    return answer, extend(model, cache, torch.tensor([*said, *separator]))
 
 
 def fold(
@@ -171,6 +175,16 @@ def fold(
         scores=None,
         method=cache.method if ratio == 1 or cache.method.endswith(FOLDED) else cache.method + FOLDED,
     )
+
+
+def _following(model: Model, cache: DenseCache | RaggedCache, text: str) -> Int64[Tensor, " S"]:
+    """The ids of a text that continues what a cache holds."""
+    tokenizer = tokenizer_of(model)
+    held = cache.token_ids.tolist()
+    if cache.chat:  # the spaces at the end of a turn's opening come with what is said in it
+        text = (prompts.turn_opened(tokenizer, prompt_of(model), held) or "") + text
+    before = prompts.text_of(tokenizer, held)
+    return torch.tensor(prompts.encode_text(tokenizer, text, before=before), dtype=torch.long)
 
 
 def _roomy(cache: RaggedCache, rows: int, dtype: torch.dtype) -> Tail:

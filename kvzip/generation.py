@@ -159,18 +159,19 @@ def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str],
     tokenizer = tokenizer_of(model)
     if not all(query.strip() for query in queries):
         raise ValueError("expected a query with text in it, got an empty one")
+    held = cache.token_ids.tolist()
+    before = prompts.text_of(tokenizer, held)
     if not template:
-        return [prompts.encode_text(tokenizer, query) for query in queries]
+        return [prompts.encode_text(tokenizer, query, before=before) for query in queries]
     if not cache.chat:
         raise ValueError(
             "expected a cache with a chat prefix for a chat query, got one prefilled with template=False: "
             "pass template=False here too, or prefill with the template"
         )
     prompt = prompt_of(model)
-    postfix, separator = (prompts.encode_control(tokenizer, text) for text in (prompt.postfix, prompt.separator))
-    new_turn = len(separator) > 0 and cache.token_ids[-len(separator) :].tolist() == separator
-    before = "" if new_turn else prompts.QUERY_SEPARATOR
-    return [prompts.encode_text(tokenizer, before + query.strip()) + postfix for query in queries]
+    opened = prompts.turn_opened(tokenizer, prompt, held)
+    opening = prompts.QUERY_SEPARATOR if opened is None else opened
+    return [prompts.encode_turn(tokenizer, opening + query.strip(), prompt.postfix, before=before) for query in queries]
 
 
 def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:

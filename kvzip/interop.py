@@ -38,7 +38,7 @@ def from_transformers(
     Where the cache ends with an answer that Transformers generated (it holds all of its tokens but the last), the user
     turn is not open: `extend` it by that token and by what closes the answer's turn and opens the next, before asking.
 
-        close = model.tokenizer.control.encode(prompt_of(model).separator, add_special_tokens=False).ids
+        close = kvzip.prompts.encode_control(model.tokenizer, prompt_of(model).separator)
         cache = kvzip.extend(model, cache, torch.tensor([last, *close]))  # prompt_of: kvzip.prefilling
 
     Raises: TypeError for another kind of cache; ValueError if its layers, heads, widths, dtype or length are not the

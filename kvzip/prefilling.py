@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """progress(done, total), in tokens."""
 
+OPENING = 64  # characters of a context that its prefix may depend on
+
 
 def prefill(
     model: Model,
@@ -43,8 +45,10 @@ def prefill(
     Source: KVzip, arXiv 2505.23416.
     """
     check_count(chunk, "chunk")
-    prefix = prefix_ids(model, system=system, instruction=instruction, template=template)
-    ids = context_ids(model, context)
+    before = prefix_text(model, system=system, instruction=instruction, template=template)
+    ids = context_ids(model, context, before=before)
+    opening = context[:OPENING] if isinstance(context, str) else ""
+    prefix = prefix_ids(model, system=system, instruction=instruction, template=template, context=opening)
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
     token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
@@ -92,10 +96,13 @@ def dense_bytes(model: Model, length: int) -> int:
     return 2 * rows * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize
 
 
-def context_ids(model: Model, context: str | Int64[Tensor, " S"]) -> Int64[Tensor, " S"]:
-    """Returns the token ids of a context on the CPU. Raises ValueError for ids outside the vocabulary."""
+def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str = "") -> Int64[Tensor, " S"]:
+    """Returns the token ids of a context on the CPU, of a text as it goes on behind `before` (see `prefix_text`).
+
+    Raises: ValueError for ids outside the vocabulary, and whatever `prompts.encode_text` refuses.
+    """
     if isinstance(context, str):
-        return torch.tensor(prompts.encode_text(tokenizer_of(model), context), dtype=torch.long)
+        return torch.tensor(prompts.encode_context(tokenizer_of(model), context, before=before), dtype=torch.long)
     ids = context.detach().cpu().long()
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
         raise ValueError(
@@ -123,18 +130,35 @@ def prompt_of(model: Model, *, system: str | None = None, instruction: str | Non
 
 
 def prefix_ids(
-    model: Model, *, system: str | None = None, instruction: str | None = None, template: bool = True
+    model: Model,
+    *,
+    system: str | None = None,
+    instruction: str | None = None,
+    template: bool = True,
+    context: str = "",
 ) -> list[int]:
     """Returns the ids in front of a context: the chat template's, or BOS alone (if the tokenizer adds one).
+
+    Args:
+        context: how the context begins, which the prefix's last token may depend on (see `prompts.encode_prefix`).
 
     Raises: ValueError for a model without a chat template, or system and instruction without one.
     """
     if template:
         prompt = prompt_of(model, system=system, instruction=instruction)
-        return prompts.encode_prefix(tokenizer_of(model), prompt)
+        return prompts.encode_prefix(tokenizer_of(model), prompt, context=context)
     if system is not None or instruction is not None:
         raise ValueError("expected no system or instruction with template=False, got one: put it in the context")
     return [] if model.tokenizer is None else list(model.tokenizer.bos_ids)
+
+
+def prefix_text(
+    model: Model, *, system: str | None = None, instruction: str | None = None, template: bool = True
+) -> str:
+    """Returns the text whose ids `prefix_ids` are, spelled to be passed as `before`; empty without a template."""
+    if not template:
+        return ""
+    return prompts.prefix_text(tokenizer_of(model), prompt_of(model, system=system, instruction=instruction))
 
 
 def check_length(model: Model, needed: int, what: str) -> None:

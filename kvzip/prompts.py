@@ -4,24 +4,21 @@ Text is text: in a document or a query the string of a control token is encoded 
 Only a template writes control tokens.
 """
 
-import datetime
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from itertools import takewhile
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
+
+from .templates import ChatTemplate, write
 
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_NEXT = "\n\nRepeat the part of the previous context exactly, starting with "
 QUERY_SEPARATOR = "\n\n"
-PINNED_DATE = datetime.date(2024, 7, 26)
 
 _CONTEXT, _SYSTEM, _ANSWER, _NEXT = (
     "\ue000context\ue001",
@@ -32,25 +29,16 @@ _CONTEXT, _SYSTEM, _ANSWER, _NEXT = (
 
 
 @dataclass(frozen=True)
-class ChatTemplate:
-    """A checkpoint's jinja chat template, its named tokens, and variables for it (`enable_thinking`, `date_string`)."""
-
-    source: str
-    tokens: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Prompt:
     """A rendered conversation, split where the context goes: prefix + context + query + postfix.
 
     `prefix_parts` alternate between template text and caller's text (system, instruction). `separator` stands
-    between an answer and the next query: it closes one turn and opens another.
+    between an answer and the next query: it closes one turn and opens another; None for a template of one turn.
     """
 
     prefix_parts: tuple[str, ...]
     postfix: str
-    separator: str
+    separator: str | None
 
     @property
     def prefix(self) -> str:
@@ -60,11 +48,61 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """One vocabulary, two ways in: `text` takes every character as text, `control` knows control tokens."""
+    """One vocabulary, in which the caller's text and a template's can be told apart.
+
+    `control` spells control tokens as the checkpoint does. `text` spells each between two copies of `mark`, random
+    characters of Unicode's private use that no document can know; otherwise it is the same. So a template's text with
+    its control tokens spelled that way, and the caller's text as it is, are encoded together, as one text.
+
+    `bos_ids` come in front of a text without a template. `rows` are those of the embedding, where it has fewer than
+    there are tokens.
+    """
 
     text: _Tokenizer
     control: _Tokenizer
     bos_ids: tuple[int, ...]
+    mark: str
+    names: re.Pattern[str]
+    rows: int | None = None
+
+
+def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None, rows: int | None = None) -> Tokenizer:
+    """Returns a tokenizer that follows `control`, whose control tokens are the special ones and those that the chat
+    template writes (as `<think>`).
+
+    Args:
+        rows: of the embedding; None for as many as there are tokens.
+    """
+    document = json.loads(control.to_str())
+    written = template.source if template else ""
+    tokens = [t for t in document["added_tokens"] if t["special"] or (t["content"].strip() and t["content"] in written)]
+    mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
+    spelled = {token["content"]: mark + token["content"] + mark for token in tokens}
+    prepends = '"Prepend"' in json.dumps(document["normalizer"])
+    for token in tokens:
+        token["content"] = spelled[token["content"]]
+        # Transformers looks for a normalized token with the space that is put in front of it, and so misses most
+        token["normalized"] = token["normalized"] and not prepends
+    model = document["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {spelled.get(name, name): i for name, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[spelled.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") in spelled:
+        model["unk_token"] = spelled[model["unk_token"]]
+    if "merges" in model:  # text must not be joined to a control token either
+        model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & spelled.keys()]
+    longest_first = sorted(spelled, key=len, reverse=True)
+    around = control.encode("a", add_special_tokens=True)
+    in_front = len(list(takewhile(bool, around.special_tokens_mask)))
+    return Tokenizer(
+        text=_Tokenizer.from_str(json.dumps(document | {"post_processor": None})),
+        control=control,
+        bos_ids=tuple(around.ids[:in_front]),
+        mark=mark,
+        names=re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
+        rows=rows if rows is not None and rows < control.get_vocab_size() else None,
+    )
 
 
 def render(template: ChatTemplate, *, system: str | None = None, instruction: str | None = None) -> Prompt:
@@ -76,10 +114,13 @@ def render(template: ChatTemplate, *, system: str | None = None, instruction: st
     """
     start = [] if system is None else [{"role": "system", "content": _SYSTEM}]
     turn = {"role": "user", "content": _CONTEXT}
-    first = _render(template, [*start, turn])
+    first = write(template, [*start, turn])
     prefix, postfix = _split(first, _CONTEXT)
     talk = [*start, turn, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-    separator = _split(_split(_render(template, talk), _ANSWER)[1], _NEXT)[0]
+    try:
+        separator = _split(_split(write(template, talk), _ANSWER)[1], _NEXT)[0]
+    except ValueError:
+        separator = None
     if system is None:
         parts = [prefix]
     else:
@@ -100,106 +141,126 @@ def _split(text: str, mark: str) -> tuple[str, str]:
     return before, after
 
 
-def _render(template: ChatTemplate, messages: list[dict[str, str]]) -> str:
-    options = dict(template.options)
-    date = options.pop("date", PINNED_DATE)
-
-    def fail(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: date.strftime(form)}
-    variables = {"enable_thinking": False, **template.tokens, **options}
+def turn_end(tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    """Returns the control token that the template puts behind an answer, if it puts one there."""
     try:
-        return environment.from_string(template.source).render(
-            messages=messages, add_generation_prompt=True, **variables
-        )
-    except TemplateError as error:
-        raise ValueError(
-            f"expected a chat template for a {'/'.join(m['role'] for m in messages)} conversation, got {error}: "
-            "leave out system=, or pass another template as chat_template="
-        ) from error
+        after = (render(template).separator or "").lstrip() if template else ""
+    except ValueError:  # one that this model's answers do not wait for
+        return []
+    found = tokenizer.names.match(after)
+    end = tokenizer.control.token_to_id(found[0]) if found else None
+    return [] if end is None else [end]
 
 
-def read_template(
-    directory: Path, *, source: str | None = None, options: Mapping[str, Any] | None = None
-) -> ChatTemplate | None:
-    """Returns the chat template of an HF directory, or `source` in its place; None where there is neither."""
-    config = read_json(directory / "tokenizer_config.json")
-    source = source or _template_source(directory, config)
-    if not source:
-        return None
-    return ChatTemplate(source=source, tokens=named_tokens(config), options=dict(options or {}))
+def encode_text(tokenizer: Tokenizer, text: str, *, before: str = "") -> list[int]:
+    """Returns the ids of a document or a query; nothing in it becomes a control token.
 
+    Args:
+        before: what the text continues, as `text_of` and `control_text` spell it. Its own tokens stay as they are.
 
-def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
-    if (directory / "chat_template.jinja").exists():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return source if source is not None else read_json(directory / "chat_template.json").get("chat_template")
-
-
-def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns `bos_token`, `eos_token`, ... of a tokenizer_config.json, which writes them as text or as a dict."""
-    found = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if key.endswith("_token") and isinstance(text, str):
-            found[key] = text
-    return found
-
-
-def read_tokenizer(directory: Path, template: ChatTemplate | None) -> Tokenizer | None:
-    """Returns the tokenizer of an HF directory, or None where it has no tokenizer.json.
-
-    Control tokens are the special ones and those that the chat template itself writes (as `<think>`).
+    Raises: ValueError for half of a surrogate pair, or a token that the model's embedding has no row for.
     """
-    path = directory / "tokenizer.json"
-    if not path.exists():
+    _check_text(text)
+    return _encode_after(tokenizer, before, text)
+
+
+def encode_control(tokenizer: Tokenizer, text: str, *, before: str = "") -> list[int]:
+    """Returns the ids of text that a template wrote, as `encode_text` does."""
+    return _encode_after(tokenizer, before, control_text(tokenizer, text))
+
+
+def encode_turn(tokenizer: Tokenizer, text: str, after: str, *, before: str = "") -> list[int]:
+    """Returns the ids of the caller's text and of what the template writes after it, as `encode_text` does."""
+    _check_text(text)
+    return _encode_after(tokenizer, before, text + control_text(tokenizer, after))
+
+
+def encode_prefix(tokenizer: Tokenizer, prompt: Prompt, *, context: str = "") -> list[int]:
+    """Returns the ids in front of the context: the template's parts with control tokens, the caller's as text.
+
+    Args:
+        context: how the context begins. A token that holds the prefix's end and the context's beginning (of "[INST] "
+            and "The": "_The") is the context's.
+    """
+    before = prefix_text(tokenizer, prompt)
+    _check_text(context)
+    return _encode(tokenizer, before + context, stop=len(before))[0]
+
+
+def encode_context(tokenizer: Tokenizer, text: str, *, before: str = "") -> list[int]:
+    """Returns the ids of a context behind its prefix: with those of `encode_prefix` they are the whole text's.
+
+    Raises: as `encode_text` does.
+    """
+    _check_text(text)
+    return _encode(tokenizer, before + text, stop=len(before))[1]
+
+
+def prefix_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
+    """Returns what is in front of a context, to be passed as `before`."""
+    for part in prompt.prefix_parts[1::2]:
+        _check_text(part)
+    spell = (lambda text: control_text(tokenizer, text), lambda text: text)
+    return "".join(spell[n % 2](part) for n, part in enumerate(prompt.prefix_parts))
+
+
+def control_text(tokenizer: Tokenizer, text: str) -> str:
+    """Returns a template's text with its control tokens spelled so that they are known among other text."""
+    return tokenizer.names.sub(lambda found: tokenizer.mark + found[0] + tokenizer.mark, text)
+
+
+def turn_close(prompt: Prompt) -> str:
+    """Returns what closes an answer's turn and opens the next, without the spaces at its end: most vocabularies join
+    them with the word that follows, so they are encoded with it (see `turn_opened`).
+
+    Raises: ValueError for a template of one turn.
+    """
+    if prompt.separator is None:
+        raise ValueError(
+            "expected a chat template that renders a second turn, got one that does not: ask with template=False, or "
+            "pass another one as chat_template="
+        )
+    return prompt.separator.rstrip(" ")
+
+
+def turn_opened(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> str | None:
+    """Returns the spaces that `turn_close` left out, where `ids` end with it; None where they do not."""
+    if not prompt.separator:
         return None
-    document = json.loads(path.read_text(encoding="utf-8"))
-    control = _Tokenizer.from_str(json.dumps(document))
-    written = template.source if template else ""
-    for token in document.get("added_tokens", []):
-        content = token["content"]
-        token["special"] = token["special"] or (bool(content.strip()) and content in written)
-    text = _Tokenizer.from_str(json.dumps(document))
-    text.encode_special_tokens = True
-    bos = control.token_to_id(named_tokens(read_json(directory / "tokenizer_config.json")).get("bos_token", ""))
-    around = control.encode("", add_special_tokens=True).ids
-    return Tokenizer(text=text, control=control, bos_ids=tuple(i for i in around if i == bos))
+    closed = encode_control(tokenizer, turn_close(prompt))
+    ending, end = (tokenizer.text.decode(list(x), skip_special_tokens=False) for x in (ids[-len(closed) - 1 :], closed))
+    return prompt.separator[len(turn_close(prompt)) :] if ending.endswith(end) else None
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a document or a query; nothing in it becomes a control token."""
-    return tokenizer.text.encode(text, add_special_tokens=False).ids
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Returns the text of the last of these ids, enough of it to be passed as `before`."""
+    return tokenizer.text.decode(list(ids[-_LEFT:]), skip_special_tokens=False)
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
-    """Yields the ids of a text that comes in pieces; all together they are those of the whole text.
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], *, before: str = "") -> Iterator[list[int]]:
+    """Yields the ids of a text that comes in pieces; all together they are those of the whole text behind `before`.
 
     About 64 KiB are encoded at a time. The text is cut in front of white space, where the tokens of the last
     characters before the cut stay the same whether or not the next characters follow, and what comes next is encoded
     with those characters in front of it. So a tokenizer that merges no further than that is followed exactly; text
     without such a place is held until one comes.
     """
-    before, held = "", ""
+    held = ""
     for piece in pieces:
+        _check_text(piece)
         for at in range(0, len(piece), _BLOCK):
             held += piece[at : at + _BLOCK]
             cut = _safe_cut(tokenizer, before + held, len(before)) if len(held) >= _BLOCK else None
             if cut is not None:
                 text = before + held
-                yield _encode_after(tokenizer, before, text[len(before) : cut])
+                yield _encode(tokenizer, text[:cut], stop=len(before))[1]
                 before, held = text[max(0, cut - _AROUND) : cut], text[cut:]
     if held:
-        yield _encode_after(tokenizer, before, held)
+        yield _encode(tokenizer, before + held, stop=len(before))[1]
 
 
 _BLOCK, _AROUND, _TRIES = 1 << 16, 64, 16  # characters, characters, cuts
+_LEFT = 16  # tokens that may change how what follows them is encoded
 
 
 def _safe_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
@@ -207,25 +268,55 @@ def _safe_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
     places = [m.start() for m in re.finditer(r"(?<=\S)\s", text[:-_AROUND]) if m.start() > start]
     for cut in places[: -_TRIES - 1 : -1]:
         before = text[max(0, cut - _AROUND) : cut]
-        alone = encode_text(tokenizer, before)
-        if encode_text(tokenizer, before + text[cut : cut + _AROUND])[: len(alone)] == alone:
+        alone = tokenizer.text.encode(before, add_special_tokens=False).ids
+        if (
+            tokenizer.text.encode(before + text[cut : cut + _AROUND], add_special_tokens=False).ids[: len(alone)]
+            == alone
+        ):
             return cut
     return None
 
 
 def _encode_after(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
-    return encode_text(tokenizer, before + text)[len(encode_text(tokenizer, before)) :]
+    """The ids of a text behind another whose tokens are made already.
+
+    Where the whole text has a token that holds characters of both, it is encoded behind a character that does not join
+    with it instead, so that no space is put in front as of a text's beginning.
+    """
+    for left in (before, "\n", "a"):
+        _, rest, joined = _encode(tokenizer, left + text, stop=len(left))
+        if not joined:
+            return rest
+    return _encode(tokenizer, text, stop=0)[1]
 
 
-def encode_control(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of text that a template wrote."""
-    return tokenizer.control.encode(text, add_special_tokens=False).ids
+def _encode(tokenizer: Tokenizer, text: str, *, stop: int) -> tuple[list[int], list[int], bool]:
+    """The ids of tokens within the first `stop` characters, those of the others, and whether one is in both."""
+    encoding = tokenizer.text.encode(text, add_special_tokens=False)
+    ids, spans = encoding.ids, encoding.offsets
+    if tokenizer.rows is not None and max(ids, default=0) >= tokenizer.rows:
+        bad = max(ids)
+        raise ValueError(
+            f"expected tokens below {tokenizer.rows} (rows of the model's embedding), got "
+            f"{tokenizer.control.id_to_token(bad)!r}, token {bad} of a tokenizer that has "
+            f"{tokenizer.control.get_vocab_size()}: resize the embedding, or use the model's own tokenizer"
+        )
+    count = 0
+    while count < len(ids) and spans[count][0] < stop and spans[count][1] <= stop:
+        count += 1
+    return ids[:count], ids[count:], count < len(ids) and spans[count][0] < stop
 
 
-def encode_prefix(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Returns the ids in front of the context: the template's parts with control tokens, the caller's as text."""
-    encoders = (encode_control, encode_text)
-    return [i for n, part in enumerate(prompt.prefix_parts) for i in encoders[n % 2](tokenizer, part)]
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"expected text (str), got {type(text).__name__}: pass one text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"expected whole characters, got half of a surrogate pair, {text[error.start]!a}, at character "
+            f"{error.start}: replace it, as text.encode(errors='replace').decode() does"
+        ) from None
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -264,8 +355,3 @@ def _byte_letters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object of a JSON file, empty where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -158,22 +158,20 @@ def repeats(
     Raises: ValueError without a tokenizer.
     """
     tokenizer = tokenizer_of(model)
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor(prompts.encode_text(tokenizer, text), dtype=torch.long)
-
     if cache.chat:
-        postfix = torch.tensor(prompts.encode_control(tokenizer, prompt_of(model).postfix), dtype=torch.long)
+        postfix, encode = prompt_of(model).postfix, prompts.encode_control
     else:
-        postfix = encode(PLAIN_POSTFIX)
+        postfix, encode = PLAIN_POSTFIX, prompts.encode_text
     ids, first = context_ids(model, cache.token_ids), cache.start if begin is None else begin
     older = ids[cache.start : first] if before is None else torch.cat([before, ids[cache.start : first]])
-    known = older[max(0, len(older) - hint) :]
+    known, end = older[max(0, len(older) - hint) :], prompts.text_of(tokenizer, ids.tolist())
     for start in range(first, len(ids), chunk):
         stop = min(start + chunk, len(ids))
         continued = len(older) > 0 or start > first
-        ask = [encode(prompts.REPEAT_NEXT), known] if continued else [encode(prompts.REPEAT_FIRST)]
-        yield start, stop, torch.cat([*ask, postfix, ids[start:stop]])
+        ask = prompts.encode_text(tokenizer, prompts.REPEAT_NEXT if continued else prompts.REPEAT_FIRST, before=end)
+        ask += known.tolist() if continued else []
+        ask += encode(tokenizer, postfix, before=prompts.text_of(tokenizer, ask))
+        yield start, stop, torch.cat([torch.tensor(ask, dtype=torch.long), ids[start:stop]])
         known = ids[max(cache.start, stop - hint) : stop]
 
 

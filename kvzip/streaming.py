@@ -27,7 +27,7 @@ from .cache import (
 )
 from .compression import protected_spans
 from .models import Model, run_attention
-from .prefilling import check_count, check_length, context_ids, prefix_ids, tokenizer_of
+from .prefilling import OPENING, check_count, check_length, context_ids, prefix_ids, prefix_text, tokenizer_of
 from .scoring import check_choice, score_chunks
 
 Pieces = Iterable[str] | Iterable[Tensor]
@@ -101,10 +101,10 @@ def prefill_compressed(
         raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}")
     if all(spec.window is not None for spec in model.config.layers):
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
-    prefix = torch.tensor(
-        prefix_ids(model, system=system, instruction=instruction, template=template), dtype=torch.long
-    )
-    pieces, tokens = _pieces(model, context)
+    turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
+    context, opening = _opening(context)
+    prefix = torch.tensor(prefix_ids(model, **turn, context=opening), dtype=torch.long)
+    pieces, tokens = _pieces(model, context, before=prefix_text(model, **turn))
     if tokens is None and share == "final":
         raise ValueError(
             "expected share 'segment' or 'running' for a context in pieces, got 'final': its end is unknown"
@@ -490,16 +490,35 @@ def _cache_of(model: Model, run: _Run, source: str, share: str) -> RaggedCache:
     )
 
 
-def _pieces(model: Model, context: str | Tensor | Pieces) -> tuple[Iterator[Int64[Tensor, " S"]], int | None]:
+def _opening(context: str | Tensor | Pieces) -> tuple[str | Tensor | Pieces, str]:
+    """The context, and how its text begins; empty for token ids."""
+    if isinstance(context, Tensor):
+        return context, ""
+    if isinstance(context, str):
+        return context, context[:OPENING]
+    pieces, seen, opening = iter(context), [], ""
+    for piece in pieces:
+        seen.append(piece)
+        if not isinstance(piece, str):
+            break
+        opening += piece[:OPENING]
+        if len(opening) >= OPENING:
+            break
+    return itertools.chain(seen, pieces), opening[:OPENING]
+
+
+def _pieces(
+    model: Model, context: str | Tensor | Pieces, *, before: str
+) -> tuple[Iterator[Int64[Tensor, " S"]], int | None]:
     """The ids of a context in pieces, and how many they are if that is known."""
     if isinstance(context, (str, Tensor)):
-        ids = context_ids(model, context)
+        ids = context_ids(model, context, before=before)
         return iter([ids]), len(ids)
     pieces = iter(context)
     first = next(pieces, "")
     pieces = itertools.chain([first], pieces)
     if isinstance(first, str):
-        encoded = prompts.encode_pieces(tokenizer_of(model), _all(pieces, str))
+        encoded = prompts.encode_pieces(tokenizer_of(model), _all(pieces, str), before=before)
         return (torch.tensor(ids, dtype=torch.long) for ids in encoded), None
     return (context_ids(model, piece) for piece in _all(pieces, Tensor)), None
 

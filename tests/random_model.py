@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from kvzip.models import LayerSpec, Model, ModelConfig, RopeSpec, Weights, empty_weights
 from kvzip.models.weights import LayerWeights, fingerprint
-from kvzip.prompts import ChatTemplate, Tokenizer
+from kvzip.prompts import ChatTemplate, Tokenizer, make_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -78,16 +78,12 @@ def make(
 def tokenizer() -> Tokenizer:
     """One token per byte, and four control tokens."""
 
-    def build(as_text: bool) -> RawTokenizer:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        raw.decoder = decoders.ByteLevel()
-        raw.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
-        raw.encode_special_tokens = as_text
-        return raw
-
-    return Tokenizer(text=build(True), control=build(False), bos_ids=())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
+    return make_tokenizer(raw)
 
 
 def _layer_tensors(weights: Weights) -> list[torch.Tensor]:

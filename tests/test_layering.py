@@ -15,7 +15,8 @@ ALLOWED = {
     "kvzip.version": set(),
     "kvzip.ops": set(),
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
-    "kvzip.prompts": set(),
+    "kvzip.templates": set(),
+    "kvzip.prompts": {"kvzip.templates"},
     "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }

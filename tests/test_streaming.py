@@ -17,6 +17,7 @@ from accuracy import assert_as_accurate
 from kvzip import ops, prompts, streaming
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
+from kvzip.models.vocabulary import read_vocabulary
 from kvzip.scoring import score_chunks
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice. Nobody knows why. "
@@ -375,7 +376,7 @@ def trained(kind):
         raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if kind == "metaspace" else "never")
         alphabet = []
     raw.train_from_iterator([LONG * 3], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    return prompts.Tokenizer(text=raw, control=raw, bos_ids=())
+    return prompts.make_tokenizer(raw)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "metaspace", "no prefix"])
@@ -394,7 +395,7 @@ def test_text_in_pieces_has_the_tokens_of_the_whole(kind, lengths, block):
 def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
     name = "smollm2-135m-instruct"
     try:
-        tokenizer = prompts.read_tokenizer(small_models.model_dir(name), None)
+        tokenizer = read_vocabulary(small_models.model_dir(name), {}).tokenizer
     except small_models.Unavailable as missing:
         pytest.skip(f"left out, {name} cannot be had here: {missing}")
     monkeypatch.setattr(prompts, "_BLOCK", 500)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .. import prompts
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, reject
 from .transformer import Model
+from .vocabulary import read_vocabulary, stop_ids
 from .weights import fingerprint, read_weights
 
 logger = logging.getLogger(__name__)
@@ -82,17 +82,19 @@ def load(
     translate, layer_names = _translator(raw)
     config = translate(_with_rope(raw, rope))
     config = replace(config, max_length=max_length or _stretched(config, rope))
-    template = prompts.read_template(directory, source=chat_template, options=template_options)
+    vocabulary = read_vocabulary(
+        directory, raw, rows=config.vocab_size, template=chat_template, options=template_options
+    )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weights = read_weights(directory, config, layer_names, dtype=dtype, device=device)
     return Model(
         config=config,
         weights=weights,
-        tokenizer=prompts.read_tokenizer(directory, template),
+        tokenizer=vocabulary.tokenizer,
         device=device,
         dtype=dtype,
-        template=template,
-        stop_ids=_stop_ids(directory, raw),
+        template=vocabulary.template,
+        stop_ids=stop_ids(directory, raw, vocabulary),
         fingerprint=fingerprint(config, weights, dtype),
         source=str(source),
     )
@@ -167,10 +169,3 @@ def _stretched(config: ModelConfig, rope: Mapping[str, Any] | None) -> int:
     """The length that the caller's RoPE scaling makes the model good for, or the config's own."""
     original = (rope or {}).get("original_max_position_embeddings")
     return max(config.max_length, int(original * rope["factor"])) if rope and original else config.max_length
-
-
-def _stop_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    generation = prompts.read_json(directory / "generation_config.json")
-    stop = generation.get("eos_token_id", raw.get("eos_token_id"))
-    stop = raw.get("text_config", {}).get("eos_token_id") if stop is None else stop
-    return tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)

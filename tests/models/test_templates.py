@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kvzip import prompts
+from kvzip.models.vocabulary import read_vocabulary
 from kvzip.prompts import ChatTemplate, Prompt
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -160,12 +161,14 @@ def write(directory: Path, **config: Any) -> Path:
     return directory
 
 
+def read(directory: Path) -> ChatTemplate | None:
+    return read_vocabulary(directory, {}).template
+
+
 def test_template_and_tokens_are_read_from_tokenizer_config(tmp_path: Path) -> None:
     source = (TEMPLATES / "gemma3.jinja").read_text()
     bos = {"__type": "AddedToken", "content": "<bos>", "lstrip": False}
-    found = prompts.read_template(
-        write(tmp_path, chat_template=source, bos_token=bos, eos_token="<eos>", pad_token=None)
-    )
+    found = read(write(tmp_path, chat_template=source, bos_token=bos, eos_token="<eos>", pad_token=None))
     assert found is not None
     assert found.source == source
     assert found.tokens == {"bos_token": "<bos>", "eos_token": "<eos>"}
@@ -173,25 +176,25 @@ def test_template_and_tokens_are_read_from_tokenizer_config(tmp_path: Path) -> N
 
 def test_a_template_file_of_its_own_comes_first(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ 'mine' }}")
-    found = prompts.read_template(write(tmp_path, chat_template="{{ 'other' }}", bos_token="<s>"))
+    found = read(write(tmp_path, chat_template="{{ 'other' }}", bos_token="<s>"))
     assert found is not None
     assert (found.source, found.tokens) == ("{{ 'mine' }}", {"bos_token": "<s>"})
 
 
 def test_the_default_of_several_named_templates_is_taken(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "{{ 'tool' }}"}, {"name": "default", "template": "{{ 'plain' }}"}]
-    found = prompts.read_template(write(tmp_path, chat_template=named))
+    found = read(write(tmp_path, chat_template=named))
     assert found is not None
     assert found.source == "{{ 'plain' }}"
 
 
 def test_a_template_in_json_is_found(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'json' }}"}))
-    found = prompts.read_template(write(tmp_path, bos_token="<s>"))
+    found = read(write(tmp_path, bos_token="<s>"))
     assert found is not None
     assert found.source == "{{ 'json' }}"
 
 
 def test_a_directory_without_a_template_has_none(tmp_path: Path) -> None:
-    assert prompts.read_template(tmp_path) is None
-    assert prompts.read_template(write(tmp_path, bos_token="<s>", chat_template=None)) is None
+    assert read(tmp_path) is None
+    assert read(write(tmp_path, bos_token="<s>", chat_template=None)) is None

@@ -1,0 +1,229 @@
+"""The tokenizer, chat template and stop tokens of a directory, merged from its files as AutoTokenizer merges them.
+
+Where two files say something of one token, it is decided here which counts; `prompts` uses what comes out.
+Source: `PreTrainedTokenizerBase.from_pretrained` and `AutoTokenizer` of Transformers 5.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as _Tokenizer
+
+from .. import prompts
+from ..prompts import ChatTemplate, Tokenizer
+from .files import read_json
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+_CLASSES: dict[str, dict[str, str]] = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
+}
+"""Classes of Transformers that take only vocabulary and merges from tokenizer.json, and the tokens they name."""
+
+_REGISTERED = dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer") | dict.fromkeys(
+    ("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
+)
+"""Model types for which Transformers knows one of those classes without being told."""
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a directory says of its tokens. `names` are `bos_token` and the like, as its chat template sees them."""
+
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    names: Mapping[str, str]
+
+
+def read_vocabulary(
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    rows: int | None = None,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Vocabulary:
+    """Returns the vocabulary of an HF directory, `tokenizer` None where it has no tokenizer.json.
+
+    Args:
+        config: its parsed config.json.
+        rows: of the embedding; a text that needs a token beyond them is refused when it is encoded.
+        template: jinja source in place of the directory's chat template.
+        options: variables for the template.
+
+    Raises: ValueError that names the file that is not understood.
+    """
+    settings = read_json(directory / "tokenizer_config.json")
+    path = directory / "tokenizer.json"
+    document = read_json(path)
+    kind = _class_of(settings, config, document)
+    try:
+        named, extra, added = _merge(directory, settings, document, _CLASSES.get(kind or "", {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "expected tokens as Transformers writes them in tokenizer_config.json, special_tokens_map.json, "
+            f"added_tokens.json and tokenizer.json of {directory}, got {error!r}: fetch them again"
+        ) from error
+    names = {name: str(token.content) for name, token in named.items()}
+    source = template if template is not None else _template_source(directory, settings)
+    chat = ChatTemplate(source, tokens=names, options=dict(options or {})) if source else None
+    if not document:
+        return Vocabulary(None, chat, names)
+    try:
+        raw = _rebuilt(document, kind, settings, names) if kind else _Tokenizer.from_str(json.dumps(document))
+        _add(raw, [*added, *named.values(), *extra], special={*names.values()})
+    except Exception as error:  # `tokenizers` raises no type of its own
+        raise ValueError(f"expected a tokenizer in {path}, got one that cannot be built ({error})") from error
+    raw.no_truncation()  # a file may keep how texts were cut and padded for training
+    raw.no_padding()
+    return Vocabulary(prompts.make_tokenizer(raw, template=chat, rows=rows), chat, names)
+
+
+def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Returns every token that ends an answer: those of generation_config.json and of config.json, the tokenizer's end
+    of sequence, and what the chat template puts behind an answer.
+
+    Transformers takes the first file that names one, so that with a fine-tune whose generation_config.json is still its
+    base model's an answer runs past the end of its turn.
+
+    Raises: ValueError for an end that is no token id.
+    """
+    found: list[int] = []
+    generation = read_json(directory / "generation_config.json")
+    text = config.get("text_config")
+    for name, raw in (("generation_config", generation), ("config", config), ("config", text or {})):
+        ends = raw.get("eos_token_id")
+        for end in ends if isinstance(ends, list) else [ends]:
+            if end is not None and (type(end) is not int or end < 0):
+                raise ValueError(f"expected eos_token_id of {directory / name}.json to be token ids, got {end!r}")
+            found += [] if end is None else [end]
+    if vocabulary.tokenizer is not None:
+        end = vocabulary.tokenizer.control.token_to_id(vocabulary.names.get("eos_token", ""))
+        found += [] if end is None else [end]
+        found += prompts.turn_end(vocabulary.tokenizer, vocabulary.template)
+    return tuple(dict.fromkeys(found))
+
+
+def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: Mapping[str, Any]) -> str | None:
+    """The class of `_CLASSES` that Transformers would take; None for one that takes tokenizer.json as it is."""
+    declared, kind = settings.get("tokenizer_class") or config.get("tokenizer_class"), config.get("model_type")
+    declared = declared.removesuffix("Fast") if isinstance(declared, str) else None
+    if kind == "qwen2" or declared is None:
+        declared = _REGISTERED.get(str(kind))
+    pipeline = [document.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    if kind == "mistral" or (declared == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(pipeline)):
+        return None
+    is_bpe = (document.get("model") or {}).get("type") == "BPE"
+    return declared if declared in _CLASSES and is_bpe else None
+
+
+def _merge(
+    directory: Path, settings: Mapping[str, Any], document: Mapping[str, Any], defaults: Mapping[str, str]
+) -> tuple[dict[str, AddedToken], list[AddedToken], list[AddedToken]]:
+    """Named tokens, further special tokens, and added tokens in the order of their ids."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named: dict[str, Any] = dict(defaults) | _named(settings)
+    listed = "added_tokens_decoder" in settings  # then the two older files are not read
+    if not listed:
+        special = read_json(directory / "special_tokens_map.json")
+        named |= _named(special)
+        if "extra_special_tokens" in special:
+            extra = [*extra, *special["extra_special_tokens"]]
+        else:
+            extra = extra or special.get("additional_special_tokens") or []
+    if isinstance(extra, Mapping):  # tokens with names of their own
+        named, extra = named | dict(extra), []
+    order = [*_NAMES, *(name for name in named if name not in _NAMES)]
+    tokens = {name: _token(named[name], special=True) for name in order if named.get(name) is not None}
+    further = [_token(token, special=True) for token in extra]
+    by_id: dict[int, AddedToken] = {}
+    if listed:
+        by_id = {int(index): _token(token) for index, token in settings["added_tokens_decoder"].items()}
+    else:
+        special = {token.content for token in [*tokens.values(), *further]}
+        for content, index in read_json(directory / "added_tokens.json").items():
+            by_id[int(index)] = AddedToken(content, normalized=content not in special, special=content in special)
+        by_id |= {int(token["id"]): _token(token) for token in document.get("added_tokens") or []}
+    return tokens, further, [by_id[index] for index in sorted(by_id)]
+
+
+def _named(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in raw.items()
+        if key in _NAMES or (key.endswith("_token") and isinstance(value, (str, Mapping)))
+    }
+
+
+def _token(raw: Any, *, special: bool = False) -> AddedToken:
+    """A token that a file writes as text or as its content and flags."""
+    if isinstance(raw, str):
+        return AddedToken(raw, special=special, normalized=not special)
+    flags = {flag: bool(raw[flag]) for flag in _FLAGS if flag in raw}
+    return AddedToken(raw["content"], **flags | ({"special": True} if special else {}))
+
+
+def _add(raw: _Tokenizer, tokens: Iterable[AddedToken], *, special: set[str]) -> None:
+    """Adds what the tokenizer does not have yet, behind its vocabulary."""
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    for token in tokens:
+        if token.content not in known:
+            token.special = token.special or token.content in special
+            raw.add_tokens([token])
+            known.add(token.content)
+
+
+def _rebuilt(
+    document: Mapping[str, Any], kind: str, settings: Mapping[str, Any], names: Mapping[str, str]
+) -> _Tokenizer:
+    """A tokenizer of the file's vocabulary and merges that cuts and joins text as a class of Transformers does."""
+    fallback = kind != "Qwen2Tokenizer"
+    unknown = names.get("unk_token") if kind == "GemmaTokenizer" else None
+    flags = {"byte_fallback": fallback, "fuse_unk": fallback, "unk_token": unknown}
+    flags |= {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
+    bare = {**document, "model": {**document["model"], **flags}, "added_tokens": []}
+    raw = _Tokenizer.from_str(json.dumps(bare | {"normalizer": None, "pre_tokenizer": None}))
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefix = settings.get("add_prefix_space")
+    if kind == "Qwen2Tokenizer":
+        raw.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+        raw.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+        raw.decoder = decoders.ByteLevel()
+    elif kind == "GemmaTokenizer":
+        raw.normalizer = normalizers.Replace(" ", "▁")
+        raw.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+        raw.decoder = decoders.Sequence(spaces)
+    else:
+        prefix = prefix is None or bool(prefix)
+        scheme = ("always" if settings.get("legacy", False) else "first") if prefix else "never"
+        raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+        raw.decoder = decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)] if prefix else spaces)
+    return raw
+
+
+def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """The default chat template. A file of its own counts more than tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    if any((directory / "additional_chat_templates").glob("*.jinja")):
+        return None  # named ones in files, and none of them the default
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if isinstance(source, Mapping):
+        source = source.get("default")
+    return source if source is not None else read_json(directory / "chat_template.json").get("chat_template")
