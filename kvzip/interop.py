@@ -51,6 +51,8 @@ def from_transformers(
     check_length(model, len(ids), "the tokens of the cache")
     if start is None:
         prefix = prefix_ids(model, template=template)
+        if template and ids[: len(prefix)].tolist() != prefix:  # its last space may be in the context's first token
+            prefix = prefix_ids(model, context="a")
         start = len(prefix)
         if ids[:start].tolist() != prefix:
             raise ValueError(

@@ -3,6 +3,7 @@
 import functools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+import kvzip
+import random_model
+from kvzip import conversation as conversation_module
 from kvzip import prompts
+from kvzip.generation import Answer, query_ids
+from kvzip.models import Model
 from kvzip.models.vocabulary import Vocabulary, read_vocabulary, stop_ids
+from kvzip.scoring import repeats
 from kvzip.templates import ChatTemplate
 
 transformers.logging.set_verbosity_error()
@@ -332,6 +339,58 @@ def test_text_in_pieces_follows_a_prefix_as_the_whole(kind: str, source: str) ->
         patch.setattr(prompts, "_BLOCK", 200)
         pieces = list(prompts.encode_pieces(vocabulary.tokenizer, [text[:3], text[3:]], before=before))
     assert len(pieces) > 3 and [i for ids in pieces for i in ids] == whole
+
+
+def model_of(kind: str, source: str) -> Model:
+    """A random model that speaks with this tokenizer."""
+    vocabulary = conversation(kind, source)[0]
+    model = random_model.make(random_model.config(vocab_size=700))
+    return replace(model, tokenizer=vocabulary.tokenizer, template=vocabulary.template)
+
+
+@pytest.mark.parametrize("source", [CHATML, INST])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stage_sees_the_ids_of_the_whole_text(kind: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, theirs = model_of(kind, source), conversation(kind, source)[1]
+    cache = kvzip.prefill(model, DOC)
+    first, second = theirs(f"{DOC}\n\n{QUERY}"), theirs(f"{DOC}\n\n{QUERY}", ANSWER, NEXT)
+    assert cache.token_ids.tolist() + query_ids(model, cache, [QUERY], template=True)[0] == first
+    for context in (DOC, iter(DOC), iter([DOC[:9], DOC[9:]])):
+        assert kvzip.prefill_compressed(model, context, 0.5).token_ids.tolist() == cache.token_ids.tolist()
+    text = (" " if source == INST else "") + ANSWER
+    answer = prompts.encode_text(model.tokenizer, text, before=prompts.text_of(model.tokenizer, first))
+    monkeypatch.setattr(conversation_module, "generate", lambda *args, **options: Answer(ANSWER, answer, "stop"))
+    _, asked = kvzip.ask(model, cache, QUERY)
+    assert asked.token_ids.tolist() + query_ids(model, asked, [NEXT], template=True)[0] == second
+    told = kvzip.extend(model, asked, NEXT)
+    prompt = prompts.render(model.template)
+    end = prompts.encode_control(
+        model.tokenizer, prompt.postfix, before=prompts.text_of(model.tokenizer, told.token_ids.tolist())
+    )
+    assert told.token_ids.tolist() + end == second
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repeat_prompt_follows_the_text(kind: str, chat: bool) -> None:
+    model = model_of(kind, INST)
+    cache = kvzip.prefill(model, DOC, template=chat)
+    passes = list(repeats(model, cache, chunk=4, hint=3))
+    ids, decode = cache.token_ids.tolist(), model.tokenizer.control.decode
+
+    def text(part: list[int]) -> str:
+        """As it reads behind other text."""
+        x = prompts.encode_text(model.tokenizer, "x")
+        return decode(x + part, skip_special_tokens=False)[len(decode(x)) :]
+
+    for number, (start, stop, asked) in enumerate(passes):
+        prompt = prompts.REPEAT_NEXT if number else prompts.REPEAT_FIRST
+        hint = text(ids[max(cache.start, start - 3) : start]) if number else ""
+        read = text(asked.tolist())
+        wanted = prompt + hint + (" <|im_end|>" if chat else "\n\nAnswer: ") + text(ids[start:stop])
+        if kind in ("always", "prepended"):  # decoded, every control token has a space behind it
+            read, wanted = read.replace("<|im_end|> ", "<|im_end|>"), wanted.replace("<|im_end|> ", "<|im_end|>")
+        assert read == wanted
 
 
 # ---- text is text
