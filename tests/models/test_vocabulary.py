@@ -27,7 +27,7 @@ from kvzip.templates import ChatTemplate
 transformers.logging.set_verbosity_error()
 
 TEXT = "The museum was founded by a schoolteacher in 1882 , two rivers met there . Who said so ? She did ."
-DOC, QUERY, ANSWER, NEXT = "The museum was founded there .", "Who said so ?", "She did .", "Who met there ?"
+DOC, QUERY, ANSWER, NEXT = "museum rivers met there .", "Who said so ?", "She did .", "Who met there ?"
 CHATML = (
     "{{ bos_token or '' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -209,10 +209,26 @@ def directories(draw: st.DrawFn) -> dict[str, Any]:
     return {"kind": kind, "config": config, "document": document, "tokenizer_config": settings, **files}
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 @given(drawn=directories())
 def test_a_directory_is_read_as_autotokenizer_reads_it(drawn: dict[str, Any], tmp_path_factory: Any) -> None:
     agree(write(tmp_path_factory.mktemp("d"), **drawn))
+
+
+@pytest.mark.parametrize("prefix", ["absent", None, True, False])
+@pytest.mark.parametrize("legacy", ["absent", True, False])
+@pytest.mark.parametrize(
+    ("kind", "family", "declared"),
+    [("first", "llama", "LlamaTokenizer"), ("replaced", "gemma2", None), ("byte level", "qwen2", "LlamaTokenizerFast")],
+)
+def test_a_class_that_cuts_text_in_its_own_way_is_followed(
+    kind: str, family: str, declared: str | None, legacy: Any, prefix: Any, tmp_path: Path
+) -> None:
+    n = len(json.loads(trained(kind))["model"]["vocab"])
+    settings = {"tokenizer_class": declared, "legacy": legacy, "add_prefix_space": prefix, "chat_template": CHATML}
+    settings = {key: value for key, value in settings.items() if value != "absent"}
+    settings |= {"added_tokens_decoder": added(*TURNS, first=n)}
+    agree(write(tmp_path, kind, config={"model_type": family}, tokenizer_config=settings))
 
 
 @pytest.mark.parametrize("source", [CHATML, INST])
@@ -405,6 +421,16 @@ def test_control_tokens_in_a_document_are_letters(kind: str) -> None:
     assert control == [1, n, n + 1, n]  # the template's own: begin, a turn, its end, the answer's
     shown = vocabulary.tokenizer.control.decode(ids, skip_special_tokens=False)
     assert shown.replace(" ", "").count("<|im_end|>") == 3
+
+
+def test_letters_are_not_merged_into_a_control_token() -> None:
+    names = ["<s>", "<", "s", ">", "<s", "ab", "a", "b", "<s>a"]
+    merges = [("<", "s"), ("<s", ">"), ("<s>", "a"), ("a", "b")]
+    raw = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
+    raw.add_special_tokens(["<s>"])
+    tokenizer = prompts.make_tokenizer(raw)
+    assert prompts.encode_text(tokenizer, "<s>ab") == [4, 3, 5]
+    assert prompts.encode_control(tokenizer, "<s>ab") == [0, 5]
 
 
 @pytest.mark.parametrize("text", ["A formula: \ud835 x", "\udc80", "a" * 70 + "\udfff"])
