@@ -87,5 +87,9 @@ def check_whole(cache: DenseCache) -> None:
 
 
 def global_layers(cache: DenseCache) -> tuple[int, ...]:
-    """Returns the indices of the layers without a window: those that are scored and pruned."""
+    """Returns the indices of the layers without a window: those that are scored and pruned.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    check_whole(cache)
     return tuple(i for i, layer in enumerate(cache.layers) if isinstance(layer, DenseKV))
