@@ -155,36 +155,41 @@ def prefill_compressed(
             save(_cache_of(model, run, source, share), path, note=settings)
             saved = len(run.token_ids)
 
-    with torch.no_grad():
-        try:
-            for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
-                with explain_out_of_memory(
+    try:
+        for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
+            with (
+                torch.no_grad(),
+                explain_out_of_memory(
                     f"the pairs and activations of {len(ids)} tokens beside {run.kept} kept pairs",
                     "lower segment, chunk or ratio",
-                ):
-                    run = _take_in(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
-                    _pack_(run)
-                if save_every is not None and number % save_every == 0:
-                    write()
-                if progress is not None:
-                    progress(len(run.token_ids) - run.start, tokens)
-            cache = _cache_of(model, run, source, share)
-        except BaseException as error:
-            try:
+                ),
+            ):
+                run = _take_in(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
+                _pack_(run)
+            if save_every is not None and number % save_every == 0:
                 write()
-            except Exception as failure:  # the error that ended the run is the one to see
-                logger.error("%s could not be written and is as it was before: %s", path, failure)
-            else:
-                if isinstance(error, torch.OutOfMemoryError) and path is not None and path.exists():
-                    raise torch.OutOfMemoryError(f"{error}; what is done is in {path.name}") from error
-            raise
-    if len(run.token_ids) == run.start:
-        raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
-    if tokens is None:
-        _check_protected(spans, len(run.token_ids) - run.start, **limits)
-    if path is not None:
-        path.unlink(missing_ok=True)
-    return cache
+            if progress is not None:
+                progress(len(run.token_ids) - run.start, tokens)
+        done = len(run.token_ids) - run.start
+        if not done:
+            raise ValueError(
+                "expected a context of at least one token, got an empty one: pass the document's text or ids"
+            )
+        if tokens is None:
+            _check_protected(spans, done, **limits)
+        cache = _cache_of(model, run, source, share)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        return cache
+    except BaseException as error:
+        try:
+            write()
+        except Exception as failure:  # the error that ended the run is the one to see
+            logger.error("%s could not be written and is as it was before: %s", path, failure)
+        else:
+            if isinstance(error, torch.OutOfMemoryError) and path is not None and path.exists():
+                raise torch.OutOfMemoryError(f"{error}; what is done is in {path.name}") from error
+        raise
 
 
 @dataclass(frozen=True)

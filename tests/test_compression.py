@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 import kvzip
 import random_model
 from accuracy import assert_as_accurate
+from interruptions import interrupted
+from kvzip import compression
 from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail
 from kvzip.evals.tasks import Question
@@ -242,14 +244,14 @@ def test_consume_frees_layers_one_after_the_other(model):
     assert torch.equal(small.context[0].k, want.context[0].k)
 
 
-def consumed(model, monkeypatch):
+def used_up(model, monkeypatch):
     """A cache that was consumed."""
     cache = kvzip.score(model, kvzip.prefill(model, TEXT))
     kvzip.compress(cache, 0.4, consume=True)
     return cache
 
 
-def interrupted(model, monkeypatch):
+def half_way(model, monkeypatch):
     """A cache that was being consumed when Ctrl-C came in its second layer."""
     cache = kvzip.score(model, kvzip.prefill(model, TEXT))
     monkeypatch.setattr(kvzip.ops, "prune", failing(kvzip.ops.prune, [], 2, KeyboardInterrupt))
@@ -306,7 +308,7 @@ def arguments_of(function, model, cache, path):
     return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
 
 
-@pytest.mark.parametrize("state", [consumed, interrupted, shortened], ids=lambda state: state.__name__)
+@pytest.mark.parametrize("state", [used_up, half_way, shortened], ids=lambda state: state.__name__)
 @pytest.mark.parametrize("taker", sorted({*FOUND} - NO_PAIRS))
 def test_a_consumed_cache_is_refused_by_name_by_all_that_take_one(plain, state, taker, tmp_path, monkeypatch):
     cache = state(plain, monkeypatch)
@@ -326,7 +328,7 @@ def test_all_that_take_a_cache_are_found():
 
 
 def test_a_consumed_cache_stays_refused_whatever_is_replaced(plain, monkeypatch):
-    for state in (consumed, interrupted, shortened):
+    for state in (used_up, half_way, shortened):
         with pytest.raises(ValueError, match="layers are gone"):
             kvzip.compress(replace(state(plain, monkeypatch), scores=None), 0.4)
 
@@ -377,6 +379,19 @@ def test_consuming_that_fails_anywhere_leaves_a_cache_that_is_whole_or_says_it_i
             gone += 1
     steps = 2 if bits is None else 4
     assert (whole, gone, at) == (steps, 2 * steps, 3 * steps + 1)
+
+
+def test_consuming_may_be_interrupted_at_any_line(plain):
+    found = {"whole": 0, "gone": 0}
+    for line in itertools.count(1, step=3):
+        cache = scored(plain)
+        before = list(cache.layers)
+        if not interrupted(compression, line, lambda cache=cache: kvzip.compress(cache, 0.4, bits=8, consume=True)):
+            break
+        if cache.layers:
+            assert all(a is b for a, b in zip(cache.layers, before, strict=True)), f"line {line}"
+        found["whole" if cache.layers else "gone"] += 1
+    assert min(found.values()) > 5
 
 
 def test_the_largest_layer_is_packed_first(plain):

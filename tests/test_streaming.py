@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import jaxtyping
@@ -21,6 +21,7 @@ import kvzip
 import random_model
 import small_models
 from accuracy import assert_as_accurate
+from interruptions import interrupted
 from kvzip import ops, prompts, streaming
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
@@ -566,6 +567,21 @@ def test_whatever_interrupts_a_run_leaves_the_last_segment_that_was_finished(sta
         seen.add(states.index(state))
         path.unlink(missing_ok=True)
     assert at > 60 and seen == {0, 1, 2, 3} and not path.exists()
+
+
+def test_a_run_may_be_interrupted_at_any_line(states, tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    seen = set()
+    for line in count(5, step=29):
+        told = []
+        options = SHORT | {"checkpoint": path, "progress": lambda done, _, told=told: told.append(done)}
+        if not interrupted(streaming, line, lambda options=options: kvzip.prefill_compressed(model, **options)):
+            break
+        state = path.read_bytes() if path.exists() else None
+        assert state in states[len(told) :], f"line {line}"
+        seen.add(states.index(state))
+        path.unlink(missing_ok=True)
+    assert seen == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("done", [0, 2])
