@@ -204,13 +204,15 @@ def budget_of(
 
 def _ends(scores: Scores, level: str, *, sink: SupportsIndex, recent: SupportsIndex) -> Bool[Tensor, " E"] | None:
     """The tokens that dropped heads keep, as DuoAttention's streaming heads do; None where there are none."""
-    sink, recent = checks.whole(sink, "sink", least=0), checks.whole(recent, "recent", least=0)
+    sink, recent = checks.whole(sink, "sink"), checks.whole(recent, "recent")
     if not sink and not recent:
         return None
     if level != "head":
         raise ValueError(
             f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
         )
+    if min(sink, recent) < 0:
+        raise ValueError(f"expected sink and recent of 0 tokens or more, got sink={sink} and recent={recent}")
     token = torch.arange(scores.values.shape[2], device=scores.values.device)
     return (token < sink) | (token >= len(token) - recent)
 
@@ -219,11 +221,11 @@ def _forced(
     scores: Scores, nan: Tensor, *, protect: Sequence[tuple[int, int]], min_rows: SupportsIndex
 ) -> Bool[Tensor, "L H E"] | None:
     """The pairs kept whatever their score, or None where there are none."""
-    evictable, min_rows = scores.values.shape[2], checks.whole(min_rows, "min_rows", least=0)
+    evictable, min_rows = scores.values.shape[2], checks.whole(min_rows, "min_rows")
     if not protect and not min_rows:
         return None
-    if min_rows > evictable:
-        raise ValueError(f"expected min_rows of at most {evictable} (context tokens), got {min_rows}: pass fewer")
+    if not 0 <= min_rows <= evictable:
+        raise ValueError(f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}")
     forced = ops.select_uniform_count(scores.values, count=min_rows, nan=nan)
     for start, stop in protected_spans(protect, evictable):
         forced[:, :, start:stop] = True
