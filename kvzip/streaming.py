@@ -164,8 +164,7 @@ def prefill_compressed(
                     "lower segment, chunk or ratio",
                 ),
             ):
-                run = _take_in(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
-                _pack_(run)
+                _extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
             if save_every is not None and number % save_every == 0:
                 write()
             if progress is not None:
@@ -211,7 +210,7 @@ class _Unpacked:
     first: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """What is held between two segments, and while the latest is packed.
 
@@ -324,7 +323,7 @@ def _resume(
     return _run_of(cache, (cache.scores.values.cpu(),), spans)
 
 
-def _take_in(
+def _extend(
     model: Model,
     run: _Run,
     ids: Int64[Tensor, " S"],
@@ -334,8 +333,8 @@ def _take_in(
     known: int | None,
     end: int,
     scoring: Mapping[str, Any],
-) -> _Run:
-    """The run after one segment, prefilled and scored, that `_pack_` still has to pack. `run` stays as it was."""
+) -> None:
+    """Prefills, scores and packs one segment. Interrupted anywhere, the run is what it was or what it is after it."""
     segment = _prefill_segment(model, run, ids)
     older = run.token_ids[run.start :]
     values = score_chunks(model, segment, **scoring, past=run.context, before=older, end=end)
@@ -348,17 +347,14 @@ def _take_in(
     kept = min(max(budget, protected), run.kept + values.numel())
     ranks = _ranked(values, run.spans, len(older))
     chosen = iter(zip(_choose(run, ranks, kept, everything=share == "segment"), ranks, strict=True))
-    return replace(
-        run,
-        context=[
-            new if isinstance(new, WindowKV) else _unpacked(held, new, *next(chosen), first=len(run.token_ids))
-            for held, new in zip(run.context, segment.layers, strict=True)
-        ],
-        ranks=list(run.ranks),
-        token_ids=torch.cat([run.token_ids, ids]),
-        kept=kept,
-        scores=(*run.scores, values.cpu()),
-    )
+    context = [
+        new if isinstance(new, WindowKV) else _unpacked(held, new, *next(chosen), first=len(run.token_ids))
+        for held, new in zip(run.context, segment.layers, strict=True)
+    ]
+    token_ids, scores = torch.cat([run.token_ids, ids]), (*run.scores, values.cpu())
+    vars(run).update(context=context, token_ids=token_ids, kept=kept, scores=scores)  # in one step
+    del segment, context, values, ranks, chosen
+    _pack_(run)
 
 
 def _unpacked(held: RaggedKV, new: DenseKV, keep: list[Tensor], ranks: Tensor, *, first: int) -> _Unpacked:

@@ -527,7 +527,7 @@ def failing(patch, names, *state):
 
 SHORT = {"context": LONG[:120], "ratio": 0.3, "segment": 50, "template": False}
 STEPS = (
-    *("_take_in", "run_attention", "score_chunks", "select_count", "_pack_", "save"),
+    *("_extend", "run_attention", "score_chunks", "select_count", "_pack_", "save"),
     *("_gather", "decode_schedule", "_cache_of", "cat", "tensor", "full"),
 )
 
