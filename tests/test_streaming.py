@@ -1,5 +1,6 @@
 """prefill_compressed: what stays, what a segment attends to, pieces, interruptions."""
 
+import gc
 import json
 from dataclasses import replace
 from decimal import Decimal
@@ -612,6 +613,27 @@ def test_the_states_that_interruptions_leave_go_on_to_the_same_end(states, tmp_p
         got = kvzip.prefill_compressed(model, **SHORT, checkpoint=path, progress=lambda *step, t=told: t.append(step))
         assert told == [(min(50 * n, 120), 120) for n in range(done, 4)]
         assert same_bits(got, want, tmp_path) and not path.exists()
+
+
+def test_packing_frees_more_than_it_takes(monkeypatch):
+    """What the keys or the values of a layer are gathered from is gone before the next: the first is the peak."""
+    model = random_model.make(random_model.config(windows=(None, None, None)))
+    held, gather = [], streaming._gather
+
+    def weighed(*arguments):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_of(8)}
+        held.append(sum(storage.nbytes() for storage in storages.values()))
+        return gather(*arguments)
+
+    monkeypatch.setattr(streaming, "_gather", weighed)
+    kvzip.prefill_compressed(model, LONG, 0.3, segment=100)
+    assert len(held) == 18 and all(a > b for n in (0, 6, 12) for a, b in pairwise(held[n : n + 6]))
+
+
+def tensors_of(width):
+    """All keys and values of heads of this width that are held anywhere."""
+    found = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    return [x for x in found if x.ndim in (2, 4) and x.shape[-1] == width and x.device.type == "cpu"]
 
 
 def test_out_of_memory_says_where_what_is_done_is_only_if_it_is_there(states, tmp_path):
