@@ -1,14 +1,14 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from . import ops
+from . import checks, ops
 from .cache import (
     DenseCache,
     DenseKV,
@@ -24,21 +24,22 @@ from .cache import (
 
 def compress(
     cache: DenseCache,
-    ratio: float | None = None,
+    ratio: SupportsFloat | None = None,
     *,
     level: str = "pair",
-    budget: float | None = None,
-    threshold: float | None = None,
+    budget: SupportsFloat | None = None,
+    threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
-    min_rows: int = 0,
-    sink: int = 0,
-    recent: int = 0,
-    bits: int | None = None,
+    min_rows: SupportsIndex = 0,
+    sink: SupportsIndex = 0,
+    recent: SupportsIndex = 0,
+    bits: SupportsIndex | None = None,
     consume: bool = False,
 ) -> RaggedCache:
     """Returns a cache that holds only the highest scored pairs of the context; the rest are gone.
 
-    The system prefix and window layers are always kept and do not count. Equal scores are kept in index order.
+    The system prefix and window layers are always kept and do not count. Equal scores are kept in index order. Numbers
+    may be of any type (numpy's, Fraction, Decimal, a tensor without axes); they become Python's first.
 
     Args:
         ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
@@ -55,18 +56,21 @@ def compress(
             The last tokens are those of the context: they do not move on while a question is answered.
         bits: 8 or 4 packs the kept keys and values, prefix included, into that many bits (see `ops.quantize`); window
             layers and what follows the context stay as they are.
-        consume: frees each dense layer as it is packed; `cache` cannot be used afterwards.
+        consume: frees each dense layer as it is packed. `cache`, and every other that shares its pairs, cannot be used
+            afterwards, and says so; interrupted before the first layer is freed, they are as they were.
 
     Protected and minimum rows are taken first, the rest by score.
 
     Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget and threshold is given,
-        or if more rows are protected than the budget has; torch.OutOfMemoryError that says what for, the cache intact.
+        or if more rows are protected than the budget has, or if kept pairs to pack into bits are not finite; TypeError
+        for what is no number; torch.OutOfMemoryError that says what for, and whether the cache is intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
     """
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     scores = cache.scores
+    bits = None if bits is None else checks.whole(bits, "bits", least=1)
     if bits not in (None, 8, 4):
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}")
     keep, counts = _keep(
@@ -80,7 +84,7 @@ def compress(
         sink=sink,
         recent=recent,
     )
-    context = _pack_or_explain(cache, scores, keep, counts, bits=bits, consume=consume)
+    context = _pack(cache, scores, keep, counts, bits=bits, consume=consume)
     return RaggedCache(
         context=context,
         tail=None,
@@ -98,15 +102,15 @@ def compress(
 
 def keep_mask(
     scores: Scores,
-    ratio: float | None = None,
+    ratio: SupportsFloat | None = None,
     *,
     level: str = "pair",
-    budget: float | None = None,
-    threshold: float | None = None,
+    budget: SupportsFloat | None = None,
+    threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
-    min_rows: int = 0,
-    sink: int = 0,
-    recent: int = 0,
+    min_rows: SupportsIndex = 0,
+    sink: SupportsIndex = 0,
+    recent: SupportsIndex = 0,
 ) -> Bool[Tensor, "L H E"]:
     """Returns which context pairs `compress` would keep, by its arguments; needs the scores alone, no pairs.
 
@@ -131,17 +135,18 @@ def keep_mask(
 
 def _keep(
     scores: Scores,
-    ratio: float | None,
+    ratio: SupportsFloat | None,
     *,
     level: str,
-    budget: float | None,
-    threshold: float | None,
+    budget: SupportsFloat | None,
+    threshold: SupportsFloat | None,
     protect: Sequence[tuple[int, int]],
-    min_rows: int,
-    sink: int,
-    recent: int,
+    min_rows: SupportsIndex,
+    sink: SupportsIndex,
+    recent: SupportsIndex,
 ) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
     """The mask, and on the host how many of each head it keeps."""
+    threshold = None if threshold is None else checks.number(threshold, "threshold")
     count = budget_of(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
     ends = _ends(scores, level, sink=sink, recent=recent)
@@ -163,11 +168,16 @@ def _keep(
 
 
 def budget_of(
-    scores: Scores, *, ratio: float | None, budget: float | None, threshold: float | None, level: str
+    scores: Scores,
+    *,
+    ratio: SupportsFloat | None,
+    budget: SupportsFloat | None,
+    threshold: SupportsFloat | None,
+    level: str,
 ) -> Callable[[int], int] | None:
     """Returns how many to keep of the pairs of n whole heads, as a function of n; None for a threshold.
 
-    Raises: ValueError as `compress` does.
+    Raises: ValueError and TypeError as `compress` does.
     """
     if sum(x is not None for x in (ratio, budget, threshold)) != 1:
         raise ValueError(
@@ -178,24 +188,23 @@ def budget_of(
         raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}")
     evictable = scores.values.shape[2]
     if ratio is not None:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {ratio}: 0.3 keeps 30%")
+        fraction = checks.kept_ratio(ratio)
         if level == "head":
-            return lambda heads: int(ratio * heads) * evictable
-        return lambda heads: int(ratio * (heads * evictable))
+            return lambda heads: int(fraction * heads) * evictable
+        return lambda heads: int(fraction * (heads * evictable))
     if budget is not None:
-        if not budget > 0:
-            raise ValueError(f"expected a budget above 0 tokens per head, got {budget}")
-        return lambda heads: int(min(budget * heads, heads * evictable))
+        tokens = checks.number(budget, "budget", finite=False)  # infinitely many are all
+        if not tokens > 0:
+            raise ValueError(f"expected a budget above 0 tokens per head, got {tokens}: budget=1000 keeps as many")
+        return lambda heads: int(min(tokens * heads, heads * evictable))
     if level != "pair":
         raise ValueError(f"expected level 'pair' with a threshold, got {level!r}: a threshold has no budget to share")
-    if threshold != threshold:
-        raise ValueError("expected a threshold that is a number, got NaN: scores are compared with it")
     return None
 
 
-def _ends(scores: Scores, level: str, *, sink: int, recent: int) -> Bool[Tensor, " E"] | None:
+def _ends(scores: Scores, level: str, *, sink: SupportsIndex, recent: SupportsIndex) -> Bool[Tensor, " E"] | None:
     """The tokens that dropped heads keep, as DuoAttention's streaming heads do; None where there are none."""
+    sink, recent = checks.whole(sink, "sink"), checks.whole(recent, "recent")
     if not sink and not recent:
         return None
     if level != "head":
@@ -209,10 +218,10 @@ def _ends(scores: Scores, level: str, *, sink: int, recent: int) -> Bool[Tensor,
 
 
 def _forced(
-    scores: Scores, nan: Tensor, *, protect: Sequence[tuple[int, int]], min_rows: int
+    scores: Scores, nan: Tensor, *, protect: Sequence[tuple[int, int]], min_rows: SupportsIndex
 ) -> Bool[Tensor, "L H E"] | None:
     """The pairs kept whatever their score, or None where there are none."""
-    evictable = scores.values.shape[2]
+    evictable, min_rows = scores.values.shape[2], checks.whole(min_rows, "min_rows")
     if not protect and not min_rows:
         return None
     if not 0 <= min_rows <= evictable:
@@ -228,7 +237,7 @@ def protected_spans(protect: Sequence[tuple[int, int]], evictable: int | None) -
     spans = []
     for span in protect:
         try:
-            start, stop = map(operator.index, span)
+            start, stop = (checks.whole(end, "a token") for end in span)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"expected protect to list (start, stop) pairs of context tokens, got {span!r} in it: protect=[(0, 9)]"
@@ -277,30 +286,6 @@ def _highest(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[
     return mask
 
 
-def _pack_or_explain(
-    cache: DenseCache,
-    scores: Scores,
-    keep: Bool[Tensor, "L H E"],
-    counts: list[list[int]],
-    *,
-    bits: int | None,
-    consume: bool,
-) -> tuple[RaggedKV | WindowKV, ...]:
-    """`_pack`, which either succeeds or leaves the cache as it was, with an error that says what was missing."""
-    layer = next(layer for layer in cache.layers if isinstance(layer, DenseKV))
-    pair = 2 * layer.k.shape[-1] * layer.k.element_size()
-    sizes = [pair * (sum(kept) + scores.start * len(kept)) for kept in counts]
-    # consuming frees a layer before the next is packed, so that one packed layer at a time is all that is added
-    needed = max(sizes) if consume else sum(sizes)
-    explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
-    remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True") + "; the cache is intact"
-    free = free_bytes(layer.k.device)
-    if consume and free is not None and free < needed:  # before the first layer is gone
-        raise torch.OutOfMemoryError(f"expected room for {explanation}, got {free:,} bytes free: {remedy}")
-    with explain_out_of_memory(explanation, remedy):
-        return _pack(cache, scores, keep, counts, bits=bits, consume=consume)
-
-
 def _pack(
     cache: DenseCache,
     scores: Scores,
@@ -310,23 +295,64 @@ def _pack(
     bits: int | None,
     consume: bool,
 ) -> tuple[RaggedKV | WindowKV, ...]:
-    """Packs the kept pairs of each layer, counts[l][h] of each head, the prefix in front of them."""
-    context: list[RaggedKV | WindowKV] = []
-    layers = cache.layers if consume else list(cache.layers)
-    scored = iter(zip(keep, counts, strict=True))
-    while layers:
-        layer = layers[0]
-        if isinstance(layer, DenseKV):
-            mask, kept = next(scored)
-            bounds = [0, *itertools.accumulate(scores.start + count for count in kept)]
-            prefix = mask.new_ones(mask.shape[0], scores.start)
-            k, v, offsets, positions = ops.prune(
-                layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=bounds[-1]
+    """Packs the kept pairs of each layer, counts[l][h] of each head, the prefix in front of them.
+
+    Consuming takes all layers out of the cache at once, so that whatever interrupts it leaves a cache that is whole or
+    says that it is not. They are put back if none was freed. The largest is packed first: if there is room for it,
+    there is for the others, because a packed layer is never larger than the one that is freed for it.
+    """
+    layers: list[Any] = list(cache.layers)
+    scored = [n for n, layer in enumerate(layers) if isinstance(layer, DenseKV)]
+    keys = layers[scored[0]].k
+    pair = 2 * keys.shape[-1] * keys.element_size()
+    sizes = [pair * (sum(kept) + scores.start * len(kept)) for kept in counts]
+    # consuming frees a layer before the next is packed, so that one packed layer at a time is all that is added
+    needed = max(sizes) if consume else sum(sizes)
+    explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
+    remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True")
+    if consume:  # what can be known is said before the first layer is gone
+        free = free_bytes(keys.device)
+        if free is not None and free < needed:
+            raise torch.OutOfMemoryError(
+                f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
             )
-            if bits is not None:
-                k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
-            context.append(RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds)))
-        else:
-            context.append(layer)
-        del layers[0], layer  # not before it is packed: what fails for lack of memory loses nothing
+        if bits is not None:
+            _check_finite([layers[n] for n in scored], keep, scores.start)
+    del keys
+    context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
+    try:
+        if consume:
+            cache.layers.clear()
+        for at in sorted(range(len(scored)), key=sizes.__getitem__, reverse=True):
+            n = scored[at]
+            state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
+            with explain_out_of_memory(explanation, f"{remedy}; {state}"):
+                context[n] = _pack_layer(layers[n], keep[at], counts[at], scores.start, bits)
+            if consume:
+                layers[n] = None  # not before it is packed
+    except BaseException:
+        if consume and None not in layers:
+            cache.layers[:] = layers
+        raise
     return tuple(context)
+
+
+def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], start: int) -> None:
+    """Raises ValueError for a kept pair that is not finite, which no scale fits: one pass, one wait for the device."""
+    ends = torch.stack([torch.stack(x.aminmax()) for layer in layers for x in (layer.k, layer.v)])
+    for n in set((~ends.isfinite()).any(1).nonzero()[:, 0].floor_divide(2).tolist()):
+        layer, mask = layers[n], torch.nn.functional.pad(keep[n], (start, 0), value=True)
+        if not (layer.k[0][mask].isfinite().all() and layer.v[0][mask].isfinite().all()):
+            raise ValueError(
+                f"expected finite keys and values to pack into bits, got inf or NaN in scored layer {n}: check the "
+                "forward pass that made them; the cache is intact"
+            )
+
+
+def _pack_layer(layer: DenseKV, mask: Bool[Tensor, "H E"], kept: list[int], start: int, bits: int | None) -> RaggedKV:
+    bounds = [0, *itertools.accumulate(start + count for count in kept)]
+    prefix = mask.new_ones(mask.shape[0], start)
+    k, v, offsets, positions = ops.prune(layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=bounds[-1])
+    if bits is not None:
+        k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
+    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds))

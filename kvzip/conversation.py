@@ -7,13 +7,14 @@ after prefill, `extend` and `ask` alike, so that a query, a text or a repeat pro
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import SupportsFloat
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from . import ops, prompts
+from . import checks, ops, prompts
 from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, RaggedKV, Tail, WindowKV, all_ragged, as_ragged, empty_tail, grow_tail
 from .generation import Answer, generate, query_ids
@@ -116,7 +117,7 @@ def ask(
 def fold(
     model: Model,
     cache: DenseCache | RaggedCache,
-    ratio: float = 1.0,
+    ratio: SupportsFloat = 1.0,
     *,
     method: str = "kvzip",
     chunk: int = 2_000,
@@ -145,8 +146,7 @@ def fold(
     check_choice("context", method)
     check_fingerprint(model, cache.fingerprint)
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
-    if not 0 < ratio <= 1:
-        raise ValueError(f"expected 0 < ratio <= 1, the fraction of the tail that is KEPT, got {ratio}: 1 keeps it all")
+    ratio = checks.kept_ratio(ratio, of="the tail")
     start, stop = cache.context_length, len(cache.token_ids)
     if cache.tail is None or start == stop:
         return replace(cache, tail=None)

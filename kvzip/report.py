@@ -25,6 +25,7 @@ from .cache import (
     RaggedCache,
     RaggedKV,
     WindowKV,
+    check_whole,
     encode_levels,
     load_cache,
     read_header,
@@ -130,6 +131,7 @@ def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterat
 def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
     """Returns which context pairs a cache holds, by scored layer, head and token after the prefix."""
     if isinstance(cache, DenseCache):
+        check_whole(cache)
         layers = [layer for layer in cache.layers if not isinstance(layer, WindowKV)]
         heads = layers[0].k.shape[1] if layers else 0
         return torch.ones(len(layers), heads, cache.length - cache.start, dtype=torch.bool)

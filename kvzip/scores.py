@@ -7,14 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from jaxtyping import Bool, Float32
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import ops
+from . import checks, ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, read_header
 from .cache.io import write_file
 from .compression import budget_of, keep_mask, protected_spans
@@ -65,10 +65,10 @@ def combine(*scores: Scores) -> Scores:
 
 def shrink(
     cache: RaggedCache,
-    ratio: float | None = None,
+    ratio: SupportsFloat | None = None,
     *,
-    budget: float | None = None,
-    threshold: float | None = None,
+    budget: SupportsFloat | None = None,
+    threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
 ) -> RaggedCache:
     """Returns a compressed cache that keeps fewer of its pairs: the int(ratio * total) highest scored that it holds.
@@ -84,11 +84,16 @@ def shrink(
         protect: spans of context tokens, as in `compress`, of which all that the cache holds stays.
 
     Raises: ValueError for a cache without scores, more than it holds, fewer than are protected, and arguments that
-        `compress` refuses.
+        `compress` refuses; TypeError for a dense cache.
     """
+    if not isinstance(cache, RaggedCache):
+        raise TypeError(
+            f"expected a compressed cache to shrink, got {type(cache).__name__}: call kvzip.compress(cache, ratio)"
+        )
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: compress a scored cache, or shrink before folding")
+    threshold = None if threshold is None else checks.number(threshold, "threshold")
     wanted = budget_of(scores, ratio=ratio, budget=budget, threshold=threshold, level="pair")
     spans = protected_spans(protect, scores.values.shape[2])
     layers = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
@@ -143,8 +148,11 @@ def _rows_of(layer: RaggedKV, heads: Tensor, keep: Bool[Tensor, " N"]) -> Ragged
 def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: dict[str, Any] | None = None) -> None:
     """Writes a cache's scores without its pairs, 4 bytes a pair, with what ties them to its model and tokens.
 
-    Raises: ValueError for a cache without scores; TypeError for a note that JSON cannot hold; OSError.
+    Raises: ValueError for a cache without scores, or a consumed one; TypeError for a note that JSON cannot hold;
+        OSError.
     """
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
@@ -158,6 +166,7 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
 
     Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
     """
+    layers, shape, span = _place(cache)
     path = Path(path)
     header = read_header(path)
     if header.get("cache") != "Scores":
@@ -171,7 +180,6 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
         with safe_open(path, framework="pt", device=str(_device(cache))) as file:
             values = file.get_tensor("values")
         start, stop, source = header["start"], header["stop"], header["source"]
-        layers, shape, span = _place(cache)
         fits = (tuple(header["layers"]), tuple(values.shape), (start, stop)) == (layers, shape, span)
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"expected a whole file of scores, got {path.name} that is damaged ({error})") from error
@@ -180,7 +188,7 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
     return Scores(values, layers, start, stop, str(source))
 
 
-def plot(scores: Scores, ratio: float = 0.3, *, title: str | None = None) -> "Figure":
+def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None) -> "Figure":
     """Returns a figure: the fraction that each layer and head keeps at a ratio, and how the scores are distributed.
 
     Save it with `.savefig(path)`; no window is opened. Needs matplotlib, the extra `plot`.
@@ -191,6 +199,7 @@ def plot(scores: Scores, ratio: float = 0.3, *, title: str | None = None) -> "Fi
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("expected matplotlib for a plot, got none: pip install 'kvzip[plot]'") from error
+    ratio = checks.kept_ratio(ratio)
     mask = keep_mask(scores, ratio)
     fractions = mask.float().mean(-1).cpu().numpy()
     lowest = scores.values[mask].min().item() if mask.any() else torch.inf

@@ -1,16 +1,20 @@
 """Prefill of contexts larger than memory: a segment at a time against the compressed past, packed before the next."""
 
 import itertools
+import json
+import logging
+import reprlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
-from . import ops, prompts
+from . import checks, ops, prompts
 from .attention import new_layers, prefill_attend, segment_attend
 from .cache import (
     DenseCache,
@@ -27,8 +31,11 @@ from .cache import (
 )
 from .compression import protected_spans
 from .models import Model, run_attention
-from .prefilling import OPENING, check_count, check_length, context_ids, prefix_ids, prefix_text, tokenizer_of
+from .ops import DecodeSchedule
+from .prefilling import OPENING, check_length, context_ids, prefix_ids, prefix_text, tokenizer_of
 from .scoring import check_choice, score_chunks
+
+logger = logging.getLogger(__name__)
 
 Pieces = Iterable[str] | Iterable[Tensor]
 """A context in pieces: all text, or all token ids."""
@@ -40,21 +47,21 @@ _SHARES = ("segment", "running", "final")
 def prefill_compressed(
     model: Model,
     context: str | Int64[Tensor, " S"] | Pieces,
-    ratio: float,
+    ratio: SupportsFloat,
     *,
-    segment: int = 16_000,
+    segment: SupportsIndex = 16_000,
     share: str = "running",
     protect: Sequence[tuple[int, int]] = (),
-    length: int | None = None,
+    length: SupportsIndex | None = None,
     scope: str = "chunk",
     method: str = "kvzip",
-    chunk: int = 2_000,
-    hint: int = 8,
+    chunk: SupportsIndex = 2_000,
+    hint: SupportsIndex = 8,
     system: str | None = None,
     instruction: str | None = None,
     template: bool = True,
     checkpoint: str | Path | None = None,
-    save_every: int | None = None,
+    save_every: SupportsIndex | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> RaggedCache:
     """Returns the compressed cache of a context whose full cache is never held.
@@ -83,24 +90,29 @@ def prefill_compressed(
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
             was never interrupted: give the same arguments, with the context from its beginning. The state is written
-            there when an exception (Ctrl-C too) leaves the run, with every segment that was finished. The file is
-            removed at the end.
+            there when an exception (Ctrl-C and a device without memory too) leaves the run, with every segment that was
+            finished, and the file that was there stays until the new one is whole. It is removed at the end. A place
+            that cannot be written and a file that is no checkpoint are refused before any work, and left as they are.
         save_every: writes the checkpoint after every so many segments too.
-        progress: called with (context tokens done, context tokens in all or None) after each segment.
+        progress: called with (context tokens done, context tokens in all or None) after each segment, and first of all
+            with what a checkpoint has done already.
 
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, more protected
         pairs than the ratio keeps (of a segment, with share "segment"), a checkpoint of other arguments or another
-        context; TypeError for pieces of mixed kinds; torch.OutOfMemoryError that says what for.
+        context, a file that is none; TypeError for pieces of mixed kinds and for what is no number; OSError for a
+        checkpoint that cannot be written; torch.OutOfMemoryError that says what for.
     """
-    for name, value in (("segment", segment), ("chunk", chunk), ("save_every", save_every), ("length", length)):
-        check_count(1 if value is None else value, name)
+    ratio, hint = checks.kept_ratio(ratio), checks.whole(hint, "hint", least=0)
+    segment, chunk = checks.whole(segment, "segment", least=1), checks.whole(chunk, "chunk", least=1)
+    length = None if length is None else checks.whole(length, "length", least=1)
+    save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
     check_choice(scope, method)
-    if not 0 < ratio <= 1:
-        raise ValueError(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {ratio}: 0.3 keeps 30%")
     if share not in _SHARES:
         raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}")
     if all(spec.window is not None for spec in model.config.layers):
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
+    path = None if checkpoint is None else Path(checkpoint)
+    note = None if path is None else _note_of(path)
     turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
     context, opening = _opening(context)
     prefix = torch.tensor(prefix_ids(model, **turn, context=opening), dtype=torch.long)
@@ -126,83 +138,88 @@ def prefill_compressed(
         "protect": [list(span) for span in spans],
         **scoring,
     }
-    settings |= {"template": template, "prefix": prefix.tolist(), "expected": expected}
+    settings |= {"template": bool(template), "prefix": prefix.tolist(), "expected": expected}
     end, source = len(prefix) + (expected or 0), f"{method}-{scope}"
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        run = _resume(model, path, settings, spans)
+    if path is not None and note is not None:
+        run = _resume(model, path, note, settings, spans)
     else:
         run = _begin(model, prefix, template, spans)
     known = tokens if share == "final" else None
     saved = len(run.token_ids)
+    if progress is not None and note is not None:
+        progress(saved - run.start, tokens)
 
     def write() -> None:
+        nonlocal saved
         if path is not None and len(run.token_ids) > saved:
             save(_cache_of(model, run, source, share), path, note=settings)
+            saved = len(run.token_ids)
 
-    with torch.no_grad():
-        try:
-            for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
-                with explain_out_of_memory(
+    try:
+        for number, ids in enumerate(_segments(pieces, segment, run.token_ids[run.start :]), start=1):
+            with (
+                torch.no_grad(),
+                explain_out_of_memory(
                     f"the pairs and activations of {len(ids)} tokens beside {run.kept} kept pairs",
-                    "lower segment, chunk or ratio" + ("" if path is None else f"; what is done is in {path.name}"),
-                ):
-                    _extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
-                if save_every is not None and number % save_every == 0:
-                    write()
-                    saved = len(run.token_ids)
-                if progress is not None:
-                    progress(len(run.token_ids) - run.start, tokens)
-        except BaseException:
-            _settle(run)
+                    "lower segment, chunk or ratio",
+                ),
+            ):
+                _extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
+            if save_every is not None and number % save_every == 0:
+                write()
+            if progress is not None:
+                progress(len(run.token_ids) - run.start, tokens)
+        done = len(run.token_ids) - run.start
+        if not done:
+            raise ValueError(
+                "expected a context of at least one token, got an empty one: pass the document's text or ids"
+            )
+        if tokens is None:
+            _check_protected(spans, done, **limits)
+        cache = _cache_of(model, run, source, share)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        return cache
+    except BaseException as error:
+        try:
             write()
-            raise
-    if len(run.token_ids) == run.start:
-        raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
-    if tokens is None:
-        _check_protected(spans, len(run.token_ids) - run.start, **limits)
-    if path is not None:
-        path.unlink(missing_ok=True)
-    return _cache_of(model, run, source, share)
+        except Exception as failure:  # the error that ended the run is the one to see
+            logger.error("%s could not be written and is as it was before: %s", path, failure)
+        else:
+            if isinstance(error, torch.OutOfMemoryError) and path is not None and path.exists():
+                raise torch.OutOfMemoryError(f"{error}; what is done is in {path.name}") from error
+        raise
 
 
 @dataclass(frozen=True)
-class _Merge:
-    """A scored segment on its way into the held layers: what stays, and the layers done so far.
+class _Unpacked:
+    """A layer that has taken in a segment: the rows that it held and the segment's tokens, of which some stay.
 
-    Everything that the run is after it, so that `_settle` may be interrupted anywhere and called again.
+    Keys and values are what their rows are still to be gathered from, (held [N D], the segment's [1 H S D] with the
+    prefix in front), or one tensor once they are. The rest is of the held rows but for the segment's ranks, and the
+    position of its first token.
     """
 
-    segment: list[DenseKV | WindowKV | None]
-    keep: list[list[Bool[Tensor, " _"]]]  # by scored layer, for each head: its held rows, then the segment's tokens
-    ranks: Float32[Tensor, "L H E"]  # the segment's scores, infinite where they are protected
-    token_ids: Int64[Tensor, " S"]
-    kept: int
-    scores: tuple[Float32[Tensor, "L H _"], ...]
-    halves: "dict[int, _Half]" = field(default_factory=dict)  # by layer
-    done: dict[int, tuple[RaggedKV | WindowKV, Float32[Tensor, " _"] | None]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Half:
-    """A layer whose keys are packed, and what packing its values takes."""
-
-    k: Float[Tensor, "M D"]
-    v: Float[Tensor, "N D"]
+    k: Tensor | tuple[Tensor, Tensor]
+    v: Tensor | tuple[Tensor, Tensor]
+    offsets: Int32[Tensor, " H1"]
     positions: Int32[Tensor, " N"]
-    places: tuple[list[Tensor], list[Tensor], list[int]]
+    schedule: DecodeSchedule
+    keep: list[Bool[Tensor, " _"]]  # for each head: its held rows, then the segment's tokens
+    ranks: Float32[Tensor, "H E"]
+    first: int
 
 
 @dataclass
 class _Run:
-    """What is held between two segments.
+    """What is held between two segments, and while the latest is packed.
 
     ranks[i]: the score of each row of layer i, infinite for the prefix's and those protected; None for window layers.
     scores: of all context tokens so far, by segment, on the host.
     spans: the context tokens that stay whatever their score.
     """
 
-    context: list[Any]  # RaggedKV or WindowKV; None while a segment is taken in
+    context: list[Any]  # RaggedKV or WindowKV; _Unpacked until `_pack_` has been there
     ranks: list[Float32[Tensor, " _"] | None]
     start: int
     chat: bool
@@ -210,7 +227,6 @@ class _Run:
     kept: int
     scores: tuple[Float32[Tensor, "L H _"], ...]
     spans: list[tuple[int, int]]
-    merge: _Merge | None = None
 
 
 def _begin(model: Model, prefix: Int64[Tensor, " S"], chat: bool, spans: list[tuple[int, int]]) -> _Run:
@@ -252,19 +268,58 @@ def _run_of(cache: RaggedCache, scores: tuple[Float32[Tensor, "L H _"], ...], sp
     )
 
 
-def _resume(model: Model, path: Path, settings: dict[str, Any], spans: list[tuple[int, int]]) -> _Run:
-    """The run that a checkpoint holds. Raises ValueError if it was made with other arguments."""
-    note = read_header(path)["note"]
-    different = [name for name in settings if note.get(name) != settings[name]]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"expected a checkpoint of a run with {name}={settings[name]}, got {note.get(name)} in {path.name}: "
-            "give the arguments that it was begun with, or another file"
+def _note_of(path: Path) -> dict[str, Any] | None:
+    """The note of the checkpoint that goes on, None where there is none yet.
+
+    Raises: OSError now, not after hours of work, where no file can be written; ValueError for another kind of file.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"expected a directory to write the checkpoint {path.name} in, got no {path.parent}: make it first"
         )
+    try:  # under a name like that of `save`, beside the file
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".probe.partial", dir=path.parent).close()
+    except OSError as error:
+        reason = f"expected a checkpoint that can be written, got {error.strerror!r}: name a file elsewhere"
+        raise type(error)(error.errno, reason, str(path)) from error
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise ValueError(f"expected a file for the checkpoint, got {path}, which is none: name a file")
+    try:
+        note = read_header(path).get("note")
+    except ValueError as error:
+        raise _no_checkpoint(path, str(error)) from error
+    if not isinstance(note, dict):
+        raise _no_checkpoint(path, "its note is no object")
+    return note
+
+
+def _no_checkpoint(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"expected a checkpoint of prefill_compressed, got {path.name}, which is left as it is ({reason}): name another"
+    )
+
+
+def _resume(
+    model: Model, path: Path, note: dict[str, Any], settings: dict[str, Any], spans: list[tuple[int, int]]
+) -> _Run:
+    """The run that a checkpoint holds. Raises ValueError if it is none, or was made with other arguments."""
+    if not note.keys() >= settings.keys():
+        raise _no_checkpoint(path, "its note holds no settings of a run")
+    for name, value in settings.items():
+        if json.dumps(note[name]) != json.dumps(value):
+            raise ValueError(
+                f"expected a checkpoint of a run with {name}={value}, got {reprlib.repr(note[name])} in {path.name}: "
+                "give the arguments that it was begun with, or another file"
+            )
     cache = load_cache(path, model=model)
-    if not isinstance(cache, RaggedCache) or cache.scores is None:
-        raise ValueError(f"expected a checkpoint of prefill_compressed, got another cache in {path.name}")
+    if not isinstance(cache, RaggedCache) or cache.scores is None or cache.tail is not None:
+        raise _no_checkpoint(path, "it holds another kind of cache")
+    packed = [x for layer in cache.context for x in (layer.k, layer.v) if not isinstance(x, Tensor)]
+    prefix = cache.token_ids[: cache.start].tolist()
+    if packed or (prefix, cache.chat) != (settings["prefix"], settings["template"]):
+        raise _no_checkpoint(path, "its pairs are not those of its settings")
     return _run_of(cache, (cache.scores.values.cpu(),), spans)
 
 
@@ -279,7 +334,7 @@ def _extend(
     end: int,
     scoring: Mapping[str, Any],
 ) -> None:
-    """Prefills, scores and packs one segment."""
+    """Prefills, scores and packs one segment. Interrupted anywhere, the run is what it was or what it is after it."""
     segment = _prefill_segment(model, run, ids)
     older = run.token_ids[run.start :]
     values = score_chunks(model, segment, **scoring, past=run.context, before=older, end=end)
@@ -291,16 +346,21 @@ def _extend(
         _check_share(run.spans, len(older), len(older) + count, budget - run.kept, heads=layers * heads)
     kept = min(max(budget, protected), run.kept + values.numel())
     ranks = _ranked(values, run.spans, len(older))
-    run.merge = _Merge(
-        segment=list(segment.layers),
-        keep=_choose(run, ranks, kept, everything=share == "segment"),
-        ranks=ranks,
-        token_ids=torch.cat([run.token_ids, ids]),
-        kept=kept,
-        scores=(*run.scores, values.cpu()),
-    )
-    del segment
-    _settle(run)
+    chosen = iter(zip(_choose(run, ranks, kept, everything=share == "segment"), ranks, strict=True))
+    context = [
+        new if isinstance(new, WindowKV) else _unpacked(held, new, *next(chosen), first=len(run.token_ids))
+        for held, new in zip(run.context, segment.layers, strict=True)
+    ]
+    token_ids, scores = torch.cat([run.token_ids, ids]), (*run.scores, values.cpu())
+    vars(run).update(context=context, token_ids=token_ids, kept=kept, scores=scores)  # in one step
+    del segment, context, values, ranks, chosen
+    _pack_(run)
+
+
+def _unpacked(held: RaggedKV, new: DenseKV, keep: list[Tensor], ranks: Tensor, *, first: int) -> _Unpacked:
+    assert isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
+    parts = ((held.k, new.k), (held.v, new.v))
+    return _Unpacked(*parts, held.offsets, held.positions, held.schedule, keep, ranks, first)
 
 
 def _prefill_segment(model: Model, run: _Run, ids: Int64[Tensor, " S"]) -> DenseCache:
@@ -328,7 +388,7 @@ def _prefill_segment(model: Model, run: _Run, ids: Int64[Tensor, " S"]) -> Dense
 def _choose(
     run: _Run, fresh: Float32[Tensor, "L H n"], kept: int, *, everything: bool
 ) -> list[list[Bool[Tensor, " _"]]]:
-    """Which held rows and new tokens, of ranks `fresh`, stay (see `_Merge.keep`): the prefix and `kept` context pairs.
+    """Which held rows and new tokens, of ranks `fresh`, stay: the prefix and `kept` pairs (see `_Unpacked.keep`).
 
     Equal scores stay in the order of layer, head and token. With `everything` all held rows stay.
     """
@@ -355,77 +415,75 @@ def _choose(
     return keep
 
 
-def _settle(run: _Run) -> None:
-    """Takes the segment under way into the held layers, and frees what it replaces.
+def _pack_(run: _Run) -> None:
+    """Packs the layers of a run, one after the other in place, and frees what they are gathered from.
 
-    The memory added meanwhile is that of the keys or the values of one layer. Layers differ in what they keep, up to
-    all of it: the longest come last, when most of the segment is gone.
+    Each step puts a layer where the same layer was in more pieces, so that the run is the same after any of them, and
+    whatever fails loses nothing. The memory added meanwhile is that of the keys or the values of one layer. Layers
+    differ in what they keep, up to all of it: the longest come last, when most of the segment is gone.
     """
-    merge = run.merge
-    if merge is None:
-        return
-    scored = [i for i, rank in enumerate(run.ranks) if rank is not None]
     sizes = [0 if rank is None else len(rank) for rank in run.ranks]
-    for index in sorted(set(range(len(sizes))) - set(merge.done), key=sizes.__getitem__):
-        new, rank = merge.segment[index], run.ranks[index]
-        if rank is None:
-            assert isinstance(new, WindowKV)
-            merge.done[index] = (new, None)
-        else:
-            assert isinstance(new, DenseKV)
-            n, position = scored.index(index), len(merge.token_ids) - merge.ranks.shape[2]
-            if index not in merge.halves:
-                held = run.context[index]
-                assert isinstance(held, RaggedKV) and isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
-                places = _places(held, merge.keep[n])
-                k = _gather(held.k, new.k, run.start, *places)
-                merge.halves[index] = _Half(k, held.v, held.positions, places)
-                del held, k
-            run.context[index] = None  # of what was held, only what the half has is left
-            half = merge.halves[index]
-            v = _gather(half.v, new.v, run.start, *half.places)
-            positions, ranks = [], []
-            for head, (rows, columns) in enumerate(zip(*half.places[:2], strict=True)):
-                positions += [half.positions[rows], (columns + position).int()]
-                ranks += [rank[rows], merge.ranks[n][head, columns]]
-            ends = half.places[2]
-            offsets = torch.tensor(ends, dtype=torch.int32, device=v.device)
-            schedule = ops.decode_schedule(offsets, bounds=ends)
-            layer = RaggedKV(half.k, v, offsets, torch.cat(positions), schedule)
-            merge.done[index] = (layer, torch.cat(ranks))
-            del merge.halves[index], half, v, layer
-        run.context[index], run.ranks[index] = merge.done[index]
-        merge.segment[index] = None
-        del new, rank
-    run.context = [merge.done[i][0] for i in range(len(sizes))]
-    run.ranks = [merge.done[i][1] for i in range(len(sizes))]
-    run.token_ids, run.kept, run.scores = merge.token_ids, merge.kept, merge.scores
-    run.merge = None
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if isinstance(run.context[index], _Unpacked):
+            _pack_layer_(run, index)
 
 
-def _places(held: RaggedKV, keep: list[Bool[Tensor, " _"]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """For each head its held rows and the segment's tokens that stay, and where the heads then end, from 0."""
-    rows = [mask.nonzero()[:, 0] + first for mask, first in zip(keep[::2], held.offsets.tolist(), strict=False)]
-    columns = [mask.nonzero()[:, 0] for mask in keep[1::2]]
+def _pack_layer_(run: _Run, index: int) -> None:
+    layer, rank = run.context[index], run.ranks[index]
+    assert rank is not None
+    rows = [mask.nonzero()[:, 0] + first for mask, first in zip(layer.keep[::2], layer.offsets.tolist(), strict=False)]
+    columns = [mask.nonzero()[:, 0] for mask in layer.keep[1::2]]
     lengths = [len(r) + len(c) for r, c in zip(rows, columns, strict=True)]
-    return rows, columns, list(itertools.accumulate(lengths, initial=0))
+    ends = list(itertools.accumulate(lengths, initial=0))
+    run.context[index] = layer = replace(layer, k=_gather(layer.k, run.start, rows, columns, ends))
+    v = _gather(layer.v, run.start, rows, columns, ends)
+    positions, ranks = [], []
+    for head, (r, c) in enumerate(zip(rows, columns, strict=True)):
+        positions += [layer.positions[r], (c + layer.first).int()]
+        ranks += [rank[r], layer.ranks[head, c]]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=v.device)
+    packed = RaggedKV(layer.k, v, offsets, torch.cat(positions), ops.decode_schedule(offsets, bounds=ends))
+    run.context[index], run.ranks[index] = packed, torch.cat(ranks)
 
 
 def _gather(
-    old: Float[Tensor, "N D"],
-    fresh: Float[Tensor, "1 H S D"],
+    parts: tuple[Float[Tensor, "N D"], Float[Tensor, "1 H S D"]],
     start: int,
     rows: list[Tensor],
     columns: list[Tensor],
     ends: list[int],
 ) -> Float[Tensor, "M D"]:
-    """Of each head its rows that stay, then the segment's that stay, which begin at `start` of `fresh`."""
+    """Of each head its rows that stay, then the segment's that stay, which begin at `start` of the second part."""
+    old, fresh = parts
     out = old.new_empty(ends[-1], old.shape[1])
     for head, (r, c) in enumerate(zip(rows, columns, strict=True)):
         middle = ends[head] + len(r)
         torch.index_select(old, 0, r, out=out[ends[head] : middle])
         torch.index_select(fresh[0, head, start:], 0, c, out=out[middle : ends[head + 1]])
     return out
+
+
+def _on_host(layer: _Unpacked, start: int) -> RaggedKV:
+    """The layer that `_pack_` would make, for a file: a device that has no room for it is not asked for any.
+
+    Its schedule, which files do not hold, is another's.
+    """
+    masks, bounds = [mask.cpu() for mask in layer.keep], layer.offsets.tolist()
+    ends = list(itertools.accumulate(map(int, map(torch.sum, masks)), initial=0))
+
+    def gathered(old: Tensor, fresh: Tensor) -> Tensor:
+        out = old.new_empty(ends[-1], *old.shape[1:])
+        for head, (first, stop) in enumerate(itertools.pairwise(bounds)):
+            a, b, c = ends[2 * head : 2 * head + 3]
+            out[a:b] = old[first:stop][masks[2 * head]]
+            out[b:c] = fresh[head][masks[2 * head + 1]]
+        return out
+
+    k, v = (x if isinstance(x, Tensor) else gathered(x[0].cpu(), x[1].cpu()[0, :, start:]) for x in (layer.k, layer.v))
+    heads, tokens = layer.ranks.shape
+    fresh = torch.arange(layer.first, layer.first + tokens, dtype=torch.int32).expand(heads, -1)
+    offsets = torch.tensor(ends[::2], dtype=torch.int32)
+    return RaggedKV(k, v, offsets, gathered(layer.positions.cpu(), fresh), layer.schedule)
 
 
 def _ranked(values: Float32[Tensor, "*L H n"], spans: list[tuple[int, int]], first: int) -> Float32[Tensor, "*L H n"]:
@@ -472,11 +530,13 @@ def _check_share(spans: list[tuple[int, int]], start: int, stop: int, pairs: int
 
 
 def _cache_of(model: Model, run: _Run, source: str, share: str) -> RaggedCache:
-    scored = tuple(i for i, layer in enumerate(run.context) if isinstance(layer, RaggedKV))
-    run.scores = (torch.cat(run.scores, dim=2),)
-    values, length = run.scores[0], len(run.token_ids)
+    scored = tuple(i for i, layer in enumerate(run.context) if not isinstance(layer, WindowKV))
+    length = len(run.token_ids)
+    values = torch.empty(len(scored), model.config.num_kv_heads, length - run.start, dtype=torch.float32)
+    for out, part in zip(values.split([part.shape[2] for part in run.scores], dim=2), run.scores, strict=True):
+        out.copy_(part)
     return RaggedCache(
-        context=tuple(run.context),
+        context=tuple(_on_host(layer, run.start) if isinstance(layer, _Unpacked) else layer for layer in run.context),
         tail=None,
         context_length=length,
         start=run.start,
@@ -490,7 +550,7 @@ def _cache_of(model: Model, run: _Run, source: str, share: str) -> RaggedCache:
     )
 
 
-def _opening(context: str | Tensor | Pieces) -> tuple[str | Tensor | Pieces, str]:
+def _opening(context: str | Tensor | Pieces) -> tuple[Any, str]:
     """The context, and how its text begins; empty for token ids."""
     if isinstance(context, Tensor):
         return context, ""

@@ -1,11 +1,19 @@
 """Compression: exact counts, real eviction, what is kept whatever its score, and pruned attention's law."""
 
 import gc
+import importlib
+import inspect
 import itertools
+import pkgutil
+import sys
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +22,11 @@ from hypothesis import strategies as st
 import kvzip
 import random_model
 from accuracy import assert_as_accurate
+from interruptions import interrupted
+from kvzip import compression
 from kvzip.attention import decode_attend
-from kvzip.cache import RaggedKV, all_ragged, empty_tail
+from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail
+from kvzip.evals.tasks import Question
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
@@ -223,7 +234,7 @@ def test_eviction_is_real(model):
     assert kvzip.generate(model, small, "Who?", max_tokens=3).token_ids
 
 
-def test_consume_frees_layers_and_says_so_afterwards(model):
+def test_consume_frees_layers_one_after_the_other(model):
     cache = scored(model)
     want = kvzip.compress(cache, 0.4)
     dense = weakref.ref(cache.layers[0].k.untyped_storage())
@@ -231,13 +242,257 @@ def test_consume_frees_layers_and_says_so_afterwards(model):
     gc.collect()
     assert dense() is None
     assert torch.equal(small.context[0].k, want.context[0].k)
-    for call in (
-        lambda: kvzip.compress(cache, 0.4),
-        lambda: kvzip.score(model, cache),
-        lambda: kvzip.generate(model, cache, "a"),
+
+
+def used_up(model, monkeypatch):
+    """A cache that was consumed."""
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
+    kvzip.compress(cache, 0.4, consume=True)
+    return cache
+
+
+def half_way(model, monkeypatch):
+    """A cache that was being consumed when Ctrl-C came in its second layer."""
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
+    monkeypatch.setattr(kvzip.ops, "prune", failing(kvzip.ops.prune, [], 2, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.compress(cache, 0.4, consume=True)
+    return cache
+
+
+def shortened(model, monkeypatch):
+    """A cache that lacks its first layer, whoever took it."""
+    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
+    del cache.layers[0]
+    return cache
+
+
+NO_PAIRS = {"generation.query_ids", "scoring.repeats", "evals.run.answer_lines"}  # what a cache says without its pairs
+FOUND = {
+    f"{module.removeprefix('kvzip.')}.{name}": (module, name)
+    for module in (info.name for info in pkgutil.walk_packages(kvzip.__path__, "kvzip."))
+    if not module.startswith(("kvzip.cli", "kvzip.ops.triton"))
+    for name, found in vars(importlib.import_module(module)).items()
+    if getattr(found, "__module__", None) == module and (inspect.isfunction(found) or name == "Decoder")
+    if not name.startswith("_") and any("DenseCache" in str(p) for p in inspect.signature(found).parameters.values())
+}
+
+
+def arguments_of(function, model, cache, path):
+    """What a function that takes a cache could be called with."""
+    made = kvzip.head_scores.HeadScores(torch.ones(2, 2), (0, 1), "", "", "", ())
+    known = {
+        "model": model,
+        "cache": cache,
+        "scores": made if "head_scores" in function.__module__ else cache.scores,
+        "query": "Why?",
+        "text": "Because.",
+        "path": path,
+        "ratio": 0.4,
+        "device": "cpu",
+        "header": {},
+        "pieces": {},
+        "scope": "chunk",
+        "method": "kvzip",
+        "chunk": 9,
+        "hint": 2,
+        "first": 3,
+        "future": 4,
+        "epsilon": 0.01,
+        "answer_ids": [1, 2],
+        "questions": [Question(query="Why?", cloze="Why?", answers=("x",), metric="f1")],
+        "form": "chat",
+        "values": cache.scores.values,
+    }
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
+
+
+@pytest.mark.parametrize("state", [used_up, half_way, shortened], ids=lambda state: state.__name__)
+@pytest.mark.parametrize("taker", sorted({*FOUND} - NO_PAIRS))
+def test_a_consumed_cache_is_refused_by_name_by_all_that_take_one(plain, state, taker, tmp_path, monkeypatch):
+    cache = state(plain, monkeypatch)
+    module, name = FOUND[taker]
+    function = getattr(sys.modules[module], name)
+    arguments = arguments_of(function, plain, cache, tmp_path / "file")
+    with pytest.raises(
+        ValueError, match=r"freed by compress\(consume=True\), [12] of 2 layers are gone: prefill again"
     ):
-        with pytest.raises(ValueError, match=r"freed by compress\(consume=True\)"):
+        function(**arguments)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_all_that_take_a_cache_are_found():
+    named = {"compression.compress", "scoring.score", "generation.generate", "conversation.fold", "cache.io.save"}
+    assert {*FOUND} > NO_PAIRS | named | {"cache.memory.nbytes", "interop.to_transformers", "decoding.Decoder"}
+
+
+def test_a_consumed_cache_stays_refused_whatever_is_replaced(plain, monkeypatch):
+    for state in (used_up, half_way, shortened):
+        with pytest.raises(ValueError, match="layers are gone"):
+            kvzip.compress(replace(state(plain, monkeypatch), scores=None), 0.4)
+
+
+FAILURES = [(KeyboardInterrupt, KeyboardInterrupt), (torch.OutOfMemoryError, torch.OutOfMemoryError)]
+FAILURES += [(lambda said: RuntimeError(f"can't allocate memory: {said}"), torch.OutOfMemoryError)]
+
+
+def failing(function, calls, at, raised):
+    def call(*arguments, **options):
+        calls.append(function.__name__)
+        if len(calls) == at:
+            raise raised(function.__name__)
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(("raised", "seen"), FAILURES, ids=["Ctrl-C", "GPU", "host"])
+def test_consuming_that_fails_anywhere_leaves_a_cache_that_is_whole_or_says_it_is_not(raised, seen, bits):
+    """At every call that packs: intact until a layer is freed, refused by name after."""
+    model = random_model.make(random_model.config(windows=(6, None, None, None)))
+    whole = gone = 0
+    for at in itertools.count(1):
+        cache, calls = scored(model), []
+        shared = replace(cache, scores=None)
+        before = list(cache.layers)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("prune", "quantize", "decode_schedule"):
+                patch.setattr(kvzip.ops, name, failing(getattr(kvzip.ops, name), calls, at, raised))
+            try:
+                kvzip.compress(cache, 0.4, bits=bits, consume=True)
+                break
+            except seen as error:
+                said = str(error)
+        if cache.layers:
+            assert all(a is b for a, b in zip(cache.layers, before, strict=True)) and calls.count("prune") == 1
+            check_whole(cache), check_whole(shared)
+            assert kvzip.compress(cache, 0.4).kept == int(0.4 * cache.total)
+            assert seen is KeyboardInterrupt or "the cache is intact" in said
+            whole += 1
+        else:
+            for one in (cache, shared):
+                with pytest.raises(ValueError, match="4 of 4 layers are gone"):
+                    check_whole(one)
+            assert seen is KeyboardInterrupt or "the cache's pairs are gone, prefill again" in said
+            gone += 1
+    steps = 2 if bits is None else 4
+    assert (whole, gone, at) == (steps, 2 * steps, 3 * steps + 1)
+
+
+def test_consuming_may_be_interrupted_at_any_line(plain):
+    found = {"whole": 0, "gone": 0}
+    for line in itertools.count(1, step=3):
+        cache = scored(plain)
+        before = list(cache.layers)
+        if not interrupted(compression, line, lambda cache=cache: kvzip.compress(cache, 0.4, bits=8, consume=True)):
+            break
+        if cache.layers:
+            assert all(a is b for a, b in zip(cache.layers, before, strict=True)), f"line {line}"
+        found["whole" if cache.layers else "gone"] += 1
+    assert min(found.values()) > 5
+
+
+def test_the_largest_layer_is_packed_first(plain):
+    """What does not fit is then found while nothing is freed: a freed layer has room for its own pairs."""
+    cache = scored(plain)
+    values = cache.scores.values.clone()
+    values[1] += 9
+    cache, sizes = replace(cache, scores=replace(cache.scores, values=values)), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = kvzip.ops.prune
+        patch.setattr(kvzip.ops, "prune", lambda *a, total: sizes.append(total) or real(*a, total=total))
+        small = kvzip.compress(cache, 0.6, consume=True)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1]
+    assert [len(kv.positions) for kv in small.context] == sizes[::-1], "layers stay in their order"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_what_cannot_be_packed_into_bits_is_found_before_anything_is_freed(plain, name, value):
+    cache = scored(plain)
+    lowest = int(cache.scores.values[1, 0].argmin()) + cache.start
+    rows = getattr(cache.layers[1], name)
+    for row, fits in ((lowest, True), (0, False), (int(cache.scores.values[1, 0].argmax()) + cache.start, False)):
+        was = rows[0, 0, row, 3].clone()
+        rows[0, 0, row, 3] = value
+        if fits:
+            assert kvzip.compress(replace(cache, layers=list(cache.layers)), 0.4, bits=8, consume=True).kept
+        else:
+            with pytest.raises(
+                ValueError, match=r"expected finite keys and values.*scored layer 1.*the cache is intact"
+            ):
+                kvzip.compress(cache, 0.4, bits=8, consume=True)
+            check_whole(cache)
+        rows[0, 0, row, 3] = was
+
+
+def test_another_cache_is_named(plain):
+    small = kvzip.compress(scored(plain), 0.5)
+    for call in (lambda: kvzip.compress(small, 0.1), lambda: kvzip.score(plain, small)):
+        with jaxtyping_off(), pytest.raises(TypeError, match=r"expected a DenseCache.*got RaggedCache.*scores.shrink"):
             call()
+    with (
+        jaxtyping_off(),
+        pytest.raises(TypeError, match=r"a compressed cache to shrink, got DenseCache: call kvzip.comp"),
+    ):
+        kvzip.scores.shrink(scored(plain), 0.1)
+
+
+@contextmanager
+def jaxtyping_off():
+    """As users have it: no check of types."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
+
+
+def fifth(kind):
+    """0.2, or 1/5 of another type."""
+    return {
+        "numpy": np.float64(0.2),
+        "fraction": Fraction(1, 5),
+        "decimal": Decimal("0.2"),
+        "tensor": torch.tensor(0.2),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "fraction", "decimal", "tensor"])
+def test_numbers_may_be_of_any_type(dense, plain, kind):
+    value, tokens = fifth(kind), np.int64(3)
+    want = float(value)
+    for level in ("pair", "layer", "uniform", "head"):
+        more = {"sink": tokens, "recent": torch.tensor(2)} if level == "head" else {"min_rows": tokens}
+        plain_more = {name: int(number) for name, number in more.items()}
+        got, expected = (
+            kvzip.keep_mask(dense.scores, ratio, level=level, **options)
+            for ratio, options in ((value, more), (want, plain_more))
+        )
+        assert torch.equal(got, expected)
+    small = kvzip.compress(dense, value, bits=np.int8(8))
+    assert small.kept == int(want * dense.total) and type(small.kept) is int and small.context[0].k.bits == 8
+    assert kvzip.compress(dense, budget=value * 10).kept == int(float(value * 10) * 4)
+    assert kvzip.compress(dense, threshold=value).kept == kvzip.compress(dense, threshold=want).kept
+    half = kvzip.compress(dense, 0.5)
+    assert kvzip.scores.shrink(half, value).kept == int(want * dense.total)
+    assert kvzip.scores.shrink(half, budget=value * 10).kept == int(float(value * 10) * 4)
+    longer = kvzip.extend(plain, half, "And so on.")
+    assert kvzip.fold(plain, longer, value).kept == half.kept + int(want * 40)
+
+
+@pytest.mark.parametrize("bad", ["0.2", True, np.True_, torch.tensor([0.2]), 1j, torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize("name", ["ratio", "budget", "threshold", "min_rows", "sink", "recent", "bits"])
+def test_what_is_no_number_is_refused(dense, plain, name, bad):
+    more = {} if name in ("ratio", "budget", "threshold") else {"ratio": 0.5, "level": "head"}
+    with jaxtyping_off(), pytest.raises(TypeError, match=f"expected {name} to be a (whole )?number, got .+: pass"):
+        kvzip.compress(dense, **more, **{name: bad})
+    if name in ("ratio", "budget", "threshold"):
+        with jaxtyping_off(), pytest.raises(TypeError, match=f"expected {name} to be a number, got .+: pass"):
+            kvzip.scores.shrink(kvzip.compress(dense, 0.5), **{name: bad})
+    if name == "ratio":
+        with jaxtyping_off(), pytest.raises(TypeError, match=r"expected ratio to be a number, got .+: pass"):
+            kvzip.fold(plain, kvzip.compress(dense, 0.5), bad)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

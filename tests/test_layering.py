@@ -13,6 +13,7 @@ PACKAGE = Path(kvzip.__file__).parent
 
 ALLOWED = {
     "kvzip.version": set(),
+    "kvzip.checks": set(),
     "kvzip.ops": set(),
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
     "kvzip.templates": set(),

@@ -1,19 +1,28 @@
 """prefill_compressed: what stays, what a segment attends to, pieces, interruptions."""
 
+import gc
+import json
 from dataclasses import replace
-from itertools import pairwise
+from decimal import Decimal
+from fractions import Fraction
+from itertools import count, pairwise
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import kvzip
 import random_model
 import small_models
 from accuracy import assert_as_accurate
+from interruptions import interrupted
 from kvzip import ops, prompts, streaming
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
@@ -289,7 +298,8 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, tmp_p
     got = kvzip.prefill_compressed(
         model, LONG, 0.3, **options, checkpoint=path, progress=lambda *step: again.append(step)
     )
-    assert steps + again == [(n, len(LONG)) for n in (80, 160, 240, len(LONG))]
+    assert again[0] == steps[-1], "a resumed run begins with what is done"
+    assert steps + again[1:] == [(n, len(LONG)) for n in (80, 160, 240, len(LONG))]
     assert same_bits(got, want, tmp_path) and not path.exists()
 
 
@@ -485,3 +495,297 @@ def test_memory_stays_at_what_is_kept_and_a_segment(share):
     layer = kept // 6  # the layer that is being packed, and scores of 4 bytes a pair beside its 256
     assert kvzip.nbytes(cache) < 1.05 * kept
     assert peak < kept + 8_000 * pair + 2 * layer + 120e6
+
+
+class Counted:
+    """A module whose functions of some names count their calls, and raise `error` at call `at`, or from then on."""
+
+    def __init__(self, real, names, *state):
+        self._real, self._names, self._state = real, names, state
+
+    def __getattr__(self, name):
+        found = getattr(self._real, name)
+        return counted(found, *self._state) if name in self._names else found
+
+
+def counted(function, calls, at, error, lasting):
+    def call(*arguments, **options):
+        calls.append(function.__name__)
+        if len(calls) == at or (lasting and len(calls) > at):
+            raise error(f"in {function.__name__}")
+        return function(*arguments, **options)
+
+    return call
+
+
+def failing(patch, names, *state):
+    """Lets functions that `streaming` calls fail: its own, those of torch and those of ops."""
+    patch.setattr(streaming, "torch", Counted(torch, names, *state))
+    patch.setattr(streaming, "ops", Counted(ops, names, *state))
+    for name in names:
+        if hasattr(streaming, name):
+            patch.setattr(streaming, name, counted(getattr(streaming, name), *state))
+
+
+SHORT = {"context": LONG[:120], "ratio": 0.3, "segment": 50, "template": False}
+STEPS = (
+    *("_extend", "run_attention", "score_chunks", "select_count", "_pack_", "save"),
+    *("_gather", "decode_schedule", "_cache_of", "cat", "tensor", "full"),
+)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """The checkpoint after no, one, two and all three segments of a run that nothing interrupts; the first is None."""
+    path, found = tmp_path_factory.mktemp("states") / "state.kvz", [None]
+    model = model_of("window", torch.float32)
+    kvzip.prefill_compressed(
+        model, **SHORT, checkpoint=path, save_every=1, progress=lambda *_: found.append(path.read_bytes())
+    )
+    assert len(found) == 4
+    return found
+
+
+def fail(model, path, names, *, at, error, lasting):
+    """How many segments a run told that it had finished before it failed; None if it did not."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, names, [], at, error, lasting)
+        try:
+            kvzip.prefill_compressed(model, **SHORT, checkpoint=path, progress=lambda done, _: told.append(done))
+        except error:
+            return len([done for done in told if done])
+    return None
+
+
+def test_whatever_interrupts_a_run_leaves_the_last_segment_that_was_finished(states, tmp_path):
+    """At every call of the run's steps: the file is that of a run that nothing interrupts."""
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    seen, at = set(), 0
+    while (told := fail(model, path, STEPS, at=(at := at + 1), error=KeyboardInterrupt, lasting=False)) is not None:
+        state = path.read_bytes() if path.exists() else None
+        assert state in states[told:], f"call {at}"
+        assert [p.name for p in tmp_path.iterdir()] == ([path.name] if state else [])
+        seen.add(states.index(state))
+        path.unlink(missing_ok=True)
+    assert at > 60 and seen == {0, 1, 2, 3} and not path.exists()
+
+
+def test_a_run_may_be_interrupted_at_any_line(states, tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    seen = set()
+    for line in count(5, step=29):
+        told = []
+        options = SHORT | {"checkpoint": path, "progress": lambda done, _, told=told: told.append(done)}
+        if not interrupted(streaming, line, lambda options=options: kvzip.prefill_compressed(model, **options)):
+            break
+        state = path.read_bytes() if path.exists() else None
+        assert state in states[len(told) :], f"line {line}"
+        seen.add(states.index(state))
+        path.unlink(missing_ok=True)
+    assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_memory_that_stays_out_loses_no_finished_segment(done, states, tmp_path):
+    """Everything that packs fails from some call on, also while the checkpoint is written."""
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    names = ("_gather", "decode_schedule", "cat", "select_count", "run_attention")
+    at, seen = 0, set()
+    while True:
+        if done:
+            path.write_bytes(states[done])
+        told = fail(model, path, names, at=(at := at + 1), error=torch.OutOfMemoryError, lasting=True)
+        if told is None:
+            break
+        state = path.read_bytes() if path.exists() else None
+        assert state in states[max(done, told) :], f"call {at}"
+        seen.add(states.index(state))
+        path.unlink(missing_ok=True)
+    assert at > 10 and seen == {*range(done, 4)}
+
+
+def test_the_states_that_interruptions_leave_go_on_to_the_same_end(states, tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    want = kvzip.prefill_compressed(model, **SHORT)
+    for done, state in enumerate(states[1:], start=1):
+        path.write_bytes(state)
+        told = []
+        got = kvzip.prefill_compressed(model, **SHORT, checkpoint=path, progress=lambda *step, t=told: t.append(step))
+        assert told == [(min(50 * n, 120), 120) for n in range(done, 4)]
+        assert same_bits(got, want, tmp_path) and not path.exists()
+
+
+def test_packing_frees_more_than_it_takes(monkeypatch):
+    """What the keys or the values of a layer are gathered from is gone before the next: the first is the peak."""
+    model = random_model.make(random_model.config(windows=(None, None, None)))
+    held, gather = [], streaming._gather
+
+    def weighed(*arguments):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_of(8)}
+        held.append(sum(storage.nbytes() for storage in storages.values()))
+        return gather(*arguments)
+
+    monkeypatch.setattr(streaming, "_gather", weighed)
+    kvzip.prefill_compressed(model, LONG, 0.3, segment=100)
+    assert len(held) == 18 and all(a > b for n in (0, 6, 12) for a, b in pairwise(held[n : n + 6]))
+
+
+def tensors_of(width):
+    """All keys and values of heads of this width that are held anywhere."""
+    found = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    return [x for x in found if x.ndim in (2, 4) and x.shape[-1] == width and x.device.type == "cpu"]
+
+
+def test_out_of_memory_says_where_what_is_done_is_only_if_it_is_there(states, tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    for at, said in ((1, False), (2, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            failing(patch, ("score_chunks",), [], at, torch.OutOfMemoryError, True)
+            with pytest.raises(torch.OutOfMemoryError, match="expected room for the pairs and activations") as caught:
+                kvzip.prefill_compressed(model, **SHORT, checkpoint=path)
+        assert ("what is done is in state.kvz" in str(caught.value)) == said == path.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_hides_no_error_and_leaves_the_older_one(
+    states, tmp_path, monkeypatch, caplog
+):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    path.write_bytes(states[1])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def interrupt(done, _):
+        if done == 100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvzip.cache.io.save_file", full)
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, **SHORT, checkpoint=path, progress=interrupt)
+    assert path.read_bytes() == states[1] and [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert "state.kvz could not be written and is as it was before: [Errno 28]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        (
+            "none/state.kvz",
+            FileNotFoundError,
+            r"expected a directory to write the checkpoint state.kvz in, got no .*none",
+        ),
+        ("file/state.kvz", FileNotFoundError, "expected a directory to write the checkpoint state.kvz in"),
+        (".", ValueError, "expected a file for the checkpoint, got .*, which is none: name a file"),
+        ("n" * 250, OSError, "expected a checkpoint that can be written, got 'File name too long'"),
+        ("/proc/state.kvz", OSError, "expected a checkpoint that can be written, got '"),
+        ("/dev/null", ValueError, "expected a file for the checkpoint, got /dev/null"),
+        ("file", ValueError, "expected a checkpoint of prefill_compressed, got file, which is left as it is"),
+        ("cache.kvz", ValueError, r"got cache.kvz, which is left as it is \(its note holds no settings of a run\)"),
+        ("heads", ValueError, r"got heads, which is left as it is \(its note holds no settings of a run\)"),
+    ],
+)
+def test_a_place_for_a_checkpoint_is_refused_before_any_work(place, error, message, tmp_path, monkeypatch):
+    if place.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("no /proc to be refused by")
+    model = model_of("plain", torch.float32)
+    (tmp_path / "file").write_text("a note of mine")
+    kvzip.save(as_ragged(kvzip.prefill(model, TEXT)), tmp_path / "cache.kvz")
+    made = kvzip.head_scores.HeadScores(torch.ones(2, 2), (0, 1), "", "", "", ())
+    kvzip.head_scores.save(made, tmp_path / "heads", note={"ratio": 0.5})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(streaming, "run_attention", lambda *_: pytest.fail("it went to work"))
+    with pytest.raises(error, match=message):
+        kvzip.prefill_compressed(model, TEXT, 0.5, checkpoint=tmp_path / place)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def rewritten(path, state, change):
+    """A checkpoint with another header."""
+    path.write_bytes(state)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["kvzip"])
+    change(header)
+    save_file(tensors, path, metadata={"kvzip": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h.pop("note"), "expected a checkpoint of prefill_compressed, got state.kvz.*no object"),
+        *((lambda h, note=note: h.update(note=note), r"got state.kvz.*no object") for note in (None, [], "x", 3)),
+        (lambda h: h.update(note={}), "got state.kvz.*no settings of a run"),
+        (lambda h: h["note"].pop("hint"), "got state.kvz.*no settings of a run"),
+        (lambda h: h["note"].update(ratio="0.3"), r"a run with ratio=0.3, got '0.3' in state.kvz"),
+        (lambda h: h["note"].update(ratio=[0.3]), r"a run with ratio=0.3, got \[0.3\] in state.kvz"),
+        (lambda h: h["note"].update(template=0), "a run with template=False, got 0 in state.kvz"),
+        (lambda h: h["note"].update(scope="\x1b[2J" * 99), r"a run with scope=chunk, got '.x1b\[.{1,40}' in state.kvz"),
+        (lambda h: h["note"].update(prefix=None), r"a run with prefix=\[\], got None in state.kvz"),
+        (lambda h: h["note"].update(expected={}), "a run with expected=120, got {} in state.kvz"),
+        (lambda h: h.update(start=3), "state.kvz"),
+        (lambda h: h.update(chat=True), "state.kvz.*its pairs are not those of its settings"),
+        (lambda h: h.update(scores=None), "state.kvz.*another kind of cache"),
+        (lambda h: h.update(cache="DenseCache"), "state.kvz"),
+        (lambda h: h.update(layers=None), "state.kvz"),
+        (lambda h: h.update(kept=[1]), "state.kvz"),
+        (lambda h: h.update(version=None), "state.kvz"),
+    ],
+)
+def test_a_checkpoint_whose_header_has_another_shape_is_named(change, message, states, tmp_path):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    rewritten(path, states[2], change)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        kvzip.prefill_compressed(model, **SHORT, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({"ratio": np.float32(0.3)}, {"ratio": float(np.float32(0.3))}),
+        ({"ratio": Fraction(3, 10)}, {}),
+        ({"ratio": Decimal("0.3")}, {}),
+        ({"ratio": torch.tensor(0.3, dtype=torch.float64)}, {}),
+        ({"ratio": 1, "segment": np.int64(50)}, {"ratio": 1.0}),
+        ({"segment": torch.tensor(50), "hint": np.uint8(8), "chunk": np.int32(2_000), "template": np.False_}, {}),
+        ({"save_every": np.int16(1)}, {}),
+    ],
+)
+def test_numbers_of_any_type_give_the_same_run_and_a_note_that_json_holds(options, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # np.bool_ is no bool
+    model, path = model_of("plain", torch.float32), tmp_path / "state.kvz"
+
+    def interrupt(done, _):
+        if done == 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, **SHORT | options, checkpoint=path, progress=interrupt)
+    want = kvzip.prefill_compressed(model, **SHORT | plain)
+    assert same_bits(kvzip.prefill_compressed(model, **SHORT | plain, checkpoint=path), want, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ratio": "0.3"}, TypeError, "expected ratio to be a number, got '0.3'"),
+        ({"ratio": True}, TypeError, "expected ratio to be a number, got True"),
+        ({"ratio": float("nan")}, ValueError, "0 < ratio <= 1.*got nan"),
+        ({"ratio": 30}, ValueError, "got 30: 0.3 keeps 30%"),
+        (
+            {"segment": 16e3},
+            TypeError,
+            r"expected segment to be a whole number, got 16000\.0: pass an int of 1 or more",
+        ),
+        ({"hint": -1}, ValueError, "expected hint to be at least 0, got -1"),
+        ({"length": 0}, ValueError, "expected length to be at least 1, got 0"),
+        ({"save_every": np.True_}, TypeError, "expected save_every to be a whole number"),
+        ({"chunk": torch.tensor([3])}, TypeError, "expected chunk to be a whole number"),
+    ],
+)
+def test_numbers_that_are_none_are_named(change, error, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no check of types
+    with pytest.raises(error, match=message):
+        kvzip.prefill_compressed(model_of("plain"), **SHORT | change)

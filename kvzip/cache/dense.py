@@ -1,6 +1,6 @@
 """The dense cache: every pair of every layer, as prefill leaves it; and the scores of its pairs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
@@ -42,8 +42,9 @@ class Scores:
 class DenseCache:
     """A prefilled context. Its first `start` tokens are the system prefix: always kept, never scored.
 
-    `layers` is a list because `compress(consume=True)` empties it. `chat` says whether the prefix is the chat
-    template's, with the user turn still open.
+    `layers` is a list because `compress(consume=True)` empties it, for every cache that shares it; `layer_count` says
+    how many there are in a whole cache (see `check_whole`). `chat` says whether the prefix is the chat template's, with
+    the user turn still open.
     """
 
     layers: list[DenseKV | WindowKV]
@@ -53,6 +54,10 @@ class DenseCache:
     token_ids: Int64[Tensor, " S"]
     fingerprint: str
     scores: Scores | None = None
+    layer_count: int = field(default=0, repr=False)  # 0: as many as `layers` has now
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_count", self.layer_count or len(self.layers))
 
     @property
     def kept(self) -> int:
@@ -67,14 +72,24 @@ class DenseCache:
 
 
 def check_whole(cache: DenseCache) -> None:
-    """Raises ValueError if the cache's pairs were freed by `compress(consume=True)`."""
-    if not cache.layers:
+    """Raises ValueError if pairs of the cache were freed by `compress(consume=True)`, TypeError for another object."""
+    if not isinstance(cache, DenseCache):
+        raise TypeError(
+            f"expected a DenseCache, as prefill and score return it, got {type(cache).__name__}: prefill the document "
+            "again, or drop more pairs of a compressed cache with kvzip.scores.shrink"
+        )
+    gone = cache.layer_count - len(cache.layers)
+    if gone or not cache.layers:
         raise ValueError(
-            "expected a dense cache, got one whose pairs were freed by compress(consume=True): "
-            "prefill again, or compress without consume"
+            f"expected a dense cache, got one whose pairs were freed by compress(consume=True), {gone} of "
+            f"{cache.layer_count} layers are gone: prefill again, or compress without consume"
         )
 
 
 def global_layers(cache: DenseCache) -> tuple[int, ...]:
-    """Returns the indices of the layers without a window: those that are scored and pruned."""
+    """Returns the indices of the layers without a window: those that are scored and pruned.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    check_whole(cache)
     return tuple(i for i, layer in enumerate(cache.layers) if isinstance(layer, DenseKV))

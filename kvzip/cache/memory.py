@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import decode_schedule
-from .dense import DenseCache, Scores
+from .dense import DenseCache, Scores, check_whole
 from .ragged import RaggedCache, RaggedKV
 
 C = TypeVar("C", DenseCache, RaggedCache)
@@ -20,13 +20,22 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
     """Returns the bytes of allocated storage that hold pairs and metadata, reserved rows included, each once.
 
     Attached Scores are not counted: they are `cache.scores.values.nbytes`.
+
+    Raises: ValueError if the cache was consumed.
     """
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache)}
     return sum(storages.values())
 
 
 def to(cache: C, device: torch.device | str) -> C:
-    """Returns the cache on another device; on its own device, the cache itself. Token ids stay on the host."""
+    """Returns the cache on another device; on its own device, the cache itself. Token ids stay on the host.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
     if first.device == torch.empty(0, device=device).device:

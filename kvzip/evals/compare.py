@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import SupportsFloat, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from .. import checks
 from ..attention import decode_attend
 from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, nbytes
 from ..compression import compress
@@ -90,7 +91,7 @@ def compare(
     model: Model,
     document: str,
     questions: Sequence[str],
-    ratio: float,
+    ratio: SupportsFloat,
     *,
     method: str = "kvzip",
     instruction: str | None = None,
@@ -118,7 +119,7 @@ def compare(
     """
     if method not in available:
         raise ValueError(f"expected a method among {sorted(available)}, got {method!r}")
-    how = available[method]
+    how, ratio = available[method], checks.kept_ratio(ratio)
     step = on_step or (lambda what: None)
     step("reading the document")
     full, prefill_s = _timed(model, lambda: prefill(model, document, instruction=instruction, template=template))

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
-from .. import prompts
+from .. import checks, prompts
 from ..cache import DenseCache, RaggedCache
 from ..compression import compress
 from ..generation import Answer, generate
@@ -57,7 +57,7 @@ def run_eval(
     tasks: Sequence[str],
     out: Path,
     methods: Sequence[str] = (FULL, "kvzip"),
-    ratios: Sequence[float] = (0.1, 0.3, 0.5),
+    ratios: Sequence[SupportsFloat] = (0.1, 0.3, 0.5),
     form: str | None = None,
     count: int = 10,
     questions: int = 10,
@@ -95,6 +95,7 @@ def run_eval(
         that its metric cannot mark, or one that is another than `out` has in its place; nothing is answered then.
     """
     started = time.monotonic()
+    ratios = [checks.number(ratio, "ratio", finite=False) for ratio in ratios]
     names = check_names(tasks, methods, ratios, form, available)
     form = form or ("chat" if model.template is not None else "cloze")
     if form == "chat" and model.template is None:

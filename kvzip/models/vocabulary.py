@@ -27,9 +27,9 @@ _CLASSES: dict[str, dict[str, str]] = {
 }
 """Classes of Transformers that take only vocabulary and merges from tokenizer.json, and the tokens they name."""
 
-_REGISTERED = dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer") | dict.fromkeys(
-    ("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"
-)
+_REGISTERED = {name: "Qwen2Tokenizer" for name in ("qwen2", "qwen3")} | {
+    name: "GemmaTokenizer" for name in ("gemma2", "gemma3", "gemma3_text")
+}
 """Model types for which Transformers knows one of those classes without being told."""
 
 _QWEN_WORDS = (

@@ -29,7 +29,7 @@ def select(scores: Scores, *, ratio: float, nan: Int32[Tensor, " 1"] | None = No
     Source: KVzip, arXiv 2505.23416. The authors' code compares with a threshold and keeps fewer or more among equal
     scores; we keep the exact count.
     """
-    _check_ratio(ratio)
+    ratio = _checked(ratio)
     return select_count(scores, count=int(ratio * _total(scores)), nan=nan)
 
 
@@ -56,7 +56,7 @@ def select_uniform(
 
     Raises: ValueError if ratio is outside (0, 1], or a score is NaN and `nan` is not given.
     """
-    _check_ratio(ratio)
+    ratio = _checked(ratio)
     return select_uniform_count(scores, count=int(ratio * scores.shape[-1]), nan=nan)
 
 
@@ -136,9 +136,10 @@ def _flag(layers: Sequence[Tensor]) -> Int32[Tensor, " 1"]:
     return torch.zeros(1, dtype=torch.int32, device=layers[0].device if layers else None)
 
 
-def _check_ratio(ratio: float) -> None:
+def _checked(ratio: float) -> float:
     if not 0 < ratio <= 1:
         raise ValueError(f"expected 0 < ratio <= 1, got {ratio}: it is the fraction that is kept")
+    return float(ratio)  # numpy's float32 would multiply in float32
 
 
 def _check_devices(layers: Sequence[Tensor], nan: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def test_answers_and_sizes_are_those_of_the_stages(model: kvzip.Model, compariso
     assert (comparison.full_bytes, comparison.small_bytes) == (kvzip.nbytes(full), kvzip.nbytes(small))
     assert comparison.full_bytes > comparison.small_bytes
     assert min(comparison.prefill_s, comparison.score_s, comparison.compress_s) > 0
+
+
+def test_a_ratio_of_any_type_is_compared_at(model: kvzip.Model, comparison: Comparison) -> None:
+    again = compare(model, TEXT, QUERIES[:1], Fraction(1, 5), max_tokens=6)
+    assert (again.ratio, again.kept) == (comparison.ratio, comparison.kept) == (0.2, int(0.2 * comparison.total))
+    step: list[str] = []
+    with pytest.raises(ValueError, match=r"got 30: 0\.3 keeps 30%"):
+        compare(model, TEXT, QUERIES, 30, on_step=step.append)
+    assert not step, "it is refused before the document is read"
 
 
 @pytest.mark.parametrize("template", [True, False])

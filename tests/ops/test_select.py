@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from compiling import assert_fits, compile_launches
@@ -278,6 +280,14 @@ def test_replays_in_a_graph():
     scores.copy_(torch.rand(4, 2, 9000, device="cuda"))
     graph.replay()
     assert torch.equal(keep, select_count_reference(scores, count=int(0.3 * scores.numel())))
+
+
+def test_a_float32_ratio_is_widened_before_it_is_multiplied(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it is no float
+    ratio = np.float32(0.7)
+    assert int(ratio * 10) == 7 and int(float(ratio) * 10) == 6
+    assert select(torch.rand(1, 1, 10), ratio=ratio).sum() == 6
+    assert select_uniform(torch.rand(1, 1, 10), ratio=ratio).sum() == 6
 
 
 def test_importing_the_reference_needs_no_triton():

@@ -1,0 +1,29 @@
+"""Ctrl-C at any line: what a signal may do between two lines of a module, done on purpose."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType, ModuleType
+from typing import Any
+
+
+def interrupted(module: ModuleType, line: int, run: Callable[[], object]) -> bool:
+    """Whether `run` was stopped by a KeyboardInterrupt before the n-th line of a module's that it comes to."""
+    passed = 0
+
+    def step(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal passed
+        passed += event == "line"
+        if passed == line and event == "line":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: step if frame.f_code.co_filename == module.__file__ else None)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
