@@ -37,6 +37,11 @@ class Scores:
     stop: int
     source: str
 
+    def __repr__(self) -> str:
+        where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"
+        layers, heads, tokens = self.values.shape
+        return f"Scores({layers} layers of {heads} heads, {tokens:,} tokens, by {self.source}, {where})"
+
 
 @dataclass(frozen=True)
 class DenseCache:
@@ -53,6 +58,11 @@ class DenseCache:
     token_ids: Int64[Tensor, " S"]
     fingerprint: str
     scores: Scores | None = None
+
+    def __repr__(self) -> str:
+        from .memory import describe
+
+        return describe(self)
 
     @property
     def kept(self) -> int:
