@@ -64,12 +64,13 @@ def open(
                 f"expected {name} to say which model made it, got none: pass model= (on the command line -m)"
             )
         dtype = dtype or made.dtype
+        known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         loaded = load(
             find(source, name) if model is None else source,
             device=device,
             rope=made.rope if rope is None else rope,
             max_length=made.max_length if max_length is None else max_length,
-            **({} if dtype is None else {"dtype": dtype}),
+            **known,
         )
         return replace(loaded, source=source), read_cache(file, model=loaded)
 

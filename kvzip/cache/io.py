@@ -149,8 +149,11 @@ def read_cache(
     if device is None:
         device = "cpu" if model is None else model.device
     torch.empty(0, device=device)  # a device that is not there is no fault of the file
+    elsewhere = torch.device(device).type != "cpu"
+    largest = max((place.stop - place.start for place in file.tensors.values()), default=0)
+    scratch = torch.empty(largest, dtype=torch.uint8) if elsewhere else None
     with refusing(file.path):
-        cache = _Reader(file, str(device), pairs).cache(header)
+        cache = _Reader(file, str(device), pairs, scratch).cache(header)
         if model is not None:
             _check_fits(cache, model)
         return cache
@@ -164,11 +167,16 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
     Raises: as `load_cache` does.
     """
     with open_file(path) as file:
-        header = check_header(file)
-        check_kind(file)
-        with refusing(file.path):
-            reader = _Reader(file, "cpu")
-            return reader.pieces(header, reader.token_ids(header))
+        return pieces_of(file)
+
+
+def pieces_of(file: OpenFile) -> dict[int, bytes]:
+    """Returns the pieces of an open file, as `read_pieces` does."""
+    header = check_header(file)
+    check_kind(file)
+    with refusing(file.path):
+        reader = _Reader(file)
+        return reader.pieces(header, reader.token_ids(header))
 
 
 def foreign(found: str, expected: str) -> str:
@@ -311,8 +319,9 @@ class _Reader:
     """Reads one file's tensors and checks each against the header and the others before it is used."""
 
     file: OpenFile
-    device: str
+    device: str = "cpu"
     pairs_too: bool = True
+    scratch: Tensor | None = None
 
     def cache(self, header: dict[str, Any]) -> DenseCache | RaggedCache:
         length, start, kept, total = (header[name] for name in ("length", "start", "kept", "total"))
@@ -385,7 +394,7 @@ class _Reader:
         require(fits and place.dtype in dtypes, f"{name} of shape {list(place.shape)} and {place.dtype}")
         if _PAIRS.fullmatch(name) and not self.pairs_too:
             return outline(self.file, name)
-        return read_tensor(self.file, name, device or self.device)
+        return read_tensor(self.file, name, device or self.device, scratch=self.scratch)
 
     def layer(self, index: int, spec: dict[str, Any], start: int, length: int) -> DenseKV | WindowKV | RaggedKV:
         name, kind = f"layers.{index}", spec["kind"]
@@ -431,7 +440,8 @@ class _Reader:
         bits, group = _count(spec, "bits"), _count(spec, "group")
         codes = self.take(f"{name}.codes", (count, None), torch.uint8)
         width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
-        require(group > 0 and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
+        even = bits == 8 or group % 2 == 0
+        require(group > 0 and even and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
         scale = self.take(f"{name}.scale", (count, width // group), torch.float16, torch.float32)
         zero = self.take(f"{name}.zero", tuple(scale.shape), scale.dtype)
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
@@ -451,8 +461,8 @@ class _Reader:
         v = tuple(self.take(f"tail.v.{n}", tuple(x.shape), x.dtype) for n, x in enumerate(k))
         lengths = self.take("tail.lengths", (1,), torch.int32)
         require(all(0 <= int(lengths[0]) <= x.shape[2] for x in k), "the tail is longer than its rows")
-        heads = {x.shape[1] for x in k}
-        require(heads == {head_count(layers[0])}, "the tail has other heads than the context")
+        shapes = {(x.shape[1], x.dtype) for x in k}
+        require(shapes == {(head_count(layers[0]), k[0].dtype)}, "the tail has other heads than the context")
         return Tail(k, v, lengths)
 
     def scores(self, spec: dict[str, Any], layers: list[Any], start: int, length: int) -> Scores:
