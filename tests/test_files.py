@@ -17,6 +17,7 @@ import rewritten
 from kvzip import head_scores
 from kvzip import scores as scores_of
 from kvzip.cache import files, is_kvzip_file, read_header, read_pieces
+from kvzip.cache.io import read_cache
 from rewritten import retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
@@ -67,7 +68,7 @@ def places(data):
     return {name: [8 + size + n for n in entry["data_offsets"]] for name, entry in table.items()}
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_byte_flipped_in_a_tensor_is_found_and_the_tensor_named(written, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "flipped.kvz"
@@ -84,11 +85,10 @@ def test_no_byte_of_a_file_can_change_unseen(model, tmp_path):
     head_scores.save(made, path, note={"title": "April"})
     data = path.read_bytes()
     for at in range(len(data)):
-        for flip in (1, 128):
-            changed = bytearray(data)
-            changed[at] ^= flip
-            path.write_bytes(changed)
-            refusal(lambda: head_scores.load(path))
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        refusal(lambda: head_scores.load(path))
     path.write_bytes(data)
     assert torch.equal(head_scores.load(path).values, made.values)
 
@@ -146,20 +146,13 @@ def test_loaded_tensors_outlive_their_file(model, small, path):
     assert torch.equal(back.token_ids, small.token_ids)
 
 
-def test_header_and_tensors_come_from_one_file(scored, path, tmp_path, monkeypatch):
+def test_header_and_tensors_come_from_one_file(scored, small, path, tmp_path):
     """Another file takes the place of this one after its header was read."""
     other = tmp_path / "other.kvz"
     kvzip.save(kvzip.compress(scored, 0.9), other)
-    real = files._read_head
-
-    def read(*arguments):
-        found = real(*arguments)
+    with files.open_file(path) as file:
         os.replace(other, path)
-        return found
-
-    monkeypatch.setattr(files, "_read_head", read)
-    kept = read_header(path)["kept"]
-    assert kept == int(0.9 * scored.total) or not other.exists()
+        assert read_cache(file).kept == file.header["kept"] == small.kept != read_header(path)["kept"]
 
 
 def test_one_open_serves_a_load(path, monkeypatch):
@@ -236,7 +229,7 @@ def without(value, at):
     return {k: v for k, v in value.items() if k != at[0]} if isinstance(value, dict) else value
 
 
-@settings(max_examples=1200)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_whatever_a_header_says_is_refused_in_one_line_or_sound(written, model, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "header.kvz"
@@ -252,15 +245,11 @@ def test_whatever_a_header_says_is_refused_in_one_line_or_sound(written, model, 
     path.write_bytes(len(head).to_bytes(8, "little") + rewritten.stamp(head) + tensors)
     try:
         found = read_header(path)
-        cache = kvzip.load_cache(path, model=model)
-    except ValueError:
-        refusal(lambda: kvzip.load_cache(path, model=model))
+        _, cache = kvzip.open(path, model=model)
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 700, str(error)
     else:
         assert (cache.kept, cache.total) == (found["kept"], found["total"]) and isinstance(found["note"], dict)
-    try:
-        kvzip.open(path, model=model)
-    except ValueError:
-        refusal(lambda: kvzip.open(path, model=model))
 
 
 HEAD = '{"__metadata__":{"checksum":"0000000000000000","kvzip":"{\\"version\\":[3,0]%s}"}%s}'
@@ -275,7 +264,8 @@ HOSTILE = {
     "nothing": "",
     "a tensor twice": HEAD % ("", ',"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' * 2),
     "huge": HEAD % ("", ',"a":{"dtype":"U8","shape":[1099511627775],"data_offsets":[0,1099511627775]}'),
-    "huge product": HEAD % ("", ',"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,0]}' % ",".join(["9" * 4000] * 9)),
+    "huge product": HEAD
+    % ("", ',"a":{"dtype":"U8","shape":[' + ",".join(["9" * 4000] * 9) + '],"data_offsets":[0,0]}'),
     "negative": HEAD % ("", ',"a":{"dtype":"U8","shape":[-1],"data_offsets":[1,0]}'),
     "boolean": HEAD % ("", ',"a":{"dtype":"U8","shape":[true],"data_offsets":[false,true]}'),
     "escape": HEAD % (',\\"library\\":\\"\\\\u001b[2J\\",\\"cache\\":\\"\\\\u001b[2J\\"', ""),
@@ -465,7 +455,8 @@ def test_a_cache_is_one_line(model, scored, path):
     assert packed.startswith("RaggedCache(78 tokens, 154 of 308 pairs (50.0%), ") and ", 4 bits, cpu, " in packed
     outline = repr(kvzip.load_cache(path, pairs=False))
     assert ", float32, cpu, keys and values left in the file, scored by kvzip-chunk)" in outline
-    half = replace(scored, layers=[None, *scored.layers[1:]])
+    half = replace(scored, layers=[*scored.layers])
+    half.layers[0] = None
     assert repr(half) == repr(replace(scored, layers=[])) == "DenseCache(78 tokens, consumed)"
     assert repr(scored.scores) == "Scores(2 layers of 2 heads, 77 tokens, by kvzip-chunk, float32, cpu)"
     made = head_scores.make(model, "abc")
@@ -474,27 +465,38 @@ def test_a_cache_is_one_line(model, scored, path):
     )
 
 
-def test_what_is_no_cache_or_model_is_said(scored, path, tmp_path):
-    with pytest.raises(TypeError, match="expected a cache to save, got str"):
-        kvzip.save("doc.kvz", scored)
-    with pytest.raises(TypeError, match=r"expected a model that kvzip\.load made, got str: kvzip\.open"):
-        kvzip.load_cache(path, model="Qwen/Qwen3-8B")
-    with pytest.raises(TypeError, match="expected a cache, got Scores"):
-        kvzip.nbytes(scored.scores)
+def test_what_is_no_cache_or_model_is_said(path):
+    """In a process of its own, without the hook that checks types in tests."""
+    code = f"""
+import kvzip
+cache = kvzip.load_cache({str(path)!r})
+for call, expected in {{
+    lambda: kvzip.save("doc.kvz", cache): "expected a cache to save, got str: ",
+    lambda: kvzip.load_cache({str(path)!r}, model="a/b"): "expected a model that kvzip.load made, got str: kvzip.open",
+    lambda: kvzip.nbytes(cache.scores): "expected a cache, got Scores: ",
+}}.items():
+    try:
+        call()
+    except TypeError as error:
+        assert expected in str(error), error
+    else:
+        raise AssertionError(expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_a_load_takes_no_more_memory_than_its_tensors(tmp_path):
-    """In a process of its own: peak memory grows by the file's tensors, once, and a little."""
     path = tmp_path / "doc.scores"
     files.write_file(path, {"values": torch.ones(1 << 24)}, {"cache": "Scores"})
     code = f"""
-import resource, torch
+import re, torch
 from kvzip.cache import files
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.ones(9).sum()
 before = peak()
 with files.open_file({str(path)!r}) as file:
-    assert files.read_tensor(file, "values").sum() == 1 << 24
+    assert files.read_tensor(file, "values").view(torch.int32)[0] == 0x3F800000
 print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

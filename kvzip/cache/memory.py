@@ -61,10 +61,11 @@ def element_size(cache: DenseCache | RaggedCache) -> int | None:
 
 def describe(cache: DenseCache | RaggedCache) -> str:
     """Returns what a cache is in one line, whatever state it is in: tokens, pairs kept, bytes, dtype, device."""
-    name, tensors = type(cache).__name__, _tensors(cache)
+    name = type(cache).__name__
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     if not layers or any(layer is None for layer in layers):
         return f"{name}({len(cache.token_ids):,} tokens, consumed)"
+    tensors = _tensors(cache)
     parts = [f"{len(cache.token_ids):,} tokens", f"{cache.kept:,} of {cache.total:,} pairs"]
     if cache.total:
         parts[-1] += f" ({cache.kept / cache.total:.1%})"
