@@ -1,5 +1,6 @@
 """A cache file and the model that made it, together. A file is data: it does not choose what is fetched."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from .cache import DenseCache, RaggedCache, printable
 from .cache.files import open_file, refusing, require
-from .cache.io import check_header, check_kind, read_cache
+from .cache.io import check_header, check_kind, foreign, read_cache
 from .models import Model, load
 from .models.load import resolve
 
@@ -44,7 +45,7 @@ def open(
 
     Args:
         model: a model, or the source of one (fetched if need be), in place of the one that the file names.
-        dtype, rope, max_length: as for `load`, in place of the file's: a dtype that is not the file's is refused.
+        dtype, rope, max_length: as for `load`, in place of the file's; the cache must be of the model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
 
     Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names
@@ -60,9 +61,7 @@ def open(
             made = origin_of(header)
         source = made.source if model is None else str(model)
         if source is None:
-            raise ValueError(
-                f"expected {name} to say which model made it, got none: pass model= (on the command line -m)"
-            )
+            raise ValueError(f"expected {name} to say which model made it, got none: pass --model (in Python model=)")
         dtype = dtype or made.dtype
         known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         loaded = load(
@@ -72,7 +71,14 @@ def open(
             max_length=made.max_length if max_length is None else max_length,
             **known,
         )
-        return replace(loaded, source=source), read_cache(file, model=loaded)
+        loaded = replace(loaded, source=source)
+        reason = foreign(header["fingerprint"], loaded.fingerprint)
+        if reason:
+            raise ValueError(
+                f"expected the model that made {name}, {_called(made.source, made.dtype)}, got "
+                f"{_called(source, loaded.dtype)}: {reason}"
+            )
+        return loaded, read_cache(file, model=loaded)
 
 
 def find(source: str, name: str) -> Path:
@@ -80,9 +86,10 @@ def find(source: str, name: str) -> Path:
     try:
         return resolve(source, local_only=True)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
+        shown = printable(source)
         raise FileNotFoundError(
-            f"expected the model that {name} names, {printable(source)}, in a directory here or in the hub's cache, "
-            "got neither: a file does not choose what is fetched, pass model= (on the command line -m)"
+            f"expected the model that {name} names, {shown}, in a directory here or in the hub's cache, got neither: a "
+            f"file does not choose what is fetched, pass --model {shlex.quote(shown)} if you mean it (in Python model=)"
         ) from error
 
 
@@ -102,6 +109,12 @@ def origin_of(header: Mapping[str, Any]) -> Origin:
     dtype = told.get("dtype") or header["fingerprint"].rpartition("-")[2]
     dtype = getattr(torch, dtype) if dtype in ("bfloat16", "float16", "float32", "float64") else None
     return Origin(source, dtype, max_length, rope)
+
+
+def _called(source: str | None, dtype: torch.dtype | None) -> str:
+    """A model as people call it: a directory by its name."""
+    name = "another model" if source is None else printable(Path(source).name if Path(source).is_dir() else source)
+    return name if dtype is None else f"{name} in {str(dtype).removeprefix('torch.')}"
 
 
 def _plain(value: Any) -> bool:

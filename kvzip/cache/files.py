@@ -93,8 +93,9 @@ def read_tensor(
     """
     place = file.tensors[name]
     size = place.stop - place.start
-    own = scratch is None or torch.device(device).type == "cpu"
-    buffer = torch.empty(size, dtype=torch.uint8) if own else scratch[:size]
+    if scratch is None or torch.device(device).type == "cpu":
+        scratch = torch.empty(size, dtype=torch.uint8)
+    buffer = scratch[:size]
     file.raw.seek(place.start)
 
     def pieces() -> Iterator[np.ndarray]:
@@ -280,7 +281,8 @@ def _read_head(path: Path, raw: FileIO) -> tuple[dict[str, Any], dict[str, Store
             remedy = "made by an older kvzip, compress the document again"
         raise Refused(f"expected version {VERSION[0]}.x, got {major}.{minor} in {name}: {remedy}")
     digest = metadata.get("checksum")
-    require(isinstance(digest, str) and len(digest) == len(_NONE), "its header has no checksum")
+    if not isinstance(digest, str) or len(digest) != len(_NONE):
+        raise Bad("its header has no checksum")
     blank = head.replace(digest.encode(), _NONE.encode(), 1)
     require(_digest(blank) == digest, "its header differs from its checksum")
     begin = 8 + len(head)
@@ -299,8 +301,9 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Stored]:
     for name, entry in table.items():
         require(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name} is {entry!r}")
         dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
-        known = dtype is not None and isinstance(shape, list) and len(shape) <= _AXES
-        require(known and all(type(n) is int and 0 <= n < _LONGEST for n in shape), f"shape and dtype of {name}")
+        known = isinstance(shape, list) and len(shape) <= _AXES
+        if dtype is None or not known or not all(type(n) is int and 0 <= n < _LONGEST for n in shape):
+            raise Bad(f"shape and dtype of {name}")
         whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
         require(whole and offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize, f"the place of {name}")
         places[name] = Stored(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
