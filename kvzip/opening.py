@@ -105,7 +105,7 @@ def origin_of(header: Mapping[str, Any]) -> Origin:
     require(fits, f"a model from {source!r}")
     known = max_length is None or (type(max_length) is int and 0 < max_length < 1 << 31)
     require(known, f"max_length is {max_length!r}")
-    require(rope is None or (isinstance(rope, dict) and _plain(rope)), f"rope is {rope!r}")
+    require(rope is None or (isinstance(rope, dict)), f"rope is {rope!r}")
     dtype = told.get("dtype") or header["fingerprint"].rpartition("-")[2]
     dtype = getattr(torch, dtype) if dtype in ("bfloat16", "float16", "float32", "float64") else None
     return Origin(source, dtype, max_length, rope)
@@ -115,10 +115,3 @@ def _called(source: str | None, dtype: torch.dtype | None) -> str:
     """A model as people call it: a directory by its name."""
     name = "another model" if source is None else printable(Path(source).name if Path(source).is_dir() else source)
     return name if dtype is None else f"{name} in {str(dtype).removeprefix('torch.')}"
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value is one of those that RoPE scaling has: text, numbers, lists and objects of them."""
-    if isinstance(value, (list, dict)):
-        return all(map(_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or type(value) in (str, int, float, bool)

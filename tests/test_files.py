@@ -313,6 +313,32 @@ def test_entries_that_lie_are_refused(path, change):
     assert "doc.kvz" in refusal(lambda: kvzip.load_cache(path))
 
 
+def test_a_key_that_is_there_twice_is_refused(path):
+    """Two readers would read two files: the checksum is right, both entries are of the right type."""
+    outer, header, data = rewritten.parts(path)
+    text = json.dumps(header)
+    path.write_bytes(rewritten.join(outer, text[:-1] + ', "kept": 0}', data))
+    assert "without its header" in refusal(lambda: kvzip.load_cache(path))
+
+
+@pytest.mark.parametrize("start", [0, 8])
+def test_tensors_that_overlap_or_leave_bytes_between_them_are_refused(path, start):
+    outer, header, data = rewritten.parts(path)
+    data += bytes(16)
+    place = [start, start + 8] if start == 0 else [len(data) - 8, len(data)]
+    outer["more"] = {"dtype": "U8", "shape": [8], "data_offsets": place}
+    header["checksums"]["more"] = rewritten.checksum(data[place[0] : place[1]])
+    data = data if start else data[:-16]
+    path.write_bytes(rewritten.join(outer, json.dumps(header), data))
+    assert "overlap, or bytes between them" in refusal(lambda: kvzip.load_cache(path))
+
+
+def test_a_file_named_like_an_escape_sequence_is_named_escaped(written, tmp_path):
+    path = tmp_path / "\x1b[2J\n.kvz"
+    path.write_bytes(written[:-1])
+    assert r"\x1b[2J\n.kvz" in refusal(lambda: kvzip.load_cache(path))
+
+
 def test_four_bits_in_an_odd_group_are_refused(scored, tmp_path):
     path = tmp_path / "doc.kvz"
     kvzip.save(kvzip.compress(scored, 0.5, bits=4), path)
