@@ -20,7 +20,7 @@ from kvzip.cache import read_header
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example, or its second half; returns the exit status."""
     parser = museum.parser(__doc__)
-    parser.add_argument("--file", type=Path, help="where to leave the compressed cache")
+    parser.add_argument("--file", type=Path, help="where to leave the compressed cache; an older one is replaced")
     parser.add_argument("--bits", type=int, choices=(8, 4), help="bits of a kept value (default: as they are)")
     parser.add_argument("--answer", action="store_true", help="the second half: answer from --file")
     arguments = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = arguments.file or Path(scratch) / "museum.kvz"
         full = kvzip.prefill(model, arguments.document.read_text(encoding="utf-8").strip(), template=False)
         small = kvzip.compress(kvzip.score(model, full), arguments.ratio, bits=arguments.bits)
-        kvzip.save(small, file, note={"document": arguments.document.name})
+        kvzip.save(small, file, note={"document": arguments.document.name}, overwrite=True)
         print(f"{museum.megabytes(full)} of cache, {file.stat().st_size / 1e6:.1f} MB in {file.name}", flush=True)
         command = [sys.executable, __file__, "--answer", "--file", str(file), "--tokens", str(arguments.tokens)]
         return subprocess.run([*command, *filter(None, [arguments.model])], check=False).returncode

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .generation import Answer, generate
     from .interop import from_transformers, to_transformers
     from .models import Model, ModelConfig, load
+    from .opening import open
     from .prefilling import prefill
     from .scoring import score
     from .streaming import prefill_compressed
@@ -40,6 +41,7 @@ __all__ = [
     "load_cache",
     "models",
     "nbytes",
+    "open",
     "ops",
     "prefill",
     "prefill_compressed",
@@ -61,6 +63,7 @@ _HOMES = {
     "generation": ("Answer", "generate"),
     "interop": ("from_transformers", "to_transformers"),
     "models": ("Model", "ModelConfig", "load"),
+    "opening": ("open",),
     "prefilling": ("prefill",),
     "scoring": ("score",),
     "streaming": ("prefill_compressed",),

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float32, Int64
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .cache import DenseCache, Scores, check_whole, global_layers, read_header
-from .cache.io import write_file
+from .cache.files import open_file, printable, read_tensor, refusing, write_file
 from .models import Model
 from .models.weights import sampled
 from .prefilling import Progress, context_ids, prefill
@@ -66,6 +65,12 @@ class HeadScores:
     sources: tuple[Source, ...]
     sink: int = 128
     recent: int = 256
+
+    def __repr__(self) -> str:
+        layers, heads = self.values.shape
+        made = f"by {self.method} from {len(self.sources)} texts, sink {self.sink}, recent {self.recent}"
+        where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"
+        return f"HeadScores({layers} layers of {heads} heads, {made}, {where})"
 
 
 def make(
@@ -169,17 +174,21 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     return replace(cache, scores=Scores(values, layers, cache.start, cache.length, source="heads"))
 
 
-def save(scores: HeadScores, path: str | Path, *, note: Mapping[str, Any] | None = None) -> None:
+def save(
+    scores: HeadScores, path: str | Path, *, note: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> None:
     """Writes head scores to one safetensors file, whole or not at all.
 
     Args:
         note: anything else that JSON can hold, for the header (`kvzip.cache.read_header` reads it).
+        overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
 
-    Raises: ValueError for NaN; TypeError for a note that JSON cannot hold; OSError if it cannot be written.
+    Raises: ValueError for NaN; TypeError for a note that JSON cannot hold; FileExistsError for a file that is there and
+        must not be replaced; OSError if it cannot be written.
     """
     _check_numbers(scores.values)
     header = {"cache": "HeadScores", **{k: v for k, v in asdict(scores).items() if k != "values"}}
-    write_file(path, {"values": scores.values}, header, note=note)
+    write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)
 
 
 def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
@@ -191,22 +200,19 @@ def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
     Raises: FileNotFoundError; ValueError for a file of something else, of a newer major version, that is damaged, or
         of another model.
     """
-    path = Path(path)
-    header = read_header(path)
-    if header.get("cache") != "HeadScores":
-        raise ValueError(
-            f"expected head scores, got a file of {header.get('cache')} in {path.name}: load_cache reads caches"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            scores = _from_header(header, file.get_tensor("values"))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected whole head scores, got {path.name} that is damaged ({error})") from error
+    with open_file(path) as file:
+        name = printable(file.path.name)
+        if file.header["cache"] != "HeadScores":
+            raise ValueError(
+                f"expected head scores, got a file of {file.header['cache']!r} in {name}: load_cache reads caches"
+            )
+        with refusing(file.path):
+            scores = _from_header(file.header, read_tensor(file, "values"))
     if model is not None and scores.fingerprint != fingerprint_of(model):
         raise ValueError(
             f"expected head scores made by this model ({fingerprint_of(model)}), got those of another "
-            f"({scores.fingerprint}) in {path.name}: make them with this model, or load without model= if it is one "
-            "of its fine-tunes"
+            f"({printable(scores.fingerprint)}) in {name}: make them with this model, or load without model= if it "
+            "is one of its fine-tunes"
         )
     return scores
 

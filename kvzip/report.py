@@ -9,7 +9,7 @@ import codecs
 import html
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,17 @@ from torch import Tensor
 
 from .cache import (
     DenseCache,
-    DenseKV,
     RaggedCache,
     RaggedKV,
     WindowKV,
     check_whole,
     encode_levels,
-    load_cache,
-    read_header,
-    read_pieces,
+    full_nbytes,
+    nbytes,
     whole_file,
 )
-from .cache.ragged import head_count, head_dim
-from .ops import Quantized
+from .cache.files import open_file
+from .cache.io import check_header, pieces_of, read_cache
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
 _SHOWN = ("title", "document", "model", "full_bytes")  # of a note, otherwise or in another place
@@ -50,7 +48,8 @@ def write_report(file: Path, out: Path) -> None:
 
     Raises: FileNotFoundError; ValueError for a file that is damaged or holds no cache; OSError.
     """
-    header, cache, pieces = read_header(file), load_cache(file, pairs=False), read_pieces(file)
+    with open_file(file) as opened:
+        header, cache, pieces = check_header(opened), read_cache(opened, pairs=False), pieces_of(opened)
     facts, arrays = describe(header, cache, pieces)
     facts |= {"file": file.name, "fileBytes": file.stat().st_size, "title": facts["title"] or file.stem}
     with whole_file(out) as partial, open(partial, "w", encoding="utf-8", newline="\n") as written:
@@ -98,8 +97,8 @@ def describe(
         "length": length,
         "kept": cache.kept,
         "total": cache.total,
-        "fullBytes": _full_bytes(layers, length, origin.get("dtype")),
-        "cacheBytes": sum(_bytes(x) for layer in layers for x in (layer.k, layer.v)),
+        "fullBytes": full_nbytes(cache),
+        "cacheBytes": nbytes(cache),
         "note": list(_flat({key: value for key, value in note.items() if key not in _SHOWN})),
         "hasText": bool(pieces),
         "texts": texts,
@@ -142,21 +141,6 @@ def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
         head = torch.repeat_interleave(torch.arange(heads), layer.offsets.diff().cpu())
         kept[head, layer.positions.long().cpu()] = True
     return mask[:, :, cache.start :]
-
-
-def _bytes(x: Tensor | Quantized) -> int:
-    return x.nbytes if isinstance(x, Tensor) else x.codes.nbytes + x.scale.nbytes + x.zero.nbytes
-
-
-def _full_bytes(layers: Sequence[DenseKV | WindowKV | RaggedKV], length: int, dtype: str | None) -> int | None:
-    """The bytes of the layers before any pair was dropped; None if only codes are there, of an unknown dtype."""
-    plain = next((x.element_size() for layer in layers if isinstance(x := layer.k, Tensor)), None)
-    size = plain or getattr(getattr(torch, dtype or "", None), "itemsize", None)
-    if size is None:
-        return None
-    windows = sum(_bytes(x) for layer in layers if isinstance(layer, WindowKV) for x in (layer.k, layer.v))
-    whole = [layer for layer in layers if not isinstance(layer, WindowKV)]
-    return windows + sum(2 * head_count(layer) * length * head_dim(layer.k) * size for layer in whole)
 
 
 def _name(source: str) -> str:

@@ -4,19 +4,19 @@
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from jaxtyping import Bool, Float32
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import checks, ops
-from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, read_header
-from .cache.io import write_file
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
+from .cache.files import open_file, printable, read_tensor, refusing, require, write_file
+from .cache.io import foreign
 from .compression import budget_of, keep_mask, protected_spans
 from .ops import Quantized
 
@@ -145,11 +145,16 @@ def _rows_of(layer: RaggedKV, heads: Tensor, keep: Bool[Tensor, " N"]) -> Ragged
     return RaggedKV(take(layer.k), take(layer.v), offsets, layer.positions[keep], ops.decode_schedule(offsets))
 
 
-def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: dict[str, Any] | None = None) -> None:
+def save(
+    cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> None:
     """Writes a cache's scores without its pairs, 4 bytes a pair, with what ties them to its model and tokens.
 
+    Args:
+        overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
+
     Raises: ValueError for a cache without scores, or a consumed one; TypeError for a note that JSON cannot hold;
-        OSError.
+        FileExistsError for a file that is there and must not be replaced; OSError.
     """
     if isinstance(cache, DenseCache):
         check_whole(cache)
@@ -158,7 +163,7 @@ def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: dict[str, A
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     header = {"cache": "Scores", "fingerprint": cache.fingerprint, "tokens": _digest(cache, scores.stop)}
     header |= {"layers": scores.layers, "start": scores.start, "stop": scores.stop, "source": scores.source}
-    write_file(path, {"values": scores.values}, header, note=note)
+    write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)
 
 
 def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
@@ -166,26 +171,26 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
 
     Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
     """
-    layers, shape, span = _place(cache)
-    path = Path(path)
-    header = read_header(path)
-    if header.get("cache") != "Scores":
-        raise ValueError(f"expected a file of scores, got one of {header.get('cache')} in {path.name}")
-    if header.get("fingerprint") != cache.fingerprint:
-        raise ValueError(
-            f"expected scores by the cache's model (fingerprint {cache.fingerprint}), got {header.get('fingerprint')} "
-            f"in {path.name}: score with this model"
-        )
-    try:
-        with safe_open(path, framework="pt", device=str(_device(cache))) as file:
-            values = file.get_tensor("values")
-        start, stop, source = header["start"], header["stop"], header["source"]
-        fits = (tuple(header["layers"]), tuple(values.shape), (start, stop)) == (layers, shape, span)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a whole file of scores, got {path.name} that is damaged ({error})") from error
-    if not fits or values.dtype != torch.float32 or header.get("tokens") != _digest(cache, stop):
-        raise ValueError(f"expected scores of this cache's tokens, got those of others in {path.name}: score it again")
-    return Scores(values, layers, start, stop, str(source))
+    with open_file(path) as file:
+        header, name = file.header, printable(file.path.name)
+        if header["cache"] != "Scores":
+            raise ValueError(
+                f"expected a file of scores, got one of {header['cache']!r} in {name}: load_cache reads caches"
+            )
+        layers, shape, span = _place(cache)
+        with refusing(file.path):
+            require(isinstance(header["fingerprint"], str), f"fingerprint is {header['fingerprint']!r}")
+            require(isinstance(header["source"], str), f"source is {header['source']!r}")
+            place = file.tensors["values"]
+            require(place.dtype == torch.float32, f"values are {place.dtype}")
+        reason = foreign(header["fingerprint"], cache.fingerprint)
+        if reason:
+            raise ValueError(f"expected scores by the cache's model, got {name} by another: {reason}")
+        same = (header.get("layers"), [header.get("start"), header.get("stop")]) == ([*layers], [*span])
+        if not same or place.shape != shape or header.get("tokens") != _digest(cache, span[1]):
+            raise ValueError(f"expected scores of this cache's tokens, got those of others in {name}: score it again")
+        with refusing(file.path):
+            return Scores(read_tensor(file, "values", _device(cache)), layers, *span, header["source"])
 
 
 def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None) -> "Figure":

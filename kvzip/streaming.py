@@ -152,7 +152,7 @@ def prefill_compressed(
     def write() -> None:
         nonlocal saved
         if path is not None and len(run.token_ids) > saved:
-            save(_cache_of(model, run, source, share), path, note=settings)
+            save(_cache_of(model, run, source, share), path, note=settings, overwrite=True)
             saved = len(run.token_ids)
 
     try:

@@ -22,6 +22,7 @@ ALLOWED = {
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (
+    "opening",
     "prefilling",
     "scoring",
     "compression",

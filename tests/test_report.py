@@ -16,7 +16,7 @@ import torch
 
 import kvzip
 import random_model
-from kvzip.cache import DenseCache, DenseKV, Scores, WindowKV, load_cache
+from kvzip.cache import DenseCache, DenseKV, Scores, load_cache
 from kvzip.report import describe, kept_mask, render, write_report
 
 TEXT = "Happy families <b>are</b> all alike;\n</script><script>alert('é 日本')</script><!-- every\n\nunhappy 🎉 family."
@@ -101,10 +101,7 @@ def test_the_numbers_in_the_page_are_those_of_the_cache(saved, scored):
         and ["seconds prefill", 1.25] in facts["note"]
         and ["documents", "a.md, b.md"] in facts["note"]
     )
-    pairs = [x for layer in cache.context for x in (layer.k, layer.v)]
-    assert facts["cacheBytes"] == sum(x.nbytes for x in pairs)
-    window = sum(x.nbytes for layer in cache.context if isinstance(layer, WindowKV) for x in (layer.k, layer.v))
-    assert facts["fullBytes"] == window + (cache.total + 4 * cache.start) * 2 * 8 * 4
+    assert facts["cacheBytes"] == kvzip.nbytes(cache) and facts["fullBytes"] == kvzip.nbytes(scored)
 
 
 def test_the_page_needs_nothing_else_and_its_data_stay_data(saved):
@@ -126,7 +123,7 @@ def test_what_is_kept_is_what_the_pairs_held_are(model, scored, bits):
 def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_path):
     path, out = tmp_path / "doc.kvz", tmp_path / "page.html"
     for cache in (kvzip.prefill(model, TEXT), kvzip.compress(scored, 0.3, level="layer", bits=4)):
-        kvzip.save(replace(cache, scores=None), path)
+        kvzip.save(replace(cache, scores=None), path, overwrite=True)
         write_report(path, out)
         page = out.read_text(encoding="utf-8")
         facts = json.loads(block(page, "facts"))

@@ -150,7 +150,7 @@ def test_scores_are_tied_to_their_model_and_tokens(model, cache, tmp_path):
     with pytest.raises(ValueError, match=r"use kvzip\.scores\.load"):
         kvzip.load_cache(path)
     kvzip.save(cache, tmp_path / "cache.kvz")
-    with pytest.raises(ValueError, match=r"a file of scores, got one of DenseCache"):
+    with pytest.raises(ValueError, match=r"a file of scores, got one of 'DenseCache'"):
         scores_of.load(tmp_path / "cache.kvz", cache)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"got doc\.scores"):

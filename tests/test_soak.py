@@ -253,7 +253,7 @@ def fold(soak: Soak) -> None:
 def save(soak: Soak) -> None:
     for cache, account in picked(soak, lambda cache: True):
         path = soak.directory / f"{soak.rng.randrange(4)}.kvz"
-        kvzip.save(cache, path)
+        kvzip.save(cache, path, overwrite=True)
         soak.files[path] = account
         finish(soak, "save", None, None)
 

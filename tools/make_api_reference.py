@@ -25,7 +25,7 @@ STAGES = (
     ("Models and contexts", ("load", "prefill", "prefill_compressed", "Model", "ModelConfig")),
     ("Scores and compression", ("score", "compress", "keep_mask", "Scores")),
     ("Answers and conversations", ("generate", "Answer", "Decoder", "ask", "extend", "fork", "fold")),
-    ("Caches", ("DenseCache", "RaggedCache", "save", "load_cache", "to", "nbytes")),
+    ("Caches", ("DenseCache", "RaggedCache", "save", "load_cache", "open", "to", "nbytes")),
     ("Transformers", ("from_transformers", "to_transformers")),
 )
 """The public names of `kvzip`, in the order in which they are used."""

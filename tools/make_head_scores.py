@@ -56,7 +56,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     note = {"model": arguments.model.name, "dtype": dtype, "template": chat, "torch": torch.__version__}
     note["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    head_scores.save(scores, arguments.out / f"{arguments.model.name}.safetensors", note=note)
+    head_scores.save(scores, arguments.out / f"{arguments.model.name}.safetensors", note=note, overwrite=True)
 
 
 def essays(path: Path) -> Iterator[Part]:

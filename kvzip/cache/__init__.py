@@ -1,9 +1,10 @@
 """Caches as data: dense, ragged, their bytes and devices."""
 
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
-from .io import load_cache, read_header, read_pieces, save, whole_file
+from .files import check_target, is_kvzip_file, printable, whole_file
+from .io import load_cache, read_header, read_pieces, save
 from .levels import encode_levels
-from .memory import explain_out_of_memory, free_bytes, nbytes, to
+from .memory import explain_out_of_memory, free_bytes, full_nbytes, nbytes, to
 from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, empty_tail, grow_tail
 
 __all__ = [
@@ -16,15 +17,19 @@ __all__ = [
     "WindowKV",
     "all_ragged",
     "as_ragged",
+    "check_target",
     "check_whole",
     "empty_tail",
     "encode_levels",
     "explain_out_of_memory",
     "free_bytes",
+    "full_nbytes",
     "global_layers",
     "grow_tail",
+    "is_kvzip_file",
     "load_cache",
     "nbytes",
+    "printable",
     "read_header",
     "read_pieces",
     "save",

@@ -37,6 +37,11 @@ class Scores:
     stop: int
     source: str
 
+    def __repr__(self) -> str:
+        where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"
+        layers, heads, tokens = self.values.shape
+        return f"Scores({layers} layers of {heads} heads, {tokens:,} tokens, by {self.source}, {where})"
+
 
 @dataclass(frozen=True)
 class DenseCache:
@@ -58,6 +63,11 @@ class DenseCache:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_count", self.layer_count or len(self.layers))
+
+    def __repr__(self) -> str:
+        from .memory import describe
+
+        return describe(self)
 
     @property
     def kept(self) -> int:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops import decode_schedule
-from .dense import DenseCache, Scores, check_whole
-from .ragged import RaggedCache, RaggedKV
+from ..ops import Quantized, decode_schedule
+from .dense import DenseCache, Scores, WindowKV, check_whole
+from .ragged import RaggedCache, RaggedKV, head_count, head_dim
 
 C = TypeVar("C", DenseCache, RaggedCache)
 
@@ -19,14 +19,73 @@ C = TypeVar("C", DenseCache, RaggedCache)
 def nbytes(cache: DenseCache | RaggedCache) -> int:
     """Returns the bytes of allocated storage that hold pairs and metadata, reserved rows included, each once.
 
-    Attached Scores are not counted: they are `cache.scores.values.nbytes`.
+    A cache loaded with `pairs=False` counts what it would take with them. The prefix, window layers, the tail and token
+    ids are counted, each of which is there before and after compression; attached Scores are not: they are
+    `cache.scores.values.nbytes`.
 
     Raises: ValueError if the cache was consumed.
     """
+    _check(cache)
+    storages = {}
+    for tensor in _tensors(cache):
+        storage = tensor.untyped_storage()  # on torch's meta device all lie at 0 and none is shared
+        storages[id(tensor) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def full_nbytes(cache: DenseCache | RaggedCache) -> int | None:
+    """Returns `nbytes` of the dense cache of this cache's context; None if rows are packed, from an unknown dtype."""
+    _check(cache)
+    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
+    length = cache.length if isinstance(cache, DenseCache) else cache.context_length
+    size = element_size(cache)
+    if size is None:
+        return None
+    pairs = sum(
+        2 * head_count(layer) * head_dim(layer.k) * size * (layer.k.shape[2] if isinstance(layer, WindowKV) else length)
+        for layer in layers
+    )
+    return pairs + length * cache.token_ids.element_size()
+
+
+def element_size(cache: DenseCache | RaggedCache) -> int | None:
+    """Returns the bytes of a number of the model's keys and values; None if it cannot be known.
+
+    Rows that are packed no longer say it; window layers, the tail, or the end of the fingerprint do.
+    """
+    rows = [*(cache.layers if isinstance(cache, DenseCache) else cache.context)]
+    plain = next((x.element_size() for row in rows if row is not None and isinstance(x := row.k, Tensor)), None)
+    if plain is None and isinstance(cache, RaggedCache) and cache.tail is not None:
+        plain = cache.tail.k[0].element_size()
+    named = getattr(torch, cache.fingerprint.rpartition("-")[2], None)
+    return named.itemsize if plain is None and isinstance(named, torch.dtype) else plain
+
+
+def describe(cache: DenseCache | RaggedCache) -> str:
+    """Returns what a cache is in one line, whatever state it is in: tokens, pairs kept, bytes, dtype, device."""
+    name = type(cache).__name__
+    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
+    gone = isinstance(cache, DenseCache) and len(layers) != cache.layer_count
+    if gone or not layers or any(layer is None for layer in layers):
+        return f"{name}({len(cache.token_ids):,} tokens, consumed)"
+    tensors = _tensors(cache)
+    parts = [f"{len(cache.token_ids):,} tokens", f"{cache.kept:,} of {cache.total:,} pairs"]
+    if cache.total:
+        parts[-1] += f" ({cache.kept / cache.total:.1%})"
+    pairs = next(x for layer in layers for x in (layer.k, layer.v))
+    rows = f"{pairs.bits} bits" if isinstance(pairs, Quantized) else str(pairs.dtype).removeprefix("torch.")
+    device = next((str(x.device) for x in tensors if x is not cache.token_ids and not x.is_meta), "cpu")
+    parts += [f"{nbytes(cache) / 1e6:,.2f} MB", rows, device]
+    parts += ["keys and values left in the file"] if any(x.is_meta for x in tensors) else []
+    parts += [f"scored by {cache.scores.source}"] if cache.scores is not None else []
+    return f"{name}({', '.join(parts)})"
+
+
+def _check(cache: Any) -> None:
+    if not isinstance(cache, (DenseCache, RaggedCache)):
+        raise TypeError(f"expected a cache, got {type(cache).__name__}: pass what prefill, compress or load_cache gave")
     if isinstance(cache, DenseCache):
         check_whole(cache)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache)}
-    return sum(storages.values())
 
 
 def to(cache: C, device: torch.device | str) -> C:
@@ -34,8 +93,7 @@ def to(cache: C, device: torch.device | str) -> C:
 
     Raises: ValueError if the cache was consumed.
     """
-    if isinstance(cache, DenseCache):
-        check_whole(cache)
+    _check(cache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
     if first.device == torch.empty(0, device=device).device:

@@ -59,6 +59,11 @@ class RaggedCache:
     scores: Scores | None = None
     method: str = ""
 
+    def __repr__(self) -> str:
+        from .memory import describe
+
+        return describe(self)
+
 
 def as_ragged(cache: DenseCache) -> RaggedCache:
     """Returns the dense cache seen as a ragged one with all heads full. No pair is copied.

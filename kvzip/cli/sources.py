@@ -144,35 +144,27 @@ def open_cache(
     max_length: int | None,
     rope: dict[str, Any] | None,
 ) -> "tuple[Model, DenseCache | RaggedCache, dict[str, Any]]":
-    """Returns the model that made a cache file, the cache, and the file's header.
+    """Returns the model that made a cache file, the cache, and the file's header; see `kvzip.open`.
 
-    Raises: FileNotFoundError, ValueError as `load` and `load_cache` do; ValueError if no model is named.
+    Raises: FileNotFoundError, ValueError as `kvzip.open` does.
     """
-    from ..cache import load_cache
+    import torch
+
+    from .. import opening
 
     header = header_of(path)
-    if header.get("cache") not in ("RaggedCache", "DenseCache"):
-        raise ValueError(f"expected a cache, got {header.get('cache')} in {path.name}: make one with kvzip compress")
-    made = (header.get("model") or {}) | header.get("note", {}).get("load", {})
-    source = model or made.get("source")
-    if source is None:
-        raise ValueError(f"expected {path.name} to say which model made it, got none: pass --model")
-    if model is None and Path(source).is_absolute() and not Path(source).is_dir():
-        raise FileNotFoundError(f"expected the model that made {path.name} in {source}, got no directory: pass --model")
-    loaded = load_model(
-        stage,
-        source,
-        dtype=dtype or made.get("dtype"),
+    _check_device(device)
+    quiet_hub()
+    stage(f"opening {path.name}")
+    loaded, cache = opening.open(
+        path,
+        model=model,
+        dtype=None if dtype is None else getattr(torch, dtype),
         device=device,
-        max_length=max_length or made.get("max_length"),
-        rope=rope or made.get("rope"),
+        max_length=max_length,
+        rope=rope,
     )
-    if loaded.fingerprint != header.get("fingerprint"):
-        maker = f"{short(made['source'])} in {made['dtype']}" if "source" in made else "another model or dtype"
-        got = f"{short(source)} in {str(loaded.dtype).removeprefix('torch.')}"
-        raise ValueError(f"expected the model that made {path.name}, {maker}, got {got}: pass its --model and --dtype")
-    stage(f"reading {path.name}")
-    return loaded, load_cache(path, model=loaded), header
+    return loaded, cache, header
 
 
 def short(source: str) -> str:

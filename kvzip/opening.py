@@ -1,0 +1,117 @@
+"""A cache file and the model that made it, together. A file is data: it does not choose what is fetched."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cache import DenseCache, RaggedCache, printable
+from .cache.files import open_file, refusing, require
+from .cache.io import check_header, check_kind, foreign, read_cache
+from .models import Model, load
+from .models.load import resolve
+
+_LONGEST = 4096  # characters of a source, as of a path
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a file says of the model that made it: `load`'s arguments, None where it says nothing."""
+
+    source: str | None
+    dtype: torch.dtype | None
+    max_length: int | None
+    rope: dict[str, Any] | None
+
+
+def open(
+    path: str | Path,
+    *,
+    model: str | Path | Model | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    rope: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+) -> tuple[Model, DenseCache | RaggedCache]:
+    """Returns the model that made a cache file, loaded, and the file's cache on the model's device.
+
+        model, cache = kvzip.open("contract.kvz")
+
+    The model that the file names is taken if it is a directory here or in the hub's cache. It is never fetched: what a
+    file says must not make anyone ask a server.
+
+    Args:
+        model: a model, or the source of one (fetched if need be), in place of the one that the file names.
+        dtype, rope, max_length: as for `load`, in place of the file's; the cache must be of the model that this gives.
+        device: where both go; None takes CUDA where there is one, else the CPU.
+
+    Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names
+        none, and whatever `load_cache` and `load` refuse; OSError.
+    """
+    with open_file(path) as file:
+        name = printable(file.path.name)
+        header = check_header(file)
+        check_kind(file)
+        if isinstance(model, Model):
+            return model, read_cache(file, model=model, device=device)
+        with refusing(file.path):
+            made = origin_of(header)
+        source = made.source if model is None else str(model)
+        if source is None:
+            raise ValueError(f"expected {name} to say which model made it, got none: pass --model (in Python model=)")
+        dtype = dtype or made.dtype
+        known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        loaded = load(
+            find(source, name) if model is None else source,
+            device=device,
+            rope=made.rope if rope is None else rope,
+            max_length=made.max_length if max_length is None else max_length,
+            **known,
+        )
+        loaded = replace(loaded, source=source)
+        reason = foreign(header["fingerprint"], loaded.fingerprint)
+        if reason:
+            raise ValueError(
+                f"expected the model that made {name}, {_called(made.source, made.dtype)}, got "
+                f"{_called(source, loaded.dtype)}: {reason}"
+            )
+        return loaded, read_cache(file, model=loaded)
+
+
+def find(source: str, name: str) -> Path:
+    """Returns where the model that a file names lies on this machine. Raises FileNotFoundError if it does not."""
+    try:
+        return resolve(source, local_only=True)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        shown = printable(source)
+        raise FileNotFoundError(
+            f"expected the model that {name} names, {shown}, in a directory here or in the hub's cache, got neither: a "
+            f"file does not choose what is fetched, pass --model {shlex.quote(shown)} if you mean it (in Python model=)"
+        ) from error
+
+
+def origin_of(header: Mapping[str, Any]) -> Origin:
+    """Returns what a cache file's header says of its model. Raises Bad for what `load` would not take from a caller.
+
+    `kvzip.save(model=)` writes source and dtype; the command notes how it loaded the model, in the note under "load".
+    """
+    told, noted = header.get("model") or {}, header["note"].get("load") or {}
+    require(isinstance(noted, dict), f"load is {noted!r}")
+    source, rope, max_length = told.get("source"), noted.get("rope"), noted.get("max_length")
+    fits = source is None or (0 < len(source) <= _LONGEST and source.isprintable() and source[:2] not in ("//", "\\\\"))
+    require(fits, f"a model from {source!r}")
+    known = max_length is None or (type(max_length) is int and 0 < max_length < 1 << 31)
+    require(known, f"max_length is {max_length!r}")
+    require(rope is None or (isinstance(rope, dict)), f"rope is {rope!r}")
+    dtype = told.get("dtype") or header["fingerprint"].rpartition("-")[2]
+    dtype = getattr(torch, dtype) if dtype in ("bfloat16", "float16", "float32", "float64") else None
+    return Origin(source, dtype, max_length, rope)
+
+
+def _called(source: str | None, dtype: torch.dtype | None) -> str:
+    """A model as people call it: a directory by its name."""
+    name = "another model" if source is None else printable(Path(source).name if Path(source).is_dir() else source)
+    return name if dtype is None else f"{name} in {str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,175 @@
+"""A file opened with the model that it names: from here only, in its dtype, what it says checked as a caller's is."""
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kvzip
+import random_model
+from kvzip import opening
+from rewritten import rewrite
+
+TEXT = "Happy families are all alike."
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model.make(random_model.config())
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), 0.5)
+    (tmp_path / "model").mkdir()
+    kvzip.save(cache, tmp_path / "doc.kvz", model=replace(model, source=str(tmp_path / "model")))
+    return tmp_path / "doc.kvz"
+
+
+@pytest.fixture
+def loads(model, monkeypatch):
+    """What `load` was called with; it gives the model."""
+    calls = []
+
+    def load(source, **options):
+        calls.append((source, options))
+        return replace(model, source=str(source))
+
+    monkeypatch.setattr(opening, "load", load)
+    return calls
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub whose cache has one model, and which notes whether anyone would have asked its server."""
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns, local_files_only=False):
+        if not local_files_only:
+            asked.append(name)
+        if name not in ("org/here", "Qwen/Qwen3-0.6B"):
+            raise FileNotFoundError(f"no snapshot of {name}")
+        return str(tmp_path / "model")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    return asked
+
+
+def test_a_file_opens_with_its_model_in_its_dtype(model, path, loads):
+    loaded, cache = kvzip.open(path)
+    assert loaded.source == str(path.parent / "model") and cache.kept == kvzip.load_cache(path).kept
+    assert loads == [
+        (path.parent / "model", {"device": None, "rope": None, "max_length": None, "dtype": torch.float32}),
+    ]
+    assert kvzip.generate(loaded, cache, "Who?", max_tokens=4)
+    given, again = kvzip.open(path, model=model)
+    assert given is model and again.kept == cache.kept and len(loads) == 1
+
+
+def test_what_the_caller_says_stands_in_place_of_what_the_file_says(path, loads):
+    rope, other = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, {"rope_type": "default"}
+    rewrite(path, lambda header: header["note"].update(load={"max_length": 999, "rope": rope}))
+    kvzip.open(path)
+    assert loads.pop()[1] == {"device": None, "rope": rope, "max_length": 999, "dtype": torch.float32}
+    kvzip.open(path, model="org/new", rope=other, max_length=5, dtype=torch.float16, device="cpu")
+    options = {"device": "cpu", "rope": other, "max_length": 5, "dtype": torch.float16}
+    assert loads.pop() == ("org/new", options)  # which may be fetched: the caller named it
+
+
+@pytest.mark.parametrize("source", ["org/here", "qwen3-0.6b"])
+def test_the_hubs_cache_is_read_and_the_hub_not_asked(path, loads, hub, source):
+    rewrite(path, lambda header: header["model"].update(source=source))
+    loaded, _ = kvzip.open(path)
+    assert loads[0][0] == path.parent / "model" and loaded.source == source and hub == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["org/elsewhere", "qwen2.5-7b", "/no/such/directory", "./model", "~", "~nobody/model", "a/b/c", "gpt", "x" * 999],
+)
+def test_a_file_does_not_choose_what_is_fetched(path, loads, hub, monkeypatch, source):
+    monkeypatch.setenv("HOME", "/nonexistent")
+    rewrite(path, lambda header: header["model"].update(source=source))
+    with pytest.raises(
+        FileNotFoundError, match=r"the hub's cache, got neither: .* fetched, pass --model .* \(in Python model=\)"
+    ):
+        kvzip.open(path)
+    assert loads == [] and hub == []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pass --model"):
+        kvzip.open(path)
+
+
+@pytest.mark.parametrize(
+    "source", ["", "x" * 5000, "a\nb", "\x1b[31mred", "//server/share", "\\\\server\\share", "a\0b", "\ud800"]
+)
+def test_a_source_that_is_no_name_is_refused(path, loads, hub, source):
+    rewrite(path, lambda header: header["model"].update(source=source))
+    with pytest.raises(ValueError, match=r"doc\.kvz that is truncated or tampered with \(a model from") as caught:
+        kvzip.open(path)
+    assert str(caught.value).isprintable() and loads == [] and hub == []
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        {"max_length": -1},
+        {"max_length": True},
+        {"max_length": 2**40},
+        {"max_length": "9"},
+        {"rope": []},
+        {"rope": "yarn"},
+        3,
+        [1],
+    ],
+    ids=str,
+)
+def test_how_a_file_would_be_loaded_is_checked(path, loads, noted):
+    rewrite(path, lambda header: header["note"].update(load=noted))
+    with pytest.raises(ValueError, match="truncated or tampered with"):
+        kvzip.open(path)
+    assert loads == []
+
+
+def test_files_without_a_model_or_a_cache_are_refused_before_anything_is_loaded(path, loads, model):
+    rewrite(path, lambda header: header.update(model=None, fingerprint=f"{model.fingerprint}-bfloat16"))
+    with pytest.raises(ValueError, match=r"doc\.kvz to say which model made it, got none: pass --model"):
+        kvzip.open(path)
+    with pytest.raises(
+        ValueError, match=r"that made doc\.kvz, another model in bfloat16, got org/new in float32: its fingerprint is"
+    ):
+        kvzip.open(path, model="org/new")
+    assert loads.pop()[1]["dtype"] == torch.bfloat16 and not loads  # the fingerprint tells it
+    kvzip.scores.save(kvzip.score(model, kvzip.prefill(model, TEXT)), path.parent / "doc.scores")
+    with pytest.raises(ValueError, match=r"expected a cache, got 'Scores'.*kvzip\.scores\.load"):
+        kvzip.open(path.parent / "doc.scores")
+
+
+def test_a_dtype_that_is_not_the_files_is_refused_as_that(path, loads, model, monkeypatch):
+    rewrite(path, lambda header: header.update(fingerprint="3f-float32"))
+    monkeypatch.setattr(opening, "load", lambda source, **_: replace(model, fingerprint="3f-float16"))
+    with pytest.raises(
+        ValueError, match=r"doc\.kvz, model in float32, .*: its pairs are float32, the model is float16"
+    ):
+        kvzip.open(path, dtype=torch.float16)
+
+
+def test_load_of_a_file_says_what_opens_it(path):
+    with pytest.raises(ValueError, match=r"got the file .*doc\.kvz: pass its directory; kvzip\.open\(path\) opens"):
+        kvzip.load(path)
+    with pytest.raises(ValueError, match=r"kvzip\.open\(path\)"):
+        kvzip.load(str(path))
+
+
+def test_the_command_opens_files_by_the_same_rule(path, loads, hub, monkeypatch):
+    from kvzip.cli.sources import open_cache
+
+    options = {"model": None, "dtype": None, "device": None, "max_length": None, "rope": None}
+    loaded, cache, header = open_cache(lambda _: lambda done, total: None, path, **options)
+    assert (header["kept"], loaded.source) == (cache.kept, str(path.parent / "model"))
+    rewrite(path, lambda header: header["model"].update(source="org/elsewhere"))
+    with pytest.raises(FileNotFoundError, match="does not choose what is fetched"):
+        open_cache(lambda _: lambda done, total: None, path, **options)
+    assert hub == []
