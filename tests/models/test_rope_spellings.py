@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,10 +177,8 @@ def test_every_spelling_gives_the_logits_of_transformers(family: str, pairs: Any
 
 
 @pytest.mark.parametrize("family", MADE)
-def test_the_caller_s_rope_is_read_as_the_file_s(family: str, tmp_path: Path, pairs: Any) -> None:
+def test_the_caller_s_rope_is_read_as_the_file_s(family: str) -> None:
     """Whatever the file says, its base stays unless the caller gives one."""
-    reference, _ = pairs(family)
-    reference.save_pretrained(tmp_path)
     for (kind, scaling), inside, types in itertools.product(KINDS.items(), (False, True), TYPES[:2]):
         rope = {**dict.fromkeys(types, kind), **scaling, **({"rope_theta": 7.0} if inside else {})}
         theta = 7.0 if inside else 500.0
@@ -194,8 +191,7 @@ def test_the_caller_s_rope_is_read_as_the_file_s(family: str, tmp_path: Path, pa
                 if own == "rope_parameters":
                     fields = {own: {"full_attention": full, "sliding_attention": narrow}}
                 wanted = {"rope_parameters": {"full_attention": wanted["rope_parameters"], "sliding_attention": narrow}}
-            (tmp_path / "config.json").write_text(json.dumps(configured(family, fields)))
-            config = kvzip.load(tmp_path, dtype=torch.float32, device="cpu", rope=rope).config
+            config = FAMILIES[family][0](configured(family, fields), rope)
             assert_same_frequencies(family, config, theirs(family, configured(family, wanted)))
 
 
@@ -335,15 +331,27 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gemma3"])
 def test_scaling_stretches_the_length_once_by_either_door(
-    family: str, said: int, scaling: dict[str, Any] | None, length: int, tmp_path: Path, pairs: Any
+    family: str, said: int, scaling: dict[str, Any] | None, length: int
 ) -> None:
     rope = {"rope_type": "default"} if scaling is None else scaling
     raw = configured(family, {"max_position_embeddings": said, "rope_scaling": rope})
     assert translate_config(raw).max_length == length
-    pairs(family)[0].save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(configured(family, {"max_position_embeddings": said})))
-    assert kvzip.load(tmp_path, device="cpu", rope=rope).config.max_length == length
-    assert kvzip.load(tmp_path, device="cpu", rope=rope, max_length=99).config.max_length == 99
+    assert FAMILIES[family][0](configured(family, {"max_position_embeddings": said}), rope).max_length == length
+
+
+def test_the_caller_s_length_counts_before_any_other(pairs: Any) -> None:
+    source = pairs("llama")[1].source
+    assert kvzip.load(source, device="cpu", rope=KINDS["yarn"] | {"type": "yarn"}).config.max_length == 64
+    assert kvzip.load(source, device="cpu", rope={**YARN}).config.max_length == 131_072
+    assert kvzip.load(source, device="cpu", rope={**YARN}, max_length=99).config.max_length == 99
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma3"])
+def test_the_caller_may_name_layer_types(family: str) -> None:
+    rope = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    before = FAMILIES[family][0](configured(family, {}), None).layers
+    for old, new in zip(before, FAMILIES[family][0](configured(family, {}), rope).layers, strict=True):
+        assert new.rope == (old.rope if old.window is None else replace(old.rope, kind="linear", factor=2.0))
 
 
 def test_an_original_length_beside_the_scaling_counts() -> None:
