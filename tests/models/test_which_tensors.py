@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_against_transformers import AGREES, BROKEN, IDS, copy, edited_config, error, relative
 from transformers import AutoModelForCausalLM
@@ -254,6 +256,59 @@ def test_the_model_type_decides_where_the_two_differ(untied: Callable[[str], Pat
         raw["architectures"] = ["LlamaForCausalLM"]
     assert load(tmp_path).config.family == "mistral"
     assert error(load(tmp_path), theirs(tmp_path)) <= AGREES
+
+
+# ---- whatever a directory holds
+
+
+@settings(max_examples=30)
+@given(
+    present=st.sets(st.sampled_from(["one", "shards", "stray"])),
+    head=st.sampled_from(["other", "equal", "absent"]),
+    embedding=st.booleans(),
+    wrapper=st.sampled_from(["model.", ""]),
+    tied=st.sampled_from([True, False, "absent"]),
+    index=st.sampled_from([{}, {"metadata": {"total_size": 1}}]),
+)
+@example({"one", "shards"}, "other", True, "model.", True, {})
+@example({"shards", "stray"}, "other", False, "", True, {})
+@example({"stray"}, "other", True, "model.", False, {})
+def test_any_directory_is_read_as_transformers_reads_it(
+    untied: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    present: set[str],
+    head: str,
+    embedding: bool,
+    wrapper: str,
+    tied: bool | str,
+    index: dict[str, Any],
+) -> None:
+    path = tmp_path_factory.mktemp("drawn")
+    tensors = load_file(untied("llama") / "model.safetensors")
+    {"other": lambda _: None, "equal": equal_head, "absent": no_head}[head](tensors)
+    if not embedding:
+        no_embedding(tensors)
+    tensors = {name.replace("model.", wrapper, 1): tensor.contiguous() for name, tensor in tensors.items()}
+    raw = json.loads((untied("llama") / "config.json").read_text())
+    del raw["tie_word_embeddings"]
+    (path / "config.json").write_text(json.dumps(raw if tied == "absent" else raw | {"tie_word_embeddings": tied}))
+    if "one" in present:
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    if "shards" in present:
+        halved = {name: tensor * 0.5 for name, tensor in tensors.items()}
+        shard(path, {"a": sorted(tensors)[::2], "b": sorted(tensors)[1::2]}, halved, **index)
+    if "stray" in present:
+        save_file(other_weights(tensors), path / "consolidated.safetensors", {"format": "pt"})
+    if not present & {"one", "shards"}:
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            theirs(path)
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+            load(path)
+    elif (head == "absent" or not embedding) and (tied is not True or (head == "absent" and not embedding)):
+        with pytest.raises(ValueError, match="is missing"):  # random weights in Transformers
+            load(path)
+    else:
+        assert error(load(path), theirs(path)) <= AGREES
 
 
 # ---- what is refused
