@@ -1,12 +1,9 @@
 """How fields of an HF `config.json` are read: as Transformers reads them, or refused by name."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import LARGEST, MOST_LAYERS, Activation, check_integer, check_number
-
-logger = logging.getLogger(__name__)
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
