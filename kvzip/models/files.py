@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"expected {path.name} to hold a JSON object, got a {type(value).__name__}: fetch it again")
     if unfit:
         key, number = next(_unfit(value))
-        raise ValueError(f"expected finite numbers in {path.name}, got {number} for {key}: correct the file")
+        raise ValueError(f"expected finite numbers in {path.name}, got {number} for {key!r}: correct the file")
     return value
 
 
@@ -75,7 +75,7 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
     if not named.endswith(".json"):
         return _present(directory, [named], "config.json")
     if not (directory / named).is_file():
-        others = sorted(path.name for path in directory.glob("*.safetensors"))
+        others = sorted(path.name for path in directory.glob("*.safetensors") if path.name.isprintable())
         if (directory / "adapter_config.json").is_file():
             raise FileNotFoundError(
                 f"expected {WEIGHTS} or {named} in {directory}, got an adapter ({', '.join(others) or 'no weights'}): "
@@ -88,7 +88,7 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
     entries = read_json(directory / named).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ValueError(
-            f"expected weight_map in {named} to give the file of each tensor, got {str(entries)[:80]}: fetch it again"
+            f"expected weight_map in {named} to give the file of each tensor, got {str(entries)[:80]!r}: fetch it again"
         )
     for tensor, name in entries.items():
         _check_name(name, named, f"weight_map[{tensor!r}]", (".safetensors",))
@@ -97,7 +97,7 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
 
 def _check_name(name: Any, file: str, key: str, endings: tuple[str, ...]) -> None:
     """Raises ValueError unless a name that a file gives stays in the file's directory, on any system."""
-    inside = isinstance(name, str) and "\0" not in name and name.endswith(endings)
+    inside = isinstance(name, str) and name.isprintable() and name.endswith(endings)
     if inside:
         ways = (PurePosixPath(name), PureWindowsPath(name))
         inside = not any(way.is_absolute() or way.drive or way.root or ".." in way.parts for way in ways)

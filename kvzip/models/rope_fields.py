@@ -47,8 +47,6 @@ def shared_rope(
     if parts:
         fallback = parts.get(FULL, {})
         found = {kind: {**base, **_present(parts.get(kind, fallback))} for kind in (FULL, SLIDING)}
-        for one in found.values():  # Transformers reads this one beside the objects, not in them
-            one["truncate"] = given.get("truncate", True)
     else:
         one = {**base, **_present(given)}
         if raw.get(_ORIGINAL) is not None:
@@ -68,7 +66,7 @@ def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[
     if set(nested) - {FULL, SLIDING}:
         logger.warning(
             "rope_parameters in config.json has %s, which are not by layer type and go unread, as in Transformers",
-            ", ".join(sorted(set(nested) - {FULL, SLIDING})),
+            sorted(set(nested) - {FULL, SLIDING}),
         )
     wide, narrow = (
         {"rope_type": "default"} if nested.get(kind) is None else read_mapping(nested, kind) for kind in (FULL, SLIDING)
@@ -81,7 +79,7 @@ def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[
     found[SLIDING] |= _present(narrow)
     reject(raw, partial_rotary_factor=(None, 1))
     for one in found.values():
-        one["truncate"] = nested.get("truncate", True)  # as in shared_rope
+        one["truncate"] = nested.get("truncate", True)  # where Transformers reads it: beside the objects, not in them
     return found if rope is None else _replaced(found, rope, {}, kinds=(FULL,))
 
 
@@ -115,7 +113,7 @@ def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
         raise ValueError(f"expected rope_type in {ROPE} to be one of {sorted(_USED)}, got {kind!r}: not supported")
     unused = set(parameters) - _USED[kind] - {"rope_theta", "rope_type", "type", "truncate", "partial_rotary_factor"}
     if unused:
-        logger.warning("%s in %s: unused by rope_type %r, as in Transformers", ", ".join(sorted(unused)), ROPE, kind)
+        logger.warning("%s in %s: unused by rope_type %r, as in Transformers", sorted(unused), ROPE, kind)
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind == "linear":

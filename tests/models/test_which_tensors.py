@@ -325,6 +325,7 @@ def test_any_directory_is_read_as_transformers_reads_it(
         "\\\\host\\share\\a.safetensors",
         "a.bin",
         "a.safetensors\0",
+        "\x1b]0;a.safetensors",
         "",
         None,
         3,
@@ -396,9 +397,9 @@ BROKEN_JSON = {
     b"null": "a JSON object, got a NoneType",
     b"[" * 100_000: "do not parse",
     b'{"a": ' + b"9" * 5000 + b"}": "do not parse",
-    b'{"a": {"b": [1, NaN]}}': r"got nan for a\.b\.1",
-    b'{"a": -Infinity}': "got -inf for a",
-    b'{"a": 1e999}': "got inf for a",
+    b'{"a": {"b": [1, NaN]}}': r"got nan for 'a\.b\.1'",
+    b'{"a": -Infinity}': "got -inf for 'a'",
+    b'{"a": 1e999}': "got inf for 'a'",
 }
 
 
