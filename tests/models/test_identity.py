@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 import kvzip
 import random_model
 import tiny_models
-from kvzip.models import Model, ModelConfig, RopeSpec, StoredTensor, checkpoint_digest, identity_of, stored_tensor
+from kvzip.models import (
+    Model,
+    ModelConfig,
+    RopeSpec,
+    StoredTensor,
+    checkpoint_digest,
+    identity,
+    identity_of,
+    stored_tensor,
+)
 from kvzip.models.weights import _short_name
 
 INDEX = "model.safetensors.index.json"
@@ -184,12 +193,17 @@ def test_every_field_is_either_arithmetic_or_is_not() -> None:
     assert identity_of(config, "other") != base
 
 
-def test_a_new_field_with_its_default_changes_nothing() -> None:
+def test_a_new_field_with_its_default_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither before nor after it is listed as arithmetic, where another value then counts."""
     config = random_model.config()
     wider = make_dataclass("Wider", [("new", int, field(default=3))], bases=(ModelConfig,), frozen=True)(**vars(config))
     assert identity_of(wider, "digest") == identity_of(config, "digest")
     model = random_model.make(config)
     assert replace(model, config=wider).fingerprint == model.fingerprint
+    monkeypatch.setattr(identity, "_ARITHMETIC", (*identity._ARITHMETIC, "new"))
+    assert identity_of(wider, "digest") == identity_of(replace(wider, new=3), "digest")
+    assert replace(model, config=wider).fingerprint == model.fingerprint
+    assert identity_of(replace(wider, new=4), "digest") != identity_of(wider, "digest")
 
 
 def test_rope_counts_by_what_its_kind_uses() -> None:
