@@ -200,9 +200,9 @@ def test_a_new_field_with_its_default_changes_nothing(monkeypatch: pytest.Monkey
     assert identity_of(wider, "digest") == identity_of(config, "digest")
     model = random_model.make(config)
     assert replace(model, config=wider).fingerprint == model.fingerprint
+    before = identity_of(config, "digest")
     monkeypatch.setattr(identity, "_ARITHMETIC", (*identity._ARITHMETIC, "new"))
-    assert identity_of(wider, "digest") == identity_of(replace(wider, new=3), "digest")
-    assert replace(model, config=wider).fingerprint == model.fingerprint
+    assert identity_of(wider, "digest") == before
     assert identity_of(replace(wider, new=4), "digest") != identity_of(wider, "digest")
 
 
