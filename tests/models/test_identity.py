@@ -250,3 +250,9 @@ def test_a_bit_at_any_of_the_places_changes_the_digest(place: int, bit: int, siz
     start = (len(bytes_) - 8) * place // 63
     bytes_[start + bit // 8] ^= 1 << (bit % 8)
     assert checkpoint_digest([stored_tensor("a", tensor)]) != before
+
+
+def test_name_type_and_shape_count_where_the_bytes_are_equal() -> None:
+    tensor = stored_tensor("a", torch.arange(1000.0).reshape(10, 100))
+    others = [replace(tensor, name="b"), replace(tensor, dtype="I32"), replace(tensor, shape=(100, 10))]
+    assert len({checkpoint_digest([one]) for one in (tensor, *others)}) == 4
