@@ -10,9 +10,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from kvzip import prompts
-from kvzip.models import Model, empty_weights
+from kvzip.models import Model, checkpoint_digest, empty_weights, stored_tensor
 from kvzip.models.load import translate_config
-from kvzip.models.weights import fingerprint, named_tensors
+from kvzip.models.weights import named_tensors
 from kvzip.prompts import ChatTemplate, Tokenizer, make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
@@ -59,7 +59,7 @@ def random_model(
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
         stop_ids=(),
-        fingerprint=fingerprint(config, weights, dtype),
+        checkpoint=checkpoint_digest(stored_tensor(*named) for named in named_tensors(weights)),
         source=name,
     )
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from .cache import DenseCache, Scores, check_whole, global_layers, read_header
 from .cache.files import open_file, printable, read_tensor, refusing, write_file
 from .models import Model
-from .models.weights import sampled
 from .prefilling import Progress, context_ids, prefill
 from .scoring import score
 
@@ -301,19 +300,11 @@ def from_duo_attention(directory: str | Path) -> HeadScores:
 
 
 def fingerprint_of(model: Model) -> str:
-    """Returns a hex digest of the model's shape and of 64 values of each weight, the same in every dtype.
+    """Returns the model's identity: what it computes, whatever the dtype it was loaded in.
 
-    The values are rounded to bfloat16, and those too small for float16 count as 0, so a bfloat16 checkpoint is known
-    however it was loaded. `max_length` and RoPE scaling, which a caller may change, are not part of it.
+    `max_length` and RoPE scaling, which a caller may change, are not part of it.
     """
-    config = model.config
-    shape = [config.family, config.vocab_size, config.hidden_size, config.intermediate_size]
-    shape += [config.num_heads, config.num_kv_heads, config.head_dim, *(spec.window for spec in config.layers)]
-    values = sampled(model.weights)
-    values = values.where(values.abs() >= torch.finfo(torch.float16).tiny, 0.0).bfloat16().float()
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return model.identity
 
 
 def _of_one(model: Model, cache: DenseCache, source: Source) -> HeadScores:

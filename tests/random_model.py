@@ -6,8 +6,18 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from kvzip.models import LayerSpec, Model, ModelConfig, RopeSpec, Weights, empty_weights
-from kvzip.models.weights import LayerWeights, fingerprint
+from kvzip.models import (
+    LayerSpec,
+    Model,
+    ModelConfig,
+    RopeSpec,
+    Weights,
+    checkpoint_digest,
+    empty_weights,
+    stored_tensor,
+)
+from kvzip.models.gemma import LAYER_NAMES
+from kvzip.models.weights import LayerWeights, slots
 from kvzip.prompts import ChatTemplate, Tokenizer, make_tokenizer
 
 TEMPLATE = (
@@ -61,6 +71,7 @@ def make(
 
     for tensor in [weights.embed, weights.norm, weights.unembed, *_layer_tensors(weights)]:
         fill(tensor)
+    stored = [stored_tensor(name, tensor) for name, tensor in slots(config, weights, LAYER_NAMES).items()]
     weights = _cast(weights, dtype, device)
     return Model(
         config=config,
@@ -70,7 +81,7 @@ def make(
         dtype=dtype,
         template=ChatTemplate(TEMPLATE) if template else None,
         stop_ids=(END,),
-        fingerprint=fingerprint(config, weights, dtype),
+        checkpoint=checkpoint_digest(stored),
         source="random",
     )
 

@@ -15,6 +15,7 @@ import random_model
 from accuracy import same_fields
 from kvzip import head_scores
 from kvzip.cache import RaggedKV, read_header
+from kvzip.models import RopeSpec
 from rewritten import rewrite
 
 TEXTS = ("It was a bright cold day in April.", "def f(x):\n    return x + 1\n", "The clocks were striking thirteen.")
@@ -154,23 +155,16 @@ def test_saved_scores_come_back_bit_for_bit(model, tmp_path):
         head_scores.load(path)
 
 
-def test_a_fingerprint_survives_the_dtype_and_the_length_but_not_other_weights(model):
-    stored = random_model.make(model.config, dtype=torch.bfloat16)  # the checkpoint
-    tiny = replace(stored.weights, embed=stored.weights.embed * 1e-6)  # float16 has few bits for these
-    stored = replace(stored, weights=tiny)
-    assert not torch.equal(tiny.embed, tiny.embed.half().bfloat16())
-    same = [stored, cast(stored, torch.float32), cast(stored, torch.float16)]
-    same.append(replace(stored, config=replace(stored.config, max_length=9_999)))
-    assert len({head_scores.fingerprint_of(x) for x in same}) == 1
-    assert head_scores.fingerprint_of(model) == head_scores.fingerprint_of(cast(model, torch.bfloat16))
-    other = [random_model.make(model.config, seed=1, dtype=torch.bfloat16), stored]
-    windows = tuple(replace(spec, window=5) for spec in stored.config.layers)
-    other += [replace(stored, config=replace(stored.config, **x)) for x in ({"layers": windows}, {"family": "other"})]
-    assert len({head_scores.fingerprint_of(x) for x in other}) == 4
-
-
-def cast(model, dtype):
-    return replace(model, weights=random_model._cast(model.weights, dtype, "cpu"), dtype=dtype)
+def test_a_fingerprint_survives_the_dtype_the_length_and_the_scaling_but_not_another_model(model):
+    same = [random_model.make(model.config, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    config = model.config
+    same.append(replace(model, config=replace(config, max_length=9_999)))
+    scaled = RopeSpec(theta=1000.0, kind="linear", factor=2.0)
+    same.append(replace(model, config=replace(config, layers=tuple(replace(x, rope=scaled) for x in config.layers))))
+    assert {head_scores.fingerprint_of(x) for x in same} == {model.identity}
+    windows = tuple(replace(spec, window=5) for spec in config.layers)
+    other = [random_model.make(config, seed=1), replace(model, config=replace(config, layers=windows))]
+    assert len({head_scores.fingerprint_of(x) for x in [model, *other]}) == 3
 
 
 @settings(max_examples=400)

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_named(models, dense):
     with pytest.raises(ValueError, match=r"heads of one length in all layers, got \d+ to \d+ rows.*level='uniform'"):
         kvzip.to_transformers(model, kvzip.compress(dense, 0.3))
     with pytest.raises(ValueError, match="got one of another"):
-        kvzip.to_transformers(replace(model, fingerprint="0" * 32), dense)
+        kvzip.to_transformers(replace(model, checkpoint="0" * 32), dense)
     cache = prefilled(theirs, dense.token_ids)
     with pytest.raises(ValueError, match=r"in layer \d, got \[1, 2, "):
         kvzip.from_transformers(model, cache, dense.token_ids[:-1])

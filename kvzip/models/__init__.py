@@ -1,6 +1,8 @@
 """The transformer and its families. Nothing here knows that caches exist."""
 
 from .config import LayerSpec, ModelConfig, RopeSpec
+from .files import read_json
+from .identity import StoredTensor, checkpoint_digest, identity_of, stored_tensor
 from .load import ALIASES, load, translate_config
 from .transformer import Attend, Model, forward, logits, run_attention
 from .weights import LayerWeights, Weights, empty_weights
@@ -13,11 +15,16 @@ __all__ = [
     "Model",
     "ModelConfig",
     "RopeSpec",
+    "StoredTensor",
     "Weights",
+    "checkpoint_digest",
     "empty_weights",
     "forward",
+    "identity_of",
     "load",
     "logits",
+    "read_json",
     "run_attention",
+    "stored_tensor",
     "translate_config",
 ]

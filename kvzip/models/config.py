@@ -1,19 +1,58 @@
-"""What a decoder-only transformer is, as data, and how the fields of an HF `config.json` are read."""
+"""What a decoder-only transformer is, as data that checks itself."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+LARGEST = 2**31 - 1
+"""Of any size or length: rows and positions are counted in 32 bits."""
+MOST_LAYERS = 10_000
+ROPE = "the RoPE parameters (of config.json, or rope=)"
+
+HF_KEYS = {  # of ModelConfig's and RopeSpec's fields that config.json calls otherwise
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "layers": "num_hidden_layers",
+    "norm_eps": "rms_norm_eps",
+    "attn_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+    "max_length": "max_position_embeddings, as RoPE scaling stretches it,",
+    "window": "sliding_window",
+    "theta": "rope_theta",
+    "original_length": "original_max_position_embeddings",
 }
+
+
+def check_integer(key: str, value: Any, *, low: int = 1, high: int = LARGEST, where: str = "config.json") -> int:
+    """Returns the value. Raises ValueError that names the key unless it is an int from low to high, no bool."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(
+            f"expected {key} in {where} to be a whole number from {low} to {high}, got {_shown(value)}: correct it"
+        )
+    return value
+
+
+def check_number(key: str, value: Any, *, above: float = -math.inf, where: str = "config.json") -> float:
+    """Returns the value as a float. Raises ValueError that names the key unless it is finite and above the limit."""
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number <= above:
+        limit = "" if above == -math.inf else f" above {above:g}"
+        raise ValueError(f"expected {key} in {where} to be a finite number{limit}, got {_shown(value)}: correct it")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in a few characters: an int of thousands of digits cannot even be printed."""
+    if type(value) is int and abs(value) > LARGEST**2:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True)
@@ -21,6 +60,8 @@ class RopeSpec:
     """Rotary position embedding of one layer. `models/rope.py` turns it into inverse frequencies.
 
     Lengths are in tokens. `attention_factor` multiplies cos and sin (YaRN; 1 otherwise).
+
+    Raises: ValueError that names, as config.json does, a field that cannot be.
     """
 
     theta: float
@@ -34,6 +75,25 @@ class RopeSpec:
     truncate: bool = True
     attention_factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3", "yarn"):
+            raise ValueError(
+                f"expected rope_type 'default', 'linear', 'llama3' or 'yarn' in {ROPE}, got {_shown(self.kind)}: "
+                "not supported"
+            )
+        # YaRN divides by the base's logarithm
+        check_number("rope_theta", self.theta, above=1.0 if self.kind == "yarn" else 0.0, where=ROPE)
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            check_number(key, getattr(self, key), above=0.0, where=ROPE)
+        if type(self.truncate) is not bool:
+            raise ValueError(f"expected truncate in {ROPE} to be true or false, got {_shown(self.truncate)}")
+        low = 1 if self.kind in ("llama3", "yarn") else 0
+        check_integer("original_max_position_embeddings", self.original_length, low=low, where=ROPE)
+        for smaller, larger in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            a, b = getattr(self, smaller), getattr(self, larger)
+            if a > b or (a == b and smaller == "low_freq_factor"):  # llama3 divides by their difference
+                raise ValueError(f"expected {smaller} in {ROPE} to be less than {larger}, got {a:g} and {b:g}")
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -42,6 +102,10 @@ class LayerSpec:
     window: int | None
     rope: RopeSpec
 
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_integer("sliding_window", self.window)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -49,6 +113,8 @@ class ModelConfig:
 
     `max_length` is the number of positions the model was made for; `warn_length` the part of it that needs an
     attention we do not implement (dual chunk attention), beyond which one warning is logged.
+
+    Raises: ValueError that names, as config.json does, a field that cannot be.
     """
 
     family: str
@@ -74,122 +140,32 @@ class ModelConfig:
     post_norms: bool = False
     warn_length: int | None = None
 
-
-def require(raw: Mapping[str, Any], *keys: str) -> list[Any]:
-    """Returns the values of `keys`. Raises ValueError that names the first missing one."""
-    for key in keys:
-        if raw.get(key) is None:
-            raise ValueError(f"expected {key!r} in config.json, got no such field: is this a complete HF config?")
-    return [raw[key] for key in keys]
-
-
-def reject(raw: Mapping[str, Any], **harmless: tuple[Any, ...]) -> None:
-    """Raises ValueError for a field that changes the arithmetic and has a value other than the harmless ones."""
-    for key, allowed in harmless.items():
-        if key in raw and raw[key] not in allowed:
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "max_length", *(() if self.warn_length is None else ("warn_length",))):
+            check_integer(HF_KEYS.get(name, name), getattr(self, name))
+        caps = [name for name in ("attn_softcap", "logit_softcap") if getattr(self, name) is not None]
+        for name in ("norm_eps", "embed_scale", "attn_scale", *caps):
+            check_number(HF_KEYS.get(name, name), getattr(self, name), above=0.0)
+        for name in ("tied", "qkv_bias", "o_bias", "qk_norm", "post_norms"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"expected {name} to be True or False, got {_shown(getattr(self, name))}")
+        if type(self.family) is not str or self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(
-                f"expected config.json to have {key} in {list(allowed)}, got {raw[key]!r}: "
-                "kvzip does not implement it, so its results would be wrong"
+                "expected a family's name and activation 'silu' or 'gelu_tanh', got "
+                f"{_shown(self.family)} and {_shown(self.activation)}"
             )
-
-
-def read_activation(raw: Mapping[str, Any], key: str, default: str) -> Activation:
-    """Returns the activation named by `raw[key]`. Raises ValueError if it is unknown."""
-    name = raw.get(key) or default
-    if name not in ACTIVATIONS:
-        raise ValueError(f"expected {key} to be one of {sorted(ACTIVATIONS)}, got {name!r}: not supported")
-    return ACTIVATIONS[name]
-
-
-def read_windows(raw: Mapping[str, Any], *, default: list[str], window: int | None) -> list[int | None]:
-    """Returns each layer's window from `layer_types`, or from `default` where the file has none.
-
-    Raises: ValueError for an unknown layer type or a list of another length.
-    """
-    types = raw.get("layer_types") or default
-    if len(types) != len(default):
-        raise ValueError(f"expected {len(default)} layer_types, one per layer, got {len(types)}")
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise ValueError(f"expected layer_types of 'full_attention' or 'sliding_attention', got {unknown[0]!r}")
-    if "sliding_attention" in types and not window:
-        raise ValueError("expected a sliding_window for the sliding layers, got none: config.json is inconsistent")
-    return [window if kind == "sliding_attention" else None for kind in types]
-
-
-def merged_rope(raw: Mapping[str, Any], layer_type: str, *, theta: float) -> dict[str, Any]:
-    """Returns the RoPE parameters of a layer type, read from either spelling of config.json.
-
-    Transformers 4 has `rope_theta` and `rope_scaling`, Transformers 5 `rope_parameters` (nested by layer type
-    where they differ). `theta` is the HF class's default base.
-    """
-    new = raw.get("rope_parameters") or {}
-    new = new.get(layer_type) or {} if any(isinstance(v, Mapping) for v in new.values()) else new
-    old = raw.get("rope_scaling") or {}
-    base = new.get("rope_theta") or raw.get("rope_theta") or theta
-    partial = {"partial_rotary_factor": raw["partial_rotary_factor"]} if "partial_rotary_factor" in raw else {}
-    return {**partial, **old, **new, "rope_theta": base}
-
-
-_ROPE_FIELDS = {
-    "rope_theta",
-    "rope_type",
-    "type",
-    "factor",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "truncate",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-}
-
-
-def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
-    """Returns the RopeSpec of a parameter dict in HF's form.
-
-    Raises: ValueError for an unknown type, a partial rotation, an unknown field or a missing factor.
-    Source: YaRN, arXiv 2309.00071; the llama3 rule is Llama 3.1's. Defaults are those of Transformers.
-    """
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"expected rope_type 'default', 'linear', 'llama3' or 'yarn', got {kind!r}: not supported")
-    reject(parameters, partial_rotary_factor=(None, 1, 1.0))
-    unknown = sorted(set(parameters) - _ROPE_FIELDS)
-    if unknown:
-        raise ValueError(
-            f"expected RoPE parameters that kvzip knows, got {unknown[0]!r}: remove it if it has no effect"
-        )
-    theta = float(parameters["rope_theta"])
-    if kind == "default":
-        return RopeSpec(theta=theta)
-    (factor,) = require(parameters, "factor")
-    spec: dict[str, Any] = {"theta": theta, "kind": kind, "factor": float(factor)}
-    if kind == "linear":
-        return RopeSpec(**spec)
-    spec["original_length"] = int(parameters.get("original_max_position_embeddings") or max_length)
-    if kind == "llama3":
-        low, high = require(parameters, "low_freq_factor", "high_freq_factor")
-        return RopeSpec(**spec, low_freq_factor=float(low), high_freq_factor=float(high))
-    return RopeSpec(
-        **spec,
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        truncate=bool(parameters.get("truncate", True)),
-        attention_factor=_yarn_attention_factor(parameters, float(factor)),
-    )
-
-
-def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
-    given, mscale, all_dim = (parameters.get(k) for k in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None:
-        return float(given)
-
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    return magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+        if type(self.norm_offset) is not int or self.norm_offset not in (0, 1):
+            raise ValueError(f"expected norm_offset 0 or 1, got {_shown(self.norm_offset)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"expected num_attention_heads in config.json to be a multiple of num_key_value_heads, got "
+                f"{self.num_heads} and {self.num_kv_heads}: each KV head serves as many query heads as the others"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"expected head_dim in config.json to be even, got {self.head_dim}: RoPE rotates its halves"
+            )
+        if type(self.layers) is not tuple or not all(isinstance(layer, LayerSpec) for layer in self.layers):
+            raise ValueError(f"expected layers to be a tuple of LayerSpec, got {_shown(self.layers)}")
+        check_integer("num_hidden_layers", len(self.layers), high=MOST_LAYERS)

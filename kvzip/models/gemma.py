@@ -3,8 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .config import LayerSpec, ModelConfig, merged_rope, read_activation, read_rope, read_windows, reject
+from .config import LayerSpec, ModelConfig, check_number
+from .fields import (
+    read_activation,
+    read_cap,
+    read_flag,
+    read_integer,
+    read_layer_count,
+    read_mapping,
+    read_windows,
+    reject,
+    with_defaults,
+)
 from .llama import LAYER_NAMES as LLAMA_NAMES
+from .rope_fields import FULL, SLIDING, Parameters, gemma3_rope, read_ropes, shared_rope
 
 LAYER_NAMES = {
     **LLAMA_NAMES,
@@ -13,6 +25,7 @@ LAYER_NAMES = {
     "mlp_post_norm": ("post_feedforward_layernorm.weight",),
 }
 
+_NULLABLE = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")  # null is no default's there
 _DEFAULTS = {  # of both HF text config classes
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -27,71 +40,72 @@ _DEFAULTS = {  # of both HF text config classes
 }
 
 
-def translate_gemma2(raw: Mapping[str, Any]) -> ModelConfig:
+def translate_gemma2(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Gemma 2 `config.json`: softcaps, a window in every other layer."""
-    raw = {
+    defaults = {
         **_DEFAULTS,
         "vocab_size": 256_000,
         "max_position_embeddings": 8192,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
-        **raw,
     }
-    theta = raw.get("rope_theta") or 10_000.0
-    return _gemma(raw, family="gemma2", qk_norm=False, period=2, local_theta=theta, global_theta=10_000.0)
+    raw = with_defaults(raw, defaults, nullable=_NULLABLE)
+    return _gemma(raw, shared_rope(raw, rope, by_layer_type=True), family="gemma2", qk_norm=False, period=2)
 
 
-def translate_gemma3(raw: Mapping[str, Any]) -> ModelConfig:
-    """Returns the ModelConfig of a Gemma 3 `config.json`, a text model's or the multimodal one's text part.
+def translate_gemma3_text(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Returns the ModelConfig of a Gemma 3 text model's `config.json`.
 
     Every sixth layer is global, with its own RoPE base and the config's scaling; the others have a window.
     """
-    outer = raw
-    raw = raw.get("text_config", raw)
-    raw = {**_DEFAULTS, "vocab_size": 262_208, "max_position_embeddings": 131_072, **raw}
-    if "text_config" in outer:
-        reject(outer, quantization_config=(None,))
-        raw["tie_word_embeddings"] = outer.get("tie_word_embeddings", True)
-        raw["rope_scaling"] = outer.get("rope_scaling") or raw.get("rope_scaling")
+    defaults = {**_DEFAULTS, "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6}
+    raw = with_defaults(raw, defaults, nullable=_NULLABLE)
     reject(raw, attn_logit_softcapping=(None,))
-    local = raw.get("rope_local_base_freq") or 10_000.0
-    period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
-    return _gemma(raw, family="gemma3", qk_norm=True, period=period, local_theta=local, global_theta=1_000_000.0)
+    period = read_integer(raw, "sliding_window_pattern")
+    return _gemma(raw, gemma3_rope(raw, rope), family="gemma3", qk_norm=True, period=period)
+
+
+def translate_gemma3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Returns the ModelConfig of the text part of a multimodal Gemma 3 `config.json`.
+
+    Only `tie_word_embeddings` is read beside `text_config`, and only there: the head belongs to the whole model.
+    """
+    text = read_mapping(raw, "text_config")
+    reject(text, quantization_config=(None,))
+    absent = "tie_word_embeddings" not in raw  # null says no there
+    return translate_gemma3_text({**text, "tie_word_embeddings": absent or read_flag(raw, "tie_word_embeddings")}, rope)
 
 
 def _gemma(
-    raw: Mapping[str, Any], *, family: str, qk_norm: bool, period: int, local_theta: float, global_theta: float
+    raw: Mapping[str, Any], parameters: Mapping[str, Parameters], *, family: str, qk_norm: bool, period: int
 ) -> ModelConfig:
     reject(raw, use_bidirectional_attention=(None, False))
-    count, max_length = raw["num_hidden_layers"], raw["max_position_embeddings"]
-    bias = bool(raw.get("attention_bias", False))
+    count = read_layer_count(raw)
+    bias, hidden = read_flag(raw, "attention_bias"), read_integer(raw, "hidden_size")
     windows = read_windows(
         raw,
-        default=["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(count)],
-        window=raw["sliding_window"],
+        default=[FULL if (i + 1) % period == 0 else SLIDING for i in range(count)],
+        window=None if raw["sliding_window"] is None else read_integer(raw, "sliding_window"),
     )
-    wide = read_rope(merged_rope(raw, "full_attention", theta=global_theta), max_length=max_length)
-    # a window layer takes the scaling of its own layer type only, which the older spelling cannot express
-    narrow_raw = {"rope_parameters": raw.get("rope_parameters"), "rope_theta": local_theta}
-    narrow = read_rope(merged_rope(narrow_raw, "sliding_attention", theta=local_theta), max_length=max_length)
+    specs, max_length = read_ropes(parameters, max_length=read_integer(raw, "max_position_embeddings"))
     return ModelConfig(
         family=family,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        head_dim=raw["head_dim"],
-        layers=tuple(LayerSpec(window=w, rope=narrow if w else wide) for w in windows),
-        norm_eps=raw["rms_norm_eps"],
+        vocab_size=read_integer(raw, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read_integer(raw, "intermediate_size"),
+        num_heads=read_integer(raw, "num_attention_heads"),
+        num_kv_heads=read_integer(raw, "num_key_value_heads"),
+        head_dim=read_integer(raw, "head_dim"),
+        layers=tuple(LayerSpec(window=w, rope=specs[SLIDING if w else FULL]) for w in windows),
+        norm_eps=check_number("rms_norm_eps", raw["rms_norm_eps"], above=0.0),
         norm_offset=1,
         activation=read_activation(raw, "hidden_activation", "gelu_pytorch_tanh"),
-        embed_scale=raw["hidden_size"] ** 0.5,
-        attn_scale=raw["query_pre_attn_scalar"] ** -0.5,
-        attn_softcap=raw.get("attn_logit_softcapping"),
-        logit_softcap=raw.get("final_logit_softcapping"),
+        embed_scale=hidden**0.5,
+        attn_scale=check_number("query_pre_attn_scalar", raw["query_pre_attn_scalar"], above=0.0) ** -0.5,
+        attn_softcap=read_cap(raw, "attn_logit_softcapping"),
+        logit_softcap=read_cap(raw, "final_logit_softcapping"),
         max_length=max_length,
-        tied=bool(raw["tie_word_embeddings"]),
+        tied=read_flag(raw, "tie_word_embeddings"),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=qk_norm,

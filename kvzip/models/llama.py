@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .config import LayerSpec, ModelConfig, merged_rope, read_activation, read_rope, read_windows, reject
+from .config import LayerSpec, ModelConfig, check_number
+from .fields import (
+    read_activation,
+    read_flag,
+    read_integer,
+    read_layer_count,
+    read_mapping,
+    read_windows,
+    reject,
+    with_defaults,
+)
+from .rope_fields import FULL, SLIDING, read_ropes, shared_rope
 
 LAYER_NAMES = {
     "attn_norm": ("input_layernorm.weight",),
@@ -30,15 +41,16 @@ _LLAMA_DEFAULTS = {
 }
 
 
-def translate(raw: Mapping[str, Any]) -> ModelConfig:
+def translate(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Llama `config.json`. Raises ValueError for what kvzip does not implement."""
     reject(raw, mlp_bias=(None, False))
-    bias = bool(raw.get("attention_bias", False))
-    return plain_decoder({**_LLAMA_DEFAULTS, **raw}, family="llama", qkv_bias=bias, o_bias=bias)
+    bias = read_flag(raw, "attention_bias")
+    return plain_decoder(with_defaults(raw, _LLAMA_DEFAULTS), rope, family="llama", qkv_bias=bias, o_bias=bias)
 
 
 def plain_decoder(
     raw: Mapping[str, Any],
+    rope: Mapping[str, Any] | None,
     *,
     family: str,
     qkv_bias: bool = False,
@@ -46,30 +58,41 @@ def plain_decoder(
     qk_norm: bool = False,
     window: int | None = None,
     first_window_layer: int = 0,
+    layer_types: bool = False,
 ) -> ModelConfig:
     """Returns the ModelConfig that Llama, Qwen and Mistral share: RMSNorm, RoPE, GQA, SwiGLU.
 
-    Layers from `first_window_layer` on have the window, if there is one, unless `layer_types` says otherwise.
+    Layers from `first_window_layer` on have the window, if there is one; a family with `layer_types` lets the file say
+    otherwise. `rope` replaces the config's RoPE scaling.
     """
-    heads, count = raw["num_attention_heads"], raw["num_hidden_layers"]
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    max_length = raw["max_position_embeddings"]
-    rope = read_rope(merged_rope(raw, "full_attention", theta=10_000.0), max_length=max_length)
+    heads, hidden, count = (
+        read_integer(raw, "num_attention_heads"),
+        read_integer(raw, "hidden_size"),
+        read_layer_count(raw),
+    )
+    head_dim = hidden // heads if raw.get("head_dim") is None else read_integer(raw, "head_dim")
+    if head_dim < 1:
+        raise ValueError(
+            f"expected hidden_size in config.json of at least num_attention_heads, got {hidden} and {heads}"
+        )
+    parameters = shared_rope(raw, rope, by_layer_type=layer_types)
+    specs, max_length = read_ropes(parameters, max_length=read_integer(raw, "max_position_embeddings"))
     windows = read_windows(
         raw,
-        default=["sliding_attention" if window and i >= first_window_layer else "full_attention" for i in range(count)],
+        default=[SLIDING if window and i >= first_window_layer else FULL for i in range(count)],
         window=window,
+        fixed=not layer_types,
     )
     return ModelConfig(
         family=family,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
+        vocab_size=read_integer(raw, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read_integer(raw, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        num_kv_heads=heads if raw.get("num_key_value_heads") is None else read_integer(raw, "num_key_value_heads"),
         head_dim=head_dim,
-        layers=tuple(LayerSpec(window=w, rope=rope) for w in windows),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        layers=tuple(LayerSpec(window=w, rope=specs[SLIDING if w else FULL]) for w in windows),
+        norm_eps=check_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0),
         norm_offset=0,
         activation=read_activation(raw, "hidden_act", "silu"),
         embed_scale=1.0,
@@ -77,9 +100,15 @@ def plain_decoder(
         attn_softcap=None,
         logit_softcap=None,
         max_length=max_length,
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=read_flag(raw, "tie_word_embeddings"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         qk_norm=qk_norm,
-        warn_length=(raw.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings"),
+        warn_length=_warn_length(raw),
     )
+
+
+def _warn_length(raw: Mapping[str, Any]) -> int | None:
+    chunked = read_mapping(raw, "dual_chunk_attention_config")
+    key = "original_max_position_embeddings"
+    return None if chunked.get(key) is None else read_integer(chunked, key)

@@ -1,6 +1,5 @@
 """An HF directory, hub id or alias, loaded into a Model."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,24 +9,28 @@ from typing import Any
 import torch
 
 from . import gemma, llama, mistral, qwen
-from .config import ModelConfig, reject
+from .config import ModelConfig, check_integer
+from .fields import reject
+from .files import read_json, weight_files
 from .transformer import Model
 from .vocabulary import read_vocabulary, stop_ids
-from .weights import fingerprint, read_weights
+from .weights import read_weights
 
 logger = logging.getLogger(__name__)
 
-Translator = tuple[Callable[[Mapping[str, Any]], ModelConfig], Mapping[str, tuple[str, ...]]]
+Translator = Callable[[Mapping[str, Any], Mapping[str, Any] | None], ModelConfig]
+Family = tuple[Translator, Mapping[str, tuple[str, ...]], tuple[str, ...]]
 
-ARCHITECTURES: dict[str, Translator] = {
-    "LlamaForCausalLM": (llama.translate, llama.LAYER_NAMES),
-    "MistralForCausalLM": (mistral.translate, llama.LAYER_NAMES),
-    "Qwen2ForCausalLM": (qwen.translate_qwen2, llama.LAYER_NAMES),
-    "Qwen3ForCausalLM": (qwen.translate_qwen3, llama.LAYER_NAMES),
-    "Gemma2ForCausalLM": (gemma.translate_gemma2, gemma.LAYER_NAMES),
-    "Gemma3ForCausalLM": (gemma.translate_gemma3, gemma.LAYER_NAMES),
-    "Gemma3ForConditionalGeneration": (gemma.translate_gemma3, gemma.LAYER_NAMES),
+FAMILIES: dict[str, Family] = {
+    "llama": (llama.translate, llama.LAYER_NAMES, ("LlamaForCausalLM", "LlamaModel")),
+    "mistral": (mistral.translate, llama.LAYER_NAMES, ("MistralForCausalLM", "MistralModel")),
+    "qwen2": (qwen.translate_qwen2, llama.LAYER_NAMES, ("Qwen2ForCausalLM", "Qwen2Model")),
+    "qwen3": (qwen.translate_qwen3, llama.LAYER_NAMES, ("Qwen3ForCausalLM", "Qwen3Model")),
+    "gemma2": (gemma.translate_gemma2, gemma.LAYER_NAMES, ("Gemma2ForCausalLM", "Gemma2Model")),
+    "gemma3_text": (gemma.translate_gemma3_text, gemma.LAYER_NAMES, ("Gemma3ForCausalLM", "Gemma3TextModel")),
+    "gemma3": (gemma.translate_gemma3, gemma.LAYER_NAMES, ("Gemma3ForConditionalGeneration", "Gemma3Model")),
 }
+"""`model_type` of config.json -> how the config is read, the tensors' names, and the names in `architectures`."""
 
 ALIASES: dict[str, str] = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -51,8 +54,8 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
-    rope: Mapping[str, Any] | None = None,
-    max_length: int | None = None,
+    rope: Mapping[str, Any] | Any = None,  # Any: what a file says of these two reaches our own check
+    max_length: int | Any = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> Model:
@@ -78,24 +81,32 @@ def load(
         raise FileNotFoundError(
             f"expected config.json in {directory}, got none: pass a directory in Hugging Face format"
         )
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    translate, layer_names = _translator(raw)
-    config = translate(_with_rope(raw, rope))
-    config = replace(config, max_length=max_length or _stretched(config, rope))
+    raw = read_json(path)
+    translate, layer_names, _ = _family(raw)
+    config = translate(raw, _checked_rope(rope))
+    if max_length is not None:
+        config = replace(config, max_length=check_integer("max_length", max_length, where="load"))
+    if all(spec.window is not None for spec in config.layers):
+        raise ValueError(
+            f"expected a layer without a window, got sliding_window {config.layers[0].window} in all "
+            f"{len(config.layers)} layers of config.json: no layer of such a model remembers a long context"
+        )
+    files = weight_files(directory, raw.get("transformers_weights"))
     vocabulary = read_vocabulary(
         directory, raw, rows=config.vocab_size, template=chat_template, options=template_options
     )
+    ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = read_weights(directory, config, layer_names, dtype=dtype, device=device)
+    weights, checkpoint = read_weights(files, config, layer_names, dtype=dtype, device=device)
     return Model(
-        config=config,
+        config=replace(config, tied=weights.unembed is weights.embed),
         weights=weights,
         tokenizer=vocabulary.tokenizer,
         device=device,
         dtype=dtype,
         template=vocabulary.template,
-        stop_ids=stop_ids(directory, raw, vocabulary),
-        fingerprint=fingerprint(config, weights, dtype),
+        stop_ids=ends,
+        checkpoint=checkpoint,
         source=str(source),
     )
 
@@ -143,37 +154,34 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
 
 def translate_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Returns the ModelConfig of a parsed `config.json`. Raises ValueError for one that is not understood."""
-    return _translator(raw)[0](raw)
+    return _family(raw)[0](raw, None)
 
 
-def _translator(raw: Mapping[str, Any]) -> Translator:
-    reject(raw, quantization_config=(None,))
-    names = raw.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
+def _family(raw: Mapping[str, Any]) -> Family:
+    """The family of a config: `model_type` decides, as in Transformers, `architectures` where there is none."""
+    reject(raw, quantization_config=(None,), per_layer_config=(None, {}))
+    names, kind = raw.get("architectures"), raw.get("model_type")
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    known = [key for key, (_, _, own) in FAMILIES.items() if any(name in own for name in names)]
+    if known or (not names and kind is not None):
+        kind = known[0] if kind is None else kind
+        if isinstance(kind, str) and kind in FAMILIES:
+            return FAMILIES[kind]
+        raise ValueError(
+            f"expected model_type in config.json to be one of {sorted(FAMILIES)}, got {str(kind)[:80]!r}: "
+            "kvzip has no translator for it, see docs/adding_a_family.md"
+        )
+    choices = [own[0] for _, _, own in FAMILIES.values()]
     raise ValueError(
-        f"expected an architecture of {sorted(ARCHITECTURES)}, got {names or raw.get('model_type')}: "
-        "kvzip has no translator for it, see docs/adding_a_family.md"
+        f"expected an architecture of {choices} in architectures of config.json, got "
+        f"{str(names or None)[:200]}: kvzip has no translator for it, see docs/adding_a_family.md"
     )
 
 
-def _with_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The config with its RoPE scaling replaced, in whichever spelling it has; the base stays unless rope gives one."""
-    if rope is None:
-        return raw
-    if "text_config" in raw:
-        return {**raw, "rope_scaling": None, "text_config": _with_rope(raw["text_config"], rope)}
-    spelled = raw.get("rope_parameters")
-    if not spelled:
-        return {**raw, "rope_scaling": dict(rope)}
-    if "full_attention" in spelled:
-        theta = {"rope_theta": (spelled["full_attention"] or {}).get("rope_theta")}
-        return {**raw, "rope_parameters": {**spelled, "full_attention": {**theta, **rope}}}
-    return {**raw, "rope_parameters": {"rope_theta": spelled.get("rope_theta"), **rope}}
-
-
-def _stretched(config: ModelConfig, rope: Mapping[str, Any] | None) -> int:
-    """The length that the caller's RoPE scaling makes the model good for, or the config's own."""
-    original = (rope or {}).get("original_max_position_embeddings")
-    return max(config.max_length, int(original * rope["factor"])) if rope and original else config.max_length
+def _checked_rope(rope: Any) -> Mapping[str, Any] | None:
+    if rope is not None and not (isinstance(rope, Mapping) and all(isinstance(key, str) for key in rope)):
+        raise ValueError(
+            f"expected rope to be None or a dict in Hugging Face's form, got {str(rope)[:80]!r}: "
+            "pass for example {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}"
+        )
+    return rope

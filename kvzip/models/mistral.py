@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ModelConfig
+from .fields import read_integer, with_defaults
 from .llama import plain_decoder
 
 _DEFAULTS = {  # of the HF class
@@ -18,7 +19,8 @@ _DEFAULTS = {  # of the HF class
 }
 
 
-def translate(raw: Mapping[str, Any]) -> ModelConfig:
+def translate(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Mistral `config.json`: a Llama with a window in every layer, if any."""
-    raw = {**_DEFAULTS, **raw}
-    return plain_decoder(raw, family="mistral", window=raw["sliding_window"])
+    raw = with_defaults(raw, _DEFAULTS, nullable=("sliding_window",))
+    window = None if raw["sliding_window"] is None else read_integer(raw, "sliding_window")
+    return plain_decoder(raw, rope, family="mistral", window=window)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ModelConfig
+from .fields import read_flag, read_integer, with_defaults
 from .llama import plain_decoder
 
+_NULLABLE = ("sliding_window", "num_key_value_heads")
 _DEFAULTS = {  # of both HF classes
     "vocab_size": 151_936,
     "hidden_size": 4096,
@@ -19,30 +21,39 @@ _DEFAULTS = {  # of both HF classes
 }
 
 
-def translate_qwen2(raw: Mapping[str, Any]) -> ModelConfig:
+def translate_qwen2(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Qwen2 or Qwen2.5 `config.json`: a Llama with biases on q, k and v.
 
     Dual chunk attention (the -1M models) is left out, as the method's authors do; see `ModelConfig.warn_length`.
     """
-    return _qwen({**_DEFAULTS, **raw}, family="qwen2", qkv_bias=True)
+    return _qwen(with_defaults(raw, _DEFAULTS, nullable=_NULLABLE), rope, family="qwen2", qkv_bias=True)
 
 
-def translate_qwen3(raw: Mapping[str, Any]) -> ModelConfig:
+def translate_qwen3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Qwen3 `config.json`: RMSNorm on q and k, head width given, YaRN only if asked."""
-    raw = {**_DEFAULTS, "head_dim": 128, **raw}
-    bias = bool(raw.get("attention_bias", False))
-    return _qwen(raw, family="qwen3", qkv_bias=bias, o_bias=bias, qk_norm=True)
+    raw = with_defaults(raw, {**_DEFAULTS, "head_dim": 128}, nullable=_NULLABLE)
+    bias = read_flag(raw, "attention_bias")
+    return _qwen(raw, rope, family="qwen3", qkv_bias=bias, o_bias=bias, qk_norm=True)
 
 
 def _qwen(
-    raw: Mapping[str, Any], *, family: str, qkv_bias: bool, o_bias: bool = False, qk_norm: bool = False
+    raw: Mapping[str, Any],
+    rope: Mapping[str, Any] | None,
+    *,
+    family: str,
+    qkv_bias: bool,
+    o_bias: bool = False,
+    qk_norm: bool = False,
 ) -> ModelConfig:
+    windowed = read_flag(raw, "use_sliding_window") and raw["sliding_window"] is not None
     return plain_decoder(
         raw,
+        rope,
         family=family,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         qk_norm=qk_norm,
-        window=raw["sliding_window"] if raw.get("use_sliding_window") else None,
-        first_window_layer=raw["max_window_layers"],
+        window=read_integer(raw, "sliding_window") if windowed else None,
+        first_window_layer=read_integer(raw, "max_window_layers", low=0),
+        layer_types=True,
     )

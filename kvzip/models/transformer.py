@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import ops
 from ..prompts import ChatTemplate
 from .config import ModelConfig
+from .identity import fingerprint_of, identity_of
 from .rope import cos_sin
-from .weights import LayerWeights, Weights
+from .weights import LayerWeights, Weights, named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q [B Hq T D], k [B H T D], v [B H T D]) -> [B Hq T D]; q, k normed and rotated, q not scaled."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model. `tokenizer` and `template` are None where the directory has none.
 
-    `stop_ids` end an answer; `fingerprint` ties caches to these weights in this dtype.
+    `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`).
+    `fingerprint` ties caches to these weights with this RoPE in this dtype, which stands after its dash; `identity`
+    is the same for every dtype, length and RoPE scaling.
     """
 
     config: ModelConfig
@@ -39,8 +42,23 @@ class Model:
     dtype: torch.dtype
     template: ChatTemplate | None
     stop_ids: tuple[int, ...]
-    fingerprint: str
+    checkpoint: str
     source: str
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self.config, self.checkpoint)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.config, self.identity, self.dtype)
+
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for _, tensor in named_tensors(self.weights))
+        return (
+            f"Model({self.config.family}, {count:,} parameters, {len(self.config.layers)} layers, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, from {self.source!r})"
+        )
 
 
 def forward(

@@ -1,19 +1,22 @@
 """Weights as named tensors, the HF tensor that fills each part of them, and safetensors read straight into place."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelConfig
+from .identity import StoredTensor, checkpoint_digest, stored_tensor
 
 SKIPPED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 """Tensors of a multimodal checkpoint that a text model does not read."""
+
+EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 WRAPPERS = ("language_model.model.", "model.language_model.", "language_model.", "model.")
 """What stands in front of the decoder's tensor names, in the spellings that checkpoints use."""
@@ -93,9 +96,9 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 def slots(config: ModelConfig, weights: Weights, layer_names: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Returns the view that each HF tensor fills, by its name below the decoder's wrapper."""
-    found = {"embed_tokens.weight": weights.embed, "norm.weight": weights.norm}
+    found = {EMBED: weights.embed, "norm.weight": weights.norm}
     if not config.tied:
-        found["lm_head.weight"] = weights.unembed
+        found[HEAD] = weights.unembed
     q_rows, kv_rows = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     rows = {"qkv": [q_rows, kv_rows, kv_rows], "gate_up": [config.intermediate_size] * 2}
     rows["qkv_bias"] = rows["qkv"]
@@ -110,101 +113,119 @@ def slots(config: ModelConfig, weights: Weights, layer_names: Mapping[str, tuple
 
 
 def read_weights(
-    directory: Path,
+    files: Iterable[Path],
     config: ModelConfig,
     layer_names: Mapping[str, tuple[str, ...]],
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> Weights:
-    """Returns the weights of an HF directory, one tensor at a time, cast to `dtype` on `device`.
+) -> tuple[Weights, str]:
+    """Returns the weights in safetensors files, cast to `dtype` on `device`, and the digest of the checkpoint.
 
-    Host memory holds at most one mapped shard besides what `device` itself needs.
+    Names and shapes are checked before anything is allocated. Host memory holds at most one mapped shard besides what
+    `device` itself needs. A head and an embedding that config.json ties are one tensor if the files have one of them,
+    or both alike; if they differ both count, as in Transformers.
 
-    Raises: FileNotFoundError without safetensors; ValueError that names a damaged file, or a tensor that is
-    unknown, missing, given twice or of the wrong shape.
+    Raises: ValueError that names a damaged file, or a tensor that is unknown, missing, given twice or of the wrong
+    shape or type.
     """
-    weights = empty_weights(config, dtype=dtype, device=device)
-    missing = slots(config, weights, layer_names)
-    known = set(missing)
-    for path in _shards(directory):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    short = _short_name(name, config)
-                    if short is None:
-                        continue
-                    if short not in missing:
-                        what = (
-                            "a tensor given once, got it twice"
-                            if short in known
-                            else "only tensors of the model, got one it does not read"
-                        )
-                        raise ValueError(f"expected {what}: {name!r} in {path.name}; is config.json this checkpoint's?")
-                    slot = missing.pop(short)
-                    shape = shard.get_slice(name).get_shape()
-                    if shape != list(slot.shape):
-                        raise ValueError(
-                            f"expected {name!r} of shape {list(slot.shape)}, got {shape} in {path.name}: "
-                            "config.json and the weights do not belong together"
-                        )
-                    slot.copy_(shard.get_tensor(name))
-        except SafetensorError as error:
-            raise ValueError(
-                f"expected a whole safetensors file, got {path.name} of {path.stat().st_size} bytes ({error}): "
-                "it is truncated or damaged, fetch it again"
-            ) from error
+    untied = replace(config, tied=False)
+    shapes = slots(untied, empty_weights(untied, dtype=dtype, device="meta"), layer_names)
+    found = _located(files, shapes)
+    if config.tied:
+        if EMBED not in found and HEAD in found:
+            found[EMBED] = found.pop(HEAD)
+        if EMBED in found and HEAD in found:
+            config = replace(config, tied=_same(found[EMBED], found[HEAD], dtype))
+        if config.tied:
+            found.pop(HEAD, None)
+            shapes.pop(HEAD)
+    missing = sorted(set(shapes) - set(found))
     if missing:
         raise ValueError(
-            f"expected {len(known)} tensors, got {len(known) - len(missing)}: {min(missing)!r} is missing "
+            f"expected {len(shapes)} tensors, got {len(found)}: {missing[0]!r} is missing "
             "from the safetensors files; is the checkpoint complete, and config.json its own?"
         )
-    return weights
+    weights = empty_weights(config, dtype=dtype, device=device)
+    return weights, checkpoint_digest(_filled(found, slots(config, weights, layer_names)))
 
 
-def fingerprint(config: ModelConfig, weights: Weights, dtype: torch.dtype) -> str:
-    """Returns a hex digest of the config, the dtype and 64 values sampled from every weight."""
-    digest = hashlib.sha256(f"{config!r} {dtype}".encode())
-    digest.update(sampled(weights).numpy().tobytes())
-    return digest.hexdigest()[:32]
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is."""
+
+    path: Path
+    name: str
 
 
-def sampled(weights: Weights) -> Tensor:
-    """Returns up to 64 values of every weight, in a fixed order, in float32 on the CPU."""
-    samples = []
-    for _, tensor in named_tensors(weights):
-        flat = tensor.reshape(-1)
-        step = max(1, flat.numel() // 64)
-        samples.append(flat[::step][:64].float())
-    return torch.cat(samples).cpu()
+def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, _Place]:
+    """Where each tensor is, by its name below the wrapper, in the order of the files."""
+    found: dict[str, _Place] = {}
+    for path in files:
+        with _opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                short = _short_name(name)
+                if short is None:
+                    continue
+                if short not in shapes or short in found:
+                    what = (
+                        "a tensor given once, got it twice"
+                        if short in found
+                        else "only tensors of the model, got one it does not read"
+                    )
+                    raise ValueError(f"expected {what}: {name!r} in {path.name}; is config.json this checkpoint's?")
+                shape, stored = shard.get_slice(name).get_shape(), shard.get_slice(name).get_dtype()
+                if shape != list(shapes[short].shape):
+                    raise ValueError(
+                        f"expected {name!r} of shape {list(shapes[short].shape)}, got {shape} in {path.name}: "
+                        "config.json and the weights do not belong together"
+                    )
+                if not stored.startswith(("F", "BF")):
+                    raise ValueError(
+                        f"expected {name!r} of a floating type, got {stored} in {path.name}: "
+                        "kvzip reads no quantized checkpoints, take one of 16 bits"
+                    )
+                found[short] = _Place(path, name)
+    return found
 
 
-def _shards(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [directory / name for name in names]
-        absent = [path.name for path in paths if not path.exists()]
-        if absent:
-            raise FileNotFoundError(
-                f"expected the {len(paths)} shards that {index.name} lists in {directory}, "
-                f"got no {absent[0]}: the download is incomplete"
-            )
-        return paths
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(
-            f"expected *.safetensors in {directory}, got none: kvzip reads safetensors only, convert the checkpoint"
-        )
-    return paths
+def _filled(found: Mapping[str, _Place], weights: Mapping[str, Tensor]) -> Iterator[StoredTensor]:
+    """Copies every tensor into its place, file by file, and yields it as it is stored."""
+    for path in dict.fromkeys(place.path for place in found.values()):
+        with _opened(path) as shard:
+            for short, place in found.items():
+                if place.path == path:
+                    tensor = shard.get_tensor(place.name)
+                    weights[short].copy_(tensor)
+                    yield stored_tensor(short, tensor)
 
 
-def _short_name(name: str, config: ModelConfig) -> str | None:
+def _same(embed: _Place, head: _Place, dtype: torch.dtype, rows: int = 4096) -> bool:
+    """Whether two matrices of one shape are equal in `dtype`, read some rows at a time."""
+    with _opened(embed.path) as one, _opened(head.path) as other:
+        a, b = one.get_slice(embed.name), other.get_slice(head.name)
+        steps = range(0, a.get_shape()[0], rows)
+        return all(torch.equal(a[i : i + rows].to(dtype), b[i : i + rows].to(dtype)) for i in steps)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected a whole safetensors file, got {path.name} of {path.stat().st_size} bytes ({error}): "
+            "it is truncated or damaged, fetch it again"
+        ) from error
+
+
+def _short_name(name: str) -> str | None:
     """The tensor's name below the decoder's wrapper, or None for one that is skipped on purpose."""
     if name.startswith(SKIPPED) or name.endswith(".rotary_emb.inv_freq"):
         return None
-    if name.endswith("lm_head.weight"):
-        return None if config.tied else "lm_head.weight"
+    if name in (HEAD, f"language_model.{HEAD}"):
+        return HEAD
     for wrapper in WRAPPERS:
         if name.startswith(wrapper):
             return name.removeprefix(wrapper)

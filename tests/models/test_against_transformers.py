@@ -79,7 +79,6 @@ CASES = {
     "gemma3-softcapped-logits": Case(tiny_models.gemma3(final_logit_softcapping=4.0)),
     "gemma3-multimodal": Case(tiny_models.gemma3_multimodal()),
     "mistral": Case(tiny_models.mistral()),
-    "mistral-window": Case(tiny_models.mistral(sliding_window=tiny_models.WINDOW)),
 }
 
 Saved = tuple[Path, Tensor]
@@ -408,8 +407,6 @@ BREAKS: list[tuple[str, str, Break]] = [
     ("gemma3-multimodal", "RoPE scaling", no_scaling),
     ("gemma3-multimodal", "scale of query_pre_attn_scalar", scale_of_head_dim),
     ("mistral", "no window where none is set", layered(lambda spec: replace(spec, window=tiny_models.WINDOW))),
-    ("mistral-window", "window", no_window),
-    ("mistral-window", "window by one", wider_window),
 ]
 
 
@@ -419,6 +416,23 @@ def test_a_model_without_this_feature_is_far_off(name: str, breaks: Break, saved
     model = load(path, **CASES[name].options)
     assert error(model, expected) <= AGREES
     assert error(breaks(model), expected) > BROKEN
+
+
+def test_the_windows_of_mistral_are_those_of_transformers_and_load_refuses_a_model_of_them_alone(
+    tmp_path: Path,
+) -> None:
+    reference = tiny_models.build(tiny_models.mistral(sliding_window=tiny_models.WINDOW))
+    reference.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = reference(IDS, use_cache=False).logits
+    with edited_config(tmp_path) as raw:
+        windows = kvzip.models.translate_config(raw).layers
+        with pytest.raises(ValueError, match=r"layer without a window, got sliding_window 7 in all 3 .*config\.json"):
+            load(tmp_path)
+        raw["sliding_window"] = None
+    model = configured(layers=windows)(load(tmp_path))
+    assert error(model, expected) <= AGREES
+    assert error(no_window(model), expected) > BROKEN and error(wider_window(model), expected) > BROKEN
 
 
 # ---- helpers

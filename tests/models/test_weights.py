@@ -152,7 +152,7 @@ def test_directories_that_are_no_checkpoints_are_named(tmp_path):
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type .* got 'dynamic'"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type .* got 'longrope'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, "got 'warp'"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1]}}, "mrope_section"),
         ({"hidden_act": "relu"}, "hidden_act .* got 'relu'"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -1,0 +1,110 @@
+"""What a model is, in a few characters: an explicit list of what changes its arithmetic, and samples of its checkpoint.
+
+Samples are taken of each checkpoint tensor as it is stored, under its name below the decoder's wrapper, before it is
+stacked, cast, sharded or packed: whoever can read the checkpoint's tensors, in any order, gets the same digest.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig, RopeSpec
+
+_PLACES, _PLACE_BYTES = 64, 8
+
+_ARITHMETIC = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
+    *("norm_eps", "norm_offset", "activation", "embed_scale", "attn_scale", "attn_softcap", "logit_softcap"),
+    *("qkv_bias", "o_bias", "qk_norm", "post_norms"),
+)
+"""Of ModelConfig, besides windows and RoPE. A head tied to the embedding or equal to it is the same arithmetic."""
+
+_ROPE = {
+    "default": ("theta",),
+    "linear": ("theta", "factor"),
+    "llama3": ("theta", "factor", "original_length", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("theta", "factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+
+_STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint: `dtype` as safetensors spells it (BF16), `read(start, stop)` gives its stored bytes.
+
+    `name` stands below the decoder's wrapper, as `layers.0.mlp.up_proj.weight`, `embed_tokens.weight`,
+    `norm.weight` and `lm_head.weight`. Elements are in row-major order, little endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    read: Callable[[int, int], bytes]
+
+
+def stored_tensor(name: str, tensor: Tensor) -> StoredTensor:
+    """Returns a tensor as a StoredTensor: what a checkpoint would hold of it in its dtype."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return StoredTensor(
+        name=name,
+        dtype=_STORED.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
+        shape=tuple(tensor.shape),
+        size_bytes=flat.numel(),
+        read=lambda start, stop: flat[start:stop].cpu().numpy().tobytes(),
+    )
+
+
+def checkpoint_digest(tensors: Iterable[StoredTensor]) -> str:
+    """Returns a hex digest of a checkpoint's tensors, the same in any order and without regard to files.
+
+    Of each: name, dtype, shape, and 64 places of 8 bytes from its first to its last. A head that equals the embedding
+    counts as tied, whether the file has it or not.
+    """
+    entries = {tensor.name: _entry(tensor) for tensor in tensors}
+    head = entries.pop("lm_head.weight", None)
+    if head is not None and head != entries.setdefault("embed_tokens.weight", head):
+        entries["lm_head.weight"] = head
+    return _digest(sorted(entries.items()))
+
+
+def identity_of(config: ModelConfig, checkpoint: str) -> str:
+    """Returns a hex digest of a model's shape and checkpoint: the same in every dtype, length and RoPE scaling."""
+    defaults = {field.name: field.default for field in fields(config)}
+    values = {name: getattr(config, name) for name in _ARITHMETIC}
+    values = {name: _canonical(value) for name, value in values.items() if value != defaults[name]}
+    return _digest([values, [_canonical(spec.window) for spec in config.layers], checkpoint])
+
+
+def fingerprint_of(config: ModelConfig, identity: str, dtype: torch.dtype) -> str:
+    """Returns a hex digest of an identity with its RoPE, a dash and the dtype, as `3f0c...-bfloat16`."""
+    ropes = [_rope(spec.rope) for spec in config.layers]
+    return f"{_digest([identity, ropes])}-{str(dtype).removeprefix('torch.')}"
+
+
+def _rope(rope: RopeSpec) -> Mapping[str, object]:
+    return {"kind": rope.kind, **{name: _canonical(getattr(rope, name)) for name in _ROPE[rope.kind]}}
+
+
+def _canonical(value: object) -> object:
+    """A number as a float, that 50 and 50.0 are one."""
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+def _entry(tensor: StoredTensor) -> str:
+    size = tensor.size_bytes
+    if size <= _PLACES * _PLACE_BYTES:
+        samples = tensor.read(0, size)
+    else:
+        starts = [(size - _PLACE_BYTES) * place // (_PLACES - 1) for place in range(_PLACES)]
+        samples = b"".join(tensor.read(start, start + _PLACE_BYTES) for start in starts)
+    return _digest([tensor.dtype, list(tensor.shape), samples.hex()])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

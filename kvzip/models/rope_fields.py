@@ -1,0 +1,188 @@
+"""One RoPE fact, several spellings: what config.json and `load(rope=)` say of it, read as Transformers reads it.
+
+Transformers 4 wrote `rope_theta` beside `rope_scaling`, Transformers 5 writes `rope_parameters` with the base inside,
+by layer type for Gemma 3; files have any mixture. A key that a kind does not use is logged and goes unused, as there.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .config import ROPE, RopeSpec, check_integer, check_number
+from .fields import read_mapping, reject
+
+logger = logging.getLogger(__name__)
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+Parameters = dict[str, Any]
+
+_ORIGINAL = "original_max_position_embeddings"
+_USED = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL},
+    "yarn": {
+        *("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+        _ORIGINAL,
+    },
+}
+
+
+def shared_rope(
+    raw: Mapping[str, Any], rope: Mapping[str, Any] | None, *, by_layer_type: bool
+) -> dict[str, Parameters]:
+    """Returns the RoPE parameters of each layer type in a family whose layers all have the same.
+
+    `rope_scaling` counts before `rope_parameters`, which it replaces whole, and a base inside before one beside it.
+
+    Args:
+        rope: what the caller of `load` gives in place of the config's scaling; its base stays unless this has one.
+        by_layer_type: the class knows layer types, so that an object of objects is by layer type.
+    """
+    given = read_mapping(raw, "rope_scaling") or read_mapping(raw, "rope_parameters")
+    reject(raw, partial_rotary_factor=(None, 1))
+    base = {"rope_theta": _first(raw.get("rope_theta"), 10_000.0)}
+    parts = {kind: read_mapping(given, kind) for kind in (FULL, SLIDING) if by_layer_type and kind in given}
+    if parts:
+        fallback = parts.get(FULL, {})
+        found = {kind: {**base, **_present(parts.get(kind, fallback))} for kind in (FULL, SLIDING)}
+    else:
+        one = {**base, **_present(given)}
+        if raw.get(_ORIGINAL) is not None:
+            one[_ORIGINAL] = raw[_ORIGINAL]
+        found = {FULL: one, SLIDING: one}
+    beside = {_ORIGINAL: raw[_ORIGINAL]} if raw.get(_ORIGINAL) is not None else {}
+    return found if rope is None else _replaced(found, rope, beside, kinds=(FULL, SLIDING))
+
+
+def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[str, Parameters]:
+    """Returns the RoPE parameters of each layer type of Gemma 3, whose window layers have a base of their own.
+
+    `rope_scaling` is laid over the parameters of the global layers, key by key; parameters that are not by layer type
+    go unread. The caller's `rope` replaces the scaling of the global layers.
+    """
+    nested = read_mapping(raw, "rope_parameters")
+    if set(nested) - {FULL, SLIDING}:
+        logger.warning(
+            "rope_parameters in config.json has %s, which are not by layer type and go unread, as in Transformers",
+            sorted(set(nested) - {FULL, SLIDING}),
+        )
+    wide, narrow = (
+        {"rope_type": "default"} if nested.get(kind) is None else read_mapping(nested, kind) for kind in (FULL, SLIDING)
+    )
+    found = {
+        FULL: {"rope_theta": _first(raw.get("rope_theta"), 1_000_000.0)},
+        SLIDING: {"rope_theta": _first(raw.get("rope_local_base_freq"), 10_000.0)},
+    }
+    found[FULL] |= _present({**wide, **read_mapping(raw, "rope_scaling")})
+    found[SLIDING] |= _present(narrow)
+    reject(raw, partial_rotary_factor=(None, 1))
+    for one in found.values():
+        one["truncate"] = nested.get("truncate", True)  # where Transformers reads it: beside the objects, not in them
+    return found if rope is None else _replaced(found, rope, {}, kinds=(FULL,))
+
+
+def _replaced(
+    found: dict[str, Parameters], rope: Mapping[str, Any], beside: Parameters, *, kinds: tuple[str, ...]
+) -> dict[str, Parameters]:
+    """The parameters with the caller's in place of those of some layer types, or of those that it names itself."""
+    named = {kind: read_mapping(rope, kind) for kind in (FULL, SLIDING) if kind in rope} or dict.fromkeys(kinds, rope)
+    new = {kind: {**beside, "rope_theta": found[kind]["rope_theta"], **_present(x)} for kind, x in named.items()}
+    return {**found, **new}
+
+
+def read_ropes(parameters: Mapping[str, Mapping[str, Any]], *, max_length: int) -> tuple[dict[str, RopeSpec], int]:
+    """Returns the RopeSpec of each layer type, and the length that the global layers' makes the model good for."""
+    wide = read_rope(parameters[FULL], max_length=max_length)
+    same = parameters[SLIDING] == parameters[FULL]
+    specs = {FULL: wide, SLIDING: wide if same else read_rope(parameters[SLIDING], max_length=max_length)}
+    return specs, stretched_length(parameters[FULL], wide, max_length=max_length)
+
+
+def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
+    """Returns the RopeSpec of one set of parameters in HF's form.
+
+    Raises: ValueError for an unknown type, a partial rotation, a missing factor or a value that cannot be.
+    Source: YaRN, arXiv 2309.00071; the llama3 rule is Llama 3.1's. Defaults are those of Transformers.
+    """
+    kind = _first(parameters.get("rope_type"), parameters.get("type"), "default")
+    reject(parameters, partial_rotary_factor=(None, 1), mrope_section=(None,))
+    theta = _number(parameters, "rope_theta")
+    if not isinstance(kind, str) or kind not in _USED:
+        raise ValueError(f"expected rope_type in {ROPE} to be one of {sorted(_USED)}, got {kind!r}: not supported")
+    unused = set(parameters) - _USED[kind] - {"rope_theta", "rope_type", "type", "truncate", "partial_rotary_factor"}
+    if unused:
+        logger.warning("%s in %s: unused by rope_type %r, as in Transformers", sorted(unused), ROPE, kind)
+    if kind == "default":
+        return RopeSpec(theta=theta)
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=_number(parameters, "factor"))
+    length = parameters.get(_ORIGINAL)
+    length = max_length if length is None else check_integer(_ORIGINAL, length, where=ROPE)
+    if kind == "llama3":
+        return RopeSpec(
+            theta=theta,
+            kind="llama3",
+            factor=_number(parameters, "factor"),
+            original_length=length,
+            low_freq_factor=_number(parameters, "low_freq_factor"),
+            high_freq_factor=_number(parameters, "high_freq_factor"),
+        )
+    # a factor that is there and null is what the lengths say
+    null = "factor" in parameters and parameters["factor"] is None
+    factor = max_length / length if null else _number(parameters, "factor")
+    return RopeSpec(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_length=length,
+        beta_fast=_number(parameters, "beta_fast", 32.0) or 32.0,
+        beta_slow=_number(parameters, "beta_slow", 1.0) or 1.0,
+        truncate=bool(parameters.get("truncate", True)),
+        attention_factor=_attention_factor(parameters, factor),
+    )
+
+
+def stretched_length(parameters: Mapping[str, Any], spec: RopeSpec, *, max_length: int) -> int:
+    """Returns the length that a model is good for: what its scaling makes of the original one, if that is given.
+
+    `max_position_embeddings` is the original length in the files that the Qwen pages ask for, and the stretched one in
+    those of Llama 3.1, so that only a length that does not exceed the original one is stretched; YaRN's is the
+    larger of both, for Qwen3 says 40,960 of 32,768. Without an original length nothing tells, and it stays.
+    """
+    original = parameters.get(_ORIGINAL)
+    if spec.kind == "default" or original is None:
+        return max_length
+    longer = int(check_integer(_ORIGINAL, original, where=ROPE) * spec.factor)
+    return max(max_length, longer) if spec.kind == "yarn" or max_length <= original else max_length
+
+
+def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor")
+    mscale, all_dim = (_number(parameters, key, 0.0) for key in ("mscale", "mscale_all_dim"))
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if not (mscale and all_dim):
+        return magnitude(1.0)
+    below = magnitude(all_dim)
+    return check_number("mscale / mscale_all_dim", magnitude(mscale) / below if below else math.nan, above=0.0)
+
+
+def _number(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = _first(parameters.get(key), default)
+    if value is None:
+        raise ValueError(f"expected {key!r} in {ROPE}, got no such field: is config.json complete?")
+    return check_number(key, value, where=ROPE)
+
+
+def _present(given: Mapping[str, Any]) -> Parameters:
+    """The keys that say something. Null does as YaRN's factor and truncate, where Transformers gives it a sense."""
+    return {key: value for key, value in given.items() if value is not None or key in ("factor", "truncate")}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
