@@ -153,5 +153,5 @@ def _library() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("expected Transformers, got no such package: pip install 'kvzip[transformers]'") from error
+        raise ImportError("expected Transformers, got no such package: pip install 'transformers>=5,<6'") from error
     return transformers

@@ -13,10 +13,12 @@ PACKAGE = Path(kvzip.__file__).parent
 
 ALLOWED = {
     "kvzip.version": set(),
+    "kvzip.display": set(),
+    "kvzip.hub": set(),
     "kvzip.ops": set(),
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
     "kvzip.prompts": set(),
-    "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.hub", "kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (

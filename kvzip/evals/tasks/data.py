@@ -217,7 +217,7 @@ def _hub_rows(name: str) -> list[Row]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "expected the eval extra to read data from the hub, got no datasets: pip install 'kvzip[eval]', or pass a "
+            "expected the package datasets to read data from the hub, got none: pip install datasets, or pass a "
             "directory of JSONL files"
         ) from error
     if name == "squad_paragraph":
