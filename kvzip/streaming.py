@@ -138,7 +138,7 @@ def prefill_compressed(
 
     def write() -> None:
         if path is not None and len(run.token_ids) > saved:
-            save(_cache_of(model, run, source, share), path, note=settings)
+            save(_cache_of(model, run, source, share), path, note=settings, overwrite=True)
 
     with torch.no_grad():
         try:

@@ -64,6 +64,7 @@ def save(
     note: Mapping[str, Any] | None = None,
     model: Origin | None = None,
     score_bits: int = 32,
+    overwrite: bool = False,
 ) -> None:
     """Writes the cache to one file: under another name first, then renamed, so a crash leaves the old file or the new.
 
@@ -75,12 +76,15 @@ def save(
             its dtype, under "model", and the file holds the text of each token, so that it can be read without it.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 levels (`levels.encode_levels`), a quarter of the bytes.
+        overwrite: whether a file that is there already may be replaced.
 
-    Raises: ValueError for a consumed cache, one of another model, another number of bits, or NaN scores in 8 bits;
+    Raises: FileExistsError for a file that is there already, unless `overwrite`; ValueError for a consumed cache, one of another model, another number of bits, or NaN scores in 8 bits;
         TypeError for a note that JSON cannot hold; OSError if it cannot be written.
     """
     if isinstance(cache, DenseCache):
         check_whole(cache)
+    if not overwrite and os.path.lexists(path):
+        raise FileExistsError(f"expected a name that is free, got {path}: pass overwrite=True to replace it")
     if score_bits not in (32, 8):
         raise ValueError(f"expected score_bits of 32 or 8, got {score_bits}: 32 is exact")
     tensors, header = _describe(cache, score_bits)

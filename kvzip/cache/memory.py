@@ -21,7 +21,7 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
 
     Attached Scores are not counted: they are `cache.scores.values.nbytes`.
     """
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache)}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(cache)}
     return sum(storages.values())
 
 
