@@ -78,8 +78,9 @@ def save(
             them down to at most 256 levels (`levels.encode_levels`), a quarter of the bytes.
         overwrite: whether a file that is there already may be replaced.
 
-    Raises: FileExistsError for a file that is there already, unless `overwrite`; ValueError for a consumed cache, one of another model, another number of bits, or NaN scores in 8 bits;
-        TypeError for a note that JSON cannot hold; OSError if it cannot be written.
+    Raises: FileExistsError for a file that is there already, unless `overwrite`; ValueError for a consumed cache, one
+        of another model, another number of bits, or NaN scores in 8 bits; TypeError for a note that JSON cannot hold;
+        OSError if it cannot be written.
     """
     if isinstance(cache, DenseCache):
         check_whole(cache)

@@ -130,9 +130,9 @@ def compress(
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     chosen = None if heads is None else find_heads(heads)
-    find_model(model)
     held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     text, named = documents.read(documents_)
+    find_model(model)
     note: dict[str, Any] = {"title": visible_line(title or named), "documents": [*map(visible_line, documents_)]}
     seconds: dict[str, float] = {}
     prompt = {"system": system, "instruction": instruction, "template": not plain}

@@ -376,8 +376,8 @@ def compare(
     asked = [check_text(question.strip()) for question in questions]
     if not all(asked):
         raise click.UsageError("expected questions with text in them, got an empty one")
-    find_model(model)
     text, _ = documents.read([document])
+    find_model(model)
     from ..evals import compare as compared
     from ..evals.compare import render, unchanged
 

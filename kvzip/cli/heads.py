@@ -52,9 +52,9 @@ def make(
 
     A head's score is the largest that it gets in any of them.
     """
-    find_model(model)
     held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     texts = [documents.read([source]) for source in documents_]
+    find_model(model)
     from .. import head_scores
 
     with resuming(lambda: unwritten(output)), stages() as stage:
