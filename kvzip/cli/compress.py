@@ -293,9 +293,9 @@ def _whole_heads(
     budget = how["budget"] if how["budget"] is not None else how["ratio"] * tokens  # tokens a head, on average
     if rest > budget or rest == tokens > budget:
         raise ValueError(
-            f"expected room for the first {sink} and the last {recent} tokens in every head, got a ratio of "
-            f"{budget / tokens:.3g} for {tokens:,} tokens, of which they are {rest / tokens:.3g}: raise the ratio, or "
-            "lower --sink and --recent"
+            f"expected room for the first {sink} and the last {recent} tokens in every head, which are "
+            f"{rest / tokens:.1%} of {tokens:,} tokens, got room for {budget / tokens:.1%}: keep more (-r), or lower "
+            "--sink and --recent"
         )
     whole = heads if budget >= tokens else int(heads * (budget - rest) / (tokens - rest) + 1e-9)
     return {"whole": whole, "heads": heads, "sink": sink, "recent": recent}

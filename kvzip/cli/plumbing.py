@@ -28,10 +28,11 @@ Stage = Callable[[str], Callable[[int, int | None], None]]
 
 positive = click.IntRange(min=1)
 
-IN_THE_LIBRARY = (
-    "load the model with RoPE scaling (rope=, and max_length=)",
-    "pass RoPE scaling (--rope, and --max-length)",
-)
+IN_THE_LIBRARY = {
+    "load the model with RoPE scaling (rope=, and max_length=)": "pass RoPE scaling (--rope, and --max-length)",
+    "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
+}
+"""What errors of the library advise, and what that is on the command line."""
 
 
 class Stopped(Exception):
@@ -179,7 +180,9 @@ def explain(error: Exception) -> str:
             errno.EROFS: "choose another place (-o)",
         }.get(error.errno or 0)
         return f"{error.strerror}{where}" + (f": {remedy}" if remedy else "")
-    text = " ".join(str(error).split()).replace(*IN_THE_LIBRARY)
+    text = " ".join(str(error).split())
+    for advice, here in IN_THE_LIBRARY.items():
+        text = text.replace(advice, here)
     if isinstance(error, MemoryError):
         return text or "out of memory"
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text:

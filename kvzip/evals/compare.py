@@ -212,11 +212,11 @@ def _render_pair(pair: AnswerPair) -> Group:
         texts.add_row("compressed", Text(visible(pair.small.text)))
     parts: list[RenderableType] = [Text("\n" + visible(pair.query), "bold"), texts]
     spreads = {
-        "probability of the answer's token": pair.p_answer,
-        "its lead over the next token": pair.margin,
-        "probability of any token": pair.p,
+        "p of its tokens": pair.p_answer,
+        "lead over the next": pair.margin,
+        "p of any token": pair.p,
     }
-    moved = Table("moved by", "least, points", "most, points", "mean size, points", box=None, pad_edge=False)
+    moved = Table("moved", "lowest, points", "highest, points", "mean size, points", box=None, pad_edge=False)
     for name, spread in spreads.items():
         if spread is not None:
             moved.add_row(name, _points(spread.low), _points(spread.high), _points(spread.mean_abs).removeprefix("+"))
