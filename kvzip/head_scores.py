@@ -14,6 +14,7 @@ Source: KVzip, arXiv 2505.23416, section 4.2; DuoAttention, arXiv 2410.10819, fo
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -169,7 +170,9 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     return replace(cache, scores=Scores(values, layers, cache.start, cache.length, source="heads"))
 
 
-def save(scores: HeadScores, path: str | Path, *, note: Mapping[str, Any] | None = None) -> None:
+def save(
+    scores: HeadScores, path: str | Path, *, note: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> None:
     """Writes head scores to one safetensors file, whole or not at all.
 
     Args:
@@ -177,6 +180,8 @@ def save(scores: HeadScores, path: str | Path, *, note: Mapping[str, Any] | None
 
     Raises: ValueError for NaN; TypeError for a note that JSON cannot hold; OSError if it cannot be written.
     """
+    if not overwrite and os.path.lexists(path):
+        raise FileExistsError(f"expected a name that is free, got {path}: pass overwrite=True to replace it")
     _check_numbers(scores.values)
     header = {"cache": "HeadScores", **{k: v for k, v in asdict(scores).items() if k != "values"}}
     write_file(path, {"values": scores.values}, header, note=note)

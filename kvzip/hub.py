@@ -20,14 +20,22 @@ ALIASES: dict[str, str] = {
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
-def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES) -> Path:
+def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only: bool = False) -> Path:
     """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
+
+    Args:
+        local_only: fetches nothing: a hub id is then what the hub's cache on this machine has of it.
 
     Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() and str(source).lower() not in ALIASES:
+        raise ValueError(
+            f"expected a directory in Hugging Face format, got the file {source}: pass its directory; kvzip.open(path) "
+            "opens a file that kvzip.save wrote with the model that made it"
+        )
     name = ALIASES.get(str(source).lower(), str(source))
     if isinstance(source, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"expected a directory in Hugging Face format, got {source}: no such directory")
@@ -44,7 +52,7 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES) -> Path:
             "or pass a local directory"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=list(only)))
+        return Path(snapshot_download(name, allow_patterns=list(only), local_files_only=local_only))
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such name, a gated one, a full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
         raise OSError(

@@ -67,7 +67,7 @@ def make(
             chunk=chunk,
             progress=stage("reading and scoring"),
         )
-        head_scores.save(made, output, note={"model": loaded.source})
+        head_scores.save(made, output, note={"model": loaded.source}, overwrite=bool(held))
     say_replaced(output, held)
     name, (layers, each) = visible_line(str(output)), made.values.shape
     echo(f"{name}: {layers} layers x {each} heads of {visible_line(short(model))}")
