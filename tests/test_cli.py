@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -27,8 +28,8 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import size
-from kvzip.display import visible
+from kvzip.cli.plumbing import size, stages
+from kvzip.display import safe_json, visible, visible_line
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes
@@ -904,3 +905,279 @@ def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kv
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read() == b"kvzip: interrupted\n"
+
+
+# --- nothing is replaced unasked
+
+
+def test_a_file_is_replaced_only_when_asked_and_then_it_is_said_what_it_was(
+    document: Path, kvz: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(document.parent)
+    other = document.with_suffix(".md")
+    other.write_text(TEXT * 2, encoding="utf-8")
+    assert call("compress", "doc.txt", "-m", model_dir).exit_code == 0
+    first = Path("doc.kvz").read_bytes()
+    held = f"doc.kvz (doc.txt, by tiny, 30.0% kept, {size(len(first))})"
+    line = one_line(call("compress", "doc.md", "-m", model_dir, "-r", 0.5))
+    assert line == f"kvzip: expected a name that is free, got {held}: it is left as it is; pass --force to replace it"
+    assert Path("doc.kvz").read_bytes() == first
+    result = call("compress", "doc.md", "-m", model_dir, "-r", 0.5, "--force")
+    assert result.exit_code == 0 and result.stderr == f"replaced {held}\n"
+    assert read_header(Path("doc.kvz"))["note"]["title"] == "doc.md"
+
+    saved = document.with_name("talk.kvz")
+    saved.write_bytes(kvz.read_bytes())
+    result = call("chat", saved, text=f"/save {saved}\n/save --force {saved}\n")
+    refused, replaced = result.stderr.splitlines()
+    assert refused.startswith("expected a name that is free, got ") and refused.endswith(
+        f"it is left as it is; /save --force {saved} to replace it"
+    )
+    assert replaced.startswith(f"replaced {saved} (light.txt, by tiny, 30.0% kept, ")
+
+
+def test_every_command_that_writes_asks_first(writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if writer.__name__ == "eval":
+        pytest.skip("goes on with its file")
+    forced = call
+
+    def unforced(*arguments: object, text: str | None = None) -> Result:
+        return forced(*(word for word in arguments if word != "--force"), text=text and text.replace("--force ", ""))
+
+    assert writer(tmp_path).exit_code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys.modules[__name__], "call", unforced)
+    result = writer(tmp_path)
+    assert "expected a name that is free" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_on_a_terminal_a_person_is_asked(document: Path, model_dir: Path) -> None:
+    out = document.with_suffix(".kvz")
+    command = ("compress", document, "-m", model_dir, "-o", out, "--title", "a\x1b[31m[red]b")
+    assert call(*command).exit_code == 0
+    before = out.read_bytes()
+    code, shown = on_a_terminal(*command, "-r", "0.5", answers={"Replace it? [y/N]": b"n\r"})
+    assert code == 1 and "it is left as it is" in shown and out.read_bytes() == before
+    code, shown = on_a_terminal(*command, "-r", "0.5", answers={"Replace it? [y/N]": b"y\r"})
+    assert code == 0 and r"(a\x1b[31m[red]b, by tiny, 30.0% kept" in shown and "\x1b[31m[red]" not in shown
+    assert out.read_bytes() != before
+
+
+# --- nothing steers a terminal
+
+HOSTILE = "a\x1b[31m\x9b31m\u202e[red]b\n\tc\rd\ud800\x7f"
+SHOWN = r"a\x1b[31m\x9b31m\u202e[red]b" + "\n\t" + r"c\rd\ud800\x7f"
+
+
+def test_what_steers_a_terminal_is_shown_as_its_escape() -> None:
+    assert visible(HOSTILE) == SHOWN and visible("a\r\nb") == "a\nb"
+    assert visible_line(HOSTILE) == SHOWN.replace("\n\t", r"\n\t")
+    assert json.loads(safe_json(json.dumps(HOSTILE, ensure_ascii=False))) == HOSTILE
+    every = "".join(map(chr, range(0x3000)))
+    left = {*visible(every), *visible_line(every), *safe_json(json.dumps(every, ensure_ascii=False))}
+    assert {unicodedata.category(c) for c in left - {"\n", "\t"}}.isdisjoint({"Cc", "Zl", "Zp", "Cs"})
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    assert {unicodedata.bidirectional(c) for c in left}.isdisjoint(turning)
+
+
+def test_no_text_of_an_answer_a_file_or_a_name_steers_the_terminal(
+    kvz: Path, document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = kvzip.Answer(HOSTILE, [1, 2], "stop")
+
+    def generate(model: Any, cache: Any, query: Any, *, on_token: Any = None, **options: Any) -> Any:
+        for n, piece in enumerate([HOSTILE] * len(query)):
+            _ = on_token and on_token(piece, n)
+        return [answer] * len(query)
+
+    monkeypatch.setattr("kvzip.generation.generate", generate)
+    monkeypatch.setattr("kvzip.conversation.ask", lambda model, cache, q, **o: (o["on_token"](HOSTILE), cache))
+    asked = "q\x1b[2J"
+    assert call("ask", kvz, asked).stdout == SHOWN + "\n"
+    assert call("ask", kvz, asked, "r").stdout.split("\n> r\n") == [f"> q\\x1b[2J\n{SHOWN}\n", f"{SHOWN}\n"]
+    result = call("ask", kvz, asked, "--json")
+    assert json.loads(result.stdout)["answers"][0]["answer"] == HOSTILE
+    assert call("chat", kvz, text="hi\n").stdout == SHOWN + "\n"
+    out = document.with_name("o\x1b[31m[b]\n.kvz")
+    results = [result, call("compress", document, "-m", model_dir, "-o", out, "--title", "t\x1b[31m\x9b")]
+    results += [call("info", out), call("info", out, "--json"), call("ask", "no\x1b[31m\x9b", "q"), call("report", out)]
+    results += [call("compress", document, "-m", "m\x1b[31m/\x9b"), call("info", document, "--no\x1b[31m")]
+    results += [call("compress", document, "-m", model_dir, "-o", out), call("heads", "show", "\x1b[31m")]
+    for result in results:
+        assert not re.search("[\x1b\x9b\u202e\x7f]", result.output), result.output
+    assert r"o\x1b[31m[b]\n.kvz: t\x1b[31m\x9b, " in results[2].stdout
+
+
+def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with stages() as stage:
+        progress = stage("reading [red]a\x1b[5m\nb")
+        progress(40, 100)
+        progress(60, 100)
+    shown = capsys.readouterr().err
+    assert r"reading [red]a\x1b[5m\nb" in shown and "\x1b[5m" not in shown and "40 of 100" in shown
+
+
+# --- heads
+
+
+def test_the_ratio_of_whole_heads_includes_what_the_others_keep(
+    document: Path, model_dir: Path, model: kvzip.Model
+) -> None:
+    heads, out = document.with_name("heads.safetensors"), document.with_name("out.kvz")
+    assert call("heads", "make", document, "-m", model_dir, "-o", heads).exit_code == 0
+    base = ("compress", document, "-m", model_dir, "--heads", heads, "-o", out, "--force")
+    evictable = len(TEXT.encode())
+    for ratio in (0.1, 0.26, 0.5, 0.75, 1.0):
+        facts = json.loads(call(*base, "-r", ratio, "--sink", 3, "--recent", 5, "--json").stdout)
+        whole = facts["heads"]["whole"]
+        assert facts["kept"] == whole * evictable + (4 - whole) * 8 <= ratio * facts["total"]
+        assert whole == 4 or (whole + 1) * evictable + (3 - whole) * 8 > ratio * facts["total"]
+    facts = json.loads(call(*base, "--budget", evictable / 2, "--sink", 3, "--recent", 5, "--json").stdout)
+    assert facts["heads"] == {"whole": 1, "heads": 4, "sink": 3, "recent": 5}
+    shown = "heads    1 of 4 are whole, the others keep the first 3 and the last 5 tokens, which the ratio includes"
+    assert shown in call(*base, "--budget", evictable / 2, "--sink", 3, "--recent", 5).stdout
+    assert shown in call("info", out).stdout
+    before = out.read_bytes()
+    line = one_line(call(*base, "-r", 0.5))  # 128 and 256 in the file of scores
+    assert f"the first 128 and the last 256 tokens in every head, which are 100.0% of {evictable} tokens" in line
+    assert "got room for 50.0%: keep more (-r), or lower --sink and --recent" in line
+    assert out.read_bytes() == before
+    for wrong in (("--sink", 3), ("--heads", heads, "--level", "pair"), ("--heads", heads, "--threshold", 0.1)):
+        assert call("compress", document, "-m", model_dir, "-o", out, *wrong).exit_code == 2, wrong
+
+
+def test_one_name_of_head_scores_means_the_same_everywhere(document: Path, model_dir: Path) -> None:
+    name = "smollm2-135m-instruct"
+    shown = json.loads(call("heads", "show", name, "--json").stdout)
+    scores = head_scores.shipped(name)
+    assert torch.equal(torch.tensor(shown["values"]), scores.values) and shown["layers"] == list(scores.layers)
+    assert (shown["sink"], shown["recent"]) == (scores.sink, scores.recent)
+    out = document.with_name("out.kvz")
+    for spelled in (name, name.upper(), f"HuggingFaceTB/{name}", f"/models/{name}/"):
+        line = one_line(call("compress", document, "-m", model_dir, "--heads", spelled, "-o", out))
+        assert "expected head scores made by this model" in line and line.endswith("kvzip heads make makes them")
+        assert json.loads(call("heads", "show", spelled, "--json").stdout) == shown
+    for command in (("heads", "show", "nope"), ("compress", document, "-m", model_dir, "--heads", "nope", "-o", out)):
+        assert "or one of the names gemma-3-270m, " in one_line(call(*command)), command
+
+
+# --- said before, or at once
+
+
+def test_a_length_beyond_the_models_is_warned_of_before_the_work(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = document.with_name("out.kvz")
+    base = ("compress", document, "-m", model_dir, "-o", out, "--force", "--max-length")
+    warning = "warning: 5,000 positions are asked for (--max-length), the model was made for 4,096"
+    assert call(*base, 4096).stderr == ""
+    scaled = ("--rope", '{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}')
+    assert warning not in call(*base, 5000, *scaled).stderr
+
+    def load(*arguments: Any, **options: Any) -> None:
+        raise ValueError("expected the warning first")
+
+    monkeypatch.setattr("kvzip.models.load", load)
+    told, failed = call(*base, 5000).stderr.splitlines()
+    assert told.startswith(warning) and failed == "kvzip: expected the warning first"
+
+
+def test_a_fraction_that_is_a_percentage_is_understood_and_refused(document: Path, model_dir: Path) -> None:
+    for command in (("compress", document), ("compare", document, "q"), ("bench",)):
+        for given, meant in [("30", "0.3 keeps 30%"), ("1.5", "0.015 keeps 1.5%"), ("nan", "0.3 keeps"), ("x", "0.3")]:
+            result = call(*command, "-m", model_dir, "-r", given)
+            assert result.exit_code == 2 and f"that is KEPT, got {given}: {meant}" in result.stderr, result.stderr
+    assert "0.3 keeps 30%" in call("eval", "-m", model_dir, "--task", "kv", "--ratio", "30").stderr
+
+
+def test_a_document_that_is_gone_is_warned_of(document: Path, model_dir: Path) -> None:
+    base = ("compress", document, "-m", model_dir, "--force", "-o", document.with_name("out.kvz"))
+    for how in (("--threshold", 2), ("-r", 0.0001)):
+        assert call(*base, *how, "--json").stderr.splitlines()[-1].startswith("warning: 0 of 1,488 pairs are kept"), how
+    assert call(*base, "-r", 0.01).stderr.count("warning") == 0
+
+
+def test_windows_are_said_to_stay(document: Path, tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    changes = {"architectures": ["MistralForCausalLM"], "sliding_window": 8, "layer_types": kinds}
+    windowed = write_model(tmp_path / "windowed", **changes)
+    out = tmp_path / "out.kvz"
+    line = "windows  1 of 2 layers see their last tokens only and stay as they are: only the pairs of the other 1"
+    assert line in call("compress", document, "-m", windowed, "-o", out).stdout
+    assert line in call("info", out).stdout
+    assert json.loads(call("info", out, "--json").stdout)["window_layers"] == 1
+
+
+def test_sizes_are_the_same_by_every_way(document: Path, model_dir: Path, model: kvzip.Model) -> None:
+    ways = {"whole": (), "segments": ("--segment", 150)}
+    full = nbytes(kvzip.prefill(model, TEXT))
+    for name, options in ways.items():
+        out = document.with_name(f"{name}.kvz")
+        facts = json.loads(call("compress", document, "-m", model_dir, "-o", out, *options, "--json").stdout)
+        told = json.loads(call("info", out, "--json").stdout)
+        assert facts["full_bytes"] == told["full_bytes"] == full, name
+        assert facts["cache_bytes"] == told["cache_bytes"] == nbytes(kvzip.load_cache(out)), name
+    assert call("info", document.with_name("whole.kvz"), "--memory", "1GB").exit_code == 2
+
+
+def test_advice_to_go_in_segments_is_of_use_or_not_given(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = document.with_name("out.kvz")
+    monkeypatch.setattr("kvzip.prefilling.run_attention", stop)
+    for copies, advice in [(1, ""), (8, ", or with --segment 1000, which can go on where it stopped")]:
+        document.write_text(TEXT * copies, encoding="utf-8")
+        line = one_line(call("compress", document, "-m", model_dir, "-o", out, "--chunk", 500), 130)
+        assert line == f"kvzip: interrupted: {out} was not written: run it again{advice}"
+
+
+def test_what_needs_no_torch_is_quick(tmp_path: Path, model_dir: Path, kvz: Path) -> None:
+    (tmp_path / "doc.txt").write_text("a document", encoding="utf-8")
+    (tmp_path / "doc.kvz").write_bytes(kvz.read_bytes())
+    commands = [
+        ["info", "none.kvz"],
+        ["ask", "none.kvz", "q"],
+        ["ask", "doc.kvz", "q", "-m", "none"],
+        ["ask", "doc.txt", "q"],
+        ["chat", "none.kvz"],
+        ["report", "none.kvz"],
+        ["eval", "tasks"],
+        ["eval", "report", "none.jsonl"],
+        ["heads", "show", "smollm2-135m-instruct"],
+        ["heads", "show", "none"],
+        ["info", "none"],
+        ["bench", "-m", "none"],
+        ["compare", "doc.txt", "q", "-m", "none"],
+        ["eval", "--task", "kv", "-m", "none"],
+        ["heads", "make", "doc.txt", "-m", "none", "-o", "heads.safetensors"],
+        ["compress", "doc.txt", "-m", "none", "-o", "other.kvz"],
+        ["compress", "doc.txt", "-m", str(tmp_path), "-o", "other.kvz"],
+        ["compress", "doc.txt", "-m", str(model_dir)],  # doc.kvz is there
+        ["compress", "none.txt", "-m", str(model_dir)],
+    ]
+    program = (
+        "import sys, time\nfrom kvzip.cli import main\n"
+        f"for words in {commands!r}:\n"
+        "    begun = time.process_time()\n"
+        "    try:\n        main(words)\n    except SystemExit:\n        pass\n"
+        "    assert 'torch' not in sys.modules and time.process_time() - begun < 0.5, words\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("kvzip: expected") == len(commands) - 2
+
+
+def test_advice_names_packages_that_exist() -> None:
+    """kvzip is on no index, so its extras cannot be had by name."""
+    root = Path(kvzip.__file__).parents[1]
+    pages = [*root.glob("kvzip/**/*.py"), *root.glob("docs/*.md"), root / "README.md", *root.glob("examples/*.py")]
+    assert len(pages) > 50
+    assert [path for path in pages if re.search(r"install '?\"?kvzip", path.read_text(encoding="utf-8"))] == []

@@ -178,6 +178,7 @@ def explain(error: Exception) -> str:
             errno.ENOSPC: "free some space, or write elsewhere (-o)",
             errno.EACCES: "choose another place (-o)",
             errno.EROFS: "choose another place (-o)",
+            errno.ENAMETOOLONG: "choose a shorter name",
         }.get(error.errno or 0)
         return f"{error.strerror}{where}" + (f": {remedy}" if remedy else "")
     text = " ".join(str(error).split())
