@@ -108,6 +108,7 @@ def read_scores(path: Path) -> tuple[dict[str, Any], list[list[float]]]:
     Raises: ValueError as `head_scores.load` does, which reads what is not as expected here.
     """
     header, entries, begin = tensors_of(path)
+    heads = 0
     try:
         layers, heads = entries["values"]["shape"]
         first, last = entries["values"]["data_offsets"]

@@ -129,9 +129,11 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.ClickException as error:  # click shows it: names in it may be those of files
-            error.message = visible(error.message)
-            raise
+        except click.ClickException as error:  # names in it may be those of files
+            shown = io.StringIO()
+            error.show(file=shown)
+            click.echo(visible(shown.getvalue()), err=True, nl=False)
+            ctx.exit(error.exit_code)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self, formatter)

@@ -24,7 +24,7 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     over tasks as a fraction of the full cache's, and a heat map of lengths and depths for each method where needles
     were hidden. The table also gives each method's difference to the full cache and to `base` over the same questions.
 
-    Raises: ValueError for results that `results.read` refuses, or none; ImportError without the `plot` extra.
+    Raises: ValueError for results that `results.read` refuses, or none; ImportError without matplotlib.
     """
     answers = read(*results)
     if not answers:

@@ -33,7 +33,7 @@ def rows(data: str | None, *names: str) -> list[Row]:
     """Returns the rows of the first of the named files that the directory has, or of the first name on the hub.
 
     Raises: ValueError without data or such a file, or for a line of another layout; ImportError for the hub without
-    the `eval` extra.
+    the package datasets.
     """
     if data == "hub":
         return _hub_rows(names[0])
