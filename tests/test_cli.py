@@ -286,6 +286,29 @@ def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, mo
         documents.read([str(path)])
 
 
+def test_pdfs_of_a_directory_are_read_and_what_is_left_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pypdf = pytest.importorskip("pypdf")
+    write_pdf(tmp_path / "a.pdf", "Three hundred")
+    (tmp_path / "b.pdf").write_bytes(b"%PDF-1.4\nnonsense")
+    (tmp_path / "c\x1b\n.bin").write_bytes(b"\xff")
+    (tmp_path / "d.md").write_text("# D", encoding="utf-8")
+    text, _ = documents.read([str(tmp_path)])
+    assert text == "===== a.pdf =====\nThree hundred\n\n===== d.md =====\n# D"
+    broken, binary = capsys.readouterr().err.splitlines()  # no terminal, and said all the same
+    assert "left out (expected a PDF that can be read, got b.pdf" in broken
+    assert binary == rf"{tmp_path}: left out being no text in UTF-8: c\x1b\n.bin"
+    halves = "a \ud800 b \ud83d\ude00 \ufffd"
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda page: halves)
+    assert documents.read([str(tmp_path / "a.pdf")])[0] == "a \ufffd b \U0001f600 \ufffd"
+    assert capsys.readouterr().err == "a.pdf: 1 halves of characters, which are no text, became \ufffd\n"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pypdf", None)
+        assert documents.read([str(tmp_path)])[0] == "# D"
+    assert "left out as pypdf is missing (pip install pypdf): a.pdf, b.pdf" in capsys.readouterr().err
+
+
 def write_pdf(path: Path, text: str) -> None:
     """The smallest PDF with a line of text on a page."""
     drawn = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
