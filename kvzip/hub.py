@@ -48,8 +48,8 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError(
-            f"expected huggingface_hub to fetch {name}, got no such package: pip install huggingface_hub, "
-            "or pass a local directory"
+            f"expected huggingface_hub to fetch {name}, got no such package: pip install huggingface_hub "
+            "(in a checkout pip install -e '.[hub]'), or pass a local directory"
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(only), local_files_only=local_only))

@@ -153,5 +153,8 @@ def _library() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("expected Transformers, got no such package: pip install 'transformers>=5,<6'") from error
+        raise ImportError(
+            "expected Transformers, got no such package: pip install 'transformers>=5,<6' "
+            "(in a checkout pip install -e '.[transformers]')"
+        ) from error
     return transformers

@@ -27,6 +27,7 @@ from .cache import (
     WindowKV,
     encode_levels,
     load_cache,
+    nbytes,
     read_header,
     read_pieces,
     whole_file,
@@ -98,7 +99,7 @@ def describe(
         "kept": cache.kept,
         "total": cache.total,
         "fullBytes": _full_bytes(layers, length, origin.get("dtype")),
-        "cacheBytes": sum(_bytes(x) for layer in layers for x in (layer.k, layer.v)),
+        "cacheBytes": nbytes(cache),
         "note": list(_flat({key: value for key, value in note.items() if key not in _SHOWN})),
         "hasText": bool(pieces),
         "texts": texts,
@@ -147,14 +148,14 @@ def _bytes(x: Tensor | Quantized) -> int:
 
 
 def _full_bytes(layers: Sequence[DenseKV | WindowKV | RaggedKV], length: int, dtype: str | None) -> int | None:
-    """The bytes of the layers before any pair was dropped; None if only codes are there, of an unknown dtype."""
+    """`nbytes` of the cache before any pair was dropped; None if only codes are there, of an unknown dtype."""
     plain = next((x.element_size() for layer in layers if isinstance(x := layer.k, Tensor)), None)
     size = plain or getattr(getattr(torch, dtype or "", None), "itemsize", None)
     if size is None:
         return None
     windows = sum(_bytes(x) for layer in layers if isinstance(layer, WindowKV) for x in (layer.k, layer.v))
     whole = [layer for layer in layers if not isinstance(layer, WindowKV)]
-    return windows + sum(2 * head_count(layer) * length * head_dim(layer.k) * size for layer in whole)
+    return windows + sum(2 * head_count(layer) * length * head_dim(layer.k) * size for layer in whole) + 8 * length
 
 
 def _name(source: str) -> str:

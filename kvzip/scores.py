@@ -190,7 +190,9 @@ def plot(scores: Scores, ratio: float = 0.3, *, title: str | None = None) -> "Fi
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("expected matplotlib for a plot, got none: pip install matplotlib") from error
+        raise ImportError(
+            "expected matplotlib for a plot, got none: pip install matplotlib (in a checkout pip install -e '.[plot]')"
+        ) from error
     mask = keep_mask(scores, ratio)
     fractions = mask.float().mean(-1).cpu().numpy()
     lowest = scores.values[mask].min().item() if mask.any() else torch.inf

@@ -275,7 +275,8 @@ def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "pypdf", None)
         line = one_line(call("compress", path, "-m", "nowhere", "-o", tmp_path / "out.kvz"))
-    assert line == "kvzip: expected pypdf to read doc.pdf, got no such package: pip install pypdf"
+    advice = "pip install pypdf (in a checkout pip install -e '.[pdf]')"
+    assert line == f"kvzip: expected pypdf to read doc.pdf, got no such package: {advice}"
     pytest.importorskip("pypdf")
     assert documents.read([str(path)]) == ("Three hundred and twelve steps", "doc.pdf")
     write_pdf(path, "")

@@ -101,10 +101,9 @@ def test_the_numbers_in_the_page_are_those_of_the_cache(saved, scored):
         and ["seconds prefill", 1.25] in facts["note"]
         and ["documents", "a.md, b.md"] in facts["note"]
     )
-    pairs = [x for layer in cache.context for x in (layer.k, layer.v)]
-    assert facts["cacheBytes"] == sum(x.nbytes for x in pairs)
+    assert facts["cacheBytes"] == kvzip.nbytes(cache)
     window = sum(x.nbytes for layer in cache.context if isinstance(layer, WindowKV) for x in (layer.k, layer.v))
-    assert facts["fullBytes"] == window + (cache.total + 4 * cache.start) * 2 * 8 * 4
+    assert facts["fullBytes"] == window + (cache.total + 4 * cache.start) * 2 * 8 * 4 + 8 * cache.context_length
 
 
 def test_the_page_needs_nothing_else_and_its_data_stay_data(saved):
@@ -126,7 +125,7 @@ def test_what_is_kept_is_what_the_pairs_held_are(model, scored, bits):
 def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_path):
     path, out = tmp_path / "doc.kvz", tmp_path / "page.html"
     for cache in (kvzip.prefill(model, TEXT), kvzip.compress(scored, 0.3, level="layer", bits=4)):
-        kvzip.save(replace(cache, scores=None), path)
+        kvzip.save(replace(cache, scores=None), path, overwrite=True)
         write_report(path, out)
         page = out.read_text(encoding="utf-8")
         facts = json.loads(block(page, "facts"))

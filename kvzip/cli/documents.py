@@ -80,7 +80,10 @@ def _pdf(content: bytes, name: str) -> str:
     try:
         from pypdf import PdfReader  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f"expected pypdf to read {name}, got no such package: pip install pypdf") from error
+        raise ImportError(
+            f"expected pypdf to read {name}, got no such package: pip install pypdf "
+            "(in a checkout pip install -e '.[pdf]')"
+        ) from error
     try:
         pages = [page.extract_text() for page in PdfReader(io.BytesIO(content)).pages]
     except Exception as error:  # a damaged one fails anywhere

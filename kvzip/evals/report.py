@@ -259,7 +259,10 @@ def _canvas(rows: int, columns: int, title: str, *, size: tuple[float, float] = 
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("expected matplotlib for the plots, got none: pip install matplotlib") from error
+        raise ImportError(
+            "expected matplotlib for the plots, got none: pip install matplotlib "
+            "(in a checkout pip install -e '.[plot]')"
+        ) from error
     figure = Figure(figsize=(1 + size[0] * columns, 0.9 + size[1] * rows), layout="constrained")
     figure.suptitle(title)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

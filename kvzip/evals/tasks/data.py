@@ -217,8 +217,8 @@ def _hub_rows(name: str) -> list[Row]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "expected the package datasets to read data from the hub, got none: pip install datasets, or pass a "
-            "directory of JSONL files"
+            "expected the package datasets to read data from the hub, got none: pip install datasets "
+            "(in a checkout pip install -e '.[eval]'), or pass a directory of JSONL files"
         ) from error
     if name == "squad_paragraph":
         groups: dict[str, Row] = {}
