@@ -2,7 +2,7 @@
 
     python examples/transformers_cache.py [MODEL] [--ratio 0.5] [--document FILE]
 
-Needs the extra: pip install 'kvzip[transformers]'. Transformers holds heads of one length only, hence level="uniform".
+Needs Transformers: pip install 'transformers>=5,<6'. It holds heads of one length only, hence level="uniform".
 """
 
 import sys

@@ -99,7 +99,7 @@ def generate(
     if room < 1:
         raise ValueError(
             f"expected room for an answer within {model.config.max_length} positions (the model's length), got a "
-            f"context and question of {used}: shorten it, or pass max_length= (and rope=) to load"
+            f"context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
         )
     seed = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token

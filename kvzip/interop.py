@@ -155,5 +155,8 @@ def _library() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("expected Transformers, got no such package: pip install 'kvzip[transformers]'") from error
+        raise ImportError(
+            "expected Transformers, got no such package: pip install 'transformers>=5,<6' "
+            "(in a checkout pip install -e '.[transformers]')"
+        ) from error
     return transformers

@@ -11,8 +11,8 @@ import torch
 from .cache import DenseCache, RaggedCache, printable
 from .cache.files import open_file, refusing, require
 from .cache.io import check_header, check_kind, foreign, read_cache
+from .hub import resolve
 from .models import Model, load
-from .models.load import resolve
 
 _LONGEST = 4096  # characters of a source, as of a path
 

@@ -166,7 +166,7 @@ def check_length(model: Model, needed: int, what: str) -> None:
     if needed > model.config.max_length:
         raise ValueError(
             f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "
-            "shorten it, or pass max_length= (and rope=) to load if the model can go further"
+            "shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
         )
 
 

@@ -203,7 +203,9 @@ def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("expected matplotlib for a plot, got none: pip install 'kvzip[plot]'") from error
+        raise ImportError(
+            "expected matplotlib for a plot, got none: pip install matplotlib (in a checkout pip install -e '.[plot]')"
+        ) from error
     ratio = checks.kept_ratio(ratio)
     mask = keep_mask(scores, ratio)
     fractions = mask.float().mean(-1).cpu().numpy()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +28,8 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import size
+from kvzip.cli.plumbing import size, stages
+from kvzip.display import safe_json, visible, visible_line
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes
@@ -78,7 +80,7 @@ def write_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def model(model_dir: Path) -> kvzip.Model:
-    return kvzip.load(model_dir, dtype=torch.float32, device="cpu")
+    return kvzip.load(model_dir, device="cpu")  # in its default dtype, as the command loads it
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_compress_writes_what_the_library_makes(kvz: Path, small: kvzip.RaggedCa
     note = read_header(kvz)["note"]
     assert note["title"] == "light.txt"
     assert note["load"] == {"max_length": None, "rope": None}
-    assert read_header(kvz)["model"] == {"source": str(model_dir), "dtype": "float32"}
+    assert read_header(kvz)["model"] == {"source": str(model_dir), "dtype": "bfloat16"}
 
 
 def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: kvzip.Model) -> None:
@@ -158,11 +160,11 @@ def test_without_a_name_the_file_is_named_after_the_document(
 ) -> None:
     monkeypatch.chdir(document.parent)
     result = call("compress", "doc.txt", "-m", model_dir, "--plain", "-r", 0.5)
-    assert result.stdout.startswith("doc.kvz: 372 tokens, 50.0% of 1,488 pairs kept, cache 98.2 kB -> "), result.stdout
+    assert result.stdout.startswith("doc.kvz: 372 tokens, 50.0% of 1,488 pairs kept, cache 50.6 kB -> "), result.stdout
     assert result.stderr == ""  # no progress where nobody looks
     cache = kvzip.load_cache("doc.kvz")
     assert cache.chat is False
-    continued = kvzip.generate(model, cache, "\n\nThe keeper", max_tokens=5, template=False).text
+    continued = visible(kvzip.generate(model, cache, "\n\nThe keeper", max_tokens=5, template=False).text)
     assert call("ask", "doc.kvz", "The keeper", "-n", 5).stdout == continued + "\n"
 
 
@@ -234,14 +236,13 @@ def test_of_a_directory_only_its_own_text_files_are_read(tmp_path: Path, monkeyp
     (project / "secret.txt").symlink_to(outside)
     os.mkfifo(project / "pipe")
     told: list[str] = []
-    monkeypatch.setattr(documents, "hint", told.append)
+    monkeypatch.setattr(documents, "say", told.append)
     assert documents.read([str(project)])[0] == "a = 1\n"
-    left = "latin0.txt, latin1.txt, latin2.txt and 1 more"
-    assert told == [f"{project}: 1 files read; left out, being no text in UTF-8: {left}"]
+    assert told == [f"{project}: left out being no text in UTF-8: latin0.txt, latin1.txt, latin2.txt, latin3.txt"]
     subprocess.run(["git", "init", "-q", project], check=True)
     assert documents.read([str(project)])[0] == "a = 1\n"
     (project / "a.py").unlink()
-    with pytest.raises(ValueError, match="without any: its 4 files are no text in UTF-8"):
+    with pytest.raises(ValueError, match="without any: its 4 files are left out"):
         documents.read([str(project)])
 
 
@@ -274,7 +275,8 @@ def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "pypdf", None)
         line = one_line(call("compress", path, "-m", "nowhere", "-o", tmp_path / "out.kvz"))
-    assert line == "kvzip: expected the pdf extra to read doc.pdf, got no pypdf: pip install 'kvzip[pdf]'"
+    advice = "pip install pypdf (in a checkout pip install -e '.[pdf]')"
+    assert line == f"kvzip: expected pypdf to read doc.pdf, got no such package: {advice}"
     pytest.importorskip("pypdf")
     assert documents.read([str(path)]) == ("Three hundred and twelve steps", "doc.pdf")
     write_pdf(path, "")
@@ -283,6 +285,29 @@ def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, mo
     path.write_bytes(b"%PDF-1.4\nnonsense")
     with pytest.raises(ValueError, match="expected a PDF that can be read"):
         documents.read([str(path)])
+
+
+def test_pdfs_of_a_directory_are_read_and_what_is_left_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pypdf = pytest.importorskip("pypdf")
+    write_pdf(tmp_path / "a.pdf", "Three hundred")
+    (tmp_path / "b.pdf").write_bytes(b"%PDF-1.4\nnonsense")
+    (tmp_path / "c\x1b\n.bin").write_bytes(b"\xff")
+    (tmp_path / "d.md").write_text("# D", encoding="utf-8")
+    text, _ = documents.read([str(tmp_path)])
+    assert text == "===== a.pdf =====\nThree hundred\n\n===== d.md =====\n# D"
+    broken, binary = capsys.readouterr().err.splitlines()  # no terminal, and said all the same
+    assert "left out (expected a PDF that can be read, got b.pdf" in broken
+    assert binary == rf"{tmp_path}: left out being no text in UTF-8: c\x1b\n.bin"
+    halves = "a \ud800 b \ud83d\ude00 \ufffd"
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda page: halves)
+    assert documents.read([str(tmp_path / "a.pdf")])[0] == "a \ufffd b \U0001f600 \ufffd"
+    assert capsys.readouterr().err == "a.pdf: 1 halves of characters, which are no text, became \ufffd\n"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pypdf", None)
+        assert documents.read([str(tmp_path)])[0] == "# D"
+    assert "left out as pypdf is missing (pip install pypdf): a.pdf, b.pdf" in capsys.readouterr().err
 
 
 def write_pdf(path: Path, text: str) -> None:
@@ -309,12 +334,13 @@ def write_pdf(path: Path, text: str) -> None:
 
 def test_ask_prints_what_generate_answers(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
     questions = ["How many steps?", "Who?"]
-    first, second = (a.text for a in kvzip.generate(model, small, questions, max_tokens=6))
+    first, second = (visible(a.text) for a in kvzip.generate(model, small, questions, max_tokens=6))
     assert call("ask", kvz, questions[0], "-n", 6).stdout == first + "\n"
     expected = f"> {questions[0]}\n{first}\n\n> {questions[1]}\n{second}\n"
     assert call("ask", kvz, *questions, "-n", 6).stdout == expected
     assert call("ask", kvz, "-", "-n", 6, text="How many steps?\n\nWho?\n").stdout == expected
-    sampled = kvzip.generate(model, small, questions[0], max_tokens=6, temperature=2.0, top_p=0.9, seed=3).text
+    sampled = kvzip.generate(model, small, questions[0], max_tokens=6, temperature=2.0, top_p=0.9, seed=3)
+    sampled = visible(sampled.text)
     assert sampled != first
     assert call("ask", kvz, questions[0], "-n", 6, "-t", 2, "--top-p", 0.9, "--seed", 3).stdout == sampled + "\n"
 
@@ -352,9 +378,9 @@ def test_chat_keeps_forks_and_folds_its_turns(
     kept = f"{folded.kept - two.kept:,} of {folded.total - two.total:,} pairs kept"
     turns = len(two.token_ids) - small.context_length
     expected = [
-        *first.text.splitlines(),
+        *visible(first.text).split("\n"),
         "branch b, from 1",
-        *second.text.splitlines(),
+        *visible(second.text).split("\n"),
         f"{turns} tokens folded: {kept}",
         f"{saved}, {size(saved.stat().st_size)}",
         "forgotten",
@@ -365,12 +391,13 @@ def test_chat_keeps_forks_and_folds_its_turns(
         f"memory   {size(nbytes(one))}",
         "branch   1 of 1, b",
     ]
-    assert result.stdout.splitlines() == expected
+    assert result.stdout.split("\n") == [*expected, ""]
     known = "/stats, /fork, /switch, /undo, /fold, /save, /help, /quit"
     assert result.stderr.splitlines() == [f"expected one of {known}, got /nope", "expected a ratio as 0.3, got x"]
     cache = kvzip.load_cache(saved, model=model)
     assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, folded)
-    assert call("ask", saved, "And?", "-n", 4).stdout == kvzip.generate(model, folded, "And?", max_tokens=4).text + "\n"
+    answer = visible(kvzip.generate(model, folded, "And?", max_tokens=4).text)
+    assert call("ask", saved, "And?", "-n", 4).stdout == answer + "\n"
 
 
 def test_an_interrupted_turn_is_forgotten(kvz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +494,7 @@ def test_bench_times_a_model_without_a_checkout(
     assert list(map(round, answered, [2] * 9)) == [1.0] * 3 + [0.5] * 3 + [0.1] * 3
     assert full["first_token_s"] > 0 and half["compress_s"] > 0
     shown = call("bench", "-m", model_dir, "--tokens", 300, "-n", 2).stdout
-    assert shown.startswith("tiny in float32 on CPU") and "\n30%   " in shown
+    assert shown.startswith("tiny in bfloat16 on CPU") and "\n30%   " in shown
     assert call("bench", "-m", model_dir, "ops").exit_code == 2
     line = one_line(call("bench", "-m", model_dir, "--tokens", 100_000))
     assert "expected at most 4,096 tokens (the model's length), got 100,000: lower --tokens" in line
@@ -533,10 +560,11 @@ def test_head_scores_are_made_shown_and_used(tmp_path: Path, model_dir: Path, mo
     shown = json.loads(call("heads", "show", out, "--json").stdout)
     assert torch.equal(torch.tensor(shown["values"]), made.values)
     assert "scores   of 2 layers of llama by" in call("info", out).stdout
-    assert call("compress", document, "-m", model_dir, "-o", small, "--heads", out, "-r", 0.5).exit_code == 0
+    ends = ("--sink", 20, "--recent", 30)
+    assert call("compress", document, "-m", model_dir, "-o", small, "--heads", out, *ends, "-r", 0.5).exit_code == 0
     attached = head_scores.attach(kvzip.prefill(model, TEXT * 2), made)
-    expected = kvzip.compress(attached, 0.5, level="head", sink=made.sink, recent=made.recent)  # pyright: ignore
-    assert expected.kept < expected.total
+    expected = kvzip.compress(attached, 0.4, level="head", sink=20, recent=30)
+    assert 0.25 * expected.total < expected.kept <= 0.5 * expected.total  # one head whole, and the ends of the others
     cache = kvzip.load_cache(small)
     assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, expected)
 
@@ -575,18 +603,18 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
         (("ask", tmp_path / "none.kvz", "hi"), "got no file"),
         (("ask", document, "hi"), f"expected a file that kvzip wrote, got {document} that is none"),
         (("ask", bare, "hi"), "expected bare.kvz to say which model made it, got none: pass --model"),
-        (("ask", kvz, "hi", "-m", other), "light.kvz, tiny in float32, got other in float32"),
-        (("ask", kvz, "hi", "--dtype", "bfloat16"), "light.kvz, tiny in float32, got tiny in bfloat16"),
+        (("ask", kvz, "hi", "-m", other), "light.kvz, tiny in bfloat16, got other in bfloat16"),
+        (("ask", kvz, "hi", "--dtype", "float32"), "light.kvz, tiny in bfloat16, got tiny in float32"),
         (("info", tmp_path / "none.kvz"), "got no file"),
         (("chat", kvz, "-m", tmp_path / "gone"), "no such directory"),
         (("ask", tmp_path, "hi"), "expected a file that kvzip wrote, got the directory"),
         (("ask", kvz, "hi", "--device", "mps"), "expected a device of cpu"),
-        (("ask", kvz, "a" * 5000), "shorten it, or pass --max-length (and --rope)"),
+        (("ask", kvz, "a" * 5000), "shorten it, or pass RoPE scaling (--rope, and --max-length)"),
         (("compress", document, "-m", model_dir, "-o", "-"), "expected the name of a file to write, got -"),
     ]:
         assert expected in one_line(call(*command)), command
     assert sorted(p for p in tmp_path.iterdir() if p not in {binary, empty, bare, other}) == before
-    assert call("ask", bare, "hi", "-m", model_dir, "--dtype", "float32", "-n", 2).exit_code == 0
+    assert call("ask", bare, "hi", "-m", model_dir, "-n", 2).exit_code == 0
 
 
 def test_wrong_calls_end_with_2(document: Path, kvz: Path) -> None:
@@ -639,11 +667,11 @@ def test_what_the_hub_cannot_give_is_one_line(document: Path, monkeypatch: pytes
 def test_a_document_too_long_for_memory_is_known_before_it_is_read(
     document: Path, model_dir: Path, model: kvzip.Model, small: kvzip.RaggedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = size(dense_bytes(model, small.context_length))
-    monkeypatch.setattr("kvzip.cache.free_bytes", lambda device: 90_000)
+    needed = size(nbytes(kvzip.prefill(model, TEXT)))
+    monkeypatch.setattr("kvzip.cache.free_bytes", lambda device: 40_000)
     monkeypatch.setattr("kvzip.prefilling.prefill", lambda *a, **o: pytest.fail("was read"))
     line = one_line(call("compress", document, "-m", model_dir, "-o", document.with_suffix(".kvz")))
-    got = f"got 372 tokens that take {needed} of 90.0 kB free: --segment 16000"
+    got = f"got 372 tokens that take {needed} of 40.0 kB free: a shorter document takes less"
     assert line.startswith(f"kvzip: expected a document whose cache fits in memory, {got}")
 
 
@@ -683,15 +711,16 @@ def writer(
         assert eval_run(model_dir, results).exit_code == 0
 
     def run(directory: Path) -> Result:
-        compress = ("compress", document, "-m", model_dir, "-o", directory / "out.kvz")
+        compress = ("compress", document, "-m", model_dir, "--force", "-o", directory / "out.kvz")
+        heads, page = directory / "out.safetensors", directory / "out.html"
         return {
             "compress": lambda: call(*compress),
             "segments": lambda: call(*compress, "--segment", 500),
-            "chat": lambda: call("chat", kvz, text=f"/save {directory / 'out.kvz'}"),
-            "heads": lambda: call("heads", "make", document, "-m", model_dir, "-o", directory / "out.safetensors"),
+            "chat": lambda: call("chat", kvz, text=f"/save --force {directory / 'out.kvz'}"),
+            "heads": lambda: call("heads", "make", document, "-m", model_dir, "--force", "-o", heads),
             "eval": lambda: eval_run(model_dir, directory / "out.jsonl"),
-            "eval report": lambda: call("eval", "report", results, "-o", directory / "out"),
-            "report": lambda: call("report", kvz, "-o", directory / "out.html"),
+            "eval report": lambda: call("eval", "report", results, "--force", "-o", directory / "out"),
+            "report": lambda: call("report", kvz, "--force", "-o", page),
         }[name]()
 
     run.__name__ = name
@@ -900,3 +929,279 @@ def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kv
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read() == b"kvzip: interrupted\n"
+
+
+# --- nothing is replaced unasked
+
+
+def test_a_file_is_replaced_only_when_asked_and_then_it_is_said_what_it_was(
+    document: Path, kvz: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(document.parent)
+    other = document.with_suffix(".md")
+    other.write_text(TEXT * 2, encoding="utf-8")
+    assert call("compress", "doc.txt", "-m", model_dir).exit_code == 0
+    first = Path("doc.kvz").read_bytes()
+    held = f"doc.kvz (doc.txt, by tiny, 30.0% kept, {size(len(first))})"
+    line = one_line(call("compress", "doc.md", "-m", model_dir, "-r", 0.5))
+    assert line == f"kvzip: expected a name that is free, got {held}: it is left as it is; pass --force to replace it"
+    assert Path("doc.kvz").read_bytes() == first
+    result = call("compress", "doc.md", "-m", model_dir, "-r", 0.5, "--force")
+    assert result.exit_code == 0 and result.stderr == f"replaced {held}\n"
+    assert read_header(Path("doc.kvz"))["note"]["title"] == "doc.md"
+
+    saved = document.with_name("talk.kvz")
+    saved.write_bytes(kvz.read_bytes())
+    result = call("chat", saved, text=f"/save {saved}\n/save --force {saved}\n")
+    refused, replaced = result.stderr.splitlines()
+    assert refused.startswith("expected a name that is free, got ") and refused.endswith(
+        f"it is left as it is; /save --force {saved} to replace it"
+    )
+    assert replaced.startswith(f"replaced {saved} (light.txt, by tiny, 30.0% kept, ")
+
+
+def test_every_command_that_writes_asks_first(writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if writer.__name__ == "eval":
+        pytest.skip("goes on with its file")
+    forced = call
+
+    def unforced(*arguments: object, text: str | None = None) -> Result:
+        return forced(*(word for word in arguments if word != "--force"), text=text and text.replace("--force ", ""))
+
+    assert writer(tmp_path).exit_code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys.modules[__name__], "call", unforced)
+    result = writer(tmp_path)
+    assert "expected a name that is free" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_on_a_terminal_a_person_is_asked(document: Path, model_dir: Path) -> None:
+    out = document.with_suffix(".kvz")
+    command = ("compress", document, "-m", model_dir, "-o", out, "--title", "a\x1b[31m[red]b")
+    assert call(*command).exit_code == 0
+    before = out.read_bytes()
+    code, shown = on_a_terminal(*command, "-r", "0.5", answers={"Replace it? [y/N]": b"n\r"})
+    assert code == 1 and "it is left as it is" in shown and out.read_bytes() == before
+    code, shown = on_a_terminal(*command, "-r", "0.5", answers={"Replace it? [y/N]": b"y\r"})
+    assert code == 0 and r"(a\x1b[31m[red]b, by tiny, 30.0% kept" in shown and "\x1b[31m[red]" not in shown
+    assert out.read_bytes() != before
+
+
+# --- nothing steers a terminal
+
+HOSTILE = "a\x1b[31m\x9b31m\u202e[red]b\n\tc\rd\ud800\x7f"
+SHOWN = r"a\x1b[31m\x9b31m\u202e[red]b" + "\n\t" + r"c\rd\ud800\x7f"
+
+
+def test_what_steers_a_terminal_is_shown_as_its_escape() -> None:
+    assert visible(HOSTILE) == SHOWN and visible("a\r\nb") == "a\nb"
+    assert visible_line(HOSTILE) == SHOWN.replace("\n\t", r"\n\t")
+    assert json.loads(safe_json(json.dumps(HOSTILE, ensure_ascii=False))) == HOSTILE
+    every = "".join(map(chr, range(0x3000)))
+    left = {*visible(every), *visible_line(every), *safe_json(json.dumps(every, ensure_ascii=False))}
+    assert {unicodedata.category(c) for c in left - {"\n", "\t"}}.isdisjoint({"Cc", "Zl", "Zp", "Cs"})
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    assert {unicodedata.bidirectional(c) for c in left}.isdisjoint(turning)
+
+
+def test_no_text_of_an_answer_a_file_or_a_name_steers_the_terminal(
+    kvz: Path, document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = kvzip.Answer(HOSTILE, [1, 2], "stop")
+
+    def generate(model: Any, cache: Any, query: Any, *, on_token: Any = None, **options: Any) -> Any:
+        for n, piece in enumerate([HOSTILE] * len(query)):
+            _ = on_token and on_token(piece, n)
+        return [answer] * len(query)
+
+    monkeypatch.setattr("kvzip.generation.generate", generate)
+    monkeypatch.setattr("kvzip.conversation.ask", lambda model, cache, q, **o: (o["on_token"](HOSTILE), cache))
+    asked = "q\x1b[2J"
+    assert call("ask", kvz, asked).stdout == SHOWN + "\n"
+    assert call("ask", kvz, asked, "r").stdout.split("\n> r\n") == [f"> q\\x1b[2J\n{SHOWN}\n", f"{SHOWN}\n"]
+    result = call("ask", kvz, asked, "--json")
+    assert json.loads(result.stdout)["answers"][0]["answer"] == HOSTILE
+    assert call("chat", kvz, text="hi\n").stdout == SHOWN + "\n"
+    out = document.with_name("o\x1b[31m[b]\n.kvz")
+    results = [result, call("compress", document, "-m", model_dir, "-o", out, "--title", "t\x1b[31m\x9b")]
+    results += [call("info", out), call("info", out, "--json"), call("ask", "no\x1b[31m\x9b", "q"), call("report", out)]
+    results += [call("compress", document, "-m", "m\x1b[31m/\x9b"), call("info", document, "--no\x1b[31m")]
+    results += [call("compress", document, "-m", model_dir, "-o", out), call("heads", "show", "\x1b[31m")]
+    for result in results:
+        assert not re.search("[\x1b\x9b\u202e\x7f]", result.output), result.output
+    assert r"o\x1b[31m[b]\n.kvz: t\x1b[31m\x9b, " in results[2].stdout
+
+
+def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with stages() as stage:
+        progress = stage("reading [red]a\x1b[5m\nb")
+        progress(40, 100)
+        progress(60, 100)
+    shown = capsys.readouterr().err
+    assert r"reading [red]a\x1b[5m\nb" in shown and "\x1b[5m" not in shown and "40 of 100" in shown
+
+
+# --- heads
+
+
+def test_the_ratio_of_whole_heads_includes_what_the_others_keep(
+    document: Path, model_dir: Path, model: kvzip.Model
+) -> None:
+    heads, out = document.with_name("heads.safetensors"), document.with_name("out.kvz")
+    assert call("heads", "make", document, "-m", model_dir, "-o", heads).exit_code == 0
+    base = ("compress", document, "-m", model_dir, "--heads", heads, "-o", out, "--force")
+    evictable = len(TEXT.encode())
+    for ratio in (0.1, 0.26, 0.5, 0.75, 1.0):
+        facts = json.loads(call(*base, "-r", ratio, "--sink", 3, "--recent", 5, "--json").stdout)
+        whole = facts["heads"]["whole"]
+        assert facts["kept"] == whole * evictable + (4 - whole) * 8 <= ratio * facts["total"]
+        assert whole == 4 or (whole + 1) * evictable + (3 - whole) * 8 > ratio * facts["total"]
+    facts = json.loads(call(*base, "--budget", evictable / 2, "--sink", 3, "--recent", 5, "--json").stdout)
+    assert facts["heads"] == {"whole": 1, "heads": 4, "sink": 3, "recent": 5}
+    shown = "heads    1 of 4 are whole, the others keep the first 3 and the last 5 tokens, which the ratio includes"
+    assert shown in call(*base, "--budget", evictable / 2, "--sink", 3, "--recent", 5).stdout
+    assert shown in call("info", out).stdout
+    before = out.read_bytes()
+    line = one_line(call(*base, "-r", 0.5))  # 128 and 256 in the file of scores
+    assert f"the first 128 and the last 256 tokens in every head, which are 100.0% of {evictable} tokens" in line
+    assert "got room for 50.0%: keep more (-r), or lower --sink and --recent" in line
+    assert out.read_bytes() == before
+    for wrong in (("--sink", 3), ("--heads", heads, "--level", "pair"), ("--heads", heads, "--threshold", 0.1)):
+        assert call("compress", document, "-m", model_dir, "-o", out, *wrong).exit_code == 2, wrong
+
+
+def test_one_name_of_head_scores_means_the_same_everywhere(document: Path, model_dir: Path) -> None:
+    name = "smollm2-135m-instruct"
+    shown = json.loads(call("heads", "show", name, "--json").stdout)
+    scores = head_scores.shipped(name)
+    assert torch.equal(torch.tensor(shown["values"]), scores.values) and shown["layers"] == list(scores.layers)
+    assert (shown["sink"], shown["recent"]) == (scores.sink, scores.recent)
+    out = document.with_name("out.kvz")
+    for spelled in (name, name.upper(), f"HuggingFaceTB/{name}", f"/models/{name}/"):
+        line = one_line(call("compress", document, "-m", model_dir, "--heads", spelled, "-o", out))
+        assert "expected head scores made by this model" in line and line.endswith("kvzip heads make makes them")
+        assert json.loads(call("heads", "show", spelled, "--json").stdout) == shown
+    for command in (("heads", "show", "nope"), ("compress", document, "-m", model_dir, "--heads", "nope", "-o", out)):
+        assert "or one of the names gemma-3-270m, " in one_line(call(*command)), command
+
+
+# --- said before, or at once
+
+
+def test_a_length_beyond_the_models_is_warned_of_before_the_work(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = document.with_name("out.kvz")
+    base = ("compress", document, "-m", model_dir, "-o", out, "--force", "--max-length")
+    warning = "warning: 5,000 positions are asked for (--max-length), the model was made for 4,096"
+    assert call(*base, 4096).stderr == ""
+    scaled = ("--rope", '{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}')
+    assert warning not in call(*base, 5000, *scaled).stderr
+
+    def load(*arguments: Any, **options: Any) -> None:
+        raise ValueError("expected the warning first")
+
+    monkeypatch.setattr("kvzip.models.load", load)
+    told, failed = call(*base, 5000).stderr.splitlines()
+    assert told.startswith(warning) and failed == "kvzip: expected the warning first"
+
+
+def test_a_fraction_that_is_a_percentage_is_understood_and_refused(document: Path, model_dir: Path) -> None:
+    for command in (("compress", document), ("compare", document, "q"), ("bench",)):
+        for given, meant in [("30", "0.3 keeps 30%"), ("1.5", "0.015 keeps 1.5%"), ("nan", "0.3 keeps"), ("x", "0.3")]:
+            result = call(*command, "-m", model_dir, "-r", given)
+            assert result.exit_code == 2 and f"that is KEPT, got {given}: {meant}" in result.stderr, result.stderr
+    assert "0.3 keeps 30%" in call("eval", "-m", model_dir, "--task", "kv", "--ratio", "30").stderr
+
+
+def test_a_document_that_is_gone_is_warned_of(document: Path, model_dir: Path) -> None:
+    base = ("compress", document, "-m", model_dir, "--force", "-o", document.with_name("out.kvz"))
+    for how in (("--threshold", 2), ("-r", 0.0001)):
+        assert call(*base, *how, "--json").stderr.splitlines()[-1].startswith("warning: 0 of 1,488 pairs are kept"), how
+    assert call(*base, "-r", 0.01).stderr.count("warning") == 0
+
+
+def test_windows_are_said_to_stay(document: Path, tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    changes = {"architectures": ["MistralForCausalLM"], "sliding_window": 8, "layer_types": kinds}
+    windowed = write_model(tmp_path / "windowed", **changes)
+    out = tmp_path / "out.kvz"
+    line = "windows  1 of 2 layers see their last tokens only and stay as they are: only the pairs of the other 1"
+    assert line in call("compress", document, "-m", windowed, "-o", out).stdout
+    assert line in call("info", out).stdout
+    assert json.loads(call("info", out, "--json").stdout)["window_layers"] == 1
+
+
+def test_sizes_are_the_same_by_every_way(document: Path, model_dir: Path, model: kvzip.Model) -> None:
+    ways = {"whole": (), "segments": ("--segment", 150)}
+    full = nbytes(kvzip.prefill(model, TEXT))
+    for name, options in ways.items():
+        out = document.with_name(f"{name}.kvz")
+        facts = json.loads(call("compress", document, "-m", model_dir, "-o", out, *options, "--json").stdout)
+        told = json.loads(call("info", out, "--json").stdout)
+        assert facts["full_bytes"] == told["full_bytes"] == full, name
+        assert facts["cache_bytes"] == told["cache_bytes"] == nbytes(kvzip.load_cache(out)), name
+    assert call("info", document.with_name("whole.kvz"), "--memory", "1GB").exit_code == 2
+
+
+def test_advice_to_go_in_segments_is_of_use_or_not_given(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = document.with_name("out.kvz")
+    monkeypatch.setattr("kvzip.prefilling.run_attention", stop)
+    for copies, advice in [(1, ""), (8, ", or with --segment 1000, which can go on where it stopped")]:
+        document.write_text(TEXT * copies, encoding="utf-8")
+        line = one_line(call("compress", document, "-m", model_dir, "-o", out, "--chunk", 500), 130)
+        assert line == f"kvzip: interrupted: {out} was not written: run it again{advice}"
+
+
+def test_what_needs_no_torch_is_quick(tmp_path: Path, model_dir: Path, kvz: Path) -> None:
+    (tmp_path / "doc.txt").write_text("a document", encoding="utf-8")
+    (tmp_path / "doc.kvz").write_bytes(kvz.read_bytes())
+    commands = [
+        ["info", "none.kvz"],
+        ["ask", "none.kvz", "q"],
+        ["ask", "doc.kvz", "q", "-m", "none"],
+        ["ask", "doc.txt", "q"],
+        ["chat", "none.kvz"],
+        ["report", "none.kvz"],
+        ["eval", "tasks"],
+        ["eval", "report", "none.jsonl"],
+        ["heads", "show", "smollm2-135m-instruct"],
+        ["heads", "show", "none"],
+        ["info", "none"],
+        ["bench", "-m", "none"],
+        ["compare", "doc.txt", "q", "-m", "none"],
+        ["eval", "--task", "kv", "-m", "none"],
+        ["heads", "make", "doc.txt", "-m", "none", "-o", "heads.safetensors"],
+        ["compress", "doc.txt", "-m", "none", "-o", "other.kvz"],
+        ["compress", "doc.txt", "-m", str(tmp_path), "-o", "other.kvz"],
+        ["compress", "doc.txt", "-m", str(model_dir)],  # doc.kvz is there
+        ["compress", "none.txt", "-m", str(model_dir)],
+    ]
+    program = (
+        "import sys, time\nfrom kvzip.cli import main\n"
+        f"for words in {commands!r}:\n"
+        "    begun = time.process_time()\n"
+        "    try:\n        main(words)\n    except SystemExit:\n        pass\n"
+        "    assert 'torch' not in sys.modules and time.process_time() - begun < 0.5, words\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("kvzip: expected") == len(commands) - 2
+
+
+def test_advice_names_packages_that_exist() -> None:
+    """kvzip is on no index, so its extras cannot be had by name."""
+    root = Path(kvzip.__file__).parents[1]
+    pages = [*root.glob("kvzip/**/*.py"), *root.glob("docs/*.md"), root / "README.md", *root.glob("examples/*.py")]
+    assert len(pages) > 50
+    assert [path for path in pages if re.search(r"install '?\"?kvzip", path.read_text(encoding="utf-8"))] == []

@@ -14,11 +14,13 @@ PACKAGE = Path(kvzip.__file__).parent
 ALLOWED = {
     "kvzip.version": set(),
     "kvzip.checks": set(),
+    "kvzip.display": set(),
+    "kvzip.hub": set(),
     "kvzip.ops": set(),
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
     "kvzip.templates": set(),
     "kvzip.prompts": {"kvzip.templates"},
-    "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.hub", "kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (

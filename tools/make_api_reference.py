@@ -115,7 +115,7 @@ def home_of(module: ModuleType, name: str) -> ModuleType:
 
 def imported_from(module: ModuleType, name: str) -> Iterator[str]:
     """Yields the module that another imports a name from."""
-    for node in tree(module):
+    for node in ast.walk(ast.Module(tree(module), [])):  # what types alone import too
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             package = (module.__package__ or "").split(".")
             base = package[: len(package) - node.level + 1] if node.level else []

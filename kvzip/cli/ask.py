@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from .plumbing import check_text, command, hint, positive, put_json, stages, stdin_lines
-from .sources import model_options, open_cache, short
+from ..display import visible
+from .plumbing import check_text, command, echo, hint, positive, put_json, stages, stdin_lines
+from .sources import find_model, model_options, open_cache, short, warn_of_length
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,13 +80,17 @@ def ask(
     asked = [check_text(line) for line in lines if line]
     if not asked:
         raise click.UsageError("expected a question, got none with text in it")
-    from ..generation import generate
-
     begun = time.monotonic()
+    if model is not None:
+        find_model(model)
     with stages() as stage:
         loaded, cache, _ = open_cache(
             stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
         )
+    if max_length is not None:
+        warn_of_length(find_model(loaded.source), max_length, rope=rope)
+    from ..generation import generate
+
     load_s, begun = time.monotonic() - begun, time.monotonic()
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with _shown(asked, as_json) as (on_token, finish):
@@ -139,17 +144,17 @@ def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Ca
 def _in_order(asked: list[str]) -> tuple[OnToken, Callable[[list[str]], None]]:
     def heading(n: int) -> None:
         if len(asked) > 1:
-            click.echo(("\n" if n else "") + f"> {asked[n]}")
+            echo(("\n" if n else "") + f"> {asked[n]}")
 
     def on_token(piece: str, n: int) -> None:
         if n == 0:
-            click.echo(piece, nl=False)
+            echo(piece, nl=False)
 
     def finish(texts: list[str]) -> None:
-        click.echo()
+        echo()
         for n in range(1, len(asked)):
             heading(n)
-            click.echo(texts[n])
+            echo(texts[n])
 
     heading(0)
     return on_token, finish
@@ -165,7 +170,8 @@ def _growing(asked: list[str]) -> Iterator[tuple[OnToken, Callable[[list[str]], 
 
     def rendered() -> Group:
         pairs = zip(asked, texts, strict=True)
-        return Group(*(Text.assemble((f"> {q}", "bold"), "\n", text.strip(), "\n") for q, text in pairs))
+        shown = ((visible(f"> {q}"), visible(text.strip())) for q, text in pairs)
+        return Group(*(Text.assemble((q, "bold"), "\n", text, "\n") for q, text in shown))
 
     with Live(get_renderable=rendered, refresh_per_second=12) as live:
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .plumbing import Stage, command, positive, put, put_json, say, size, stages
+from ..display import visible_line
+from .plumbing import Ratio, Stage, command, echo, positive, put, put_json, say, size, stages
 from .sources import load_model, model_options, short
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ R = TypeVar("R")
     "--ratio",
     "ratios",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Ratio(),
     default=(0.3,),
     show_default=True,
     help="Fraction of pairs KEPT; may be repeated.",
@@ -102,7 +103,7 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
     if tokens > model.config.max_length:
         raise ValueError(
             f"expected at most {model.config.max_length:,} tokens (the model's length), got {tokens:,}: "
-            "lower --tokens, or pass --max-length (and --rope)"
+            "lower --tokens, or pass RoPE scaling (--rope, and --max-length)"
         )
     ids = document_ids(model, tokens)
     warm = prefilling.prefill(model, ids[:64], template=chat)
@@ -172,12 +173,12 @@ def _show(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     tokens, prefill_s, score_s = facts["tokens"], facts["prefill_s"], facts["score_s"]
-    click.echo(f"{short(facts['model'])} in {facts['dtype']} on {facts['device']}, torch {facts['torch']}")
-    click.echo(f"load     {facts['load_s']:.2f} s")
-    click.echo(f"prefill  {prefill_s:.2f} s for {tokens:,} tokens, {tokens / prefill_s:,.0f} a second")
-    click.echo(f"score    {score_s:.2f} s, {score_s / prefill_s:.1f} times the prefill")
+    echo(f"{visible_line(short(facts['model']))} in {facts['dtype']} on {facts['device']}, torch {facts['torch']}")
+    echo(f"load     {facts['load_s']:.2f} s")
+    echo(f"prefill  {prefill_s:.2f} s for {tokens:,} tokens, {tokens / prefill_s:,.0f} a second")
+    echo(f"score    {score_s:.2f} s, {score_s / prefill_s:.1f} times the prefill")
     if facts["peak_bytes"] is not None:
-        click.echo(f"peak     {size(facts['peak_bytes'])}")
+        echo(f"peak     {size(facts['peak_bytes'])}")
     table = Table("kept", "cache", "packed in", "first token", "each other", "a second", box=None, pad_edge=False)
     for row in facts["answers"]:
         times = (f"{row['first_token_s']:.3f} s", f"{1000 * row['token_s']:.1f} ms")
@@ -199,7 +200,7 @@ def _run_script(name: str | None, arguments: tuple[str, ...]) -> None:
     if name is None:
         for stem, path in found.items():
             first = path.read_text(encoding="utf-8").lstrip().split("\n", 1)[0].strip('"')
-            click.echo(f"{stem:18}{first}")
+            echo(f"{stem:18}{first}")
         return
     if name not in found:
         raise click.UsageError(f"expected a benchmark of {', '.join(found)}, got {name}")

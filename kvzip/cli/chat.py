@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..display import visible_line
 from .ask import answer_options, follow
 from .compress import RATIO, SUFFIX
-from .plumbing import check_target, check_text, command, explain, hint, is_kvzip_file, say, size, stages, stdin_lines
-from .sources import model_options, open_cache, title_of
+from .plumbing import check_text, command, echo, explain, hint, say, size, stages, stdin_lines
+from .sources import find_model, model_options, open_cache, title_of, warn_of_length
+from .targets import check_target, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
     from ..cache import RaggedCache
@@ -56,13 +58,17 @@ def chat(
     Each question sees those before it. /help lists the commands. Lines may also come from a pipe. The file does not
     change; /save writes another one.
     """
-    from ..cache import DenseCache, as_ragged
-    from ..conversation import ask
-
+    if model is not None:
+        find_model(model)
     with stages() as stage:
         loaded, cache, header = open_cache(
             stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
         )
+    if max_length is not None:
+        warn_of_length(find_model(loaded.source), max_length, rope=rope)
+    from ..cache import DenseCache, as_ragged
+    from ..conversation import ask
+
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     talk = Talk(loaded, {"1": [cache]}, "1", header.get("note", {}))
     hint(f"{title_of(file, header)}, {cache.context_length:,} tokens: ask, or /help")
@@ -85,12 +91,12 @@ def chat(
                 **options,
                 stop=stop,
                 template=cache.chat,
-                on_token=lambda piece: click.echo(piece, nl=False),
+                on_token=lambda piece: echo(piece, nl=False),
             )
-            click.echo()
+            echo()
             talk.states.append(state)
         except KeyboardInterrupt:
-            click.echo()
+            echo()
             say(stopped)
         except BrokenPipeError:
             raise
@@ -110,10 +116,10 @@ def _lines() -> Iterator[str]:
         try:
             line = input("> ").strip()
         except EOFError:
-            click.echo()
+            echo()
             return
         except KeyboardInterrupt:
-            click.echo()
+            echo()
             if leaving:
                 raise
             leaving = True  # a conversation is not lost by a slip
@@ -133,8 +139,8 @@ def _command(name: str) -> Callable[[Talk, str], None]:
 def _help(talk: Talk, argument: str) -> None:
     """list the commands"""
     for name, run in COMMANDS.items():
-        click.echo(f"/{name:8}{run.__doc__}")
-    click.echo("/quit    end; so does Ctrl-D")
+        echo(f"/{name:8}{run.__doc__}")
+    echo("/quit    end; so does Ctrl-D")
 
 
 def _stats(talk: Talk, argument: str) -> None:
@@ -143,13 +149,11 @@ def _stats(talk: Talk, argument: str) -> None:
 
     state = talk.states[-1]
     said, limit = len(state.token_ids) - state.context_length, talk.model.config.max_length
-    click.echo(
-        f"context  {state.context_length:,} tokens, {state.kept / state.total:.1%} of {state.total:,} pairs kept"
-    )
-    click.echo(f"turns    {said:,} tokens, whole, after the context")
-    click.echo(f"room     {limit - len(state.token_ids):,} of {limit:,} positions")
-    click.echo(f"memory   {size(nbytes(state))}")
-    click.echo(f"branch   {talk.current} of {', '.join(talk.branches)}")
+    echo(f"context  {state.context_length:,} tokens, {state.kept / state.total:.1%} of {state.total:,} pairs kept")
+    echo(f"turns    {said:,} tokens, whole, after the context")
+    echo(f"room     {limit - len(state.token_ids):,} of {limit:,} positions")
+    echo(f"memory   {size(nbytes(state))}")
+    echo(f"branch   {talk.current} of {', '.join(talk.branches)}")
 
 
 def _fork(talk: Talk, argument: str) -> None:
@@ -158,7 +162,7 @@ def _fork(talk: Talk, argument: str) -> None:
     if name in talk.branches:
         raise ValueError(f"expected the name of a new branch, got {name}: /switch {name} goes there")
     talk.branches[name] = list(talk.states)  # states never change, so branches share them
-    click.echo(f"branch {name}, from {talk.current}")
+    echo(f"branch {name}, from {talk.current}")
     talk.current = name
 
 
@@ -167,7 +171,7 @@ def _switch(talk: Talk, argument: str) -> None:
     if argument not in talk.branches:
         raise ValueError(f"expected a branch of {', '.join(talk.branches)}, got {argument or 'none'}")
     talk.current = argument
-    click.echo(f"branch {argument}")
+    echo(f"branch {argument}")
 
 
 def _undo(talk: Talk, argument: str) -> None:
@@ -175,7 +179,7 @@ def _undo(talk: Talk, argument: str) -> None:
     if len(talk.states) == 1:
         raise ValueError("expected a turn to forget, got none")
     del talk.states[-1]
-    click.echo("forgotten")
+    echo("forgotten")
 
 
 def _fold(talk: Talk, argument: str) -> None:
@@ -190,19 +194,21 @@ def _fold(talk: Talk, argument: str) -> None:
     tokens = len(state.token_ids) - state.context_length
     folded = fold(talk.model, state, ratio)
     talk.states.append(folded)
-    click.echo(f"{tokens:,} tokens folded: {folded.kept - state.kept:,} of {folded.total - state.total:,} pairs kept")
+    echo(f"{tokens:,} tokens folded: {folded.kept - state.kept:,} of {folded.total - state.total:,} pairs kept")
 
 
 def _save(talk: Talk, argument: str) -> None:
-    """FILE write this state to a file, to ask or go on later"""
+    """[--force] FILE write this state to a file, to ask or go on later"""
     from ..cache import save
 
     if not argument:
         raise ValueError(f"expected a file to write, got none: /save talk{SUFFIX}")
-    path = Path(argument)
-    check_target(path, kind="file of kvzip", ours=is_kvzip_file)
-    save(talk.states[-1], path, note=talk.note, model=talk.model, score_bits=8)
-    click.echo(f"{path}, {size(path.stat().st_size)}")
+    force, path = argument.startswith("--force "), Path(argument.removeprefix("--force ").strip())
+    how = f"/save --force {path}"
+    held = check_target(path, kind="file of kvzip", ours=is_kvzip_file, force=force, how=how)
+    save(talk.states[-1], path, note=talk.note, model=talk.model, score_bits=8, overwrite=bool(held))
+    say_replaced(path, held)
+    echo(f"{visible_line(str(path))}, {size(path.stat().st_size)}")
 
 
 COMMANDS: dict[str, Callable[[Talk, str], None]] = {

@@ -1,37 +1,28 @@
 """`kvzip compress`: documents into one file."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..display import visible_line
 from . import documents
-from .plumbing import (
-    Stage,
-    check_space,
-    check_target,
-    command,
-    hint,
-    is_kvzip_file,
-    positive,
-    put_json,
-    resuming,
-    size,
-    stages,
-    unwritten,
-)
-from .sources import load_model, model_options
+from .plumbing import Ratio, Stage, command, echo, hint, positive, put_json, resuming, say, size, stages
+from .sources import find_heads, find_model, load_model, model_options
+from .targets import check_space, check_target, force_option, is_kvzip_file, peek, say_replaced, unwritten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..cache import RaggedCache
+    from ..head_scores import HeadScores
     from ..models import Model
 
 RATIO = 0.3
 SUFFIX = ".kvz"
-SEGMENT = 16_000  # of which help and errors speak
+SEGMENT = 16_000  # the largest that errors advise
 PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progress, and on a GPU
 
 
@@ -46,9 +37,7 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 )
 @click.argument("documents_", metavar="DOC...", nargs=-1, required=True)
 @model_options(required=True)
-@click.option(
-    "-r", "--ratio", type=click.FloatRange(0, 1, min_open=True), help=f"Fraction of pairs KEPT [default: {RATIO}]."
-)
+@click.option("-r", "--ratio", type=Ratio(), help=f"Fraction of pairs KEPT [default: {RATIO}].")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File to write [default: the document's name, .kvz]."
 )
@@ -74,8 +63,18 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 )
 @click.option(
     "--heads",
-    type=click.Path(path_type=Path),
-    help="Score by a file of `kvzip heads make` instead: no pass, whole heads.",
+    metavar="FILE|NAME",
+    help="Keep whole heads by scores that `kvzip heads` made or has: no scoring pass.",
+)
+@click.option(
+    "--sink",
+    type=click.IntRange(min=0),
+    help="With --heads: first tokens that the other heads keep, within the ratio [default: those of the scores].",
+)
+@click.option(
+    "--recent",
+    type=click.IntRange(min=0),
+    help="With --heads: last tokens that the other heads keep, within the ratio [default: those of the scores].",
 )
 @click.option("--chunk", type=positive, default=2_000, show_default=True, help="Tokens of a repeat pass.")
 @click.option(
@@ -87,6 +86,7 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 @click.option("--instruction", help="Opens the user turn, before the document.")
 @click.option("--plain", is_flag=True, help="No chat template: for base models, whose questions continue the document.")
 @click.option("--title", help="What the document is called [default: its file name].")
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def compress(
     documents_: tuple[str, ...],
@@ -103,13 +103,16 @@ def compress(
     bits: str | None,
     scope: str | None,
     method: str,
-    heads: Path | None,
+    heads: str | None,
+    sink: int | None,
+    recent: int | None,
     chunk: int,
     segment: int | None,
     system: str | None,
     instruction: str | None,
     plain: bool,
     title: str | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Compress documents into one file.
@@ -120,19 +123,25 @@ def compress(
         raise click.UsageError("expected one of --ratio, --budget and --threshold, got several")
     if segment and (budget or threshold is not None or level or bits or heads):
         raise click.UsageError("--segment takes a --ratio only: no --budget, --threshold, --level, --bits or --heads")
-    if heads and scope:
-        raise click.UsageError("--heads takes no --scope: nothing is scored")
+    if heads and (scope or level or threshold is not None):
+        raise click.UsageError("--heads takes no --scope, --level or --threshold: nothing is scored, heads stay whole")
+    if not heads and (sink is not None or recent is not None):
+        raise click.UsageError("--sink and --recent go with --heads: without it no head is dropped; see --help")
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
-    check_target(output, kind="file of kvzip", ours=is_kvzip_file)
+    chosen = None if heads is None else find_heads(heads)
+    held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     text, named = documents.read(documents_)
-    note: dict[str, Any] = {"title": title or named, "documents": list(documents_)}
+    find_model(model)
+    note: dict[str, Any] = {"title": visible_line(title or named), "documents": [*map(visible_line, documents_)]}
     seconds: dict[str, float] = {}
     prompt = {"system": system, "instruction": instruction, "template": not plain}
     scoring: dict[str, Any] = {"scope": scope or "chunk", "method": method, "chunk": chunk}
     from ..cache import save
 
-    with resuming(lambda: _left(output, segment)), stages() as stage:
+    read: list[int] = []  # how many tokens there are, once that is known
+
+    with resuming(lambda: _left(output, segment, read)), stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
         note["load"] = {"max_length": max_length, "rope": rope}
         if segment:
@@ -142,6 +151,7 @@ def compress(
                 text,
                 output,
                 seconds,
+                read,
                 ratio=ratio or RATIO,
                 segment=segment,
                 **scoring,
@@ -159,27 +169,39 @@ def compress(
                 loaded,
                 text,
                 output,
+                note,
                 seconds,
+                read,
                 how=how | ({"level": level} if level else {}),
                 scoring=scoring,
-                heads=heads,
+                heads=chosen,
+                ends=(sink, recent),
                 prompt=prompt,
             )
         stage(f"writing {output.name}")
         note["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         note["full_bytes"] = full
-        save(cache, output, note=note, model=loaded, score_bits=8)
+        save(cache, output, note=note, model=loaded, score_bits=8, overwrite=bool(held))
+    say_replaced(output, held)
     _report(output, cache, note, as_json)
 
 
-def _left(output: Path, segment: int | None) -> str:
+def _left(output: Path, segment: int | None, read: list[int]) -> str:
     """What to say after Ctrl-C."""
     partial = _partial(output)
     if segment is None:
-        return f"{unwritten(output)}, or with --segment {SEGMENT}, which can go on where it stopped"
+        useful = _segment_for(read[0]) if read else None
+        more = f", or with --segment {useful}, which can go on where it stopped" if useful else ""
+        return unwritten(output) + more
     if partial.exists():
         return f"what is done is in {partial}: the same command goes on from there"
-    return unwritten(output)
+    useful = _segment_for(read[0]) if read and segment >= read[0] else None
+    return unwritten(output) + (f", or with --segment {useful}, which can go on where it stopped" if useful else "")
+
+
+def _segment_for(tokens: int) -> int | None:
+    """A segment that a document has several of, in thousands; None for a document too short to be worth it."""
+    return min(SEGMENT, tokens // 2 // 1000 * 1000) or None
 
 
 def _partial(output: Path) -> Path:
@@ -198,24 +220,33 @@ def _at_once(
     model: "Model",
     text: str,
     output: Path,
+    note: dict[str, Any],
     seconds: dict[str, float],
+    read: list[int],
     *,
     how: dict[str, Any],
     scoring: dict[str, Any],
     heads: Path | None,
+    ends: tuple[int | None, int | None],
     prompt: dict[str, Any],
 ) -> "tuple[int, RaggedCache]":
     """The full cache's bytes, and the compressed cache by way of it."""
     from .. import compression, head_scores, prefilling
     from .. import scoring as scorer
-    from ..cache import nbytes
 
     begun = time.monotonic()
     chosen = None if heads is None else head_scores.load(heads, model=model)
     ids = prefilling.context_ids(model, text)
     prefix = prefilling.prefix_ids(model, **prompt)
+    read.append(len(ids))
     _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
-    whole = prefilling.dense_bytes(model, len(prefix) + len(ids))
+    if chosen is not None and len(ids):
+        kept = _whole_heads(chosen, len(ids), how, ends)
+        # between two fractions, so that no rounding makes it one head less
+        share = min(1.0, (kept["whole"] + 0.5) / kept["heads"])
+        how |= {"budget": None, "ratio": share, "level": "head", "sink": kept["sink"], "recent": kept["recent"]}
+        note["heads"] = kept
+    whole = _full_bytes(model, len(prefix) + len(ids))
     _check_memory(model, whole, len(ids))
     if how["ratio"] is not None:
         packing = 1 if how["bits"] is None else how["bits"] / (8 * model.dtype.itemsize)
@@ -225,7 +256,6 @@ def _at_once(
     step = PREFILL_CHUNK[model.device.type == "cuda"]
     dense = prefilling.prefill(model, ids, **prompt, chunk=step, progress=progress)
     seconds["prefill"] = time.monotonic() - begun
-    full = nbytes(dense)
     begun = time.monotonic()
     if chosen is None:
         progress = stage("scoring pairs")
@@ -233,13 +263,42 @@ def _at_once(
         dense = scorer.score(model, dense, **scoring, progress=progress)
     else:
         dense = head_scores.attach(dense, chosen)
-        how = {"level": "head", "sink": chosen.sink, "recent": chosen.recent} | how
     seconds["score"] = time.monotonic() - begun
     begun = time.monotonic()
     stage("dropping the others")
     small = compression.compress(dense, **how, consume=True)
     seconds["compress"] = time.monotonic() - begun
-    return full, small
+    return whole, small
+
+
+def _full_bytes(model: "Model", tokens: int) -> int:
+    """The bytes of the full cache of so many tokens, prefix included, as `cache.nbytes` counts them."""
+    from .. import prefilling
+
+    return prefilling.dense_bytes(model, tokens) + 8 * tokens  # and the ids
+
+
+def _whole_heads(
+    scores: "HeadScores", tokens: int, how: dict[str, Any], ends: tuple[int | None, int | None]
+) -> dict[str, int]:
+    """As many whole heads as the ratio (or budget) has room for, of how many, and the tokens that the others keep.
+
+    The ratio is of all pairs: what the other heads keep of the beginning and the end is within it, where `compress`
+    takes it on top.
+
+    Raises: ValueError if that alone is more than the ratio.
+    """
+    sink, recent = (own if own is not None else of for own, of in zip(ends, (scores.sink, scores.recent), strict=True))
+    heads, rest = scores.values.numel(), min(tokens, sink + recent)
+    budget = how["budget"] if how["budget"] is not None else how["ratio"] * tokens  # tokens a head, on average
+    if rest > budget or rest == tokens > budget:
+        raise ValueError(
+            f"expected room for the first {sink} and the last {recent} tokens in every head, which are "
+            f"{rest / tokens:.1%} of {tokens:,} tokens, got room for {budget / tokens:.1%}: keep more (-r), or lower "
+            "--sink and --recent"
+        )
+    whole = heads if budget >= tokens else int(heads * (budget - rest) / (tokens - rest) + 1e-9)
+    return {"whole": whole, "heads": heads, "sink": sink, "recent": recent}
 
 
 def _in_segments(
@@ -248,6 +307,7 @@ def _in_segments(
     text: str,
     output: Path,
     seconds: dict[str, float],
+    read: list[int],
     *,
     ratio: float,
     **options: Any,
@@ -259,13 +319,15 @@ def _in_segments(
     partial = _partial(output)
     ids = prefilling.context_ids(model, text)
     prefix = prefilling.prefix_ids(model, **{name: options[name] for name in ("system", "instruction", "template")})
+    read.append(len(ids))
     _check_length(model, ids, prefix, chunk=options["chunk"], chat=options["template"])
-    full = prefilling.dense_bytes(model, len(ids))
+    full = _full_bytes(model, len(prefix) + len(ids))
     check_space(output, int(ratio * full))
+    done = _done(partial)
     if partial.exists():
-        hint(f"going on with {partial}")
+        hint(f"going on with {partial}, {done:,} of {len(ids):,} tokens are done")
     progress = stage("reading and compressing")
-    progress(0, len(ids))
+    progress(done, len(ids))
     try:
         small = streaming.prefill_compressed(model, ids, ratio, **options, checkpoint=partial, progress=progress)
     except ValueError as error:
@@ -274,6 +336,13 @@ def _in_segments(
         raise ValueError(f"{error} (or delete {partial} to begin anew)") from error
     seconds["compress"] = time.monotonic() - begun
     return full, small
+
+
+def _done(partial: Path) -> int:
+    """The context tokens that the file of an interrupted run holds, as far as it says."""
+    held = peek(partial)
+    tokens, start = held.get("tokens"), held.get("start")
+    return max(0, tokens - start) if isinstance(tokens, int) and isinstance(start, int) else 0
 
 
 def _check_length(model: "Model", ids: "Tensor", prefix: list[int], *, chunk: int | None, chat: bool) -> None:
@@ -295,7 +364,8 @@ def _check_length(model: "Model", ids: "Tensor", prefix: list[int], *, chunk: in
         scoring = f" and {needed - length:,} to score it (--chunk makes them fewer)" if needed > length else ""
         raise ValueError(
             f"expected a document that fits in {limit:,} positions (the model's length), got {length:,} tokens{scoring}"
-            ": shorten it, or pass --max-length (and --rope) if the model can go further"
+            ": shorten it, or pass RoPE scaling (--rope, and --max-length); --segment does not help, nor does a longer "
+            "--max-length alone: the model knows no more positions"
         )
 
 
@@ -305,34 +375,65 @@ def _check_memory(model: "Model", needed: int, tokens: int) -> None:
 
     free = free_bytes(model.device)
     if free is not None and needed > free:
+        useful = _segment_for(tokens)
+        remedy = [f"--segment {useful} never holds all of it"] if useful else []
+        remedy += ["--dtype bfloat16 takes half"] if model.dtype.itemsize > 2 else []
         raise MemoryError(
             f"expected a document whose cache fits in memory, got {tokens:,} tokens that take {size(needed)} of "
-            f"{size(free)} free: --segment {SEGMENT} never holds all of it, --dtype bfloat16 takes half"
+            f"{size(free)} free: {', '.join([*remedy, 'a shorter document takes less'])}"
         )
 
 
 def _report(output: Path, cache: "RaggedCache", note: dict[str, Any], as_json: bool) -> None:
     from ..cache import nbytes
 
+    name, ratio = visible_line(str(output)), cache.kept / cache.total
+    windows = [layer for layer in cache.context if not hasattr(layer, "offsets")]
     facts = {
         "file": str(output),
         "title": note["title"],
         "tokens": cache.context_length,
         "kept": cache.kept,
         "total": cache.total,
-        "ratio": cache.kept / cache.total,
+        "ratio": ratio,
         "method": cache.method,
+        "layers": len(cache.context),
+        "window_layers": len(windows),
         "full_bytes": note["full_bytes"],
         "cache_bytes": nbytes(cache),
         "file_bytes": output.stat().st_size,
         "seconds": note["seconds"],
     }
+    if "heads" in note:
+        facts["heads"] = note["heads"]
     if as_json:
         put_json(facts)
-        return
-    took = ", ".join(f"{name} {value:.1f} s" for name, value in note["seconds"].items())
-    click.echo(
-        f"{output}: {facts['tokens']:,} tokens, {facts['ratio']:.1%} of {cache.total:,} pairs kept, "
-        f"cache {size(facts['full_bytes'])} -> {size(facts['cache_bytes'])} ({took})"
+    else:
+        took = ", ".join(f"{name} {value:.1f} s" for name, value in note["seconds"].items())
+        echo(
+            f"{name}: {facts['tokens']:,} tokens, {ratio:.1%} of {cache.total:,} pairs kept, "
+            f"cache {size(facts['full_bytes'])} -> {size(facts['cache_bytes'])} ({took})"
+        )
+        if "heads" in note:
+            echo(whole_heads_line(note["heads"]))
+        if windows:
+            echo(windows_line(len(windows), len(cache.context)))
+    if f"{ratio:.1%}" == "0.0%":
+        say(f"warning: {cache.kept:,} of {cache.total:,} pairs are kept, answers cannot know the document: keep more")
+    hint(f'ask it:  kvzip ask {shlex.quote(str(output))} "..."')
+
+
+def windows_line(windows: int, layers: int) -> str:
+    """Returns what to say of a model that has window layers."""
+    return (
+        f"windows  {windows} of {layers} layers see their last tokens only and stay as they are: "
+        f"only the pairs of the other {layers - windows} are counted and dropped"
     )
-    hint(f'ask it:  kvzip ask {output} "..."')
+
+
+def whole_heads_line(heads: dict[str, int]) -> str:
+    """Returns what to say of a file whose heads are kept or dropped whole; `heads` is its note's."""
+    return (
+        f"heads    {heads['whole']} of {heads['heads']} are whole, the others keep the first {heads['sink']} and the "
+        f"last {heads['recent']} tokens, which the ratio includes"
+    )

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .plumbing import hint
+from ..display import visible_line
+from .plumbing import say
 
 STDIN = "standard input"
+_NAMED = 20  # files that are left out for one reason
 
 SKIPPED = ("__pycache__", "node_modules", "venv", "build", "dist")
 """Directories that are not read where git does not say what belongs to a project; nor are hidden ones."""
@@ -19,12 +21,13 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
     """Returns the text of documents and its title.
 
     One file is its text. Several, or a directory, are one context in which the path stands before each file's text.
+    What a directory has besides text and PDFs is left out, and said on standard error.
 
     Args:
         sources: paths, or "-" for standard input.
 
     Raises: FileNotFoundError; ValueError for a file that is no text, or no text at all; ImportError for a PDF without
-        the extra `pdf`.
+        pypdf.
     """
     parts: list[tuple[str, str]] = []
     for source in sources:
@@ -38,7 +41,11 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
         else:
             raise FileNotFoundError(f"expected a document, got no file or directory {source}")
     title = ", ".join(map(title_of, sources))
-    text = parts[0][1] if len(parts) == 1 else "\n\n".join(f"===== {name} =====\n{own}" for name, own in parts)
+    text = (
+        parts[0][1]
+        if len(parts) == 1
+        else "\n\n".join(f"===== {visible_line(name)} =====\n{own}" for name, own in parts)
+    )
     if not text.strip():
         raise ValueError(f"expected a document with text in it, got none in {title}")
     return text, title
@@ -72,36 +79,49 @@ def _text(content: bytes) -> str | None:
 def _pdf(content: bytes, name: str) -> str:
     try:
         from pypdf import PdfReader  # pyright: ignore[reportMissingImports]
-        from pypdf.errors import PyPdfError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f"expected the pdf extra to read {name}, got no pypdf: pip install 'kvzip[pdf]'") from error
+        raise ImportError(
+            f"expected pypdf to read {name}, got no such package: pip install pypdf "
+            "(in a checkout pip install -e '.[pdf]')"
+        ) from error
     try:
         pages = [page.extract_text() for page in PdfReader(io.BytesIO(content)).pages]
-    except (PyPdfError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of damaged ones
-        raise ValueError(f"expected a PDF that can be read, got {name}: {error}") from error
+    except Exception as error:  # a damaged one fails anywhere
+        raise ValueError(f"expected a PDF that can be read, got {name}: {error or type(error).__name__}") from error
     text = "\n\n".join(page.strip() for page in pages)
-    if not text.strip():
+    # halves of characters that belong together are joined, the others can be no text
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if broken := whole.count("\ufffd") - text.count("\ufffd"):
+        say(f"{name}: {broken} halves of characters, which are no text, became \ufffd")
+    if not whole.strip():
         raise ValueError(f"expected text in {name}, got {len(pages)} pages without any: recognise its letters first")
-    return text
+    return whole
 
 
 def _directory(path: Path) -> list[tuple[str, str]]:
-    """The text files of a directory, by their paths in it; others are left out, which a person is told."""
-    parts, others = [], []
+    """The text files and PDFs of a directory, by their paths in it; what else is there is left out, and said."""
+    parts: list[tuple[str, str]] = []
+    left: dict[str, list[str]] = {}
     for name in sorted(_names(path)):
-        text = _text((path / name).read_bytes())
+        try:
+            content = (path / name).read_bytes()
+            text = _pdf(content, str(name)) if content.startswith(b"%PDF-") else _text(content)
+        except (ImportError, ValueError, OSError) as error:
+            why = "as pypdf is missing (pip install pypdf)" if isinstance(error, ImportError) else f"({error})"
+            left.setdefault(why, []).append(str(name))
+            continue
         if text is None:
-            others.append(str(name))
+            left.setdefault("being no text in UTF-8", []).append(str(name))
         elif text.strip():
             parts.append((str(name), text))
+    for why, names in left.items():
+        named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        say(f"{path}: left out {why}: {named}")
     if not parts:
         raise ValueError(
-            f"expected a directory with text files, got {path} without any"
-            + (f": its {len(others)} files are no text in UTF-8" if others else "")
+            f"expected a directory with text files or PDFs, got {path} without any"
+            + (f": its {sum(map(len, left.values()))} files are left out" if left else "")
         )
-    if others:
-        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        hint(f"{path}: {len(parts)} files read; left out, being no text in UTF-8: {named}")
     return parts
 
 

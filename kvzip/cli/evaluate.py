@@ -12,23 +12,25 @@ from typing import Any
 
 import click
 
+from ..display import visible_line
 from . import documents
 from .ask import follow
 from .plumbing import (
     Group,
     ListCommand,
-    check_target,
+    Ratio,
     check_text,
     command,
+    echo,
     positive,
     put,
     put_json,
     resuming,
     say,
     stages,
-    unwritten,
 )
-from .sources import load_model, model_options
+from .sources import find_model, load_model, model_options
+from .targets import check_target, force_option, say_replaced, unwritten
 
 UNFINISHED = 75
 """Exit code of an evaluation whose time limit left work for the next run."""
@@ -85,7 +87,9 @@ def ratios_of(words: Sequence[str]) -> tuple[float, ...]:
         found += [first + n * step for n in range(int((last - first) / step) + 1)]
         dots = False
     if dots or not all(0 < ratio <= 1 for ratio in found):
-        raise ValueError(f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {' '.join(words)!r}")
+        raise ValueError(
+            f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {' '.join(words)!r}: 0.3 keeps 30%"
+        )
     return tuple(sorted({float(ratio) for ratio in found}))
 
 
@@ -182,7 +186,8 @@ def run(
     commit: str | None,
 ) -> None:
     """Answer the questions of tasks, by methods, at ratios."""
-    check_target(out, kind="file of results", ours=_is_results)
+    find_model(model)
+    check_target(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
     from ..evals import run_eval
     from ..evals.run import check_names
 
@@ -213,7 +218,10 @@ def run(
             commit=commit,
             progress=shown,
         )
-    click.echo(f"{out}: " + ("all answered" if done else "stopped at the time limit, the same command goes on"))
+    echo(
+        f"{visible_line(str(out))}: "
+        + ("all answered" if done else "stopped at the time limit, the same command goes on")
+    )
     if not done:
         raise click.exceptions.Exit(UNFINISHED)
 
@@ -258,22 +266,36 @@ _FIRST = b'{"kind": "run"'
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=PAGE, show_default=True, help="Directory for the report."
 )
-def report(results: tuple[Path, ...], out: Path) -> None:
+@force_option
+def report(results: tuple[Path, ...], out: Path, force: bool) -> None:
     """Make a table, plots and a page of results."""
-    from ..evals import write_report
-
     results = results or (RESULTS,)
+    for path in results:
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a file of results, got no file {path}: kvzip eval run writes one")
+    held = ""
     if out.is_dir():
-        for name in ("index.html", "table.md"):
-            check_target(out / name, kind="report", ours=lambda path: path.with_name("table.md").is_file())
+        check_target(out / "table.md", kind="report")
+        held = check_target(out / "index.html", kind="report", ours=_has_table, force=force)
     else:
         check_target(out, kind="report", ours=lambda path: False)
+    from ..evals import write_report
+
     scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
     with resuming(lambda: unwritten(out)), scratch as directory:
         made = write_report(results, Path(directory))
         out.mkdir(exist_ok=True)
+        if not held:
+            for path in made:
+                check_target(out / path.name, kind="report", ours=lambda path: False)
         for path in made:
-            click.echo(path.replace(out / path.name))
+            echo(visible_line(str(path.replace(out / path.name))))
+    say_replaced(out / "index.html", held)
+
+
+def _has_table(page: Path) -> bool:
+    """Whether a page is that of a report, which has its table beside it."""
+    return page.with_name("table.md").is_file()
 
 
 @evaluate.command(
@@ -288,11 +310,12 @@ def tasks(as_json: bool) -> None:
     """List tasks, groups of them, and methods."""
     from rich.table import Table
 
-    from ..evals import GROUPS, METHODS, TASKS
+    from ..evals import GROUPS, TASKS
+    from ..evals.catalog import CATALOG
 
     if as_json:
         about = {task.name: {"length": task.length, "about": task.about} for task in TASKS.values()}
-        methods = {method.name: {"level": method.level, "cite": method.cite} for method in METHODS.values()}
+        methods = {name: {"level": level, "cite": cite} for name, (level, cite) in CATALOG.items()}
         put_json(
             {"tasks": about, "groups": {name: list(members) for name, members in GROUPS.items()}, "methods": methods}
         )
@@ -303,8 +326,8 @@ def tasks(as_json: bool) -> None:
     for name, members in GROUPS.items():
         table.add_row(name, "", ", ".join(members))
     methods = Table("method", "level", "source", box=None, pad_edge=False)
-    for method in METHODS.values():
-        methods.add_row(method.name, method.level, method.cite)
+    for name, about in CATALOG.items():
+        methods.add_row(name, *about)
     put(table, "", methods)
 
 
@@ -321,7 +344,7 @@ def tasks(as_json: bool) -> None:
 @click.option(
     "-r",
     "--ratio",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Ratio(),
     default=0.3,
     show_default=True,
     help="Fraction of pairs KEPT.",
@@ -346,15 +369,17 @@ def compare(
 ) -> None:
     """Show what compression changes in answers.
 
-    Questions are asked of the document's full cache and of the compressed one: answers, the tokens that changed and
-    their probabilities, differences of probabilities and margins, times and memory.
+    Questions are asked of the document's full cache and of the compressed one. First how many answers are the same and
+    what is saved; then memory and times, and for each question the answers, how far probabilities moved, and the tokens
+    that changed.
     """
     asked = [check_text(question.strip()) for question in questions]
     if not all(asked):
         raise click.UsageError("expected questions with text in them, got an empty one")
     text, _ = documents.read([document])
+    find_model(model)
     from ..evals import compare as compared
-    from ..evals.compare import render
+    from ..evals.compare import render, unchanged
 
     with stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
@@ -363,6 +388,6 @@ def compare(
     named = [replace(pair, query=query) for query, pair in zip(asked, found.answers, strict=True)]
     found = replace(found, answers=tuple(named))
     if as_json:
-        put_json(asdict(found))
+        put_json({"unchanged": unchanged(found)} | asdict(found))
     else:
         put(render(found))

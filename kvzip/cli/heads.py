@@ -1,13 +1,16 @@
 """`kvzip heads`: scores of heads, made once and used for any document."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..display import visible_line
 from . import documents
-from .plumbing import Group, check_target, is_kvzip_file, positive, put, put_json, resuming, stages, unwritten
-from .sources import load_model, model_options, short
+from .plumbing import Group, echo, positive, put, put_json, resuming, stages
+from .sources import find_heads, find_model, load_model, model_options, short
+from .targets import check_target, force_option, is_kvzip_file, say_replaced, tensors_of, unwritten
 
 
 @click.group(
@@ -32,6 +35,7 @@ def heads() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
 @click.option("--chunk", type=positive, default=2_000, show_default=True, help="Tokens of a repeat pass.")
 @click.option("--plain", is_flag=True, help="No chat template: for base models.")
+@force_option
 def make(
     documents_: tuple[str, ...],
     model: str,
@@ -42,15 +46,17 @@ def make(
     output: Path,
     chunk: int,
     plain: bool,
+    force: bool,
 ) -> None:
     """Make head scores from documents.
 
     A head's score is the largest that it gets in any of them.
     """
+    held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
+    texts = [documents.read([source]) for source in documents_]
+    find_model(model)
     from .. import head_scores
 
-    check_target(output, kind="file of kvzip", ours=is_kvzip_file)
-    texts = [documents.read([source]) for source in documents_]
     with resuming(lambda: unwritten(output)), stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
         made = head_scores.make(
@@ -61,8 +67,10 @@ def make(
             chunk=chunk,
             progress=stage("reading and scoring"),
         )
-        head_scores.save(made, output, note={"model": loaded.source})
-    click.echo(f"{output}: {made.values.shape[0]} layers x {made.values.shape[1]} heads of {short(model)}")
+        head_scores.save(made, output, note={"model": loaded.source}, overwrite=bool(held))
+    say_replaced(output, held)
+    name, (layers, each) = visible_line(str(output)), made.values.shape
+    echo(f"{name}: {layers} layers x {each} heads of {visible_line(short(model))}")
 
 
 @heads.command(
@@ -82,16 +90,44 @@ def show(source: str, as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .. import head_scores
-
-    scores = head_scores.load(source) if Path(source).is_file() else head_scores.shipped(source)
-    values = scores.values.tolist()
+    header, values = read_scores(find_heads(source))
     if as_json:
-        put_json({"layers": list(scores.layers), "values": values, "family": scores.family, "method": scores.method})
+        put_json({"values": values} | {name: header[name] for name in ("layers", "family", "method", "sink", "recent")})
         return
     table = Table("layer", *(f"head {n}" for n in range(len(values[0]))), box=None, pad_edge=False)
     highest = max(map(max, values)) or 1.0
-    for layer, row in zip(scores.layers, values, strict=True):
+    for layer, row in zip(header["layers"], values, strict=True):
         cells = [Text(f"{x:.3f}", style="bold" if x > highest / 2 else "dim" if x < highest / 10 else "") for x in row]
         table.add_row(str(layer), *cells)
     put(table)
+
+
+def read_scores(path: Path) -> tuple[dict[str, Any], list[list[float]]]:
+    """Returns what a file of head scores says of itself, and the scores of each layer's heads, without torch.
+
+    Raises: ValueError as `head_scores.load` does, which reads what is not as expected here.
+    """
+    header, entries, begin = tensors_of(path)
+    heads = 0
+    try:
+        layers, heads = entries["values"]["shape"]
+        first, last = entries["values"]["data_offsets"]
+        whole = (
+            header["cache"] == "HeadScores"
+            and entries["values"]["dtype"] == "F32"
+            and last - first == 4 * layers * heads > 0
+            and len(header["layers"]) == layers
+            and all(type(n) is int for n in (*header["layers"], header["sink"], header["recent"]))
+            and type(header["family"]) is type(header["method"]) is str
+        )
+        with path.open("rb") as file:
+            file.seek(begin + first)
+            flat = struct.unpack(f"<{layers * heads}f", file.read(4 * layers * heads)) if whole else ()
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, struct.error):
+        flat = ()
+    if flat:
+        return header, [list(flat[n : n + heads]) for n in range(0, len(flat), heads)]
+    from ..head_scores import load
+
+    load(path)  # says what is wrong with it
+    raise ValueError(f"expected whole head scores, got {path.name} that is damaged")

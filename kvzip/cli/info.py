@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .plumbing import command, put, put_json, size
-from .sources import header_of, quiet_hub, short
+from ..display import visible_line
+from .compress import whole_heads_line, windows_line
+from .plumbing import command, echo, put, put_json, size
+from .sources import find_model, header_of, short
 
 if TYPE_CHECKING:
     from ..models import ModelConfig
@@ -40,6 +42,8 @@ def info(source: str, memory: int | None, as_json: bool) -> None:
     """
     path = Path(source)
     if path.is_file() or (path.suffix == ".kvz" and not path.is_dir()):
+        if memory is not None:
+            raise click.UsageError("--memory is for a model: what a file takes in memory is said without it")
         facts = file_facts(path)
         show = _show_file
     else:
@@ -56,31 +60,29 @@ def file_facts(path: Path) -> dict[str, Any]:
 
     Raises: FileNotFoundError; ValueError for another file, or a damaged one.
     """
-    from safetensors import SafetensorError, safe_open
-
     header = header_of(path)
-    note = header.get("note", {})
+    note, made = (value if isinstance(value := header.get(name), dict) else {} for name in ("note", "model"))
+    full, heads = note.get("full_bytes"), note.get("heads")  # anyone may have written a note
     facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
-    facts |= {"title": note.get("title"), "model": header.get("model"), "fingerprint": header.get("fingerprint")}
+    facts |= {"title": note.get("title"), "model": made or None, "fingerprint": header.get("fingerprint")}
     facts["format"] = ".".join(map(str, header["version"]))
     if header.get("cache") not in ("RaggedCache", "DenseCache"):
         return facts | {
             name: header[name] for name in ("family", "layers", "method", "sources", "source") if name in header
         }
     start, length, kept, total = (header[name] for name in ("start", "length", "kept", "total"))
+    from ..cache import DenseCache, RaggedKV, WindowKV, load_cache, nbytes
+
+    cache = load_cache(path, pairs=False)
     layers = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for n, spec in enumerate(header["layers"]):
-                if spec["kind"] == "RaggedKV":
-                    rows = (file.get_tensor(f"layers.{n}.offsets").diff() - start).tolist()
-                    layers.append({"layer": n, "heads": rows, "kept": sum(rows) / (len(rows) * (length - start))})
-                elif spec["kind"] == "WindowKV":
-                    layers.append({"layer": n, "window": length - spec["start"]})
-                else:
-                    layers.append({"layer": n, "kept": 1.0})
-    except (SafetensorError, ZeroDivisionError) as error:
-        raise ValueError(f"expected a whole kvzip cache, got {path.name} that is damaged ({error})") from error
+    for n, layer in enumerate(cache.layers if isinstance(cache, DenseCache) else cache.context):
+        if isinstance(layer, RaggedKV):
+            rows = (layer.offsets.diff() - start).tolist()
+            layers.append({"layer": n, "heads": rows, "kept": sum(rows) / max(1, len(rows) * (length - start))})
+        elif isinstance(layer, WindowKV):
+            layers.append({"layer": n, "window": length - layer.start})
+        else:
+            layers.append({"layer": n, "kept": 1.0})
     bits = {spec.get("bits") for spec in header["layers"]} - {None}
     return facts | {
         "tokens": length,
@@ -93,7 +95,10 @@ def file_facts(path: Path) -> dict[str, Any]:
         "bits": bits.pop() if bits else None,
         "chat": header["chat"],
         "scores": header["scores"] is not None,
-        "full_bytes": note.get("full_bytes"),
+        "full_bytes": full if isinstance(full, int) else None,
+        "cache_bytes": nbytes(cache),
+        "window_layers": sum("window" in layer for layer in layers),
+        "whole_heads": heads if isinstance(heads, dict) and {*heads} == {"whole", "heads", "sink", "recent"} else None,
         "layers": layers,
     }
 
@@ -106,19 +111,14 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     Args:
         memory: bytes to fill with weights and cache; None takes what is free on the GPU, or in host memory.
     """
+    directory = find_model(source, only=("config.json",))
     import torch
 
     from ..cache import free_bytes
-    from ..models import empty_weights
-    from ..models.load import resolve, translate_config
+    from ..models import empty_weights, translate_config
     from ..models.weights import named_tensors
 
-    quiet_hub()
-    directory = resolve(source, only=("config.json",))
-    path = directory / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"expected a kvzip file or a model, got {source} without config.json")
-    config = translate_config(json.loads(path.read_text(encoding="utf-8")))
+    config = translate_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
     weights = sum(tensor.nbytes for _, tensor in named_tensors(meta))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,23 +185,25 @@ def _show_file(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     made = facts["model"] or {}
-    click.echo(f"{facts['file']}: {facts['title'] or facts['kind']}, {size(facts['bytes'])}")
+    echo(visible_line(f"{facts['file']}: {facts['title'] or facts['kind']}, {size(facts['bytes'])}"))
     if made:
-        click.echo(f"model    {short(made['source'])} in {made['dtype']}")
+        echo(visible_line(f"model    {short(str(made.get('source')))} in {made.get('dtype')}"))
     if "tokens" not in facts:
         if facts.get("layers"):
             family = f" of {facts['family']}" if facts.get("family") else ""
-            click.echo(
-                f"scores   of {len(facts['layers'])} layers{family} by {facts.get('method') or facts.get('source')}"
-            )
+            echo(f"scores   of {len(facts['layers'])} layers{family} by {facts.get('method') or facts.get('source')}")
         return
     turns = f", {facts['turn_tokens']:,} of turns after it" if facts["turn_tokens"] else ""
-    click.echo(f"tokens   {facts['tokens']:,}, {facts['prefix_tokens']} of them prefix{turns}")
+    echo(f"tokens   {facts['tokens']:,}, {facts['prefix_tokens']} of them prefix{turns}")
     packed = f", packed into {facts['bits']} bits" if facts["bits"] else ""
     by = f" by {facts['method']}" if facts["method"] else ""
-    click.echo(f"kept     {facts['kept']:,} of {facts['total']:,} pairs ({facts['ratio']:.1%}){by}{packed}")
-    if facts["full_bytes"]:
-        click.echo(f"full     cache would be {size(facts['full_bytes'])}")
+    echo(f"kept     {facts['kept']:,} of {facts['total']:,} pairs ({facts['ratio']:.1%}){by}{packed}")
+    if facts["whole_heads"]:
+        echo(visible_line(whole_heads_line(facts["whole_heads"])))
+    if facts["window_layers"]:
+        echo(windows_line(facts["window_layers"], len(facts["layers"])))
+    full = f"{size(facts['full_bytes'])} -> " if facts["full_bytes"] else ""
+    echo(f"cache    {full}{size(facts['cache_bytes'])}")
     table = Table("layer", "kept", "", "least and most of a head", box=None, pad_edge=False)
     evictable = max(1, facts["tokens"] - facts["prefix_tokens"])
     for layer in facts["layers"]:
@@ -220,11 +222,11 @@ def _show_model(facts: dict[str, Any]) -> None:
     window = (
         f", {facts['layers'] - facts['global_layers']} with a window of {facts['window']:,}" if facts["window"] else ""
     )
-    click.echo(f"{short(facts['model'])}: {facts['family']}, {facts['layers']} layers{window}")
-    click.echo(f"heads    {facts['query_heads']} query, {facts['kv_heads']} key-value of width {facts['head_dim']}")
-    click.echo(f"length   {facts['max_length']:,} positions")
-    click.echo(f"weights  {size(facts['weight_bytes'])} in bfloat16")
-    click.echo(
+    echo(f"{short(facts['model'])}: {facts['family']}, {facts['layers']} layers{window}")
+    echo(f"heads    {facts['query_heads']} query, {facts['kv_heads']} key-value of width {facts['head_dim']}")
+    echo(f"length   {facts['max_length']:,} positions")
+    echo(f"weights  {size(facts['weight_bytes'])} in bfloat16")
+    echo(
         f"cache    {size(facts['bytes_per_token'])} for each token"
         + (f", {size(facts['window_bytes'])} for windows" if facts["window"] else "")
     )
@@ -238,4 +240,4 @@ def _show_model(facts: dict[str, Any]) -> None:
             "all" if row["ratio"] == 1 else f"{row['ratio']:.0%}", *("-" if n is None else f"{n:,}" for n in cells)
         )
     put("", title, table)
-    click.echo("\nCompressing holds the full cache first (row all), unless it is done with --segment.")
+    echo("\nCompressing holds the full cache first (row all), unless it is done with --segment.")

@@ -1,36 +1,58 @@
-"""What every command shares: errors on one line, what goes to which stream, progress, and where a file may be written.
+"""What every command shares: errors on one line, what goes to which stream, and progress.
 
 Standard output is data; everything else goes to standard error. A command ends with 0, with 1 for an error of the run,
-2 for a wrong call, 130 for Ctrl-C.
+2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible`, `visible_line` or `safe_json`, so that no text
+of a document, a file or a model steers the terminal: nothing here is printed but by `echo`, `say`, `hint`, `put` and
+`put_json`.
 """
 
 import errno
+import io
 import json
 import logging
+import math
 import os
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
+
+from ..display import safe_json, visible, visible_line
 
 Stage = Callable[[str], Callable[[int, int | None], None]]
 """stage(what) begins a line of progress and returns its progress(done, total)."""
 
 positive = click.IntRange(min=1)
 
-NAME_IT = ": name a file (-o)"
-IN_THE_LIBRARY = ("pass max_length= (and rope=) to load", "pass --max-length (and --rope)")
+IN_THE_LIBRARY = {
+    "load the model with RoPE scaling (rope=, and max_length=)": "pass RoPE scaling (--rope, and --max-length)",
+    "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
+}
+"""What errors of the library advise, and what that is on the command line."""
 
 
 class Stopped(Exception):
     """Ctrl-C, with what is left and how to go on."""
+
+
+class Ratio(click.ParamType):
+    """A fraction of pairs that is kept."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            ratio = float(value)
+        except ValueError:
+            ratio = math.nan
+        if 0 < ratio <= 1:
+            return ratio
+        percent = f"{ratio / 100:g} keeps {ratio:g}%" if 1 < ratio <= 100 else "0.3 keeps 30%"
+        self.fail(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {value}: {percent}", param, ctx)
 
 
 class Command(click.Command):
@@ -42,7 +64,12 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
-        logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, format="kvzip: %(message)s")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a locale without the letters of an answer
+        shown = logging.StreamHandler()
+        shown.setFormatter(_Line("kvzip: %(message)s"))
+        logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[shown])
         logging.getLogger("kvzip").setLevel(logging.WARNING)  # other libraries warn their programmers
         try:
             with warnings.catch_warnings():
@@ -99,8 +126,24 @@ class Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:  # names in it may be those of files
+            shown = io.StringIO()
+            error.show(file=shown)
+            click.echo(visible(shown.getvalue()), err=True, nl=False)
+            ctx.exit(error.exit_code)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self, formatter)
+
+
+class _Line(logging.Formatter):
+    """What is logged, as one line that is safe to show."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible_line(super().format(record))
 
 
 def _is_option(word: str) -> bool:
@@ -124,11 +167,6 @@ def resuming(how: Callable[[], str]) -> Iterator[None]:
         raise Stopped(how()) from error
 
 
-def unwritten(path: Path) -> str:
-    """Returns what to say of a file that was to be written when Ctrl-C came."""
-    return f"{path} {'is as it was' if path.exists() else 'was not written'}: run it again"
-
-
 def command(name: str, *, epilog: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a function a command, with examples below its help."""
     return click.command(name, cls=Command, epilog=epilog, **options)
@@ -142,9 +180,12 @@ def explain(error: Exception) -> str:
             errno.ENOSPC: "free some space, or write elsewhere (-o)",
             errno.EACCES: "choose another place (-o)",
             errno.EROFS: "choose another place (-o)",
+            errno.ENAMETOOLONG: "choose a shorter name",
         }.get(error.errno or 0)
         return f"{error.strerror}{where}" + (f": {remedy}" if remedy else "")
-    text = " ".join(str(error).split()).replace(*IN_THE_LIBRARY)
+    text = " ".join(str(error).split())
+    for advice, here in IN_THE_LIBRARY.items():
+        text = text.replace(advice, here)
     if isinstance(error, MemoryError):
         return text or "out of memory"
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text:
@@ -170,20 +211,30 @@ def check_text(text: str) -> str:
     return text
 
 
+def echo(text: str = "", *, nl: bool = True) -> None:
+    """Writes text to standard output."""
+    click.echo(visible(text), nl=nl)
+
+
 def say(text: str, *, bold: bool = False) -> None:
     """Writes a line to standard error."""
-    click.secho(text, err=True, bold=bold)
+    _to_stderr(text, bold=bold or None)
 
 
 def hint(text: str) -> None:
     """Writes a line that only a person wants: to standard error, if that is a terminal."""
     if sys.stderr.isatty():
-        click.secho(text, err=True, dim=True)
+        _to_stderr(text, dim=True)
+
+
+def _to_stderr(text: str, **style: Any) -> None:
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") in ("dumb", None)
+    click.secho(visible_line(text), err=True, **({} if plain else style))
 
 
 def put_json(value: Any) -> None:
     """Writes a value as JSON to standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(safe_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def put(*renderables: Any) -> None:
@@ -205,7 +256,7 @@ def stages() -> Iterator[Stage]:
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description:28}"),
+        TextColumn("{task.description:28}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[count]:>17}"),
         TimeElapsedColumn(),
@@ -216,60 +267,20 @@ def stages() -> Iterator[Stage]:
         def stage(what: str) -> Callable[[int, int | None], None]:
             for old in bars.task_ids:
                 bars.remove_task(old)
-            task = bars.add_task(what, total=None, count="")
+            task = bars.add_task(visible_line(what), total=None, count="")
+            begun = False
 
             def progress(done: int, total: int | None) -> None:
+                nonlocal begun
                 count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+                if not begun:  # what was done before this run says nothing of its speed
+                    bars.reset(task, total=total, completed=done, count=count)
+                    begun = True
                 bars.update(task, completed=done, total=total, count=count)
 
             return progress
 
         yield stage
-
-
-def check_target(path: Path, *, kind: str | None = None, ours: Callable[[Path], bool] = lambda path: True) -> None:
-    """Raises an error now, not after minutes of work, if a file cannot be written at `path`.
-
-    Args:
-        kind: what the file is, for the error.
-        ours: whether a file that is there already may be replaced.
-
-    Raises: OSError; ValueError for a directory, or a file that is not ours.
-    """
-    if str(path) == "-":
-        raise ValueError(f"expected the name of a file to write, got -: nothing is written to standard output{NAME_IT}")
-    if path.is_dir():
-        raise ValueError(f"expected a file to write, got the directory {path}{NAME_IT}")
-    if os.path.lexists(path) and not (path.is_file() and ours(path)):
-        raise ValueError(
-            f"expected a new file or an older {kind or 'regular file'} to write, got {path}: it is left as it is"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a directory to write {path.name} in, got no {path.parent}: make it first")
-    try:
-        handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".probe", dir=path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    os.close(handle)
-    os.unlink(probe)
-
-
-def is_kvzip_file(path: Path) -> bool:
-    """Whether a file is one that kvzip wrote, of any kind."""
-    from ..cache import read_header
-
-    try:
-        read_header(path)
-    except ValueError:
-        return False
-    return True
-
-
-def check_space(path: Path, needed: int) -> None:
-    """Raises OSError if the disk of a file has no room for `needed` bytes."""
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"No space left on device ({size(needed)} needed, {size(free)} free)", str(path))
 
 
 def size(count: int | float) -> str:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
-from .plumbing import check_target, command, resuming, size, unwritten
+from ..display import visible_line
+from .plumbing import command, echo, resuming, size
 from .sources import header_of
+from .targets import check_target, force_option, say_replaced, unwritten
 
 
 @command(
@@ -19,16 +21,18 @@ from .sources import header_of
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Page to write [default: the file's name, .html]."
 )
-def report(file: Path, output: Path | None) -> None:
+@force_option
+def report(file: Path, output: Path | None, force: bool) -> None:
     """Write a page that shows what is kept.
 
     One HTML file that needs nothing else: the document shaded by what is kept of it, heads, scores, sizes and times.
     """
     output = output or file.with_suffix(".html")
-    from ..report import is_page, write_report
-
     with resuming(lambda: unwritten(output)):
         header_of(file)
-        check_target(output, kind="page of kvzip", ours=is_page)
+        from ..report import is_page, write_report
+
+        held = check_target(output, kind="page of kvzip", ours=is_page, force=force)
         write_report(file, output)
-    click.echo(f"{output}, {size(output.stat().st_size)}")
+    say_replaced(output, held)
+    echo(f"{visible_line(str(output))}, {size(output.stat().st_size)}")

@@ -3,14 +3,15 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .plumbing import Stage
+from ..hub import resolve
+from .plumbing import Stage, say
 
 if TYPE_CHECKING:
     from ..cache import DenseCache, RaggedCache
@@ -37,9 +38,7 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),
-            help="Of weights and cache [default: bfloat16 on a GPU, else float32]."
-            if required or about
-            else "In place of the file's.",
+            help="Of weights and cache [default: bfloat16]." if required or about else "In place of the file's.",
         ),
         click.option(
             "--device",
@@ -47,7 +46,11 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
             callback=_device,
             help="cpu, cuda, cuda:1 [default: a GPU if there is one].",
         ),
-        click.option("--max-length", type=click.IntRange(min=1), help="Positions, in place of the model's own limit."),
+        click.option(
+            "--max-length",
+            type=click.IntRange(min=1),
+            help="Positions, in place of the model's own limit; more make sense only with --rope.",
+        ),
         click.option("--rope", metavar="JSON", callback=_json, help="RoPE scaling in place of the config's."),
     ]
 
@@ -86,17 +89,55 @@ def load_model(
     max_length: int | None,
     rope: dict[str, Any] | None,
 ) -> "Model":
-    """Returns the model of a source, loaded with the options."""
+    """Returns the model of a source, loaded with the options; what they leave open is what `kvzip.load` does.
+
+    Warns of a length that the model was not made for.
+    """
+    directory = find_model(model)
+    if max_length is not None:
+        warn_of_length(directory, max_length, rope=rope)
     import torch
 
     from .. import models
 
-    on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
     _check_device(device)
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
     stage(f"loading {short(model)}")
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype)} if dtype else {}
+    return models.load(model, **how, device=device, max_length=max_length, rope=rope)
+
+
+def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
+    """Returns the directory of a model, which may be fetched, or `only` some of its files. Without torch.
+
+    Raises: as `load` does for a wrong name.
+    """
     quiet_hub()
-    return models.load(model, dtype=getattr(torch, dtype), device=device, max_length=max_length, rope=rope)
+    directory = resolve(model) if only is None else resolve(model, only=only)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"expected config.json in {directory}, got none: pass a directory in Hugging Face format"
+        )
+    return directory
+
+
+def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | None) -> None:
+    """Says, before the work, that positions are beyond what a model was made for, with RoPE scaling if it has any."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        scaling = rope or config.get("rope_scaling") or config.get("rope_parameters") or {}
+        scaling = scaling.get("full_attention") or scaling
+        own = config["max_position_embeddings"]
+        original, factor = scaling.get("original_max_position_embeddings") or own, scaling.get("factor") or 1
+        limit = int(max(own, original * factor))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # load says what is wrong with it
+    if positions > limit:
+        say(
+            f"warning: {positions:,} positions are asked for (--max-length), the model was made for {limit:,}: "
+            "what it says beyond those makes no sense without RoPE scaling (--rope)",
+            bold=True,
+        )
 
 
 def _check_device(device: str | None) -> None:
@@ -112,15 +153,16 @@ def _check_device(device: str | None) -> None:
 
 def header_of(path: Path) -> dict[str, Any]:
     """Returns what a file of ours says of itself. Raises as `read_header` does, in words for who names files."""
-    from ..cache import read_header
-
     if path.is_dir():
         raise ValueError(f"expected a file that kvzip wrote, got the directory {path}")
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start and start[8:] not in (b"{", b""):  # where the header of every safetensors file begins
-            raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: kvzip compress makes one")
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file that kvzip wrote, got no file {path}: kvzip compress makes one")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start and start[8:] not in (b"{", b""):  # where the header of every safetensors file begins
+        raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: kvzip compress makes one")
+    from ..cache import read_header
+
     return read_header(path)
 
 
@@ -165,6 +207,26 @@ def open_cache(
         rope=rope,
     )
     return loaded, cache, header
+
+
+def find_heads(source: str) -> Path:
+    """Returns the file of head scores of a name: that file if there is one, else the one that ships under the name.
+
+    As in `head_scores.shipped`, the name may be the last part of a path or a hub id, in any case; without torch.
+
+    Raises: ValueError that lists the names.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = {path.stem: path for path in (Path(__file__).parents[1] / "data" / "head_scores").glob("*.safetensors")}
+    wanted = source.rstrip("/").rpartition("/")[2].lower()
+    if wanted not in shipped:
+        raise ValueError(
+            f"expected a file of head scores or one of the names {', '.join(sorted(shipped))}, got {source}: "
+            "kvzip heads make writes one"
+        )
+    return shipped[wanted]
 
 
 def short(source: str) -> str:

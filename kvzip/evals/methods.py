@@ -20,6 +20,7 @@ from ..cache import DenseCache, DenseKV, Scores, check_whole, global_layers
 from ..models import Model, ModelConfig, run_attention
 from ..models.rope import cos_sin
 from ..scoring import check_fingerprint, score
+from .catalog import CATALOG
 
 SNAPKV_WINDOW = 32
 """The last tokens of a context, whose queries vote and which are kept."""
@@ -259,27 +260,23 @@ def random_scores(model: Model, cache: DenseCache) -> DenseCache:
     return _attach(model, cache, values.to(model.device), "random")
 
 
+_SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
+    "kvzip": lambda model, cache: score(model, cache, scope="context"),
+    "kvzip-chunk": lambda model, cache: score(model, cache, scope="chunk"),
+    "kvzip+": lambda model, cache: score(model, cache, scope="context", method="kvzip+"),
+    "kvzip-heads": heads,
+    "snapkv": snapkv,
+    "h2o": h2o,
+    "pyramidkv": pyramidkv,
+    "adakv": adakv,
+    "streaming-llm": streaming_llm,
+    "key-norm": key_norm,
+    "expected-attention": expected_attention,
+    "random": random_scores,
+}
+
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("kvzip", lambda model, cache: score(model, cache, scope="context"), "pair", "KVzip, arXiv 2505.23416"),
-        Method("kvzip-chunk", lambda model, cache: score(model, cache, scope="chunk"), "pair", "KVzip, scope chunk"),
-        Method(
-            "kvzip+",
-            lambda model, cache: score(model, cache, scope="context", method="kvzip+"),
-            "pair",
-            "KVzip+ of KVzap, arXiv 2601.07891, equation 3",
-        ),
-        Method("kvzip-heads", heads, "head", "KVzip, arXiv 2505.23416, section 4.2"),
-        Method("snapkv", snapkv, "uniform", "SnapKV, arXiv 2404.14469"),
-        Method("h2o", h2o, "uniform", "H2O, arXiv 2306.14048"),
-        Method("pyramidkv", pyramidkv, "pair", "PyramidKV, arXiv 2406.02069"),
-        Method("adakv", adakv, "layer", "AdaKV, arXiv 2407.11550"),
-        Method("streaming-llm", streaming_llm, "uniform", "StreamingLLM, arXiv 2309.17453"),
-        Method("key-norm", key_norm, "uniform", "L2 norm of keys, arXiv 2406.11430"),
-        Method("expected-attention", expected_attention, "layer", "Expected Attention, arXiv 2510.00636"),
-        Method("random", random_scores, "pair", "none"),
-    )
+    name: Method(name, _SCORERS[name], level, cite) for name, (level, cite) in CATALOG.items()
 }
 
 

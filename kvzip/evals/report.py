@@ -24,7 +24,7 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     over tasks as a fraction of the full cache's, and a heat map of lengths and depths for each method where needles
     were hidden. The table also gives each method's difference to the full cache and to `base` over the same questions.
 
-    Raises: ValueError for results that `results.read` refuses, or none; ImportError without the `plot` extra.
+    Raises: ValueError for results that `results.read` refuses, or none; ImportError without matplotlib.
     """
     answers = read(*results)
     if not answers:
@@ -259,7 +259,10 @@ def _canvas(rows: int, columns: int, title: str, *, size: tuple[float, float] = 
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("expected the plot extra, got no matplotlib: pip install 'kvzip[plot]'") from error
+        raise ImportError(
+            "expected matplotlib for the plots, got none: pip install matplotlib "
+            "(in a checkout pip install -e '.[plot]')"
+        ) from error
     figure = Figure(figsize=(1 + size[0] * columns, 0.9 + size[1] * rows), layout="constrained")
     figure.suptitle(title)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -1,9 +1,10 @@
 """The transformer and its families. Nothing here knows that caches exist."""
 
+from ..hub import ALIASES
 from .config import LayerSpec, ModelConfig, RopeSpec
 from .files import read_json
 from .identity import StoredTensor, checkpoint_digest, identity_of, stored_tensor
-from .load import ALIASES, load, translate_config
+from .load import load, translate_config
 from .transformer import Attend, Model, forward, logits, run_attention
 from .weights import LayerWeights, Weights, empty_weights
 

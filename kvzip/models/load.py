@@ -1,13 +1,14 @@
 """An HF directory, hub id or alias, loaded into a Model."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..hub import resolve
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, check_integer
 from .fields import reject
@@ -31,22 +32,6 @@ FAMILIES: dict[str, Family] = {
     "gemma3": (gemma.translate_gemma3, gemma.LAYER_NAMES, ("Gemma3ForConditionalGeneration", "Gemma3Model")),
 }
 """`model_type` of config.json -> how the config is read, the tensors' names, and the names in `architectures`."""
-
-ALIASES: dict[str, str] = {
-    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.0-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "duo": "gradientai/Llama-3-8B-Instruct-Gradient-1048k",
-    "llama3-8b-4m-w8a8kv4": "mit-han-lab/Llama-3-8B-Instruct-Gradient-4194k-w8a8kv4-per-channel",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct-1M",
-    "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct-1M",
-    **{f"qwen3-{size}b": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
-    **{f"gemma3-{size}b": f"google/gemma-3-{size}b-it" for size in ("1", "4", "12", "27")},
-    **{f"gemma3-{size}b-it": f"google/gemma-3-{size}b-it" for size in ("1", "4", "12", "27")},
-}
-
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 def load(
@@ -109,47 +94,6 @@ def load(
         checkpoint=checkpoint,
         source=str(source),
     )
-
-
-def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only: bool = False) -> Path:
-    """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
-
-    Args:
-        local_only: fetches nothing: a hub id is then what the hub's cache on this machine has of it.
-
-    Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file() and str(source).lower() not in ALIASES:
-        raise ValueError(
-            f"expected a directory in Hugging Face format, got the file {source}: pass its directory; kvzip.open(path) "
-            "opens a file that kvzip.save wrote with the model that made it"
-        )
-    name = ALIASES.get(str(source).lower(), str(source))
-    if isinstance(source, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"expected a directory in Hugging Face format, got {source}: no such directory")
-    if "/" not in name:
-        raise ValueError(
-            f"expected a directory, a hub id or an alias, got {source!r}: no such directory, and the aliases are "
-            + ", ".join(ALIASES)
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"expected the hub extra to fetch {name}, got no huggingface_hub: pip install 'kvzip[hub]', "
-            "or pass a local directory"
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(only), local_files_only=local_only))
-    except (OSError, ValueError, RuntimeError) as error:  # no network, no such name, a gated one, a full disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
-        raise OSError(
-            f"expected {name} on the hub, there being no such directory here, got {reason}: "
-            "check the name, the network and the login (hf auth login)"
-        ) from error
 
 
 def translate_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -10,7 +10,17 @@ from rich.console import Console
 
 import kvzip
 import random_model
-from kvzip.evals.compare import Comparison, answer_probabilities, compare, render
+from kvzip import Answer
+from kvzip.evals.compare import (
+    AnswerPair,
+    Change,
+    Comparison,
+    Spread,
+    answer_probabilities,
+    compare,
+    render,
+    unchanged,
+)
 
 TEXT = "jade acid beach hide fig " * 10
 QUERIES = ["who?", "what is it?", "bk"]
@@ -116,9 +126,31 @@ def test_the_table_shows_answers_and_changes_as_text(comparison: Comparison) -> 
         assert re.findall(r"\d+\.\d+", line) == [f"{number:.2f}" for number in numbers]
     for pair in comparison.answers:
         assert pair.query in text
-        for spread in (pair.p_answer, pair.margin, pair.p):
-            assert spread is None or f"{spread.low:+.4f} to {spread.high:+.4f} ({spread.mean_abs:.1e})" in text
-        assert all(f"token {change.position}" in text for change in pair.changes)
+    same = sum(pair.full.text == pair.small.text for pair in c.answers)
+    assert same == unchanged(c) < len(c.answers)
+    verdict = f"{same} of {len(c.answers)} answers unchanged; {c.full_bytes / 1e6:.3g} -> {c.small_bytes / 1e6:.3g} MB"
+    assert text.splitlines()[0] == verdict
+
+
+def test_numbers_of_a_question_are_points_and_percentages() -> None:
+    change = Change(3, " a\x1b", "[red]b", (0.5, 0.25), (0.125, 0.75))
+    answers = (Answer("it is [b]\x1b[31m a\n", [1, 2], "stop"), Answer("it is b\u202e", [1, 3], "stop"))
+    spreads = (Spread(-0.4475, 0.084, 0.2238), None, Spread(0.0, 1e-6, 0.02))
+    pair = AnswerPair("which\x9b?", *answers, 1.0, 2.0, (change,), *spreads)
+    comparison = Comparison("m\x1b[0m", "kvzip", 0.3, 10, 3, 10, 1.0, 1.0, 1.0, 84_000_000, 27_000_000, (pair, pair))
+    out = io.StringIO()
+    Console(file=out, width=120).print(render(comparison))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert out.getvalue().startswith("0 of 2 answers unchanged; 84 -> 27 MB\nm\\x1b[0m: 10 tokens")
+    assert "moved lowest, points highest, points mean size, points" in lines
+    assert "p of its tokens -44.8 +22.4 8.4" in lines and "p of any token 0 +2.0 <0.1" in lines
+    assert "3 ' a\\x1b' 50.0 12.5 '[red]b' 25.0 75.0" in lines
+    assert (
+        "it is [b]\\x1b[31m a" in out.getvalue()
+        and "it is b\\u202e" in out.getvalue()
+        and "which\\x9b?" in out.getvalue()
+    )
+    assert not re.search("[\x1b\x9b\u202e]", out.getvalue())
 
 
 def test_steps_are_told_as_they_begin(model: kvzip.Model) -> None:

@@ -33,7 +33,7 @@ def rows(data: str | None, *names: str) -> list[Row]:
     """Returns the rows of the first of the named files that the directory has, or of the first name on the hub.
 
     Raises: ValueError without data or such a file, or for a line of another layout; ImportError for the hub without
-    the `eval` extra.
+    the package datasets.
     """
     if data == "hub":
         return _hub_rows(names[0])
@@ -217,8 +217,8 @@ def _hub_rows(name: str) -> list[Row]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "expected the eval extra to read data from the hub, got no datasets: pip install 'kvzip[eval]', or pass a "
-            "directory of JSONL files"
+            "expected the package datasets to read data from the hub, got none: pip install datasets "
+            "(in a checkout pip install -e '.[eval]'), or pass a directory of JSONL files"
         ) from error
     if name == "squad_paragraph":
         groups: dict[str, Row] = {}

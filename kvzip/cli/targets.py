@@ -1,0 +1,134 @@
+"""Where a file may be written, and what is in one that is there already. Without torch, so that a no is quick."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..display import visible_line
+from .plumbing import say, size
+
+NAME_IT = ": name a file (-o)"
+_LARGEST = 100_000_000  # bytes of a header, as safetensors allows
+
+
+force_option = click.option("--force", is_flag=True, help="Replace a file of kvzip that is there already.")
+
+
+def check_target(
+    path: Path,
+    *,
+    kind: str | None = None,
+    ours: Callable[[Path], bool] = lambda path: True,
+    force: bool | None = None,
+    how: str = "pass --force",
+) -> str:
+    """Raises an error now, not after minutes of work, if a file cannot be written at `path`.
+
+    A file that is ours is replaced only if that was asked for, by `force` or by an answer at a terminal.
+
+    Args:
+        kind: what the file is, for the error.
+        ours: whether a file that is there already is one of this kind; others are never replaced.
+        force: whether a file may be replaced unasked; None for a file that is written on, not replaced.
+        how: what to do to replace it, for the error.
+
+    Returns: what is in the file that will be replaced, for `say_replaced`; "" if there is none.
+
+    Raises: OSError; ValueError for a directory, or a file that is not ours or that nobody said to replace.
+    """
+    if str(path) == "-":
+        raise ValueError(f"expected the name of a file to write, got -: nothing is written to standard output{NAME_IT}")
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, got the directory {path}{NAME_IT}")
+    there = os.path.lexists(path)
+    if there and not (path.is_file() and ours(path)):
+        raise ValueError(
+            f"expected a new file or an older {kind or 'regular file'} to write, got {path}: it is left as it is"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected a directory to write {path.name} in, got no {path.parent}: make it first")
+    try:  # under a name as long as any that will be needed
+        handle, probe = tempfile.mkstemp(prefix=f".{path.name}.partial.", suffix=".0000.partial", dir=path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    os.close(handle)
+    os.unlink(probe)
+    if not there or force is None:
+        return ""
+    held = what_is_in(path)
+    if not force and not _confirmed(f"{path}{held} is there already. Replace it?"):
+        raise ValueError(f"expected a name that is free, got {path}{held}: it is left as it is; {how} to replace it")
+    return held
+
+
+def say_replaced(path: Path, held: str) -> None:
+    """Says what was in a file that has been replaced, if there was one: `held` is what `check_target` returned."""
+    if held:
+        say(f"replaced {path}{held}")
+
+
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; False where nobody can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and click.confirm(visible_line(question), err=True)
+
+
+def what_is_in(path: Path) -> str:
+    """Returns what a file that may be lost holds, in brackets: document, model, ratio and size, as far as it says."""
+    header = peek(path)
+    note, made = (_dict(header.get(name)) for name in ("note", "model"))
+    source, kept, total = made.get("source"), header.get("kept"), header.get("total")
+    parts = [
+        str(note.get("title") or ""),
+        f"by {Path(str(source)).name}" if source else "",
+        f"{kept / total:.1%} kept" if isinstance(kept, int) and isinstance(total, int) and total else "",
+        size(path.stat().st_size),
+    ]
+    return f" ({', '.join(filter(None, parts))})"
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Returns what a file of kvzip says of itself, unchecked; {} for any other file. Without torch, unlike `cache`."""
+    return _dict(tensors_of(path)[0])
+
+
+def tensors_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Returns a file's own header and its tensors' entries, as safetensors has them, and where the tensors begin."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            start = file.read(1)
+            if start != b"{" or not 0 < length <= _LARGEST:
+                return {}, {}, 0
+            entries = json.loads(start + file.read(length - 1))
+            return json.loads(entries.pop("__metadata__")["kvzip"]), entries, 8 + length
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}, {}, 0
+
+
+def is_kvzip_file(path: Path) -> bool:
+    """Whether a file is one that kvzip wrote, of any kind."""
+    return "version" in peek(path)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises OSError if the disk of a file has no room for `needed` bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device ({size(needed)} needed, {size(free)} free)", str(path))
+
+
+def unwritten(path: Path) -> str:
+    """Returns what to say of a file that was to be written when Ctrl-C came."""
+    return f"{path} {'is as it was' if path.exists() else 'was not written'}: run it again"

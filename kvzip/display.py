@@ -1,0 +1,30 @@
+"""Text made safe to show: a document, an answer, a title or a file's name may hold what steers a terminal."""
+
+import re
+
+_STEERING = "\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+"""Controls but newline and tab, other line ends, what turns the direction of text, and halves of characters."""
+_IN_TEXT = re.compile(f"[{_STEERING}]")
+_IN_LINE = re.compile(f"[\t\n{_STEERING}]")
+
+
+def visible(text: str) -> str:
+    r"""Returns a text in which every character that steers a terminal is shown as its escape, as `\x1b`.
+
+    Newlines and tabs stay, and a line that ends in CR LF ends in LF.
+    """
+    return _IN_TEXT.sub(_escape, text.replace("\r\n", "\n"))
+
+
+def visible_line(text: str) -> str:
+    r"""Returns a text as one line that is safe to show: as `visible`, with newlines and tabs as `\n` and `\t` too."""
+    return _IN_LINE.sub(_escape, text)
+
+
+def safe_json(written: str) -> str:
+    r"""Returns JSON in which every character that steers a terminal is the escape `\uXXXX`, which reads the same."""
+    return _IN_TEXT.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
