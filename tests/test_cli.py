@@ -44,9 +44,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def write_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+def write_model(directory: Path, *, seed: int = 0, qkv_bias: bool = False, **changes: Any) -> Path:
     directory.mkdir()
-    config = random_model.config()
+    config = random_model.config(qkv_bias=qkv_bias)
     model = random_model.make(config, seed=seed)
     tensors = {
         name if name.startswith("lm_head") else f"model.{name}": tensor.clone()
@@ -1126,8 +1126,8 @@ def test_a_document_that_is_gone_is_warned_of(document: Path, model_dir: Path) -
 
 def test_windows_are_said_to_stay(document: Path, tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"]
-    changes = {"architectures": ["MistralForCausalLM"], "sliding_window": 8, "layer_types": kinds}
-    windowed = write_model(tmp_path / "windowed", **changes)
+    changes = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "layer_types": kinds}
+    windowed = write_model(tmp_path / "windowed", qkv_bias=True, use_sliding_window=True, **changes)
     out = tmp_path / "out.kvz"
     line = "windows  1 of 2 layers see their last tokens only and stay as they are: only the pairs of the other 1"
     assert line in call("compress", document, "-m", windowed, "-o", out).stdout

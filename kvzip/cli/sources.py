@@ -190,11 +190,11 @@ def open_cache(
 
     Raises: FileNotFoundError, ValueError as `kvzip.open` does.
     """
+    header = header_of(path)  # before torch, which takes seconds
     import torch
 
     from .. import opening
 
-    header = header_of(path)
     _check_device(device)
     quiet_hub()
     stage(f"opening {path.name}")
