@@ -18,6 +18,7 @@ Factors = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C] of `ops.score`."""
 
 _ROWS_PER_BLOCK = 512  # query rows of a block where logits are held in memory
+_FEW_KEYS = 64  # more than any CPU has in a vector, see `_with_nan`
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -271,7 +272,9 @@ def window_attention(
     distance = row + reach - column
     first = torch.arange(blocks, device=q.device)[:, None, None, None] * block
     seen = (distance >= 0) & (distance < window) & (first + column >= missing)
-    if config.attn_softcap is None:
+    if config.attn_softcap is None and not q.is_cuda and keys.shape[2] < _FEW_KEYS:
+        out = _sdpa(rows, keys, values, scale=config.attn_scale, mask=seen)[0]
+    elif config.attn_softcap is None:
         out = F.scaled_dot_product_attention(
             rows, keys, values, attn_mask=seen, scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -415,10 +418,25 @@ def _sdpa(
         lse = lse[..., : q.shape[2]]
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        if k.shape[2] < _FEW_KEYS and bool((lse == 0).any()):
+            out, lse = _with_nan(out, lse, q, k, mask, causal=causal)
     if causal:
         return out, lse
     out = rearrange(out, "b h (g t) d -> b (h g) t d", t=tokens)
     return out, rearrange(lse, "b h (g t) -> b (h g) t", t=tokens)
+
+
+def _with_nan(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention by torch on a CPU, which gives 0 and 0 to a row whose logits are all NaN if few keys make no vector."""
+    logits = (q @ k.mT).float()
+    if causal:
+        logits = logits.tril()
+    elif mask is not None:
+        logits = logits.masked_fill(mask == -torch.inf, 0)
+    lost = (lse == 0) & logits.isnan().any(-1)
+    return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
