@@ -2,54 +2,43 @@
 
 import numbers
 import operator
+import os
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from .cache import DenseCache, RaggedCache, Scores
-from .models import Model
-
 _USES = {
-    Model: "kvzip.load(directory) gives one, and it comes first where a cache is needed too",
-    DenseCache: "kvzip.prefill(model, text) gives one",
-    RaggedCache: "kvzip.compress(cache, ratio) gives one",
-    Scores: "kvzip.score(model, cache).scores are some",
+    "Model": "kvzip.load(directory) gives one, and it comes before a cache",
+    "DenseCache": "kvzip.prefill(model, text) gives one",
+    "RaggedCache": "kvzip.compress(cache, ratio) gives one",
+    "Scores": "kvzip.score(model, cache).scores are some",
+    "HeadScores": "kvzip.head_scores.make(model, text) gives some",
 }
+_PACKED = "pairs that are gone cannot be scored or chosen again; kvzip.scores.shrink keeps fewer of those it holds"
 
 
-def check_kind(value: Any, *kinds: type, name: str = "a", remedy: str = "") -> None:
-    """Raises TypeError unless value is an instance of one of the kinds."""
+def check_kind(value: Any, *kinds: type) -> None:
+    """Raises TypeError unless value is an instance of one of our kinds."""
     if not isinstance(value, kinds):
-        expected = " or ".join(f"kvzip.{kind.__name__}" if kind in _USES else kind.__name__ for kind in kinds)
-        remedy = remedy or "; ".join(_USES[kind] for kind in kinds if kind in _USES)
-        raise TypeError(f"expected {name} {expected}, got {type(value).__name__}: {remedy}")
+        names, got = [kind.__name__ for kind in kinds], type(value).__name__
+        remedy = _PACKED if (names, got) == (["DenseCache"], "RaggedCache") else "; ".join(_USES[n] for n in names)
+        raise TypeError(f"expected a {' or a '.join(names)}, got {_shown(value)}: {remedy}")
 
 
-def check_model(value: Any) -> None:
-    """Raises TypeError unless value is a model."""
-    check_kind(value, Model)
-
-
-def check_cache(value: Any) -> None:
-    """Raises TypeError unless value is a cache of either kind."""
-    check_kind(value, DenseCache, RaggedCache)
-
-
-def check_dense(value: Any) -> None:
-    """Raises TypeError unless value is a dense cache."""
-    remedy = "it is compressed already: kvzip.scores.shrink keeps fewer of its pairs, and scoring needs all of them"
-    check_kind(value, DenseCache, remedy=remedy if isinstance(value, RaggedCache) else "")
+def check_path(value: Any, name: str) -> None:
+    """Raises TypeError unless value is a path or the text of one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"expected {name} to be a path, got {_shown(value)}: pass a str or a pathlib.Path")
 
 
 def check_text_or_ids(value: Any, name: str) -> None:
     """Raises TypeError unless value is a text, or a tensor of token ids on one axis."""
     whole = isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex()
     if not (isinstance(value, str) or whole):
-        shape = f" {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else ""
         raise TypeError(
-            f"expected {name} to be a text, or a tensor [S] of token ids, got {type(value).__name__}{shape}: join "
-            "texts, or pass torch.tensor(ids)"
+            f"expected {name} to be a text, or a tensor [S] of token ids, got {_shown(value)}: join texts, or pass "
+            "torch.tensor(ids)"
         )
 
 
@@ -58,7 +47,7 @@ def check_texts(value: Any, name: str) -> list[str]:
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong or isinstance(value, (Tensor, bytes)):
-        got = type(wrong[0]).__name__ if wrong else type(value).__name__
+        got = _shown(wrong[0] if wrong else value)
         raise TypeError(f"expected {name} to be a text or a list of texts, got {got}: pass str")
     return texts
 
@@ -70,17 +59,25 @@ def check_whole_number(value: Any, name: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"expected {name} to be a whole number, got {value!r} ({type(value).__name__}): pass an int"
-        ) from None
+        raise TypeError(f"expected {name} to be a whole number, got {_shown(value)}: pass an int") from None
 
 
 def check_real_number(value: Any, name: str) -> float:
     """Returns a number of any kind (numpy's, a tensor's of one value) as a float. Raises TypeError for anything else."""
     one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or one):
-        raise TypeError(f"expected {name} to be a number, got {value!r} ({type(value).__name__}): pass a float")
+        raise TypeError(f"expected {name} to be a number, got {_shown(value)}: pass a float")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(f"expected {name} that a float holds, got {value}: pass a smaller one") from None
+
+
+def _shown(value: Any) -> str:
+    """What came, in a few characters."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if value is None:
+        return "None"
+    plain = isinstance(value, (bool, int, float, str, bytes)) and len(repr(value)) <= 40
+    return f"{type(value).__name__} {value!r}" if plain else type(value).__name__

@@ -20,6 +20,7 @@ from .cache import (
     explain_out_of_memory,
     free_bytes,
 )
+from .checks import check_kind, check_real_number
 
 
 def compress(
@@ -63,6 +64,7 @@ def compress(
         or if more rows are protected than the budget has; torch.OutOfMemoryError that says what for, the cache intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
     """
+    check_kind(cache, DenseCache)
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
@@ -169,6 +171,10 @@ def budget_of(
 
     Raises: ValueError as `compress` does.
     """
+    check_kind(scores, Scores)
+    for name, value in (("ratio", ratio), ("budget", budget), ("threshold", threshold)):
+        if value is not None:
+            check_real_number(value, name)
     if sum(x is not None for x in (ratio, budget, threshold)) != 1:
         raise ValueError(
             f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, explain_out_of_memory, grow_tail
+from .checks import check_kind, check_whole_number
 from .models import Model, forward, logits
+from .prefilling import context_ids
 from .scoring import check_fingerprint
 
 NO_TOKEN = -1  # decided where logits are NaN or all -inf, by which no token is more likely than another
@@ -33,8 +35,13 @@ class Decoder:
     """
 
     def __init__(self, model: Model, cache: DenseCache | RaggedCache, *, batch: int = 1, tail: int = 512) -> None:
+        check_kind(model, Model)
+        check_kind(cache, DenseCache, RaggedCache)
+        batch, tail = check_whole_number(batch, "batch"), check_whole_number(tail, "tail")
         if batch < 1 or tail < 1:
-            raise ValueError(f"expected a batch and a tail of at least 1, got {batch} and {tail}")
+            raise ValueError(
+                f"expected a batch and a tail of at least 1, got {batch} and {tail}: they count questions and tokens"
+            )
         check_fingerprint(model, cache.fingerprint)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
         cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
@@ -70,7 +77,7 @@ class Decoder:
 
         Every question draws the same numbers from `seed`, so that its answer does not depend on the others'.
 
-        Raises: ValueError for more questions than rows, or an empty or too long one.
+        Raises: ValueError for more questions than rows, an empty or too long one, or ids beyond the vocabulary.
         """
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
@@ -83,6 +90,7 @@ class Decoder:
             longest = min(-(-longest // 32) * 32, self.rows)
         rows = [*questions, *[questions[-1]] * (self.batch - len(questions))]
         padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows])
+        context_ids(self.model, padded.flatten())  # on a GPU an id beyond the vocabulary would end the process
         self._counts.copy_(torch.tensor([len(ids) for ids in rows]))
         self._tail.lengths.fill_(self._past)
         self._sampled = temperature > 0

@@ -4,13 +4,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from . import prompts
 from .cache import DenseCache, RaggedCache, free_bytes
-from .checks import check_cache, check_model, check_real_number, check_texts, check_whole_number
+from .checks import check_kind, check_real_number, check_texts, check_whole_number
 from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
 from .models import Model
 from .prefilling import prompt_of, tokenizer_of
@@ -93,8 +93,8 @@ def generate(
         or too small, a question that does not fit in the model's length, or a model whose logits are not numbers;
         TypeError for arguments of another kind; torch.OutOfMemoryError that says for what.
     """
-    check_model(model)
-    check_cache(cache)
+    check_kind(model, Model)
+    check_kind(cache, DenseCache, RaggedCache)
     max_tokens, temperature, top_p, seed = _options(max_tokens, temperature, top_p, seed)
     stops = _stops(model, stop)
     check_fingerprint(model, cache.fingerprint)
@@ -146,9 +146,7 @@ def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCac
         )
 
 
-def _options(
-    max_tokens: int, temperature: float, top_p: float, seed: int | None
-) -> tuple[int, float, float, int]:
+def _options(max_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> tuple[int, float, float, int]:
     """The options as plain numbers, and a seed drawn where there is none."""
     max_tokens = check_whole_number(max_tokens, "max_tokens")
     if max_tokens < 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, read_header
 from .cache.io import write_file
+from .checks import check_kind, check_path
 from .compression import budget_of, keep_mask, protected_spans
 from .ops import Quantized
 
@@ -29,6 +30,8 @@ def attach(cache: DenseCache, scores: Scores) -> DenseCache:
 
     Raises: ValueError if the scores are those of other layers, heads or tokens.
     """
+    check_kind(cache, DenseCache)
+    check_kind(scores, Scores)
     layers, shape, span = _place(cache)
     if (tuple(scores.layers), tuple(scores.values.shape), (scores.start, scores.stop)) != (layers, shape, span):
         raise ValueError(
@@ -47,7 +50,9 @@ def combine(*scores: Scores) -> Scores:
     Raises: ValueError for none, or scores of other layers, heads or tokens.
     """
     if not scores:
-        raise ValueError("expected scores to combine, got none")
+        raise ValueError("expected scores to combine, got none: pass two or more")
+    for one in scores:
+        check_kind(one, Scores)
     first = scores[0]
     for other in scores[1:]:
         same = (other.layers, other.start, other.stop) == (first.layers, first.start, first.stop)
@@ -86,6 +91,7 @@ def shrink(
     Raises: ValueError for a cache without scores, more than it holds, fewer than are protected, and arguments that
         `compress` refuses.
     """
+    check_kind(cache, RaggedCache)
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: compress a scored cache, or shrink before folding")
@@ -145,6 +151,8 @@ def save(cache: DenseCache | RaggedCache, path: str | Path, *, note: dict[str, A
 
     Raises: ValueError for a cache without scores; TypeError for a note that JSON cannot hold; OSError.
     """
+    check_kind(cache, DenseCache, RaggedCache)
+    check_path(path, "path")
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
@@ -158,6 +166,8 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
 
     Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
     """
+    check_path(path, "path")
+    check_kind(cache, DenseCache, RaggedCache)
     path = Path(path)
     header = read_header(path)
     if header.get("cache") != "Scores":
@@ -187,6 +197,7 @@ def plot(scores: Scores, ratio: float = 0.3, *, title: str | None = None) -> "Fi
 
     Raises: ValueError as `compress` does; ImportError without matplotlib.
     """
+    check_kind(scores, Scores)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -25,6 +25,7 @@ from .cache import (
     read_header,
     save,
 )
+from .checks import check_kind, check_real_number, check_text_or_ids
 from .compression import protected_spans
 from .models import Model, run_attention
 from .prefilling import check_count, check_length, context_ids, prefix_ids, tokenizer_of
@@ -92,6 +93,10 @@ def prefill_compressed(
         pairs than the ratio keeps (of a segment, with share "segment"), a checkpoint of other arguments or another
         context; TypeError for pieces of mixed kinds; torch.OutOfMemoryError that says what for.
     """
+    check_kind(model, Model)
+    if isinstance(context, (Tensor, bytes)) or not isinstance(context, Iterable):
+        check_text_or_ids(context, "context")
+    check_real_number(ratio, "ratio")
     for name, value in (("segment", segment), ("chunk", chunk), ("save_every", save_every), ("length", length)):
         check_count(1 if value is None else value, name)
     check_choice(scope, method)

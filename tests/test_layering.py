@@ -14,9 +14,10 @@ PACKAGE = Path(kvzip.__file__).parent
 ALLOWED = {
     "kvzip.version": set(),
     "kvzip.ops": set(),
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
+    "kvzip.checks": set(),
+    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version", "kvzip.checks"},
     "kvzip.prompts": set(),
-    "kvzip.models": {"kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.ops", "kvzip.prompts", "kvzip.checks"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (

@@ -484,3 +484,16 @@ def test_memory_stays_at_what_is_kept_and_a_segment(share):
     layer = kept // 6  # the layer that is being packed, and scores of 4 bytes a pair beside its 256
     assert kvzip.nbytes(cache) < 1.05 * kept
     assert peak < kept + 8_000 * pair + 2 * layer + 120e6
+
+
+@pytest.mark.parametrize("share", ["segment", "running", "final"])
+def test_an_infinite_score_does_not_crowd_out_what_is_protected(share, monkeypatch):
+    model = random_model.make(random_model.config())
+    monkeypatch.setattr(
+        streaming, "score_chunks", lambda model, cache, **_: torch.full((2, 2, cache.length - cache.start), torch.inf)
+    )
+    small = kvzip.prefill_compressed(model, "x" * 60, 0.2, segment=30, share=share, protect=[(25, 28), (55, 58)])
+    assert small.kept == int(0.2 * 2 * 2 * 60)
+    for kv in small.context:
+        for start, stop in pairwise(kv.offsets.tolist()):
+            assert {25, 26, 27, 55, 56, 57} <= set((kv.positions[start:stop] - small.start).tolist())

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import check_kind, check_path
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
 from ..version import VERSION as LIBRARY
@@ -79,6 +80,8 @@ def save(
     Raises: ValueError for a consumed cache, one of another model, another number of bits, or NaN scores in 8 bits;
         TypeError for a note that JSON cannot hold; OSError if it cannot be written.
     """
+    check_kind(cache, DenseCache, RaggedCache)
+    check_path(path, "path")
     if isinstance(cache, DenseCache):
         check_whole(cache)
     if score_bits not in (32, 8):
@@ -176,6 +179,7 @@ def load_cache(
         offsets, dtypes or positions do not fit together, or the model; torch.OutOfMemoryError; what torch raises for a
         device that is not there.
     """
+    check_path(path, "path")
     path = Path(path)
     header = read_header(path)
     kind = header.get("cache")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..checks import check_kind
 from ..ops import decode_schedule
 from .dense import DenseCache, Scores
 from .ragged import RaggedCache, RaggedKV
@@ -21,12 +22,14 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
 
     Attached Scores are not counted: they are `cache.scores.values.nbytes`.
     """
+    check_kind(cache, DenseCache, RaggedCache)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache)}
     return sum(storages.values())
 
 
 def to(cache: C, device: torch.device | str) -> C:
     """Returns the cache on another device; on its own device, the cache itself. Token ids stay on the host."""
+    check_kind(cache, DenseCache, RaggedCache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
     if first.device == torch.empty(0, device=device).device:

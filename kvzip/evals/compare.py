@@ -13,13 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .. import prompts
 from ..attention import decode_attend
-from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, nbytes
+from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, grow_tail, nbytes
 from ..compression import compress
-from ..generation import Answer, generate
+from ..generation import Answer, generate, query_ids
 from ..models import Model, forward, logits
-from ..prefilling import prefill, prompt_of, tokenizer_of
+from ..prefilling import context_ids, prefill, tokenizer_of
 from .methods import METHODS, Method
 
 R = TypeVar("R")
@@ -158,21 +157,20 @@ def answer_probabilities(
 ) -> Float[Tensor, "T V"]:
     """Returns the probabilities of each token of the vocabulary where each of T answer tokens stands, float32.
 
-    The question and the answer are read in one pass after the cache, which is left as it was.
+    The question and the answer are read in one pass after the cache, its tail included, which is left as it was.
     """
-    tokenizer = tokenizer_of(model)
-    if template:
-        query_ids = prompts.encode_text(tokenizer, prompts.QUERY_SEPARATOR + query.strip())
-        query_ids += prompts.encode_control(tokenizer, prompt_of(model).postfix)
-    else:
-        query_ids = prompts.encode_text(tokenizer, query)
+    (asked,) = query_ids(model, cache, [query], template=template)
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
-    ids = torch.tensor([[*query_ids, *answer_ids]], device=model.device)
-    tail = empty_tail(cache.context, 1, ids.shape[1], dtype=model.dtype)
-    positions = cache.context_length + torch.arange(ids.shape[1], device=model.device)
+    ids = context_ids(model, torch.tensor([*asked, *answer_ids]))[None].to(model.device)
+    rows, used = ids.shape[1], len(cache.token_ids)
+    if cache.tail is None:
+        tail = empty_tail(cache.context, 1, rows, dtype=model.dtype)
+    else:
+        tail = grow_tail(cache.tail, 1, rows)
+    positions = used + torch.arange(rows, device=model.device)
     with torch.no_grad():
         hidden = forward(model, ids, positions, decode_attend(model.config, all_ragged(cache.context), tail))
-        return logits(model, hidden[0, len(query_ids) - 1 : -1]).float().softmax(-1)
+        return logits(model, hidden[0, len(asked) - 1 : -1]).float().softmax(-1)
 
 
 def render(comparison: Comparison) -> RenderableType:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import prompts
+from ..checks import check_path
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, reject
 from .transformer import Model
@@ -72,6 +73,7 @@ def load(
     weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
     the `hub` extra.
     """
+    check_path(source, "source")
     directory = resolve(source)
     path = directory / "config.json"
     if not path.exists():
