@@ -43,7 +43,7 @@ def check_text_or_ids(value: Any, name: str) -> None:
 
 
 def check_texts(value: Any, name: str) -> list[str]:
-    """Returns a text as a list of one, or the texts of a list or another iterable. Raises TypeError for other things."""
+    """Returns a text as a list of one, several as a list of them. Raises TypeError for anything else."""
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong or isinstance(value, (Tensor, bytes)):
@@ -63,7 +63,7 @@ def check_whole_number(value: Any, name: str) -> int:
 
 
 def check_real_number(value: Any, name: str) -> float:
-    """Returns a number of any kind (numpy's, a tensor's of one value) as a float. Raises TypeError for anything else."""
+    """Returns a number of any kind (numpy's, a tensor's of one value) as a float. Raises TypeError for other things."""
     one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or one):
         raise TypeError(f"expected {name} to be a number, got {_shown(value)}: pass a float")

@@ -87,9 +87,9 @@ def ask(
         answer, cache = ask(model, cache, "And who paid?")
 
     The tail then holds what the chat template renders for the turns, the answer's last token and the end of its turn
-    included, whatever ended the answer; of a stop text only what its last token holds besides. The turn is read again in one forward pass, which costs about one step of
-    decoding. Arguments are those of `generate`, whose answer this is; with template=False query and answer are plain
-    text that continues the context.
+    included, whatever ended the answer; of a stop text only what the answer's last token holds of it. The turn is read
+    again in one forward pass, which costs about one step of decoding. Arguments are those of `generate`, whose answer
+    this is; with template=False query and answer are plain text that continues the context.
 
     Raises: as `generate`; ValueError too where the end of the turn would not fit in the model's length.
     """

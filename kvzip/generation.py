@@ -80,8 +80,8 @@ def generate(
     Args:
         temperature: 0 takes the most likely token; above, samples from softmax(logits / temperature).
         top_p: samples among the fewest of the most likely tokens whose probabilities sum to it.
-        seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so that its answer does not
-            depend on the others; None draws one.
+        seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so that
+            its answer does not depend on the others; None draws one.
         stop: a text that ends an answer, or several, besides the model's stop tokens.
         template: False continues the context as plain text, with no chat markers after the query (cloze).
         on_token: called with each piece of text as it is decided: on_token(piece) for one query,

@@ -1,4 +1,4 @@
-"""A NaN in a query or a key comes out of attention on the host as NaN: torch's own passes over it where keys are few."""
+"""A NaN in a query or a key comes out of attention on the host: torch's own passes over it where keys are few."""
 
 import functools
 import math

@@ -1,6 +1,5 @@
 """Laws of `score`, and its kernels against the reference."""
 
-import itertools
 import math
 
 import pytest
