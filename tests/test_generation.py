@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 import kvzip
 import random_model
 from kvzip import generation, prompts
+from kvzip.evals.compare import answer_probabilities
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x"]
@@ -265,3 +266,31 @@ def test_bad_input_is_named(model, dense):
     with pytest.raises(ValueError, match=r"room for an answer"):
         kvzip.generate(tight, kvzip.prefill(tight, TEXT), "Who?")
     assert kvzip.generate(model, dense, []) == []
+
+
+HALF = "A formula: \ud835 x"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, cache: kvzip.generate(model, cache, HALF),
+        lambda model, cache: kvzip.generate(model, cache, ["Who?", HALF]),
+        lambda model, cache: kvzip.generate(model, cache, "Who?", stop=HALF),
+        lambda model, cache: kvzip.generate(model, cache, "Who?", stop=["x", HALF]),
+        lambda model, cache: kvzip.ask(model, cache, HALF),
+        lambda model, cache: kvzip.ask(model, cache, "Who?", stop=HALF),
+        lambda model, cache: kvzip.extend(model, cache, HALF),
+        lambda model, cache: kvzip.prefill(model, HALF),
+        lambda model, cache: kvzip.prefill(model, TEXT, system=HALF),
+        lambda model, cache: kvzip.prefill(model, TEXT, instruction=HALF),
+        lambda model, cache: kvzip.prefill_compressed(model, HALF, 0.5),
+        lambda model, cache: kvzip.prefill_compressed(model, [TEXT, HALF], 0.5),
+        lambda model, cache: kvzip.prefill_compressed(model, TEXT, 0.5, system=HALF),
+        lambda model, cache: kvzip.head_scores.make(model, [TEXT, HALF]),
+        lambda model, cache: answer_probabilities(model, cache, HALF, [1]),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named_wherever_text_goes_in(model, dense, call):
+    with pytest.raises(ValueError, match=r"expected .*, got .*(surrogate|ud835)"):
+        call(model, dense)
