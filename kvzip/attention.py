@@ -272,9 +272,7 @@ def window_attention(
     distance = row + reach - column
     first = torch.arange(blocks, device=q.device)[:, None, None, None] * block
     seen = (distance >= 0) & (distance < window) & (first + column >= missing)
-    if config.attn_softcap is None and not q.is_cuda and keys.shape[2] < _FEW_KEYS:
-        out = _sdpa(rows, keys, values, scale=config.attn_scale, mask=seen)[0]
-    elif config.attn_softcap is None:
+    if config.attn_softcap is None:
         out = F.scaled_dot_product_attention(
             rows, keys, values, attn_mask=seen, scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -418,24 +416,18 @@ def _sdpa(
         lse = lse[..., : q.shape[2]]
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-        if k.shape[2] < _FEW_KEYS and bool((lse == 0).any()):
-            out, lse = _with_nan(out, lse, q, k, mask, causal=causal)
+        if mask is None and k.shape[2] < _FEW_KEYS and bool((lse == 0).any()):
+            out, lse = _with_nan(out, lse, q, k, causal=causal)
     if causal:
         return out, lse
     out = rearrange(out, "b h (g t) d -> b (h g) t d", t=tokens)
     return out, rearrange(lse, "b h (g t) -> b (h g) t", t=tokens)
 
 
-def _with_nan(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention by torch on a CPU, which gives 0 and 0 to a row whose logits are all NaN if few keys make no vector."""
-    logits = (q @ k.mT).float()
-    if causal:
-        logits = logits.tril()
-    elif mask is not None:
-        logits = logits.masked_fill(mask == -torch.inf, 0)
-    lost = (lse == 0) & logits.isnan().any(-1)
+def _with_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention without a mask by torch on a CPU, which makes 0 and 0 of a row of NaN if its keys fill no vector."""
+    logits = q @ k.mT
+    lost = (lse == 0) & (logits.tril() if causal else logits).isnan().any(-1)
     return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 
