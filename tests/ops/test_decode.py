@@ -218,11 +218,11 @@ def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
     check_kernel(inputs, scale=0.125)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     where=st.sampled_from(["q", "k", "v", "tail k", "tail v"]),
     dtype=st.sampled_from(KERNEL_DTYPES),
-    bits=st.sampled_from([None, None, 8, 4]),
+    bits=st.sampled_from([None, 8, 4]),
     T=st.sampled_from([1, 3]),
     softcap=st.sampled_from([None, 2.0]),
     window=st.sampled_from([None, 1000]),
@@ -233,9 +233,8 @@ def test_a_nan_comes_out_and_stays_in_its_question(where, dtype, bits, T, softca
     """In the output and the log-sum-exp (values: in the output) of all rows that see it, and in none of another."""
     inputs = make(row, 2, len(lengths), 2, T, 64, lengths, 5, dtype, bits, channels=bits == 4)
     inputs["tail"] = (*(x.nan_to_num(0.5) for x in inputs["tail"][:2]), torch.full_like(inputs["tail"][2], 5))
+    where = f"tail {where}" if bits is not None and where in ("k", "v") else where  # codes are numbers
     rows = inputs["tail"]["kv".index(where[-1])] if where.startswith("tail") else inputs[where]
-    if isinstance(rows, Quantized):
-        return
     if where == "q":
         rows[0, 0, 0, row % 64] = math.nan
     elif where.startswith("tail"):

@@ -142,7 +142,7 @@ def test_the_log_sum_exp_of_the_same_keys_changes_nothing():
 
 
 @given(
-    where=st.sampled_from(["q", "k", "k_sink", "k_self", "lse", "row_weight", "key_weight"]),
+    where=st.sampled_from(["q", "k", "k_sink", "k_self", "lse", "lse", "row_weight", "key_weight"]),
     value=st.sampled_from([math.nan, math.inf]),
     dtype=st.sampled_from(KERNEL_DTYPES),
     softcap=st.sampled_from([None, 3.0]),
