@@ -218,7 +218,7 @@ def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
     check_kernel(inputs, scale=0.125)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     where=st.sampled_from(["q", "k", "v", "tail k", "tail v"]),
     dtype=st.sampled_from(KERNEL_DTYPES),
@@ -226,7 +226,7 @@ def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
     T=st.sampled_from([1, 3]),
     softcap=st.sampled_from([None, 2.0]),
     window=st.sampled_from([None, 1000]),
-    lengths=st.lists(st.sampled_from([1, 15, 70]), min_size=1, max_size=2),
+    lengths=st.lists(st.sampled_from([1, 15, 33]), min_size=1, max_size=2),
     row=st.integers(0, 99),
 )
 def test_a_nan_comes_out_and_stays_in_its_question(where, dtype, bits, T, softcap, window, lengths, row):
