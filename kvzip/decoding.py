@@ -188,7 +188,7 @@ def sample(
     weights = torch.exp(below / temperature.double())  # 1 is the largest
     reached = weights.cumsum(-1)
     before = reached - weights
-    weights = weights.masked_fill((before >= top_p * reached[:, -1:]) & (before > 0), 0)
+    weights = weights.masked_fill(before >= top_p * reached[:, -1:], 0)  # nothing is before the first
     reached = weights.cumsum(-1)
     place = (reached <= draw * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     return tokens.gather(1, place)[:, 0]

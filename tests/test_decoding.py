@@ -239,6 +239,17 @@ def test_numbers_of_other_libraries_are_taken_or_refused(model, small):
                 take(*arguments)
 
 
+def test_a_step_after_no_token_reads_another(model, small):
+    """A GPU is a step ahead of the host: what it feeds must be in the vocabulary."""
+    broken = random_model.make(model.config)
+    cache = replace(small, fingerprint=broken.fingerprint)
+    broken.weights.unembed[7] = torch.nan
+    decoder = kvzip.Decoder(broken, cache, batch=2)
+    decoder.read([[1, 2], [3]])
+    decoder.step()
+    assert decoder.fetch()() == [decoding.NO_TOKEN] * 2
+
+
 def test_ids_beyond_the_vocabulary_are_named(model, small):
     for ids in ([3, 260], [-1]):
         with pytest.raises(ValueError, match=r"token ids in \[0, 260\)"):
