@@ -18,6 +18,7 @@ Factors = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C] of `ops.score`."""
 
 _ROWS_PER_BLOCK = 512  # query rows of a block where logits are held in memory
+_FEW_KEYS = 64  # more than any CPU has in a vector, see `_with_nan`
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -415,10 +416,19 @@ def _sdpa(
         lse = lse[..., : q.shape[2]]
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        if mask is None and k.shape[2] < _FEW_KEYS and bool((lse == 0).any()):
+            out, lse = _with_nan(out, lse, q, k, causal=causal)
     if causal:
         return out, lse
     out = rearrange(out, "b h (g t) d -> b (h g) t d", t=tokens)
     return out, rearrange(lse, "b h (g t) -> b (h g) t", t=tokens)
+
+
+def _with_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention without a mask by torch on a CPU, which makes 0 and 0 of a row of NaN if its keys fill no vector."""
+    logits = q @ k.mT
+    lost = (lse == 0) & (logits.tril() if causal else logits).isnan().any(-1)
+    return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,57 @@
-"""Numbers that callers give: Python's, numpy's, fractions, decimals or tensors without axes, checked at the door."""
+"""What public functions are given, checked at the door: each error says what was expected, what came, what to do."""
 
 import math
 import numbers
 import operator
-import reprlib
+import os
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
+
+from torch import Tensor
+
+_USES = {
+    "Model": "kvzip.load(directory) gives one, and it comes before a cache",
+    "DenseCache": "kvzip.prefill(model, text) gives one",
+    "RaggedCache": "kvzip.compress(cache, ratio) gives one",
+    "Scores": "kvzip.score(model, cache).scores are some",
+    "HeadScores": "kvzip.head_scores.make(model, text) gives some",
+}
+_PACKED = "pairs that are gone cannot be scored or chosen again; kvzip.scores.shrink keeps fewer of those it holds"
+
+
+def check_kind(value: Any, *kinds: type) -> None:
+    """Raises TypeError unless value is an instance of one of our kinds."""
+    if not isinstance(value, kinds):
+        names, got = [kind.__name__ for kind in kinds], type(value).__name__
+        remedy = _PACKED if (names, got) == (["DenseCache"], "RaggedCache") else "; ".join(_USES[n] for n in names)
+        raise TypeError(f"expected a {' or a '.join(names)}, got {_shown(value)}: {remedy}")
+
+
+def check_path(value: Any, name: str) -> None:
+    """Raises TypeError unless value is a path or the text of one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"expected {name} to be a path, got {_shown(value)}: pass a str or a pathlib.Path")
+
+
+def check_text_or_ids(value: Any, name: str) -> None:
+    """Raises TypeError unless value is a text, or a tensor of token ids on one axis."""
+    whole = isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex()
+    if not (isinstance(value, str) or whole):
+        raise TypeError(
+            f"expected {name} to be a text, or a tensor [S] of token ids, got {_shown(value)}: join texts, or pass "
+            "torch.tensor(ids)"
+        )
+
+
+def check_texts(value: Any, name: str) -> list[str]:
+    """Returns a text as a list of one, several as a list of them. Raises TypeError for anything else."""
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong or isinstance(value, (Tensor, bytes)):
+        got = _shown(wrong[0] if wrong else value)
+        raise TypeError(f"expected {name} to be a text or a list of texts, got {got}: pass str")
+    return texts
 
 
 def whole(value: Any, name: str, *, least: int | None = None) -> int:
@@ -17,8 +63,7 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
     try:
         found = operator.index(_plain(value))
     except TypeError:
-        shown = reprlib.repr(value)
-        raise TypeError(f"expected {name} to be a whole number, got {shown}: pass an int{bound}") from None
+        raise TypeError(f"expected {name} to be a whole number, got {_shown(value)}: pass an int{bound}") from None
     if least is not None and found < least:
         raise ValueError(f"expected {name} to be at least {least}, got {found}: pass an int{bound}")
     return found
@@ -31,7 +76,7 @@ def number(value: Any, name: str, *, finite: bool = True) -> float:
     """
     plain = _plain(value)
     if not isinstance(plain, (numbers.Real, Decimal)):
-        raise TypeError(f"expected {name} to be a number, got {reprlib.repr(value)}: pass a float")
+        raise TypeError(f"expected {name} to be a number, got {_shown(value)}: pass a float")
     try:
         found = float(plain)
     except ValueError:  # a signaling NaN
@@ -67,3 +112,13 @@ def _plain(value: Any) -> Any:
         except RuntimeError:  # a tensor whose value is not there
             return None
     return None if isinstance(value, bool) else value
+
+
+def _shown(value: Any) -> str:
+    """What came, in a few characters."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if value is None:
+        return "None"
+    plain = isinstance(value, (bool, int, float, str, bytes)) and len(repr(value)) <= 40
+    return f"{type(value).__name__} {value!r}" if plain else type(value).__name__

@@ -20,6 +20,7 @@ from .cache import (
     explain_out_of_memory,
     free_bytes,
 )
+from .checks import check_kind
 
 
 def compress(
@@ -66,6 +67,7 @@ def compress(
         for what is no number; torch.OutOfMemoryError that says what for, and whether the cache is intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
     """
+    check_kind(cache, DenseCache)
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
@@ -179,6 +181,7 @@ def budget_of(
 
     Raises: ValueError and TypeError as `compress` does.
     """
+    check_kind(scores, Scores)
     if sum(x is not None for x in (ratio, budget, threshold)) != 1:
         raise ValueError(
             f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import checks, ops, prompts
 from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, RaggedKV, Tail, WindowKV, all_ragged, as_ragged, empty_tail, grow_tail
+from .checks import check_kind, check_text_or_ids, check_texts
 from .generation import Answer, generate, query_ids
 from .models import Model, run_attention
 from .ops import Quantized
@@ -39,6 +40,9 @@ def extend(
 
     Raises: ValueError for a cache of another model, no text, or more positions than the model was made for.
     """
+    check_kind(model, Model)
+    check_kind(cache, DenseCache, RaggedCache)
+    check_text_or_ids(text, "text")
     check_count(chunk, "chunk")
     check_fingerprint(model, cache.fingerprint)
     ids = _following(model, cache, text) if isinstance(text, str) else context_ids(model, text)
@@ -59,6 +63,7 @@ def extend(
 
 def fork(cache: DenseCache | RaggedCache) -> RaggedCache:
     """Returns another cache of the same tokens: the same tensors for the context, a copy of the tail."""
+    check_kind(cache, DenseCache, RaggedCache)
     if isinstance(cache, DenseCache):
         return as_ragged(cache)
     return cache if cache.tail is None else replace(cache, tail=grow_tail(cache.tail, 1, 0))
@@ -73,7 +78,7 @@ def ask(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     template: bool = True,
     on_token: Callable[[str], None] | None = None,
 ) -> tuple[Answer, RaggedCache]:
@@ -83,12 +88,17 @@ def ask(
         answer, cache = ask(model, cache, "And who paid?")
 
     The tail then holds what the chat template renders for the turns, the answer's last token and the end of its turn
-    included, whatever ended the answer. The turn is read again in one forward pass, which costs about one step of
-    decoding. Arguments are those of `generate`, whose answer this is; with template=False query and answer are plain
-    text that continues the context.
+    included, whatever ended the answer; of a stop text only what the answer's last token holds of it. The turn is read
+    again in one forward pass, which costs about one step of decoding. Arguments are those of `generate`, whose answer
+    this is; with template=False query and answer are plain text that continues the context.
 
     Raises: as `generate`; ValueError too where the end of the turn would not fit in the model's length.
     """
+    check_kind(model, Model)
+    check_kind(cache, DenseCache, RaggedCache)
+    if not isinstance(query, str):
+        check_texts(query, "query")
+        raise TypeError("expected query to be one text, got several: one turn has one, kvzip.generate takes a list")
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     check_fingerprint(model, cache.fingerprint)
     (asked,) = query_ids(model, cache, [query], template=template)
@@ -101,7 +111,7 @@ def ask(
         model,
         cache,
         query,
-        max_tokens=min(max_tokens, model.config.max_length - used),
+        max_tokens=min(checks.whole(max_tokens, "max_tokens"), model.config.max_length - used),
         temperature=temperature,
         top_p=top_p,
         seed=seed,
@@ -142,6 +152,8 @@ def fold(
     Source: the authors' code drops kept turns when a later question is rolled back, while positions go on counting
     them; folded turns are part of the frozen context, which nothing drops.
     """
+    check_kind(model, Model)
+    check_kind(cache, DenseCache, RaggedCache)
     check_count(chunk, "chunk")
     check_choice("context", method)
     check_fingerprint(model, cache.fingerprint)

@@ -9,11 +9,15 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from . import checks
 from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, explain_out_of_memory, grow_tail
+from .checks import check_kind
 from .models import Model, forward, logits
+from .prefilling import context_ids
 from .scoring import check_fingerprint
 
+NO_TOKEN = -1  # decided where logits are NaN or all -inf, by which no token is more likely than another
 _ROWS_OF_A_GRAPH = 4096  # questions x tokens: more are bound by the products, not by launching them
 
 
@@ -32,8 +36,13 @@ class Decoder:
     """
 
     def __init__(self, model: Model, cache: DenseCache | RaggedCache, *, batch: int = 1, tail: int = 512) -> None:
+        check_kind(model, Model)
+        check_kind(cache, DenseCache, RaggedCache)
+        batch, tail = checks.whole(batch, "batch"), checks.whole(tail, "tail")
         if batch < 1 or tail < 1:
-            raise ValueError(f"expected a batch and a tail of at least 1, got {batch} and {tail}")
+            raise ValueError(
+                f"expected a batch and a tail of at least 1, got {batch} and {tail}: they count questions and tokens"
+            )
         check_fingerprint(model, cache.fingerprint)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
         cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
@@ -52,7 +61,7 @@ class Decoder:
             else:
                 self._tail = grow_tail(cache.tail, batch, tail)
             self.tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
-            self._controls = torch.ones(2, dtype=torch.float32, device=model.device)  # temperature, top_p
+            self._controls = torch.ones(2, dtype=torch.float64, device=model.device)  # temperature, top_p
             self._draws = torch.zeros(tail, dtype=torch.float32, device=model.device)
             self._drawn = torch.zeros(1, dtype=torch.long, device=model.device)
             self._counts = torch.zeros(batch, dtype=torch.long, device=model.device)
@@ -69,7 +78,7 @@ class Decoder:
 
         Every question draws the same numbers from `seed`, so that its answer does not depend on the others'.
 
-        Raises: ValueError for more questions than rows, or an empty or too long one.
+        Raises: ValueError for more questions than rows, an empty or too long one, or ids beyond the vocabulary.
         """
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
@@ -82,12 +91,13 @@ class Decoder:
             longest = min(-(-longest // 32) * 32, self.rows)
         rows = [*questions, *[questions[-1]] * (self.batch - len(questions))]
         padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows])
+        context_ids(self.model, padded.flatten())  # on a GPU an id beyond the vocabulary would end the process
         self._counts.copy_(torch.tensor([len(ids) for ids in rows]))
         self._tail.lengths.fill_(self._past)
         self._sampled = temperature > 0
         if self._sampled:
             self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(seed)))
-            self._controls.copy_(torch.tensor([temperature, top_p]))
+            self._controls.copy_(torch.tensor([temperature, top_p], dtype=torch.float64))
             self._drawn.zero_()
         if replayed:
             if longest not in self._questions:
@@ -98,7 +108,7 @@ class Decoder:
             self._advance(padded.to(self.model.device))
 
     def step(self) -> None:
-        """Feeds the tokens last decided and decides the next; the host waits for nothing."""
+        """Feeds the tokens last decided (0 for NO_TOKEN) and decides the next; the host waits for nothing."""
         self._run(self.tokens[:, None])
 
     def fetch(self) -> Callable[[], list[int]]:
@@ -139,7 +149,7 @@ class Decoder:
         tokens = token_ids.shape[1]
         positions = self._start + self._tail.lengths[:, None].long() + torch.arange(tokens, device=token_ids.device)
         attend = decode_attend(self.model.config, self._layers, self._tail)
-        hidden = forward(self.model, token_ids, positions, attend)
+        hidden = forward(self.model, token_ids.clamp(min=0), positions, attend)
         if tokens == 1:
             self._choose(hidden[:, 0])
             self._tail.lengths.add_(1)
@@ -149,29 +159,38 @@ class Decoder:
 
     def _choose(self, hidden: Float[Tensor, "B M"]) -> None:
         scores = logits(self.model, hidden)
+        likeliest = scores.argmax(-1, keepdim=True)  # a NaN, if there is one
+        top = scores.gather(-1, likeliest)
         if self._sampled:
             draw = self._draws.gather(0, self._drawn.clamp(max=self.rows - 1))
-            self.tokens.copy_(sample(scores, draw, temperature=self._controls[0], top_p=self._controls[1]))
+            chosen = sample(scores, draw, temperature=self._controls[0], top_p=self._controls[1])
             self._drawn.add_(1)
         else:
-            self.tokens.copy_(scores.argmax(-1))
+            chosen = likeliest[:, 0]
+        self.tokens.copy_(torch.where(top[:, 0] > -torch.inf, chosen, NO_TOKEN))
 
 
 def sample(
     scores: Float[Tensor, "B V"],
     draw: Float32[Tensor, " 1"],
     *,
-    temperature: Float32[Tensor, ""],
-    top_p: Float32[Tensor, ""],
+    temperature: Float[Tensor, ""],
+    top_p: Float[Tensor, ""],
 ) -> Int64[Tensor, " B"]:
     """Returns a token of each row, drawn from softmax(scores / temperature) among the most likely that sum to top_p.
 
-    By inverting the cumulative probabilities at `draw`, uniform in [0, 1), so that nothing waits for the device.
+    By inverting the cumulative probabilities at `draw`, uniform in [0, 1), so that nothing waits for the device. In
+    float64, in which no temperature above 0 makes a NaN of numbers, and sums tell any top_p below 1 from 1. Scores of
+    infinity share all of the probability. A row with NaN gives some token.
     """
-    ordered, tokens = (scores.float() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= top_p, 0)  # the most likely token always stays: nothing is before it
-    reached = ordered.cumsum(-1)
+    ordered, tokens = scores.sort(stable=True, dim=-1, descending=True)
+    wide = ordered.double()
+    below = torch.where(wide == wide[:, :1], 0.0, wide - wide[:, :1])
+    weights = torch.exp(below / temperature.double())  # 1 is the largest
+    reached = weights.cumsum(-1)
+    before = reached - weights
+    weights = weights.masked_fill(before >= top_p * reached[:, -1:], 0)  # nothing is before the first
+    reached = weights.cumsum(-1)
     place = (reached <= draw * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     return tokens.gather(1, place)[:, 0]
 

@@ -1,15 +1,17 @@
 """Generation: answers from a dense or a compressed cache, one question or many over the same frozen context."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
-from . import prompts
+from . import checks, prompts
 from .cache import DenseCache, RaggedCache, free_bytes
-from .decoding import Decoder, tail_bytes_per_token
+from .checks import check_kind, check_texts
+from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
 from .models import Model
 from .prefilling import prompt_of, tokenizer_of
 from .scoring import check_fingerprint
@@ -19,7 +21,9 @@ from .scoring import check_fingerprint
 class Answer:
     """An answer, without the stop token or stop text that ended it.
 
-    `stopped` is "stop" for a stop token or text, "length" for max_tokens or the model's last position.
+    `token_ids` are the model's, up to the one in which the text ends: they decode to `text`, or to more of a stop text
+    that begins within the last of them. `stopped` is "stop" for a stop token or text, "length" for max_tokens or the
+    model's last position.
     """
 
     text: str
@@ -37,7 +41,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     template: bool = True,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
@@ -52,7 +56,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     template: bool = True,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
@@ -66,7 +70,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     template: bool = True,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
@@ -75,10 +79,10 @@ def generate(
 
     Args:
         temperature: 0 takes the most likely token; above, samples from softmax(logits / temperature).
-        top_p: samples among the most likely tokens whose probabilities sum to it.
-        seed: of the sampling. Every question has its own generator with this seed, so that its answer does not
-            depend on the others; None draws one.
-        stop: texts that end an answer, besides the model's stop tokens.
+        top_p: samples among the fewest of the most likely tokens whose probabilities sum to it.
+        seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so that
+            its answer does not depend on the others; None draws one.
+        stop: a text that ends an answer, or several, besides the model's stop tokens.
         template: False continues the context as plain text, with no chat markers after the query (cloze).
         on_token: called with each piece of text as it is decided: on_token(piece) for one query,
             on_token(piece, index) for a list.
@@ -86,11 +90,15 @@ def generate(
             questions than a decoder takes, or than fit in memory, is answered in several batches.
 
     Raises: ValueError for a cache of another model, an empty query, options out of range, a decoder of another cache
-        or too small, or a question that does not fit in the model's length; torch.OutOfMemoryError that says for what.
+        or too small, a question that does not fit in the model's length, or a model whose logits are not numbers;
+        TypeError for arguments of another kind; torch.OutOfMemoryError that says for what.
     """
-    _check_options(max_tokens, temperature, top_p)
+    check_kind(model, Model)
+    check_kind(cache, DenseCache, RaggedCache)
+    max_tokens, temperature, top_p, seed = _options(max_tokens, temperature, top_p, seed)
+    stops = _stops(model, stop)
     check_fingerprint(model, cache.fingerprint)
-    queries = [query] if isinstance(query, str) else query
+    queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
     if not ids:
         return []
@@ -101,9 +109,8 @@ def generate(
             f"expected room for an answer within {model.config.max_length} positions (the model's length), got a "
             f"context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
         )
-    seed = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token
-    streams = [_Stream(tokenizer_of(model), tuple(stop), emit, n) for n in range(len(ids))]
+    streams = [_Stream(tokenizer_of(model), stops, emit, n) for n in range(len(ids))]
     limit = min(max_tokens, room)
     if decoder is None:
         rows = max(map(len, ids)) + limit
@@ -123,9 +130,9 @@ def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
     free = free_bytes(model.device)
     if free is None:
         return questions
-    # reading a question holds activations of its tokens besides its tail; every step the logits, twice in float32
+    # reading a question holds activations of its tokens besides its tail; sampling up to eight wide numbers a logit
     widest = 4 * (model.config.intermediate_size + model.config.hidden_size) * model.dtype.itemsize
-    needed = rows * (tail_bytes_per_token(model) + widest) + 10 * model.config.vocab_size
+    needed = rows * (tail_bytes_per_token(model) + widest) + 64 * model.config.vocab_size
     return max(1, min(questions, int(0.8 * free) // needed))
 
 
@@ -139,13 +146,35 @@ def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCac
         )
 
 
-def _check_options(max_tokens: int, temperature: float, top_p: float) -> None:
+def _options(max_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> tuple[int, float, float, int]:
+    """The options as plain numbers, and a seed drawn where there is none."""
+    max_tokens = checks.whole(max_tokens, "max_tokens")
     if max_tokens < 1:
-        raise ValueError(f"expected max_tokens of at least 1, got {max_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"expected a temperature of 0 (greedy) or more, got {temperature}")
+        raise ValueError(f"expected max_tokens of at least 1, got {max_tokens}: an answer has a token")
+    temperature, top_p = (
+        checks.number(x, name, finite=False) for x, name in ((temperature, "temperature"), (top_p, "top_p"))
+    )
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"expected a temperature of 0 (greedy) or more, and finite, got {temperature}: 0.7 is a usual one"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"expected 0 < top_p <= 1, got {top_p}: 1 samples among all tokens")
+    if seed is None:
+        return max_tokens, temperature, top_p, int(torch.empty((), dtype=torch.int64).random_())
+    seed = checks.whole(seed, "seed")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"expected a seed from -2**63 to 2**64 - 1, got {seed}: pass a smaller one")
+    return max_tokens, temperature, top_p, seed
+
+
+def _stops(model: Model, stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = tuple(check_texts(stop, "stop"))
+    if "" in stops:
+        raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
+    for text in stops:
+        prompts.encode_text(tokenizer_of(model), text)  # it says where a text has what no answer can
+    return stops
 
 
 def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
@@ -191,8 +220,14 @@ def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...
         if step < ahead:
             continue
         for n, token in enumerate(waiting.popleft()()[: len(streams)]):
-            if answers[n] is None:
-                answers[n] = streams[n].add(token, stop_ids)
+            if answers[n] is not None:
+                continue
+            if token == NO_TOKEN:
+                raise ValueError(
+                    f"expected logits that are numbers, got NaN for token {len(streams[n].ids) + 1} of an answer: the "
+                    "model overflowed, load it in bfloat16 or float32"
+                )
+            answers[n] = streams[n].add(token, stop_ids)
         if all(answer is not None for answer in answers):
             break
     return [
@@ -236,6 +271,8 @@ class _Stream:
         if found:
             self.text = self.text[: min(found)]
             self._send(len(self.text))
+            while self.ids and prompts.decode(self.tokenizer, self.ids[:-1]).startswith(self.text):
+                self.ids.pop()
             return Answer(self.text, self.ids, "stop")
         held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
         self._send(len(self.text) - held)

@@ -14,7 +14,7 @@ Source: KVzip, arXiv 2505.23416, section 4.2; DuoAttention, arXiv 2410.10819, fo
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .cache import DenseCache, Scores, check_whole, global_layers, read_header
 from .cache.files import open_file, printable, read_tensor, refusing, write_file
+from .checks import check_kind, check_path, check_text_or_ids
 from .models import Model
 from .prefilling import Progress, context_ids, prefill
 from .scoring import score
@@ -100,7 +101,10 @@ def make(
     Source: KVzip, arXiv 2505.23416, section 4.2: the largest score over one book of 88,000 tokens, and over several
     such files where there are any.
     """
-    texts = [text] if isinstance(text, (str, Tensor)) else list(text)
+    check_kind(model, Model)
+    texts = [text] if isinstance(text, (str, Tensor)) or not isinstance(text, Iterable) else list(text)
+    for one in texts:
+        check_text_or_ids(one, "text")
     if not texts:
         raise ValueError("expected at least one text to make head scores from, got none")
     names = [f"text {n + 1}" for n in range(len(texts))] if names is None else list(names)
@@ -132,7 +136,9 @@ def combine(*scores: HeadScores) -> HeadScores:
     Raises: ValueError for none, or scores of other layers, heads or models, or made by other methods.
     """
     if not scores:
-        raise ValueError("expected head scores to combine, got none")
+        raise ValueError("expected head scores to combine, got none: pass two or more")
+    for one in scores:
+        check_kind(one, HeadScores)
     first = scores[0]
     for other in scores[1:]:
         ours, theirs = ((x.layers, tuple(x.values.shape), x.fingerprint, x.method) for x in (first, other))
@@ -161,6 +167,8 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
 
     Raises: ValueError for scores of other layers or heads, or a cache that was consumed.
     """
+    check_kind(cache, DenseCache)
+    check_kind(scores, HeadScores)
     check_whole(cache)
     layers = global_layers(cache)
     heads = cache.layers[0].k.shape[1]
@@ -185,6 +193,8 @@ def save(
     Raises: ValueError for NaN; TypeError for a note that JSON cannot hold; FileExistsError for a file that is there and
         must not be replaced; OSError if it cannot be written.
     """
+    check_kind(scores, HeadScores)
+    check_path(path, "path")
     _check_numbers(scores.values)
     header = {"cache": "HeadScores", **{k: v for k, v in asdict(scores).items() if k != "values"}}
     write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)
@@ -199,6 +209,9 @@ def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
     Raises: FileNotFoundError; ValueError for a file of something else, of a newer major version, that is damaged, or
         of another model.
     """
+    check_path(path, "path")
+    if model is not None:
+        check_kind(model, Model)
     with open_file(path) as file:
         name = printable(file.path.name)
         if file.header["cache"] != "HeadScores":
@@ -229,6 +242,7 @@ def shipped(model: Model | str) -> HeadScores:
         wanted = model.rstrip("/").rpartition("/")[2].lower()
         found = [name for name in names if name == wanted]
     else:
+        check_kind(model, Model)
         wanted = fingerprint_of(model)
         found = [name for name in names if read_header(_shipped_path(name)).get("fingerprint") == wanted]
     if not found:
@@ -251,6 +265,8 @@ def to_duo_attention(scores: HeadScores, directory: str | Path) -> None:
     Raises: ValueError for scores outside [0, 1], to which DuoAttention clips them, or of a model with window layers,
         which its file has no room for; OSError if they cannot be written.
     """
+    check_kind(scores, HeadScores)
+    check_path(directory, "directory")
     if scores.layers != tuple(range(len(scores.layers))):
         raise ValueError(
             f"expected scores of all layers, a row of DuoAttention's file for each, got layers {scores.layers}: "
@@ -277,6 +293,7 @@ def from_duo_attention(directory: str | Path) -> HeadScores:
 
     Raises: FileNotFoundError; ValueError for a table or a config that is not understood.
     """
+    check_path(directory, "directory")
     directory = Path(directory)
     for name in (_TSV, _CONFIG):
         if not (directory / name).is_file():
@@ -304,6 +321,7 @@ def fingerprint_of(model: Model) -> str:
 
     `max_length` and RoPE scaling, which a caller may change, are not part of it.
     """
+    check_kind(model, Model)
     return model.identity
 
 

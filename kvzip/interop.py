@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, WindowKV, as_ragged
+from .checks import check_kind, check_text_or_ids
 from .models import Model
 from .prefilling import check_length, context_ids, prefix_ids
 from .scoring import check_fingerprint
@@ -44,6 +45,8 @@ def from_transformers(
     Raises: TypeError for another kind of cache; ValueError if its layers, heads, widths, dtype or length are not the
         model's and the tokens', or the tokens do not begin with the prefix.
     """
+    check_kind(model, Model)
+    check_text_or_ids(token_ids, "token_ids")
     transformers = _library()
     if not isinstance(cache, transformers.DynamicCache):
         raise TypeError(f"expected a transformers.DynamicCache, got {type(cache).__name__}: prefill with that kind")
@@ -91,6 +94,8 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
 
     Raises: ValueError for a cache of another model, or with heads that differ in length.
     """
+    check_kind(model, Model)
+    check_kind(cache, DenseCache, RaggedCache)
     _library()
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer

@@ -10,7 +10,7 @@ import torch
 
 from .cache import DenseCache, RaggedCache, printable
 from .cache.files import open_file, refusing, require
-from .cache.io import check_header, check_kind, foreign, read_cache
+from .cache.io import check_content, check_header, foreign, read_cache
 from .hub import resolve
 from .models import Model, load
 
@@ -54,7 +54,7 @@ def open(
     with open_file(path) as file:
         name = printable(file.path.name)
         header = check_header(file)
-        check_kind(file)
+        check_content(file)
         if isinstance(model, Model):
             return model, read_cache(file, model=model, device=device)
         with refusing(file.path):

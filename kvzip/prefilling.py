@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from . import prompts
+from . import checks, prompts
 from .attention import new_layers, prefill_attend
 from .cache import DenseCache, explain_out_of_memory
+from .checks import check_kind, check_text_or_ids, check_texts
 from .models import Model, run_attention
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def prefill(
         where one is asked for, or system and instruction without a template; torch.OutOfMemoryError that says for what.
     Source: KVzip, arXiv 2505.23416.
     """
+    check_kind(model, Model)
+    check_text_or_ids(context, "context")
     check_count(chunk, "chunk")
     before = prefix_text(model, system=system, instruction=instruction, template=template)
     ids = context_ids(model, context, before=before)
@@ -121,6 +124,7 @@ def tokenizer_of(model: Model) -> prompts.Tokenizer:
 
 def prompt_of(model: Model, *, system: str | None = None, instruction: str | None = None) -> prompts.Prompt:
     """Returns the rendered chat prompt. Raises ValueError if the model has no chat template."""
+    check_texts([text for text in (system, instruction) if text is not None], "system and instruction")
     if model.template is None:
         raise ValueError(
             f"expected a chat template, got none in {model.source}: "
@@ -171,6 +175,6 @@ def check_length(model: Model, needed: int, what: str) -> None:
 
 
 def check_count(value: int, name: str) -> None:
-    """Raises ValueError unless value is a positive number of tokens."""
-    if value < 1:
+    """Raises ValueError unless value is a positive number of tokens, TypeError if it is no whole number."""
+    if checks.whole(value, name) < 1:
         raise ValueError(f"expected {name} to be at least 1 token, got {value}: pass a positive number")

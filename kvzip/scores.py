@@ -17,6 +17,7 @@ from . import checks, ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
 from .cache.files import open_file, printable, read_tensor, refusing, require, write_file
 from .cache.io import foreign
+from .checks import check_kind, check_path
 from .compression import budget_of, keep_mask, protected_spans
 from .ops import Quantized
 
@@ -29,6 +30,8 @@ def attach(cache: DenseCache, scores: Scores) -> DenseCache:
 
     Raises: ValueError if the scores are those of other layers, heads or tokens.
     """
+    check_kind(cache, DenseCache)
+    check_kind(scores, Scores)
     layers, shape, span = _place(cache)
     if (tuple(scores.layers), tuple(scores.values.shape), (scores.start, scores.stop)) != (layers, shape, span):
         raise ValueError(
@@ -47,7 +50,9 @@ def combine(*scores: Scores) -> Scores:
     Raises: ValueError for none, or scores of other layers, heads or tokens.
     """
     if not scores:
-        raise ValueError("expected scores to combine, got none")
+        raise ValueError("expected scores to combine, got none: pass two or more")
+    for one in scores:
+        check_kind(one, Scores)
     first = scores[0]
     for other in scores[1:]:
         same = (other.layers, other.start, other.stop) == (first.layers, first.start, first.stop)
@@ -86,10 +91,7 @@ def shrink(
     Raises: ValueError for a cache without scores, more than it holds, fewer than are protected, and arguments that
         `compress` refuses; TypeError for a dense cache.
     """
-    if not isinstance(cache, RaggedCache):
-        raise TypeError(
-            f"expected a compressed cache to shrink, got {type(cache).__name__}: call kvzip.compress(cache, ratio)"
-        )
+    check_kind(cache, RaggedCache)
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: compress a scored cache, or shrink before folding")
@@ -156,6 +158,8 @@ def save(
     Raises: ValueError for a cache without scores, or a consumed one; TypeError for a note that JSON cannot hold;
         FileExistsError for a file that is there and must not be replaced; OSError.
     """
+    check_kind(cache, DenseCache, RaggedCache)
+    check_path(path, "path")
     if isinstance(cache, DenseCache):
         check_whole(cache)
     scores = cache.scores
@@ -171,6 +175,8 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
 
     Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
     """
+    check_path(path, "path")
+    check_kind(cache, DenseCache, RaggedCache)
     with open_file(path) as file:
         header, name = file.header, printable(file.path.name)
         if header["cache"] != "Scores":
@@ -200,6 +206,7 @@ def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None
 
     Raises: ValueError as `compress` does; ImportError without matplotlib.
     """
+    check_kind(scores, Scores)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

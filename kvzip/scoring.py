@@ -21,6 +21,7 @@ from .cache import (
     explain_out_of_memory,
     global_layers,
 )
+from .checks import check_kind
 from .models import Model, run_attention
 from .prefilling import Progress, check_count, check_length, context_ids, prompt_of, tokenizer_of
 
@@ -62,6 +63,8 @@ def score(
     arXiv 2601.07891. Prompts as in the authors' code. The softmax is float32 and the scale the model's own, where
     theirs is the model's dtype and 1/sqrt(D).
     """
+    check_kind(model, Model)
+    check_kind(cache, DenseCache)
     check_count(chunk, "chunk")
     check_choice(scope, method)
     check_fingerprint(model, cache.fingerprint)

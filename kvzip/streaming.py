@@ -29,6 +29,7 @@ from .cache import (
     read_header,
     save,
 )
+from .checks import check_kind, check_text_or_ids
 from .compression import protected_spans
 from .models import Model, run_attention
 from .ops import DecodeSchedule
@@ -102,6 +103,9 @@ def prefill_compressed(
         context, a file that is none; TypeError for pieces of mixed kinds and for what is no number; OSError for a
         checkpoint that cannot be written; torch.OutOfMemoryError that says what for.
     """
+    check_kind(model, Model)
+    if isinstance(context, (Tensor, bytes)) or not isinstance(context, Iterable):
+        check_text_or_ids(context, "context")
     ratio, hint = checks.kept_ratio(ratio), checks.whole(hint, "hint", least=0)
     segment, chunk = checks.whole(segment, "segment", least=1), checks.whole(chunk, "chunk", least=1)
     length = None if length is None else checks.whole(length, "length", least=1)

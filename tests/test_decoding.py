@@ -2,11 +2,13 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvzip
@@ -152,6 +154,108 @@ def test_sampling_inverts_the_cumulative_probabilities(temperature, top_p):
     for token, expected in zip(kept, share.tolist(), strict=True):
         assert abs(float((tokens == token).float().mean()) - expected) <= 1 / 2000
     assert set(tokens.tolist()) <= set(kept)
+
+
+LOGITS = st.one_of(
+    st.floats(width=32, allow_nan=False),
+    st.floats(-30, 30, width=32),
+    st.sampled_from([0.0, 1.0, 1.0000001, -torch.inf]),
+)
+EDGES = st.sampled_from([5e-324, 1e-45, 1e-38, 1e-30, 1e-3, 0.7, 1.0, 1e30, 3.4e38, 1e38, 1.7e308])
+SHARES = st.sampled_from([5e-324, 1e-45, 1e-8, 0.3, 0.5, 0.9, 1 - 2**-24, 1 - 2**-53, 1.0])
+DRAWS = st.sampled_from([0.0, 1e-45, 0.25, 0.5, 0.999, 1 - 2**-24])
+
+
+def nucleus(scores, temperature, top_p):
+    """The exact probabilities in float64, and the tokens of which some are needed for top_p, with ties."""
+    wide = scores.double()
+    apart = torch.where(wide == wide.max(), 0.0, wide - wide.max())
+    weights = (apart / temperature).exp()
+    share = weights / weights.sum()
+    above = (torch.where(wide[None] > wide[:, None], share, 0)).sum(-1)  # what is likelier than each
+    return share, above <= top_p * (1 - 1e-12) if top_p < 1 else share > 0
+
+
+@settings(max_examples=200)
+@given(
+    rows=st.lists(st.lists(LOGITS, min_size=7, max_size=7), min_size=1, max_size=2),
+    temperature=EDGES,
+    top_p=SHARES,
+    draw=DRAWS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_no_option_selects_what_the_exact_distribution_does_not(rows, temperature, top_p, draw, dtype):
+    scores = torch.tensor(rows).to(dtype)
+    options = {"temperature": temperature, "top_p": top_p}
+    options = {name: torch.tensor(x, dtype=torch.float64) for name, x in options.items()}
+    tokens = sample(scores, torch.tensor([draw]), **options)
+    for row, token in zip(scores, tokens.tolist(), strict=True):
+        assert 0 <= token < len(row)
+        if row.max() > -torch.inf:
+            share, inside = nucleus(row, temperature, top_p)
+            assert share[token] > 0 and inside[token], (share, token)
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.25, 1), (0.5, 2), (0.5 + 1e-12, 3), (0.75, 3), (1.0, 4)])
+def test_top_p_takes_the_fewest_tokens_that_sum_to_it(top_p, kept):
+    """Four tokens of a quarter each, exactly: one more is taken only where the sum is below top_p."""
+    options = {"temperature": torch.tensor(1.0), "top_p": torch.tensor(top_p, dtype=torch.float64)}
+    draws = (torch.arange(64) + 0.5) / 64
+    tokens = {int(sample(torch.zeros(1, 4), draw[None], **options)) for draw in draws}
+    assert tokens == set(range(kept))
+
+
+def test_all_tokens_can_be_drawn_from_many():
+    """At top_p 1 none of 150,000 tokens is lost to rounding sums."""
+    options = {"temperature": torch.tensor(1.0), "top_p": torch.tensor(1.0)}
+    last = sample(torch.zeros(1, 150_000), torch.tensor([1 - 2**-24]), **options)
+    assert int(last) == 149_999
+
+
+def test_a_temperature_of_nearly_nothing_is_greedy(model, small, alone):
+    for temperature in (5e-324, 1e-45, 1e-30):
+        assert kvzip.generate(model, small, QUERIES, temperature=temperature, seed=1, **OPTIONS) == alone
+    hot = kvzip.generate(model, small, QUERIES[0], temperature=1.7e308, top_p=1 - 2**-53, seed=1, max_tokens=40)
+    assert len(set(hot.token_ids)) > 20
+
+
+def test_numbers_of_other_libraries_are_taken_or_refused(model, small):
+    plain = kvzip.generate(model, small, "x", max_tokens=4, temperature=0.5, top_p=0.5, seed=3)
+    take = generation._options
+    expected = (4, 0.5, 0.5, 3)
+    for whole in (np.int64, np.uint8, torch.tensor):
+        for real in (np.float32, np.float64, torch.tensor, Fraction):
+            found = take(whole(4), real(0.5), real(0.5), whole(3))
+            assert found == expected and list(map(type, found)) == [int, float, float, int]
+    assert kvzip.generate(model, small, "x", max_tokens=4, temperature=0.5, top_p=0.5, seed=-(2**63)) is not None
+    assert plain == kvzip.generate(model, small, "x", max_tokens=4, temperature=0.5, top_p=0.5, seed=3)
+    for place, values in enumerate(
+        ([True, 5.0, "5", None], [True, "1", None, 1j], [True, "1", None], [True, 1.0, "1"])
+    ):
+        for value in values:
+            arguments = list(expected)
+            arguments[place] = value
+            with pytest.raises(TypeError, match=r"expected .* number, got .*: pass"):
+                take(*arguments)
+
+
+def test_a_step_after_no_token_reads_another(model, small):
+    """A GPU is a step ahead of the host: what it feeds must be in the vocabulary."""
+    broken = random_model.make(model.config)
+    cache = replace(small, fingerprint=broken.fingerprint)
+    broken.weights.unembed[7] = torch.nan
+    decoder = kvzip.Decoder(broken, cache, batch=2)
+    decoder.read([[1, 2], [3]])
+    decoder.step()
+    assert decoder.fetch()() == [decoding.NO_TOKEN] * 2
+
+
+def test_ids_beyond_the_vocabulary_are_named(model, small):
+    for ids in ([3, 260], [-1]):
+        with pytest.raises(ValueError, match=r"token ids in \[0, 260\)"):
+            kvzip.Decoder(model, small).read([ids])
+        with pytest.raises(ValueError, match=r"token ids in \[0, 260\)"):
+            kvzip.extend(model, small, torch.tensor(ids))
 
 
 def test_out_of_memory_says_for_what_and_leaves_the_cache(model, monkeypatch):

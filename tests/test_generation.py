@@ -1,14 +1,20 @@
 """Generation: both caches, one question or many, stops, streams, and a cache left as it was."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers import decoders
+from tokenizers.models import WordLevel
 
 import kvzip
 import random_model
+from kvzip import generation, prompts
+from kvzip.evals.compare import answer_probabilities
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x"]
@@ -97,6 +103,109 @@ def test_stop_texts_cut_the_answer_and_the_stream(model, dense):
     assert answer.text == text[: text.index(stop)] == "".join(pieces) and answer.stopped == "stop"
 
 
+def test_one_stop_text_is_a_list_of_one(model, dense):
+    free = replace(model, stop_ids=())
+    text = kvzip.generate(free, dense, "Who?", max_tokens=40).text
+    stop = next(
+        text[i : i + 2] for i in range(5, len(text)) if "\ufffd" not in text[i : i + 2] and text.find(text[i]) < i
+    )
+    answers = [kvzip.generate(free, dense, "Who?", max_tokens=40, stop=s) for s in (stop, [stop], (stop,))]
+    assert answers == answers[:1] * 3 and answers[0].text == text[: text.index(stop)]
+
+
+class Pieces(kvzip.Decoder):
+    """A decoder whose answers are given: every question gets its own ids."""
+
+    def __init__(self, model, answers):
+        self.model, self.waiting, self.batch = model, list(zip(*answers, strict=True)), len(answers)
+
+    def step(self):
+        pass
+
+    def fetch(self):
+        ids = list(self.waiting.pop(0))
+        return lambda: ids
+
+
+WORDS = ["a", "END", "xE", "ND", "é", "E", "N", "D", "\n", "日本", "Dz"]
+
+
+def spell(model, words):
+    return [i for word in words for i in model.tokenizer.text.encode(word, add_special_tokens=False).ids]
+
+
+@given(
+    texts=st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6), min_size=1, max_size=3),
+    stops=st.lists(st.sampled_from(["END", "é", "本", "a", "\n"]), min_size=0, max_size=2, unique=True),
+)
+def test_the_ids_end_where_the_text_ends(model, texts, stops):
+    """Multi-byte characters of several tokens, stop texts over tokens, at the start and held back, in a batch."""
+    length = max(len(spell(model, words)) for words in texts)
+    ids = [(spell(model, words) + spell(model, ["zzzzzzzzzzzzzzzzzz"]) * 3)[:length] for words in texts]
+    said = [[] for _ in texts]
+    streams = [
+        generation._Stream(model.tokenizer, tuple(stops), lambda piece, n: said[n].append(piece), n)
+        for n in range(len(texts))
+    ]
+    answers = generation._decode(Pieces(model, ids), streams, (), length)
+    for answer, own, pieces in zip(answers, ids, said, strict=True):
+        whole = model.tokenizer.control.decode(own)
+        found = [whole.find(stop) for stop in stops if stop in whole]
+        assert answer.text == whole[: min(found, default=len(whole))] == "".join(pieces)
+        assert answer.stopped == ("stop" if found else "length")
+        assert answer.token_ids == own[: len(answer.token_ids)]  # one byte a token: no stop text begins within one
+        assert model.tokenizer.control.decode(answer.token_ids) == answer.text
+        assert not found or len(answer.token_ids) == len(answer.text.encode())
+
+
+@given(
+    words=st.lists(st.sampled_from(["ab", "b", "EN", "D", "xEND", "ENDx", "aE"]), min_size=1, max_size=7),
+    stop=st.sampled_from(["END", "bE", "D"]),
+)
+def test_a_token_in_which_the_text_ends_is_the_last(words, stop):
+    """Tokens of several letters: a stop text may begin and end anywhere within them."""
+    vocabulary = sorted({*"abxEND", "ab", "EN", "xEND", "ENDx", "aE"})
+    raw = WordTokenizer(WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="a"))
+    raw.decoder = decoders.Fuse()
+    tokenizer = prompts.Tokenizer(text=raw, control=raw, bos_ids=())
+    stream = generation._Stream(tokenizer, (stop,), None, 0)
+    ids = [vocabulary.index(word) for word in words]
+    answer = next((done for done in (stream.add(i, ()) for i in ids) if done is not None), None)
+    answer = answer or stream.finish("length")
+    whole = "".join(words)
+    assert answer.text == whole.partition(stop)[0]
+    if answer.stopped == "length":
+        assert answer.token_ids == ids
+        return
+    lengths = [len("".join(words[:n])) for n in range(len(words) + 1)]
+    shortest = next(n for n, length in enumerate(lengths) if length >= len(answer.text))
+    assert answer.token_ids == ids[:shortest]
+
+
+def test_the_tail_holds_the_answer_up_to_a_stop_text(model, dense):
+    free = replace(model, stop_ids=())
+    whole = kvzip.generate(free, dense, "Who?", max_tokens=30)
+    ids, text = whole.token_ids, next(c for c in whole.text[4:] if c.isascii())
+    answer, cache = kvzip.ask(free, dense, "Who?", max_tokens=30, stop=text)
+    assert answer.stopped == "stop" and answer.token_ids == ids[: len(answer.token_ids)] != ids
+    asked = model.tokenizer.text.encode("\n\nWho?").ids + model.tokenizer.control.encode("<|end|><|assistant|>").ids
+    close = model.tokenizer.control.encode("<|end|><|user|>").ids
+    assert cache.token_ids[dense.length :].tolist() == [*asked, *answer.token_ids, *close]
+    assert model.tokenizer.control.decode(answer.token_ids) == answer.text
+    assert text not in answer.text
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_are_an_error(model, options):
+    broken = random_model.make(model.config)
+    cache = kvzip.prefill(broken, TEXT)
+    broken.weights.unembed[7] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"expected logits that are numbers, got NaN for token 1 .*bfloat16 or float32"
+    ):
+        kvzip.generate(broken, cache, QUERIES, max_tokens=3, **options)
+
+
 def test_streams_add_up_to_the_answers(model, dense):
     pieces = ["", "", ""]
 
@@ -138,9 +247,18 @@ def test_bad_input_is_named(model, dense):
         ({"max_tokens": 0}, "max_tokens of at least 1"),
         ({"temperature": -1.0}, "temperature of 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"top_p": 1.0000001}, "0 < top_p <= 1"),
+        ({"top_p": math.nan}, "0 < top_p <= 1"),
+        ({"temperature": math.nan}, "temperature of 0"),
+        ({"temperature": math.inf}, "temperature of 0"),
+        ({"seed": 2**64}, r"seed from -2\*\*63"),
+        ({"seed": -(2**63) - 1}, r"seed from -2\*\*63"),
+        ({"stop": ""}, "stop texts with a character"),
+        ({"stop": ["END", ""]}, "stop texts with a character"),
     ):
-        with pytest.raises(ValueError, match=message):
-            kvzip.generate(model, dense, "Who?", **options)
+        for call in (kvzip.generate, kvzip.ask):
+            with pytest.raises(ValueError, match=f"expected .*{message}.*, got .*: "):
+                call(model, dense, "Who?", **options)
     bare = kvzip.prefill(model, TEXT, template=False)
     with pytest.raises(ValueError, match=r"prefilled with template=False"):
         kvzip.generate(model, bare, "Who?")
@@ -148,3 +266,31 @@ def test_bad_input_is_named(model, dense):
     with pytest.raises(ValueError, match=r"room for an answer"):
         kvzip.generate(tight, kvzip.prefill(tight, TEXT), "Who?")
     assert kvzip.generate(model, dense, []) == []
+
+
+HALF = "A formula: \ud835 x"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, cache: kvzip.generate(model, cache, HALF),
+        lambda model, cache: kvzip.generate(model, cache, ["Who?", HALF]),
+        lambda model, cache: kvzip.generate(model, cache, "Who?", stop=HALF),
+        lambda model, cache: kvzip.generate(model, cache, "Who?", stop=["x", HALF]),
+        lambda model, cache: kvzip.ask(model, cache, HALF),
+        lambda model, cache: kvzip.ask(model, cache, "Who?", stop=HALF),
+        lambda model, cache: kvzip.extend(model, cache, HALF),
+        lambda model, cache: kvzip.prefill(model, HALF),
+        lambda model, cache: kvzip.prefill(model, TEXT, system=HALF),
+        lambda model, cache: kvzip.prefill(model, TEXT, instruction=HALF),
+        lambda model, cache: kvzip.prefill_compressed(model, HALF, 0.5),
+        lambda model, cache: kvzip.prefill_compressed(model, [TEXT, HALF], 0.5),
+        lambda model, cache: kvzip.prefill_compressed(model, TEXT, 0.5, system=HALF),
+        lambda model, cache: kvzip.head_scores.make(model, [TEXT, HALF]),
+        lambda model, cache: answer_probabilities(model, cache, HALF, [1]),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named_wherever_text_goes_in(model, dense, call):
+    with pytest.raises(ValueError, match=r"expected .*, got .*(surrogate|ud835)"):
+        call(model, dense)

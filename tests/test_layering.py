@@ -17,10 +17,10 @@ ALLOWED = {
     "kvzip.display": set(),
     "kvzip.hub": set(),
     "kvzip.ops": set(),
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version"},
+    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version", "kvzip.checks"},
     "kvzip.templates": set(),
     "kvzip.prompts": {"kvzip.templates"},
-    "kvzip.models": {"kvzip.hub", "kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (

@@ -117,6 +117,18 @@ def test_shrinking_is_compressing_by_every_budget(model, cache, how, first, kind
     assert small.tail is held.tail
 
 
+def test_an_infinite_score_does_not_protect(cache):
+    """It is the highest that a pair may have, and still competes: only what is protected stays whatever comes."""
+    values = cache.scores.values.clone()
+    values[:, :, ::3] = torch.inf
+    held = replace(cache, scores=replace(cache.scores, values=values))
+    small = kvzip.compress(held, 0.6)
+    same_pairs(scores_of.shrink(small, 0.1), kvzip.compress(held, 0.1))
+    spans = [(1, 3), (4, 6)]  # of finite scores
+    packed = kvzip.compress(held, 0.6, protect=spans)
+    same_pairs(scores_of.shrink(packed, 0.1, protect=spans), kvzip.compress(held, 0.1, protect=spans))
+
+
 def test_what_is_gone_does_not_come_back(model, cache):
     small = kvzip.compress(cache, 0.4)
     for more in ({"ratio": 0.5}, {"budget": 80.0}):

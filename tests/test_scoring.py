@@ -77,6 +77,15 @@ def test_the_scale_is_the_models_own():
     assert (scores[0] - scores[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_weight_is_never_above_one(seed):
+    """Logits of hundreds: exp(logit - log-sum-exp) of a weight of 1 comes out at up to 1.0005 by itself."""
+    model = random_model.make(random_model.config(attn_scale=100.0), seed=seed)
+    cache = kvzip.prefill(model, TEXT)
+    assert kvzip.score(model, cache, chunk=20).scores.values.max() == 1
+    assert kvzip.score(model, cache, chunk=20, method="logit").scores.values.max() > 1
+
+
 def test_progress_counts_context_tokens(model):
     seen = []
     kvzip.score(model, kvzip.prefill(model, TEXT), chunk=30, progress=lambda *step: seen.append(step))

@@ -789,3 +789,16 @@ def test_numbers_that_are_none_are_named(change, error, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no check of types
     with pytest.raises(error, match=message):
         kvzip.prefill_compressed(model_of("plain"), **SHORT | change)
+
+
+@pytest.mark.parametrize("share", ["segment", "running", "final"])
+def test_an_infinite_score_does_not_crowd_out_what_is_protected(share, monkeypatch):
+    model = random_model.make(random_model.config())
+    monkeypatch.setattr(
+        streaming, "score_chunks", lambda model, cache, **_: torch.full((2, 2, cache.length - cache.start), torch.inf)
+    )
+    small = kvzip.prefill_compressed(model, "x" * 60, 0.2, segment=30, share=share, protect=[(25, 28), (55, 58)])
+    assert small.kept == int(0.2 * 2 * 2 * 60)
+    for kv in small.context:
+        for start, stop in pairwise(kv.offsets.tolist()):
+            assert {25, 26, 27, 55, 56, 57} <= set((kv.positions[start:stop] - small.start).tolist())

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..checks import check_kind, check_path
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
@@ -78,8 +79,8 @@ def save(
         TypeError for what is no cache, or a note that JSON cannot hold; FileExistsError for a file that is there and
         must not be replaced; OSError if it cannot be written.
     """
-    if not isinstance(cache, (DenseCache, RaggedCache)):
-        raise TypeError(f"expected a cache to save, got {type(cache).__name__}: kvzip.save(cache, path)")
+    check_kind(cache, DenseCache, RaggedCache)
+    check_path(path, "path")
     if isinstance(cache, DenseCache):
         check_whole(cache)
     if score_bits not in (32, 8):
@@ -126,6 +127,7 @@ def load_cache(
         positions do not fit together, or the model; torch.OutOfMemoryError; what torch raises for a device that is not
         there.
     """
+    check_path(path, "path")
     if model is not None and not isinstance(model, BelongsTo):
         raise TypeError(f"expected a model that kvzip.load made, got {type(model).__name__}: kvzip.open(path) loads it")
     with open_file(path) as file:
@@ -141,7 +143,7 @@ def read_cache(
 ) -> DenseCache | RaggedCache:
     """Returns the cache of an open file, as `load_cache` does."""
     header = check_header(file)
-    check_kind(file)
+    check_content(file)
     if model is not None:
         reason = foreign(header["fingerprint"], model.fingerprint)
         if reason:
@@ -192,7 +194,7 @@ def foreign(found: str, expected: str) -> str:
     return f"its fingerprint is {printable(found)!r}, the model's {expected!r}: take the model that made it"
 
 
-def check_kind(file: OpenFile) -> None:
+def check_content(file: OpenFile) -> None:
     """Raises ValueError for a file that holds no cache."""
     kind = file.header["cache"]
     if kind not in _CACHES:

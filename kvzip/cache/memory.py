@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..checks import check_kind
 from ..ops import Quantized, decode_schedule
 from .dense import DenseCache, Scores, WindowKV, check_whole
 from .ragged import RaggedCache, RaggedKV, head_count, head_dim
@@ -82,8 +83,7 @@ def describe(cache: DenseCache | RaggedCache) -> str:
 
 
 def _check(cache: Any) -> None:
-    if not isinstance(cache, (DenseCache, RaggedCache)):
-        raise TypeError(f"expected a cache, got {type(cache).__name__}: pass what prefill, compress or load_cache gave")
+    check_kind(cache, DenseCache, RaggedCache)
     if isinstance(cache, DenseCache):
         check_whole(cache)
 

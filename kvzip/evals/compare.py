@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import checks
 from ..attention import decode_attend
-from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, nbytes
+from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, grow_tail, nbytes
 from ..compression import compress
 from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
 from ..models import Model, forward, logits
-from ..prefilling import prefill, tokenizer_of
+from ..prefilling import context_ids, prefill, tokenizer_of
 from .methods import METHODS, Method
 
 R = TypeVar("R")
@@ -159,13 +159,17 @@ def answer_probabilities(
 ) -> Float[Tensor, "T V"]:
     """Returns the probabilities of each token of the vocabulary where each of T answer tokens stands, float32.
 
-    The question and the answer are read in one pass after the cache, which is left as it was.
+    The question and the answer are read in one pass after the cache, its tail included, which is left as it was.
     """
     (asked,) = query_ids(model, cache, [query], template=template)
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
-    ids = torch.tensor([[*asked, *answer_ids]], device=model.device)
-    tail = empty_tail(cache.context, 1, ids.shape[1], dtype=model.dtype)
-    positions = cache.context_length + torch.arange(ids.shape[1], device=model.device)
+    ids = context_ids(model, torch.tensor([*asked, *answer_ids]))[None].to(model.device)
+    rows, used = ids.shape[1], len(cache.token_ids)
+    if cache.tail is None:
+        tail = empty_tail(cache.context, 1, rows, dtype=model.dtype)
+    else:
+        tail = grow_tail(cache.tail, 1, rows)
+    positions = used + torch.arange(rows, device=model.device)
     with torch.no_grad():
         hidden = forward(model, ids, positions, decode_attend(model.config, all_ragged(cache.context), tail))
         return logits(model, hidden[0, len(asked) - 1 : -1]).float().softmax(-1)

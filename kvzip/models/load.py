@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_path
 from ..hub import resolve
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, check_integer
@@ -60,6 +61,7 @@ def load(
     weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
     the `hub` extra.
     """
+    check_path(source, "source")
     directory = resolve(source)
     path = directory / "config.json"
     if not path.exists():

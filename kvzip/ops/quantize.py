@@ -51,8 +51,9 @@ def quantize(
     """The rows of x as codes of `bits` bits, asymmetric: code 0 is the least value of a group, the last its greatest.
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
-    scale and zero as they are stored. Restored values are then within half a step (scale / 2) of x, rows of one value
-    are exact, and a group that spans more than float32 holds is clipped to it, so finite values stay finite.
+    scale and zero as they are stored. Restored values are then within half a step (scale / 2) of x, up to float32's
+    rounding, and rows of one value are exact. All that is finite can be packed and stays finite: a scale below the
+    least normal number is rounded up, and where a group spans more than float32 holds, differences are those of halves.
 
     Scale and zero are float16 where that loses nothing that matters: every zero exact, and no scale so small that
     rounding it moves the group's greatest value by more than half a step. Otherwise, and for float32 rows, all are
@@ -62,9 +63,10 @@ def quantize(
         bits: 8 or 4.
         group: values that share a scale, min(128, D) if not given.
         offsets: rows offsets[h]:offsets[h + 1] are those of head h, whose channels are taken out first: the rest,
-            rounded to float16 unless x is float32, is what is packed.
-        channels: of these heads, from other rows of theirs; None measures them, as mean and largest distance from it
-            of up to 256 rows spread over each head.
+            rounded to float16 unless x is float32, is what is packed; to float32 where float16 does not hold a row that
+            lies far from those that were measured.
+        channels: of these heads, from other rows of theirs, out of which a rest beyond float32 is clipped to it; None
+            measures them, as mean and largest distance from it of up to 256 rows spread over each head.
 
     Raises: ValueError if bits is neither, D is not divisible by group, x is not finite, 4 bits meet an odd group, or
         there are channels without offsets; TypeError for a float64 x.
@@ -76,17 +78,22 @@ def quantize(
         if channels is not None:
             raise ValueError("expected offsets with channels, got none: they say which rows are which head's")
         return _quantize_op(x)(x, bits=bits, group=group)
-    channels = measure_channels(x, offsets) if channels is None else channels
-    rest = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
-    for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, _heads(offsets, len(x)))), strict=True):
-        out.copy_((rows.float() - channels.center[head]) / channels.spread[head])
-    return replace(_quantize_op(x)(rest, bits=bits, group=group), channels=channels)
+    found = measure_channels(x, offsets) if channels is None else channels
+    try:
+        dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
+        return replace(_quantize_op(x)(_rest(x, offsets, found, dtype), bits=bits, group=group), channels=found)
+    except ValueError:  # the rest is not finite, as the wait for the scales' dtype has told
+        if not x.isfinite().all():
+            raise
+    found = _widen(found, x, offsets) if channels is None else found
+    rest = _rest(x, offsets, found, torch.float32, wide=torch.float64)
+    return replace(_quantize_op(x)(rest, bits=bits, group=group), channels=found)
 
 
 def dequantize(
     q: Quantized, *, dtype: torch.dtype = torch.float32, offsets: Int32[Tensor, " H1"] | None = None
 ) -> Float[Tensor, "N D"]:
-    """The values that the codes stand for, computed in float32 and rounded once to dtype.
+    """The values that the codes stand for, computed in float32 and rounded once to dtype; none is beyond its largest.
 
     Args:
         offsets: of the heads whose rows they are; needed where `q` has channels.
@@ -99,7 +106,8 @@ def dequantize(
         raise ValueError("expected offsets, got none: the rows have channels, and offsets say which head's")
     head = _heads(offsets, len(q.codes))
     rest = _dequantize_op(q.codes)(q, dtype=torch.float32)
-    return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).to(dtype)
+    most = torch.finfo(dtype).max
+    return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).clamp_(-most, most).to(dtype)
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
@@ -124,6 +132,30 @@ def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> 
     return Channels(center.where(center.isfinite(), 0.0), torch.exp2(power.where(usable, 0.0)))
 
 
+def _rest(
+    x: Float[Tensor, "N D"],
+    offsets: Int32[Tensor, " H1"],
+    channels: Channels,
+    dtype: torch.dtype,
+    wide: torch.dtype = torch.float32,
+) -> Float[Tensor, "N D"]:
+    """What is left of the rows without their heads' channels, computed in `wide`; float64 is clipped to float32."""
+    rest = torch.empty_like(x, dtype=dtype)
+    for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, _heads(offsets, len(x)))), strict=True):
+        part = (rows.to(wide) - channels.center[head]) / channels.spread[head]
+        out.copy_(part.clamp_(-LARGEST, LARGEST) if wide == torch.float64 else part)
+    return rest
+
+
+def _widen(channels: Channels, x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
+    """The channels with spreads that bring all rows, not just those measured, well within float32."""
+    head = _heads(offsets, len(x))
+    apart = (x.double() - channels.center[head]).abs()
+    farthest = apart.new_zeros(channels.spread.shape).scatter_reduce_(0, head[:, None].expand_as(x), apart, "amax")
+    least = torch.exp2((farthest.log2() - 120).ceil().clamp(min=-60)).float()
+    return replace(channels, spread=torch.maximum(channels.spread, least))
+
+
 def _heads(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
     """The head of each row."""
     return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
@@ -137,10 +169,13 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
         raise ValueError(NOT_FINITE)
     zero, highest = groups.amin(dim=2), groups.amax(dim=2)
     steps = torch.full_like(zero, last)  # a tensor: by a number, CUDA multiplies with its rounded reciprocal
-    scale = (highest / steps - zero / steps).clamp(max=LARGEST / last)
+    scale = highest / steps - zero / steps
+    small = (highest > zero) & (highest - zero < SMALL)  # quotients are rounded to whole LEASTs
+    scale = scale.where(~small, scale + LEAST)
     if x.dtype != torch.float32 and _half_holds(scale, zero, last):
         scale, zero = scale.half(), zero.half()
-    codes = (groups - zero.float()[..., None]) / scale.float()[..., None]
+    part = _part(zero)[..., None]
+    codes = (groups * part - zero.float()[..., None] * part) / (scale.float()[..., None] * part)
     codes = codes.where(scale[..., None] > 0, 0.0)
     codes = (codes + 0.5).floor().clamp(0, last).to(torch.uint8).flatten(1)
     if bits == 4:
@@ -150,11 +185,20 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
 
 def dequantize_reference(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:
     codes = q.codes if q.bits == 8 else torch.stack([q.codes >> 4, q.codes & 15], dim=2).flatten(1)
-    steps = codes.float().unflatten(1, (-1, q.group))
-    return (steps * q.scale.float()[..., None] + q.zero.float()[..., None]).flatten(1).to(dtype)
+    steps, part, most = codes.float().unflatten(1, (-1, q.group)), _part(q.zero)[..., None], torch.finfo(dtype).max
+    values = steps * (q.scale.float()[..., None] * part) + q.zero.float()[..., None] * part
+    return (values.clamp(-most * part, most * part) / part).flatten(1).to(dtype)
+
+
+def _part(zero: Float[Tensor, "N Q"]) -> Float32[Tensor, "N Q"]:
+    """What a group's numbers are multiplied by, so that no difference in it is beyond float32: 1, or 1/2."""
+    return torch.where(zero.float() < DEEP, 0.5, 1.0)
 
 
 LARGEST = torch.finfo(torch.float32).max
+LEAST = 2.0**-149  # the smallest number above 0 in float32
+SMALL = 2.0**-110  # a group's span below which its scale may be rounded by more than an ulp
+DEEP = -(2.0**64)  # a group's least value above which its span cannot be beyond float32
 NOT_FINITE = "expected finite values, got inf or NaN: they have no scale; check the forward pass that made them"
 
 

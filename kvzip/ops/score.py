@@ -33,6 +33,7 @@ def score(
         k_self: keys of the rows themselves, seen causally.
         lse: natural log-sum-exp of each row's logits over what it is to be normalised by. Given, k_sink and k_self
             are not read, and one pass over the chunk is enough; None computes it over [sink, chunk, causal self].
+            Infinity is what flash attention writes for a row with NaN, and counts as that.
         row_weight, key_weight: non-negative factors of KVzip+.
         softmax: False returns the largest logit itself, softcapped, which may be negative: one pass over the chunk that
             reads neither k_sink nor k_self.
@@ -89,7 +90,7 @@ def score_reference(
             parts = [to_chunk, to_self, logits(q[head], k_sink[h])]
             total = torch.stack([part.logsumexp(dim=1) for part in parts]).logsumexp(dim=0)
         else:
-            total = lse[head].to(dtype)
+            total = lse[head].to(dtype).masked_fill(lse[head] == torch.inf, torch.nan)
         if row_weight is not None:
             total = total - row_weight[head].to(dtype).log()
         highest = (to_chunk - total[:, None]).amax(dim=0).exp()  # exp never changes which row is largest

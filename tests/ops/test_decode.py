@@ -218,6 +218,48 @@ def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
     check_kernel(inputs, scale=0.125)
 
 
+@settings(max_examples=8)
+@given(
+    where=st.sampled_from(["q", "k", "v", "tail k", "tail v"]),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+    bits=st.sampled_from([None, 8, 4]),
+    T=st.sampled_from([1, 3]),
+    softcap=st.sampled_from([None, 2.0]),
+    window=st.sampled_from([None, 1000]),
+    lengths=st.lists(st.sampled_from([1, 15, 33]), min_size=1, max_size=2),
+    row=st.integers(0, 99),
+)
+def test_a_nan_comes_out_and_stays_in_its_question(where, dtype, bits, T, softcap, window, lengths, row):
+    """In the output and the log-sum-exp (values: in the output) of all rows that see it, and in none of another."""
+    inputs = make(row, 2, len(lengths), 2, T, 64, lengths, 5, dtype, bits, channels=bits == 4)
+    inputs["tail"] = (*(x.nan_to_num(0.5) for x in inputs["tail"][:2]), torch.full_like(inputs["tail"][2], 5))
+    where = f"tail {where}" if bits is not None and where in ("k", "v") else where  # codes are numbers
+    rows = inputs["tail"]["kv".index(where[-1])] if where.startswith("tail") else inputs[where]
+    if where == "q":
+        rows[0, 0, 0, row % 64] = math.nan
+    elif where.startswith("tail"):
+        rows[0, 0, row % (5 - T + 1), row % 64] = math.nan
+    else:
+        rows[row % lengths[0], row % 64] = math.nan
+    head, rest = split(inputs)
+    for run in (decode_reference, decode_triton):
+        out, lse = run(*head, **rest, scale=0.1, softcap=softcap, window=window)
+        broken = torch.zeros(out.shape[:3], dtype=torch.bool)
+        if where == "q":
+            broken[0, 0, 0] = True
+        else:
+            broken[: 1 if where.startswith("tail") else 2, :2] = True
+        assert torch.equal(out.isnan().any(-1).cpu(), broken)
+        assert torch.equal(lse.isnan().cpu(), broken & (where[-1] != "v"))
+    if where[-1] == "v":
+        return
+    none = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    for run in (merge_reference, merge_triton):
+        for parts in ((out, lse, *none), (*none, out, lse)):
+            merged = run(*parts)
+            assert torch.equal(merged[0].isnan().any(-1).cpu(), broken) and torch.equal(merged[1].isnan().cpu(), broken)
+
+
 @given(seed=st.integers(0, 99), data=st.data())
 def test_ragged_equals_dense_with_the_rest_masked(seed, data):
     H, S, D = 3, 40, 64

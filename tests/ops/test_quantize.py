@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from compiling import assert_fits, compile_launches
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,9 +41,8 @@ def by_groups(values: Tensor, q: Quantized) -> Tensor:
 
 def assert_within_half_a_step(x: Tensor, q: Quantized) -> None:
     """In float64, from codes, scale and zero as they are stored; the slack is for the float32 division of the codes."""
-    codes = q.codes if q.bits == 8 else torch.stack([q.codes >> 4, q.codes & 15], dim=2).flatten(1)
     scale = q.scale.double()[..., None]
-    values = by_groups(codes, q) * scale + q.zero.double()[..., None]
+    values = by_groups(unpacked(q), q) * scale + q.zero.double()[..., None]
     slack = 2.0**-22 * (by_groups(x, q).abs().amax(2, keepdim=True) + 2**q.bits * scale)
     assert ((values - by_groups(x, q)).abs() <= scale / 2 + slack).all()
 
@@ -87,8 +88,72 @@ def test_a_group_wider_than_float32_stays_finite(dtype, bits):
     x = torch.tensor([[-largest, largest, 0.0, 1.0]], device=DEVICE).to(dtype)
     for quantizer in (quantize_reference, quantize_triton):
         q = quantizer(x, bits=bits)
+        assert_within_half_a_step(x, q)
         assert dequantize(q).isfinite().all()
         assert dequantize(q)[0, 0] == -largest
+
+
+EXTREMES = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.sampled_from([3.4028235e38, -3.4028235e38, 1e-45, -1e-45, 3e-43, 1.2e-38, 65504.0, -65504.0, 2.0**64, 0.0, 1.0]),
+    st.integers(-400, 400).map(lambda n: n * 2.0**-149),
+)
+
+
+@settings(max_examples=50)
+@given(values=st.lists(EXTREMES, min_size=8, max_size=8), dtype=st.sampled_from(DTYPES), bits=BITS)
+@example(values=[-3.4028235e38, 3.4028235e38, 0.0, 1.0, 1e38, -1e38, 3e38, -3e38], dtype=torch.float32, bits=8)
+@example(values=[n * 2.0**-149 for n in (0, 1, 7, 100, 254, 255, 256, 381)], dtype=torch.float32, bits=8)
+def test_whatever_is_finite_is_restored_within_half_a_step(values, dtype, bits):
+    """Groups wider than float32, steps below its least number: the last row is one value, the one before halves it."""
+    x = torch.tensor([values, values[::-1], values, [values[0]] * 8], device=DEVICE)
+    x[2, 4:] = x[2, 0] / 2
+    x = x.to(dtype).nan_to_num()
+    for quantizer in (quantize_reference, quantize_triton):
+        q = quantizer(x, bits=bits, group=4)
+        assert_within_half_a_step(x, q)
+        back = dequantize(q)
+        assert torch.equal(back[3], x[3].float())
+        steps = by_groups(unpacked(q), q) * q.scale.double()[..., None] + q.zero.double()[..., None]
+        steps = steps.flatten(1).clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+        largest = by_groups(x, q).abs().amax(2).repeat_interleave(4, 1)
+        assert ((back.double() - steps).abs() <= 2.0**-21 * largest).all()
+        assert dequantize(q, dtype=dtype).isfinite().all()
+    assert_same(q, quantize_reference(x, bits=bits, group=4))
+    for out in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off instead of rounding
+        assert torch.equal(dequantize_reference(q, dtype=out), dequantize_triton(q, dtype=out))
+
+
+@settings(max_examples=60)
+@given(
+    scale=st.sampled_from([1e-45, 1e-15, 1.0, 1e4, 3e38]),
+    outlier=st.sampled_from([0.0, 1.0, 1e5, -3.3e38, 3.3e38]),
+    center=st.sampled_from([0.0, 1.0, -3e38, 60000.0]),
+    dtype=st.sampled_from(DTYPES),
+    bits=BITS,
+    given_channels=st.booleans(),
+)
+@example(scale=1e-15, outlier=3.3e38, center=0.0, dtype=torch.bfloat16, bits=8, given_channels=False)
+@example(scale=0.0, outlier=1.0, center=0.0, dtype=torch.bfloat16, bits=4, given_channels=False)
+def test_rows_far_from_those_that_channels_were_measured_of(scale, outlier, center, dtype, bits, given_channels):
+    most = torch.finfo(dtype).max
+    near = (rows(600, 8, torch.float32) * scale + center).nan_to_num().clamp(-most, most).to(dtype)
+    x = near.clone()
+    x[1] = torch.full((8,), outlier).clamp(-most, most)  # row 1 of 600 is not among the 256
+    offsets = torch.tensor([0, 600], dtype=torch.int32, device=DEVICE)
+    channels = measure_channels(near, offsets) if given_channels else None
+    q = quantize(x, bits=bits, offsets=offsets, channels=channels)
+    assert dequantize(q, offsets=offsets).isfinite().all()
+    rest = (x.double() - q.channels.center[0]) / q.channels.spread[0]
+    if not given_channels:
+        assert rest.abs().max() <= torch.finfo(torch.float32).max
+    rest = rest.clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max).float()
+    half = dtype != torch.float32 and rest.abs().max() <= 65504
+    assert_within_half_a_step(rest.half() if half else rest, replace(q, channels=None, group=8))
+
+
+def unpacked(q: Quantized) -> Tensor:
+    return q.codes if q.bits == 8 else torch.stack([q.codes >> 4, q.codes & 15], dim=2).flatten(1)
 
 
 def test_least_and_greatest_values_get_the_first_and_last_code():

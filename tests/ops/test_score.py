@@ -1,6 +1,5 @@
 """Laws of `score`, and its kernels against the reference."""
 
-import itertools
 import math
 
 import pytest
@@ -142,12 +141,32 @@ def test_the_log_sum_exp_of_the_same_keys_changes_nothing():
     assert_as_accurate(given, by_definition(**{n: x.double().cpu() for n, x in inputs.items()}, scale=0.125), plain)
 
 
-def test_a_nan_reaches_the_scores_of_its_head_and_no_other():
-    inputs = make(1, 2, 2, 9, 20, 2, 64, torch.float32)
-    inputs["q"][0, 4, 7] = math.nan
-    for run, softmax in itertools.product((score_reference, score_triton), (True, False)):
-        found = run(**inputs, scale=0.1, softmax=softmax)
-        assert found[0].isnan().all() and not found[1].isnan().any()
+@given(
+    where=st.sampled_from(["q", "k", "k_sink", "k_self", "lse", "lse", "row_weight", "key_weight"]),
+    value=st.sampled_from([math.nan, math.inf]),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+    softcap=st.sampled_from([None, 3.0]),
+    softmax=st.booleans(),
+    T=st.sampled_from([1, 9]),
+    row=st.integers(0, 99),
+)
+def test_a_nan_reaches_the_scores_of_its_head_and_no_other(where, value, dtype, softcap, softmax, T, row):
+    """All of a head's where a row sees it, and a key's own; an infinite log-sum-exp is flash attention's for NaN."""
+    weights, lse = where.endswith("weight"), where == "lse"
+    inputs = make(1, 2, 2, T, 20, 2, 64, dtype, weights=weights, lse=lse)
+    if not softmax and (weights or lse):
+        return
+    value = value if lse else math.nan
+    flat = inputs[where][0].view(-1, inputs[where].shape[-1] if inputs[where].ndim == 3 else 1)
+    at = T - 1 if where == "q" else row % (1 if where == "k_self" else len(flat))  # every later row sees the first
+    flat[at, row % flat.shape[1]] = value
+    for run in (score_reference, score_triton):
+        found = run(**inputs, scale=0.1, softcap=softcap, softmax=softmax).isnan()
+        assert not found[1].any()
+        if where == "key_weight" or (where == "k" and not softmax):
+            assert found[0].nonzero().tolist() == [[at]]
+        else:
+            assert found[0].all() == (softmax or where == "q")
 
 
 def test_views_of_a_cache_give_the_same():

@@ -88,8 +88,9 @@ def await_launch(OVERLAP: tl.constexpr):
 def exp2(x, EXACT: tl.constexpr):
     """2 ** x; EXACT to half an ulp (Taylor series of degree 7 around whole numbers), else the device's, good to two."""
     if EXACT:
-        whole = tl.floor(tl.maximum(x, -126.0) + 0.5)
-        f = (tl.maximum(x, -126.0) - whole) * LN_2
+        least = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
+        whole = tl.floor(least + 0.5)
+        f = (least - whole) * LN_2
         series = f * (1 / 5040) + 1 / 720
         series = series * f + 1 / 120
         series = series * f + 1 / 24

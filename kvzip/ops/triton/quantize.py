@@ -2,7 +2,7 @@
 
 For each group of a row: zero = min, scale = max / last - min / last with last = 2**bits - 1 (so that the difference
 cannot overflow), code = floor((x - zero) / scale + 1/2). Divisions are correctly rounded and nothing is fused, so the
-codes are those of the reference bit for bit.
+codes are those of the reference bit for bit. Groups of extreme values, as there, only with float32 scales.
 
 The first pass stores float16 scales and reports whether they hold; only where they do not is a second pass made with
 float32. Bytes: x read and the codes written once, plus 2 * 2 bytes a group; about 30 operations a value, most of them
@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.quantize import LARGEST, NOT_FINITE, Quantized
+from kvzip.ops.quantize import DEEP, LEAST, NOT_FINITE, SMALL, Quantized
 
 INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # places of the flags
 
@@ -51,7 +51,8 @@ def dequantize_triton(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Fl
     block_n, warps = launch_config(q.group)
     _dequantize_kernel[(triton.cdiv(N, block_n), D // q.group)](
         codes, scale, zero, values, N,
-        D=D, GROUP=q.group, BLOCK_G=triton.next_power_of_2(q.group), BITS=q.bits, BLOCK_N=block_n,
+        D=D, GROUP=q.group, BLOCK_G=triton.next_power_of_2(q.group), BITS=q.bits, MOST=torch.finfo(dtype).max,
+        DEEP=DEEP, BLOCK_N=block_n,
         num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return values
@@ -68,7 +69,7 @@ def _quantize(x: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Qua
     block_n, warps = launch_config(group)
     _quantize_kernel[(triton.cdiv(N, block_n), D // group)](
         x, codes, scale, zero, flags, N, *x.stride(),
-        D=D, GROUP=group, BLOCK_G=triton.next_power_of_2(group), BITS=bits, CAP=LARGEST / (2**bits - 1),
+        D=D, GROUP=group, BLOCK_G=triton.next_power_of_2(group), BITS=bits, LEAST=LEAST, SMALL=SMALL, DEEP=DEEP,
         BLOCK_N=block_n, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     infinite, coarse = flags.tolist()
@@ -79,7 +80,8 @@ def _quantize(x: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Qua
 @no_type_check
 def _quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, flags_ptr, N, stride_xn, stride_xd, D: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr, BITS: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr, SMALL: tl.constexpr, DEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     LAST: tl.constexpr = 2**BITS - 1
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,7 +98,8 @@ def _quantize_kernel(
     valid = rows < N
     zero, highest = tl.where(valid, zero, 0.0), tl.where(valid, highest, 0.0)
     last = tl.full([BLOCK_N], LAST, tl.float32)
-    scale = tl.minimum(tl.div_rn(highest, last) - tl.div_rn(zero, last), CAP)
+    scale = tl.div_rn(highest, last) - tl.div_rn(zero, last)
+    scale = tl.where((highest > zero) & (highest - zero < SMALL), scale + LEAST, scale)
     stored_scale = scale.to(scale_ptr.dtype.element_ty)
     stored_zero = zero.to(scale_ptr.dtype.element_ty)
     tl.store(scale_ptr + rows * (D // GROUP) + group, stored_scale, mask=valid)
@@ -107,6 +110,9 @@ def _quantize_kernel(
         tl.store(flags_ptr + COARSE, 1)
 
     zero, scale = stored_zero.to(tl.float32)[:, None], stored_scale.to(tl.float32)[:, None]
+    if scale_ptr.dtype.element_ty == tl.float32:
+        part = tl.where(zero < DEEP, 0.5, 1.0)
+        x, zero, scale = x * part, zero * part, scale * part
     steps = tl.div_rn(x - zero, tl.broadcast_to(tl.where(scale > 0, scale, 1.0), [BLOCK_N, BLOCK_G]))
     steps = tl.where(scale > 0, steps, 0.0)
     codes = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LAST).to(tl.uint8)
@@ -123,7 +129,7 @@ def _quantize_kernel(
 @no_type_check
 def _dequantize_kernel(
     codes_ptr, scale_ptr, zero_ptr, values_ptr, N, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, MOST: tl.constexpr, DEEP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = GROUP * BITS // 8
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,7 +142,10 @@ def _dequantize_kernel(
     codes = tl.load(address, mask=valid[:, None] & (bytes < PACKED)[None, :], other=0)
     if BITS == 4:
         codes = tl.reshape(tl.join(codes >> 4, codes & 15), [BLOCK_N, BLOCK_G])
-    values = codes.to(tl.float32) * scale[:, None] + zero[:, None]  # [BLOCK_N, BLOCK_G]
+    part = tl.where(zero < DEEP, 0.5, 1.0)
+    values = codes.to(tl.float32) * (scale * part)[:, None] + (zero * part)[:, None]  # [BLOCK_N, BLOCK_G]
+    most = (MOST * part)[:, None]
+    values = tl.minimum(tl.maximum(values, -most), most) * (1 / part)[:, None]
     places = tl.arange(0, BLOCK_G)
     to = values_ptr + rows[:, None] * D + group * GROUP + places[None, :]
     tl.store(to, values.to(values_ptr.dtype.element_ty), mask=valid[:, None] & (places < GROUP)[None, :])

@@ -210,6 +210,7 @@ def _largest_kernel(
         place = query_head * rows + start + m
         if SOFTMAX:
             base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32)
+            base = tl.where(live & (base == float("inf")), float("nan"), base)
         else:
             base = tl.where(live, 0.0, float("inf"))
         if ROW_WEIGHT:

@@ -1,0 +1,103 @@
+"""Public functions say what they expected: every one of them is given every wrong kind of argument.
+
+In a process of its own, without the type checker that tests run with, which would speak first.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WALK = r"""
+import itertools, json, sys, tempfile
+import torch
+import kvzip, random_model
+from kvzip import head_scores, scores
+
+model = random_model.make(random_model.config())
+dense = kvzip.score(model, kvzip.prefill(model, "Call me Ishmael."))
+small = kvzip.compress(dense, 0.5)
+heads = head_scores.make(model, "Call me Ishmael.")
+ids = torch.tensor([1, 2, 3])
+path = tempfile.mkdtemp() + "/x"
+try:
+    from transformers import DynamicCache
+except ImportError:
+    DynamicCache = dict
+
+MODEL, DENSE, CACHE, RAGGED, TEXT, IDS = "model", "dense", "cache", "ragged", "text", "ids"
+NUMBER, PATH, SCORES, HEADS = "number", "path", "scores", "heads"
+good = {MODEL: [model], DENSE: [dense], CACHE: [dense, small], RAGGED: [small], TEXT: ["Who?"], IDS: ["Who?", ids],
+        NUMBER: [0.4], PATH: [path], SCORES: [dense.scores], HEADS: [heads]}
+wrong = {"model": model, "dense": dense, "small": small, "text": "abc", "None": None, "texts": ["a"], "number": 3,
+         "float": 0.5, "floats": torch.ones(3), "square": torch.ones(2, 2, dtype=torch.long), "scores": dense.scores,
+         "heads": heads, "object": object(), "bytes": b"ab", "type": dict}
+fits = {MODEL: ["model"], DENSE: ["dense"], CACHE: ["dense", "small"], RAGGED: ["small"], TEXT: ["text"],
+        IDS: ["text"], NUMBER: ["number", "float"], PATH: ["text"], SCORES: ["scores"], HEADS: ["heads"]}
+functions = {
+    "prefill": (kvzip.prefill, MODEL, IDS), "score": (kvzip.score, MODEL, DENSE),
+    "compress": (kvzip.compress, DENSE, NUMBER), "keep_mask": (kvzip.keep_mask, SCORES, NUMBER),
+    "prefill_compressed": (kvzip.prefill_compressed, MODEL, IDS, NUMBER),
+    "generate": (kvzip.generate, MODEL, CACHE, TEXT), "Decoder": (kvzip.Decoder, MODEL, CACHE),
+    "extend": (kvzip.extend, MODEL, CACHE, IDS), "ask": (kvzip.ask, MODEL, CACHE, TEXT), "fork": (kvzip.fork, CACHE),
+    "fold": (kvzip.fold, MODEL, CACHE, NUMBER), "save": (kvzip.save, CACHE, PATH), "to": (kvzip.to, CACHE, None),
+    "nbytes": (kvzip.nbytes, CACHE), "load": (kvzip.load, PATH), "load_cache": (kvzip.load_cache, PATH),
+    "from_transformers": (kvzip.from_transformers, MODEL, None, IDS),
+    "to_transformers": (kvzip.to_transformers, MODEL, CACHE),
+    "head_scores.make": (head_scores.make, MODEL, IDS), "head_scores.combine": (head_scores.combine, HEADS),
+    "head_scores.attach": (head_scores.attach, DENSE, HEADS), "head_scores.save": (head_scores.save, HEADS, PATH),
+    "head_scores.load": (head_scores.load, PATH), "head_scores.shipped": (head_scores.shipped, MODEL),
+    "head_scores.to_duo_attention": (head_scores.to_duo_attention, HEADS, PATH),
+    "head_scores.from_duo_attention": (head_scores.from_duo_attention, PATH),
+    "head_scores.fingerprint_of": (head_scores.fingerprint_of, MODEL),
+    "scores.attach": (scores.attach, DENSE, SCORES), "scores.combine": (scores.combine, SCORES),
+    "scores.shrink": (scores.shrink, RAGGED, NUMBER), "scores.save": (scores.save, CACHE, PATH),
+    "scores.load": (scores.load, PATH, CACHE), "scores.plot": (scores.plot, SCORES, NUMBER),
+}
+found, calls = [], 0
+fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
+several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
+           "head_scores.shipped": {0: ["text"]}}
+for name, (function, *kinds) in functions.items():
+    for place, kind in enumerate(kinds):
+        if kind is None:
+            continue
+        allowed = fits[kind] + several.get(name, {}).get(place, [])
+        for label, value in wrong.items():
+            if label in allowed:
+                continue
+            arguments = [fixed[name][n] if k is None else good[k][0] for n, k in enumerate(kinds)]
+            arguments[place] = value
+            calls += 1
+            try:
+                function(*arguments)
+                said = "nothing"
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            whole = said.startswith(("TypeError: expected ", "ValueError: expected ")) and ", got " in said
+            if not (whole and ": " in said.partition(", got ")[2]):
+                found.append(f"{name} argument {place} {label}: {said[:300]}")
+print(json.dumps({"calls": calls, "found": found, "names": sorted(functions), "all": kvzip.__all__}))
+"""
+
+
+@pytest.fixture(scope="module")
+def walked():
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]\n{WALK}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_public_function_says_what_it_expected(walked):
+    assert walked["found"] == []
+    assert walked["calls"] > 500
+
+
+def test_no_public_function_is_left_out(walked):
+    no_functions = {"Answer", "DenseCache", "Model", "ModelConfig", "RaggedCache", "Scores"}
+    modules = {"head_scores", "models", "ops", "prompts", "scores"}
+    assert set(walked["all"]) - no_functions - modules - {"open"} <= set(walked["names"])
