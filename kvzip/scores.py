@@ -177,13 +177,13 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
     """
     check_path(path, "path")
     check_kind(cache, DenseCache, RaggedCache)
+    layers, shape, span = _place(cache)
     with open_file(path) as file:
         header, name = file.header, printable(file.path.name)
         if header["cache"] != "Scores":
             raise ValueError(
                 f"expected a file of scores, got one of {header['cache']!r} in {name}: load_cache reads caches"
             )
-        layers, shape, span = _place(cache)
         with refusing(file.path):
             require(isinstance(header["fingerprint"], str), f"fingerprint is {header['fingerprint']!r}")
             require(isinstance(header["source"], str), f"source is {header['source']!r}")

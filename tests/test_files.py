@@ -498,9 +498,9 @@ def test_what_is_no_cache_or_model_is_said(path):
 import kvzip
 cache = kvzip.load_cache({str(path)!r})
 for call, expected in {{
-    lambda: kvzip.save("doc.kvz", cache): "expected a cache to save, got str: ",
+    lambda: kvzip.save("doc.kvz", cache): "expected a DenseCache or a RaggedCache, got str 'doc.kvz': ",
     lambda: kvzip.load_cache({str(path)!r}, model="a/b"): "expected a model that kvzip.load made, got str: kvzip.open",
-    lambda: kvzip.nbytes(cache.scores): "expected a cache, got Scores: ",
+    lambda: kvzip.nbytes(cache.scores): "expected a DenseCache or a RaggedCache, got Scores: ",
 }}.items():
     try:
         call()

@@ -167,7 +167,7 @@ def test_a_token_in_which_the_text_ends_is_the_last(words, stop):
     vocabulary = sorted({*"abxEND", "ab", "EN", "xEND", "ENDx", "aE"})
     raw = WordTokenizer(WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="a"))
     raw.decoder = decoders.Fuse()
-    tokenizer = prompts.Tokenizer(text=raw, control=raw, bos_ids=())
+    tokenizer = prompts.make_tokenizer(raw)
     stream = generation._Stream(tokenizer, (stop,), None, 0)
     ids = [vocabulary.index(word) for word in words]
     answer = next((done for done in (stream.add(i, ()) for i in ids) if done is not None), None)

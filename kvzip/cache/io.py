@@ -175,7 +175,7 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
 def pieces_of(file: OpenFile) -> dict[int, bytes]:
     """Returns the pieces of an open file, as `read_pieces` does."""
     header = check_header(file)
-    check_kind(file)
+    check_content(file)
     with refusing(file.path):
         reader = _Reader(file)
         return reader.pieces(header, reader.token_ids(header))

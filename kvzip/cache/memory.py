@@ -39,7 +39,7 @@ def full_nbytes(cache: DenseCache | RaggedCache) -> int | None:
     _check(cache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     length = cache.length if isinstance(cache, DenseCache) else cache.context_length
-    size = element_size(cache)
+    size = _element_size(cache)
     if size is None:
         return None
     pairs = sum(
@@ -49,7 +49,7 @@ def full_nbytes(cache: DenseCache | RaggedCache) -> int | None:
     return pairs + length * cache.token_ids.element_size()
 
 
-def element_size(cache: DenseCache | RaggedCache) -> int | None:
+def _element_size(cache: DenseCache | RaggedCache) -> int | None:
     """Returns the bytes of a number of the model's keys and values; None if it cannot be known.
 
     Rows that are packed no longer say it; window layers, the tail, or the end of the fingerprint do.
