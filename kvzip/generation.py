@@ -281,7 +281,7 @@ class _Stream:
     def _extend(self, *, final: bool) -> None:
         before = prompts.decode(self.tokenizer, self.ids[self.window : self.read])
         now = prompts.decode(self.tokenizer, self.ids[self.window :])
-        if final or not now.endswith("\ufffd"):
+        if len(now) > len(before) and (final or not now.endswith("\ufffd")):
             self.text += now[len(before) :]
             self.window, self.read = self.read, len(self.ids)
 

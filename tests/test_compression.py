@@ -267,7 +267,8 @@ def shortened(model, monkeypatch):
     return cache
 
 
-NO_PAIRS = {"generation.query_ids", "scoring.repeats", "evals.run.answer_lines", "cache.memory.describe"}  # what a cache says without its pairs
+# what a cache says without its pairs
+NO_PAIRS = {"generation.query_ids", "scoring.repeats", "evals.run.answer_lines", "cache.memory.describe"}
 FOUND = {
     f"{module.removeprefix('kvzip.')}.{name}": (module, name)
     for module in (info.name for info in pkgutil.walk_packages(kvzip.__path__, "kvzip."))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import kvzip
 import random_model
 from kvzip import conversation as conversation_module
-from kvzip import prompts
+from kvzip import generation, prompts
 from kvzip.generation import Answer, query_ids
 from kvzip.models import Model
 from kvzip.models.vocabulary import Vocabulary, read_vocabulary, stop_ids
@@ -407,6 +407,21 @@ def test_a_repeat_prompt_follows_the_text(kind: str, chat: bool) -> None:
         if kind in ("always", "prepended"):  # decoded, every control token has a space behind it
             read, wanted = read.replace("<|im_end|> ", "<|im_end|>"), wanted.replace("<|im_end|> ", "<|im_end|>")
         assert read == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_streamed_answer_is_the_text_of_its_tokens(kind: str, data: st.DataObject) -> None:
+    tokenizer = conversation(kind, INST)[0].tokenizer
+    token = st.integers(0, tokenizer.control.get_vocab_size() - 1)
+    ids = data.draw(st.lists(token, min_size=1, max_size=12))
+    pieces: list[str] = []
+    stream = generation._Stream(tokenizer, (), lambda piece, _: pieces.append(piece), 0)
+    for i in ids:
+        stream.add(i, ())
+    answer = stream.finish("length")
+    assert answer.text == "".join(pieces) == prompts.decode(tokenizer, ids)
 
 
 # ---- text is text
