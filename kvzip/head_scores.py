@@ -27,7 +27,7 @@ from .cache import DenseCache, Scores, check_whole, global_layers, read_header
 from .cache.files import open_file, printable, read_tensor, refusing, write_file
 from .checks import check_kind, check_path, check_text_or_ids
 from .models import Model
-from .prefilling import Progress, context_ids, prefill
+from .prefilling import Progress, encode, prefill
 from .scoring import score
 
 RECOMMENDED_RATIO = 0.6
@@ -110,7 +110,7 @@ def make(
     names = [f"text {n + 1}" for n in range(len(texts))] if names is None else list(names)
     if len(names) != len(texts):
         raise ValueError(f"expected a name for each of {len(texts)} texts, got {len(names)}")
-    contexts = [context_ids(model, one) for one in texts]
+    contexts = [encode(model, one, template=template)[1] for one in texts]
     total, done = 2 * sum(map(len, contexts)), 0
 
     def stage(before: int, tokens: int) -> Progress | None:
@@ -121,8 +121,8 @@ def make(
         return lambda now, of: tell(before + max(0, tokens - (of - now)), total)
 
     found = []
-    for name, ids in zip(names, contexts, strict=True):
-        cache = prefill(model, ids, template=template, progress=stage(done, len(ids)))
+    for name, one, ids in zip(names, texts, contexts, strict=True):
+        cache = prefill(model, one, template=template, progress=stage(done, len(ids)))
         cache = score(model, cache, scope=scope, chunk=chunk, progress=stage(done + len(ids), len(ids)))
         found.append(_of_one(model, cache, Source(name, len(ids), _sha256(ids))))
         done += 2 * len(ids)

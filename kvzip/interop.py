@@ -39,7 +39,9 @@ def from_transformers(
     Where the cache ends with an answer that Transformers generated (it holds all of its tokens but the last), the user
     turn is not open: `extend` it by that token and by what closes the answer's turn and opens the next, before asking.
 
-        close = kvzip.prompts.encode_control(model.tokenizer, prompt_of(model).separator)
+        said = kvzip.prompts.text_of(model.tokenizer, [*ids, last])  # ids: the cache's
+        end = kvzip.prompts.turn_close(prompt_of(model))
+        close = kvzip.prompts.encode_control(model.tokenizer, end, before=said)
         cache = kvzip.extend(model, cache, torch.tensor([last, *close]))  # prompt_of: kvzip.prefilling
 
     Raises: TypeError for another kind of cache; ValueError if its layers, heads, widths, dtype or length are not the

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -48,10 +49,7 @@ def prefill(
     check_kind(model, Model)
     check_text_or_ids(context, "context")
     check_count(chunk, "chunk")
-    before = prefix_text(model, system=system, instruction=instruction, template=template)
-    ids = context_ids(model, context, before=before)
-    opening = context[:OPENING] if isinstance(context, str) else ""
-    prefix = prefix_ids(model, system=system, instruction=instruction, template=template, context=opening)
+    prefix, ids = encode(model, context, system=system, instruction=instruction, template=template)
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
     token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
@@ -97,6 +95,23 @@ def dense_bytes(model: Model, length: int) -> int:
     """Returns the bytes of a dense cache of `length` tokens; window layers hold their window at most."""
     rows = sum(length if spec.window is None else min(spec.window, length) for spec in model.config.layers)
     return 2 * rows * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize
+
+
+def encode(
+    model: Model,
+    context: str | Int64[Tensor, " S"],
+    *,
+    system: str | None = None,
+    instruction: str | None = None,
+    template: bool = True,
+) -> tuple[list[int], Int64[Tensor, " S"]]:
+    """Returns the ids in front of a context and the context's, of a text those of both as one text.
+
+    Raises: as `prefix_ids` and `context_ids` do.
+    """
+    turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
+    ids = context_ids(model, context, before=prefix_text(model, **turn))
+    return prefix_ids(model, **turn, context=context[:OPENING] if isinstance(context, str) else ""), ids
 
 
 def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str = "") -> Int64[Tensor, " S"]:

@@ -294,8 +294,6 @@ def _note_of(path: Path) -> dict[str, Any] | None:
         note = read_header(path).get("note")
     except ValueError as error:
         raise _no_checkpoint(path, str(error)) from error
-    if not isinstance(note, dict):
-        raise _no_checkpoint(path, "its note is no object")
     return note
 
 

@@ -1205,3 +1205,25 @@ def test_advice_names_packages_that_exist() -> None:
     pages = [*root.glob("kvzip/**/*.py"), *root.glob("docs/*.md"), root / "README.md", *root.glob("examples/*.py")]
     assert len(pages) > 50
     assert [path for path in pages if re.search(r"install '?\"?kvzip", path.read_text(encoding="utf-8"))] == []
+
+
+def test_a_document_and_its_prefix_are_encoded_as_one_text(document: Path, tmp_path: Path) -> None:
+    """With a vocabulary that joins the space before a word with it, also where that is the prefix's last."""
+    directory = write_model(tmp_path / "spaced", vocab_size=260)
+    vocabulary = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    first, second = "\u0120", document.read_text(encoding="utf-8").lstrip()[0]  # a space, as this vocabulary writes it
+    free = next(name for name in vocabulary["model"]["vocab"] if name not in {first, second} and name >= "\u0130")
+    names = vocabulary["model"]["vocab"]
+    names[first + second] = names.pop(free)
+    vocabulary["model"]["merges"] = [[first, second]]
+    (directory / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    template = random_model.TEMPLATE.replace("'|>' + m['content']", "'|> ' + m['content']")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    model = kvzip.load(directory, device="cpu")
+    whole = kvzip.prefill(model, document.read_text(encoding="utf-8"))
+    assert whole.token_ids[whole.start] == names[first + second]
+    for words in ([], ["--segment", 100]):
+        out = tmp_path / f"{len(words)}.kvz"
+        assert call("compress", document, "-m", directory, "--device", "cpu", "-o", out, *words).exit_code == 0
+        made = kvzip.load_cache(out)
+        assert made.start == whole.start and made.token_ids.tolist() == whole.token_ids.tolist()

@@ -236,8 +236,7 @@ def _at_once(
 
     begun = time.monotonic()
     chosen = None if heads is None else head_scores.load(heads, model=model)
-    ids = prefilling.context_ids(model, text)
-    prefix = prefilling.prefix_ids(model, **prompt)
+    prefix, ids = prefilling.encode(model, text, **prompt)
     read.append(len(ids))
     _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
     if chosen is not None and len(ids):
@@ -254,7 +253,7 @@ def _at_once(
     progress = stage("reading the document")
     progress(0, len(prefix) + len(ids))
     step = PREFILL_CHUNK[model.device.type == "cuda"]
-    dense = prefilling.prefill(model, ids, **prompt, chunk=step, progress=progress)
+    dense = prefilling.prefill(model, text, **prompt, chunk=step, progress=progress)
     seconds["prefill"] = time.monotonic() - begun
     begun = time.monotonic()
     if chosen is None:
@@ -317,8 +316,8 @@ def _in_segments(
 
     begun = time.monotonic()
     partial = _partial(output)
-    ids = prefilling.context_ids(model, text)
-    prefix = prefilling.prefix_ids(model, **{name: options[name] for name in ("system", "instruction", "template")})
+    turn = {name: options[name] for name in ("system", "instruction", "template")}
+    prefix, ids = prefilling.encode(model, text, **turn)
     read.append(len(ids))
     _check_length(model, ids, prefix, chunk=options["chunk"], chat=options["template"])
     full = _full_bytes(model, len(prefix) + len(ids))
@@ -329,7 +328,7 @@ def _in_segments(
     progress = stage("reading and compressing")
     progress(done, len(ids))
     try:
-        small = streaming.prefill_compressed(model, ids, ratio, **options, checkpoint=partial, progress=progress)
+        small = streaming.prefill_compressed(model, text, ratio, **options, checkpoint=partial, progress=progress)
     except ValueError as error:
         if not partial.exists():
             raise

@@ -20,6 +20,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     found: dict[str, Any] = {}
     monkeypatch.setattr(kvzip.evals, "run_eval", lambda model, **given: found.update(given) or True)
     monkeypatch.setattr(evaluate, "load_model", lambda stage, name, **given: SimpleNamespace(name=name))
+    monkeypatch.setattr(evaluate, "find_model", lambda name: tmp_path)
     monkeypatch.chdir(tmp_path)
     yield found
 

@@ -373,6 +373,8 @@ def test_every_stage_sees_the_ids_of_the_whole_text(kind: str, source: str, monk
     assert cache.token_ids.tolist() + query_ids(model, cache, [QUERY], template=True)[0] == first
     for context in (DOC, iter(DOC), iter([DOC[:9], DOC[9:]])):
         assert kvzip.prefill_compressed(model, context, 0.5).token_ids.tolist() == cache.token_ids.tolist()
+    source_of = kvzip.head_scores.make(model, DOC).sources[0]
+    assert source_of.tokens == cache.length - cache.start
     text = (" " if source == INST else "") + ANSWER
     answer = prompts.encode_text(model.tokenizer, text, before=prompts.text_of(model.tokenizer, first))
     monkeypatch.setattr(conversation_module, "generate", lambda *args, **options: Answer(ANSWER, answer, "stop"))
