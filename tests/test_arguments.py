@@ -14,7 +14,7 @@ WALK = r"""
 import itertools, json, sys, tempfile
 import torch
 import kvzip, random_model
-from kvzip import head_scores, scores
+from kvzip import evals, head_scores, scores
 
 model = random_model.make(random_model.config())
 dense = kvzip.score(model, kvzip.prefill(model, "Call me Ishmael."))
@@ -52,6 +52,7 @@ functions = {
     "head_scores.to_duo_attention": (head_scores.to_duo_attention, HEADS, PATH),
     "head_scores.from_duo_attention": (head_scores.from_duo_attention, PATH),
     "head_scores.fingerprint_of": (head_scores.fingerprint_of, MODEL),
+    "evals.compare": (evals.compare, MODEL, IDS, TEXT, NUMBER),
     "scores.attach": (scores.attach, DENSE, SCORES), "scores.combine": (scores.combine, SCORES),
     "scores.shrink": (scores.shrink, RAGGED, NUMBER), "scores.save": (scores.save, CACHE, PATH),
     "scores.load": (scores.load, PATH, CACHE), "scores.plot": (scores.plot, SCORES, NUMBER),
@@ -59,7 +60,7 @@ functions = {
 found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
 several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
-           "head_scores.shipped": {0: ["text"]}}
+           "head_scores.shipped": {0: ["text"]}, "evals.compare": {2: ["texts"]}}
 for name, (function, *kinds) in functions.items():
     for place, kind in enumerate(kinds):
         if kind is None:

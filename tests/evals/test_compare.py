@@ -61,6 +61,14 @@ def test_a_ratio_of_any_type_is_compared_at(model: kvzip.Model, comparison: Comp
     assert not step, "it is refused before the document is read"
 
 
+def test_one_text_is_one_question_and_one_end(model: kvzip.Model, comparison: Comparison) -> None:
+    (first, *_) = comparison.answers
+    end = "".join(reversed(first.full.text))
+    assert end not in first.full.text
+    (pair,) = compare(model, TEXT, QUERIES[0], 0.2, max_tokens=6, stop=end).answers
+    assert (pair.query, pair.full, pair.small) == (first.query, first.full, first.small)
+
+
 @pytest.mark.parametrize("template", [True, False])
 def test_probabilities_of_an_answer_lead_decoding_to_it(model: kvzip.Model, template: bool) -> None:
     cache = kvzip.prefill(model, TEXT, template=template)
