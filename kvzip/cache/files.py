@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_mapping
 from ..version import VERSION as LIBRARY
 
 VERSION = (3, 0)  # of the format: another major version cannot be read, a newer minor one can
@@ -129,6 +130,7 @@ def write_file(
     Raises: FileExistsError for a file that is there, unless it is one of kvzip's and `overwrite`; TypeError for a note
         that JSON cannot hold; ValueError for one that is too long; OSError.
     """
+    check_mapping(note, "note")
     path = Path(path)
     check_target(path, overwrite=overwrite)
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # each aligned, for who maps it

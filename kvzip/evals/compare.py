@@ -119,8 +119,8 @@ def compare(
         compress and generate raise.
     Source: the comparison script of the authors' implementation.
     """
-    if method not in available:
-        raise ValueError(f"expected a method among {sorted(available)}, got {method!r}")
+    if not isinstance(method, str) or method not in available:
+        raise ValueError(f"expected a method among {sorted(available)}, got {method!r}: pass one of them")
     how, ratio = available[method], checks.kept_ratio(ratio)
     questions = checks.check_texts(questions, "questions")
     step = on_step or (lambda what: None)

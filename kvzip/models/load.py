@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_path
+from ..checks import check_dtype, check_mapping, check_path, check_text
 from ..hub import resolve
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, check_integer
@@ -62,6 +62,9 @@ def load(
     the `hub` extra.
     """
     check_path(source, "source")
+    check_dtype(dtype)
+    check_text(chat_template, "chat_template")
+    check_mapping(template_options, "template_options")
     directory = resolve(source)
     path = directory / "config.json"
     if not path.exists():
