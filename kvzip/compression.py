@@ -328,7 +328,7 @@ def _pack(
                 f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
             )
         if bits is not None:
-            _check_finite([layers[n] for n in scored], keep, scores.start)
+            _check_finite([layers[n] for n in scored], keep, scores)
     del keys
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     try:
@@ -348,15 +348,15 @@ def _pack(
     return tuple(context)
 
 
-def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], start: int) -> None:
+def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], scores: Scores) -> None:
     """Raises ValueError for a kept pair that is not finite, which no scale fits: one pass, one wait for the device."""
     ends = torch.stack([torch.stack(x.aminmax()) for layer in layers for x in (layer.k, layer.v)])
     for n in set((~ends.isfinite()).any(1).nonzero()[:, 0].floor_divide(2).tolist()):
-        layer, mask = layers[n], torch.nn.functional.pad(keep[n], (start, 0), value=True)
+        layer, mask = layers[n], torch.nn.functional.pad(keep[n], (scores.start, 0), value=True)
         if not (layer.k[0][mask].isfinite().all() and layer.v[0][mask].isfinite().all()):
             raise ValueError(
-                f"expected finite keys and values to pack into bits, got inf or NaN in scored layer {n}: check the "
-                "forward pass that made them; the cache is intact"
+                f"expected finite keys and values to pack into bits, got inf or NaN in layer {scores.layers[n]}: check "
+                "the forward pass that made them; the cache is intact"
             )
 
 

@@ -59,7 +59,7 @@ def load(
 
     Raises: FileNotFoundError for a missing directory or file; ValueError for an unknown name, or a config or
     weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
-    the `hub` extra.
+    huggingface_hub; TypeError for options of another kind.
     """
     check_path(source, "source")
     check_dtype(dtype)
