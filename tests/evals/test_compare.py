@@ -84,12 +84,13 @@ def test_probabilities_of_an_answer_lead_decoding_to_it(model: kvzip.Model, temp
 def test_probabilities_count_the_tail(model: kvzip.Model, kind: str) -> None:
     cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), 0.6)
     longer = kvzip.extend(model, cache, " and more") if kind == "extended" else kvzip.ask(model, cache, "how?")[1]
-    before = [x.clone() for x in longer.tail.k]
+    before, moved = [x.clone() for x in longer.tail.k], []
     for query in QUERIES:
         ids = kvzip.generate(model, longer, query, max_tokens=6).token_ids
         p = answer_probabilities(model, longer, query, ids)
         assert p.argmax(-1).tolist() == ids
-        assert not torch.allclose(p, answer_probabilities(model, cache, query, ids), atol=1e-3)
+        moved.append(answer_probabilities(model, cache, query, ids).argmax(-1).tolist() != ids)
+    assert any(moved), "without its tail a cache says something else"
     assert all(torch.equal(a, b) for a, b in zip(longer.tail.k, before, strict=True))
     with pytest.raises(ValueError, match="token ids in"):
         answer_probabilities(model, cache, QUERIES[0], [model.config.vocab_size])
