@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 import kvzip
 import random_model
 from kvzip import generation, prompts
-from kvzip.evals.compare import answer_probabilities
+from kvzip.evals.comparison import answer_probabilities
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x"]

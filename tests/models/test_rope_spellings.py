@@ -103,9 +103,7 @@ def assert_same_frequencies(family: str, ours: ModelConfig, config: PreTrainedCo
     for spec in ours.layers:
         inverse, factor = expected["full_attention" if spec.window is None else "sliding_attention"]
         got = inverse_frequencies(spec.rope, ours.head_dim, "cpu")
-        apart = (
-            got - inverse
-        ).abs() / inverse  # a few units of the last place: products in another order
+        apart = (got - inverse).abs() / inverse  # a few units of the last place: products in another order
         assert (apart <= 8 * torch.finfo(torch.float32).eps).all(), (spec.rope, got, inverse)
         assert spec.rope.attention_factor == factor
 

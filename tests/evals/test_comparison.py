@@ -11,7 +11,7 @@ from rich.console import Console
 import kvzip
 import random_model
 from kvzip import Answer
-from kvzip.evals.compare import (
+from kvzip.evals.comparison import (
     AnswerPair,
     Change,
     Comparison,
