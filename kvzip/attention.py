@@ -18,7 +18,7 @@ Factors = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C] of `ops.score`."""
 
 _ROWS_PER_BLOCK = 512  # query rows of a block where logits are held in memory
-_FEW_KEYS = 64  # more than any CPU has in a vector, see `_with_nan`
+_FEW_KEYS = 64  # more than a vector register of any CPU holds; only with fewer `_with_nan` is needed
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -425,7 +425,11 @@ def _sdpa(
 
 
 def _with_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention without a mask by torch on a CPU, which makes 0 and 0 of a row of NaN if its keys fill no vector."""
+    """Puts NaN back where torch lost it.
+
+    On a CPU it gives a query with a NaN logit an output and an lse of 0 if there are fewer keys than a vector register
+    holds. For attention without a mask.
+    """
     logits = q @ k.mT
     lost = (lse == 0) & (logits.tril() if causal else logits).isnan().any(-1)
     return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)

@@ -4,10 +4,11 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _USES = {
@@ -32,6 +33,28 @@ def check_path(value: Any, name: str) -> None:
     """Raises TypeError unless value is a path or the text of one."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"expected {name} to be a path, got {_shown(value)}: pass a str or a pathlib.Path")
+
+
+def check_mapping(value: Any, name: str) -> None:
+    """Raises TypeError unless value is None or has values by names."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise TypeError(
+            f"expected {name} to be a dict of values by their names, got {_shown(value)}: pass one, or None"
+        )
+
+
+def check_text(value: Any, name: str) -> None:
+    """Raises TypeError unless value is None or a text."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"expected {name} to be a text, got {_shown(value)}: pass a str, or None")
+
+
+def check_dtype(value: Any) -> None:
+    """Raises TypeError unless value is a dtype of real numbers that can be calculated with: of 16 bits or more."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
+        raise TypeError(
+            f"expected dtype to be a floating type of 16 bits or more, got {_shown(value)}: pass torch.bfloat16"
+        )
 
 
 def check_text_or_ids(value: Any, name: str) -> None:
@@ -120,5 +143,7 @@ def _shown(value: Any) -> str:
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if value is None:
         return "None"
+    if isinstance(value, torch.dtype):
+        return str(value)
     plain = isinstance(value, (bool, int, float, str, bytes)) and len(repr(value)) <= 40
     return f"{type(value).__name__} {value!r}" if plain else type(value).__name__

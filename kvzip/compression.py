@@ -72,9 +72,9 @@ def compress(
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     scores = cache.scores
-    bits = None if bits is None else checks.whole(bits, "bits", least=1)
+    bits = None if bits is None else checks.whole(bits, "bits")
     if bits not in (None, 8, 4):
-        raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}")
+        raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}: pass one of them")
     keep, counts = _keep(
         scores,
         ratio,
@@ -188,7 +188,7 @@ def budget_of(
             f"threshold={threshold}: pass ratio=0.3 to keep 30%"
         )
     if level not in ("pair", "layer", "uniform", "head"):
-        raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}")
+        raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}: pass one of them")
     evictable = scores.values.shape[2]
     if ratio is not None:
         fraction = checks.kept_ratio(ratio)
@@ -207,15 +207,13 @@ def budget_of(
 
 def _ends(scores: Scores, level: str, *, sink: SupportsIndex, recent: SupportsIndex) -> Bool[Tensor, " E"] | None:
     """The tokens that dropped heads keep, as DuoAttention's streaming heads do; None where there are none."""
-    sink, recent = checks.whole(sink, "sink"), checks.whole(recent, "recent")
+    sink, recent = checks.whole(sink, "sink", least=0), checks.whole(recent, "recent", least=0)
     if not sink and not recent:
         return None
     if level != "head":
         raise ValueError(
             f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
         )
-    if min(sink, recent) < 0:
-        raise ValueError(f"expected sink and recent of 0 tokens or more, got sink={sink} and recent={recent}")
     token = torch.arange(scores.values.shape[2], device=scores.values.device)
     return (token < sink) | (token >= len(token) - recent)
 
@@ -225,20 +223,30 @@ def _forced(
 ) -> Bool[Tensor, "L H E"] | None:
     """The pairs kept whatever their score, or None where there are none."""
     evictable, min_rows = scores.values.shape[2], checks.whole(min_rows, "min_rows")
-    if not protect and not min_rows:
+    spans = protected_spans(protect, evictable)
+    if not spans and not min_rows:
         return None
     if not 0 <= min_rows <= evictable:
-        raise ValueError(f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}")
+        raise ValueError(
+            f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}: no head has more rows to keep"
+        )
     forced = ops.select_uniform_count(scores.values, count=min_rows, nan=nan)
-    for start, stop in protected_spans(protect, evictable):
+    for start, stop in spans:
         forced[:, :, start:stop] = True
     return forced
 
 
 def protected_spans(protect: Sequence[tuple[int, int]], evictable: int | None) -> list[tuple[int, int]]:
     """Returns the spans of `compress(protect=)`, checked. `evictable`: how many context tokens there are, if known."""
+    try:
+        listed = list(protect)
+    except TypeError:
+        raise TypeError(
+            "expected protect to list (start, stop) pairs of context tokens, got "
+            f"{type(protect).__name__}: protect=[(0, 9)]"
+        ) from None
     spans = []
-    for span in protect:
+    for span in listed:
         try:
             start, stop = (checks.whole(end, "a token") for end in span)
         except (TypeError, ValueError) as error:
@@ -320,7 +328,7 @@ def _pack(
                 f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
             )
         if bits is not None:
-            _check_finite([layers[n] for n in scored], keep, scores.start)
+            _check_finite([layers[n] for n in scored], keep, scores)
     del keys
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     try:
@@ -340,15 +348,15 @@ def _pack(
     return tuple(context)
 
 
-def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], start: int) -> None:
+def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], scores: Scores) -> None:
     """Raises ValueError for a kept pair that is not finite, which no scale fits: one pass, one wait for the device."""
     ends = torch.stack([torch.stack(x.aminmax()) for layer in layers for x in (layer.k, layer.v)])
     for n in set((~ends.isfinite()).any(1).nonzero()[:, 0].floor_divide(2).tolist()):
-        layer, mask = layers[n], torch.nn.functional.pad(keep[n], (start, 0), value=True)
+        layer, mask = layers[n], torch.nn.functional.pad(keep[n], (scores.start, 0), value=True)
         if not (layer.k[0][mask].isfinite().all() and layer.v[0][mask].isfinite().all()):
             raise ValueError(
-                f"expected finite keys and values to pack into bits, got inf or NaN in scored layer {n}: check the "
-                "forward pass that made them; the cache is intact"
+                f"expected finite keys and values to pack into bits, got inf or NaN in layer {scores.layers[n]}: check "
+                "the forward pass that made them; the cache is intact"
             )
 
 

@@ -21,7 +21,7 @@ from .checks import check_kind, check_text_or_ids, check_texts
 from .generation import Answer, generate, query_ids
 from .models import Model, run_attention
 from .ops import Quantized
-from .prefilling import check_count, check_length, context_ids, prompt_of, tokenizer_of
+from .prefilling import check_length, context_ids, prompt_of, tokenizer_of
 from .scoring import check_choice, check_fingerprint, plus_factors, repeats
 
 FOLDED = "+fold"  # in a cache's method: not all pairs of its turns were kept
@@ -43,7 +43,7 @@ def extend(
     check_kind(model, Model)
     check_kind(cache, DenseCache, RaggedCache)
     check_text_or_ids(text, "text")
-    check_count(chunk, "chunk")
+    chunk = checks.whole(chunk, "chunk", least=1)
     check_fingerprint(model, cache.fingerprint)
     ids = _following(model, cache, text) if isinstance(text, str) else context_ids(model, text)
     if len(ids) == 0:
@@ -154,7 +154,7 @@ def fold(
     """
     check_kind(model, Model)
     check_kind(cache, DenseCache, RaggedCache)
-    check_count(chunk, "chunk")
+    chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
     check_choice("context", method)
     check_fingerprint(model, cache.fingerprint)
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache

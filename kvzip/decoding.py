@@ -38,11 +38,7 @@ class Decoder:
     def __init__(self, model: Model, cache: DenseCache | RaggedCache, *, batch: int = 1, tail: int = 512) -> None:
         check_kind(model, Model)
         check_kind(cache, DenseCache, RaggedCache)
-        batch, tail = checks.whole(batch, "batch"), checks.whole(tail, "tail")
-        if batch < 1 or tail < 1:
-            raise ValueError(
-                f"expected a batch and a tail of at least 1, got {batch} and {tail}: they count questions and tokens"
-            )
+        batch, tail = checks.whole(batch, "batch", least=1), checks.whole(tail, "tail", least=1)
         check_fingerprint(model, cache.fingerprint)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
         cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache

@@ -148,9 +148,7 @@ def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCac
 
 def _options(max_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> tuple[int, float, float, int]:
     """The options as plain numbers, and a seed drawn where there is none."""
-    max_tokens = checks.whole(max_tokens, "max_tokens")
-    if max_tokens < 1:
-        raise ValueError(f"expected max_tokens of at least 1, got {max_tokens}: an answer has a token")
+    max_tokens = checks.whole(max_tokens, "max_tokens", least=1)
     temperature, top_p = (
         checks.number(x, name, finite=False) for x, name in ((temperature, "temperature"), (top_p, "top_p"))
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .cache import DenseCache, Scores, check_whole, global_layers, read_header
 from .cache.files import open_file, printable, read_tensor, refusing, write_file
-from .checks import check_kind, check_path, check_text_or_ids
+from .checks import check_kind, check_path, check_text_or_ids, check_texts
 from .models import Model
 from .prefilling import Progress, encode, prefill
 from .scoring import score
@@ -107,9 +107,9 @@ def make(
         check_text_or_ids(one, "text")
     if not texts:
         raise ValueError("expected at least one text to make head scores from, got none")
-    names = [f"text {n + 1}" for n in range(len(texts))] if names is None else list(names)
+    names = [f"text {n + 1}" for n in range(len(texts))] if names is None else check_texts(names, "names")
     if len(names) != len(texts):
-        raise ValueError(f"expected a name for each of {len(texts)} texts, got {len(names)}")
+        raise ValueError(f"expected names for each of {len(texts)} texts, got {len(names)}: pass as many")
     contexts = [encode(model, one, template=template)[1] for one in texts]
     total, done = 2 * sum(map(len, contexts)), 0
 

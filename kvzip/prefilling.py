@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, prompts
 from .attention import new_layers, prefill_attend
 from .cache import DenseCache, explain_out_of_memory
-from .checks import check_kind, check_text_or_ids, check_texts
+from .checks import check_kind, check_text, check_text_or_ids
 from .models import Model, run_attention
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def prefill(
     """
     check_kind(model, Model)
     check_text_or_ids(context, "context")
-    check_count(chunk, "chunk")
+    chunk = checks.whole(chunk, "chunk", least=1)
     prefix, ids = encode(model, context, system=system, instruction=instruction, template=template)
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
@@ -139,7 +139,8 @@ def tokenizer_of(model: Model) -> prompts.Tokenizer:
 
 def prompt_of(model: Model, *, system: str | None = None, instruction: str | None = None) -> prompts.Prompt:
     """Returns the rendered chat prompt. Raises ValueError if the model has no chat template."""
-    check_texts([text for text in (system, instruction) if text is not None], "system and instruction")
+    check_text(system, "system")
+    check_text(instruction, "instruction")
     if model.template is None:
         raise ValueError(
             f"expected a chat template, got none in {model.source}: "
@@ -187,9 +188,3 @@ def check_length(model: Model, needed: int, what: str) -> None:
             f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "
             "shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
         )
-
-
-def check_count(value: int, name: str) -> None:
-    """Raises ValueError unless value is a positive number of tokens, TypeError if it is no whole number."""
-    if checks.whole(value, name) < 1:
-        raise ValueError(f"expected {name} to be at least 1 token, got {value}: pass a positive number")

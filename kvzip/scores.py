@@ -202,7 +202,7 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
 def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None) -> "Figure":
     """Returns a figure: the fraction that each layer and head keeps at a ratio, and how the scores are distributed.
 
-    Save it with `.savefig(path)`; no window is opened. Needs matplotlib, the extra `plot`.
+    Save it with `.savefig(path)`; no window is opened. Needs matplotlib.
 
     Raises: ValueError as `compress` does; ImportError without matplotlib.
     """

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from . import prompts
+from . import checks, prompts
 from .attention import Factors, score_attend
 from .cache import (
     DenseCache,
@@ -23,7 +23,7 @@ from .cache import (
 )
 from .checks import check_kind
 from .models import Model, run_attention
-from .prefilling import Progress, check_count, check_length, context_ids, prompt_of, tokenizer_of
+from .prefilling import Progress, check_length, context_ids, prompt_of, tokenizer_of
 
 PLAIN_POSTFIX = "\n\nAnswer: "  # between a repeat prompt and the repeat, where there is no chat template
 
@@ -65,7 +65,7 @@ def score(
     """
     check_kind(model, Model)
     check_kind(cache, DenseCache)
-    check_count(chunk, "chunk")
+    chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
     check_choice(scope, method)
     check_fingerprint(model, cache.fingerprint)
     check_whole(cache)
@@ -205,9 +205,9 @@ def _wide(x: Tensor) -> torch.dtype:
 def check_choice(scope: str, method: str) -> None:
     """Raises ValueError for a scope or a method that is not known."""
     if scope not in ("context", "chunk"):
-        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}")
+        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}: pass one of them")
     if method not in ("kvzip", "kvzip+", "logit"):
-        raise ValueError(f"expected method 'kvzip', 'kvzip+' or 'logit', got {method!r}")
+        raise ValueError(f"expected method 'kvzip', 'kvzip+' or 'logit', got {method!r}: pass one of them")
 
 
 def check_fingerprint(model: Model, fingerprint: str) -> None:

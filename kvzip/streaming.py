@@ -29,7 +29,7 @@ from .cache import (
     read_header,
     save,
 )
-from .checks import check_kind, check_text_or_ids
+from .checks import check_kind, check_path, check_text_or_ids
 from .compression import protected_spans
 from .models import Model, run_attention
 from .ops import DecodeSchedule
@@ -112,9 +112,11 @@ def prefill_compressed(
     save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
     check_choice(scope, method)
     if share not in _SHARES:
-        raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}")
+        raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}: pass one of them")
     if all(spec.window is not None for spec in model.config.layers):
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
     path = None if checkpoint is None else Path(checkpoint)
     note = None if path is None else _note_of(path)
     turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}

@@ -14,7 +14,7 @@ WALK = r"""
 import itertools, json, sys, tempfile
 import torch
 import kvzip, random_model
-from kvzip import head_scores, scores
+from kvzip import evals, head_scores, scores
 
 model = random_model.make(random_model.config())
 dense = kvzip.score(model, kvzip.prefill(model, "Call me Ishmael."))
@@ -52,6 +52,7 @@ functions = {
     "head_scores.to_duo_attention": (head_scores.to_duo_attention, HEADS, PATH),
     "head_scores.from_duo_attention": (head_scores.from_duo_attention, PATH),
     "head_scores.fingerprint_of": (head_scores.fingerprint_of, MODEL),
+    "evals.compare": (evals.compare, MODEL, IDS, TEXT, NUMBER),
     "scores.attach": (scores.attach, DENSE, SCORES), "scores.combine": (scores.combine, SCORES),
     "scores.shrink": (scores.shrink, RAGGED, NUMBER), "scores.save": (scores.save, CACHE, PATH),
     "scores.load": (scores.load, PATH, CACHE), "scores.plot": (scores.plot, SCORES, NUMBER),
@@ -59,7 +60,7 @@ functions = {
 found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
 several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
-           "head_scores.shipped": {0: ["text"]}}
+           "head_scores.shipped": {0: ["text"]}, "evals.compare": {2: ["texts"]}}
 for name, (function, *kinds) in functions.items():
     for place, kind in enumerate(kinds):
         if kind is None:
@@ -79,6 +80,52 @@ for name, (function, *kinds) in functions.items():
             whole = said.startswith(("TypeError: expected ", "ValueError: expected ")) and ", got " in said
             if not (whole and ": " in said.partition(", got ")[2]):
                 found.append(f"{name} argument {place} {label}: {said[:300]}")
+counts = {"zero": 0, "less": -1, "float": 2.5, "text": "a", "None": None, "true": True, "list": [1]}
+hints = {label: value for label, value in counts.items() if label != "zero"}
+choices = {"text": "nothing", "list": ["pair"], "number": 3, "None": None}
+notes = {"number": 5, "text": "a", "pairs": [("a", 1)], "bytes": b"a"}
+models = {"number": 5, "text": "a", "cache": dense, "type": kvzip.Model}
+spans = {"number": 3, "text": "ab", "None": None, "numbers": [1, 2], "empty": [()], "floats": [(0.0, 1.0)],
+         "back": [(3, 2)], "tensor": torch.tensor([[3, 2]]), "no axis": torch.tensor(3)}
+options = {
+    "load": {"dtype": {"text": "float32", "integers": torch.int32, "number": 5, "None": None,
+                       "narrow": torch.float8_e4m3fn, "complex": torch.complex64},
+             "chat_template": {"number": 5, "bytes": b"x", "list": ["x"]}, "template_options": notes},
+    "prefill": {"chunk": counts, "system": notes | {"text": 3}, "instruction": {"list": ["a"], "number": 3}},
+    "score": {"chunk": counts, "hint": hints, "scope": choices, "method": choices},
+    "fold": {"chunk": counts, "hint": hints, "method": choices},
+    "extend": {"chunk": counts},
+    "compress": {"protect": spans, "level": choices, "min_rows": hints, "sink": hints, "recent": hints,
+                 "bits": {label: value for label, value in counts.items() if value is not None}},
+    "prefill_compressed": {"checkpoint": {"number": 3, "bytes": b"x"}, "protect": spans, "chunk": counts,
+                           "hint": hints, "scope": choices, "method": choices, "share": choices, "segment": counts},
+    "save": {"note": notes, "model": models, "score_bits": counts | choices},
+    "load_cache": {"model": models}, "scores.save": {"note": notes}, "head_scores.save": {"note": notes},
+    "head_scores.make": {"names": {"number": 3, "numbers": [3], "several": ["a", "b"], "bytes": b"a"},
+                         "chunk": counts, "scope": choices},
+    "generate": {"max_tokens": counts, "stop": {"number": 3, "numbers": [3], "empty": ""}},
+    "Decoder": {"batch": counts, "tail": counts},
+    "ask": {"max_tokens": counts},
+    "evals.compare": {"method": choices, "max_tokens": counts, "stop": {"number": 3, "numbers": [3], "empty": ""}},
+}
+answered = kvzip.ask(model, small, "Who?", max_tokens=2)[1]
+kvzip.save(dense, path)
+for name, named in options.items():
+    function, *kinds = functions[name]
+    arguments = [answered if name == "fold" and kind is CACHE else good[kind][0] for kind in kinds]
+    arguments += ["Who?"] if name == "evals.compare" and len(arguments) < 3 else []
+    for option, values in named.items():
+        for label, value in values.items():
+            calls += 1
+            try:
+                function(*arguments, **{option: value})
+                said = "nothing"
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            whole = said.startswith(("TypeError: expected ", "ValueError: expected ")) and ", got " in said
+            expected, _, got = said.partition(", got ")
+            if not (whole and option in expected and ": " in got):
+                found.append(f"{name} {option}= {label}: {said[:300]}")
 print(json.dumps({"calls": calls, "found": found, "names": sorted(functions), "all": kvzip.__all__}))
 """
 
@@ -94,7 +141,7 @@ def walked():
 
 def test_every_public_function_says_what_it_expected(walked):
     assert walked["found"] == []
-    assert walked["calls"] > 500
+    assert walked["calls"] > 1000
 
 
 def test_no_public_function_is_left_out(walked):

@@ -84,7 +84,7 @@ def test_a_decoder_must_fit(model, small):
     other = replace(small, token_ids=small.token_ids.clone())
     with pytest.raises(ValueError, match="this model and cache"):
         kvzip.generate(model, other, "x", decoder=decoder, max_tokens=2)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="batch to be at least 1, got 0: pass"):
         kvzip.Decoder(model, small, batch=0)
     with pytest.raises(ValueError, match="questions of 1 to 20 tokens"):
         decoder.read([[1] * 21])

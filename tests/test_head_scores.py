@@ -293,7 +293,7 @@ def test_what_duo_attention_has_no_room_for_is_refused(model, tmp_path):
 def test_bad_input_is_named(model, plain, made):
     with pytest.raises(ValueError, match="at least one text"):
         head_scores.make(model, [])
-    with pytest.raises(ValueError, match="a name for each of 3 texts, got 1"):
+    with pytest.raises(ValueError, match="names for each of 3 texts, got 1"):
         head_scores.make(model, TEXTS, names=["one"])
     with pytest.raises(ValueError, match="at least one token"):
         head_scores.make(model, [TEXTS[0], ""])
@@ -310,7 +310,7 @@ def test_bad_input_is_named(model, plain, made):
     cache = head_scores.attach(kvzip.prefill(plain, DOCUMENT), made)
     with pytest.raises(ValueError, match="level 'head' with sink and recent, got 'pair'"):
         kvzip.compress(cache, 0.5, sink=4)
-    with pytest.raises(ValueError, match="0 tokens or more, got sink=4 and recent=-1"):
+    with pytest.raises(ValueError, match="recent to be at least 0, got -1: pass"):
         kvzip.compress(cache, 0.5, level="head", sink=4, recent=-1)
     broken = replace(made, values=made.values.clone().fill_(torch.nan))
     with pytest.raises(ValueError, match="without NaN"):

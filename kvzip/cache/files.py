@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_mapping
 from ..version import VERSION as LIBRARY
 
 VERSION = (3, 0)  # of the format: another major version cannot be read, a newer minor one can
@@ -38,7 +39,7 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LIMIT = 1 << 24  # bytes of a header: JSON takes some twenty times as much when it is parsed
 _AXES, _LONGEST = 8, 1 << 40  # of a tensor's shape
-_ROW = 509  # words of 8 bytes: a prime, so that what is exchanged in even steps meets other words
+_ROW = 509  # words of 8 bytes, whose columns are summed: a prime, so that blocks that change places change columns
 _PIECE = 1024 * 8 * _ROW  # bytes, about 4 MiB, that are read and summed at a time: a processor's cache holds them
 _NONE = "0" * 16  # in place of a checksum that is not known yet
 _MESSAGE = 300  # characters
@@ -129,6 +130,7 @@ def write_file(
     Raises: FileExistsError for a file that is there, unless it is one of kvzip's and `overwrite`; TypeError for a note
         that JSON cannot hold; ValueError for one that is too long; OSError.
     """
+    check_mapping(note, "note")
     path = Path(path)
     check_target(path, overwrite=overwrite)
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # each aligned, for who maps it

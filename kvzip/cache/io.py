@@ -87,6 +87,8 @@ def save(
         raise ValueError(f"expected score_bits of 32 or 8, got {score_bits}: 32 is exact")
     tensors, header = _describe(cache, score_bits)
     if model is not None:
+        if not isinstance(model, Origin):
+            raise TypeError(f"expected a model that kvzip.load made, got {type(model).__name__}: pass the cache's own")
         reason = foreign(cache.fingerprint, model.fingerprint)
         if reason:
             raise ValueError(f"expected the model that made the cache, got another: {reason}")

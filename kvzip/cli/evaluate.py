@@ -379,7 +379,7 @@ def compare(
     text, _ = documents.read([document])
     find_model(model)
     from ..evals import compare as compared
-    from ..evals.compare import render, unchanged
+    from ..evals.comparison import render, unchanged
 
     with stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)

@@ -1,14 +1,12 @@
 """Evaluation: how much quality is left at which ratio, against other methods, with real eviction."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .tasks import GROUPS, TASKS, Example, Question, Request
 
 if TYPE_CHECKING:
-    from .compare import Comparison, compare
+    from .comparison import Comparison, compare
     from .methods import METHODS, Method
     from .report import write_report
     from .run import run_eval
@@ -28,24 +26,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Comparison": "compare",
+    "Comparison": "comparison",
     "METHODS": "methods",
     "Method": "methods",
-    "compare": "compare",
+    "compare": "comparison",
     "run_eval": "run",
     "write_report": "report",
 }
-
-
-class _Package(ModuleType):
-    """Its `compare` is the function: importing the module of that name does not put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -12,17 +12,13 @@ LARGEST = 2**31 - 1
 MOST_LAYERS = 10_000
 ROPE = "the RoPE parameters (of config.json, or rope=)"
 
-HF_KEYS = {  # of ModelConfig's and RopeSpec's fields that config.json calls otherwise
+_HF_KEYS = {  # of ModelConfig's fields that config.json calls otherwise
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "layers": "num_hidden_layers",
     "norm_eps": "rms_norm_eps",
     "attn_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
     "max_length": "max_position_embeddings, as RoPE scaling stretches it,",
-    "window": "sliding_window",
-    "theta": "rope_theta",
-    "original_length": "original_max_position_embeddings",
 }
 
 
@@ -143,10 +139,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "max_length", *(() if self.warn_length is None else ("warn_length",))):
-            check_integer(HF_KEYS.get(name, name), getattr(self, name))
+            check_integer(_HF_KEYS.get(name, name), getattr(self, name))
         caps = [name for name in ("attn_softcap", "logit_softcap") if getattr(self, name) is not None]
         for name in ("norm_eps", "embed_scale", "attn_scale", *caps):
-            check_number(HF_KEYS.get(name, name), getattr(self, name), above=0.0)
+            check_number(_HF_KEYS.get(name, name), getattr(self, name), above=0.0)
         for name in ("tied", "qkv_bias", "o_bias", "qk_norm", "post_norms"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"expected {name} to be True or False, got {_shown(getattr(self, name))}")

@@ -92,7 +92,7 @@ def _rope(rope: RopeSpec) -> Mapping[str, object]:
 
 
 def _canonical(value: object) -> object:
-    """A number as a float, that 50 and 50.0 are one."""
+    """A number as a float: 50 and 50.0 in a config are the same arithmetic."""
     return float(value) if isinstance(value, (int, float)) else value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_path
+from ..checks import check_dtype, check_mapping, check_path, check_text
 from ..hub import resolve
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, check_integer
@@ -59,9 +59,12 @@ def load(
 
     Raises: FileNotFoundError for a missing directory or file; ValueError for an unknown name, or a config or
     weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
-    the `hub` extra.
+    huggingface_hub; TypeError for options of another kind.
     """
     check_path(source, "source")
+    check_dtype(dtype)
+    check_text(chat_template, "chat_template")
+    check_mapping(template_options, "template_options")
     directory = resolve(source)
     path = directory / "config.json"
     if not path.exists():

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from .. import prompts
 from ..prompts import ChatTemplate, Tokenizer
+from .fields import read_mapping
 from .files import read_json
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -67,24 +68,27 @@ def read_vocabulary(
     settings = read_json(directory / "tokenizer_config.json")
     path = directory / "tokenizer.json"
     document = read_json(path)
-    kind = _class_of(settings, config, document)
     try:
+        kind = _class_of(settings, config, document)
         named, extra, added = _merge(directory, settings, document, _CLASSES.get(kind or "", {}))
+        source = _template_source(directory, settings) if template is None else template
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            "expected tokens as Transformers writes them in tokenizer_config.json, special_tokens_map.json, "
-            f"added_tokens.json and tokenizer.json of {directory}, got {error!r}: fetch them again"
+            "expected tokens and a chat template as Transformers writes them in tokenizer_config.json, "
+            "special_tokens_map.json, added_tokens.json, tokenizer.json, chat_template.json and chat_template.jinja of "
+            f"{directory}, got {error!r}: fetch them again"
         ) from error
     names = {name: str(token.content) for name, token in named.items()}
-    source = template if template is not None else _template_source(directory, settings)
     chat = ChatTemplate(source, tokens=names, options=dict(options or {})) if source else None
-    if not document:
+    if not path.exists():
         return Vocabulary(None, chat, names)
     try:
         raw = _rebuilt(document, kind, settings, names) if kind else _Tokenizer.from_str(json.dumps(document))
         _add(raw, [*added, *named.values(), *extra], special={*names.values()})
     except Exception as error:  # `tokenizers` raises no type of its own
-        raise ValueError(f"expected a tokenizer in {path}, got one that cannot be built ({error})") from error
+        raise ValueError(
+            f"expected a tokenizer in {path}, got one that cannot be built ({error}): fetch it again"
+        ) from error
     raw.no_truncation()  # a file may keep how texts were cut and padded for training
     raw.no_padding()
     return Vocabulary(prompts.make_tokenizer(raw, template=chat, rows=rows), chat, names)
@@ -97,12 +101,12 @@ def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     Transformers takes the first file that names one, so that with a fine-tune whose generation_config.json is still its
     base model's an answer runs past the end of its turn.
 
-    Raises: ValueError for an end that is no token id.
+    Raises: ValueError for an end that is no token id, or a text_config that is no object.
     """
     found: list[int] = []
     generation = read_json(directory / "generation_config.json")
-    text = config.get("text_config")
-    for name, raw in (("generation_config", generation), ("config", config), ("config", text or {})):
+    text = read_mapping(config, "text_config")
+    for name, raw in (("generation_config", generation), ("config", config), ("config", text)):
         ends = raw.get("eos_token_id")
         for end in ends if isinstance(ends, list) else [ends]:
             if end is not None and (type(end) is not int or end < 0):
@@ -226,4 +230,7 @@ def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if isinstance(source, Mapping):
         source = source.get("default")
-    return source if source is not None else read_json(directory / "chat_template.json").get("chat_template")
+    source = source if source is not None else read_json(directory / "chat_template.json").get("chat_template")
+    if source is not None and not isinstance(source, str):
+        raise TypeError(f"a chat template of type {type(source).__name__}")
+    return source

@@ -138,12 +138,11 @@ def read_weights(
         if EMBED in found and HEAD in found:
             config = replace(config, tied=_same(found[EMBED], found[HEAD], dtype))
         if config.tied:
-            found.pop(HEAD, None)
             shapes.pop(HEAD)
     missing = sorted(set(shapes) - set(found))
     if missing:
         raise ValueError(
-            f"expected {len(shapes)} tensors, got {len(found)}: {missing[0]!r} is missing "
+            f"expected {len(shapes)} tensors, got {len(shapes) - len(missing)}: {missing[0]!r} is missing "
             "from the safetensors files; is the checkpoint complete, and config.json its own?"
         )
     weights = empty_weights(config, dtype=dtype, device=device)
@@ -190,13 +189,18 @@ def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, _
 
 
 def _filled(found: Mapping[str, _Place], weights: Mapping[str, Tensor]) -> Iterator[StoredTensor]:
-    """Copies every tensor into its place, file by file, and yields it as it is stored."""
+    """Copies every tensor into its place, file by file, and yields it as it is stored.
+
+    A head that is one with the embedding in the dtype of the weights has no place of its own. It is yielded all the
+    same: the digest of a checkpoint is the same in every dtype.
+    """
     for path in dict.fromkeys(place.path for place in found.values()):
         with _opened(path) as shard:
             for short, place in found.items():
                 if place.path == path:
                     tensor = shard.get_tensor(place.name)
-                    weights[short].copy_(tensor)
+                    if short in weights:
+                        weights[short].copy_(tensor)
                     yield stored_tensor(short, tensor)
 
 

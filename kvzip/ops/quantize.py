@@ -82,7 +82,7 @@ def quantize(
     try:
         dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
         return replace(_quantize_op(x)(_rest(x, offsets, found, dtype), bits=bits, group=group), channels=found)
-    except ValueError:  # the rest is not finite, as the wait for the scales' dtype has told
+    except ValueError:  # raised for a rest that is not finite: x is not, or its spread overflows `dtype`
         if not x.isfinite().all():
             raise
     found = _widen(found, x, offsets) if channels is None else found

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +27,6 @@ MADE: dict[str, Any] = {
     "gemma3_text": tiny_models.gemma3,
     "gemma3": tiny_models.gemma3_multimodal,
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    level = (logger := logging.getLogger("transformers")).level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 def raw_of(family: str, **changes: Any) -> dict[str, Any]:

@@ -157,6 +157,19 @@ def test_the_dtype_stands_behind_the_dash_and_nothing_else_of_it(source: Path, m
     assert stretched.identity == model.identity and stretched.fingerprint != model.fingerprint
 
 
+def test_a_head_that_only_some_dtypes_tell_from_the_embedding_counts_in_all_of_them(
+    changed: Callable[[Change], Path],
+) -> None:
+    def almost(_: Any, tensors: dict[str, torch.Tensor]) -> None:
+        embed = tensors["model.embed_tokens.weight"].float()
+        tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embed, embed * (1 + 1e-5)
+
+    path = changed(almost)
+    wide, half = load(path), load(path, torch.bfloat16)
+    assert (wide.config.tied, half.config.tied) == (False, True)
+    assert wide.identity == half.identity
+
+
 ARITHMETIC: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -48,15 +47,6 @@ BASES = ("inside", "beside", "both", "absent")
 TYPES = (("rope_type",), ("type",), ("type", "rope_type"))
 EXTRA = {"finetuned": True, "attn_factor": 3.0, "short_factor": [1.0]}  # which Transformers leaves unused
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Transformers warns of every odd config, thousands of times here."""
-    level = (logger := logging.getLogger("transformers")).level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 @cache
@@ -113,8 +103,9 @@ def assert_same_frequencies(family: str, ours: ModelConfig, config: PreTrainedCo
     for spec in ours.layers:
         inverse, factor = expected["full_attention" if spec.window is None else "sliding_attention"]
         got = inverse_frequencies(spec.rope, ours.head_dim, "cpu")
-        assert torch.allclose(got, inverse, rtol=1e-5, atol=0), (spec.rope, got, inverse)
-        assert spec.rope.attention_factor == pytest.approx(factor, rel=1e-6)
+        apart = (got - inverse).abs() / inverse  # a few units of the last place: products in another order
+        assert (apart <= 8 * torch.finfo(torch.float32).eps).all(), (spec.rope, got, inverse)
+        assert spec.rope.attention_factor == factor
 
 
 def reads_by_layer_type(family: str, fields: Mapping[str, Any]) -> bool:

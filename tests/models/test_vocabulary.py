@@ -495,12 +495,43 @@ def test_a_token_beyond_the_embedding_is_refused_by_name(tmp_path: Path) -> None
         ("tokenizer_config", {"additional_special_tokens": [7]}),
         ("special_tokens_map", {"eos_token": {}}),
         ("added_tokens", {"<x>": "five"}),
+        ("tokenizer", {"model": [1]}),
+        ("tokenizer", {"model": None, "added_tokens": 5}),
+        ("tokenizer_config", {"chat_template": 5}),
+        ("tokenizer_config", {"chat_template": [{"nome": "default", "template": "x"}]}),
+        ("tokenizer_config", {"chat_template": [{"name": ["default"], "template": "x"}]}),
+        ("tokenizer_config", {"chat_template": ["a"]}),
+        ("tokenizer_config", {"chat_template": {"default": ["a"]}}),
+        ("chat_template", {"chat_template": True}),
     ],
 )
 def test_a_malformed_file_is_refused_by_name(name: str, content: Any, tmp_path: Path) -> None:
     directory = write(tmp_path, "byte level", **{name: content})
-    with pytest.raises(ValueError, match=f"{name}\\.json"):
+    with pytest.raises(ValueError, match=f"expected .*{name}\\.json.*, got .*: "):
         ours(directory)
+
+
+def test_an_empty_file_is_not_an_absent_one(tmp_path: Path) -> None:
+    directory = write(tmp_path, "byte level")
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"expected a tokenizer in .*tokenizer\.json, got"):
+        ours(directory)
+    (directory / "tokenizer.json").unlink()
+    assert ours(directory).tokenizer is None
+
+
+def test_a_template_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    directory = write(tmp_path, "byte level")
+    (directory / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"expected .*chat_template\.jinja.*, got UnicodeDecodeError.*: fetch"):
+        ours(directory)
+
+
+@pytest.mark.parametrize("text", [[1], "x", 5, True])
+def test_a_text_config_that_is_no_object_is_refused(text: Any, tmp_path: Path) -> None:
+    directory = write(tmp_path, "byte level")
+    with pytest.raises(ValueError, match=r"expected text_config in config\.json to be an object, got"):
+        stop_ids(directory, {"text_config": text}, ours(directory))
 
 
 # ---- what chat templates may count on

@@ -1,8 +1,7 @@
 """Which tensors of which files count: logits as Transformers' from the same directory, or a refusal that names why."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gemma3-multimodal": tiny_models.gemma3_multimodal,
 }
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    level = (logger := logging.getLogger("transformers")).level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

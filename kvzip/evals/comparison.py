@@ -91,18 +91,18 @@ class Comparison:
 def compare(
     model: Model,
     document: str,
-    questions: Sequence[str],
+    questions: str | Sequence[str],
     ratio: SupportsFloat,
     *,
     method: str = "kvzip",
     instruction: str | None = None,
     template: bool = True,
     max_tokens: int = 256,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     available: Mapping[str, Method] = METHODS,
     on_step: Callable[[str], object] | None = None,
 ) -> Comparison:
-    """Returns the answers to each question from the full cache of a document and from the compressed one.
+    """Returns the answers to one or more questions from the full cache of a document and from the compressed one.
 
     Each question is asked by itself, after the document alone. Probabilities are those of the full cache's answer when
     it is read by both caches, so that one changed token does not change all that follow it.
@@ -112,15 +112,17 @@ def compare(
         method: name in `available` of what scores the pairs.
         instruction: opens the user turn, before the document; only with a chat template.
         template: False lets the questions continue the document as plain text.
-        stop: texts that end an answer, as `generate` takes them.
+        stop: a text that ends an answer, or several, as `generate` takes them.
         on_step: called with what is begun, as "reading the document".
 
-    Raises: ValueError for an unknown method, and what prefill, score, compress and generate raise.
+    Raises: ValueError for an unknown method, TypeError for questions that are no texts, and what prefill, score,
+        compress and generate raise.
     Source: the comparison script of the authors' implementation.
     """
-    if method not in available:
-        raise ValueError(f"expected a method among {sorted(available)}, got {method!r}")
+    if not isinstance(method, str) or method not in available:
+        raise ValueError(f"expected a method among {sorted(available)}, got {method!r}: pass one of them")
     how, ratio = available[method], checks.kept_ratio(ratio)
+    questions = checks.check_texts(questions, "questions")
     step = on_step or (lambda what: None)
     step("reading the document")
     full, prefill_s = _timed(model, lambda: prefill(model, document, instruction=instruction, template=template))
@@ -129,9 +131,7 @@ def compare(
     small, compress_s = _timed(model, lambda: compress(scored, ratio, level=how.level))
 
     def answer(cache: DenseCache | RaggedCache, query: str) -> tuple[Answer, float]:
-        return _timed(
-            model, lambda: generate(model, cache, query, max_tokens=max_tokens, template=template, stop=tuple(stop))
-        )
+        return _timed(model, lambda: generate(model, cache, query, max_tokens=max_tokens, template=template, stop=stop))
 
     pairs = []
     for number, query in enumerate(questions, start=1):
