@@ -136,8 +136,22 @@ def test_compress_writes_what_the_library_makes(kvz: Path, small: kvzip.RaggedCa
     assert cache.kept == int(0.3 * cache.total)
     note = read_header(kvz)["note"]
     assert note["title"] == "light.txt"
-    assert note["load"] == {"max_length": None, "rope": None}
-    assert read_header(kvz)["model"] == {"source": str(model_dir), "dtype": "bfloat16"}
+    how = {"dtype": "bfloat16", "max_length": None, "rope": None}
+    assert read_header(kvz)["model"] == {"source": str(model_dir), **how} and "load" not in note
+
+
+def test_a_file_opens_with_the_rope_and_length_that_its_model_was_loaded_with(tmp_path: Path, model_dir: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+    for n, how in enumerate([{"rope": rope, "max_length": 5000}, {"max_length": 5000}, {"rope": rope}]):
+        made, path = kvzip.load(model_dir, device="cpu", **how), tmp_path / f"{n}.kvz"
+        kvzip.save(kvzip.prefill(made, TEXT), path, model=made)
+        opened, cache = kvzip.open(path, device="cpu")
+        assert (opened.config, opened.rope, opened.max_length) == (made.config, made.rope, made.max_length)
+        kvzip.save(cache, path, model=opened, overwrite=True)
+        assert read_header(path)["model"] == {"dtype": "bfloat16", "source": str(model_dir), **_NO_HOW, **how}
+
+
+_NO_HOW = {"rope": None, "max_length": None}
 
 
 def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: kvzip.Model) -> None:

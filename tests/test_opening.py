@@ -70,7 +70,7 @@ def test_a_file_opens_with_its_model_in_its_dtype(model, path, loads):
 
 def test_what_the_caller_says_stands_in_place_of_what_the_file_says(path, loads):
     rope, other = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, {"rope_type": "default"}
-    rewrite(path, lambda header: header["note"].update(load={"max_length": 999, "rope": rope}))
+    rewrite(path, lambda header: header["model"].update(max_length=999, rope=rope))
     kvzip.open(path)
     assert loads.pop()[1] == {"device": None, "rope": rope, "max_length": 999, "dtype": torch.float32}
     kvzip.open(path, model="org/new", rope=other, max_length=5, dtype=torch.float16, device="cpu")
@@ -102,14 +102,38 @@ def test_a_file_does_not_choose_what_is_fetched(path, loads, hub, monkeypatch, s
         kvzip.open(path)
 
 
-@pytest.mark.parametrize(
-    "source", ["", "x" * 5000, "a\nb", "\x1b[31mred", "//server/share", "\\\\server\\share", "a\0b", "\ud800"]
-)
+@pytest.mark.parametrize("source", ["", "x" * 5000, "//server/share", "\\\\server\\share"])
 def test_a_source_that_is_no_name_is_refused(path, loads, hub, source):
     rewrite(path, lambda header: header["model"].update(source=source))
     with pytest.raises(ValueError, match=r"doc\.kvz that is truncated or tampered with \(a model from") as caught:
         kvzip.open(path)
     assert str(caught.value).isprintable() and loads == [] and hub == []
+
+
+@pytest.mark.parametrize("source", ["a\nb", "\x1b[31mred", "a\0b", "\ud800", "a\x1b/b", "/\x1b[2J", "\u3000"])
+def test_what_steers_a_terminal_is_a_name_that_is_not_here(path, loads, hub, source):
+    rewrite(path, lambda header: header["model"].update(source=source))
+    with pytest.raises(FileNotFoundError, match="in a directory here or in the hub's cache, got neither") as caught:
+        kvzip.open(path)
+    assert str(caught.value).isprintable() and loads == [] and hub == []
+
+
+@pytest.mark.parametrize("name", ["mo\u3000del", "mo\xa0del", "mo\u202fdel", "mo\ndel", "mo\u202edel", "mo\x1bdel"])
+def test_a_directory_may_have_any_name(model, path, loads, name):
+    directory = path.parent / name
+    directory.mkdir()
+    kvzip.save(kvzip.load_cache(path), path, model=replace(model, source=str(directory)), overwrite=True)
+    loaded, _ = kvzip.open(path)
+    assert loaded.source == str(directory) and loads[0][0] == directory
+
+
+def test_a_note_is_the_callers_and_says_nothing_of_loading(model, path, loads):
+    how = {"max_length": 999, "rope": {"rope_type": "linear", "factor": 2.0}}
+    for note in ({"load": "fast"}, {"load": {"max_length": "long"}}, {"load": {"rope": {"rope_type": "yarn"}}}):
+        made = replace(model, source=str(path.parent / "model"), **how)
+        kvzip.save(kvzip.load_cache(path), path, model=made, note=note, overwrite=True)
+        kvzip.open(path)
+        assert loads.pop()[1] == {"device": None, "dtype": torch.float32, **how}, note
 
 
 @pytest.mark.parametrize(
@@ -121,13 +145,13 @@ def test_a_source_that_is_no_name_is_refused(path, loads, hub, source):
         {"max_length": "9"},
         {"rope": []},
         {"rope": "yarn"},
-        3,
-        [1],
+        {"dtype": 3},
+        {"dtype": ["float32"]},
     ],
     ids=str,
 )
 def test_how_a_file_would_be_loaded_is_checked(path, loads, noted):
-    rewrite(path, lambda header: header["note"].update(load=noted))
+    rewrite(path, lambda header: header["model"].update(noted))
     with pytest.raises(ValueError, match="truncated or tampered with"):
         kvzip.open(path)
     assert loads == []

@@ -52,6 +52,10 @@ class Origin(BelongsTo, Protocol):
     def source(self) -> str: ...
     @property
     def tokenizer(self) -> Any: ...
+    @property
+    def rope(self) -> Mapping[str, Any] | None: ...
+    @property
+    def max_length(self) -> int | None: ...
 
 
 def save(
@@ -69,8 +73,9 @@ def save(
 
     Args:
         note: anything that JSON can hold, for the header.
-        model: the cache's own. The header then says where it came from (a local directory by its absolute path) and
-            its dtype, under "model", and the file holds the text of each token, so that it can be read without it.
+        model: the cache's own. The header then says under "model" where it came from (a local directory by its
+            absolute path) and with which dtype, max_length and rope it was loaded, and the file holds the text of each
+            token, so that it can be read without it.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 levels (`levels.encode_levels`), a quarter of the bytes.
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -90,7 +95,12 @@ def save(
         reason = foreign(cache.fingerprint, model.fingerprint)
         if reason:
             raise ValueError(f"expected the model that made the cache, got another: {reason}")
-        header["model"] = {"source": _absolute(model.source), "dtype": str(model.dtype).removeprefix("torch.")}
+        header["model"] = {
+            "source": _absolute(model.source),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_length": model.max_length,
+            "rope": model.rope,
+        }
         if model.tokenizer is not None:
             tensors |= _pieces(model.tokenizer, cache.token_ids)
             header["pieces"] = len(tensors["pieces.ids"])
@@ -219,9 +229,11 @@ def check_header(file: OpenFile) -> dict[str, Any]:
         for key in ("scores", "model"):
             require(header.get(key) is None or isinstance(header[key], dict), f"{key} is {header.get(key)!r}")
         origin = header.get("model")
-        known = origin is None or all(isinstance(origin[key], str) for key in ("source", "dtype"))
-        require(known, f"model is {origin!r}")
-        require(origin is None or origin["dtype"] in _NAMES, f"a model in {origin!r}")
+        if origin is not None:
+            length, rope = origin.get("max_length"), origin.get("rope")
+            require(isinstance(origin["source"], str) and origin["dtype"] in _NAMES, f"model is {origin!r}")
+            require(length is None or (type(length) is int and 0 < length < 1 << 31), f"max_length is {length!r}")
+            require(rope is None or isinstance(rope, dict), f"rope is {rope!r}")
     return header
 
 

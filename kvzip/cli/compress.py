@@ -143,7 +143,6 @@ def compress(
 
     with resuming(lambda: _left(output, segment, read)), stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-        note["load"] = {"max_length": max_length, "rope": rope}
         if segment:
             full, cache = _in_segments(
                 stage,
