@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import os
 import logging
+import os
 import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

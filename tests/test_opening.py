@@ -1,15 +1,19 @@
 """A file opened with the model that it names: from here only, in its dtype, what it says checked as a caller's is."""
 
+import os
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import kvzip
 import random_model
 from kvzip import opening
+from kvzip.cli import main
 from rewritten import rewrite
 
 TEXT = "Happy families are all alike."
@@ -199,3 +203,41 @@ def test_the_command_opens_files_by_the_same_rule(path, loads, hub, monkeypatch)
     with pytest.raises(FileNotFoundError, match="does not choose what is fetched"):
         open_cache(lambda _: lambda done, total: None, path, **options)
     assert hub == []
+
+
+@pytest.mark.parametrize("command", [("ask", "Who?"), ("chat",)])
+def test_the_command_warns_of_a_length_before_it_loads_and_asks_no_hub(path, hub, monkeypatch, command):
+    def load(*_, **__):
+        raise ValueError("expected the warning first")
+
+    monkeypatch.setattr(opening, "load", load)
+    (path.parent / "model" / "config.json").write_text('{"max_position_embeddings": 4096}')
+    warning = "warning: 5,000 positions are asked for (--max-length), the model was made for 4,096"
+    for source in ("org/here", str(path.parent / "model")):
+        rewrite(path, lambda header, source=source: header["model"].update(source=source))
+        result = CliRunner().invoke(main, [command[0], str(path), *command[1:], "--max-length", "5000"])
+        told, failed = result.stderr.splitlines()
+        assert told.startswith(warning) and failed == "kvzip: expected the warning first" and hub == []
+    scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+    rewrite(path, lambda header: header["model"].update(rope=scaled))
+    result = CliRunner().invoke(main, [command[0], str(path), *command[1:], "--max-length", "5000"])
+    assert result.stderr == "kvzip: expected the warning first\n"
+
+
+def test_the_command_opens_a_file_once(path, loads, monkeypatch):
+    from kvzip.cli import info, sources
+
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments[0]) or real(*arguments))
+    assert info.file_facts(path)["kept"] and opened == [path]
+    options = {"model": None, "dtype": None, "device": None, "max_length": 64, "rope": None}
+    sources.open_cache(lambda _: lambda done, total: None, path, **options)
+    assert opened == [path, path]
+
+
+def test_a_loaded_model_takes_no_options_and_a_path_is_no_hub_id(model, path, loads, hub):
+    for options in ({"dtype": torch.float32}, {"rope": {"rope_type": "default"}, "max_length": 5}):
+        with pytest.raises(ValueError, match=f"got a Model and {', '.join(options)}: pass"):
+            kvzip.open(path, model=model, **options)
+    kvzip.open(path, model=Path("org/name"))
+    assert loads.pop()[0] == Path("org/name") and hub == []  # a Path, which `load` takes for a directory only

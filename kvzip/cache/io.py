@@ -5,7 +5,8 @@ JSON object in the file's metadata under "kvzip". Nothing is ever unpickled.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -140,8 +141,17 @@ def load_cache(
     check_path(path, "path")
     if model is not None and not isinstance(model, BelongsTo):
         raise TypeError(f"expected a model that kvzip.load made, got {type(model).__name__}: kvzip.open(path) loads it")
-    with open_file(path) as file:
+    with open_cache(path) as file:
         return read_cache(file, model=model, device=device, pairs=pairs)
+
+
+@contextmanager
+def open_cache(path: str | Path) -> Iterator[OpenFile]:
+    """Gives a file that `save` wrote, open, its header checked. Raises as `read_header` does, and for other kinds."""
+    with open_file(path) as file:
+        check_header(file)
+        check_content(file)
+        yield file
 
 
 def read_cache(
@@ -151,11 +161,9 @@ def read_cache(
     device: torch.device | str | None = None,
     pairs: bool = True,
 ) -> DenseCache | RaggedCache:
-    """Returns the cache of an open file, as `load_cache` does."""
-    header = check_header(file)
-    check_content(file)
+    """Returns the cache of a file that `open_cache` opened, as `load_cache` does."""
     if model is not None:
-        reason = foreign(header["fingerprint"], model.fingerprint)
+        reason = foreign(file.header["fingerprint"], model.fingerprint)
         if reason:
             raise ValueError(f"expected a cache of this model, got {printable(file.path.name)} of another: {reason}")
     if device is None:
@@ -165,7 +173,7 @@ def read_cache(
     largest = max((place.stop - place.start for place in file.tensors.values()), default=0)
     scratch = torch.empty(largest, dtype=torch.uint8) if elsewhere else None
     with refusing(file.path):
-        cache = _Reader(file, str(device), pairs, scratch).cache(header)
+        cache = _Reader(file, str(device), pairs, scratch).cache(file.header)
         if model is not None:
             _check_fits(cache, model)
         return cache
@@ -178,17 +186,15 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
 
     Raises: as `load_cache` does.
     """
-    with open_file(path) as file:
+    with open_cache(path) as file:
         return pieces_of(file)
 
 
 def pieces_of(file: OpenFile) -> dict[int, bytes]:
-    """Returns the pieces of an open file, as `read_pieces` does."""
-    header = check_header(file)
-    check_content(file)
+    """Returns the pieces of a file that `open_cache` opened, as `read_pieces` does."""
     with refusing(file.path):
         reader = _Reader(file)
-        return reader.pieces(header, reader.token_ids(header))
+        return reader.pieces(file.header, reader.token_ids(file.header))
 
 
 def foreign(found: str, expected: str) -> str:
@@ -204,10 +210,15 @@ def foreign(found: str, expected: str) -> str:
     return f"its fingerprint is {printable(found)!r}, the model's {expected!r}: take the model that made it"
 
 
+def is_cache(header: Mapping[str, Any]) -> bool:
+    """Returns whether a file of this header holds pairs."""
+    return header["cache"] in _CACHES
+
+
 def check_content(file: OpenFile) -> None:
     """Raises ValueError for a file that holds no cache."""
     kind = file.header["cache"]
-    if kind not in _CACHES:
+    if not is_cache(file.header):
         other = f"use {_OTHERS[kind]}" if kind in _OTHERS else "name a file that kvzip.save wrote"
         raise ValueError(f"expected a cache, got {kind!r} without pairs in {printable(file.path.name)}: {other}")
 
@@ -215,7 +226,7 @@ def check_content(file: OpenFile) -> None:
 def check_header(file: OpenFile) -> dict[str, Any]:
     """Returns the header of an open file. Raises ValueError if it is a cache's and its entries have other types."""
     header = file.header
-    if header["cache"] not in _CACHES:
+    if not is_cache(header):
         return header
     with refusing(file.path):
         for key in _COUNTS:

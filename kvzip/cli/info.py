@@ -10,7 +10,7 @@ import click
 from ..display import visible_line
 from .compress import whole_heads_line, windows_line
 from .plumbing import command, echo, put, put_json, size
-from .sources import find_model, header_of, short
+from .sources import check_ours, find_model, short
 
 if TYPE_CHECKING:
     from ..models import ModelConfig
@@ -60,20 +60,24 @@ def file_facts(path: Path) -> dict[str, Any]:
 
     Raises: FileNotFoundError; ValueError for another file, or a damaged one.
     """
-    header = header_of(path)
+    check_ours(path)
+    from ..cache import DenseCache, RaggedKV, WindowKV, nbytes
+    from ..cache.files import open_file
+    from ..cache.io import check_header, is_cache, read_cache
+
+    with open_file(path) as file:
+        header = check_header(file)
+        cache = read_cache(file, pairs=False) if is_cache(header) else None
     note, made = (value if isinstance(value := header.get(name), dict) else {} for name in ("note", "model"))
     full, heads = note.get("full_bytes"), note.get("heads")  # anyone may have written a note
     facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
     facts |= {"title": note.get("title"), "model": made or None, "fingerprint": header.get("fingerprint")}
     facts["format"] = ".".join(map(str, header["version"]))
-    if header.get("cache") not in ("RaggedCache", "DenseCache"):
+    if cache is None:
         return facts | {
             name: header[name] for name in ("family", "layers", "method", "sources", "source") if name in header
         }
     start, length, kept, total = (header[name] for name in ("start", "length", "kept", "total"))
-    from ..cache import DenseCache, RaggedKV, WindowKV, load_cache, nbytes
-
-    cache = load_cache(path, pairs=False)
     layers = []
     for n, layer in enumerate(cache.layers if isinstance(cache, DenseCache) else cache.context):
         if isinstance(layer, RaggedKV):
