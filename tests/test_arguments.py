@@ -60,7 +60,7 @@ functions = {
 found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
 several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
-           "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model"]}}
+           "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model", "None"]}}
 for name, (function, *kinds) in functions.items():
     for place, kind in enumerate(kinds):
         if kind is None:

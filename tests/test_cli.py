@@ -29,10 +29,12 @@ from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
 from kvzip.cli.plumbing import size, stages
+from kvzip.cli.sources import SHIPPED
 from kvzip.display import safe_json, visible, visible_line
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes
+from rewritten import rewrite
 
 TEXT = "The lighthouse at Cape Rouen was built in 1871. Its keeper, Ines Vautier, counted 312 steps. " * 4
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvzip.__file__).parents[1])}
@@ -1098,6 +1100,13 @@ def test_one_name_of_head_scores_means_the_same_everywhere(document: Path, model
         line = one_line(call("compress", document, "-m", model_dir, "--heads", spelled, "-o", out))
         assert "expected head scores made by this model" in line and line.endswith("kvzip heads make makes them")
         assert json.loads(call("heads", "show", spelled, "--json").stdout) == shown
+    damaged, older = document.with_name("damaged.safetensors"), document.with_name("older.safetensors")
+    data = (SHIPPED / f"{name}.safetensors").read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "tampered with (values differs from its checksum)" in one_line(call("heads", "show", damaged))
+    older.write_bytes(data)
+    rewrite(older, lambda header: header.update(version=[2, 0]))
+    assert "expected version 3.x, got 2.0 in older.safetensors" in one_line(call("heads", "show", older))
     for command in (("heads", "show", "nope"), ("compress", document, "-m", model_dir, "--heads", "nope", "-o", out)):
         assert "or one of the names gemma-3-270m, " in one_line(call(*command)), command
 

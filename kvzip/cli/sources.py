@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 DTYPES = ("bfloat16", "float16", "float32")
+SHIPPED = Path(__file__).parents[1] / "data" / "head_scores"
 
 
 def model_options(*, required: bool, about: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -216,7 +217,7 @@ def find_heads(source: str) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {path.stem: path for path in (Path(__file__).parents[1] / "data" / "head_scores").glob("*.safetensors")}
+    shipped = {path.stem: path for path in SHIPPED.glob("*.safetensors")}
     wanted = source.rstrip("/").rpartition("/")[2].lower()
     if wanted not in shipped:
         raise ValueError(
