@@ -1132,6 +1132,23 @@ def test_a_length_beyond_the_models_is_warned_of_before_the_work(
     assert told.startswith(warning) and failed == "kvzip: expected the warning first"
 
 
+def test_a_scaling_that_is_no_number_and_a_config_that_is_no_object_are_one_line(
+    document: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    base = ("compress", document, "-m", model_dir, "-o", tmp_path / "out.kvz", "--max-length", 300, "--rope")
+    for factor in ("1e999", "NaN", "-1e999", "1" + "0" * 400):
+        line = one_line(call(*base, f'{{"rope_type": "linear", "factor": {factor}}}'))
+        assert line.startswith("kvzip: expected ") and "factor" in line, line
+    for scaling in ("[" * 100_000, f'{{"factor": 1{"0" * 5000}}}', "[1]"):
+        assert "expected an object as" in call(*base, scaling).stderr
+    (tmp_path / "model").mkdir()
+    for content in (b'{"a": }', b"[1]", b"\xff", b"[" * 100_000, b'{"rope_theta": NaN}'):
+        (tmp_path / "model" / "config.json").write_bytes(content)
+        line = one_line(call("info", tmp_path / "model"))
+        assert re.match("kvzip: expected .*config.json", line) and ", got " in line, line
+        assert "config.json" in one_line(call(*base[:3], tmp_path / "model", *base[4:-1]))
+
+
 def test_a_fraction_that_is_a_percentage_is_understood_and_refused(document: Path, model_dir: Path) -> None:
     for command in (("compress", document), ("compare", document, "q"), ("bench",)):
         for given, meant in [("30", "0.3 keeps 30%"), ("1.5", "0.015 keeps 1.5%"), ("nan", "0.3 keeps"), ("x", "0.3")]:

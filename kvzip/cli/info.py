@@ -1,6 +1,5 @@
 """`kvzip info`: what a file holds, or what a model's cache takes and how much of it fits here."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,9 +119,10 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
 
     from ..cache import free_bytes
     from ..models import empty_weights, translate_config
+    from ..models.files import read_json
     from ..models.weights import named_tensors
 
-    config = translate_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    config = translate_config(read_json(directory / "config.json"))
     meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
     weights = sum(tensor.nbytes for _, tensor in named_tensors(meta))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

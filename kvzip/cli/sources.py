@@ -74,7 +74,7 @@ def _json(ctx: click.Context, option: click.Parameter, value: str | None) -> dic
         return None
     try:
         read = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or nested as deep
         read = None
     if not isinstance(read, dict):
         raise click.BadParameter('expected an object as {"rope_type": "yarn", "factor": 4.0}', ctx, option)
@@ -131,7 +131,7 @@ def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | No
         own = config["max_position_embeddings"]
         original, factor = scaling.get("original_max_position_embeddings") or own, scaling.get("factor") or 1
         limit = int(max(own, original * factor))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # load says what is wrong with it
     if positions > limit:
         say(
