@@ -28,7 +28,7 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import size, stages
+from kvzip.cli.plumbing import IN_THE_LIBRARY, size, stages
 from kvzip.cli.sources import SHIPPED
 from kvzip.display import safe_json, visible, visible_line
 from kvzip.models.llama import LAYER_NAMES
@@ -1130,6 +1130,24 @@ def test_a_length_beyond_the_models_is_warned_of_before_the_work(
     monkeypatch.setattr("kvzip.models.load", load)
     told, failed = call(*base, 5000).stderr.splitlines()
     assert told.startswith(warning) and failed == "kvzip: expected the warning first"
+
+
+def test_advice_is_what_the_command_can_do(document: Path, kvz: Path, model_dir: Path, tmp_path: Path) -> None:
+    bare = write_model(tmp_path / "bare")
+    (bare / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    base = ("compress", document, "-o", tmp_path / "out.kvz", "-m")
+    for command, advice in [
+        ((*base, bare), "for a base model pass --plain"),
+        ((*base, model_dir, "--plain", "--system", "x"), "expected no --system or --instruction with --plain, got one"),
+        (("ask", kvz, "hi", "--dtype", "float32"), "the model is float32: load the model in bfloat16"),
+    ]:
+        line = one_line(call(*command))
+        assert advice in line and not re.search(r"[a-z_]=|torch\.|False", line), line
+    source = " ".join(
+        re.sub(r'" *\n *f?"', "", path.read_text("utf-8")) for path in Path(kvzip.__file__).parent.rglob("*.py")
+    )
+    for advice in IN_THE_LIBRARY:
+        assert source.count(advice) >= 2, advice  # in the library and in the list
 
 
 def test_a_scaling_that_is_no_number_and_a_config_that_is_no_object_are_one_line(

@@ -206,7 +206,7 @@ def foreign(found: str, expected: str) -> str:
         return ""
     (identity, _, theirs), (own, _, ours) = (x.rpartition("-") for x in (found, expected))
     if identity and identity == own and theirs in _NAMES:
-        return f"its pairs are {theirs}, the model is {ours}: load the model with dtype=torch.{theirs}"
+        return f"its pairs are {theirs}, the model is {ours}: load the model in {theirs}"
     return f"its fingerprint is {printable(found)!r}, the model's {expected!r}: take the model that made it"
 
 

@@ -30,6 +30,11 @@ positive = click.IntRange(min=1)
 
 IN_THE_LIBRARY = {
     "load the model with RoPE scaling (rope=, and max_length=)": "pass RoPE scaling (--rope, and --max-length)",
+    "pass chat_template= (jinja source) to load, or template=False for a base model": "for a base model pass --plain",
+    "system or instruction with template=False": "--system or --instruction with --plain",
+    "ask with template=False, or pass another one as chat_template=": "compress with --plain",
+    "leave out system=, or pass another template as chat_template=": "leave out --system, or compress with --plain",
+    "keep less (ratio, bits=8 or 4)": "keep less (--ratio, --bits)",
     "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
 }
 """What errors of the library advise, and what that is on the command line."""
