@@ -60,7 +60,7 @@ def file_facts(path: Path) -> dict[str, Any]:
     Raises: FileNotFoundError; ValueError for another file, or a damaged one.
     """
     check_ours(path)
-    from ..cache import DenseCache, RaggedKV, WindowKV, nbytes
+    from ..cache import DenseCache, RaggedKV, WindowKV, full_nbytes, nbytes
     from ..cache.files import open_file
     from ..cache.io import check_header, is_cache, read_cache
 
@@ -68,7 +68,7 @@ def file_facts(path: Path) -> dict[str, Any]:
         header = check_header(file)
         cache = read_cache(file, pairs=False) if is_cache(header) else None
     note, made = (value if isinstance(value := header.get(name), dict) else {} for name in ("note", "model"))
-    full, heads = note.get("full_bytes"), note.get("heads")  # anyone may have written a note
+    heads = note.get("heads")  # anyone may have written a note
     facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
     facts |= {"title": note.get("title"), "model": made or None, "fingerprint": header.get("fingerprint")}
     facts["format"] = ".".join(map(str, header["version"]))
@@ -98,7 +98,7 @@ def file_facts(path: Path) -> dict[str, Any]:
         "bits": bits.pop() if bits else None,
         "chat": header["chat"],
         "scores": header["scores"] is not None,
-        "full_bytes": full if isinstance(full, int) else None,
+        "full_bytes": full_nbytes(cache),
         "cache_bytes": nbytes(cache),
         "window_layers": sum("window" in layer for layer in layers),
         "whole_heads": heads if isinstance(heads, dict) and {*heads} == {"whole", "heads", "sink", "recent"} else None,
