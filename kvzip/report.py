@@ -33,7 +33,7 @@ from .cache import (
 from .cache.io import open_cache, pieces_of, read_cache
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
-_SHOWN = ("title", "document", "model", "full_bytes")  # of a note, otherwise or in another place
+_SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
 
 
 def write_report(file: Path, out: Path) -> None:
@@ -53,12 +53,6 @@ def write_report(file: Path, out: Path) -> None:
     facts |= {"file": file.name, "fileBytes": file.stat().st_size, "title": facts["title"] or file.stem}
     with whole_file(out) as partial, open(partial, "w", encoding="utf-8", newline="\n") as written:
         written.writelines(render(facts, arrays))
-
-
-def is_page(path: Path) -> bool:
-    """Whether a file is a page of `write_report`, so that another may take its place."""
-    with path.open("rb") as file:
-        return b'<meta name="generator" content="kvzip">' in file.read(1024)
 
 
 def describe(

@@ -694,6 +694,7 @@ def test_a_document_too_long_for_memory_is_known_before_it_is_read(
 def test_files_of_others_are_left_as_they_are(document: Path, kvz: Path, model_dir: Path, tmp_path: Path) -> None:
     made = ("eval", "run", "-m", model_dir, "--task", "kv@600", "-o")
     mine = {name: tmp_path / name for name in ("a.kvz", "a.safetensors", "a.html", "a.jsonl", "report/index.html")}
+    mine["table"] = tmp_path / "report" / "table.md"  # beside the page, as in a report
     for path in mine.values():
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(
@@ -706,6 +707,7 @@ def test_files_of_others_are_left_as_they_are(document: Path, kvz: Path, model_d
         ("report", kvz, "-o", mine["a.html"]),
         (*made, mine["a.jsonl"]),
         ("eval", "report", mine["a.jsonl"], "-o", tmp_path / "report"),
+        ("eval", "report", mine["a.jsonl"], "-o", tmp_path / "report", "--force"),
     ]:
         assert one_line(call(*command)).endswith("it is left as it is"), command
     assert {path: path.read_bytes() for path in mine.values()} == before

@@ -1,9 +1,9 @@
 """What every command shares: errors on one line, what goes to which stream, and progress.
 
 Standard output is data; everything else goes to standard error. A command ends with 0, with 1 for an error of the run,
-2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible`, `visible_line` or `safe_json`, so that no text
-of a document, a file or a model steers the terminal: nothing here is printed but by `echo`, `say`, `hint`, `put` and
-`put_json`.
+2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible`, `visible_line` or `safe_json`, or, in `put`,
+was made safe by its caller, so that no text of a document, a file or a model steers the terminal: nothing here is
+printed but by `echo`, `say`, `hint`, `put` and `put_json`.
 """
 
 import errno

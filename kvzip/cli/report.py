@@ -7,7 +7,7 @@ import click
 from ..display import visible_line
 from .plumbing import command, echo, resuming, size
 from .sources import check_ours
-from .targets import check_target, force_option, say_replaced, unwritten
+from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
 
 @command(
@@ -30,7 +30,7 @@ def report(file: Path, output: Path | None, force: bool) -> None:
     output = output or file.with_suffix(".html")
     with resuming(lambda: unwritten(output)):
         check_ours(file)
-        from ..report import is_page, write_report
+        from ..report import write_report
 
         held = check_target(output, kind="page of kvzip", ours=is_page, force=force)
         write_report(file, output)
