@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .cache import DenseCache, RaggedCache, printable
-from .cache.files import open_file, refusing, require
-from .cache.io import check_content, check_header, foreign, read_cache
+from .cache.files import OpenFile, refusing, require
+from .cache.io import foreign, open_cache, read_cache
+from .checks import check_path
 from .hub import resolve
 from .models import Model, load
 
@@ -18,7 +19,7 @@ _LONGEST = 4096  # characters of a source, as of a path
 
 
 @dataclass(frozen=True)
-class Origin:
+class Maker:
     """What a file says of the model that made it: `load`'s arguments, None where it says nothing."""
 
     source: str | None
@@ -49,40 +50,64 @@ def open(
         device: where both go; None takes CUDA where there is one, else the CPU.
 
     Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names
-        none, and whatever `load_cache` and `load` refuse; OSError.
+        none, a loaded model with options to load one, and whatever `load_cache` and `load` refuse; OSError.
     """
-    with open_file(path) as file:
-        name = printable(file.path.name)
-        header = check_header(file)
-        check_content(file)
-        if isinstance(model, Model):
-            return model, read_cache(file, model=model, device=device)
-        with refusing(file.path):
-            made = origin_of(header)
-        source = made.source if model is None else str(model)
-        if source is None:
-            raise ValueError(f"expected {name} to say which model made it, got none: pass --model (in Python model=)")
-        dtype = dtype or made.dtype
-        known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        loaded = load(
-            find(source, name) if model is None else source,
-            device=device,
-            rope=made.rope if rope is None else rope,
-            max_length=made.max_length if max_length is None else max_length,
-            **known,
-        )
-        loaded = replace(loaded, source=source)
-        reason = foreign(header["fingerprint"], loaded.fingerprint)
-        if reason:
+    check_path(path, "path")
+    if isinstance(model, Model):
+        given = {"dtype": dtype, "rope": rope, "max_length": max_length}
+        names = [name for name, value in given.items() if value is not None]
+        if names:
             raise ValueError(
-                f"expected the model that made {name}, {_called(made.source, made.dtype)}, got "
-                f"{_called(source, loaded.dtype)}: {reason}"
+                f"expected a loaded model, or how to load one, got a Model and {', '.join(names)}: pass "
+                f"model=model.source, or load the model with {', '.join(names)}"
             )
-        return loaded, read_cache(file, model=loaded)
+    elif model is not None:
+        check_path(model, "model")
+    with open_cache(path) as file:
+        return read(file, model=model, dtype=dtype, device=device, rope=rope, max_length=max_length)
 
 
-def find(source: str, name: str) -> Path:
-    """Returns where the model that a file names lies on this machine. Raises FileNotFoundError if it does not."""
+def read(
+    file: OpenFile,
+    *,
+    model: str | Path | Model | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    rope: Mapping[str, Any] | None,
+    max_length: int | None,
+) -> tuple[Model, DenseCache | RaggedCache]:
+    """Returns the model and the cache of a file that `cache.io.open_cache` opened, as `open` does."""
+    if isinstance(model, Model):
+        return model, read_cache(file, model=model, device=device)
+    made = maker_of(file)
+    dtype = dtype or made.dtype
+    known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    loaded = load(
+        find(file) if model is None else model,
+        device=device,
+        rope=made.rope if rope is None else rope,
+        max_length=made.max_length if max_length is None else max_length,
+        **known,
+    )
+    if model is None and made.source is not None:
+        loaded = replace(loaded, source=made.source)
+    reason = foreign(file.header["fingerprint"], loaded.fingerprint)
+    if reason:
+        raise ValueError(
+            f"expected the model that made {printable(file.path.name)}, {_called(made.source, made.dtype)}, got "
+            f"{_called(loaded.source, loaded.dtype)}: {reason}"
+        )
+    return loaded, read_cache(file, model=loaded)
+
+
+def find(file: OpenFile) -> Path:
+    """Returns where the model that a file names lies on this machine.
+
+    Raises: FileNotFoundError if it does not; ValueError if the file names none.
+    """
+    name, source = printable(file.path.name), maker_of(file).source
+    if source is None:
+        raise ValueError(f"expected {name} to say which model made it, got none: pass --model (in Python model=)")
     try:
         return resolve(source, local_only=True)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -93,22 +118,16 @@ def find(source: str, name: str) -> Path:
         ) from error
 
 
-def origin_of(header: Mapping[str, Any]) -> Origin:
-    """Returns what a cache file's header says of its model. Raises Bad for what `load` would not take from a caller.
-
-    `kvzip.save(model=)` writes source and dtype; the command notes how it loaded the model, in the note under "load".
-    """
-    told, noted = header.get("model") or {}, header["note"].get("load") or {}
-    require(isinstance(noted, dict), f"load is {noted!r}")
-    source, rope, max_length = told.get("source"), noted.get("rope"), noted.get("max_length")
-    fits = source is None or (0 < len(source) <= _LONGEST and source.isprintable() and source[:2] not in ("//", "\\\\"))
-    require(fits, f"a model from {source!r}")
-    known = max_length is None or (type(max_length) is int and 0 < max_length < 1 << 31)
-    require(known, f"max_length is {max_length!r}")
-    require(rope is None or (isinstance(rope, dict)), f"rope is {rope!r}")
-    dtype = told.get("dtype") or header["fingerprint"].rpartition("-")[2]
+def maker_of(file: OpenFile) -> Maker:
+    """Returns what a cache file says of its model. Raises ValueError for a source that no caller would pass."""
+    told = file.header.get("model") or {}
+    source = told.get("source")
+    fits = source is None or (0 < len(source) <= _LONGEST and source[:2] not in ("//", "\\\\"))
+    with refusing(file.path):
+        require(fits, f"a model from {source!r}")
+    dtype = told.get("dtype") or file.header["fingerprint"].rpartition("-")[2]
     dtype = getattr(torch, dtype) if dtype in ("bfloat16", "float16", "float32", "float64") else None
-    return Origin(source, dtype, max_length, rope)
+    return Maker(source, dtype, told.get("max_length"), told.get("rope"))
 
 
 def _called(source: str | None, dtype: torch.dtype | None) -> str:

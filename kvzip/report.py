@@ -30,11 +30,10 @@ from .cache import (
     nbytes,
     whole_file,
 )
-from .cache.files import open_file
-from .cache.io import check_header, pieces_of, read_cache
+from .cache.io import open_cache, pieces_of, read_cache
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
-_SHOWN = ("title", "document", "model", "full_bytes")  # of a note, otherwise or in another place
+_SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
 
 
 def write_report(file: Path, out: Path) -> None:
@@ -48,18 +47,12 @@ def write_report(file: Path, out: Path) -> None:
 
     Raises: FileNotFoundError; ValueError for a file that is damaged or holds no cache; OSError.
     """
-    with open_file(file) as opened:
-        header, cache, pieces = check_header(opened), read_cache(opened, pairs=False), pieces_of(opened)
-    facts, arrays = describe(header, cache, pieces)
+    with open_cache(file) as opened:
+        cache, pieces = read_cache(opened, pairs=False), pieces_of(opened)
+    facts, arrays = describe(opened.header, cache, pieces)
     facts |= {"file": file.name, "fileBytes": file.stat().st_size, "title": facts["title"] or file.stem}
     with whole_file(out) as partial, open(partial, "w", encoding="utf-8", newline="\n") as written:
         written.writelines(render(facts, arrays))
-
-
-def is_page(path: Path) -> bool:
-    """Whether a file is a page of `write_report`, so that another may take its place."""
-    with path.open("rb") as file:
-        return b'<meta name="generator" content="kvzip">' in file.read(1024)
 
 
 def describe(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -288,7 +289,7 @@ def _note_of(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         reason = f"expected a checkpoint that can be written, got {error.strerror!r}: name a file elsewhere"
         raise type(error)(error.errno, reason, str(path)) from error
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is refused when the file is written, after the work
         return None
     if not path.is_file():
         raise ValueError(f"expected a file for the checkpoint, got {path}, which is none: name a file")

@@ -28,11 +28,13 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import size, stages
+from kvzip.cli.plumbing import IN_THE_LIBRARY, size, stages
+from kvzip.cli.sources import SHIPPED
 from kvzip.display import safe_json, visible, visible_line
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes
+from rewritten import rewrite
 
 TEXT = "The lighthouse at Cape Rouen was built in 1871. Its keeper, Ines Vautier, counted 312 steps. " * 4
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvzip.__file__).parents[1])}
@@ -136,8 +138,22 @@ def test_compress_writes_what_the_library_makes(kvz: Path, small: kvzip.RaggedCa
     assert cache.kept == int(0.3 * cache.total)
     note = read_header(kvz)["note"]
     assert note["title"] == "light.txt"
-    assert note["load"] == {"max_length": None, "rope": None}
-    assert read_header(kvz)["model"] == {"source": str(model_dir), "dtype": "bfloat16"}
+    how = {"dtype": "bfloat16", "max_length": None, "rope": None}
+    assert read_header(kvz)["model"] == {"source": str(model_dir), **how} and "load" not in note
+
+
+def test_a_file_opens_with_the_rope_and_length_that_its_model_was_loaded_with(tmp_path: Path, model_dir: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+    for n, how in enumerate([{"rope": rope, "max_length": 5000}, {"max_length": 5000}, {"rope": rope}]):
+        made, path = kvzip.load(model_dir, device="cpu", **how), tmp_path / f"{n}.kvz"
+        kvzip.save(kvzip.prefill(made, TEXT), path, model=made)
+        opened, cache = kvzip.open(path, device="cpu")
+        assert (opened.config, opened.rope, opened.max_length) == (made.config, made.rope, made.max_length)
+        kvzip.save(cache, path, model=opened, overwrite=True)
+        assert read_header(path)["model"] == {"dtype": "bfloat16", "source": str(model_dir), **_NO_HOW, **how}
+
+
+_NO_HOW = {"rope": None, "max_length": None}
 
 
 def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: kvzip.Model) -> None:
@@ -678,6 +694,7 @@ def test_a_document_too_long_for_memory_is_known_before_it_is_read(
 def test_files_of_others_are_left_as_they_are(document: Path, kvz: Path, model_dir: Path, tmp_path: Path) -> None:
     made = ("eval", "run", "-m", model_dir, "--task", "kv@600", "-o")
     mine = {name: tmp_path / name for name in ("a.kvz", "a.safetensors", "a.html", "a.jsonl", "report/index.html")}
+    mine["table"] = tmp_path / "report" / "table.md"  # beside the page, as in a report
     for path in mine.values():
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(
@@ -690,6 +707,7 @@ def test_files_of_others_are_left_as_they_are(document: Path, kvz: Path, model_d
         ("report", kvz, "-o", mine["a.html"]),
         (*made, mine["a.jsonl"]),
         ("eval", "report", mine["a.jsonl"], "-o", tmp_path / "report"),
+        ("eval", "report", mine["a.jsonl"], "-o", tmp_path / "report", "--force"),
     ]:
         assert one_line(call(*command)).endswith("it is left as it is"), command
     assert {path: path.read_bytes() for path in mine.values()} == before
@@ -1084,6 +1102,13 @@ def test_one_name_of_head_scores_means_the_same_everywhere(document: Path, model
         line = one_line(call("compress", document, "-m", model_dir, "--heads", spelled, "-o", out))
         assert "expected head scores made by this model" in line and line.endswith("kvzip heads make makes them")
         assert json.loads(call("heads", "show", spelled, "--json").stdout) == shown
+    damaged, older = document.with_name("damaged.safetensors"), document.with_name("older.safetensors")
+    data = (SHIPPED / f"{name}.safetensors").read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "tampered with (values differs from its checksum)" in one_line(call("heads", "show", damaged))
+    older.write_bytes(data)
+    rewrite(older, lambda header: header.update(version=[2, 0]))
+    assert "expected version 3.x, got 2.0 in older.safetensors" in one_line(call("heads", "show", older))
     for command in (("heads", "show", "nope"), ("compress", document, "-m", model_dir, "--heads", "nope", "-o", out)):
         assert "or one of the names gemma-3-270m, " in one_line(call(*command)), command
 
@@ -1107,6 +1132,41 @@ def test_a_length_beyond_the_models_is_warned_of_before_the_work(
     monkeypatch.setattr("kvzip.models.load", load)
     told, failed = call(*base, 5000).stderr.splitlines()
     assert told.startswith(warning) and failed == "kvzip: expected the warning first"
+
+
+def test_advice_is_what_the_command_can_do(document: Path, kvz: Path, model_dir: Path, tmp_path: Path) -> None:
+    bare = write_model(tmp_path / "bare")
+    (bare / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    base = ("compress", document, "-o", tmp_path / "out.kvz", "-m")
+    for command, advice in [
+        ((*base, bare), "for a base model pass --plain"),
+        ((*base, model_dir, "--plain", "--system", "x"), "expected no --system or --instruction with --plain, got one"),
+        (("ask", kvz, "hi", "--dtype", "float32"), "the model is float32: load the model in bfloat16"),
+    ]:
+        line = one_line(call(*command))
+        assert advice in line and not re.search(r"[a-z_]=|torch\.|False", line), line
+    source = " ".join(
+        re.sub(r'" *\n *f?"', "", path.read_text("utf-8")) for path in Path(kvzip.__file__).parent.rglob("*.py")
+    )
+    for advice in IN_THE_LIBRARY:
+        assert source.count(advice) >= 2, advice  # in the library and in the list
+
+
+def test_a_scaling_that_is_no_number_and_a_config_that_is_no_object_are_one_line(
+    document: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    base = ("compress", document, "-m", model_dir, "-o", tmp_path / "out.kvz", "--max-length", 300, "--rope")
+    for factor in ("1e999", "NaN", "-1e999", "1" + "0" * 400):
+        line = one_line(call(*base, f'{{"rope_type": "linear", "factor": {factor}}}'))
+        assert line.startswith("kvzip: expected ") and "factor" in line, line
+    for scaling in ("[" * 100_000, f'{{"factor": 1{"0" * 5000}}}', "[1]"):
+        assert "expected an object as" in call(*base, scaling).stderr
+    (tmp_path / "model").mkdir()
+    for content in (b'{"a": }', b"[1]", b"\xff", b"[" * 100_000, b'{"rope_theta": NaN}'):
+        (tmp_path / "model" / "config.json").write_bytes(content)
+        line = one_line(call("info", tmp_path / "model"))
+        assert re.match("kvzip: expected .*config.json", line) and ", got " in line, line
+        assert "config.json" in one_line(call(*base[:3], tmp_path / "model", *base[4:-1]))
 
 
 def test_a_fraction_that_is_a_percentage_is_understood_and_refused(document: Path, model_dir: Path) -> None:

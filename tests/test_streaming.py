@@ -679,6 +679,7 @@ def test_a_checkpoint_that_cannot_be_written_hides_no_error_and_leaves_the_older
         ("n" * 250, OSError, "expected a checkpoint that can be written, got 'File name too long'"),
         ("/proc/state.kvz", OSError, "expected a checkpoint that can be written, got '"),
         ("/dev/null", ValueError, "expected a file for the checkpoint, got /dev/null"),
+        ("link", ValueError, "expected a file for the checkpoint, got .*link, which is none: name a file"),
         ("file", ValueError, "expected a checkpoint of prefill_compressed, got file, which is left as it is"),
         ("cache.kvz", ValueError, r"got cache.kvz, which is left as it is \(its note holds no settings of a run\)"),
         ("heads", ValueError, r"got heads, which is left as it is \(its note holds no settings of a run\)"),
@@ -693,9 +694,11 @@ def test_a_place_for_a_checkpoint_is_refused_before_any_work(place, error, messa
     made = kvzip.head_scores.HeadScores(torch.ones(2, 2), (0, 1), "", "", "", ())
     kvzip.head_scores.save(made, tmp_path / "heads", note={"ratio": 0.5})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "state.kvz")
     monkeypatch.setattr(streaming, "run_attention", lambda *_: pytest.fail("it went to work"))
     with pytest.raises(error, match=message):
         kvzip.prefill_compressed(model, TEXT, 0.5, checkpoint=tmp_path / place)
+    (tmp_path / "link").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -271,11 +271,10 @@ def _read_head(path: Path, raw: FileIO) -> tuple[dict[str, Any], dict[str, Store
     table = _object(head.decode())
     metadata = table.pop("__metadata__", None)
     try:
-        assert isinstance(metadata, dict)
         header = _object(metadata["kvzip"])
         major, minor = header["version"]
-        assert all(type(n) is int and 0 <= n < 1000 for n in (major, minor))
-    except (AssertionError, Bad, KeyError, TypeError, ValueError) as error:
+        require(all(type(n) is int and 0 <= n < 1000 for n in (major, minor)), f"version {header['version']!r}")
+    except (Bad, KeyError, TypeError, ValueError) as error:
         raise Refused(f"expected a file written by kvzip.save, got {name} without its header: name another") from error
     if major != VERSION[0]:
         remedy = "read it with the version of kvzip that wrote it"

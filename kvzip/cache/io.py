@@ -5,7 +5,8 @@ JSON object in the file's metadata under "kvzip". Nothing is ever unpickled.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -52,6 +53,10 @@ class Origin(BelongsTo, Protocol):
     def source(self) -> str: ...
     @property
     def tokenizer(self) -> Any: ...
+    @property
+    def rope(self) -> Mapping[str, Any] | None: ...
+    @property
+    def max_length(self) -> int | None: ...
 
 
 def save(
@@ -69,8 +74,9 @@ def save(
 
     Args:
         note: anything that JSON can hold, for the header.
-        model: the cache's own. The header then says where it came from (a local directory by its absolute path) and
-            its dtype, under "model", and the file holds the text of each token, so that it can be read without it.
+        model: the cache's own. The header then says under "model" where it came from (a local directory by its
+            absolute path) and with which dtype, max_length and rope it was loaded, and the file holds the text of each
+            token, so that it can be read without it.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 levels (`levels.encode_levels`), a quarter of the bytes.
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -92,7 +98,12 @@ def save(
         reason = foreign(cache.fingerprint, model.fingerprint)
         if reason:
             raise ValueError(f"expected the model that made the cache, got another: {reason}")
-        header["model"] = {"source": _absolute(model.source), "dtype": str(model.dtype).removeprefix("torch.")}
+        header["model"] = {
+            "source": _absolute(model.source),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_length": model.max_length,
+            "rope": model.rope,
+        }
         if model.tokenizer is not None:
             tensors |= _pieces(model.tokenizer, cache.token_ids)
             header["pieces"] = len(tensors["pieces.ids"])
@@ -132,8 +143,17 @@ def load_cache(
     check_path(path, "path")
     if model is not None and not isinstance(model, BelongsTo):
         raise TypeError(f"expected a model that kvzip.load made, got {type(model).__name__}: kvzip.open(path) loads it")
-    with open_file(path) as file:
+    with open_cache(path) as file:
         return read_cache(file, model=model, device=device, pairs=pairs)
+
+
+@contextmanager
+def open_cache(path: str | Path) -> Iterator[OpenFile]:
+    """Gives a file that `save` wrote, open, its header checked. Raises as `read_header` does, and for other kinds."""
+    with open_file(path) as file:
+        check_header(file)
+        check_content(file)
+        yield file
 
 
 def read_cache(
@@ -143,11 +163,9 @@ def read_cache(
     device: torch.device | str | None = None,
     pairs: bool = True,
 ) -> DenseCache | RaggedCache:
-    """Returns the cache of an open file, as `load_cache` does."""
-    header = check_header(file)
-    check_content(file)
+    """Returns the cache of a file that `open_cache` opened, as `load_cache` does."""
     if model is not None:
-        reason = foreign(header["fingerprint"], model.fingerprint)
+        reason = foreign(file.header["fingerprint"], model.fingerprint)
         if reason:
             raise ValueError(f"expected a cache of this model, got {printable(file.path.name)} of another: {reason}")
     if device is None:
@@ -157,7 +175,7 @@ def read_cache(
     largest = max((place.stop - place.start for place in file.tensors.values()), default=0)
     scratch = torch.empty(largest, dtype=torch.uint8) if elsewhere else None
     with refusing(file.path):
-        cache = _Reader(file, str(device), pairs, scratch).cache(header)
+        cache = _Reader(file, str(device), pairs, scratch).cache(file.header)
         if model is not None:
             _check_fits(cache, model)
         return cache
@@ -170,17 +188,15 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
 
     Raises: as `load_cache` does.
     """
-    with open_file(path) as file:
+    with open_cache(path) as file:
         return pieces_of(file)
 
 
 def pieces_of(file: OpenFile) -> dict[int, bytes]:
-    """Returns the pieces of an open file, as `read_pieces` does."""
-    header = check_header(file)
-    check_content(file)
+    """Returns the pieces of a file that `open_cache` opened, as `read_pieces` does."""
     with refusing(file.path):
         reader = _Reader(file)
-        return reader.pieces(header, reader.token_ids(header))
+        return reader.pieces(file.header, reader.token_ids(file.header))
 
 
 def foreign(found: str, expected: str) -> str:
@@ -192,14 +208,19 @@ def foreign(found: str, expected: str) -> str:
         return ""
     (identity, _, theirs), (own, _, ours) = (x.rpartition("-") for x in (found, expected))
     if identity and identity == own and theirs in _NAMES:
-        return f"its pairs are {theirs}, the model is {ours}: load the model with dtype=torch.{theirs}"
+        return f"its pairs are {theirs}, the model is {ours}: load the model in {theirs}"
     return f"its fingerprint is {printable(found)!r}, the model's {expected!r}: take the model that made it"
+
+
+def is_cache(header: Mapping[str, Any]) -> bool:
+    """Returns whether a file of this header holds pairs."""
+    return header["cache"] in _CACHES
 
 
 def check_content(file: OpenFile) -> None:
     """Raises ValueError for a file that holds no cache."""
     kind = file.header["cache"]
-    if kind not in _CACHES:
+    if not is_cache(file.header):
         other = f"use {_OTHERS[kind]}" if kind in _OTHERS else "name a file that kvzip.save wrote"
         raise ValueError(f"expected a cache, got {kind!r} without pairs in {printable(file.path.name)}: {other}")
 
@@ -207,7 +228,7 @@ def check_content(file: OpenFile) -> None:
 def check_header(file: OpenFile) -> dict[str, Any]:
     """Returns the header of an open file. Raises ValueError if it is a cache's and its entries have other types."""
     header = file.header
-    if header["cache"] not in _CACHES:
+    if not is_cache(header):
         return header
     with refusing(file.path):
         for key in _COUNTS:
@@ -221,9 +242,11 @@ def check_header(file: OpenFile) -> dict[str, Any]:
         for key in ("scores", "model"):
             require(header.get(key) is None or isinstance(header[key], dict), f"{key} is {header.get(key)!r}")
         origin = header.get("model")
-        known = origin is None or all(isinstance(origin[key], str) for key in ("source", "dtype"))
-        require(known, f"model is {origin!r}")
-        require(origin is None or origin["dtype"] in _NAMES, f"a model in {origin!r}")
+        if origin is not None:
+            length, rope = origin.get("max_length"), origin.get("rope")
+            require(isinstance(origin["source"], str) and origin["dtype"] in _NAMES, f"model is {origin!r}")
+            require(length is None or (type(length) is int and 0 < length < 1 << 31), f"max_length is {length!r}")
+            require(rope is None or isinstance(rope, dict), f"rope is {rope!r}")
     return header
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..display import visible
 from .plumbing import check_text, command, echo, hint, positive, put_json, stages, stdin_lines
-from .sources import find_model, model_options, open_cache, short, warn_of_length
+from .sources import model_options, open_cache, short
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,14 +81,10 @@ def ask(
     if not asked:
         raise click.UsageError("expected a question, got none with text in it")
     begun = time.monotonic()
-    if model is not None:
-        find_model(model)
     with stages() as stage:
         loaded, cache, _ = open_cache(
             stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
         )
-    if max_length is not None:
-        warn_of_length(find_model(loaded.source), max_length, rope=rope)
     from ..generation import generate
 
     load_s, begun = time.monotonic() - begun, time.monotonic()

@@ -14,7 +14,7 @@ from ..display import visible_line
 from .ask import answer_options, follow
 from .compress import RATIO, SUFFIX
 from .plumbing import check_text, command, echo, explain, hint, say, size, stages, stdin_lines
-from .sources import find_model, model_options, open_cache, title_of, warn_of_length
+from .sources import model_options, open_cache, title_of
 from .targets import check_target, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
@@ -58,14 +58,10 @@ def chat(
     Each question sees those before it. /help lists the commands. Lines may also come from a pipe. The file does not
     change; /save writes another one.
     """
-    if model is not None:
-        find_model(model)
     with stages() as stage:
         loaded, cache, header = open_cache(
             stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
         )
-    if max_length is not None:
-        warn_of_length(find_model(loaded.source), max_length, rope=rope)
     from ..cache import DenseCache, as_ragged
     from ..conversation import ask
 

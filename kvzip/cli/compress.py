@@ -143,16 +143,16 @@ def compress(
 
     with resuming(lambda: _left(output, segment, read)), stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
-        note["load"] = {"max_length": max_length, "rope": rope}
         if segment:
-            full, cache = _in_segments(
+            assert ratio is not None  # no other budget goes with --segment
+            cache = _in_segments(
                 stage,
                 loaded,
                 text,
                 output,
                 seconds,
                 read,
-                ratio=ratio or RATIO,
+                ratio=ratio,
                 segment=segment,
                 **scoring,
                 **prompt,
@@ -164,7 +164,7 @@ def compress(
                 "threshold": threshold,
                 "bits": int(bits) if bits else None,
             }
-            full, cache = _at_once(
+            cache = _at_once(
                 stage,
                 loaded,
                 text,
@@ -180,7 +180,6 @@ def compress(
             )
         stage(f"writing {output.name}")
         note["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-        note["full_bytes"] = full
         save(cache, output, note=note, model=loaded, score_bits=8, overwrite=bool(held))
     say_replaced(output, held)
     _report(output, cache, note, as_json)
@@ -189,13 +188,9 @@ def compress(
 def _left(output: Path, segment: int | None, read: list[int]) -> str:
     """What to say after Ctrl-C."""
     partial = _partial(output)
-    if segment is None:
-        useful = _segment_for(read[0]) if read else None
-        more = f", or with --segment {useful}, which can go on where it stopped" if useful else ""
-        return unwritten(output) + more
-    if partial.exists():
+    if segment is not None and partial.exists():
         return f"what is done is in {partial}: the same command goes on from there"
-    useful = _segment_for(read[0]) if read and segment >= read[0] else None
+    useful = _segment_for(read[0]) if read and (segment is None or segment >= read[0]) else None
     return unwritten(output) + (f", or with --segment {useful}, which can go on where it stopped" if useful else "")
 
 
@@ -211,7 +206,7 @@ def _partial(output: Path) -> Path:
 def _stem(sources: tuple[str, ...]) -> str:
     if sources[0] == "-":
         return "stdin"
-    name = documents.title_of(sources[0])
+    name = documents.name_of(sources[0])
     return name.rpartition(".")[0] or name
 
 
@@ -229,8 +224,8 @@ def _at_once(
     heads: Path | None,
     ends: tuple[int | None, int | None],
     prompt: dict[str, Any],
-) -> "tuple[int, RaggedCache]":
-    """The full cache's bytes, and the compressed cache by way of it."""
+) -> "RaggedCache":
+    """The compressed cache by way of the full one."""
     from .. import compression, head_scores, prefilling
     from .. import scoring as scorer
 
@@ -245,7 +240,7 @@ def _at_once(
         share = min(1.0, (kept["whole"] + 0.5) / kept["heads"])
         how |= {"budget": None, "ratio": share, "level": "head", "sink": kept["sink"], "recent": kept["recent"]}
         note["heads"] = kept
-    whole = _full_bytes(model, len(prefix) + len(ids))
+    whole = prefilling.dense_bytes(model, len(prefix) + len(ids))
     _check_memory(model, whole, len(ids))
     if how["ratio"] is not None:
         packing = 1 if how["bits"] is None else how["bits"] / (8 * model.dtype.itemsize)
@@ -267,14 +262,7 @@ def _at_once(
     stage("dropping the others")
     small = compression.compress(dense, **how, consume=True)
     seconds["compress"] = time.monotonic() - begun
-    return whole, small
-
-
-def _full_bytes(model: "Model", tokens: int) -> int:
-    """The bytes of the full cache of so many tokens, prefix included, as `cache.nbytes` counts them."""
-    from .. import prefilling
-
-    return prefilling.dense_bytes(model, tokens) + 8 * tokens  # and the ids
+    return small
 
 
 def _whole_heads(
@@ -290,7 +278,7 @@ def _whole_heads(
     sink, recent = (own if own is not None else of for own, of in zip(ends, (scores.sink, scores.recent), strict=True))
     heads, rest = scores.values.numel(), min(tokens, sink + recent)
     budget = how["budget"] if how["budget"] is not None else how["ratio"] * tokens  # tokens a head, on average
-    if rest > budget or rest == tokens > budget:
+    if rest > budget:
         raise ValueError(
             f"expected room for the first {sink} and the last {recent} tokens in every head, which are "
             f"{rest / tokens:.1%} of {tokens:,} tokens, got room for {budget / tokens:.1%}: keep more (-r), or lower "
@@ -310,8 +298,8 @@ def _in_segments(
     *,
     ratio: float,
     **options: Any,
-) -> "tuple[int, RaggedCache]":
-    """The bytes that a full cache would have, and the compressed cache, made a segment at a time."""
+) -> "RaggedCache":
+    """The compressed cache, made a segment at a time."""
     from .. import prefilling, streaming
 
     begun = time.monotonic()
@@ -320,8 +308,7 @@ def _in_segments(
     prefix, ids = prefilling.encode(model, text, **turn)
     read.append(len(ids))
     _check_length(model, ids, prefix, chunk=options["chunk"], chat=options["template"])
-    full = _full_bytes(model, len(prefix) + len(ids))
-    check_space(output, int(ratio * full))
+    check_space(output, int(ratio * prefilling.dense_bytes(model, len(prefix) + len(ids))))
     done = _done(partial)
     if partial.exists():
         hint(f"going on with {partial}, {done:,} of {len(ids):,} tokens are done")
@@ -334,7 +321,7 @@ def _in_segments(
             raise
         raise ValueError(f"{error} (or delete {partial} to begin anew)") from error
     seconds["compress"] = time.monotonic() - begun
-    return full, small
+    return small
 
 
 def _done(partial: Path) -> int:
@@ -384,10 +371,10 @@ def _check_memory(model: "Model", needed: int, tokens: int) -> None:
 
 
 def _report(output: Path, cache: "RaggedCache", note: dict[str, Any], as_json: bool) -> None:
-    from ..cache import nbytes
+    from ..cache import WindowKV, full_nbytes, nbytes
 
     name, ratio = visible_line(str(output)), cache.kept / cache.total
-    windows = [layer for layer in cache.context if not hasattr(layer, "offsets")]
+    windows = [layer for layer in cache.context if isinstance(layer, WindowKV)]
     facts = {
         "file": str(output),
         "title": note["title"],
@@ -398,7 +385,7 @@ def _report(output: Path, cache: "RaggedCache", note: dict[str, Any], as_json: b
         "method": cache.method,
         "layers": len(cache.context),
         "window_layers": len(windows),
-        "full_bytes": note["full_bytes"],
+        "full_bytes": full_nbytes(cache),
         "cache_bytes": nbytes(cache),
         "file_bytes": output.stat().st_size,
         "seconds": note["seconds"],

@@ -40,7 +40,7 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
             parts.append((source, _decoded(path.read_bytes(), source)))  # read once: it may be a pipe
         else:
             raise FileNotFoundError(f"expected a document, got no file or directory {source}")
-    title = ", ".join(map(title_of, sources))
+    title = ", ".join(map(name_of, sources))
     text = (
         parts[0][1]
         if len(parts) == 1
@@ -51,7 +51,7 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
     return text, title
 
 
-def title_of(source: str) -> str:
+def name_of(source: str) -> str:
     """Returns what a document is called: the name of its file, without a directory."""
     path = Path(source)
     if source == "-" or path.is_fifo():

@@ -30,7 +30,7 @@ from .plumbing import (
     stages,
 )
 from .sources import find_model, load_model, model_options
-from .targets import check_target, force_option, say_replaced, unwritten
+from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
 UNFINISHED = 75
 """Exit code of an evaluation whose time limit left work for the next run."""
@@ -276,7 +276,9 @@ def report(results: tuple[Path, ...], out: Path, force: bool) -> None:
     held = ""
     if out.is_dir():
         check_target(out / "table.md", kind="report")
-        held = check_target(out / "index.html", kind="report", ours=_has_table, force=force)
+        held = check_target(
+            out / "index.html", kind="report", ours=lambda path: is_page(path, by="kvzip eval"), force=force
+        )
     else:
         check_target(out, kind="report", ours=lambda path: False)
     from ..evals import write_report
@@ -291,11 +293,6 @@ def report(results: tuple[Path, ...], out: Path, force: bool) -> None:
         for path in made:
             echo(visible_line(str(path.replace(out / path.name))))
     say_replaced(out / "index.html", held)
-
-
-def _has_table(page: Path) -> bool:
-    """Whether a page is that of a report, which has its table beside it."""
-    return page.with_name("table.md").is_file()
 
 
 @evaluate.command(

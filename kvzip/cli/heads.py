@@ -9,7 +9,7 @@ import click
 from ..display import visible_line
 from . import documents
 from .plumbing import Group, echo, positive, put, put_json, resuming, stages
-from .sources import find_heads, find_model, load_model, model_options, short
+from .sources import SHIPPED, find_heads, find_model, load_model, model_options, short
 from .targets import check_target, force_option, is_kvzip_file, say_replaced, tensors_of, unwritten
 
 
@@ -90,44 +90,33 @@ def show(source: str, as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    header, values = read_scores(find_heads(source))
+    facts, values = read_scores(find_heads(source))
     if as_json:
-        put_json({"values": values} | {name: header[name] for name in ("layers", "family", "method", "sink", "recent")})
+        put_json({"values": values} | facts)
         return
     table = Table("layer", *(f"head {n}" for n in range(len(values[0]))), box=None, pad_edge=False)
     highest = max(map(max, values)) or 1.0
-    for layer, row in zip(header["layers"], values, strict=True):
+    for layer, row in zip(facts["layers"], values, strict=True):
         cells = [Text(f"{x:.3f}", style="bold" if x > highest / 2 else "dim" if x < highest / 10 else "") for x in row]
         table.add_row(str(layer), *cells)
     put(table)
 
 
 def read_scores(path: Path) -> tuple[dict[str, Any], list[list[float]]]:
-    """Returns what a file of head scores says of itself, and the scores of each layer's heads, without torch.
+    """Returns facts of a file of head scores, and the scores of each layer's heads. Raises as `head_scores.load` does.
 
-    Raises: ValueError as `head_scores.load` does, which reads what is not as expected here.
+    Those that come with the library are read without torch, which takes seconds; any other file is checked whole.
     """
-    header, entries, begin = tensors_of(path)
-    heads = 0
-    try:
-        layers, heads = entries["values"]["shape"]
-        first, last = entries["values"]["data_offsets"]
-        whole = (
-            header["cache"] == "HeadScores"
-            and entries["values"]["dtype"] == "F32"
-            and last - first == 4 * layers * heads > 0
-            and len(header["layers"]) == layers
-            and all(type(n) is int for n in (*header["layers"], header["sink"], header["recent"]))
-            and type(header["family"]) is type(header["method"]) is str
-        )
-        with path.open("rb") as file:
-            file.seek(begin + first)
-            flat = struct.unpack(f"<{layers * heads}f", file.read(4 * layers * heads)) if whole else ()
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, struct.error):
-        flat = ()
-    if flat:
-        return header, [list(flat[n : n + heads]) for n in range(0, len(flat), heads)]
-    from ..head_scores import load
+    if path.parent != SHIPPED:
+        from ..head_scores import load
 
-    load(path)  # says what is wrong with it
-    raise ValueError(f"expected whole head scores, got {path.name} that is damaged")
+        scores = load(path)
+        return {name: getattr(scores, name) for name in _FACTS}, scores.values.tolist()
+    header, entries, begin = tensors_of(path)
+    _, heads = entries["values"]["shape"]
+    first, last = entries["values"]["data_offsets"]
+    rows = struct.iter_unpack(f"<{heads}f", path.read_bytes()[begin + first : begin + last])
+    return {name: header[name] for name in _FACTS}, [list(row) for row in rows]
+
+
+_FACTS = ("layers", "family", "method", "sink", "recent")

@@ -1,6 +1,5 @@
 """`kvzip info`: what a file holds, or what a model's cache takes and how much of it fits here."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import click
 from ..display import visible_line
 from .compress import whole_heads_line, windows_line
 from .plumbing import command, echo, put, put_json, size
-from .sources import find_model, header_of, short
+from .sources import check_ours, find_model, short
 
 if TYPE_CHECKING:
     from ..models import ModelConfig
@@ -60,20 +59,24 @@ def file_facts(path: Path) -> dict[str, Any]:
 
     Raises: FileNotFoundError; ValueError for another file, or a damaged one.
     """
-    header = header_of(path)
+    check_ours(path)
+    from ..cache import DenseCache, RaggedKV, WindowKV, full_nbytes, nbytes
+    from ..cache.files import open_file
+    from ..cache.io import check_header, is_cache, read_cache
+
+    with open_file(path) as file:
+        header = check_header(file)
+        cache = read_cache(file, pairs=False) if is_cache(header) else None
     note, made = (value if isinstance(value := header.get(name), dict) else {} for name in ("note", "model"))
-    full, heads = note.get("full_bytes"), note.get("heads")  # anyone may have written a note
+    heads = note.get("heads")  # anyone may have written a note
     facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
     facts |= {"title": note.get("title"), "model": made or None, "fingerprint": header.get("fingerprint")}
     facts["format"] = ".".join(map(str, header["version"]))
-    if header.get("cache") not in ("RaggedCache", "DenseCache"):
+    if cache is None:
         return facts | {
             name: header[name] for name in ("family", "layers", "method", "sources", "source") if name in header
         }
     start, length, kept, total = (header[name] for name in ("start", "length", "kept", "total"))
-    from ..cache import DenseCache, RaggedKV, WindowKV, load_cache, nbytes
-
-    cache = load_cache(path, pairs=False)
     layers = []
     for n, layer in enumerate(cache.layers if isinstance(cache, DenseCache) else cache.context):
         if isinstance(layer, RaggedKV):
@@ -95,7 +98,7 @@ def file_facts(path: Path) -> dict[str, Any]:
         "bits": bits.pop() if bits else None,
         "chat": header["chat"],
         "scores": header["scores"] is not None,
-        "full_bytes": full if isinstance(full, int) else None,
+        "full_bytes": full_nbytes(cache),
         "cache_bytes": nbytes(cache),
         "window_layers": sum("window" in layer for layer in layers),
         "whole_heads": heads if isinstance(heads, dict) and {*heads} == {"whole", "heads", "sink", "recent"} else None,
@@ -116,9 +119,10 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
 
     from ..cache import free_bytes
     from ..models import empty_weights, translate_config
+    from ..models.files import read_json
     from ..models.weights import named_tensors
 
-    config = translate_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    config = translate_config(read_json(directory / "config.json"))
     meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
     weights = sum(tensor.nbytes for _, tensor in named_tensors(meta))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,9 +1,9 @@
 """What every command shares: errors on one line, what goes to which stream, and progress.
 
 Standard output is data; everything else goes to standard error. A command ends with 0, with 1 for an error of the run,
-2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible`, `visible_line` or `safe_json`, so that no text
-of a document, a file or a model steers the terminal: nothing here is printed but by `echo`, `say`, `hint`, `put` and
-`put_json`.
+2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible`, `visible_line` or `safe_json`, or, in `put`,
+was made safe by its caller, so that no text of a document, a file or a model steers the terminal: nothing here is
+printed but by `echo`, `say`, `hint`, `put` and `put_json`.
 """
 
 import errno
@@ -30,6 +30,11 @@ positive = click.IntRange(min=1)
 
 IN_THE_LIBRARY = {
     "load the model with RoPE scaling (rope=, and max_length=)": "pass RoPE scaling (--rope, and --max-length)",
+    "pass chat_template= (jinja source) to load, or template=False for a base model": "for a base model pass --plain",
+    "system or instruction with template=False": "--system or --instruction with --plain",
+    "ask with template=False, or pass another one as chat_template=": "compress with --plain",
+    "leave out system=, or pass another template as chat_template=": "leave out --system, or compress with --plain",
+    "keep less (ratio, bits=8 or 4)": "keep less (--ratio, --bits)",
     "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
 }
 """What errors of the library advise, and what that is on the command line."""

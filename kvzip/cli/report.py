@@ -6,8 +6,8 @@ import click
 
 from ..display import visible_line
 from .plumbing import command, echo, resuming, size
-from .sources import header_of
-from .targets import check_target, force_option, say_replaced, unwritten
+from .sources import check_ours
+from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
 
 @command(
@@ -29,8 +29,8 @@ def report(file: Path, output: Path | None, force: bool) -> None:
     """
     output = output or file.with_suffix(".html")
     with resuming(lambda: unwritten(output)):
-        header_of(file)
-        from ..report import is_page, write_report
+        check_ours(file)
+        from ..report import write_report
 
         held = check_target(output, kind="page of kvzip", ours=is_page, force=force)
         write_report(file, output)

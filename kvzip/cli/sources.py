@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 DTYPES = ("bfloat16", "float16", "float32")
+SHIPPED = Path(__file__).parents[1] / "data" / "head_scores"
 
 
 def model_options(*, required: bool, about: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -73,7 +74,7 @@ def _json(ctx: click.Context, option: click.Parameter, value: str | None) -> dic
         return None
     try:
         read = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or nested as deep
         read = None
     if not isinstance(read, dict):
         raise click.BadParameter('expected an object as {"rope_type": "yarn", "factor": 4.0}', ctx, option)
@@ -130,7 +131,7 @@ def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | No
         own = config["max_position_embeddings"]
         original, factor = scaling.get("original_max_position_embeddings") or own, scaling.get("factor") or 1
         limit = int(max(own, original * factor))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # load says what is wrong with it
     if positions > limit:
         say(
@@ -151,8 +152,8 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"expected a device of {', '.join(known)}, got {device}: torch finds no other here")
 
 
-def header_of(path: Path) -> dict[str, Any]:
-    """Returns what a file of ours says of itself. Raises as `read_header` does, in words for who names files."""
+def check_ours(path: Path) -> None:
+    """Raises an error, in words for who names files, for what is certainly no file of ours. Without torch."""
     if path.is_dir():
         raise ValueError(f"expected a file that kvzip wrote, got the directory {path}")
     if not path.is_file():
@@ -161,9 +162,6 @@ def header_of(path: Path) -> dict[str, Any]:
         start = file.read(9)
     if start and start[8:] not in (b"{", b""):  # where the header of every safetensors file begins
         raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: kvzip compress makes one")
-    from ..cache import read_header
-
-    return read_header(path)
 
 
 def quiet_hub() -> None:
@@ -188,25 +186,25 @@ def open_cache(
 ) -> "tuple[Model, DenseCache | RaggedCache, dict[str, Any]]":
     """Returns the model that made a cache file, the cache, and the file's header; see `kvzip.open`.
 
+    Only a model that is given may be fetched. Warns, before it is loaded, of a length that it was not made for.
+
     Raises: FileNotFoundError, ValueError as `kvzip.open` does.
     """
-    header = header_of(path)  # before torch, which takes seconds
+    given = None if model is None else find_model(model)
+    check_ours(path)  # before torch, which takes seconds
     import torch
 
     from .. import opening
+    from ..cache import io
 
     _check_device(device)
-    quiet_hub()
     stage(f"opening {path.name}")
-    loaded, cache = opening.open(
-        path,
-        model=model,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        device=device,
-        max_length=max_length,
-        rope=rope,
-    )
-    return loaded, cache, header
+    with io.open_cache(path) as file:
+        if max_length is not None:
+            warn_of_length(given or opening.find(file), max_length, rope=rope or opening.maker_of(file).rope)
+        how: dict[str, Any] = {"dtype": None if dtype is None else getattr(torch, dtype), "device": device}
+        loaded, cache = opening.read(file, model=model, **how, max_length=max_length, rope=rope)
+        return loaded, cache, file.header
 
 
 def find_heads(source: str) -> Path:
@@ -219,7 +217,7 @@ def find_heads(source: str) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {path.stem: path for path in (Path(__file__).parents[1] / "data" / "head_scores").glob("*.safetensors")}
+    shipped = {path.stem: path for path in SHIPPED.glob("*.safetensors")}
     wanted = source.rstrip("/").rpartition("/")[2].lower()
     if wanted not in shipped:
         raise ValueError(

@@ -122,6 +122,12 @@ def is_kvzip_file(path: Path) -> bool:
     return "version" in peek(path)
 
 
+def is_page(path: Path, *, by: str = "kvzip") -> bool:
+    """Whether a file is a page that says it was made by `kvzip report`, or by "kvzip eval"."""
+    with path.open("rb") as file:
+        return f'<meta name="generator" content="{by}">'.encode() in file.read(1024)
+
+
 def check_space(path: Path, needed: int) -> None:
     """Raises OSError if the disk of a file has no room for `needed` bytes."""
     free = shutil.disk_usage(path.parent).free

@@ -144,7 +144,8 @@ def page(text: str, pictures: Sequence[tuple[str, bytes]]) -> str:
         "td{padding:.1em .8em;border-bottom:1px solid #ddd}"
     )
     joined = "\n".join(body)
-    return f'<!doctype html><meta charset="utf-8"><title>kvzip eval</title><style>{style}</style>\n{joined}\n'
+    marks = '<meta charset="utf-8"><meta name="generator" content="kvzip eval">'
+    return f"<!doctype html>{marks}<title>kvzip eval</title><style>{style}</style>\n{joined}\n"
 
 
 def provenance(answers: Sequence[Answered]) -> str:

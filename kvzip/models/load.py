@@ -98,6 +98,8 @@ def load(
         stop_ids=ends,
         checkpoint=checkpoint,
         source=str(source),
+        rope=None if rope is None else dict(rope),
+        max_length=None if max_length is None else config.max_length,
     )
 
 

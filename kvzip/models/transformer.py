@@ -1,7 +1,7 @@
 """The one forward pass. What happens to q, k and v is the caller's `attend`; nothing here knows that caches exist."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Model:
     """A loaded model. `tokenizer` and `template` are None where the directory has none.
 
-    `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`).
+    `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`). `rope` and
+    `max_length` are what `load` was given in place of the config's, so that a file can say how to load it again.
     `fingerprint` ties caches to these weights with this RoPE in this dtype, which stands after its dash; `identity`
     is the same for every dtype, length and RoPE scaling.
     """
@@ -44,6 +45,8 @@ class Model:
     stop_ids: tuple[int, ...]
     checkpoint: str
     source: str
+    rope: Mapping[str, Any] | None = None
+    max_length: int | None = None
 
     @property
     def identity(self) -> str:
