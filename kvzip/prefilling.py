@@ -110,6 +110,8 @@ def encode(
     Raises: as `prefix_ids` and `context_ids` do.
     """
     turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
+    if isinstance(context, str) and template and prompt_of(model, system=system, instruction=instruction).strips:
+        context = context.lstrip()
     ids = context_ids(model, context, before=prefix_text(model, **turn))
     return prefix_ids(model, **turn, context=context[:OPENING] if isinstance(context, str) else ""), ids
 

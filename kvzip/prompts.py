@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from .templates import ChatTemplate, write
+from .templates import ChatTemplate, literals, write
 
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_NEXT = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -34,11 +34,13 @@ class Prompt:
 
     `prefix_parts` alternate between template text and caller's text (system, instruction). `separator` stands
     between an answer and the next query: it closes one turn and opens another; None for a template of one turn.
+    `strips`: the template drops white space around what a message says, so a context loses it at its beginning.
     """
 
     prefix_parts: tuple[str, ...]
     postfix: str
     separator: str | None
+    strips: bool = False
 
     @property
     def prefix(self) -> str:
@@ -74,15 +76,17 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
         rows: of the embedding; None for as many as there are tokens.
     """
     document = json.loads(control.to_str())
-    written = template.source if template else ""
+    written = literals(template) if template else ""
     tokens = [t for t in document["added_tokens"] if t["special"] or (t["content"].strip() and t["content"] in written)]
     mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
     spelled = {token["content"]: mark + token["content"] + mark for token in tokens}
-    prepends = '"Prepend"' in json.dumps(document["normalizer"])
+    kept = control.normalizer is None or control.normalizer.normalize_str(mark) == mark
+    words = {re.escape(token["content"]) for token in tokens if token["single_word"]}
     for token in tokens:
         token["content"] = spelled[token["content"]]
-        # Transformers looks for a normalized token with the space that is put in front of it, and so misses most
-        token["normalized"] = token["normalized"] and not prepends
+        token["single_word"] = False  # which `names` sees to: between marks there is no other word
+        # a normalizer that puts a space in front makes Transformers miss most, one that drops marks would take letters
+        token["normalized"] = token["normalized"] and kept
     model = document["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {spelled.get(name, name): i for name, i in model["vocab"].items()}
@@ -92,7 +96,8 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
         model["unk_token"] = spelled[model["unk_token"]]
     if "merges" in model:  # text must not be joined to a control token either
         model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & spelled.keys()]
-    longest_first = sorted(spelled, key=len, reverse=True)
+    longest_first = [re.escape(name) for name in sorted(spelled, key=len, reverse=True)]
+    longest_first = [rf"(?<!\w){name}(?!\w)" if name in words else name for name in longest_first]
     around = control.encode("a", add_special_tokens=True)
     in_front = len(list(takewhile(bool, around.special_tokens_mask)))
     return Tokenizer(
@@ -100,7 +105,7 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
         control=control,
         bos_ids=tuple(around.ids[:in_front]),
         mark=mark,
-        names=re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
+        names=re.compile("|".join(longest_first) or "(?!)"),
         rows=rows if rows is not None and rows < control.get_vocab_size() else None,
     )
 
@@ -110,7 +115,7 @@ def render(template: ChatTemplate, *, system: str | None = None, instruction: st
 
     Without `system`, the template's own default stands. `instruction` opens the user turn, before the context.
 
-    Raises: ValueError if the template fails, or does not put the texts where they can be found.
+    Raises: ValueError if the template fails, does not put the texts where they can be found, or changes them.
     """
     start = [] if system is None else [{"role": "system", "content": _SYSTEM}]
     turn = {"role": "user", "content": _CONTEXT}
@@ -125,10 +130,24 @@ def render(template: ChatTemplate, *, system: str | None = None, instruction: st
         parts = [prefix]
     else:
         before, after = _split(prefix, _SYSTEM)
-        parts = [before, system, after]
+        padded = write(template, [{"role": "system", "content": f" {_SYSTEM} "}, turn])
+        parts = [before, system if f" {_SYSTEM} " in padded else system.strip(), after]
     if instruction is not None:
         parts += [instruction.strip() + QUERY_SEPARATOR]
-    return Prompt(prefix_parts=tuple(parts), postfix=postfix, separator=separator)
+    strips = _strips(template, start) and instruction is None
+    return Prompt(prefix_parts=tuple(parts), postfix=postfix, separator=separator, strips=strips)
+
+
+def _strips(template: ChatTemplate, start: list[dict[str, str]]) -> bool:
+    """Whether the template strips what a message says. Raises ValueError if it changes it in another way."""
+    said = f"{_CONTEXT} \"<&>'\\\n\n{_NEXT}"
+    found = write(template, [*start, {"role": "user", "content": " \n" + said}])
+    if said not in found:
+        raise ValueError(
+            "expected the chat template to write what a message says as it is, got one that changes characters of it: "
+            "pass another one as chat_template="
+        )
+    return " \n" + said not in found
 
 
 def _split(text: str, mark: str) -> tuple[str, str]:

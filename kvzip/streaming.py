@@ -34,7 +34,7 @@ from .checks import check_kind, check_path, check_text_or_ids
 from .compression import protected_spans
 from .models import Model, run_attention
 from .ops import DecodeSchedule
-from .prefilling import OPENING, check_length, context_ids, prefix_ids, prefix_text, tokenizer_of
+from .prefilling import OPENING, check_length, context_ids, prefix_ids, prefix_text, prompt_of, tokenizer_of
 from .scoring import check_choice, score_chunks
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def prefill_compressed(
     path = None if checkpoint is None else Path(checkpoint)
     note = None if path is None else _note_of(path)
     turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
-    context, opening = _opening(context)
+    strips = template and prompt_of(model, system=system, instruction=instruction).strips
+    context, opening = _opening(context, strips=strips)
     prefix = torch.tensor(prefix_ids(model, **turn, context=opening), dtype=torch.long)
     pieces, tokens = _pieces(model, context, before=prefix_text(model, **turn))
     if tokens is None and share == "final":
@@ -555,14 +556,17 @@ def _cache_of(model: Model, run: _Run, source: str, share: str) -> RaggedCache:
     )
 
 
-def _opening(context: str | Tensor | Pieces) -> tuple[Any, str]:
-    """The context, and how its text begins; empty for token ids."""
+def _opening(context: str | Tensor | Pieces, *, strips: bool) -> tuple[Any, str]:
+    """The context, without white space in front of its text if the template strips it, and how its text begins."""
     if isinstance(context, Tensor):
         return context, ""
     if isinstance(context, str):
+        context = context.lstrip() if strips else context
         return context, context[:OPENING]
     pieces, seen, opening = iter(context), [], ""
     for piece in pieces:
+        if strips and not opening and isinstance(piece, str):
+            piece = piece.lstrip()
         seen.append(piece)
         if not isinstance(piece, str):
             break

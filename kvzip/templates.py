@@ -4,9 +4,10 @@ import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,24 +32,39 @@ def write(template: ChatTemplate, messages: list[dict[str, str]]) -> str:
     """
     options = dict(template.options)
     date = options.pop("date", PINNED_DATE)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Answers, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _fail,
-        "strftime_now": lambda form: date.strftime(form),
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    given = {"tools": None, "documents": None, "enable_thinking": False, **template.tokens, **options}
+    given = {"tools": None, "documents": None, "enable_thinking": False, "strftime_now": date.strftime}
+    given |= {**template.tokens, **options}
     try:
-        return environment.from_string(template.source).render(messages=messages, add_generation_prompt=True, **given)
+        return _compiled(template.source).render(messages=messages, add_generation_prompt=True, **given)
     except Exception as error:  # a template is a program, which may fail in any way
         raise ValueError(
             f"expected a chat template for a {'/'.join(m['role'] for m in messages)} conversation, got {error}: "
             "leave out system=, or pass another template as chat_template="
         ) from error
+
+
+def literals(template: ChatTemplate) -> str:
+    """Returns the text that a template's source holds to be written, piece by piece; empty for one that is no jinja."""
+    try:
+        tree = _environment().parse(template.source)
+    except TemplateError:
+        return ""
+    strings = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join([node.data for node in tree.find_all(nodes.TemplateData)] + strings)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Template:
+    return _environment().from_string(source)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Answers, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _fail, "dict": _Dict(), "namespace": _Namespace}
+    return environment
 
 
 # What chat templates may count on: tags, variables and functions that Transformers provides.

@@ -71,7 +71,7 @@ def translate_gemma3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = No
     Only `tie_word_embeddings` is read beside `text_config`, and only there: the head belongs to the whole model.
     """
     text = read_mapping(raw, "text_config")
-    reject(text, quantization_config=(None,))
+    reject(text, quantization_config=(None,), is_causal=(None, True))
     absent = "tie_word_embeddings" not in raw  # null says no there
     return translate_gemma3_text({**text, "tie_word_embeddings": absent or read_flag(raw, "tie_word_embeddings")}, rope)
 

@@ -110,7 +110,7 @@ def translate_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _family(raw: Mapping[str, Any]) -> Family:
     """The family of a config: `model_type` decides, as in Transformers, `architectures` where there is none."""
-    reject(raw, quantization_config=(None,), per_layer_config=(None, {}))
+    reject(raw, quantization_config=(None,), per_layer_config=(None, {}), is_causal=(None, True))
     names, kind = raw.get("architectures"), raw.get("model_type")
     names = [] if names is None else names if isinstance(names, list) else [names]
     known = [key for key, (_, _, own) in FAMILIES.items() if any(name in own for name in names)]

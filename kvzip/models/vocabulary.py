@@ -5,7 +5,7 @@ Source: `PreTrainedTokenizerBase.from_pretrained` and `AutoTokenizer` of Transfo
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,11 @@ def read_vocabulary(
         return Vocabulary(None, chat, names)
     try:
         raw = _rebuilt(document, kind, settings, names) if kind else _Tokenizer.from_str(json.dumps(document))
-        _add(raw, [*added, *named.values(), *extra], special={*names.values()})
+        for token in added:  # their flags count more than those in tokenizer.json
+            token.special = token.special or token.content in names.values()
+        raw.add_tokens(added)
+        known = {token.content for token in raw.get_added_tokens_decoder().values()}
+        raw.add_tokens([token for token in [*named.values(), *extra] if token.content not in known])
     except Exception as error:  # `tokenizers` raises no type of its own
         raise ValueError(
             f"expected a tokenizer in {path}, got one that cannot be built ({error}): fetch it again"
@@ -136,18 +140,19 @@ def _merge(
     directory: Path, settings: Mapping[str, Any], document: Mapping[str, Any], defaults: Mapping[str, str]
 ) -> tuple[dict[str, AddedToken], list[AddedToken], list[AddedToken]]:
     """Named tokens, further special tokens, and added tokens in the order of their ids."""
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named: dict[str, Any] = dict(defaults) | _named(settings)
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, Mapping):  # tokens with names of their own
+        named, extra = named | dict(extra), settings.get("additional_special_tokens") or []
     listed = "added_tokens_decoder" in settings  # then the two older files are not read
     if not listed:
         special = read_json(directory / "special_tokens_map.json")
         named |= _named(special)
-        if "extra_special_tokens" in special:
-            extra = [*extra, *special["extra_special_tokens"]]
+        more = special.get("extra_special_tokens")
+        if isinstance(more, Mapping):
+            named |= dict(more)
         else:
-            extra = extra or special.get("additional_special_tokens") or []
-    if isinstance(extra, Mapping):  # tokens with names of their own
-        named, extra = named | dict(extra), []
+            extra = [*extra, *more] if more else extra or special.get("additional_special_tokens") or []
     order = [*_NAMES, *(name for name in named if name not in _NAMES)]
     tokens = {name: _token(named[name], special=True) for name in order if named.get(name) is not None}
     further = [_token(token, special=True) for token in extra]
@@ -176,16 +181,6 @@ def _token(raw: Any, *, special: bool = False) -> AddedToken:
         return AddedToken(raw, special=special, normalized=not special)
     flags = {flag: bool(raw[flag]) for flag in _FLAGS if flag in raw}
     return AddedToken(raw["content"], **flags | ({"special": True} if special else {}))
-
-
-def _add(raw: _Tokenizer, tokens: Iterable[AddedToken], *, special: set[str]) -> None:
-    """Adds what the tokenizer does not have yet, behind its vocabulary."""
-    known = {token.content for token in raw.get_added_tokens_decoder().values()}
-    for token in tokens:
-        if token.content not in known:
-            token.special = token.special or token.content in special
-            raw.add_tokens([token])
-            known.add(token.content)
 
 
 def _rebuilt(
@@ -220,10 +215,11 @@ def _rebuilt(
 
 def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """The default chat template. A file of its own counts more than tokenizer_config.json."""
-    path = directory / "chat_template.jinja"
+    named = directory / "additional_chat_templates"
+    path = named / "default.jinja" if (named / "default.jinja").exists() else directory / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
-    if any((directory / "additional_chat_templates").glob("*.jinja")):
+    if any(named.glob("*.jinja")):
         return None  # named ones in files, and none of them the default
     source = settings.get("chat_template")
     if isinstance(source, list):  # several named templates
