@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checks import check_path
-from ..hub import resolve
+from ..hub import config_of, resolve
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, check_integer
 from .fields import reject
@@ -63,12 +63,7 @@ def load(
     """
     check_path(source, "source")
     directory = resolve(source)
-    path = directory / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"expected config.json in {directory}, got none: pass a directory in Hugging Face format"
-        )
-    raw = read_json(path)
+    raw = read_json(config_of(directory))
     translate, layer_names, _ = _family(raw)
     config = translate(raw, _checked_rope(rope))
     if max_length is not None:
