@@ -16,8 +16,13 @@ def visible(text: str) -> str:
     return _IN_TEXT.sub(_escape, text.replace("\r\n", "\n"))
 
 
-def visible_line(text: str) -> str:
-    r"""Returns a text as one line that is safe to show: as `visible`, with newlines and tabs as `\n` and `\t` too."""
+def visible_line(text: str, *, limit: int | None = None) -> str:
+    r"""Returns a text as one line that is safe to show: as `visible`, with newlines and tabs as `\n` and `\t` too.
+
+    Args:
+        limit: characters of the text, beyond which dots stand for the rest.
+    """
+    text = text if limit is None or len(text) <= limit else text[:limit] + "..."
     return _IN_LINE.sub(_escape, text)
 
 

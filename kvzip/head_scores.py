@@ -24,8 +24,9 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from .cache import DenseCache, Scores, check_whole, global_layers, read_header
-from .cache.files import open_file, printable, read_tensor, refusing, write_file
+from .cache.files import open_file, read_tensor, refusing, write_file
 from .checks import check_kind, check_path, check_text_or_ids, check_texts
+from .display import visible_line
 from .models import Model
 from .prefilling import Progress, encode, prefill
 from .scoring import score
@@ -213,7 +214,7 @@ def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
     if model is not None:
         check_kind(model, Model)
     with open_file(path) as file:
-        name = printable(file.path.name)
+        name = visible_line(file.path.name)
         if file.header["cache"] != "HeadScores":
             raise ValueError(
                 f"expected head scores, got a file of {file.header['cache']!r} in {name}: load_cache reads caches"
@@ -223,8 +224,8 @@ def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
     if model is not None and scores.fingerprint != fingerprint_of(model):
         raise ValueError(
             f"expected head scores made by this model ({fingerprint_of(model)}), got those of another "
-            f"({printable(scores.fingerprint)}) in {name}: make them with this model, or load without model= if it "
-            "is one of its fine-tunes"
+            f"({visible_line(scores.fingerprint, limit=300)}) in {name}: make them with this model, or load without "
+            "model= if it is one of its fine-tunes"
         )
     return scores
 

@@ -20,6 +20,16 @@ ALIASES: dict[str, str] = {
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
+def config_of(directory: Path) -> Path:
+    """Returns the config.json of a model's directory. Raises FileNotFoundError where there is none."""
+    path = directory / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected config.json in {directory}, got none: pass a directory in Hugging Face format"
+        )
+    return path
+
+
 def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only: bool = False) -> Path:
     """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .cache import DenseCache, RaggedCache, printable
+from .cache import DenseCache, RaggedCache
 from .cache.files import OpenFile, refusing, require
 from .cache.io import foreign, open_cache, read_cache
 from .checks import check_path
+from .display import visible_line
 from .hub import resolve
 from .models import Model, load
 
@@ -94,7 +95,7 @@ def read(
     reason = foreign(file.header["fingerprint"], loaded.fingerprint)
     if reason:
         raise ValueError(
-            f"expected the model that made {printable(file.path.name)}, {_called(made.source, made.dtype)}, got "
+            f"expected the model that made {visible_line(file.path.name)}, {_called(made.source, made.dtype)}, got "
             f"{_called(loaded.source, loaded.dtype)}: {reason}"
         )
     return loaded, read_cache(file, model=loaded)
@@ -105,13 +106,13 @@ def find(file: OpenFile) -> Path:
 
     Raises: FileNotFoundError if it does not; ValueError if the file names none.
     """
-    name, source = printable(file.path.name), maker_of(file).source
+    name, source = visible_line(file.path.name), maker_of(file).source
     if source is None:
         raise ValueError(f"expected {name} to say which model made it, got none: pass --model (in Python model=)")
     try:
         return resolve(source, local_only=True)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        shown = printable(source)
+        shown = visible_line(source, limit=300)
         raise FileNotFoundError(
             f"expected the model that {name} names, {shown}, in a directory here or in the hub's cache, got neither: a "
             f"file does not choose what is fetched, pass --model {shlex.quote(shown)} if you mean it (in Python model=)"
@@ -132,5 +133,9 @@ def maker_of(file: OpenFile) -> Maker:
 
 def _called(source: str | None, dtype: torch.dtype | None) -> str:
     """A model as people call it: a directory by its name."""
-    name = "another model" if source is None else printable(Path(source).name if Path(source).is_dir() else source)
+    name = (
+        "another model"
+        if source is None
+        else visible_line(Path(source).name if Path(source).is_dir() else source, limit=300)
+    )
     return name if dtype is None else f"{name} in {str(dtype).removeprefix('torch.')}"

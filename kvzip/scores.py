@@ -15,10 +15,11 @@ from torch import Tensor
 
 from . import checks, ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
-from .cache.files import open_file, printable, read_tensor, refusing, require, write_file
+from .cache.files import open_file, read_tensor, refusing, require, write_file
 from .cache.io import foreign
 from .checks import check_kind, check_path
 from .compression import budget_of, keep_mask, protected_spans
+from .display import visible_line
 from .ops import Quantized
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
     check_kind(cache, DenseCache, RaggedCache)
     layers, shape, span = _place(cache)
     with open_file(path) as file:
-        header, name = file.header, printable(file.path.name)
+        header, name = file.header, visible_line(file.path.name)
         if header["cache"] != "Scores":
             raise ValueError(
                 f"expected a file of scores, got one of {header['cache']!r} in {name}: load_cache reads caches"

@@ -17,7 +17,7 @@ ALLOWED = {
     "kvzip.display": set(),
     "kvzip.hub": set(),
     "kvzip.ops": set(),
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version", "kvzip.checks"},
+    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version", "kvzip.checks", "kvzip.display"},
     "kvzip.templates": set(),
     "kvzip.prompts": {"kvzip.templates"},
     "kvzip.models": {"kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},

@@ -1,7 +1,7 @@
 """Caches as data: dense, ragged, their bytes and devices."""
 
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
-from .files import check_target, is_kvzip_file, printable, whole_file
+from .files import check_target, is_kvzip_file, whole_file
 from .io import load_cache, read_header, read_pieces, save
 from .levels import encode_levels
 from .memory import explain_out_of_memory, free_bytes, full_nbytes, nbytes, to
@@ -29,7 +29,6 @@ __all__ = [
     "is_kvzip_file",
     "load_cache",
     "nbytes",
-    "printable",
     "read_header",
     "read_pieces",
     "save",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_mapping
+from ..display import visible_line
 from ..version import VERSION as LIBRARY
 
 VERSION = (3, 0)  # of the format: another major version cannot be read, a newer minor one can
@@ -42,7 +43,6 @@ _AXES, _LONGEST = 8, 1 << 40  # of a tensor's shape
 _ROW = 509  # words of 8 bytes, whose columns are summed: a prime, so that blocks that change places change columns
 _PIECE = 1024 * 8 * _ROW  # bytes, about 4 MiB, that are read and summed at a time: a processor's cache holds them
 _NONE = "0" * 16  # in place of a checksum that is not known yet
-_MESSAGE = 300  # characters
 
 
 class Bad(Exception):
@@ -182,13 +182,13 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> None:
         return
     if not is_kvzip_file(path):
         raise FileExistsError(
-            f"expected a new file to write, or one of kvzip's, got {printable(path.name)}, which kvzip did not write: "
-            "it is left as it is, choose another name"
+            f"expected a new file to write, or one of kvzip's, got {visible_line(path.name)}, which kvzip did not "
+            "write: it is left as it is, choose another name"
         )
     if not overwrite:
         raise FileExistsError(
-            f"expected a new file to write, got {printable(path.name)}, which is there: pass overwrite=True to replace "
-            "it, or choose another name"
+            f"expected a new file to write, got {visible_line(path.name)}, which is there: pass overwrite=True to "
+            "replace it, or choose another name"
         )
 
 
@@ -213,8 +213,8 @@ def refusing(path: Path) -> Iterator[None]:
         raise ValueError(str(error)) from error.__cause__
     except (Bad, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"expected a whole kvzip cache, got {printable(path.name)} that is truncated or tampered with "
-            f"({printable(str(error))}): copy it again, or make it again"
+            f"expected a whole kvzip cache, got {visible_line(path.name)} that is truncated or tampered with "
+            f"({visible_line(str(error), limit=300)}): copy it again, or make it again"
         ) from error
 
 
@@ -228,20 +228,14 @@ def require(condition: bool, reason: str) -> None:
         raise Bad(reason)
 
 
-def printable(text: str) -> str:
-    """Returns a text on one line of at most 300 characters, what a terminal might obey escaped."""
-    text = text if len(text) <= _MESSAGE else text[:_MESSAGE] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[FileIO]:
     """A regular file, open. A pipe has no end that a reader could wait for, and devices may obey being opened."""
-    name = printable(path.name)
+    name = visible_line(path.name)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"expected a cache file, got no file {printable(str(path))}") from error
+        raise FileNotFoundError(f"expected a cache file, got no file {visible_line(str(path))}") from error
     if stat.S_ISREG(mode):  # else it may have changed since, so it is asked again, and opened without waiting
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         with FileIO(os.open(path, flags)) as raw:
@@ -266,7 +260,7 @@ def _head_of(raw: FileIO) -> bytes:
 
 
 def _read_head(path: Path, raw: FileIO) -> tuple[dict[str, Any], dict[str, Stored]]:
-    name = printable(path.name)
+    name = visible_line(path.name)
     head = _head_of(raw)
     table = _object(head.decode())
     metadata = table.pop("__metadata__", None)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_kind, check_path
+from ..display import visible_line
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
-from .files import Bad, OpenFile, open_file, outline, printable, read_tensor, refusing, require, write_file
+from .files import Bad, OpenFile, open_file, outline, read_tensor, refusing, require, write_file
 from .levels import LEVELS, encode_levels
 from .ragged import RaggedCache, RaggedKV, Tail, head_count, head_dim
 
@@ -167,7 +168,7 @@ def read_cache(
     if model is not None:
         reason = foreign(file.header["fingerprint"], model.fingerprint)
         if reason:
-            raise ValueError(f"expected a cache of this model, got {printable(file.path.name)} of another: {reason}")
+            raise ValueError(f"expected a cache of this model, got {visible_line(file.path.name)} of another: {reason}")
     if device is None:
         device = "cpu" if model is None else model.device
     torch.empty(0, device=device)  # a device that is not there is no fault of the file
@@ -209,7 +210,9 @@ def foreign(found: str, expected: str) -> str:
     (identity, _, theirs), (own, _, ours) = (x.rpartition("-") for x in (found, expected))
     if identity and identity == own and theirs in _NAMES:
         return f"its pairs are {theirs}, the model is {ours}: load the model in {theirs}"
-    return f"its fingerprint is {printable(found)!r}, the model's {expected!r}: take the model that made it"
+    return (
+        f"its fingerprint is {visible_line(found, limit=300)!r}, the model's {expected!r}: take the model that made it"
+    )
 
 
 def is_cache(header: Mapping[str, Any]) -> bool:
@@ -222,7 +225,7 @@ def check_content(file: OpenFile) -> None:
     kind = file.header["cache"]
     if not is_cache(file.header):
         other = f"use {_OTHERS[kind]}" if kind in _OTHERS else "name a file that kvzip.save wrote"
-        raise ValueError(f"expected a cache, got {kind!r} without pairs in {printable(file.path.name)}: {other}")
+        raise ValueError(f"expected a cache, got {kind!r} without pairs in {visible_line(file.path.name)}: {other}")
 
 
 def check_header(file: OpenFile) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..hub import resolve
+from ..hub import config_of, resolve
 from .plumbing import Stage, say
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
     """
     quiet_hub()
     directory = resolve(model) if only is None else resolve(model, only=only)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(
-            f"expected config.json in {directory}, got none: pass a directory in Hugging Face format"
-        )
+    config_of(directory)
     return directory
 
 

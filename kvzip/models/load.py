@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checks import check_dtype, check_mapping, check_path, check_text
-from ..hub import resolve
+from ..hub import config_of, resolve
 from . import gemma, llama, mistral, qwen
 from .config import ModelConfig, check_integer
 from .fields import reject
@@ -66,12 +66,7 @@ def load(
     check_text(chat_template, "chat_template")
     check_mapping(template_options, "template_options")
     directory = resolve(source)
-    path = directory / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"expected config.json in {directory}, got none: pass a directory in Hugging Face format"
-        )
-    raw = read_json(path)
+    raw = read_json(config_of(directory))
     translate, layer_names, _ = _family(raw)
     config = translate(raw, _checked_rope(rope))
     if max_length is not None:
