@@ -67,7 +67,6 @@ def compress(
         for what is no number; torch.OutOfMemoryError that says what for, and whether the cache is intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
     """
-    check_kind(cache, DenseCache)
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")

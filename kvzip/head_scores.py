@@ -168,9 +168,8 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
 
     Raises: ValueError for scores of other layers or heads, or a cache that was consumed.
     """
-    check_kind(cache, DenseCache)
-    check_kind(scores, HeadScores)
     check_whole(cache)
+    check_kind(scores, HeadScores)
     layers = global_layers(cache)
     heads = cache.layers[0].k.shape[1]
     if scores.layers != layers or tuple(scores.values.shape) != (len(layers), heads):

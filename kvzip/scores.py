@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from . import checks, ops
-from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_cache
 from .cache.files import open_file, read_tensor, refusing, require, write_file
 from .cache.io import foreign
 from .checks import check_kind, check_path
@@ -159,10 +159,8 @@ def save(
     Raises: ValueError for a cache without scores, or a consumed one; TypeError for a note that JSON cannot hold;
         FileExistsError for a file that is there and must not be replaced; OSError.
     """
-    check_kind(cache, DenseCache, RaggedCache)
+    check_cache(cache)
     check_path(path, "path")
-    if isinstance(cache, DenseCache):
-        check_whole(cache)
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
@@ -177,7 +175,6 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
     Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
     """
     check_path(path, "path")
-    check_kind(cache, DenseCache, RaggedCache)
     layers, shape, span = _place(cache)
     with open_file(path) as file:
         header, name = file.header, visible_line(file.path.name)
@@ -240,8 +237,7 @@ def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None
 
 def _place(cache: DenseCache | RaggedCache) -> tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int]]:
     """The scored layers of a cache, the shape of its scores, and the tokens that they are of."""
-    if isinstance(cache, DenseCache):
-        check_whole(cache)
+    check_cache(cache)
     length = cache.length if isinstance(cache, DenseCache) else cache.context_length
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     scored = tuple(i for i, layer in enumerate(layers) if not isinstance(layer, WindowKV))

@@ -64,11 +64,10 @@ def score(
     theirs is the model's dtype and 1/sqrt(D).
     """
     check_kind(model, Model)
-    check_kind(cache, DenseCache)
+    check_whole(cache)
     chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
     check_choice(scope, method)
     check_fingerprint(model, cache.fingerprint)
-    check_whole(cache)
     layers = global_layers(cache)
     if not layers:
         raise ValueError(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from ..checks import check_kind
+
 
 @dataclass(frozen=True)
 class DenseKV:
@@ -83,11 +85,7 @@ class DenseCache:
 
 def check_whole(cache: DenseCache) -> None:
     """Raises ValueError if pairs of the cache were freed by `compress(consume=True)`, TypeError for another object."""
-    if not isinstance(cache, DenseCache):
-        raise TypeError(
-            f"expected a DenseCache, as prefill and score return it, got {type(cache).__name__}: prefill the document "
-            "again, or drop more pairs of a compressed cache with kvzip.scores.shrink"
-        )
+    check_kind(cache, DenseCache)
     gone = cache.layer_count - len(cache.layers)
     if gone or not cache.layers:
         raise ValueError(

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check_kind
 from ..ops import Quantized, decode_schedule
-from .dense import DenseCache, Scores, WindowKV, check_whole
-from .ragged import RaggedCache, RaggedKV, head_count, head_dim
+from .dense import DenseCache, Scores, WindowKV
+from .ragged import RaggedCache, RaggedKV, check_cache, head_count, head_dim
 
 C = TypeVar("C", DenseCache, RaggedCache)
 
@@ -26,7 +25,7 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
 
     Raises: ValueError if the cache was consumed.
     """
-    _check(cache)
+    check_cache(cache)
     storages = {}
     for tensor in _tensors(cache):
         storage = tensor.untyped_storage()  # on torch's meta device all lie at 0 and none is shared
@@ -36,7 +35,7 @@ def nbytes(cache: DenseCache | RaggedCache) -> int:
 
 def full_nbytes(cache: DenseCache | RaggedCache) -> int | None:
     """Returns `nbytes` of the dense cache of this cache's context; None if rows are packed, from an unknown dtype."""
-    _check(cache)
+    check_cache(cache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     length = cache.length if isinstance(cache, DenseCache) else cache.context_length
     size = _element_size(cache)
@@ -82,18 +81,12 @@ def describe(cache: DenseCache | RaggedCache) -> str:
     return f"{name}({', '.join(parts)})"
 
 
-def _check(cache: Any) -> None:
-    check_kind(cache, DenseCache, RaggedCache)
-    if isinstance(cache, DenseCache):
-        check_whole(cache)
-
-
 def to(cache: C, device: torch.device | str) -> C:
     """Returns the cache on another device; on its own device, the cache itself. Token ids stay on the host.
 
     Raises: ValueError if the cache was consumed.
     """
-    _check(cache)
+    check_cache(cache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
     if first.device == torch.empty(0, device=device).device:

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from ..checks import check_kind
 from ..ops import DecodeSchedule, Quantized, decode_schedule
 from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole
 
@@ -63,6 +64,13 @@ class RaggedCache:
         from .memory import describe
 
         return describe(self)
+
+
+def check_cache(cache: DenseCache | RaggedCache) -> None:
+    """Raises TypeError unless it is a cache of either kind, ValueError if `compress(consume=True)` freed its pairs."""
+    check_kind(cache, DenseCache, RaggedCache)
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
 
 
 def as_ragged(cache: DenseCache) -> RaggedCache:
