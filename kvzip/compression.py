@@ -214,7 +214,7 @@ def _ends(scores: Scores, level: str, *, sink: SupportsIndex, recent: SupportsIn
             f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
         )
     token = torch.arange(scores.values.shape[2], device=scores.values.device)
-    return (token < sink) | (token >= len(token) - recent)
+    return (token < min(sink, len(token))) | (token >= len(token) - min(recent, len(token)))
 
 
 def _forced(

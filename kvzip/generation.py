@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import checks, prompts
-from .cache import DenseCache, RaggedCache, free_bytes
+from .cache import DenseCache, RaggedCache, check_cache, free_bytes
 from .checks import check_kind, check_texts
 from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
 from .models import Model
@@ -94,9 +94,9 @@ def generate(
         TypeError for arguments of another kind; torch.OutOfMemoryError that says for what.
     """
     check_kind(model, Model)
-    check_kind(cache, DenseCache, RaggedCache)
     max_tokens, temperature, top_p, seed = _options(max_tokens, temperature, top_p, seed)
     stops = _stops(model, stop)
+    check_cache(cache)
     check_fingerprint(model, cache.fingerprint)
     queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
@@ -184,8 +184,10 @@ def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str],
     Raises: ValueError for a query without text, or a template where the cache has no chat prefix.
     """
     tokenizer = tokenizer_of(model)
-    if not all(query.strip() for query in queries):
-        raise ValueError("expected a query with text in it, got an empty one")
+    for query in queries:
+        prompts.check_text(query)
+        if not query.strip():
+            raise ValueError("expected a query with text in it, got an empty one: ask something")
     held = cache.token_ids.tolist()
     before = prompts.text_of(tokenizer, held)
     if not template:

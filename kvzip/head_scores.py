@@ -69,7 +69,7 @@ class HeadScores:
 
     def __repr__(self) -> str:
         layers, heads = self.values.shape
-        made = f"by {self.method} from {len(self.sources)} texts, sink {self.sink}, recent {self.recent}"
+        made = f"by {visible_line(self.method)} from {len(self.sources)} texts, sink {self.sink}, recent {self.recent}"
         where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"
         return f"HeadScores({layers} layers of {heads} heads, {made}, {where})"
 

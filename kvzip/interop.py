@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from . import ops
+from . import checks, ops
 from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, WindowKV, as_ragged
 from .checks import check_kind, check_text_or_ids
 from .models import Model
@@ -64,6 +64,7 @@ def from_transformers(
                 f"expected tokens that begin with the {'chat' if template else 'plain'} prefix {prefix}, got "
                 f"{ids[:start].tolist()}: pass start= (tokens always kept), or template=False for plain text"
             )
+    start = checks.whole(start, "start")
     if not 0 <= start < len(ids):
         raise ValueError(f"expected 0 <= start < {len(ids)} (tokens of the cache), got {start}")
     if len(cache.layers) != len(model.config.layers):
@@ -75,7 +76,7 @@ def from_transformers(
         layers=[_layer(model, n, layer, len(ids)) for n, layer in enumerate(cache.layers)],
         length=len(ids),
         start=start,
-        chat=template,
+        chat=bool(template),
         token_ids=ids,
         fingerprint=model.fingerprint,
     )

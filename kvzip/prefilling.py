@@ -85,7 +85,7 @@ def prefill(
         layers=layers,
         length=length,
         start=len(prefix),
-        chat=template,
+        chat=bool(template),
         token_ids=token_ids,
         fingerprint=model.fingerprint,
     )

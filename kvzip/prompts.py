@@ -67,6 +67,9 @@ class Tokenizer:
     names: re.Pattern[str]
     rows: int | None = None
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.control.get_vocab_size():,} tokens)"
+
 
 def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None, rows: int | None = None) -> Tokenizer:
     """Returns a tokenizer that follows `control`, whose control tokens are the special ones and those that the chat
@@ -77,7 +80,7 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
     """
     document = json.loads(control.to_str())
     written = literals(template) if template else ""
-    tokens = [t for t in document["added_tokens"] if t["special"] or (t["content"].strip() and t["content"] in written)]
+    tokens = [t for t in document["added_tokens"] if t["special"] or (_is_written(t["content"], written))]
     mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
     spelled = {token["content"]: mark + token["content"] + mark for token in tokens}
     kept = control.normalizer is None or control.normalizer.normalize_str(mark) == mark
@@ -110,6 +113,11 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
     )
 
 
+def _is_written(content: str, written: str) -> bool:
+    """Whether a template writes a token, which a word (as "role", by which it reads a message) does not show."""
+    return content in written and not re.fullmatch(r"\s*\w*\s*", content)
+
+
 def render(template: ChatTemplate, *, system: str | None = None, instruction: str | None = None) -> Prompt:
     """Returns the prompt of one user turn that holds the context, and how later turns follow.
 
@@ -133,6 +141,7 @@ def render(template: ChatTemplate, *, system: str | None = None, instruction: st
         padded = write(template, [{"role": "system", "content": f" {_SYSTEM} "}, turn])
         parts = [before, system if f" {_SYSTEM} " in padded else system.strip(), after]
     if instruction is not None:
+        check_text(instruction)
         parts += [instruction.strip() + QUERY_SEPARATOR]
     strips = _strips(template, start) and instruction is None
     return Prompt(prefix_parts=tuple(parts), postfix=postfix, separator=separator, strips=strips)
@@ -179,7 +188,7 @@ def encode_text(tokenizer: Tokenizer, text: str, *, before: str = "") -> list[in
 
     Raises: ValueError for half of a surrogate pair, or a token that the model's embedding has no row for.
     """
-    _check_text(text)
+    check_text(text)
     return _encode_after(tokenizer, before, text)
 
 
@@ -190,7 +199,7 @@ def encode_control(tokenizer: Tokenizer, text: str, *, before: str = "") -> list
 
 def encode_turn(tokenizer: Tokenizer, text: str, after: str, *, before: str = "") -> list[int]:
     """Returns the ids of the caller's text and of what the template writes after it, as `encode_text` does."""
-    _check_text(text)
+    check_text(text)
     return _encode_after(tokenizer, before, text + control_text(tokenizer, after))
 
 
@@ -202,7 +211,7 @@ def encode_prefix(tokenizer: Tokenizer, prompt: Prompt, *, context: str = "") ->
             and "The": "_The") is the context's.
     """
     before = prefix_text(tokenizer, prompt)
-    _check_text(context)
+    check_text(context)
     return _encode(tokenizer, before + context, stop=len(before))[0]
 
 
@@ -211,14 +220,14 @@ def encode_context(tokenizer: Tokenizer, text: str, *, before: str = "") -> list
 
     Raises: as `encode_text` does.
     """
-    _check_text(text)
+    check_text(text)
     return _encode(tokenizer, before + text, stop=len(before))[1]
 
 
 def prefix_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """Returns what is in front of a context, to be passed as `before`."""
     for part in prompt.prefix_parts[1::2]:
-        _check_text(part)
+        check_text(part)
     spell = (lambda text: control_text(tokenizer, text), lambda text: text)
     return "".join(spell[n % 2](part) for n, part in enumerate(prompt.prefix_parts))
 
@@ -266,7 +275,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], *, before: str = 
     """
     held = ""
     for piece in pieces:
-        _check_text(piece)
+        check_text(piece)
         for at in range(0, len(piece), _BLOCK):
             held += piece[at : at + _BLOCK]
             cut = _safe_cut(tokenizer, before + held, len(before)) if len(held) >= _BLOCK else None
@@ -326,7 +335,8 @@ def _encode(tokenizer: Tokenizer, text: str, *, stop: int) -> tuple[list[int], l
     return ids[:count], ids[count:], count < len(ids) and spans[count][0] < stop
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises TypeError for what is no text, ValueError that says where one has half of a surrogate pair."""
     if not isinstance(text, str):
         raise TypeError(f"expected text (str), got {type(text).__name__}: pass one text")
     try:

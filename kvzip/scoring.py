@@ -22,6 +22,7 @@ from .cache import (
     global_layers,
 )
 from .checks import check_kind
+from .display import visible_line
 from .models import Model, run_attention
 from .prefilling import Progress, check_length, context_ids, prompt_of, tokenizer_of
 
@@ -214,5 +215,5 @@ def check_fingerprint(model: Model, fingerprint: str) -> None:
     if fingerprint != model.fingerprint:
         raise ValueError(
             f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
-            f"({fingerprint}): use the model and dtype that made it, or prefill again"
+            f"({visible_line(fingerprint)}): use the model and dtype that made it, or prefill again"
         )

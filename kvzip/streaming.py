@@ -151,7 +151,7 @@ def prefill_compressed(
     if path is not None and note is not None:
         run = _resume(model, path, note, settings, spans)
     else:
-        run = _begin(model, prefix, template, spans)
+        run = _begin(model, prefix, bool(template), spans)
     known = tokens if share == "final" else None
     saved = len(run.token_ids)
     if progress is not None and note is not None:

@@ -294,3 +294,16 @@ HALF = "A formula: \ud835 x"
 def test_half_of_a_surrogate_pair_is_named_wherever_text_goes_in(model, dense, call):
     with pytest.raises(ValueError, match=r"expected .*, got .*(surrogate|ud835)"):
         call(model, dense)
+
+
+def test_half_of_a_character_is_counted_in_the_query_as_given(model, dense):
+    for asked in ("ab\ud800", "  ab\ud800"):
+        with pytest.raises(ValueError, match=f"at character {asked.index(chr(0xD800))}: replace"):
+            kvzip.generate(model, dense, ["Who?", asked])
+
+
+def test_a_consumed_cache_answers_no_empty_list(model, dense):
+    gone = replace(kvzip.score(model, dense), layers=[*dense.layers])
+    kvzip.compress(gone, 0.5, consume=True)
+    with pytest.raises(ValueError, match="layers are gone"):
+        kvzip.generate(model, gone, [])

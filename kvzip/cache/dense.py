@@ -6,6 +6,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from ..checks import check_kind
+from ..display import visible_line
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Scores:
     def __repr__(self) -> str:
         where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"
         layers, heads, tokens = self.values.shape
-        return f"Scores({layers} layers of {heads} heads, {tokens:,} tokens, by {self.source}, {where})"
+        return f"Scores({layers} layers of {heads} heads, {tokens:,} tokens, by {visible_line(self.source)}, {where})"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..display import visible_line
 from ..ops import Quantized, decode_schedule
 from .dense import DenseCache, Scores, WindowKV
 from .ragged import RaggedCache, RaggedKV, check_cache, head_count, head_dim
@@ -77,7 +78,7 @@ def describe(cache: DenseCache | RaggedCache) -> str:
     device = next((str(x.device) for x in tensors if x is not cache.token_ids and not x.is_meta), "cpu")
     parts += [f"{nbytes(cache) / 1e6:,.2f} MB", rows, device]
     parts += ["keys and values left in the file"] if any(x.is_meta for x in tensors) else []
-    parts += [f"scored by {cache.scores.source}"] if cache.scores is not None else []
+    parts += [visible_line(f"scored by {cache.scores.source}")] if cache.scores is not None else []
     return f"{name}({', '.join(parts)})"
 
 

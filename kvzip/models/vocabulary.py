@@ -140,19 +140,22 @@ def _merge(
     directory: Path, settings: Mapping[str, Any], document: Mapping[str, Any], defaults: Mapping[str, str]
 ) -> tuple[dict[str, AddedToken], list[AddedToken], list[AddedToken]]:
     """Named tokens, further special tokens, and added tokens in the order of their ids."""
-    named: dict[str, Any] = dict(defaults) | _named(settings)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if isinstance(extra, Mapping):  # tokens with names of their own
-        named, extra = named | dict(extra), settings.get("additional_special_tokens") or []
+    named: dict[str, Any] = dict(defaults) | _named(settings)
+    # names that are no standard ones come last
+    own = {name: named.pop(name) for name in [*named] if name not in _NAMES and isinstance(named[name], str)}
+    if isinstance(extra, Mapping):
+        own, extra = own | dict(extra), settings.get("additional_special_tokens") or []
     listed = "added_tokens_decoder" in settings  # then the two older files are not read
     if not listed:
         special = read_json(directory / "special_tokens_map.json")
         named |= _named(special)
         more = special.get("extra_special_tokens")
         if isinstance(more, Mapping):
-            named |= dict(more)
+            own |= dict(more)
         else:
             extra = [*extra, *more] if more else extra or special.get("additional_special_tokens") or []
+    named |= own
     order = [*_NAMES, *(name for name in named if name not in _NAMES)]
     tokens = {name: _token(named[name], special=True) for name in order if named.get(name) is not None}
     further = [_token(token, special=True) for token in extra]

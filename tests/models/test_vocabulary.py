@@ -289,6 +289,65 @@ def test_an_end_that_is_no_token_id_is_refused(end: Any, tmp_path: Path) -> None
         stop_ids(directory, {}, ours(directory))
 
 
+# ---- which file counts
+
+
+def test_the_flags_of_added_tokens_decoder_count_more_than_those_in_tokenizer_json(tmp_path: Path) -> None:
+    n = len(json.loads(trained("byte level"))["model"]["vocab"])
+    for place, (inside, beside) in enumerate([({}, {"rstrip": True}), ({"rstrip": True}, {}), ({}, {"lstrip": True})]):
+        listed = [{"id": int(i)} | token for i, token in added(*TURNS, first=n, **inside).items()]
+        document = {"added_tokens": json.loads(trained("byte level"))["added_tokens"] + listed}
+        settings = {"chat_template": CHATML, "added_tokens_decoder": added(*TURNS, first=n, **beside)}
+        agree(write(tmp_path / str(place), "byte level", document=document, tokenizer_config=settings))
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config", "special_tokens_map"])
+def test_named_tokens_and_a_list_of_others_go_together(where: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"chat_template": CHATML, "extra_special_tokens": {"image_token": "<image>"}}
+    more = {"additional_special_tokens" if where == "tokenizer_config" else "extra_special_tokens": [*TURNS]}
+    files = (
+        {"tokenizer_config": settings | more}
+        if where == "tokenizer_config"
+        else {
+            "tokenizer_config": settings,
+            "special_tokens_map": more,
+        }
+    )
+    directory = write(tmp_path, "byte level", **files)
+    agree(directory)
+    assert ours(directory).names["image_token"] == "<image>"
+
+
+def test_one_token_named_twice_has_the_flags_of_the_later_one(tmp_path: Path) -> None:
+    end = {"__type": "AddedToken", "content": "<|im_end|>", "rstrip": True, "special": True}
+    settings = {"chat_template": CHATML, "eos_token": end, "additional_special_tokens": [*TURNS]}
+    agree(write(tmp_path, "byte level", tokenizer_config=settings))
+
+
+@pytest.mark.parametrize("template", ["chat", "alone", "beside"])
+def test_a_default_among_the_additional_templates_counts_first(template: str, tmp_path: Path) -> None:
+    settings = {"chat_template": "{{ 'oldest' }}", "additional_special_tokens": [*TURNS]}
+    files = {"chat_template": CHATML if template == "chat" else "{{ 'older' }}"} if template != "alone" else {}
+    named = {"additional_chat_templates/default" if template != "chat" else "additional_chat_templates/x": CHATML}
+    agree(write(tmp_path, "byte level", tokenizer_config=settings, **files, **named))
+
+
+def test_a_control_token_of_a_single_word_is_found_where_it_stands_alone(tmp_path: Path) -> None:
+    n = len(json.loads(trained("byte level"))["model"]["vocab"])
+    for number, template in enumerate((CHATML, CHATML.replace("'<|im_end|>", "' <|im_end|>"))):
+        settings = {"chat_template": template, "added_tokens_decoder": added(*TURNS, first=n, single_word=True)}
+        directory = write(tmp_path / str(number), "byte level", tokenizer_config=settings)
+        assert chat_ids(ours(directory), "museum rivers") == their_chat_ids(directory, f"museum rivers\n\n{QUERY}")
+
+
+def test_a_word_by_which_the_template_reads_messages_is_no_control_token(tmp_path: Path) -> None:
+    n = len(json.loads(trained("byte level"))["model"]["vocab"])
+    words = added(*TURNS, first=n) | added("role", first=n + 2, special=False)
+    settings = {"chat_template": CHATML, "added_tokens_decoder": words}
+    directory = write(tmp_path, "byte level", tokenizer_config=settings)
+    assert chat_ids(ours(directory), "the role .") == their_chat_ids(directory, f"the role .\n\n{QUERY}")
+
+
 # ---- text that is encoded in parts
 
 WORDS = st.lists(st.sampled_from([*TEXT.split(), "", "\n", "2024", "é"]), min_size=1, max_size=6).map(" ".join)
@@ -386,6 +445,29 @@ def test_every_stage_sees_the_ids_of_the_whole_text(kind: str, source: str, monk
         model.tokenizer, prompt.postfix, before=prompts.text_of(model.tokenizer, told.token_ids.tolist())
     )
     assert told.token_ids.tolist() + end == second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_template_that_strips_what_is_said_strips_a_document(kind: str) -> None:
+    """As those of Llama 3 and Gemma do: the white space before the document, and around a system message."""
+    source = CHATML.replace("m['content']", "m['content'] | trim")
+    model, theirs = model_of(kind, source), conversation(kind, source)[1]
+    doc = " \n\t" + DOC
+    cache = kvzip.prefill(model, doc)
+    assert cache.token_ids.tolist() + query_ids(model, cache, [QUERY], template=True)[0] == theirs(f"{doc}\n\n{QUERY}")
+    for context in (doc, iter(doc), iter([" ", "\n", "\t" + DOC])):
+        assert kvzip.prefill_compressed(model, context, 0.5).token_ids.tolist() == cache.token_ids.tolist()
+    told = prompts.render(model.template, system=" Be good .\n", instruction="Read .")
+    assert told.prefix_parts[1] == "Be good ." and not told.strips
+    kept = model_of(kind, CHATML)
+    assert prompts.render(kept.template, system=" Be good .\n").prefix_parts[1] == " Be good .\n"
+    assert kvzip.prefill(kept, doc).token_ids.tolist() != cache.token_ids.tolist()
+
+
+@pytest.mark.parametrize("change", ["| tojson", "| e", ".replace('\\n', ' ')", "| upper", ".split('<')[-1]"])
+def test_a_template_that_changes_what_is_said_is_refused(change: str) -> None:
+    with pytest.raises(ValueError, match=r"write what a message says as it is|each message once"):
+        prompts.render(ChatTemplate(CHATML.replace("m['content']", f"(m['content'] {change})")))
 
 
 @pytest.mark.parametrize("chat", [True, False])
