@@ -85,7 +85,7 @@ def test_a_conversation_is_that_of_the_cpu(shape, bits, tmp_path):
         folded = kvzip.fold(model, cache)
         second, cache = kvzip.ask(model, folded, "And how?", max_tokens=8)
         half = kvzip.fold(model, cache, 0.5, chunk=15)
-        kvzip.save(half, tmp_path / "half.kvz")
+        kvzip.save(half, tmp_path / "half.kvz", overwrite=True)
         back = kvzip.load_cache(tmp_path / "half.kvz", model=model)
         assert all(
             torch.equal(a.positions, b.positions)
