@@ -88,7 +88,8 @@ def check_text_or_ids(value: Any, name: str) -> None:
 def check_texts(value: Any, name: str) -> list[str]:
     """Returns a text as a list of one, several as a list of them. Raises TypeError for anything else."""
     one = isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable)
-    texts: list[Any] = [value] if one or getattr(value, "shape", None) == () else list(value)  # an array without axes has no items
+    one = one or getattr(value, "shape", None) == ()  # an array without axes has no items
+    texts: list[Any] = [value] if one else list(value)
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise TypeError(f"expected {name} to be a text or a list of texts, got {_shown(wrong[0])}: pass str")
