@@ -17,7 +17,9 @@ _USES = {
     "RaggedCache": "kvzip.compress(cache, ratio) gives one",
     "Scores": "kvzip.score(model, cache).scores are some",
     "HeadScores": "kvzip.head_scores.make(model, text) gives some",
+    "Decoder": "kvzip.Decoder(model, cache) makes one",
 }
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PACKED = "pairs that are gone cannot be scored or chosen again; kvzip.scores.shrink keeps fewer of those it holds"
 
 
@@ -30,9 +32,19 @@ def check_kind(value: Any, *kinds: type) -> None:
 
 
 def check_path(value: Any, name: str) -> None:
-    """Raises TypeError unless value is a path or the text of one."""
-    if not isinstance(value, (str, os.PathLike)):
+    """Raises TypeError unless value is a path or the text of one, ValueError for text that no file system takes."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
         raise TypeError(f"expected {name} to be a path, got {_shown(value)}: pass a str or a pathlib.Path")
+    try:
+        nameless = b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:
+        nameless = True
+    if nameless:
+        raise ValueError(
+            f"expected {name} to be a path that a file can have, got {text!a}: take NUL characters and halves of "
+            "surrogate pairs out of it"
+        )
 
 
 def check_mapping(value: Any, name: str) -> None:
@@ -57,10 +69,16 @@ def check_dtype(value: Any) -> None:
         )
 
 
+def check_values(values: Any, name: str) -> None:
+    """Raises TypeError unless the values of scores are what files of them hold."""
+    if not isinstance(values, Tensor) or values.dtype != torch.float32:
+        raise TypeError(f"expected {name} in float32, got {_shown(values)}: pass values.float()")
+
+
 def check_text_or_ids(value: Any, name: str) -> None:
     """Raises TypeError unless value is a text, or a tensor of token ids on one axis."""
-    whole = isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex()
-    if not (isinstance(value, str) or whole):
+    ids = isinstance(value, Tensor) and value.ndim == 1 and value.dtype in _WHOLE
+    if not (isinstance(value, str) or ids):
         raise TypeError(
             f"expected {name} to be a text, or a tensor [S] of token ids, got {_shown(value)}: join texts, or pass "
             "torch.tensor(ids)"
@@ -69,11 +87,12 @@ def check_text_or_ids(value: Any, name: str) -> None:
 
 def check_texts(value: Any, name: str) -> list[str]:
     """Returns a text as a list of one, several as a list of them. Raises TypeError for anything else."""
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    one = isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable)
+    one = one or getattr(value, "shape", None) == ()  # an array without axes has no items
+    texts: list[Any] = [value] if one else list(value)
     wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong or isinstance(value, (Tensor, bytes)):
-        got = _shown(wrong[0] if wrong else value)
-        raise TypeError(f"expected {name} to be a text or a list of texts, got {got}: pass str")
+    if wrong:
+        raise TypeError(f"expected {name} to be a text or a list of texts, got {_shown(wrong[0])}: pass str")
     return texts
 
 

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from . import checks, ops, prompts
 from .attention import decode_attend
-from .cache import DenseCache, RaggedCache, RaggedKV, Tail, WindowKV, all_ragged, as_ragged, empty_tail, grow_tail
+from .cache import (
+    DenseCache,
+    RaggedCache,
+    RaggedKV,
+    Tail,
+    WindowKV,
+    all_ragged,
+    as_ragged,
+    check_pairs,
+    empty_tail,
+    grow_tail,
+)
 from .checks import check_kind, check_text_or_ids, check_texts
 from .generation import Answer, generate, query_ids
 from .models import Model, run_attention
@@ -41,7 +52,7 @@ def extend(
     Raises: ValueError for a cache of another model, no text, or more positions than the model was made for.
     """
     check_kind(model, Model)
-    check_kind(cache, DenseCache, RaggedCache)
+    check_pairs(cache)
     check_text_or_ids(text, "text")
     chunk = checks.whole(chunk, "chunk", least=1)
     check_fingerprint(model, cache.fingerprint)
@@ -63,7 +74,7 @@ def extend(
 
 def fork(cache: DenseCache | RaggedCache) -> RaggedCache:
     """Returns another cache of the same tokens: the same tensors for the context, a copy of the tail."""
-    check_kind(cache, DenseCache, RaggedCache)
+    check_pairs(cache)
     if isinstance(cache, DenseCache):
         return as_ragged(cache)
     return cache if cache.tail is None else replace(cache, tail=grow_tail(cache.tail, 1, 0))
@@ -95,7 +106,7 @@ def ask(
     Raises: as `generate`; ValueError too where the end of the turn would not fit in the model's length.
     """
     check_kind(model, Model)
-    check_kind(cache, DenseCache, RaggedCache)
+    check_pairs(cache)
     if not isinstance(query, str):
         check_texts(query, "query")
         raise TypeError("expected query to be one text, got several: one turn has one, kvzip.generate takes a list")
@@ -153,7 +164,7 @@ def fold(
     them; folded turns are part of the frozen context, which nothing drops.
     """
     check_kind(model, Model)
-    check_kind(cache, DenseCache, RaggedCache)
+    check_pairs(cache)
     chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
     check_choice("context", method)
     check_fingerprint(model, cache.fingerprint)

@@ -1,6 +1,7 @@
 """Decoding: the buffers and CUDA graphs that answer a batch of questions over one frozen context, token by token."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from . import checks
 from .attention import decode_attend
-from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, explain_out_of_memory, grow_tail
+from .cache import (
+    DenseCache,
+    RaggedCache,
+    all_ragged,
+    as_ragged,
+    check_pairs,
+    empty_tail,
+    explain_out_of_memory,
+    grow_tail,
+)
 from .checks import check_kind
 from .models import Model, forward, logits
 from .prefilling import context_ids
@@ -37,7 +47,7 @@ class Decoder:
 
     def __init__(self, model: Model, cache: DenseCache | RaggedCache, *, batch: int = 1, tail: int = 512) -> None:
         check_kind(model, Model)
-        check_kind(cache, DenseCache, RaggedCache)
+        check_pairs(cache)
         batch, tail = checks.whole(batch, "batch", least=1), checks.whole(tail, "tail", least=1)
         check_fingerprint(model, cache.fingerprint)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
@@ -74,8 +84,10 @@ class Decoder:
 
         Every question draws the same numbers from `seed`, so that its answer does not depend on the others'.
 
-        Raises: ValueError for more questions than rows, an empty or too long one, or ids beyond the vocabulary.
+        Raises: ValueError for more questions than rows, an empty or too long one, ids beyond the vocabulary, or options
+            out of range; TypeError for options that are no numbers.
         """
+        temperature, top_p, seed = sampling_options(temperature, top_p, seed)
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
             raise ValueError(
@@ -164,6 +176,26 @@ class Decoder:
         else:
             chosen = likeliest[:, 0]
         self.tokens.copy_(torch.where(top[:, 0] > -torch.inf, chosen, NO_TOKEN))
+
+
+def sampling_options(temperature: Any, top_p: Any, seed: Any) -> tuple[float, float, int]:
+    """Returns the options of sampling as plain numbers.
+
+    Raises: TypeError for what is no number; ValueError for options out of range.
+    """
+    temperature, top_p = (
+        checks.number(x, name, finite=False) for x, name in ((temperature, "temperature"), (top_p, "top_p"))
+    )
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"expected a temperature of 0 (greedy) or more, and finite, got {temperature}: 0.7 is a usual one"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"expected 0 < top_p <= 1, got {top_p}: 1 samples among all tokens")
+    seed = checks.whole(seed, "seed")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"expected a seed from -2**63 to 2**64 - 1, got {seed}: pass a smaller one")
+    return temperature, top_p, seed
 
 
 def sample(

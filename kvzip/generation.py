@@ -1,6 +1,5 @@
 """Generation: answers from a dense or a compressed cache, one question or many over the same frozen context."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 
 from . import checks, prompts
-from .cache import DenseCache, RaggedCache, check_cache, free_bytes
+from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
-from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
+from .decoding import NO_TOKEN, Decoder, sampling_options, tail_bytes_per_token
 from .models import Model
 from .prefilling import prompt_of, tokenizer_of
 from .scoring import check_fingerprint
@@ -94,9 +93,9 @@ def generate(
         TypeError for arguments of another kind; torch.OutOfMemoryError that says for what.
     """
     check_kind(model, Model)
+    check_pairs(cache)
     max_tokens, temperature, top_p, seed = _options(max_tokens, temperature, top_p, seed)
     stops = _stops(model, stop)
-    check_cache(cache)
     check_fingerprint(model, cache.fingerprint)
     queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
@@ -137,6 +136,7 @@ def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
 
 
 def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCache, rows: int) -> None:
+    check_kind(decoder, Decoder)
     if decoder.model is not model or decoder.cache is not cache:
         raise ValueError("expected a decoder made for this model and cache, got another's: kvzip.Decoder(model, cache)")
     if decoder.rows < rows:
@@ -149,21 +149,8 @@ def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCac
 def _options(max_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> tuple[int, float, float, int]:
     """The options as plain numbers, and a seed drawn where there is none."""
     max_tokens = checks.whole(max_tokens, "max_tokens", least=1)
-    temperature, top_p = (
-        checks.number(x, name, finite=False) for x, name in ((temperature, "temperature"), (top_p, "top_p"))
-    )
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"expected a temperature of 0 (greedy) or more, and finite, got {temperature}: 0.7 is a usual one"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"expected 0 < top_p <= 1, got {top_p}: 1 samples among all tokens")
-    if seed is None:
-        return max_tokens, temperature, top_p, int(torch.empty((), dtype=torch.int64).random_())
-    seed = checks.whole(seed, "seed")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"expected a seed from -2**63 to 2**64 - 1, got {seed}: pass a smaller one")
-    return max_tokens, temperature, top_p, seed
+    drawn = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
+    return max_tokens, *sampling_options(temperature, top_p, drawn)
 
 
 def _stops(model: Model, stop: str | Sequence[str]) -> tuple[str, ...]:

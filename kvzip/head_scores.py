@@ -14,6 +14,7 @@ Source: KVzip, arXiv 2505.23416, section 4.2; DuoAttention, arXiv 2410.10819, fo
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +24,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from .cache import DenseCache, Scores, check_whole, global_layers, read_header
+from .cache import DenseCache, Scores, check_whole, global_layers, read_header, whole_file
 from .cache.files import open_file, read_tensor, refusing, write_file
-from .checks import check_kind, check_path, check_text_or_ids, check_texts
+from .checks import check_kind, check_path, check_text_or_ids, check_texts, check_values
 from .display import visible_line
 from .models import Model
 from .prefilling import Progress, encode, prefill
@@ -36,6 +37,7 @@ SHIPPED = Path(__file__).parent / "data" / "head_scores"
 """Where the scores that come with the library are: one file for each model, named after it."""
 
 _TSV, _CONFIG = "full_attention_heads.tsv", "config.json"
+_SIZES = ("sink_size", "recent_size")  # all that DuoAttention's config has
 _ROUNDING = 1e-6  # by which a softmax may exceed 1
 
 
@@ -140,6 +142,7 @@ def combine(*scores: HeadScores) -> HeadScores:
         raise ValueError("expected head scores to combine, got none: pass two or more")
     for one in scores:
         check_kind(one, HeadScores)
+        check_values(one.values, "head scores")
     first = scores[0]
     for other in scores[1:]:
         ours, theirs = ((x.layers, tuple(x.values.shape), x.fingerprint, x.method) for x in (first, other))
@@ -170,6 +173,7 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     """
     check_whole(cache)
     check_kind(scores, HeadScores)
+    check_values(scores.values, "head scores")
     layers = global_layers(cache)
     heads = cache.layers[0].k.shape[1]
     if scores.layers != layers or tuple(scores.values.shape) != (len(layers), heads):
@@ -195,6 +199,7 @@ def save(
     """
     check_kind(scores, HeadScores)
     check_path(path, "path")
+    check_values(scores.values, "head scores")
     _check_numbers(scores.values)
     header = {"cache": "HeadScores", **{k: v for k, v in asdict(scores).items() if k != "values"}}
     write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)
@@ -255,15 +260,20 @@ def shipped_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
 
 
-def to_duo_attention(scores: HeadScores, directory: str | Path) -> None:
+def to_duo_attention(scores: HeadScores, directory: str | Path, *, overwrite: bool = False) -> None:
     """Writes `full_attention_heads.tsv` and `config.json` as DuoAttention reads them.
 
     The first has a line of H tab-separated numbers for each layer; the second gives `sink_size` and `recent_size`,
     taken from the scores. DuoAttention keeps the heads above a quantile and adds noise of up to 1e-6 first, so heads
     that differ by less may change places.
 
+    Args:
+        overwrite: replaces DuoAttention's files, a config of these two sizes alone and the table beside it. Any other
+            file, a model's `config.json` among them, is left as it is, always.
+
     Raises: ValueError for scores outside [0, 1], to which DuoAttention clips them, or of a model with window layers,
-        which its file has no room for; OSError if they cannot be written.
+        which its file has no room for; FileExistsError for a file that is there and must not be replaced; OSError if
+        they cannot be written.
     """
     check_kind(scores, HeadScores)
     check_path(directory, "directory")
@@ -279,11 +289,14 @@ def to_duo_attention(scores: HeadScores, directory: str | Path) -> None:
             f"expected scores in [0, 1], to which DuoAttention clips them, got [{low:g}, {high:g}]: rescale them"
         )
     directory = Path(directory)
+    _check_duo_target(directory, overwrite=overwrite)
     directory.mkdir(parents=True, exist_ok=True)
     rows = ("\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.clamp(max=1).tolist())
-    (directory / _TSV).write_text("".join(rows), encoding="ascii")
-    sizes = {"sink_size": scores.sink, "recent_size": scores.recent}
-    (directory / _CONFIG).write_text(json.dumps(sizes, indent=4) + "\n", encoding="ascii")
+    sizes = dict(zip(_SIZES, (scores.sink, scores.recent), strict=True))
+    texts = {_CONFIG: json.dumps(sizes, indent=4) + "\n", _TSV: "".join(rows)}  # the config says whose the table is
+    for name, text in texts.items():
+        with whole_file(directory / name, overwrite=None if overwrite else False) as partial:
+            partial.write_text(text, encoding="ascii")
 
 
 def from_duo_attention(directory: str | Path) -> HeadScores:
@@ -302,7 +315,7 @@ def from_duo_attention(directory: str | Path) -> HeadScores:
         lines = (directory / _TSV).read_text(encoding="utf-8").splitlines()
         rows = [[float(cell) for cell in line.split("\t")] for line in lines if line.strip()]
         config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-        sink, recent = (_count(config, key) for key in ("sink_size", "recent_size"))
+        sink, recent = (_count(config, key) for key in _SIZES)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"expected a table of tab-separated numbers in {_TSV}, and sink_size and recent_size in {_CONFIG}, "
@@ -323,6 +336,27 @@ def fingerprint_of(model: Model) -> str:
     """
     check_kind(model, Model)
     return model.identity
+
+
+def _check_duo_target(directory: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError for a file that must not be replaced: any, or with `overwrite` any but DuoAttention's."""
+    there = [name for name in (_CONFIG, _TSV) if os.path.lexists(directory / name)]
+    if not there:
+        return
+    try:
+        config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or set(config) != set(_SIZES):
+        raise FileExistsError(
+            f"expected a directory without {_CONFIG} and {_TSV}, or with those of DuoAttention, got "
+            f"{visible_line(str(directory))} with another {there[0]}: it is left as it is, choose another directory"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"expected a directory without {_CONFIG} and {_TSV}, got {visible_line(str(directory))} with "
+            f"{' and '.join(there)}: pass overwrite=True to replace them, or choose another directory"
+        )
 
 
 def _of_one(model: Model, cache: DenseCache, source: Source) -> HeadScores:

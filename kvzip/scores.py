@@ -17,7 +17,7 @@ from . import checks, ops
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_cache
 from .cache.files import open_file, read_tensor, refusing, require, write_file
 from .cache.io import foreign
-from .checks import check_kind, check_path
+from .checks import check_kind, check_path, check_values
 from .compression import budget_of, keep_mask, protected_spans
 from .display import visible_line
 from .ops import Quantized
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 def attach(cache: DenseCache, scores: Scores) -> DenseCache:
     """Returns a cache of the same pairs with these scores in place of its own.
 
-    Raises: ValueError if the scores are those of other layers, heads or tokens.
+    Raises: ValueError if the scores are those of other layers, heads or tokens; TypeError unless they are float32.
     """
     check_kind(cache, DenseCache)
     check_kind(scores, Scores)
+    check_values(scores.values, "scores")
     layers, shape, span = _place(cache)
     if (tuple(scores.layers), tuple(scores.values.shape), (scores.start, scores.stop)) != (layers, shape, span):
         raise ValueError(
@@ -48,12 +49,13 @@ def combine(*scores: Scores) -> Scores:
     What any of several repeats, chunk sizes or hints finds important stays important. The scores must be of one scale:
     of one method, or made so by the caller.
 
-    Raises: ValueError for none, or scores of other layers, heads or tokens.
+    Raises: ValueError for none, or scores of other layers, heads or tokens; TypeError unless they are float32.
     """
     if not scores:
         raise ValueError("expected scores to combine, got none: pass two or more")
     for one in scores:
         check_kind(one, Scores)
+        check_values(one.values, "scores")
     first = scores[0]
     for other in scores[1:]:
         same = (other.layers, other.start, other.stop) == (first.layers, first.start, first.stop)
@@ -164,6 +166,7 @@ def save(
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
+    check_values(scores.values, "scores")
     header = {"cache": "Scores", "fingerprint": cache.fingerprint, "tokens": _digest(cache, scores.stop)}
     header |= {"layers": scores.layers, "start": scores.start, "stop": scores.stop, "source": scores.source}
     write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)

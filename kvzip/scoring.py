@@ -17,7 +17,7 @@ from .cache import (
     RaggedKV,
     Scores,
     WindowKV,
-    check_whole,
+    check_pairs,
     explain_out_of_memory,
     global_layers,
 )
@@ -65,9 +65,10 @@ def score(
     theirs is the model's dtype and 1/sqrt(D).
     """
     check_kind(model, Model)
-    check_whole(cache)
+    check_kind(cache, DenseCache)
     chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
     check_choice(scope, method)
+    check_pairs(cache)
     check_fingerprint(model, cache.fingerprint)
     layers = global_layers(cache)
     if not layers:

@@ -159,7 +159,8 @@ def prefill_compressed(
 
     def write() -> None:
         nonlocal saved
-        if path is not None and len(run.token_ids) > saved:
+        # at the end of the run the file is gone a moment before the cache is the caller's
+        if path is not None and len(run.token_ids) > (saved if path.exists() else run.start):
             save(_cache_of(model, run, source, share), path, note=settings, overwrite=True)
             saved = len(run.token_ids)
 
@@ -598,6 +599,7 @@ def _all(pieces: Iterator[Any], kind: type) -> Iterator[Any]:
             raise TypeError(
                 f"expected pieces that are all {kind.__name__}, got {type(piece).__name__}: pass text or tensors of ids"
             )
+        check_text_or_ids(piece, "a piece")
         yield piece
 
 

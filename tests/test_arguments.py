@@ -14,7 +14,9 @@ WALK = r"""
 import itertools, json, sys, tempfile
 import torch
 import kvzip, random_model
+from dataclasses import replace
 from kvzip import evals, head_scores, scores
+from kvzip.evals.comparison import answer_probabilities
 
 model = random_model.make(random_model.config())
 dense = kvzip.score(model, kvzip.prefill(model, "Call me Ishmael."))
@@ -54,9 +56,25 @@ functions = {
     "head_scores.from_duo_attention": (head_scores.from_duo_attention, PATH),
     "head_scores.fingerprint_of": (head_scores.fingerprint_of, MODEL),
     "evals.compare": (evals.compare, MODEL, IDS, TEXT, NUMBER),
+    "answer_probabilities": (lambda *given: answer_probabilities(*given, [1, 2]), MODEL, CACHE, TEXT),
     "scores.attach": (scores.attach, DENSE, SCORES), "scores.combine": (scores.combine, SCORES),
     "scores.shrink": (scores.shrink, RAGGED, NUMBER), "scores.save": (scores.save, CACHE, PATH),
     "scores.load": (scores.load, PATH, CACHE), "scores.plot": (scores.plot, SCORES, NUMBER),
+}
+def wide(scores):
+    return replace(scores, values=scores.values.double())
+
+
+def cached(scores):
+    return replace(dense, scores=scores)
+
+
+functions |= {
+    "answer_ids": (lambda token_id=(1,): answer_probabilities(model, small, "Who?", token_id),),
+    "read": (lambda **given: kvzip.Decoder(model, small).read([[1]], **given),),
+    "a piece": (lambda a_piece: kvzip.prefill_compressed(model, [a_piece], 0.5),),
+    "float32": (lambda float32: float32(),),
+    "pairs=False": (lambda pairs: pairs(kvzip.load_cache(path, pairs=False)),),
 }
 found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
@@ -98,13 +116,39 @@ options = {
     "extend": {"chunk": counts},
     "compress": {"protect": spans, "level": choices, "min_rows": hints, "sink": hints, "recent": hints,
                  "bits": {label: value for label, value in counts.items() if value is not None}},
-    "prefill_compressed": {"checkpoint": {"number": 3, "bytes": b"x"}, "protect": spans, "chunk": counts,
+    "prefill_compressed": {"checkpoint": {"number": 3, "bytes": b"x", "nul": "a\0", "half": "a\ud800"},
+                           "protect": spans, "chunk": counts,
                            "hint": hints, "scope": choices, "method": choices, "share": choices, "segment": counts},
     "save": {"note": notes, "model": models, "score_bits": counts | choices},
     "load_cache": {"model": models}, "scores.save": {"note": notes}, "head_scores.save": {"note": notes},
     "head_scores.make": {"names": {"number": 3, "numbers": [3], "several": ["a", "b"], "bytes": b"a"},
                          "chunk": counts, "scope": choices},
-    "generate": {"max_tokens": counts, "stop": {"number": 3, "numbers": [3], "empty": ""}},
+    "answer_ids": {"token_id": {"number": 3, "float": [1.0], "true": [True], "less": [-1], "text": ["a"],
+                                  "floats": torch.ones(2), "no axis": torch.tensor(1), "square": ids[None]}},
+    "read": {"temperature": {"less": -1, "nan": float("nan"), "infinity": float("inf"), "text": "1", "true": True},
+             "top_p": {"zero": 0, "two": 2, "nan": float("nan"), "None": None},
+             "seed": {"None": None, "float": 1.0, "large": 2**64}},
+    "a piece": {"a_piece": {"floats": torch.ones(3), "square": ids[None], "no axis": torch.tensor(5),
+                            "bools": torch.tensor([True])}},
+    "float32": {"float32": {
+        "attach": lambda: scores.attach(dense, wide(dense.scores)),
+        "combine": lambda: scores.combine(wide(dense.scores)),
+        "save": lambda: kvzip.save(cached(wide(dense.scores)), path + "w"),
+        "scores.save": lambda: scores.save(cached(wide(dense.scores)), path + "w"),
+        "head_scores.save": lambda: head_scores.save(wide(heads), path + "w"),
+        "head_scores.combine": lambda: head_scores.combine(wide(heads)),
+        "head_scores.attach": lambda: head_scores.attach(dense, wide(heads)),
+    }},
+    "pairs=False": {"pairs": {
+        "generate": lambda cache: kvzip.generate(model, cache, "Who?"),
+        "ask": lambda cache: kvzip.ask(model, cache, "a"),
+        "extend": lambda cache: kvzip.extend(model, cache, "a"), "score": lambda cache: kvzip.score(model, cache),
+        "save": lambda cache: kvzip.save(cache, path + "w"), "to": lambda cache: kvzip.to(cache, "cpu"),
+        "Decoder": lambda cache: kvzip.Decoder(model, cache), "fold": lambda cache: kvzip.fold(model, cache, 0.5),
+        "answer_probabilities": lambda cache: answer_probabilities(model, cache, "Who?", [1]),
+    }},
+    "generate": {"decoder": models, "max_tokens": counts,
+                 "stop": {"number": 3, "numbers": [3], "empty": "", "no axis": torch.tensor(5)}},
     "Decoder": {"batch": counts, "tail": counts},
     "ask": {"max_tokens": counts},
     "evals.compare": {"method": choices, "max_tokens": counts, "stop": {"number": 3, "numbers": [3], "empty": ""}},
@@ -125,9 +169,15 @@ for name, named in options.items():
                 said = f"{type(error).__name__}: {error}"
             whole = said.startswith(("TypeError: expected ", "ValueError: expected ")) and ", got " in said
             expected, _, got = said.partition(", got ")
-            if not (whole and option in expected and ": " in got):
+            if not (whole and option.replace("_", " ") in expected.replace("_", " ").lower() and ": " in got):
                 found.append(f"{name} {option}= {label}: {said[:300]}")
-print(json.dumps({"calls": calls, "found": found, "names": sorted(functions), "all": kvzip.__all__}))
+whole = evals.compare(model, "Call me Ishmael.", ["Who?", "a", "x"], 0.5, max_tokens=6)
+stops = sorted({pair.full.text[1:2] for pair in whole.answers} - {""})
+listed, once = (evals.compare(model, "Call me Ishmael.", ["Who?", "a", "x"], 0.5, max_tokens=6, stop=stop)
+                for stop in (stops, iter(stops)))
+texts = [[pair.full.text for pair in made.answers] + [pair.small.text for pair in made.answers]
+         for made in (whole, listed, once)]
+print(json.dumps({"texts": texts, "calls": calls, "found": found, "names": sorted(functions), "all": kvzip.__all__}))
 """
 
 
@@ -143,6 +193,11 @@ def walked():
 def test_every_public_function_says_what_it_expected(walked):
     assert walked["found"] == []
     assert walked["calls"] > 1000
+
+
+def test_stop_texts_that_come_once_end_every_answer(walked):
+    whole, listed, once = walked["texts"]
+    assert once == listed != whole
 
 
 def test_no_public_function_is_left_out(walked):

@@ -239,6 +239,30 @@ def test_duo_attention_files_are_in_its_format(tmp_path):
     assert torch.equal(head_scores.from_duo_attention(tmp_path).values, torch.tensor([[1.0, 0.5], [0.0, 1e-3]]))
 
 
+def test_files_that_are_not_duo_attentions_stay_as_they_are(tmp_path):
+    old = head_scores.HeadScores(torch.tensor([[0.25, 1.0]]), (0,), "", "", "test", ())
+    new = replace(old, values=torch.tensor([[0.5, 0.0]]), sink=7)
+    for name, text in [
+        ("config.json", "{}"),
+        ("config.json", '{"sink_size": 1, "recent_size": 2, "model_type": "llama"}'),
+        ("config.json", "nothing"),
+        ("full_attention_heads.tsv", "0.5\t0.5\n"),
+    ]:
+        (tmp_path / name).write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match=rf"expected .*, got .* with another {name}: it is left as it is"):
+                head_scores.to_duo_attention(new, tmp_path, overwrite=overwrite)
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, text)]
+        (tmp_path / name).unlink()
+    head_scores.to_duo_attention(old, tmp_path)
+    with pytest.raises(FileExistsError, match=r"expected .*, got .*: pass overwrite=True"):
+        head_scores.to_duo_attention(new, tmp_path)
+    assert torch.equal(head_scores.from_duo_attention(tmp_path).values, old.values)
+    head_scores.to_duo_attention(new, tmp_path, overwrite=True)
+    back = head_scores.from_duo_attention(tmp_path)
+    assert torch.equal(back.values, new.values) and back.sink == 7 and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [

@@ -585,6 +585,21 @@ def test_a_run_may_be_interrupted_at_any_line(states, tmp_path):
     assert seen == {0, 1, 2, 3}
 
 
+def test_an_interruption_as_the_checkpoint_is_removed_loses_nothing(states, tmp_path, monkeypatch):
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    unlink = Path.unlink
+
+    def interrupted(self, **options):
+        unlink(self, **options)
+        if self == path:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, **SHORT, checkpoint=path, save_every=1)
+    assert path.read_bytes() == states[3]
+
+
 @pytest.mark.parametrize("done", [0, 2])
 def test_memory_that_stays_out_loses_no_finished_segment(done, states, tmp_path):
     """Everything that packs fails from some call on, also while the checkpoint is written."""

@@ -5,7 +5,7 @@ from .files import check_target, is_kvzip_file, whole_file
 from .io import load_cache, read_header, read_pieces, save
 from .levels import encode_levels
 from .memory import explain_out_of_memory, free_bytes, full_nbytes, nbytes, to
-from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, check_cache, empty_tail, grow_tail
+from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, check_cache, check_pairs, empty_tail, grow_tail
 
 __all__ = [
     "DenseCache",
@@ -18,6 +18,7 @@ __all__ = [
     "all_ragged",
     "as_ragged",
     "check_cache",
+    "check_pairs",
     "check_target",
     "check_whole",
     "empty_tail",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_mapping
+from ..checks import check_mapping, check_path
 from ..display import visible_line
 from ..version import VERSION as LIBRARY
 
@@ -77,6 +77,7 @@ def open_file(path: str | Path) -> Iterator[OpenFile]:
     Raises: FileNotFoundError; OSError for one that may not be read; ValueError for a directory or a device, and a file
         that is damaged, not kvzip's, or of another major version.
     """
+    check_path(path, "path")
     path = Path(path)
     with _opened(path) as raw, ThreadPoolExecutor(1) as helper:
         with refusing(path):

@@ -14,14 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..checks import check_path
+from ..checks import check_path, check_values
 from ..display import visible_line
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
 from .dense import DenseCache, DenseKV, Scores, WindowKV
 from .files import Bad, OpenFile, open_file, outline, read_tensor, refusing, require, write_file
 from .levels import LEVELS, encode_levels
-from .ragged import RaggedCache, RaggedKV, Tail, check_cache, head_count, head_dim
+from .ragged import RaggedCache, RaggedKV, Tail, check_pairs, head_count, head_dim
 
 _OTHERS = {"Scores": "kvzip.scores.load", "HeadScores": "kvzip.head_scores.load"}  # files that hold no cache
 _CACHES = ("RaggedCache", "DenseCache")
@@ -86,10 +86,12 @@ def save(
         TypeError for what is no cache, or a note that JSON cannot hold; FileExistsError for a file that is there and
         must not be replaced; OSError if it cannot be written.
     """
-    check_cache(cache)
+    check_pairs(cache)
     check_path(path, "path")
     if score_bits not in (32, 8):
         raise ValueError(f"expected score_bits of 32 or 8, got {score_bits}: 32 is exact")
+    if cache.scores is not None:
+        check_values(cache.scores.values, "scores")
     tensors, header = _describe(cache, score_bits)
     if model is not None:
         if not isinstance(model, Origin):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..display import visible_line
 from ..ops import Quantized, decode_schedule
 from .dense import DenseCache, Scores, WindowKV
-from .ragged import RaggedCache, RaggedKV, check_cache, head_count, head_dim
+from .ragged import RaggedCache, RaggedKV, check_cache, check_pairs, head_count, head_dim
 
 C = TypeVar("C", DenseCache, RaggedCache)
 
@@ -85,9 +85,9 @@ def describe(cache: DenseCache | RaggedCache) -> str:
 def to(cache: C, device: torch.device | str) -> C:
     """Returns the cache on another device; on its own device, the cache itself. Token ids stay on the host.
 
-    Raises: ValueError if the cache was consumed.
+    Raises: ValueError if the cache was consumed, or loaded with `pairs=False`.
     """
-    check_cache(cache)
+    check_pairs(cache)
     layers = cache.layers if isinstance(cache, DenseCache) else cache.context
     first = next((x for layer in layers for x in _tensors(layer)), cache.token_ids)
     if first.device == torch.empty(0, device=device).device:

@@ -73,6 +73,18 @@ def check_cache(cache: DenseCache | RaggedCache) -> None:
         check_whole(cache)
 
 
+def check_pairs(cache: DenseCache | RaggedCache) -> None:
+    """Raises as `check_cache` does, and ValueError if keys and values were left in the file."""
+    check_cache(cache)
+    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
+    rows = layers[0].k
+    if (rows if isinstance(rows, Tensor) else rows.codes).is_meta:
+        raise ValueError(
+            "expected a cache with its pairs, got one loaded with pairs=False: its keys and values are in the file, "
+            "load it without pairs=False"
+        )
+
+
 def as_ragged(cache: DenseCache) -> RaggedCache:
     """Returns the dense cache seen as a ragged one with all heads full. No pair is copied.
 

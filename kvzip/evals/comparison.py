@@ -1,7 +1,7 @@
 """One document, its full cache against a compressed one: answers, changed tokens, probabilities, time and memory."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsFloat, TypeVar
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from .. import checks
 from ..attention import decode_attend
-from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, empty_tail, grow_tail, nbytes
+from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, check_pairs, empty_tail, grow_tail, nbytes
+from ..checks import check_kind, check_texts
 from ..compression import compress
 from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
 from ..models import Model, forward, logits
-from ..prefilling import context_ids, prefill, tokenizer_of
+from ..prefilling import check_length, context_ids, prefill, tokenizer_of
+from ..scoring import check_fingerprint
 from .methods import METHODS, Method
 
 R = TypeVar("R")
@@ -122,7 +124,7 @@ def compare(
     if not isinstance(method, str) or method not in available:
         raise ValueError(f"expected a method among {sorted(available)}, got {method!r}: pass one of them")
     how, ratio = available[method], checks.kept_ratio(ratio)
-    questions = checks.check_texts(questions, "questions")
+    questions, stop = check_texts(questions, "questions"), check_texts(stop, "stop")
     step = on_step or (lambda what: None)
     step("reading the document")
     full, prefill_s = _timed(model, lambda: prefill(model, document, instruction=instruction, template=template))
@@ -160,11 +162,21 @@ def answer_probabilities(
     """Returns the probabilities of each token of the vocabulary where each of T answer tokens stands, float32.
 
     The question and the answer are read in one pass after the cache, its tail included, which is left as it was.
+
+    Raises: ValueError for a cache of another model, an empty query, ids beyond the vocabulary, or more positions than
+        the model was made for; TypeError for arguments of another kind.
     """
+    check_kind(model, Model)
+    check_pairs(cache)
+    check_fingerprint(model, cache.fingerprint)
+    if not isinstance(query, str):
+        raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
     (asked,) = query_ids(model, cache, [query], template=template)
+    answer = _answer_ids(answer_ids)
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
-    ids = context_ids(model, torch.tensor([*asked, *answer_ids]))[None].to(model.device)
+    ids = context_ids(model, torch.tensor([*asked, *answer]))[None].to(model.device)
     rows, used = ids.shape[1], len(cache.token_ids)
+    check_length(model, used + rows, f"a cache of {used} tokens, a question of {len(asked)} and {len(answer)} more")
     if cache.tail is None:
         tail = empty_tail(cache.context, 1, rows, dtype=model.dtype)
     else:
@@ -231,6 +243,12 @@ def _render_pair(pair: AnswerPair) -> Group:
             changes.add_row(str(change.position), *first, *second)
         parts += ["", changes]
     return Group(*parts)
+
+
+def _answer_ids(ids: Sequence[int]) -> list[int]:
+    if not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
+        raise TypeError(f"expected answer_ids to be a list of token ids, got {type(ids).__name__}: pass a list")
+    return [checks.whole(each, "a token id", least=0) for each in ids]
 
 
 def _points(difference: float) -> str:

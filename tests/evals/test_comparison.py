@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -186,3 +187,11 @@ def test_steps_are_told_as_they_begin(model: kvzip.Model) -> None:
 def test_an_unknown_method_is_an_error_that_lists_the_known(model: kvzip.Model) -> None:
     with pytest.raises(ValueError, match=r"expected a method among \[.*'kvzip'.*\], got 'snap'"):
         compare(model, TEXT, QUERIES, 0.5, method="snap")
+
+
+def test_an_answer_that_does_not_fit_or_another_models_cache_is_refused(model: kvzip.Model) -> None:
+    cache = kvzip.prefill(model, TEXT)
+    with pytest.raises(ValueError, match=r"expected at most 70 positions"):
+        answer_probabilities(replace(model, config=replace(model.config, max_length=70)), cache, "q", [1] * 100)
+    with pytest.raises(ValueError, match="expected a cache of this model"):
+        answer_probabilities(random_model.make(model.config, seed=3), cache, "q", [1])
