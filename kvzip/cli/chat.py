@@ -204,7 +204,7 @@ def _save(talk: Talk, argument: str) -> None:
         raise ValueError(f"expected a file to write, got a quote that does not end: /save 'my talk{SUFFIX}'") from None
     names = [word for word in words if word != "--force"]
     if len(names) != 1 or not names[0]:
-        got = "several words, as which a name in quotes is one" if len(names) > 1 else "none"
+        got = "several words (a name with spaces needs quotes)" if len(names) > 1 else "none"
         raise ValueError(f"expected a file to write, got {got}: /save talk{SUFFIX}")
     force, path = "--force" in words, Path(names[0])
     how = f"/save --force {shlex.quote(names[0])}"
