@@ -2,8 +2,11 @@
 
 import re
 
-_STEERING = "\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-"""Controls but newline and tab, other line ends, what turns the direction of text, and halves of characters."""
+_STEERING = (
+    "\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
+)
+"""Controls but newline and tab, other line ends, what turns the direction of text, marks that are no letters, and
+halves of characters."""
 _IN_TEXT = re.compile(f"[{_STEERING}]")
 _IN_LINE = re.compile(f"[\t\n{_STEERING}]")
 
@@ -24,11 +27,6 @@ def visible_line(text: str, *, limit: int | None = None) -> str:
     """
     text = text if limit is None or len(text) <= limit else text[:limit] + "..."
     return _IN_LINE.sub(_escape, text)
-
-
-def safe_json(written: str) -> str:
-    r"""Returns JSON in which every character that steers a terminal is the escape `\uXXXX`, which reads the same."""
-    return _IN_TEXT.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -38,6 +38,8 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
 
     Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
     """
+    if not str(source):  # as a path it would be the current directory
+        raise ValueError("expected a directory, a hub id or an alias, got an empty name: name a model")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

@@ -31,6 +31,7 @@ from .cache import (
     whole_file,
 )
 from .cache.io import open_cache, pieces_of, read_cache
+from .display import visible_line
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
 _SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
@@ -50,9 +51,11 @@ def write_report(file: Path, out: Path) -> None:
     with open_cache(file) as opened:
         cache, pieces = read_cache(opened, pairs=False), pieces_of(opened)
     facts, arrays = describe(opened.header, cache, pieces)
-    facts |= {"file": file.name, "fileBytes": file.stat().st_size, "title": facts["title"] or file.stem}
-    with whole_file(out) as partial, open(partial, "w", encoding="utf-8", newline="\n") as written:
-        written.writelines(render(facts, arrays))
+    facts |= {"file": visible_line(file.name), "fileBytes": file.stat().st_size}
+    facts["title"] = facts["title"] or visible_line(file.stem)
+    # a note may hold halves of characters, which are no UTF-8; their escapes are JSON
+    with whole_file(out) as partial, open(partial, "wb") as written:
+        written.writelines(part.encode("utf-8", "backslashreplace") for part in render(facts, arrays))
 
 
 def describe(

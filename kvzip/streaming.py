@@ -316,8 +316,11 @@ def _resume(
         raise _no_checkpoint(path, "its note holds no settings of a run")
     for name, value in settings.items():
         if json.dumps(note[name]) != json.dumps(value):
+            wanted, got = f"with {name}={value}", reprlib.repr(note[name])
+            if name == "expected" and type(value) is type(note[name]) is int:
+                wanted, got = f"over {value:,} tokens", f"one over {note[name]:,}"
             raise ValueError(
-                f"expected a checkpoint of a run with {name}={value}, got {reprlib.repr(note[name])} in {path.name}: "
+                f"expected a checkpoint of a run {wanted}, got {got} in {path.name}: "
                 "give the arguments that it was begun with, or another file"
             )
     cache = load_cache(path, model=model)

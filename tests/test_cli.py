@@ -28,9 +28,9 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import IN_THE_LIBRARY, size, stages
+from kvzip.cli.plumbing import IN_THE_LIBRARY, put_json, size, stages
 from kvzip.cli.sources import SHIPPED
-from kvzip.display import safe_json, visible, visible_line
+from kvzip.display import visible, visible_line
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes
@@ -260,6 +260,10 @@ def test_of_a_directory_only_its_own_text_files_are_read(tmp_path: Path, monkeyp
     (project / "a.py").unlink()
     with pytest.raises(ValueError, match="without any: its 4 files are left out"):
         documents.read([str(project)])
+    for left in sorted(project.glob("*.txt"))[1:]:
+        left.unlink()
+    with pytest.raises(ValueError, match="without any: its 1 file is left out"):
+        documents.read([str(project)])
 
 
 def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -> None:
@@ -296,7 +300,7 @@ def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, mo
     pytest.importorskip("pypdf")
     assert documents.read([str(path)]) == ("Three hundred and twelve steps", "doc.pdf")
     write_pdf(path, "")
-    with pytest.raises(ValueError, match=r"expected text in doc\.pdf, got 1 pages without any"):
+    with pytest.raises(ValueError, match=r"expected text in doc\.pdf, got 1 page without any"):
         documents.read([str(path)])
     path.write_bytes(b"%PDF-1.4\nnonsense")
     with pytest.raises(ValueError, match="expected a PDF that can be read"):
@@ -626,6 +630,11 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
         (("ask", tmp_path, "hi"), "expected a file that kvzip wrote, got the directory"),
         (("ask", kvz, "hi", "--device", "mps"), "expected a device of cpu"),
         (("ask", kvz, "a" * 5000), "shorten it, or pass RoPE scaling (--rope, and --max-length)"),
+        (("compress", "", "-m", model_dir, "-o", out), "expected a document, got an empty name"),
+        (("compress", document, "-m", "", "-o", out), "expected a directory, a hub id or an alias, got an empty name"),
+        (("info", ""), "expected a directory, a hub id or an alias, got an empty name"),
+        (("heads", "show", document), f"got {document} that is none: kvzip heads make makes one"),
+        ((*compress, out, "--max-length", 500), "--max-length, or none: the model was made for 4,096"),
         (("compress", document, "-m", model_dir, "-o", "-"), "expected the name of a file to write, got -"),
     ]:
         assert expected in one_line(call(*command)), command
@@ -642,6 +651,13 @@ def test_wrong_calls_end_with_2(document: Path, kvz: Path) -> None:
         ("compress", document, "-m", "x", "--rope", "{"),
         ("ask", kvz),
         ("ask", kvz, " "),
+        *(("ask", kvz, "hi", *wrong) for wrong in (("-t", "nan"), ("--top-p", "nan"), ("--stop", ""))),
+        ("ask", kvz, "hi", "--seed", 10**23),
+        *(("compress", document, "-m", "x", "--threshold", wrong) for wrong in ("nan", "inf")),
+        ("compress", document, "-m", "x", "--budget", "nan"),
+        ("compress", document, "-m", "x", "--threshold", 0.1, "--level", "layer"),
+        ("compress", document, "-m", "x", "-o", ""),
+        ("ask", "", "hi"),
         ("ask", kvz, "hi", "--device", "a b"),
         ("compare", document, "hi", " ", "-m", "x"),
         ("info", "x", "--memory", "much"),
@@ -1012,15 +1028,18 @@ HOSTILE = "a\x1b[31m\x9b31m\u202e[red]b\n\tc\rd\ud800\x7f"
 SHOWN = r"a\x1b[31m\x9b31m\u202e[red]b" + "\n\t" + r"c\rd\ud800\x7f"
 
 
-def test_what_steers_a_terminal_is_shown_as_its_escape() -> None:
+def test_what_steers_a_terminal_is_shown_as_its_escape(capsys: pytest.CaptureFixture[str]) -> None:
     assert visible(HOSTILE) == SHOWN and visible("a\r\nb") == "a\nb"
     assert visible_line(HOSTILE) == SHOWN.replace("\n\t", r"\n\t")
-    assert json.loads(safe_json(json.dumps(HOSTILE, ensure_ascii=False))) == HOSTILE
     every = "".join(map(chr, range(0x3000)))
-    left = {*visible(every), *visible_line(every), *safe_json(json.dumps(every, ensure_ascii=False))}
+    put_json(every)
+    written = capsys.readouterr().out
+    assert json.loads(written) == every and written.isascii() and "\x7f" not in written
+    left = {*visible(every + "\ufeff\ufff9\ufffa\ufffb"), *visible_line(every)}
     assert {unicodedata.category(c) for c in left - {"\n", "\t"}}.isdisjoint({"Cc", "Zl", "Zp", "Cs"})
     turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
     assert {unicodedata.bidirectional(c) for c in left}.isdisjoint(turning)
+    assert left.isdisjoint("\u061c\u200e\u200f\ufeff\ufff9\ufffa\ufffb")  # marks of a direction, and no letters
 
 
 def test_no_text_of_an_answer_a_file_or_a_name_steers_the_terminal(
@@ -1049,6 +1068,43 @@ def test_no_text_of_an_answer_a_file_or_a_name_steers_the_terminal(
     for result in results:
         assert not re.search("[\x1b\x9b\u202e\x7f]", result.output), result.output
     assert r"o\x1b[31m[b]\n.kvz: t\x1b[31m\x9b, " in results[2].stdout
+
+
+def test_what_is_saved_in_a_chat_is_named_as_in_a_shell(kvz: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a b.kvz", tmp_path / "b.kvz"
+    lines = [f"/save '{first}'", f"/save {second}", f"/save {second} --force", f"/save --force {second}"]
+    result = call("chat", kvz, text="\n".join(lines))
+    assert result.stderr.count(f"replaced {second}") == 2 and {*tmp_path.iterdir()} == {first, second}
+    for wrong in ("", "--force", "''", "a b", "'a"):
+        result = call("chat", kvz, text=f"/save {wrong}\n")
+        assert result.stderr.startswith("expected a file to write, got ") and not result.stdout, wrong
+    result = call("chat", kvz, text=f"/save '{first}'\n")
+    assert f"/save --force '{first}' to replace it" in result.stderr
+
+
+@pytest.mark.parametrize("key", [b"\x03", b"\x04"])
+def test_leaving_a_question_in_a_chat_is_a_no(kvz: Path, tmp_path: Path, key: bytes) -> None:
+    out = tmp_path / "own.kvz"
+    out.write_bytes(kvz.read_bytes())
+    answers = {"or /help": f"/save {out}\r".encode(), "Replace it? [y/N]": key, "nothing has changed": b"/quit\r"}
+    code, shown = on_a_terminal("chat", kvz, answers=answers)
+    assert code == 0 and "stopped; nothing has changed" in shown and "unexpected" not in shown
+    assert out.read_bytes() == kvz.read_bytes()
+
+
+def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, model_dir: Path) -> None:
+    def shell(words: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        command = ["sh", "-c", f'exec "$0" -m kvzip.cli "$@" {words}', sys.executable, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+    result = shell("<&-", "compress", "-", "-m", model_dir, "-o", document.with_name("out.kvz"))
+    assert result.stderr == "kvzip: expected a document with text in it, got none in standard input\n"
+    assert "expected a question, got none" in shell("<&-", "ask", kvz, "-").stderr
+    result = shell("<&-", "chat", kvz)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    result = shell("<&-", "compress", document, "-m", model_dir, "-o", kvz)
+    assert result.returncode == 1 and "expected a name that is free" in result.stderr
+    assert shell("2>&-", "ask", kvz, "hi", "-n", 1).returncode == 0
 
 
 def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1082,6 +1138,7 @@ def test_the_ratio_of_whole_heads_includes_what_the_others_keep(
     shown = "heads    1 of 4 are whole, the others keep the first 3 and the last 5 tokens, which the ratio includes"
     assert shown in call(*base, "--budget", evictable / 2, "--sink", 3, "--recent", 5).stdout
     assert shown in call("info", out).stdout
+    assert "\nheads    all 4 are whole\n" in call(*base, "-r", 1).stdout
     before = out.read_bytes()
     line = one_line(call(*base, "-r", 0.5))  # 128 and 256 in the file of scores
     assert f"the first 128 and the last 256 tokens in every head, which are 100.0% of {evictable} tokens" in line

@@ -313,6 +313,12 @@ def test_entries_that_lie_are_refused(path, change):
     assert "doc.kvz" in refusal(lambda: kvzip.load_cache(path))
 
 
+def test_a_file_of_something_else_is_not_called_damaged(path):
+    path.write_text("A text of more than a few bytes.", encoding="utf-8")
+    assert "which is none of kvzip's" in refusal(lambda: kvzip.load_cache(path))
+    assert "which is none of kvzip's" in refusal(lambda: head_scores.load(path))
+
+
 def test_a_key_that_is_there_twice_is_refused(path):
     """Two readers would read two files: the checksum is right, both entries are of the right type."""
     outer, header, data = rewritten.parts(path)

@@ -141,6 +141,14 @@ def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_p
 
 
 @needs_chromium
+def test_a_name_and_a_note_that_are_no_text_have_a_page_too(scored, tmp_path):
+    path, page = tmp_path / "bad\udcff.kvz", tmp_path / "page.html"
+    kvzip.save(kvzip.compress(scored, 0.3), path, note={"by": "\ud800"})
+    write_report(path, page)
+    facts = json.loads(block(page.read_text(encoding="utf-8"), "facts"))
+    assert (facts["file"], facts["title"]) == (r"bad\udcff.kvz", r"bad\udcff")
+
+
 def test_the_slider_keeps_what_keep_mask_keeps(saved, tmp_path):
     cache, _, page = saved
     asked = [(level, ratio) for level in LEVELS for ratio in RATIOS]

@@ -339,6 +339,9 @@ def test_a_checkpoint_is_written_every_so_often_and_belongs_to_its_run(tmp_path)
     options = {"segment": 60, "template": False, "checkpoint": path}
     with pytest.raises(ValueError, match=r"expected a checkpoint of a run with ratio=0.4, got 0.3"):
         kvzip.prefill_compressed(model, LONG, 0.4, **options)
+    tokens = len(kvzip.prefilling.context_ids(model, LONG))
+    with pytest.raises(ValueError, match=rf"of a run over {tokens - 9:,} tokens, got one over {tokens:,} in state.kvz"):
+        kvzip.prefill_compressed(model, LONG[:-9], 0.3, **options)
     with pytest.raises(ValueError, match="got other tokens"):
         kvzip.prefill_compressed(model, LONG.replace("3: The", "3: Thy").replace("0", "1"), 0.3, **options)
     assert read_header(path)["length"] == 240, "a run that fails before it gets further leaves the file as it was"

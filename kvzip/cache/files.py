@@ -262,6 +262,10 @@ def _head_of(raw: FileIO) -> bytes:
 
 def _read_head(path: Path, raw: FileIO) -> tuple[dict[str, Any], dict[str, Stored]]:
     name = visible_line(path.name)
+    start = raw.read(9)
+    if len(start) == 9 and start[8:] != b"{":  # where the header of every safetensors file begins
+        raise Refused(f"expected a file written by kvzip.save, got {name}, which is none of kvzip's: name another")
+    raw.seek(0)
     head = _head_of(raw)
     table = _object(head.decode())
     metadata = table.pop("__metadata__", None)

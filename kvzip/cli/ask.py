@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..display import visible
-from .plumbing import check_text, command, echo, hint, positive, put_json, stages, stdin_lines
+from .plumbing import FileName, check_text, command, echo, finite, hint, positive, put_json, stages, stdin_lines
 from .sources import model_options, open_cache, short
 
 
@@ -24,6 +24,7 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "-t",
             "--temperature",
             type=click.FloatRange(0),
+            callback=finite,
             default=0.0,
             show_default=True,
             help="0 takes the most likely token.",
@@ -31,16 +32,35 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--top-p",
             type=click.FloatRange(0, 1, min_open=True),
+            callback=finite,
             default=1.0,
             show_default=True,
             help="Sample among the most likely tokens of this probability.",
         ),
-        click.option("--seed", type=int, help="Of the sampling."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be repeated."),
+        click.option("--seed", type=int, callback=_seed, help="Of the sampling."),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            callback=_stops,
+            help="Text that ends an answer; may be repeated.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def _seed(ctx: click.Context, option: click.Parameter, value: int | None) -> int | None:
+    if value is not None and not -(2**63) <= value < 2**64:
+        raise click.BadParameter(f"expected a seed from -2**63 to 2**64 - 1, got {value}", ctx, option)
+    return value
+
+
+def _stops(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in value:
+        raise click.BadParameter("expected text that ends an answer, got none: leave it out", ctx, option)
+    return value
 
 
 @command(
@@ -51,7 +71,7 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
     kvzip ask contract.kvz --json - < questions.txt
     """,
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FileName())
 @click.argument("questions", metavar="QUESTION...", nargs=-1, required=True)
 @answer_options
 @model_options(required=False)

@@ -1,5 +1,6 @@
 """`kvzip chat`: a conversation about a file, whose states can be kept, left and folded into the context."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ import click
 from ..display import visible_line
 from .ask import answer_options, follow
 from .compress import RATIO, SUFFIX
-from .plumbing import check_text, command, echo, explain, hint, say, size, stages, stdin_lines
+from .plumbing import FileName, check_text, command, echo, explain, hint, say, size, stages, stdin_lines
 from .sources import model_options, open_cache, title_of
 from .targets import check_target, is_kvzip_file, say_replaced
 
@@ -37,7 +38,7 @@ class Talk:
 
 
 @command("chat", epilog="kvzip chat contract.kvz")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FileName())
 @answer_options
 @model_options(required=False)
 def chat(
@@ -91,7 +92,7 @@ def chat(
             )
             echo()
             talk.states.append(state)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):  # the latter at a question
             echo()
             say(stopped)
         except BrokenPipeError:
@@ -197,10 +198,16 @@ def _save(talk: Talk, argument: str) -> None:
     """[--force] FILE write this state to a file, to ask or go on later"""
     from ..cache import save
 
-    if not argument:
-        raise ValueError(f"expected a file to write, got none: /save talk{SUFFIX}")
-    force, path = argument.startswith("--force "), Path(argument.removeprefix("--force ").strip())
-    how = f"/save --force {path}"
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        raise ValueError(f"expected a file to write, got a quote that does not end: /save 'my talk{SUFFIX}'") from None
+    names = [word for word in words if word != "--force"]
+    if len(names) != 1 or not names[0]:
+        got = "several words (a name with spaces needs quotes)" if len(names) > 1 else "none"
+        raise ValueError(f"expected a file to write, got {got}: /save talk{SUFFIX}")
+    force, path = "--force" in words, Path(names[0])
+    how = f"/save --force {shlex.quote(names[0])}"
     held = check_target(path, kind="file of kvzip", ours=is_kvzip_file, force=force, how=how)
     save(talk.states[-1], path, note=talk.note, model=talk.model, score_bits=8, overwrite=bool(held))
     say_replaced(path, held)

@@ -9,8 +9,22 @@ import click
 
 from ..display import visible_line
 from . import documents
-from .plumbing import Ratio, Stage, command, echo, hint, positive, put_json, resuming, say, size, stages
-from .sources import find_heads, find_model, load_model, model_options
+from .plumbing import (
+    FileName,
+    Ratio,
+    Stage,
+    command,
+    echo,
+    finite,
+    hint,
+    positive,
+    put_json,
+    resuming,
+    say,
+    size,
+    stages,
+)
+from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_space, check_target, force_option, is_kvzip_file, peek, say_replaced, unwritten
 
 if TYPE_CHECKING:
@@ -38,11 +52,16 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 @click.argument("documents_", metavar="DOC...", nargs=-1, required=True)
 @model_options(required=True)
 @click.option("-r", "--ratio", type=Ratio(), help=f"Fraction of pairs KEPT [default: {RATIO}].")
+@click.option("-o", "--output", type=FileName(), help="File to write [default: the document's name, .kvz].")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="File to write [default: the document's name, .kvz]."
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    callback=finite,
+    help="Tokens kept per head, in place of a ratio.",
 )
-@click.option("--budget", type=click.FloatRange(0, min_open=True), help="Tokens kept per head, in place of a ratio.")
-@click.option("--threshold", type=float, help="Keep every pair with at least this score, in place of a ratio.")
+@click.option(
+    "--threshold", type=float, callback=finite, help="Keep every pair with at least this score, in place of a ratio."
+)
 @click.option(
     "--level",
     type=click.Choice(["pair", "layer", "uniform", "head"]),
@@ -86,7 +105,7 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 @click.option("--instruction", help="Opens the user turn, before the document.")
 @click.option("--plain", is_flag=True, help="No chat template: for base models, whose questions continue the document.")
 @click.option("--title", help="What the document is called [default: its file name].")
-@force_option
+@force_option()
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def compress(
     documents_: tuple[str, ...],
@@ -123,6 +142,8 @@ def compress(
         raise click.UsageError("expected one of --ratio, --budget and --threshold, got several")
     if segment and (budget or threshold is not None or level or bits or heads):
         raise click.UsageError("--segment takes a --ratio only: no --budget, --threshold, --level, --bits or --heads")
+    if threshold is not None and level not in (None, "pair"):
+        raise click.UsageError(f"--threshold takes no --level {level}: it keeps by score, no budget is shared")
     if heads and (scope or level or threshold is not None):
         raise click.UsageError("--heads takes no --scope, --level or --threshold: nothing is scored, heads stay whole")
     if not heads and (sink is not None or recent is not None):
@@ -132,7 +153,7 @@ def compress(
     chosen = None if heads is None else find_heads(heads)
     held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     text, named = documents.read(documents_)
-    find_model(model)
+    own = made_for(find_model(model), rope=rope)
     note: dict[str, Any] = {"title": visible_line(title or named), "documents": [*map(visible_line, documents_)]}
     seconds: dict[str, float] = {}
     prompt = {"system": system, "instruction": instruction, "template": not plain}
@@ -152,6 +173,7 @@ def compress(
                 output,
                 seconds,
                 read,
+                own,
                 ratio=ratio,
                 segment=segment,
                 **scoring,
@@ -172,6 +194,7 @@ def compress(
                 note,
                 seconds,
                 read,
+                own,
                 how=how | ({"level": level} if level else {}),
                 scoring=scoring,
                 heads=chosen,
@@ -218,6 +241,7 @@ def _at_once(
     note: dict[str, Any],
     seconds: dict[str, float],
     read: list[int],
+    own: int | None,
     *,
     how: dict[str, Any],
     scoring: dict[str, Any],
@@ -233,7 +257,7 @@ def _at_once(
     chosen = None if heads is None else head_scores.load(heads, model=model)
     prefix, ids = prefilling.encode(model, text, **prompt)
     read.append(len(ids))
-    _check_length(model, ids, prefix, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
+    _check_length(model, ids, prefix, own, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
     if chosen is not None and len(ids):
         kept = _whole_heads(chosen, len(ids), how, ends)
         # between two fractions, so that no rounding makes it one head less
@@ -295,6 +319,7 @@ def _in_segments(
     output: Path,
     seconds: dict[str, float],
     read: list[int],
+    own: int | None,
     *,
     ratio: float,
     **options: Any,
@@ -307,7 +332,7 @@ def _in_segments(
     turn = {name: options[name] for name in ("system", "instruction", "template")}
     prefix, ids = prefilling.encode(model, text, **turn)
     read.append(len(ids))
-    _check_length(model, ids, prefix, chunk=options["chunk"], chat=options["template"])
+    _check_length(model, ids, prefix, own, chunk=options["chunk"], chat=options["template"])
     check_space(output, int(ratio * prefilling.dense_bytes(model, len(prefix) + len(ids))))
     done = _done(partial)
     if partial.exists():
@@ -331,8 +356,14 @@ def _done(partial: Path) -> int:
     return max(0, tokens - start) if isinstance(tokens, int) and isinstance(start, int) else 0
 
 
-def _check_length(model: "Model", ids: "Tensor", prefix: list[int], *, chunk: int | None, chat: bool) -> None:
-    """Raises ValueError now, not after the prefill, if document and scoring need more positions than there are."""
+def _check_length(
+    model: "Model", ids: "Tensor", prefix: list[int], own: int | None, *, chunk: int | None, chat: bool
+) -> None:
+    """Raises ValueError now, not after the prefill, if document and scoring need more positions than there are.
+
+    Args:
+        own: positions that the model was made for, of which --max-length may leave fewer.
+    """
     import torch
 
     from ..cache import DenseCache
@@ -348,10 +379,15 @@ def _check_length(model: "Model", ids: "Tensor", prefix: list[int], *, chunk: in
         needed += max(len(repeat) for _, _, repeat in repeats(model, bare, chunk=chunk, hint=8))
     if needed > limit:
         scoring = f" and {needed - length:,} to score it (--chunk makes them fewer)" if needed > length else ""
-        raise ValueError(
-            f"expected a document that fits in {limit:,} positions (the model's length), got {length:,} tokens{scoring}"
-            ": shorten it, or pass RoPE scaling (--rope, and --max-length); --segment does not help, nor does a longer "
+        remedy = (
+            "shorten it, or pass RoPE scaling (--rope, and --max-length); --segment does not help, nor does a longer "
             "--max-length alone: the model knows no more positions"
+        )
+        if own is not None and limit < needed <= own:
+            remedy = f"pass a longer --max-length, or none: the model was made for {own:,}"
+        whose = "the model's length" if model.max_length is None else "--max-length"
+        raise ValueError(
+            f"expected a document that fits in {limit:,} positions ({whose}), got {length:,} tokens{scoring}: {remedy}"
         )
 
 
@@ -419,6 +455,8 @@ def windows_line(windows: int, layers: int) -> str:
 
 def whole_heads_line(heads: dict[str, int]) -> str:
     """Returns what to say of a file whose heads are kept or dropped whole; `heads` is its note's."""
+    if heads["whole"] == heads["heads"]:
+        return f"heads    all {heads['heads']} are whole"
     return (
         f"heads    {heads['whole']} of {heads['heads']} are whole, the others keep the first {heads['sink']} and the "
         f"last {heads['recent']} tokens, which the ratio includes"

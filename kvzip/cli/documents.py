@@ -32,6 +32,8 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
     parts: list[tuple[str, str]] = []
     for source in sources:
         path = Path(source)
+        if not source:
+            raise ValueError("expected a document, got an empty name: name a file, a directory or -")
         if source == "-":
             parts.append((STDIN, _decoded(sys.stdin.buffer.read(), STDIN)))
         elif path.is_dir():
@@ -94,7 +96,9 @@ def _pdf(content: bytes, name: str) -> str:
     if broken := whole.count("\ufffd") - text.count("\ufffd"):
         say(f"{name}: {broken} halves of characters, which are no text, became \ufffd")
     if not whole.strip():
-        raise ValueError(f"expected text in {name}, got {len(pages)} pages without any: recognise its letters first")
+        raise ValueError(
+            f"expected text in {name}, got {_counted(pages, 'page')} without any: recognise its letters first"
+        )
     return whole
 
 
@@ -118,11 +122,14 @@ def _directory(path: Path) -> list[tuple[str, str]]:
         named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
         say(f"{path}: left out {why}: {named}")
     if not parts:
-        raise ValueError(
-            f"expected a directory with text files or PDFs, got {path} without any"
-            + (f": its {sum(map(len, left.values()))} files are left out" if left else "")
-        )
+        names = [name for each in left.values() for name in each]
+        out = f": its {_counted(names, 'file')} {'is' if len(names) == 1 else 'are'} left out" if names else ""
+        raise ValueError(f"expected a directory with text files or PDFs, got {path} without any{out}")
     return parts
+
+
+def _counted(things: Sequence[str], what: str) -> str:
+    return f"{len(things)} {what}" + "s" * (len(things) != 1)
 
 
 def _names(path: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from ..display import visible_line
 from . import documents
 from .ask import follow
 from .plumbing import (
+    FileName,
     Group,
     ListCommand,
     Ratio,
@@ -146,7 +147,7 @@ def _ratios(ctx: click.Context, option: click.Parameter, words: Sequence[str]) -
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=FileName(),
     default=RESULTS,
     show_default=True,
     help="File of JSON lines; a run goes on where it stopped.",
@@ -262,11 +263,9 @@ _FIRST = b'{"kind": "run"'
     kvzip eval report results-*.jsonl -o report/
     """,
 )
-@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=PAGE, show_default=True, help="Directory for the report."
-)
-@force_option
+@click.argument("results", nargs=-1, type=FileName())
+@click.option("-o", "--out", type=FileName(), default=PAGE, show_default=True, help="Directory for the report.")
+@force_option()
 def report(results: tuple[Path, ...], out: Path, force: bool) -> None:
     """Make a table, plots and a page of results."""
     results = results or (RESULTS,)

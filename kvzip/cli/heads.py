@@ -8,7 +8,7 @@ import click
 
 from ..display import visible_line
 from . import documents
-from .plumbing import Group, echo, positive, put, put_json, resuming, stages
+from .plumbing import FileName, Group, echo, positive, put, put_json, resuming, stages
 from .sources import SHIPPED, find_heads, find_model, load_model, model_options, short
 from .targets import check_target, force_option, is_kvzip_file, say_replaced, tensors_of, unwritten
 
@@ -32,10 +32,10 @@ def heads() -> None:
 @heads.command("make", epilog="kvzip heads make book.txt -m DIR -o heads.safetensors")
 @click.argument("documents_", metavar="DOC...", nargs=-1, required=True)
 @model_options(required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option("-o", "--output", type=FileName(), required=True, help="File to write.")
 @click.option("--chunk", type=positive, default=2_000, show_default=True, help="Tokens of a repeat pass.")
 @click.option("--plain", is_flag=True, help="No chat template: for base models.")
-@force_option
+@force_option()
 def make(
     documents_: tuple[str, ...],
     model: str,

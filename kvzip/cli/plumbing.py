@@ -1,9 +1,9 @@
 """What every command shares: errors on one line, what goes to which stream, and progress.
 
 Standard output is data; everything else goes to standard error. A command ends with 0, with 1 for an error of the run,
-2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible`, `visible_line` or `safe_json`, or, in `put`,
-was made safe by its caller, so that no text of a document, a file or a model steers the terminal: nothing here is
-printed but by `echo`, `say`, `hint`, `put` and `put_json`.
+2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible` or `visible_line`, is JSON in ASCII, or, in
+`put`, was made safe by its caller, so that no text of a document, a file or a model steers the terminal: nothing here
+is printed but by `echo`, `say`, `hint`, `put` and `put_json`.
 """
 
 import errno
@@ -17,11 +17,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..display import safe_json, visible, visible_line
+from ..display import visible, visible_line
 
 Stage = Callable[[str], Callable[[int, int | None], None]]
 """stage(what) begins a line of progress and returns its progress(done, total)."""
@@ -60,6 +61,25 @@ class Ratio(click.ParamType):
         self.fail(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {value}: {percent}", param, ctx)
 
 
+class FileName(click.Path):
+    """A path. An empty one, as of a variable that is not set, would be the current directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("expected a name, got an empty one", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def finite(ctx: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """A callback of options that are numbers: NaN is within every range of click's."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, got {value}", ctx, option)
+    return value
+
+
 class Command(click.Command):
     """A command that reports what goes wrong on one line; --debug shows the traceback."""
 
@@ -69,6 +89,9 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # it was closed: nothing is read, and nobody can be told
+                setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a locale without the letters of an answer
@@ -238,8 +261,8 @@ def _to_stderr(text: str, **style: Any) -> None:
 
 
 def put_json(value: Any) -> None:
-    """Writes a value as JSON to standard output."""
-    click.echo(safe_json(json.dumps(value, indent=2, ensure_ascii=False)))
+    """Writes a value as JSON to standard output, in ASCII: it is JSON whatever the locale, and steers no terminal."""
+    click.echo(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
 def put(*renderables: Any) -> None:

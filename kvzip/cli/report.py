@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..display import visible_line
-from .plumbing import command, echo, resuming, size
+from .plumbing import FileName, command, echo, resuming, size
 from .sources import check_ours
 from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
@@ -17,11 +17,9 @@ from .targets import check_target, force_option, is_page, say_replaced, unwritte
     kvzip report contract.kvz -o pages/contract.html
     """,
 )
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Page to write [default: the file's name, .html]."
-)
-@force_option
+@click.argument("file", type=FileName())
+@click.option("-o", "--output", type=FileName(), help="Page to write [default: the file's name, .html].")
+@force_option("page")
 def report(file: Path, output: Path | None, force: bool) -> None:
     """Write a page that shows what is kept.
 

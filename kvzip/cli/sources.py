@@ -118,8 +118,8 @@ def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
     return directory
 
 
-def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | None) -> None:
-    """Says, before the work, that positions are beyond what a model was made for, with RoPE scaling if it has any."""
+def made_for(directory: Path, *, rope: dict[str, Any] | None) -> int | None:
+    """Returns how many positions a model was made for, with RoPE scaling if it has any; None if its config is wrong."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config") or config
@@ -127,10 +127,15 @@ def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | No
         scaling = scaling.get("full_attention") or scaling
         own = config["max_position_embeddings"]
         original, factor = scaling.get("original_max_position_embeddings") or own, scaling.get("factor") or 1
-        limit = int(max(own, original * factor))
+        return int(max(own, original * factor))
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # load says what is wrong with it
-    if positions > limit:
+        return None  # load says what is wrong with it
+
+
+def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | None) -> None:
+    """Says, before the work, that positions are beyond what a model was made for."""
+    limit = made_for(directory, rope=rope)
+    if limit is not None and positions > limit:
         say(
             f"warning: {positions:,} positions are asked for (--max-length), the model was made for {limit:,}: "
             "what it says beyond those makes no sense without RoPE scaling (--rope)",
@@ -149,16 +154,16 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"expected a device of {', '.join(known)}, got {device}: torch finds no other here")
 
 
-def check_ours(path: Path) -> None:
+def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
     """Raises an error, in words for who names files, for what is certainly no file of ours. Without torch."""
     if path.is_dir():
         raise ValueError(f"expected a file that kvzip wrote, got the directory {path}")
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file that kvzip wrote, got no file {path}: kvzip compress makes one")
+        raise FileNotFoundError(f"expected a file that kvzip wrote, got no file {path}: {made_by} makes one")
     with path.open("rb") as file:
         start = file.read(9)
     if start and start[8:] not in (b"{", b""):  # where the header of every safetensors file begins
-        raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: kvzip compress makes one")
+        raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: {made_by} makes one")
 
 
 def quiet_hub() -> None:
@@ -213,6 +218,7 @@ def find_heads(source: str) -> Path:
     """
     path = Path(source)
     if path.is_file():
+        check_ours(path, made_by="kvzip heads make")
         return path
     shipped = {path.stem: path for path in SHIPPED.glob("*.safetensors")}
     wanted = source.rstrip("/").rpartition("/")[2].lower()

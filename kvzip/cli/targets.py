@@ -19,7 +19,9 @@ NAME_IT = ": name a file (-o)"
 _LARGEST = 100_000_000  # bytes of a header, as safetensors allows
 
 
-force_option = click.option("--force", is_flag=True, help="Replace a file of kvzip that is there already.")
+def force_option(kind: str = "file") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds --force."""
+    return click.option("--force", is_flag=True, help=f"Replace a {kind} of kvzip that is there already.")
 
 
 def check_target(
