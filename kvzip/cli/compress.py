@@ -264,7 +264,8 @@ def _at_once(
         share = min(1.0, (kept["whole"] + 0.5) / kept["heads"])
         how |= {"budget": None, "ratio": share, "level": "head", "sink": kept["sink"], "recent": kept["recent"]}
         note["heads"] = kept
-    whole = prefilling.dense_bytes(model, len(prefix) + len(ids))
+    tokens = len(prefix) + len(ids)
+    whole = prefilling.dense_bytes(model, tokens) + 8 * tokens  # pairs and ids, as `nbytes` counts them
     _check_memory(model, whole, len(ids))
     if how["ratio"] is not None:
         packing = 1 if how["bits"] is None else how["bits"] / (8 * model.dtype.itemsize)
