@@ -534,3 +534,22 @@ print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 60 < float(done.stdout) < 64 + 20
+
+
+@pytest.mark.parametrize("words", [0, 1, 508 * 1024, 509 * 1024, 5 * 509 * 1024 + 7])
+def test_a_tensor_that_is_read_through_staging_memory_is_the_same(words, tmp_path):
+    """As those that go to a GPU are, through fewer slots than it has pieces."""
+    value = torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(1))
+    path = tmp_path / "x.kvz"
+    files.write_file(path, {"x": value, "y": value[:3].clone()}, {"cache": "Other"})
+    staged = torch.empty(4, files._PIECE, dtype=torch.uint8)
+    with files.open_file(path) as file:
+        for name in ("x", "y", "x"):
+            assert torch.equal(files.read_tensor(file, name, scratch=staged), files.read_tensor(file, name))
+    if words > 1:
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 4
+        path.write_bytes(data)
+        with files.open_file(path) as file, pytest.raises(files.Bad, match="differs from its checksum"):
+            for name in ("x", "y"):
+                files.read_tensor(file, name, scratch=staged)

@@ -12,7 +12,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -91,26 +91,55 @@ def read_tensor(
     """Returns a tensor of an open file, in memory of its own. Raises Bad if it is not what was written.
 
     Args:
-        scratch: bytes, as many as the largest tensor has, to read those into that go to another device.
+        scratch: what `staging` gave, through which bytes go to another device.
     """
     place = file.tensors[name]
-    size = place.stop - place.start
-    if scratch is None or torch.device(device).type == "cpu":
-        scratch = torch.empty(size, dtype=torch.uint8)
-    buffer = scratch[:size]
     file.raw.seek(place.start)
+    if scratch is None:
+        read = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        sums = [file.helper.submit(_sums, piece) for piece in _read_pieces(file.raw, read.numpy())]
+        found = read.view(place.dtype).view(place.shape).to(device) if len(read) else None
+    else:
+        found = torch.empty(place.shape, dtype=place.dtype, device=device)
+        sums = _read_through(file, found, scratch)
+    digest = _digest(b"".join(future.result() for future in sums))
+    require(digest == file.header["checksums"][name], f"{name} differs from its checksum")
+    return torch.empty(place.shape, dtype=place.dtype, device=device) if found is None else found
 
-    def pieces() -> Iterator[np.ndarray]:
-        for piece in _pieces(buffer.numpy()):
-            _fill(file.raw, piece)
-            yield piece
 
-    # a piece is summed while the next one is read
-    sums = (file.helper.map if len(buffer) > _PIECE else map)(_sums, pieces())
-    require(_digest(b"".join(sums)) == file.header["checksums"][name], f"{name} differs from its checksum")
-    if not len(buffer):
-        return torch.empty(place.shape, dtype=place.dtype, device=device)
-    return buffer.view(place.dtype).view(place.shape).to(device)
+def staging(device: str | torch.device) -> Tensor | None:
+    """Returns memory through which `read_tensor` reads tensors that go to another device than the CPU."""
+    kind = torch.device(device).type
+    return None if kind == "cpu" else torch.empty(4, _PIECE, dtype=torch.uint8, pin_memory=kind == "cuda")
+
+
+def _read_pieces(raw: FileIO, buffer: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields each piece of a buffer when it is read: it is summed while the next one is read."""
+    for piece in _pieces(buffer):
+        _fill(raw, piece)
+        yield piece
+
+
+def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:
+    """Fills a tensor of another device. A piece is summed and copied while the next ones are read."""
+    flat, sums = out.view(-1).view(torch.uint8), []
+    copied = [torch.cuda.Event() if out.is_cuda else None for _ in scratch]
+    for number, target in enumerate(flat.split(_PIECE) if out.numel() else ()):
+        slot = number % len(scratch)
+        piece, event = scratch[slot, : len(target)], copied[slot]
+        if number >= len(scratch):  # what is in the slot may still be read
+            sums[number - len(scratch)].result()
+            if event is not None:
+                event.synchronize()
+        _fill(file.raw, piece.numpy())
+        sums.append(file.helper.submit(_sums, piece.numpy()))
+        target.copy_(piece, non_blocking=event is not None)
+        if event is not None:
+            event.record(torch.cuda.current_stream(out.device))
+    for event in copied:
+        if event is not None:
+            event.synchronize()
+    return sums
 
 
 def outline(file: OpenFile, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from ..display import visible_line
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
 from .dense import DenseCache, DenseKV, Scores, WindowKV
-from .files import Bad, OpenFile, open_file, outline, read_tensor, refusing, require, write_file
+from .files import Bad, OpenFile, open_file, outline, read_tensor, refusing, require, staging, write_file
 from .levels import LEVELS, encode_levels
 from .ragged import RaggedCache, RaggedKV, Tail, check_pairs, head_count, head_dim
 
@@ -172,11 +172,8 @@ def read_cache(
     if device is None:
         device = "cpu" if model is None else model.device
     torch.empty(0, device=device)  # a device that is not there is no fault of the file
-    elsewhere = torch.device(device).type != "cpu"
-    largest = max((place.stop - place.start for place in file.tensors.values()), default=0)
-    scratch = torch.empty(largest, dtype=torch.uint8) if elsewhere else None
     with refusing(file.path):
-        cache = _Reader(file, str(device), pairs, scratch).cache(file.header)
+        cache = _Reader(file, str(device), pairs, staging(device)).cache(file.header)
         if model is not None:
             _check_fits(cache, model)
         return cache
