@@ -140,7 +140,6 @@ def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_p
     assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-@needs_chromium
 def test_a_name_and_a_note_that_are_no_text_have_a_page_too(scored, tmp_path):
     path, page = tmp_path / "bad\udcff.kvz", tmp_path / "page.html"
     kvzip.save(kvzip.compress(scored, 0.3), path, note={"by": "\ud800"})
@@ -149,6 +148,7 @@ def test_a_name_and_a_note_that_are_no_text_have_a_page_too(scored, tmp_path):
     assert (facts["file"], facts["title"]) == (r"bad\udcff.kvz", r"bad\udcff")
 
 
+@needs_chromium
 def test_the_slider_keeps_what_keep_mask_keeps(saved, tmp_path):
     cache, _, page = saved
     asked = [(level, ratio) for level in LEVELS for ratio in RATIOS]
