@@ -26,10 +26,11 @@ from .cache import (
     WindowKV,
     as_ragged,
     explain_out_of_memory,
-    load_cache,
     read_header,
     save,
 )
+from .cache.files import open_file
+from .cache.io import check_content, check_header, read_cache
 from .checks import check_kind, check_path, check_text_or_ids
 from .compression import protected_spans
 from .models import Model, run_attention
@@ -149,7 +150,7 @@ def prefill_compressed(
     settings |= {"template": bool(template), "prefix": prefix.tolist(), "expected": expected}
     end, source = len(prefix) + (expected or 0), f"{method}-{scope}"
     if path is not None and note is not None:
-        run = _resume(model, path, note, settings, spans)
+        run = _resume(model, path, settings, spans)
     else:
         run = _begin(model, prefix, bool(template), spans)
     known = tokens if share == "final" else None
@@ -308,10 +309,22 @@ def _no_checkpoint(path: Path, reason: str) -> ValueError:
     )
 
 
-def _resume(
-    model: Model, path: Path, note: dict[str, Any], settings: dict[str, Any], spans: list[tuple[int, int]]
-) -> _Run:
+def _resume(model: Model, path: Path, settings: dict[str, Any], spans: list[tuple[int, int]]) -> _Run:
     """The run that a checkpoint holds. Raises ValueError if it is none, or was made with other arguments."""
+    with open_file(path) as file:  # once, so that settings and pairs are of one file, whatever replaces it meanwhile
+        _check_settings(path, check_header(file)["note"], settings)
+        check_content(file)
+        cache = read_cache(file, model=model)
+    if not isinstance(cache, RaggedCache) or cache.scores is None or cache.tail is not None:
+        raise _no_checkpoint(path, "it holds another kind of cache")
+    packed = [x for layer in cache.context for x in (layer.k, layer.v) if not isinstance(x, Tensor)]
+    prefix = cache.token_ids[: cache.start].tolist()
+    if packed or (prefix, cache.chat) != (settings["prefix"], settings["template"]):
+        raise _no_checkpoint(path, "its pairs are not those of its settings")
+    return _run_of(cache, (cache.scores.values.cpu(),), spans)
+
+
+def _check_settings(path: Path, note: dict[str, Any], settings: dict[str, Any]) -> None:
     if not note.keys() >= settings.keys():
         raise _no_checkpoint(path, "its note holds no settings of a run")
     for name, value in settings.items():
@@ -323,14 +336,6 @@ def _resume(
                 f"expected a checkpoint of a run {wanted}, got {got} in {path.name}: "
                 "give the arguments that it was begun with, or another file"
             )
-    cache = load_cache(path, model=model)
-    if not isinstance(cache, RaggedCache) or cache.scores is None or cache.tail is not None:
-        raise _no_checkpoint(path, "it holds another kind of cache")
-    packed = [x for layer in cache.context for x in (layer.k, layer.v) if not isinstance(x, Tensor)]
-    prefix = cache.token_ids[: cache.start].tolist()
-    if packed or (prefix, cache.chat) != (settings["prefix"], settings["template"]):
-        raise _no_checkpoint(path, "its pairs are not those of its settings")
-    return _run_of(cache, (cache.scores.values.cpu(),), spans)
 
 
 def _extend(

@@ -755,6 +755,29 @@ def test_a_checkpoint_whose_header_has_another_shape_is_named(change, message, s
     assert path.read_bytes() == before
 
 
+def test_settings_and_pairs_are_of_one_file(states, tmp_path, monkeypatch):
+    """A checkpoint that another run replaces after the first look is refused by its settings."""
+    model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
+    path.write_bytes(states[1])
+    other = tmp_path / "other.kvz"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, **SHORT | {"ratio": 0.1}, checkpoint=other, progress=stopped)
+    look = streaming._note_of
+
+    def looked(place):
+        note = look(place)
+        other.replace(path)
+        return note
+
+    monkeypatch.setattr(streaming, "_note_of", looked)
+    with pytest.raises(ValueError, match=r"a run with ratio=0\.3, got 0\.1 in state\.kvz"):
+        kvzip.prefill_compressed(model, **SHORT, checkpoint=path)
+
+
 @pytest.mark.parametrize(
     ("options", "plain"),
     [
