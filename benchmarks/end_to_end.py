@@ -264,9 +264,9 @@ def check_paths(name: str) -> None:
 
 def copied(value: Any, dtype: torch.dtype) -> Any:
     """A structure with its floating tensors in another dtype."""
-    from kvzip.cache.memory import _map
+    from kvzip.cache.caches import map_tensors
 
-    return _map(value, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    return map_tensors(value, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 @contextmanager

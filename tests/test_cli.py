@@ -198,7 +198,7 @@ def test_an_interrupted_run_in_segments_goes_on_and_ends_with_the_same_bits(
 ) -> None:
     out, partial = document.with_name("out.kvz"), document.with_name("out.kvz.partial")
     command = ("compress", document, "-m", model_dir, "-o", out, "--segment", 150)
-    whole = kvzip.streaming._extend
+    whole = kvzip.streaming.prefill.extend
     calls = []
 
     def stop_at_the_second(*arguments: Any, **options: Any) -> None:
@@ -207,7 +207,7 @@ def test_an_interrupted_run_in_segments_goes_on_and_ends_with_the_same_bits(
             raise KeyboardInterrupt
         whole(*arguments, **options)
 
-    monkeypatch.setattr("kvzip.streaming._extend", stop_at_the_second)
+    monkeypatch.setattr("kvzip.streaming.prefill.extend", stop_at_the_second)
     line = one_line(call(*command), 130)
     assert line == f"kvzip: interrupted: what is done is in {partial}: the same command goes on from there"
     assert not out.exists() and partial.exists()
@@ -799,7 +799,7 @@ def test_control_c_at_any_point_leaves_the_old_file_and_says_how_to_go_on(
     assert before
     for point in {
         "compress": ["models.load", "prefilling.run_attention", "scoring.score_chunks", "compression.compress"],
-        "segments": ["models.load", "prefilling.context_ids", "streaming._extend"],
+        "segments": ["models.load", "prefilling.context_ids", "streaming.prefill.extend"],
         "chat": ["cache.files._write"],
         "heads": ["models.load", "head_scores.prefill", "head_scores.save"],
         "eval": ["models.load", "evals.run_eval"],

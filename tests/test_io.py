@@ -16,7 +16,7 @@ import kvzip
 import random_model
 from kvzip import prompts
 from kvzip.cache import RaggedCache, RaggedKV, empty_tail, encode_levels, read_header, read_pieces
-from kvzip.cache.memory import _tensors
+from kvzip.cache.caches import tensors_of
 from kvzip.ops import decode_schedule
 from rewritten import retouch, rewrite
 
@@ -89,7 +89,7 @@ def quantized(cache: RaggedCache, bits: int) -> RaggedCache:
 
 def same(a, b):
     assert type(a) is type(b)
-    ours, theirs = ([*_tensors(x), *([x.scores.values] if x.scores else [])] for x in (a, b))
+    ours, theirs = ([*tensors_of(x), *([x.scores.values] if x.scores else [])] for x in (a, b))
     assert len(ours) == len(theirs)
     for x, y in zip(ours, theirs, strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y)
@@ -423,9 +423,9 @@ def test_what_is_kept_is_read_without_the_pairs(model, caches, kind, tmp_path):
     path = tmp_path / "doc.kvz"
     kvzip.save(caches[kind], path)
     whole, outline = kvzip.load_cache(path), kvzip.load_cache(path, pairs=False)
-    for x, y in zip(_tensors(whole), _tensors(outline), strict=True):
+    for x, y in zip(tensors_of(whole), tensors_of(outline), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype) and (y.is_meta or torch.equal(x, y))
-    assert sum(x.is_meta for x in _tensors(outline)) >= 2 * len(model.config.layers)
+    assert sum(x.is_meta for x in tensors_of(outline)) >= 2 * len(model.config.layers)
     assert outline.kept == whole.kept and torch.equal(outline.token_ids, whole.token_ids)
 
 

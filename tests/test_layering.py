@@ -16,6 +16,7 @@ ALLOWED = {
     "kvzip.checks": set(),
     "kvzip.display": set(),
     "kvzip.hub": set(),
+    "kvzip.options": {"kvzip.checks"},
     "kvzip.ops": set(),
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version", "kvzip.checks", "kvzip.display"},
     "kvzip.templates": set(),

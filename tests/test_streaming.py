@@ -21,11 +21,12 @@ import random_model
 import small_models
 from accuracy import assert_as_accurate
 from interruptions import interrupted
-from kvzip import ops, prompts, streaming
+from kvzip import ops, prompts
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
 from kvzip.models.vocabulary import read_vocabulary
 from kvzip.scoring import score_chunks
+from kvzip.streaming import checkpoints, pieces, prefill, segments
 from rewritten import rewrite
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice. Nobody knows why. "
@@ -233,7 +234,7 @@ def test_spans_may_reach_beyond_pieces_whose_end_is_unknown():
 @pytest.mark.parametrize("family", ["plain", "window", "capped"])
 def test_a_segment_attends_to_what_is_kept_of_those_before_it(family, monkeypatch):
     """The keys and values of every segment, from one pass with a mask for each layer and head."""
-    monkeypatch.setattr(streaming, "_PASS", 33)
+    monkeypatch.setattr(segments, "_PASS", 33)
     model = model_of(family)
     cache = kvzip.prefill_compressed(model, LONG, 0.3, segment=80, share="segment", chunk=50)
     length, config = cache.context_length, model.config
@@ -306,7 +307,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, tmp_p
 def test_an_interruption_while_a_segment_is_packed_loses_nothing(at, tmp_path, monkeypatch):
     model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
     want = kvzip.prefill_compressed(model, LONG, 0.3, segment=80)
-    gather, calls = streaming._gather, []
+    gather, calls = segments._gather, []
 
     def interrupted(*arguments):
         calls.append(0)
@@ -314,7 +315,7 @@ def test_an_interruption_while_a_segment_is_packed_loses_nothing(at, tmp_path, m
             raise KeyboardInterrupt
         return gather(*arguments)
 
-    monkeypatch.setattr(streaming, "_gather", interrupted)
+    monkeypatch.setattr(segments, "_gather", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kvzip.prefill_compressed(model, LONG, 0.3, segment=80, checkpoint=path)
     assert load_cache(path).context_length == want.start + 80 * (1 + at // 4)
@@ -521,18 +522,21 @@ def counted(function, calls, at, error, lasting):
 
 
 def failing(patch, names, *state):
-    """Lets functions that `streaming` calls fail: its own, those of torch and those of ops."""
-    patch.setattr(streaming, "torch", Counted(torch, names, *state))
-    patch.setattr(streaming, "ops", Counted(ops, names, *state))
-    for name in names:
-        if hasattr(streaming, name):
-            patch.setattr(streaming, name, counted(getattr(streaming, name), *state))
+    """Lets functions that a run calls fail: streaming's own, those of torch and those of ops."""
+    for module in STREAMING:
+        for library in ("torch", "ops"):
+            if hasattr(module, library):
+                patch.setattr(module, library, Counted(getattr(module, library), names, *state))
+        for name in names:
+            if hasattr(module, name):
+                patch.setattr(module, name, counted(getattr(module, name), *state))
 
 
+STREAMING = (prefill, segments, checkpoints, pieces)
 SHORT = {"context": LONG[:120], "ratio": 0.3, "segment": 50, "template": False}
 STEPS = (
-    *("_extend", "run_attention", "score_chunks", "select_count", "_pack_", "save"),
-    *("_gather", "decode_schedule", "_cache_of", "cat", "tensor", "full"),
+    *("extend", "run_attention", "score_chunks", "select_count", "_pack_", "save"),
+    *("_gather", "decode_schedule", "cache_of", "cat", "tensor", "full"),
 )
 
 
@@ -579,7 +583,7 @@ def test_a_run_may_be_interrupted_at_any_line(states, tmp_path):
     for line in count(5, step=29):
         told = []
         options = SHORT | {"checkpoint": path, "progress": lambda done, _, told=told: told.append(done)}
-        if not interrupted(streaming, line, lambda options=options: kvzip.prefill_compressed(model, **options)):
+        if not interrupted(STREAMING, line, lambda options=options: kvzip.prefill_compressed(model, **options)):
             break
         state = path.read_bytes() if path.exists() else None
         assert state in states[len(told) :], f"line {line}"
@@ -636,14 +640,14 @@ def test_the_states_that_interruptions_leave_go_on_to_the_same_end(states, tmp_p
 def test_packing_frees_more_than_it_takes(monkeypatch):
     """What the keys or the values of a layer are gathered from is gone before the next: the first is the peak."""
     model = random_model.make(random_model.config(windows=(None, None, None)))
-    held, gather = [], streaming._gather
+    held, gather = [], segments._gather
 
     def weighed(*arguments):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_of(8)}
         held.append(sum(storage.nbytes() for storage in storages.values()))
         return gather(*arguments)
 
-    monkeypatch.setattr(streaming, "_gather", weighed)
+    monkeypatch.setattr(segments, "_gather", weighed)
     kvzip.prefill_compressed(model, LONG, 0.3, segment=100)
     assert len(held) == 18 and all(a > b for n in (0, 6, 12) for a, b in pairwise(held[n : n + 6]))
 
@@ -713,7 +717,7 @@ def test_a_place_for_a_checkpoint_is_refused_before_any_work(place, error, messa
     kvzip.head_scores.save(made, tmp_path / "heads", note={"ratio": 0.5})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "state.kvz")
-    monkeypatch.setattr(streaming, "run_attention", lambda *_: pytest.fail("it went to work"))
+    monkeypatch.setattr(segments, "run_attention", lambda *_: pytest.fail("it went to work"))
     with pytest.raises(error, match=message):
         kvzip.prefill_compressed(model, TEXT, 0.5, checkpoint=tmp_path / place)
     (tmp_path / "link").unlink()
@@ -766,14 +770,14 @@ def test_settings_and_pairs_are_of_one_file(states, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         kvzip.prefill_compressed(model, **SHORT | {"ratio": 0.1}, checkpoint=other, progress=stopped)
-    look = streaming._note_of
+    look = prefill.note_of
 
     def looked(place):
         note = look(place)
         other.replace(path)
         return note
 
-    monkeypatch.setattr(streaming, "_note_of", looked)
+    monkeypatch.setattr(prefill, "note_of", looked)
     with pytest.raises(ValueError, match=r"a run with ratio=0\.3, got 0\.1 in state\.kvz"):
         kvzip.prefill_compressed(model, **SHORT, checkpoint=path)
 
@@ -832,7 +836,7 @@ def test_numbers_that_are_none_are_named(change, error, message, monkeypatch):
 def test_an_infinite_score_does_not_crowd_out_what_is_protected(share, monkeypatch):
     model = random_model.make(random_model.config())
     monkeypatch.setattr(
-        streaming, "score_chunks", lambda model, cache, **_: torch.full((2, 2, cache.length - cache.start), torch.inf)
+        segments, "score_chunks", lambda model, cache, **_: torch.full((2, 2, cache.length - cache.start), torch.inf)
     )
     small = kvzip.prefill_compressed(model, "x" * 60, 0.2, segment=30, share=share, protect=[(25, 28), (55, 58)])
     assert small.kept == int(0.2 * 2 * 2 * 60)

@@ -1,11 +1,11 @@
 """Caches as data: dense, ragged, their bytes and devices."""
 
-from .dense import DenseCache, DenseKV, Scores, WindowKV, check_whole, global_layers
+from .caches import DenseCache, RaggedCache, as_ragged, check_cache, check_pairs, check_whole, global_layers, nbytes
 from .files import check_target, is_kvzip_file, whole_file
 from .io import load_cache, read_header, read_pieces, save
 from .levels import encode_levels
-from .memory import explain_out_of_memory, free_bytes, full_nbytes, nbytes, to
-from .ragged import RaggedCache, RaggedKV, Tail, all_ragged, as_ragged, check_cache, check_pairs, empty_tail, grow_tail
+from .memory import explain_out_of_memory, free_bytes, full_nbytes, to
+from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, all_ragged, empty_tail, grow_tail
 
 __all__ = [
     "DenseCache",

@@ -18,10 +18,10 @@ from ..checks import check_path, check_values
 from ..display import visible_line
 from ..ops import Channels, Quantized, decode_schedule
 from ..prompts import token_bytes
-from .dense import DenseCache, DenseKV, Scores, WindowKV
+from .caches import DenseCache, RaggedCache, check_pairs
 from .files import Bad, OpenFile, open_file, outline, read_tensor, refusing, require, staging, write_file
 from .levels import LEVELS, encode_levels
-from .ragged import RaggedCache, RaggedKV, Tail, check_pairs, head_count, head_dim
+from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV
 
 _OTHERS = {"Scores": "kvzip.scores.load", "HeadScores": "kvzip.head_scores.load"}  # files that hold no cache
 _CACHES = ("RaggedCache", "DenseCache")
@@ -257,7 +257,7 @@ def _check_fits(cache: DenseCache | RaggedCache, model: BelongsTo) -> None:
     length = cache.length if isinstance(cache, DenseCache) else cache.context_length
     windows = [spec.window is not None for spec in config.layers]
     require([isinstance(layer, WindowKV) for layer in layers] == windows, "other layers than the model's")
-    sizes = (head_count(layers[0]), head_dim(layers[0].k))
+    sizes = (layers[0].heads, layers[0].width)
     require(sizes == (config.num_kv_heads, config.head_dim), f"{sizes[0]} heads of width {sizes[1]}")
     for layer, spec in zip(layers, config.layers, strict=True):
         if isinstance(layer, WindowKV):  # one row less in a cache that Transformers made
@@ -356,9 +356,9 @@ class _Reader:
         self.pieces(header, token_ids)
         layers: list[Any] = [self.layer(n, spec, start, length) for n, spec in enumerate(header["layers"])]
         require(len(layers) > 0, "no layers")
-        widths = {head_dim(layer.k) for layer in layers}
+        widths = {layer.width for layer in layers}
         require(len(widths) == 1 and min(widths) > 0, f"heads of widths {sorted(widths)}")
-        heads = set(map(head_count, layers))
+        heads = {layer.heads for layer in layers}
         require(len(heads) == 1 and min(heads) > 0, "layers with other numbers of heads")
         windows = {layer.start for layer in layers if isinstance(layer, WindowKV)}
         require(len(windows) <= 1, "windows of different lengths")
@@ -381,8 +381,8 @@ class _Reader:
         tail_length = int(tail.lengths[0]) if tail is not None else 0
         require(len(token_ids) == length + tail_length, "token ids and lengths differ")
         ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
-        rows = sum(len(layer.positions) - start * head_count(layer) for layer in ragged)
-        pairs = (length - start) * sum(map(head_count, ragged))
+        rows = sum(len(layer.positions) - start * layer.heads for layer in ragged)
+        pairs = (length - start) * sum(layer.heads for layer in ragged)
         require((rows, pairs) == (kept, total), f"{rows} of {pairs} pairs, {kept} of {total} by the header")
         return RaggedCache(
             context=tuple(layers),
@@ -444,8 +444,9 @@ class _Reader:
         if _flag({"channels": False} | spec, "channels"):
             if not isinstance(k, Quantized):
                 raise Bad(f"channels of {name}, which is not quantized")
-            k = replace(k, channels=self.channels(f"{name}.k", (len(offsets) - 1, head_dim(k))))
-        require(head_dim(k) == head_dim(v), f"k and v of {name} differ in width")
+            k = replace(k, channels=self.channels(f"{name}.k", (len(offsets) - 1, k.width)))
+        widths = {x.shape[-1] if isinstance(x, Tensor) else x.width for x in (k, v)}
+        require(len(widths) == 1, f"k and v of {name} differ in width")
         require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
         require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
         if len(positions):
@@ -482,14 +483,12 @@ class _Reader:
         return Channels(center, spread)
 
     def tail(self, layers: list[Any]) -> Tail:
-        k = tuple(
-            self.take(f"tail.k.{n}", (1, None, None, head_dim(layer.k)), *_DTYPES) for n, layer in enumerate(layers)
-        )
+        k = tuple(self.take(f"tail.k.{n}", (1, None, None, layer.width), *_DTYPES) for n, layer in enumerate(layers))
         v = tuple(self.take(f"tail.v.{n}", tuple(x.shape), x.dtype) for n, x in enumerate(k))
         lengths = self.take("tail.lengths", (1,), torch.int32)
         require(all(0 <= int(lengths[0]) <= x.shape[2] for x in k), "the tail is longer than its rows")
         shapes = {(x.shape[1], x.dtype) for x in k}
-        require(shapes == {(head_count(layers[0]), k[0].dtype)}, "the tail has other heads than the context")
+        require(shapes == {(layers[0].heads, k[0].dtype)}, "the tail has other heads than the context")
         return Tail(k, v, lengths)
 
     def scores(self, spec: dict[str, Any], layers: list[Any], start: int, length: int) -> Scores:
@@ -497,7 +496,7 @@ class _Reader:
         require(spec["layers"] == scored and (spec["start"], spec["stop"]) == (start, length), "scores of other tokens")
         bits = spec.get("bits", 32)
         require(bits in (8, 32) and type(bits) is int, f"scores of {bits!r} bits")
-        shape = (len(scored), head_count(layers[0]), length - start)
+        shape = (len(scored), layers[0].heads, length - start)
         if bits == 32:
             values = self.take("scores.values", shape, torch.float32)
         else:

@@ -39,6 +39,11 @@ class Quantized:
     group: int
     channels: Channels | None = None
 
+    @property
+    def width(self) -> int:
+        """Values of a row, D."""
+        return self.codes.shape[1] * 8 // self.bits
+
 
 def quantize(
     x: Float[Tensor, "N D"],

@@ -1,0 +1,249 @@
+"""The two caches: dense, as prefill leaves it, and ragged, a frozen context with what follows it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ..checks import check_kind
+from ..display import visible_line
+from ..ops import Quantized
+from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, full_heads
+
+
+class Cache:
+    """What caches of both kinds tell in the same words: `context` has one entry a layer, and the rest follows from it.
+
+    The first `start` tokens are the system prefix: always kept, never scored. `kept` and `total` count evictable pairs,
+    those of the scored layers, all heads and the context's tokens. `method` says how pairs were chosen, "" if all are
+    kept. `chat` says whether the prefix is the chat template's, with the user turn still open.
+    """
+
+    start: int
+    chat: bool
+    token_ids: Int64[Tensor, " S"]
+    fingerprint: str
+    scores: Scores | None
+    context: Any
+    context_length: Any
+    tail: Any
+    kept: Any
+    total: Any
+    method: Any
+
+    def __repr__(self) -> str:
+        return _described(self)
+
+    @property
+    def scored_layers(self) -> tuple[int, ...]:
+        """The indices of the layers without a window: those that are scored and pruned."""
+        return tuple(n for n, layer in enumerate(self.context) if not isinstance(layer, WindowKV))
+
+    @property
+    def heads(self) -> int:
+        """KV heads of each layer."""
+        return self.context[0].heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores, offsets and, unless they were left in a file, the pairs are."""
+        first = self.context[0]
+        return first.offsets.device if isinstance(first, RaggedKV) else first.device
+
+
+@dataclass(frozen=True, repr=False)
+class DenseCache(Cache):
+    """A prefilled context, every pair of it.
+
+    `layers` is a list because `compress(consume=True)` empties it, for every cache that shares it; `layer_count` says
+    how many there are in a whole cache (see `check_whole`).
+    """
+
+    layers: list[DenseKV | WindowKV]
+    length: int
+    start: int
+    chat: bool
+    token_ids: Int64[Tensor, " S"]
+    fingerprint: str
+    scores: Scores | None = None
+    layer_count: int = 0  # 0: as many as `layers` has now
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_count", self.layer_count or len(self.layers))
+
+    @property
+    def context(self) -> tuple[DenseKV | WindowKV, ...]:
+        """The layers."""
+        return tuple(self.layers)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prefix and context: all."""
+        return self.length
+
+    @property
+    def tail(self) -> None:
+        """What follows the context: nothing."""
+        return None
+
+    @property
+    def kept(self) -> int:
+        """Evictable pairs held: all of them."""
+        return self.total
+
+    @property
+    def total(self) -> int:
+        """Evictable pairs: (scored layer, head, context token)."""
+        return sum(layer.heads for layer in self.layers if isinstance(layer, DenseKV)) * (self.length - self.start)
+
+    @property
+    def method(self) -> str:
+        """How pairs will be chosen: the source of the scores, if there are any."""
+        return self.scores.source if self.scores is not None else ""
+
+
+@dataclass(frozen=True, repr=False)
+class RaggedCache(Cache):
+    """A compressed context, shared by any number of questions.
+
+    `kept` and `total` count evictable pairs; the first `start` tokens (system prefix) and window layers are not
+    counted and stay. `context_length` is the position where the tail starts; `token_ids` includes the tail's. `method`
+    says how pairs were chosen, "kvzip-chunk/pair" for the source of the scores and the level; empty: all are kept.
+    """
+
+    context: tuple[RaggedKV | WindowKV, ...]
+    tail: Tail | None
+    context_length: int
+    start: int
+    chat: bool
+    token_ids: Int64[Tensor, " S"]
+    fingerprint: str
+    kept: int
+    total: int
+    scores: Scores | None = None
+    method: str = ""
+
+
+def check_whole(cache: DenseCache) -> None:
+    """Raises ValueError if pairs of the cache were freed by `compress(consume=True)`, TypeError for another object."""
+    check_kind(cache, DenseCache)
+    gone = cache.layer_count - len(cache.layers)
+    if gone or not cache.layers:
+        raise ValueError(
+            f"expected a dense cache, got one whose pairs were freed by compress(consume=True), {gone} of "
+            f"{cache.layer_count} layers are gone: prefill again, or compress without consume"
+        )
+
+
+def check_cache(cache: DenseCache | RaggedCache) -> None:
+    """Raises TypeError unless it is a cache of either kind, ValueError if `compress(consume=True)` freed its pairs."""
+    check_kind(cache, DenseCache, RaggedCache)
+    if isinstance(cache, DenseCache):
+        check_whole(cache)
+
+
+def check_pairs(cache: DenseCache | RaggedCache) -> None:
+    """Raises as `check_cache` does, and ValueError if keys and values were left in the file."""
+    check_cache(cache)
+    if cache.context[0].device.type == "meta":
+        raise ValueError(
+            "expected a cache with its pairs, got one loaded with pairs=False: its keys and values are in the file, "
+            "load it without pairs=False"
+        )
+
+
+def global_layers(cache: DenseCache) -> tuple[int, ...]:
+    """Returns the indices of the layers without a window: those that are scored and pruned.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    check_whole(cache)
+    return cache.scored_layers
+
+
+def as_ragged(cache: DenseCache | RaggedCache) -> RaggedCache:
+    """Returns the dense cache seen as a ragged one with all heads full, a ragged one as it is. No pair is copied.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    check_cache(cache)
+    if isinstance(cache, RaggedCache):
+        return cache
+    views = iter(full_heads([layer for layer in cache.layers if isinstance(layer, DenseKV)], start=0))
+    context = tuple(next(views) if isinstance(layer, DenseKV) else layer for layer in cache.layers)
+    return ragged_of(cache, context, kept=cache.kept, method="")
+
+
+def ragged_of(
+    cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, method: str
+) -> RaggedCache:
+    """Returns the ragged cache of a cache's context, of whose pairs `kept` are in these layers, without a tail."""
+    return RaggedCache(
+        context=context,
+        tail=None,
+        context_length=cache.context_length,
+        start=cache.start,
+        chat=cache.chat,
+        token_ids=cache.token_ids,
+        fingerprint=cache.fingerprint,
+        kept=kept,
+        total=cache.total,
+        scores=cache.scores,
+        method=method,
+    )
+
+
+def nbytes(cache: DenseCache | RaggedCache) -> int:
+    """Returns the bytes of allocated storage that hold pairs and metadata, reserved rows included, each once.
+
+    A cache loaded with `pairs=False` counts what it would take with them. The prefix, window layers, the tail and token
+    ids are counted, each of which is there before and after compression; attached Scores are not: they are
+    `cache.scores.values.nbytes`.
+
+    Raises: ValueError if the cache was consumed.
+    """
+    check_cache(cache)
+    storages = {}
+    for tensor in tensors_of(cache):
+        storage = tensor.untyped_storage()  # on torch's meta device all lie at 0 and none is shared
+        storages[id(tensor) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Returns the tensors in a cache or a part of one, attached scores left out."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor, skip=Scores)
+    return found
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor], skip: type | None = None) -> Any:
+    """Returns a cache, or a part of one, with `change` of each of its tensors, but for those in a `skip`."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, change, skip) for item in value)
+    if is_dataclass(value) and not isinstance(value, type) and not (skip and isinstance(value, skip)):
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), change, skip) for f in fields(value)})
+    return value
+
+
+def _described(cache: Any) -> str:
+    """What a cache is in one line, whatever state it is in: tokens, pairs kept, bytes, dtype, device."""
+    name, layers = type(cache).__name__, cache.context
+    if not layers or any(layer is None for layer in layers):  # freed, or about to be
+        return f"{name}({len(cache.token_ids):,} tokens, consumed)"
+    tensors = tensors_of(cache)
+    parts = [f"{len(cache.token_ids):,} tokens", f"{cache.kept:,} of {cache.total:,} pairs"]
+    if cache.total:
+        parts[-1] += f" ({cache.kept / cache.total:.1%})"
+    pairs = next(x for layer in layers for x in (layer.k, layer.v))
+    rows = f"{pairs.bits} bits" if isinstance(pairs, Quantized) else str(pairs.dtype).removeprefix("torch.")
+    device = next((str(x.device) for x in tensors if x is not cache.token_ids and not x.is_meta), "cpu")
+    parts += [f"{nbytes(cache) / 1e6:,.2f} MB", rows, device]
+    parts += ["keys and values left in the file"] if any(x.is_meta for x in tensors) else []
+    parts += [visible_line(f"scored by {cache.scores.source}")] if cache.scores is not None else []
+    return f"{name}({', '.join(parts)})"

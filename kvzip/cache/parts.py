@@ -1,0 +1,143 @@
+"""What caches are made of: the pairs of one layer in each of their forms, the tail, and the scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Float32, Int32
+from torch import Tensor
+
+from ..display import visible_line
+from ..ops import DecodeSchedule, Quantized, decode_schedule
+
+
+class Layer:
+    """What the pairs of a layer have in common, in every form. Rows are as many as tokens or, ragged, as are kept."""
+
+    k: Any
+    v: Any
+
+    @property
+    def heads(self) -> int:
+        """The number of KV heads."""
+        return self.k.shape[1]
+
+    @property
+    def width(self) -> int:
+        """The values of a key, D."""
+        return self.k.shape[-1] if isinstance(self.k, Tensor) else self.k.width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is; the meta device where its keys and values were left in a file."""
+        return self.k.device if isinstance(self.k, Tensor) else self.k.codes.device
+
+
+@dataclass(frozen=True)
+class DenseKV(Layer):
+    """One global layer: keys (rotated) and values in token order, one row per token."""
+
+    k: Float[Tensor, "1 H S D"]
+    v: Float[Tensor, "1 H S D"]
+
+
+@dataclass(frozen=True)
+class WindowKV(Layer):
+    """One sliding layer: its last tokens only, `start` the position of the first. Never scored, never pruned."""
+
+    k: Float[Tensor, "1 H W D"]
+    v: Float[Tensor, "1 H W D"]
+    start: int
+
+
+@dataclass(frozen=True)
+class RaggedKV(Layer):
+    """One pruned layer. Head h owns rows offsets[h]:offsets[h+1], oldest first; keys are already rotated.
+
+    positions[n] is the token that row n came from. `schedule` says how decoding splits the heads on a GPU.
+    """
+
+    k: Float[Tensor, "N D"] | Quantized
+    v: Float[Tensor, "N D"] | Quantized
+    offsets: Int32[Tensor, " H1"]  # H + 1
+    positions: Int32[Tensor, " N"]
+    schedule: DecodeSchedule
+
+    @property
+    def heads(self) -> int:
+        """The number of KV heads."""
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Tokens after a frozen context, per layer [B H R D] with R rows reserved for each of B questions.
+
+    lengths[b] rows of question b are set. Rows at and beyond that are unset memory.
+    """
+
+    k: tuple[Float[Tensor, "B H R D"], ...]
+    v: tuple[Float[Tensor, "B H R D"], ...]
+    lengths: Int32[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each evictable pair matters; larger is kept first.
+
+    values[l, h, e] belongs to the scored layer layers[l], KV head h and context token start + e; E = stop - start.
+    `source` says which method gave them.
+    """
+
+    values: Float32[Tensor, "L H E"]
+    layers: tuple[int, ...]
+    start: int
+    stop: int
+    source: str
+
+    def __repr__(self) -> str:
+        where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"
+        layers, heads, tokens = self.values.shape
+        return f"Scores({layers} layers of {heads} heads, {tokens:,} tokens, by {visible_line(self.source)}, {where})"
+
+
+def full_heads(layers: Sequence[DenseKV] | Sequence[WindowKV], *, start: int) -> list[RaggedKV]:
+    """Returns layers of equal shape, whose first row is token `start`, seen as ragged ones. No pair is copied."""
+    if not layers:
+        return []
+    heads, rows = layers[0].k.shape[1:3]
+    device = layers[0].device
+    bounds = [rows * head for head in range(heads + 1)]
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    positions = torch.arange(start, start + rows, dtype=torch.int32, device=device).repeat(heads)
+    schedule = decode_schedule(offsets, bounds=bounds)
+    flat = [[rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v)] for layer in layers]
+    return [RaggedKV(k, v, offsets, positions, schedule) for k, v in flat]
+
+
+def all_ragged(context: Sequence[RaggedKV | WindowKV]) -> tuple[RaggedKV, ...]:
+    """Returns a context with its window layers seen as ragged ones, as decoding reads them."""
+    windows = [layer for layer in context if isinstance(layer, WindowKV)]
+    views = iter(full_heads(windows, start=windows[0].start if windows else 0))
+    return tuple(next(views) if isinstance(layer, WindowKV) else layer for layer in context)
+
+
+def empty_tail(context: Sequence[RaggedKV | WindowKV], batch: int, rows: int, *, dtype: torch.dtype) -> Tail:
+    """Returns a tail of length 0 with `rows` rows reserved for each of `batch` questions."""
+    device = context[0].device
+    shapes = [(batch, layer.heads, rows, layer.width) for layer in context]
+    k, v = (tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes) for _ in range(2))
+    return Tail(k=k, v=v, lengths=torch.zeros(batch, dtype=torch.int32, device=device))
+
+
+def grow_tail(tail: Tail, batch: int, rows: int) -> Tail:
+    """Returns a copy of a one-question tail, repeated for `batch` questions, with `rows` further rows reserved."""
+
+    def grow(x: Tensor) -> Tensor:
+        new = x.new_empty(batch, x.shape[1], x.shape[2] + rows, x.shape[3])
+        new[:, :, : x.shape[2]] = x
+        return new
+
+    return Tail(k=tuple(map(grow, tail.k)), v=tuple(map(grow, tail.v)), lengths=tail.lengths.expand(batch).clone())

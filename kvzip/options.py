@@ -1,0 +1,178 @@
+"""Options that travel together. A public function builds each once, checked; what is below takes the whole object."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import SupportsFloat, SupportsIndex
+
+import torch
+
+from . import checks
+from .checks import check_text, check_texts
+
+LEVELS = ("pair", "layer", "uniform", "head")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What stands in front of a context: system message and instruction, or without a template at most BOS."""
+
+    system: str | None = None
+    instruction: str | None = None
+    template: bool = True
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How pairs are scored, see `kvzip.score`: what repeat rows attend to, the formula, and tokens of a pass."""
+
+    scope: str = "chunk"
+    method: str = "kvzip"
+    chunk: int = 2_000
+    hint: int = 8
+
+    @property
+    def source(self) -> str:
+        """The name of the scores that this gives."""
+        return f"{self.method}-{self.scope}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many pairs stay, where the budget is shared, and which stay whatever their score: see `kvzip.compress`.
+
+    Exactly one of ratio, budget and threshold is there.
+    """
+
+    ratio: float | None = None
+    level: str = "pair"
+    budget: float | None = None
+    threshold: float | None = None
+    protect: tuple[tuple[int, int], ...] = ()
+    min_rows: int = 0
+    sink: int = 0
+    recent: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer's tokens are chosen and where it ends: see `kvzip.generate`."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+def turn(system: str | None, instruction: str | None, template: bool) -> Turn:
+    """Returns a Turn. Raises TypeError for what is no text, ValueError for texts without a template."""
+    check_text(system, "system")
+    check_text(instruction, "instruction")
+    if not template and (system is not None or instruction is not None):
+        raise ValueError("expected no system or instruction with template=False, got one: put it in the context")
+    return Turn(system, instruction, bool(template))
+
+
+def scoring(scope: str, method: str, chunk: SupportsIndex, hint: SupportsIndex) -> Scoring:
+    """Returns Scoring options.
+
+    Raises: ValueError for a scope or a method that is not known, or counts out of range; TypeError for no whole number.
+    """
+    chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
+    if scope not in ("context", "chunk"):
+        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}: pass one of them")
+    if method not in ("kvzip", "kvzip+", "logit"):
+        raise ValueError(f"expected method 'kvzip', 'kvzip+' or 'logit', got {method!r}: pass one of them")
+    return Scoring(scope, method, chunk, hint)
+
+
+def budget(
+    ratio: SupportsFloat | None,
+    *,
+    level: str = "pair",
+    budget: SupportsFloat | None = None,
+    threshold: SupportsFloat | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    min_rows: SupportsIndex = 0,
+    sink: SupportsIndex = 0,
+    recent: SupportsIndex = 0,
+) -> Budget:
+    """Returns a Budget.
+
+    Raises: ValueError unless exactly one of ratio, budget and threshold is given, and in range; TypeError for what is
+        no number.
+    """
+    if sum(x is not None for x in (ratio, budget, threshold)) != 1:
+        raise ValueError(
+            f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "
+            f"threshold={threshold}: pass ratio=0.3 to keep 30%"
+        )
+    if level not in LEVELS:
+        raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}: pass one of them")
+    tokens = None if budget is None else checks.number(budget, "budget", finite=False)  # infinitely many are all
+    if tokens is not None and not tokens > 0:
+        raise ValueError(f"expected a budget above 0 tokens per head, got {tokens}: budget=1000 keeps as many")
+    if threshold is not None and level != "pair":
+        raise ValueError(f"expected level 'pair' with a threshold, got {level!r}: a threshold has no budget to share")
+    ends = (checks.whole(sink, "sink", least=0), checks.whole(recent, "recent", least=0))
+    if any(ends) and level != "head":
+        raise ValueError(
+            f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
+        )
+    return Budget(
+        None if ratio is None else checks.kept_ratio(ratio),
+        level,
+        tokens,
+        None if threshold is None else checks.number(threshold, "threshold"),
+        spans(protect),
+        checks.whole(min_rows, "min_rows"),
+        *ends,
+    )
+
+
+def spans(protect: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Returns (start, stop) spans of context tokens as ints. Raises TypeError and ValueError for what is none."""
+    try:
+        listed = list(protect)
+    except TypeError:
+        raise TypeError(
+            "expected protect to list (start, stop) pairs of context tokens, got "
+            f"{type(protect).__name__}: protect=[(0, 9)]"
+        ) from None
+    found = []
+    for span in listed:
+        try:
+            first, stop = (checks.whole(end, "a token") for end in span)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected protect to list (start, stop) pairs of context tokens, got {span!r} in it: protect=[(0, 9)]"
+            ) from error
+        found.append((first, stop))
+    return tuple(found)
+
+
+def sampling(
+    max_tokens: SupportsIndex,
+    temperature: SupportsFloat,
+    top_p: SupportsFloat,
+    seed: SupportsIndex | None,
+    stop: str | Sequence[str] = (),
+) -> Sampling:
+    """Returns Sampling options, with a seed that is drawn if there is none.
+
+    Raises: TypeError for what is no number or no text; ValueError for options out of range.
+    """
+    most = checks.whole(max_tokens, "max_tokens", least=1)
+    heat, mass = (checks.number(x, n, finite=False) for x, n in ((temperature, "temperature"), (top_p, "top_p")))
+    if not 0 <= heat < math.inf:
+        raise ValueError(f"expected a temperature of 0 (greedy) or more, and finite, got {heat}: 0.7 is a usual one")
+    if not 0 < mass <= 1:
+        raise ValueError(f"expected 0 < top_p <= 1, got {mass}: 1 samples among all tokens")
+    drawn = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else checks.whole(seed, "seed")
+    if not -(2**63) <= drawn < 2**64:
+        raise ValueError(f"expected a seed from -2**63 to 2**64 - 1, got {drawn}: pass a smaller one")
+    stops = tuple(check_texts(stop, "stop"))
+    if "" in stops:
+        raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
+    return Sampling(most, heat, mass, drawn, stops)

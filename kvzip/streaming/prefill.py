@@ -1,0 +1,180 @@
+"""Prefill of contexts larger than memory: a segment at a time against the compressed past, packed before the next."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, SupportsFloat, SupportsIndex
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from .. import checks
+from ..cache import RaggedCache, explain_out_of_memory, save
+from ..checks import check_kind, check_path, check_text_or_ids
+from ..compression import protected_spans
+from ..models import Model
+from ..prefilling import check_length, prefix_ids, prefix_text, prompt_of
+from ..scoring import check_choice
+from .checkpoints import note_of, resume
+from .pieces import Pieces, ids_of, opening_of, segments_of
+from .segments import begin, cache_of, extend
+from .shares import check_protected
+
+logger = logging.getLogger(__name__)
+
+_SHARES = ("segment", "running", "final")
+
+
+def prefill_compressed(
+    model: Model,
+    context: str | Int64[Tensor, " S"] | Pieces,
+    ratio: SupportsFloat,
+    *,
+    segment: SupportsIndex = 16_000,
+    share: str = "running",
+    protect: Sequence[tuple[int, int]] = (),
+    length: SupportsIndex | None = None,
+    scope: str = "chunk",
+    method: str = "kvzip",
+    chunk: SupportsIndex = 2_000,
+    hint: SupportsIndex = 8,
+    system: str | None = None,
+    instruction: str | None = None,
+    template: bool = True,
+    checkpoint: str | Path | None = None,
+    save_every: SupportsIndex | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> RaggedCache:
+    """Returns the compressed cache of a context whose full cache is never held.
+
+    Each segment attends to what is kept of those before it, is scored as `score` does, and is packed. Peak memory
+    beyond the weights is that of the kept pairs, of one segment's pairs and of one packed layer. The cache keeps
+    int(ratio * total) pairs, as `compress` does, and the scores of all, in host memory.
+
+    Args:
+        context: text, token ids, or an iterable of pieces of either (an open file, a generator). Pieces of text give
+            the ids of the whole text, see `prompts.encode_pieces`.
+        ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
+        segment: context tokens that are held uncompressed at a time.
+        share: how segments share what is kept. "segment": each keeps its own int(ratio * pairs), so that none is ever
+            dropped later. "running": after each segment the highest scored of all held and new pairs stay,
+            int(ratio * pairs so far). "final": as "running" with int(ratio * all pairs) from the start, so that the
+            highest scored of the whole context stay and early segments are compressed late; the length must be
+            known, which it is not for pieces.
+        protect: (start, stop) spans of context tokens, 0 the first after the prefix, that stay in all layers and heads,
+            as in `compress`. Until the budget has grown to them they stay beyond it. Of pieces, whose end is unknown, a
+            span may reach further than there are tokens.
+        length: context tokens to expect where pieces do not tell. A repeat's positions start where the context ends, as
+            in `score` (a question will come there); where its end is unknown, or nearer than the segment's, they start
+            at the segment's end, which keeps other pairs: a guess is better than none.
+        scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
+        system, instruction, template: as in `prefill`.
+        checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
+            was never interrupted: give the same arguments, with the context from its beginning. The state is written
+            there when an exception (Ctrl-C and a device without memory too) leaves the run, with every segment that was
+            finished, and the file that was there stays until the new one is whole. It is removed at the end. A place
+            that cannot be written and a file that is no checkpoint are refused before any work, and left as they are.
+        save_every: writes the checkpoint after every so many segments too.
+        progress: called with (context tokens done, context tokens in all or None) after each segment, and first of all
+            with what a checkpoint has done already.
+
+    Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, more protected
+        pairs than the ratio keeps (of a segment, with share "segment"), a checkpoint of other arguments or another
+        context, a file that is none; TypeError for pieces of mixed kinds and for what is no number; OSError for a
+        checkpoint that cannot be written; torch.OutOfMemoryError that says what for.
+    """
+    check_kind(model, Model)
+    if isinstance(context, (Tensor, bytes)) or not isinstance(context, Iterable):
+        check_text_or_ids(context, "context")
+    ratio, hint = checks.kept_ratio(ratio), checks.whole(hint, "hint", least=0)
+    segment, chunk = checks.whole(segment, "segment", least=1), checks.whole(chunk, "chunk", least=1)
+    length = None if length is None else checks.whole(length, "length", least=1)
+    save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
+    check_choice(scope, method)
+    if share not in _SHARES:
+        raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}: pass one of them")
+    if all(spec.window is not None for spec in model.config.layers):
+        raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
+    path = None if checkpoint is None else Path(checkpoint)
+    note = None if path is None else note_of(path)
+    turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
+    strips = template and prompt_of(model, system=system, instruction=instruction).strips
+    context, opening = opening_of(context, strips=strips)
+    prefix = torch.tensor(prefix_ids(model, **turn, context=opening), dtype=torch.long)
+    pieces, tokens = ids_of(model, context, before=prefix_text(model, **turn))
+    if tokens is None and share == "final":
+        raise ValueError(
+            "expected share 'segment' or 'running' for a context in pieces, got 'final': its end is unknown"
+        )
+    spans = protected_spans(protect, tokens)
+    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
+    limits: dict[str, Any] = {"heads": heads, "ratio": ratio, "segment": segment, "share": share}
+    if tokens is not None:
+        check_protected(spans, tokens, **limits)
+    expected = length if tokens is None else tokens
+    if expected is not None:
+        needed = len(prefix) + expected + min(expected, chunk)
+        check_length(model, needed, f"a prefix of {len(prefix)}, a context of {expected} tokens and a repeat pass")
+    scoring: dict[str, Any] = {"scope": scope, "method": method, "chunk": chunk, "hint": hint}
+    settings = {
+        "ratio": ratio,
+        "segment": segment,
+        "share": share,
+        "protect": [list(span) for span in spans],
+        **scoring,
+    }
+    settings |= {"template": bool(template), "prefix": prefix.tolist(), "expected": expected}
+    end, source = len(prefix) + (expected or 0), f"{method}-{scope}"
+    if path is not None and note is not None:
+        run = resume(model, path, settings, spans)
+    else:
+        run = begin(model, prefix, bool(template), spans)
+    known = tokens if share == "final" else None
+    saved = len(run.token_ids)
+    if progress is not None and note is not None:
+        progress(saved - run.start, tokens)
+
+    def write() -> None:
+        nonlocal saved
+        # at the end of the run the file is gone a moment before the cache is the caller's
+        if path is not None and len(run.token_ids) > (saved if path.exists() else run.start):
+            save(cache_of(model, run, source, share), path, note=settings, overwrite=True)
+            saved = len(run.token_ids)
+
+    try:
+        for number, ids in enumerate(segments_of(pieces, segment, run.token_ids[run.start :]), start=1):
+            with (
+                torch.no_grad(),
+                explain_out_of_memory(
+                    f"the pairs and activations of {len(ids)} tokens beside {run.kept} kept pairs",
+                    "lower segment, chunk or ratio",
+                ),
+            ):
+                extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
+            if save_every is not None and number % save_every == 0:
+                write()
+            if progress is not None:
+                progress(len(run.token_ids) - run.start, tokens)
+        done = len(run.token_ids) - run.start
+        if not done:
+            raise ValueError(
+                "expected a context of at least one token, got an empty one: pass the document's text or ids"
+            )
+        if tokens is None:
+            check_protected(spans, done, **limits)
+        cache = cache_of(model, run, source, share)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        return cache
+    except BaseException as error:
+        try:
+            write()
+        except Exception as failure:  # the error that ended the run is the one to see
+            logger.error("%s could not be written and is as it was before: %s", path, failure)
+        else:
+            if isinstance(error, torch.OutOfMemoryError) and path is not None and path.exists():
+                raise torch.OutOfMemoryError(f"{error}; what is done is in {path.name}") from error
+        raise
