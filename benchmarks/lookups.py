@@ -14,8 +14,8 @@ from kvzip.attention import score_attend
 from kvzip.cache import Scores, global_layers
 from kvzip.evals.methods import Method
 from kvzip.generation import query_ids
+from kvzip.inputs import tokenizer_of
 from kvzip.models import run_attention
-from kvzip.prefilling import tokenizer_of
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 ASKED = {  # pairs in a context of `kv` and `ruler_niah_multikey_3`: question and answer in a chat, and as plain text

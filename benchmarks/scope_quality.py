@@ -36,8 +36,8 @@ import kvzip
 from kvzip import prompts
 from kvzip.attention import decode_attend
 from kvzip.cache import DenseCache, RaggedCache, RaggedKV, all_ragged, as_ragged, empty_tail
+from kvzip.inputs import prompt_of, tokenizer_of
 from kvzip.models import Model, forward, logits
-from kvzip.prefilling import prompt_of, tokenizer_of
 from kvzip.scoring import score_chunks
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -1,14 +1,13 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, options
 from .cache import (
     DenseCache,
     DenseKV,
@@ -20,7 +19,10 @@ from .cache import (
     explain_out_of_memory,
     free_bytes,
 )
+from .cache.caches import ragged_of
+from .cache.rows import pack, ranked
 from .checks import check_kind
+from .options import Budget
 
 
 def compress(
@@ -70,12 +72,10 @@ def compress(
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
-    scores = cache.scores
     bits = None if bits is None else checks.whole(bits, "bits")
     if bits not in (None, 8, 4):
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}: pass one of them")
-    keep, counts = _keep(
-        scores,
+    chosen = options.budget(
         ratio,
         level=level,
         budget=budget,
@@ -85,20 +85,10 @@ def compress(
         sink=sink,
         recent=recent,
     )
-    context = _pack(cache, scores, keep, counts, bits=bits, consume=consume)
-    return RaggedCache(
-        context=context,
-        tail=None,
-        context_length=cache.length,
-        start=cache.start,
-        chat=cache.chat,
-        token_ids=cache.token_ids,
-        fingerprint=cache.fingerprint,
-        kept=sum(map(sum, counts)),
-        total=keep.numel(),
-        scores=scores,
-        method=f"{scores.source}/{level}",
-    )
+    keep, counts = _keep(cache.scores, chosen)
+    context = _pack(cache, cache.scores, keep, counts, bits=bits, consume=consume)
+    kept, method = sum(map(sum, counts)), f"{cache.scores.source}/{level}"
+    return ragged_of(cache, context, kept=kept, total=keep.numel(), method=method)
 
 
 def keep_mask(
@@ -120,8 +110,8 @@ def keep_mask(
 
     Raises: ValueError as `compress` does.
     """
-    mask, _ = _keep(
-        scores,
+    check_kind(scores, Scores)
+    chosen = options.budget(
         ratio,
         level=level,
         budget=budget,
@@ -131,35 +121,30 @@ def keep_mask(
         sink=sink,
         recent=recent,
     )
-    return mask
+    return _keep(scores, chosen)[0]
 
 
-def _keep(
-    scores: Scores,
-    ratio: SupportsFloat | None,
-    *,
-    level: str,
-    budget: SupportsFloat | None,
-    threshold: SupportsFloat | None,
-    protect: Sequence[tuple[int, int]],
-    min_rows: SupportsIndex,
-    sink: SupportsIndex,
-    recent: SupportsIndex,
-) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
+def count_of(budget: Budget, heads: int, tokens: int) -> int | None:
+    """Returns how many to keep of the pairs of so many whole heads of `tokens` each; None for a threshold."""
+    if budget.ratio is not None:
+        whole = budget.level == "head"
+        return int(budget.ratio * heads) * tokens if whole else int(budget.ratio * (heads * tokens))
+    return None if budget.budget is None else int(min(budget.budget * heads, heads * tokens))
+
+
+def _keep(scores: Scores, budget: Budget) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
     """The mask, and on the host how many of each head it keeps."""
-    threshold = None if threshold is None else checks.number(threshold, "threshold")
-    count = budget_of(scores, ratio=ratio, budget=budget, threshold=threshold, level=level)
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
-    ends = _ends(scores, level, sink=sink, recent=recent)
-    forced = _forced(scores, nan, protect=protect, min_rows=min_rows)
-    if count is None:
-        assert threshold is not None
-        nan |= scores.values.isnan().any().int()
-        keep = scores.values >= threshold
-        keep = keep if forced is None else keep | forced
+    forced = _forced(scores, budget, nan)
+    if budget.threshold is None:
+        keep = _select(scores.values, budget, forced, nan)
     else:
-        keep = _select(scores.values, count, level, forced, nan)
-    keep = keep if ends is None else keep | ends
+        nan |= scores.values.isnan().any().int()
+        keep = scores.values >= budget.threshold
+        keep = keep if forced is None else keep | forced
+    if budget.sink or budget.recent:  # what dropped heads keep, as DuoAttention's streaming heads do
+        token, tokens = torch.arange(keep.shape[2], device=keep.device), keep.shape[2]
+        keep = keep | (token < min(budget.sink, tokens)) | (token >= tokens - min(budget.recent, tokens))
     *flat, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
     if overflowed:
         raise ValueError(
@@ -168,125 +153,46 @@ def _keep(
     return keep, [flat[i : i + keep.shape[1]] for i in range(0, len(flat), keep.shape[1])]
 
 
-def budget_of(
-    scores: Scores,
-    *,
-    ratio: SupportsFloat | None,
-    budget: SupportsFloat | None,
-    threshold: SupportsFloat | None,
-    level: str,
-) -> Callable[[int], int] | None:
-    """Returns how many to keep of the pairs of n whole heads, as a function of n; None for a threshold.
-
-    Raises: ValueError and TypeError as `compress` does.
-    """
-    check_kind(scores, Scores)
-    if sum(x is not None for x in (ratio, budget, threshold)) != 1:
-        raise ValueError(
-            f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "
-            f"threshold={threshold}: pass ratio=0.3 to keep 30%"
-        )
-    if level not in ("pair", "layer", "uniform", "head"):
-        raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}: pass one of them")
-    evictable = scores.values.shape[2]
-    if ratio is not None:
-        fraction = checks.kept_ratio(ratio)
-        if level == "head":
-            return lambda heads: int(fraction * heads) * evictable
-        return lambda heads: int(fraction * (heads * evictable))
-    if budget is not None:
-        tokens = checks.number(budget, "budget", finite=False)  # infinitely many are all
-        if not tokens > 0:
-            raise ValueError(f"expected a budget above 0 tokens per head, got {tokens}: budget=1000 keeps as many")
-        return lambda heads: int(min(tokens * heads, heads * evictable))
-    if level != "pair":
-        raise ValueError(f"expected level 'pair' with a threshold, got {level!r}: a threshold has no budget to share")
-    return None
-
-
-def _ends(scores: Scores, level: str, *, sink: SupportsIndex, recent: SupportsIndex) -> Bool[Tensor, " E"] | None:
-    """The tokens that dropped heads keep, as DuoAttention's streaming heads do; None where there are none."""
-    sink, recent = checks.whole(sink, "sink", least=0), checks.whole(recent, "recent", least=0)
-    if not sink and not recent:
-        return None
-    if level != "head":
-        raise ValueError(
-            f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
-        )
-    token = torch.arange(scores.values.shape[2], device=scores.values.device)
-    return (token < min(sink, len(token))) | (token >= len(token) - min(recent, len(token)))
-
-
-def _forced(
-    scores: Scores, nan: Tensor, *, protect: Sequence[tuple[int, int]], min_rows: SupportsIndex
-) -> Bool[Tensor, "L H E"] | None:
+def _forced(scores: Scores, budget: Budget, nan: Tensor) -> Bool[Tensor, "L H E"] | None:
     """The pairs kept whatever their score, or None where there are none."""
-    evictable, min_rows = scores.values.shape[2], checks.whole(min_rows, "min_rows")
-    spans = protected_spans(protect, evictable)
-    if not spans and not min_rows:
+    evictable = scores.values.shape[2]
+    options.check_spans(budget.protect, evictable)
+    if not budget.protect and not budget.min_rows:
         return None
-    if not 0 <= min_rows <= evictable:
+    if not 0 <= budget.min_rows <= evictable:
         raise ValueError(
-            f"expected 0 <= min_rows <= {evictable} (context tokens), got {min_rows}: no head has more rows to keep"
+            f"expected 0 <= min_rows <= {evictable} (context tokens), got {budget.min_rows}: no head has more rows to "
+            "keep"
         )
-    forced = ops.select_uniform_count(scores.values, count=min_rows, nan=nan)
-    for start, stop in spans:
-        forced[:, :, start:stop] = True
+    forced = ops.select_uniform_count(scores.values, count=budget.min_rows, nan=nan)
+    for first, stop in budget.protect:
+        forced[:, :, first:stop] = True
     return forced
 
 
-def protected_spans(protect: Sequence[tuple[int, int]], evictable: int | None) -> list[tuple[int, int]]:
-    """Returns the spans of `compress(protect=)`, checked. `evictable`: how many context tokens there are, if known."""
-    try:
-        listed = list(protect)
-    except TypeError:
-        raise TypeError(
-            "expected protect to list (start, stop) pairs of context tokens, got "
-            f"{type(protect).__name__}: protect=[(0, 9)]"
-        ) from None
-    spans = []
-    for span in listed:
-        try:
-            start, stop = (checks.whole(end, "a token") for end in span)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"expected protect to list (start, stop) pairs of context tokens, got {span!r} in it: protect=[(0, 9)]"
-            ) from error
-        if not 0 <= start <= stop or (evictable is not None and stop > evictable):
-            within = "0 and up" if evictable is None else f"[0, {evictable}]"
-            raise ValueError(
-                f"expected protected spans within {within} (context tokens), got ({start}, {stop}): "
-                "0 is the first token after the system prefix"
-            )
-        spans.append((start, stop))
-    return spans
-
-
 def _select(
-    values: Float32[Tensor, "L H E"],
-    budget: Callable[[int], int],
-    level: str,
-    forced: Bool[Tensor, "L H E"] | None,
-    nan: Tensor,
+    values: Float32[Tensor, "L H E"], budget: Budget, forced: Bool[Tensor, "L H E"] | None, nan: Tensor
 ) -> Bool[Tensor, "L H E"]:
     layers, heads, evictable = values.shape
-    if level == "head":
-        whole = budget(layers * heads) // evictable
-        keep = _highest(values.amax(-1, keepdim=True), whole, nan).expand_as(values)
+    if budget.level == "head":
+        count = count_of(budget, layers * heads, evictable)
+        assert count is not None
+        keep = _highest(values.amax(-1, keepdim=True), count // max(1, evictable), nan).expand_as(values)
         return keep if forced is None else keep | forced
-    sharing = {"pair": layers * heads, "layer": heads, "uniform": 1}[level]
-    count = budget(sharing)
+    sharing = {"pair": layers * heads, "layer": heads, "uniform": 1}[budget.level]
+    count = count_of(budget, sharing, evictable)
+    assert count is not None
     if forced is not None:
         needed = int(forced.reshape(-1, sharing * evictable).sum(-1).max())
         if needed > count:
             raise ValueError(
-                f"expected at most {count} protected and minimum rows (the budget of level {level!r}), got {needed}: "
-                "raise the ratio or the budget, or protect less"
+                f"expected at most {count} protected and minimum rows (the budget of level {budget.level!r}), got "
+                f"{needed}: raise the ratio or the budget, or protect less"
             )
-        values = values.clamp(max=torch.finfo(torch.float32).max).masked_fill(forced, torch.inf)
-    if level == "uniform":
+        values = ranked(values).masked_fill(forced, torch.inf)
+    if budget.level == "uniform":
         return ops.select_uniform_count(values, count=count, nan=nan)
-    parts = [values] if level == "pair" else list(values.split(1))
+    parts = [values] if budget.level == "pair" else list(values.split(1))
     return torch.cat([_highest(part, count, nan) for part in parts])
 
 
@@ -337,7 +243,9 @@ def _pack(
             n = scored[at]
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
             with explain_out_of_memory(explanation, f"{remedy}; {state}"):
-                context[n] = _pack_layer(layers[n], keep[at], counts[at], scores.start, bits)
+                whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
+                rows = [scores.start + count for count in counts[at]]
+                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows, bits=bits)
             if consume:
                 layers[n] = None  # not before it is packed
     except BaseException:
@@ -357,12 +265,3 @@ def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], scores: Sc
                 f"expected finite keys and values to pack into bits, got inf or NaN in layer {scores.layers[n]}: check "
                 "the forward pass that made them; the cache is intact"
             )
-
-
-def _pack_layer(layer: DenseKV, mask: Bool[Tensor, "H E"], kept: list[int], start: int, bits: int | None) -> RaggedKV:
-    bounds = [0, *itertools.accumulate(start + count for count in kept)]
-    prefix = mask.new_ones(mask.shape[0], start)
-    k, v, offsets, positions = ops.prune(layer.k[0], layer.v[0], torch.cat([prefix, mask], dim=1), total=bounds[-1])
-    if bits is not None:
-        k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
-    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds))

@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import SupportsFloat
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from . import checks, ops, prompts
-from .attention import decode_attend
+from . import checks, ops, options, prompts
+from .attention import decode_attend, score_rows
 from .cache import (
     DenseCache,
     RaggedCache,
@@ -25,15 +24,16 @@ from .cache import (
     all_ragged,
     as_ragged,
     check_pairs,
-    empty_tail,
     grow_tail,
 )
+from .cache.caches import roomy_tail
+from .cache.rows import join, pack, prefix_keys
 from .checks import check_kind, check_text_or_ids, check_texts
-from .generation import Answer, generate, query_ids
-from .models import Model, run_attention
-from .ops import Quantized
-from .prefilling import check_length, context_ids, prompt_of, tokenizer_of
-from .scoring import check_choice, check_fingerprint, plus_factors, repeats
+from .generation import Answer, generate
+from .inputs import check_fingerprint, check_length, context_ids, following_ids, prompt_of, query_ids, tokenizer_of
+from .models import Attend, Model, run_attention
+from .options import Scoring
+from .scoring import formula_of, repeats, run_repeats
 
 FOLDED = "+fold"  # in a cache's method: not all pairs of its turns were kept
 
@@ -56,13 +56,13 @@ def extend(
     check_text_or_ids(text, "text")
     chunk = checks.whole(chunk, "chunk", least=1)
     check_fingerprint(model, cache.fingerprint)
-    ids = _following(model, cache, text) if isinstance(text, str) else context_ids(model, text)
+    ids = torch.tensor(following_ids(model, cache, text)) if isinstance(text, str) else context_ids(model, text)
     if len(ids) == 0:
         raise ValueError("expected at least one token to extend the cache by, got none: pass text or ids")
-    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
+    cache, ids = as_ragged(cache), ids.long()
     used = len(cache.token_ids)
     check_length(model, used + len(ids), f"a cache of {used} and {len(ids)} new tokens")
-    tail, context = _roomy(cache, len(ids), model.dtype), all_ragged(cache.context)
+    tail, context = roomy_tail(cache, 1, len(ids), dtype=model.dtype), all_ragged(cache.context)
     for piece in ids.to(model.device).split(chunk):
         positions = torch.arange(used, used + len(piece), device=model.device)
         with torch.no_grad():
@@ -75,8 +75,7 @@ def extend(
 def fork(cache: DenseCache | RaggedCache) -> RaggedCache:
     """Returns another cache of the same tokens: the same tensors for the context, a copy of the tail."""
     check_pairs(cache)
-    if isinstance(cache, DenseCache):
-        return as_ragged(cache)
+    cache = as_ragged(cache)
     return cache if cache.tail is None else replace(cache, tail=grow_tail(cache.tail, 1, 0))
 
 
@@ -110,7 +109,7 @@ def ask(
     if not isinstance(query, str):
         check_texts(query, "query")
         raise TypeError("expected query to be one text, got several: one turn has one, kvzip.generate takes a list")
-    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
+    cache = as_ragged(cache)
     check_fingerprint(model, cache.fingerprint)
     (asked,) = query_ids(model, cache, [query], template=template)
     tokenizer = tokenizer_of(model)
@@ -165,17 +164,14 @@ def fold(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
-    check_choice("context", method)
+    scoring = options.scoring("context", method, chunk, hint)
     check_fingerprint(model, cache.fingerprint)
-    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
-    ratio = checks.kept_ratio(ratio, of="the tail")
-    start, stop = cache.context_length, len(cache.token_ids)
-    if cache.tail is None or start == stop:
+    cache, ratio = as_ragged(cache), checks.kept_ratio(ratio, of="the tail")
+    tail, start, stop = cache.tail, cache.context_length, len(cache.token_ids)
+    if tail is None or start == stop:
         return replace(cache, tail=None)
-    tail = cache.tail
-    keep = _keep(model, cache, tail, ratio, method=method, chunk=chunk, hint=hint)
-    counts = keep.sum((1, 2)).tolist()
+    keep = _keep(model, cache, tail, ratio, scoring)
+    counts = keep.sum(-1).tolist()
     context: list[RaggedKV | WindowKV] = []
     scored = iter(zip(keep, counts, strict=True))
     for layer, k, v, spec in zip(cache.context, tail.k, tail.v, model.config.layers, strict=True):
@@ -185,131 +181,53 @@ def fold(
             last_k, last_v = (torch.cat(x, dim=2)[:, :, -spec.window :].clone() for x in ((layer.k, k), (layer.v, v)))
             context.append(WindowKV(last_k, last_v, stop - last_k.shape[2]))
         else:
-            mask, count = next(scored)
-            k, v, offsets, positions = ops.prune(k[0], v[0], mask, total=count)
-            context.append(_join(layer, k, v, offsets, positions + start))
+            more = pack(k[0], v[0], *next(scored))
+            context.append(join(layer, replace(more, positions=more.positions + start)))
     return replace(
         cache,
         context=tuple(context),
         tail=None,
         context_length=stop,
-        kept=cache.kept + sum(counts),
+        kept=cache.kept + sum(map(sum, counts)),
         total=cache.total + keep.numel(),
         scores=None,
         method=cache.method if ratio == 1 or cache.method.endswith(FOLDED) else cache.method + FOLDED,
     )
 
 
-def _following(model: Model, cache: DenseCache | RaggedCache, text: str) -> Int64[Tensor, " S"]:
-    """The ids of a text that continues what a cache holds."""
-    tokenizer = tokenizer_of(model)
-    held = cache.token_ids.tolist()
-    if cache.chat:  # the spaces at the end of a turn's opening come with what is said in it
-        text = (prompts.turn_opened(tokenizer, prompt_of(model), held) or "") + text
-    before = prompts.text_of(tokenizer, held)
-    return torch.tensor(prompts.encode_text(tokenizer, text, before=before), dtype=torch.long)
-
-
-def _roomy(cache: RaggedCache, rows: int, dtype: torch.dtype) -> Tail:
-    """A copy of the cache's tail with `rows` further rows reserved."""
-    if cache.tail is None:
-        return empty_tail(cache.context, 1, rows, dtype=dtype)
-    return grow_tail(cache.tail, 1, rows)
-
-
-def _keep(
-    model: Model, cache: RaggedCache, tail: Tail, ratio: float, *, method: str, chunk: int, hint: int
-) -> Bool[Tensor, "L H E"]:
+def _keep(model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring) -> Bool[Tensor, "L H E"]:
     """Which pairs of the tail are kept."""
-    layers = sum(isinstance(layer, RaggedKV) for layer in cache.context)
-    shape = (layers, model.config.num_kv_heads, len(cache.token_ids) - cache.context_length)
-    if ratio == 1 or layers == 0:
+    shape = (len(cache.scored_layers), cache.heads, len(cache.token_ids) - cache.context_length)
+    if ratio == 1 or not cache.scored_layers:
         return torch.ones(shape, dtype=torch.bool, device=model.device)
     values = torch.empty(shape, dtype=torch.float32, device=model.device)
-    _score_tail(model, cache, tail, values, method=method, chunk=chunk, hint=hint)
+    _score_tail(model, cache, tail, values, scoring)
     mask = ops.select(values, ratio=ratio)
     assert isinstance(mask, Tensor)
     return mask
 
 
 def _score_tail(
-    model: Model,
-    cache: RaggedCache,
-    tail: Tail,
-    values: Float32[Tensor, "L H E"],
-    *,
-    method: str,
-    chunk: int,
-    hint: int,
+    model: Model, cache: RaggedCache, tail: Tail, values: Float32[Tensor, "L H E"], scoring: Scoring
 ) -> None:
     """Fills `values` with the scores of the tail's pairs. The repeats go to a copy of the tail, and are dropped."""
-    config, first, used = model.config, cache.context_length, len(cache.token_ids)
-    passes = list(repeats(model, cache, chunk=chunk, hint=hint, begin=first))
-    longest = max(len(ids) for _, _, ids in passes)
-    check_length(model, used + longest, f"a cache of {used} and a repeat pass of {longest} tokens")
-    scratch, context = grow_tail(tail, 1, longest), all_ragged(cache.context)
-    prefixes = [_prefix_keys(x, cache.start, model.dtype) for x in cache.context if isinstance(x, RaggedKV)]
-    scored = [n for n, layer in enumerate(cache.context) if isinstance(layer, RaggedKV)]
-    decode = decode_attend(config, context, scratch)
-    factors, observe = plus_factors(model) if method == "kvzip+" else (None, None)
-    for start, stop, ids in passes:
-        part = slice(start - first, stop - first)
+    config, begin, used = model.config, cache.context_length, len(cache.token_ids)
+    passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, begin=begin))
+    scratch = grow_tail(tail, 1, max(len(ids) for _, _, ids in passes))
+    scored = {layer: n for n, layer in enumerate(cache.scored_layers)}
+    prefixes = [prefix_keys(x, cache.start, model.dtype) for x in cache.context if isinstance(x, RaggedKV)]
+    decode = decode_attend(config, all_ragged(cache.context), scratch)
+    formula, observe = formula_of(model, scoring)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, part: slice = part) -> Tensor:
-            if config.layers[layer].window is None:
-                n = scored.index(layer)
-                weights = (None, None) if factors is None else factors(layer, scratch.v[layer][0, :, part])
-                values[n, :, part] = ops.score(
-                    q[0],
-                    scratch.k[layer][0, :, part],
-                    prefixes[n],
-                    k[0],
-                    scale=config.attn_scale,
-                    softcap=config.attn_softcap,
-                    row_weight=weights[0],
-                    key_weight=weights[1],
-                    softmax=method != "logit",
-                )
+    def attend_of(first: int, stop: int) -> Attend:
+        part = slice(first - begin, stop - begin)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if layer in scored:
+                n, chunk = scored[layer], (scratch.k[layer][0, :, part], scratch.v[layer][0, :, part])
+                values[n, :, part] = score_rows(config, formula, layer, q, k, prefixes[n], chunk)
             return decode(layer, q, k, v)
 
-        positions = torch.arange(used, used + len(ids), device=model.device)
-        with torch.no_grad():
-            run_attention(model, ids[None].to(model.device), positions, attend, observe=observe)
+        return attend
 
-
-def _prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor, "H A D"]:
-    """The keys of the system prefix, which are the first rows of every head."""
-    rows = layer.offsets[:-1, None].long() + torch.arange(start, device=layer.offsets.device)
-    if isinstance(layer.k, Tensor):
-        return layer.k[rows]
-    prefix = ops.take_rows(layer.k, rows.flatten())
-    keys = ops.dequantize(prefix, dtype=dtype, offsets=torch.arange(len(rows) + 1, device=rows.device).int() * start)
-    return rearrange(keys, "(h a) d -> h a d", h=len(rows))
-
-
-def _join(layer: RaggedKV, k: Tensor, v: Tensor, offsets: Tensor, positions: Tensor) -> RaggedKV:
-    """The layer with further rows after those of each head: rows offsets[h]:offsets[h+1] of k and v after head h's."""
-    heads = torch.arange(len(offsets) - 1, device=offsets.device)
-    old_head, new_head = (
-        heads.repeat_interleave(bounds.diff(), output_size=rows)
-        for bounds, rows in ((layer.offsets, len(layer.positions)), (offsets, len(positions)))
-    )
-    old = torch.arange(len(layer.positions), device=offsets.device) + offsets[old_head]
-    new = torch.arange(len(positions), device=offsets.device) + layer.offsets[new_head + 1]
-
-    def put(x: Tensor, y: Tensor) -> Tensor:
-        out = x.new_empty(len(x) + len(y), *x.shape[1:], dtype=torch.promote_types(x.dtype, y.dtype))
-        out[old], out[new] = x.to(out.dtype), y.to(out.dtype)
-        return out
-
-    def rows(x: Tensor | Quantized, y: Tensor) -> Tensor | Quantized:
-        if isinstance(x, Tensor):
-            return put(x, y)
-        whose = None if x.channels is None else offsets
-        z = ops.quantize(y, bits=x.bits, group=x.group, offsets=whose, channels=x.channels)
-        return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
-
-    joined = layer.offsets + offsets
-    return RaggedKV(
-        rows(layer.k, k), rows(layer.v, v), joined, put(layer.positions, positions), ops.decode_schedule(joined)
-    )
+    run_repeats(model, passes, used, attend_of, observe=observe)

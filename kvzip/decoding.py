@@ -1,7 +1,6 @@
 """Decoding: the buffers and CUDA graphs that answer a batch of questions over one frozen context, token by token."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,22 +9,13 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from . import checks
+from . import checks, options
 from .attention import decode_attend
-from .cache import (
-    DenseCache,
-    RaggedCache,
-    all_ragged,
-    as_ragged,
-    check_pairs,
-    empty_tail,
-    explain_out_of_memory,
-    grow_tail,
-)
+from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, check_pairs, explain_out_of_memory
+from .cache.caches import roomy_tail
 from .checks import check_kind
+from .inputs import check_fingerprint, context_ids
 from .models import Model, forward, logits
-from .prefilling import context_ids
-from .scoring import check_fingerprint
 
 NO_TOKEN = -1  # decided where logits are NaN or all -inf, by which no token is more likely than another
 _ROWS_OF_A_GRAPH = 4096  # questions x tokens: more are bound by the products, not by launching them
@@ -51,7 +41,7 @@ class Decoder:
         batch, tail = checks.whole(batch, "batch", least=1), checks.whole(tail, "tail", least=1)
         check_fingerprint(model, cache.fingerprint)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
-        cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
+        cache = as_ragged(cache)
         self._layers, self._start = all_ragged(cache.context), cache.context_length
         self._past = len(cache.token_ids) - cache.context_length  # tokens in the cache's own tail
         size = batch * (self._past + tail) * tail_bytes_per_token(model)
@@ -62,10 +52,7 @@ class Decoder:
                 "ask fewer questions at once or lower max_tokens",
             ),
         ):
-            if cache.tail is None:
-                self._tail = empty_tail(cache.context, batch, tail, dtype=model.dtype)
-            else:
-                self._tail = grow_tail(cache.tail, batch, tail)
+            self._tail = roomy_tail(cache, batch, tail, dtype=model.dtype)
             self.tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
             self._controls = torch.ones(2, dtype=torch.float64, device=model.device)  # temperature, top_p
             self._draws = torch.zeros(tail, dtype=torch.float32, device=model.device)
@@ -87,7 +74,7 @@ class Decoder:
         Raises: ValueError for more questions than rows, an empty or too long one, ids beyond the vocabulary, or options
             out of range; TypeError for options that are no numbers.
         """
-        temperature, top_p, seed = sampling_options(temperature, top_p, seed)
+        sampling = options.sampling(1, temperature, top_p, seed)
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
             raise ValueError(
@@ -102,10 +89,10 @@ class Decoder:
         context_ids(self.model, padded.flatten())  # on a GPU an id beyond the vocabulary would end the process
         self._counts.copy_(torch.tensor([len(ids) for ids in rows]))
         self._tail.lengths.fill_(self._past)
-        self._sampled = temperature > 0
+        self._sampled = sampling.temperature > 0
         if self._sampled:
-            self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(seed)))
-            self._controls.copy_(torch.tensor([temperature, top_p], dtype=torch.float64))
+            self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(sampling.seed)))
+            self._controls.copy_(torch.tensor([sampling.temperature, sampling.top_p], dtype=torch.float64))
             self._drawn.zero_()
         if replayed:
             if longest not in self._questions:
@@ -176,26 +163,6 @@ class Decoder:
         else:
             chosen = likeliest[:, 0]
         self.tokens.copy_(torch.where(top[:, 0] > -torch.inf, chosen, NO_TOKEN))
-
-
-def sampling_options(temperature: Any, top_p: Any, seed: Any) -> tuple[float, float, int]:
-    """Returns the options of sampling as plain numbers.
-
-    Raises: TypeError for what is no number; ValueError for options out of range.
-    """
-    temperature, top_p = (
-        checks.number(x, name, finite=False) for x, name in ((temperature, "temperature"), (top_p, "top_p"))
-    )
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"expected a temperature of 0 (greedy) or more, and finite, got {temperature}: 0.7 is a usual one"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"expected 0 < top_p <= 1, got {top_p}: 1 samples among all tokens")
-    seed = checks.whole(seed, "seed")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"expected a seed from -2**63 to 2**64 - 1, got {seed}: pass a smaller one")
-    return temperature, top_p, seed
 
 
 def sample(

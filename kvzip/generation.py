@@ -3,17 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import torch
-
-from . import checks, prompts
+from . import options, prompts
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
-from .decoding import NO_TOKEN, Decoder, sampling_options, tail_bytes_per_token
+from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
+from .inputs import check_fingerprint, query_ids, tokenizer_of
 from .models import Model
-from .prefilling import prompt_of, tokenizer_of
-from .scoring import check_fingerprint
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,9 @@ def generate(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    max_tokens, temperature, top_p, seed = _options(max_tokens, temperature, top_p, seed)
-    stops = _stops(model, stop)
+    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
+    for text in sampling.stop:
+        prompts.encode_text(tokenizer_of(model), text)  # it says where a text has what no answer can
     check_fingerprint(model, cache.fingerprint)
     queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
@@ -109,8 +107,8 @@ def generate(
             f"context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
         )
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token
-    streams = [_Stream(tokenizer_of(model), stops, emit, n) for n in range(len(ids))]
-    limit = min(max_tokens, room)
+    streams = [_Stream(tokenizer_of(model), sampling.stop, emit, n) for n in range(len(ids))]
+    limit = min(sampling.max_tokens, room)
     if decoder is None:
         rows = max(map(len, ids)) + limit
         decoder = Decoder(model, cache, batch=_batch_that_fits(model, len(ids), rows), tail=rows)
@@ -119,7 +117,7 @@ def generate(
     answers: list[Answer] = []
     for start in range(0, len(ids), decoder.batch):
         group = slice(start, start + decoder.batch)
-        decoder.read(ids[group], temperature=temperature, top_p=top_p, seed=seed)
+        decoder.read(ids[group], temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
         answers += _decode(decoder, streams[group], model.stop_ids, limit)
     return answers[0] if isinstance(query, str) else answers
 
@@ -144,50 +142,6 @@ def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCac
             f"expected a decoder with room for {rows} tokens (the longest question and max_tokens), got "
             f"{decoder.rows}: pass tail={rows} to Decoder, or lower max_tokens"
         )
-
-
-def _options(max_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> tuple[int, float, float, int]:
-    """The options as plain numbers, and a seed drawn where there is none."""
-    max_tokens = checks.whole(max_tokens, "max_tokens", least=1)
-    drawn = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
-    return max_tokens, *sampling_options(temperature, top_p, drawn)
-
-
-def _stops(model: Model, stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = tuple(check_texts(stop, "stop"))
-    if "" in stops:
-        raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
-    for text in stops:
-        prompts.encode_text(tokenizer_of(model), text)  # it says where a text has what no answer can
-    return stops
-
-
-def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
-    """Returns the ids that ask each query after what the cache holds, up to where its answer begins.
-
-    With `template` the query goes into the user turn that is open at the end of the cache, a blank line after what the
-    turn holds already, and the turn is closed.
-
-    Raises: ValueError for a query without text, or a template where the cache has no chat prefix.
-    """
-    tokenizer = tokenizer_of(model)
-    for query in queries:
-        prompts.check_text(query)
-        if not query.strip():
-            raise ValueError("expected a query with text in it, got an empty one: ask something")
-    held = cache.token_ids.tolist()
-    before = prompts.text_of(tokenizer, held)
-    if not template:
-        return [prompts.encode_text(tokenizer, query, before=before) for query in queries]
-    if not cache.chat:
-        raise ValueError(
-            "expected a cache with a chat prefix for a chat query, got one prefilled with template=False: "
-            "pass template=False here too, or prefill with the template"
-        )
-    prompt = prompt_of(model)
-    opened = prompts.turn_opened(tokenizer, prompt, held)
-    opening = prompts.QUERY_SEPARATOR if opened is None else opened
-    return [prompts.encode_turn(tokenizer, opening + query.strip(), prompt.postfix, before=before) for query in queries]
 
 
 def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:

@@ -28,8 +28,10 @@ from .cache import DenseCache, Scores, check_whole, global_layers, read_header, 
 from .cache.files import open_file, read_tensor, refusing, write_file
 from .checks import check_kind, check_path, check_text_or_ids, check_texts, check_values
 from .display import visible_line
+from .inputs import encode
 from .models import Model
-from .prefilling import Progress, encode, prefill
+from .options import Turn
+from .prefilling import Progress, prefill
 from .scoring import score
 
 RECOMMENDED_RATIO = 0.6
@@ -113,7 +115,7 @@ def make(
     names = [f"text {n + 1}" for n in range(len(texts))] if names is None else check_texts(names, "names")
     if len(names) != len(texts):
         raise ValueError(f"expected names for each of {len(texts)} texts, got {len(names)}: pass as many")
-    contexts = [encode(model, one, template=template)[1] for one in texts]
+    contexts = [encode(model, one, Turn(template=bool(template)))[1] for one in texts]
     total, done = 2 * sum(map(len, contexts)), 0
 
     def stage(before: int, tokens: int) -> Progress | None:
@@ -175,13 +177,13 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     check_kind(scores, HeadScores)
     check_values(scores.values, "head scores")
     layers = global_layers(cache)
-    heads = cache.layers[0].k.shape[1]
+    heads = cache.heads
     if scores.layers != layers or tuple(scores.values.shape) != (len(layers), heads):
         raise ValueError(
             f"expected head scores of layers {layers} with {heads} KV heads each (the cache's), got "
             f"{list(scores.values.shape)} of layers {scores.layers}: make them with this model"
         )
-    values = scores.values.to(cache.layers[0].k.device)[:, :, None].expand(-1, -1, cache.length - cache.start)
+    values = scores.values.to(cache.device)[:, :, None].expand(-1, -1, cache.length - cache.start)
     return replace(cache, scores=Scores(values, layers, cache.start, cache.length, source="heads"))
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from . import checks, ops
 from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, WindowKV, as_ragged
 from .checks import check_kind, check_text_or_ids
+from .inputs import check_fingerprint, check_length, context_ids, prefix_ids
 from .models import Model
-from .prefilling import check_length, context_ids, prefix_ids
-from .scoring import check_fingerprint
+from .options import Turn
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -42,7 +42,7 @@ def from_transformers(
         said = kvzip.prompts.text_of(model.tokenizer, [*ids, last])  # ids: the cache's
         end = kvzip.prompts.turn_close(prompt_of(model))
         close = kvzip.prompts.encode_control(model.tokenizer, end, before=said)
-        cache = kvzip.extend(model, cache, torch.tensor([last, *close]))  # prompt_of: kvzip.prefilling
+        cache = kvzip.extend(model, cache, torch.tensor([last, *close]))  # prompt_of: kvzip.inputs
 
     Raises: TypeError for another kind of cache; ValueError if its layers, heads, widths, dtype or length are not the
         model's and the tokens', or the tokens do not begin with the prefix.
@@ -55,7 +55,7 @@ def from_transformers(
     ids = context_ids(model, token_ids)
     check_length(model, len(ids), "the tokens of the cache")
     if start is None:
-        prefix = prefix_ids(model, template=template)
+        prefix = prefix_ids(model, Turn(template=bool(template)))
         if template and ids[: len(prefix)].tolist() != prefix:  # its last space may be in the context's first token
             prefix = prefix_ids(model, context="a")
         start = len(prefix)
@@ -92,8 +92,8 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
         seen = torch.ones(1, length + T, dtype=torch.long)
         theirs.generate(ids, cache=converted, position_ids=positions, attention_mask=seen)
 
-    (`past_key_values=` in versions that call it so.) The same `position_ids` serve a plain forward pass. Codes are
-    decoded to the model's dtype. The pairs are copied.
+    (`past_key_values=` in versions that call it so.) The same `position_ids` serve a plain forward pass. Quantized rows
+    are dequantized to the model's dtype. The pairs are copied.
 
     Raises: ValueError for a cache of another model, or with heads that differ in length.
     """
@@ -104,7 +104,7 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     check_fingerprint(model, cache.fingerprint)
-    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
+    cache = as_ragged(cache)
     counts = {count for kv in cache.context if isinstance(kv, RaggedKV) for count in kv.offsets.diff().tolist()}
     if len(counts) > 1:
         raise ValueError(
@@ -153,7 +153,7 @@ def _rows(
     rows = getattr(kv, name)
     if isinstance(kv, RaggedKV):
         rows = rows if isinstance(rows, Tensor) else ops.dequantize(rows, dtype=dtype, offsets=kv.offsets)
-        rows = rearrange(rows, "(h s) d -> 1 h s d", h=len(kv.offsets) - 1)
+        rows = rearrange(rows, "(h s) d -> 1 h s d", h=kv.heads)
     if cache.tail is None:
         return rows
     return torch.cat([rows, getattr(cache.tail, name)[index][:, :, : len(cache.token_ids) - cache.context_length]], 2)

@@ -152,6 +152,17 @@ def spans(protect: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> None:
+    """Raises ValueError for a protected span that is not within a context of so many tokens, None if not known."""
+    for first, stop in protect:
+        if not 0 <= first <= stop or (tokens is not None and stop > tokens):
+            within = "0 and up" if tokens is None else f"[0, {tokens}]"
+            raise ValueError(
+                f"expected protected spans within {within} (context tokens), got ({first}, {stop}): "
+                "0 is the first token after the system prefix"
+            )
+
+
 def sampling(
     max_tokens: SupportsIndex,
     temperature: SupportsFloat,

@@ -2,24 +2,22 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from . import checks, prompts
+from . import checks, options
 from .attention import new_layers, prefill_attend
 from .cache import DenseCache, explain_out_of_memory
-from .checks import check_kind, check_text, check_text_or_ids
+from .checks import check_kind, check_text_or_ids
+from .inputs import check_length, encode
 from .models import Model, run_attention
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """progress(done, total), in tokens."""
-
-OPENING = 64  # characters of a context that its prefix may depend on
 
 
 def prefill(
@@ -49,7 +47,7 @@ def prefill(
     check_kind(model, Model)
     check_text_or_ids(context, "context")
     chunk = checks.whole(chunk, "chunk", least=1)
-    prefix, ids = encode(model, context, system=system, instruction=instruction, template=template)
+    prefix, ids = encode(model, context, options.turn(system, instruction, template))
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
     token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
@@ -95,98 +93,3 @@ def dense_bytes(model: Model, length: int) -> int:
     """Returns the bytes of a dense cache of `length` tokens; window layers hold their window at most."""
     rows = sum(length if spec.window is None else min(spec.window, length) for spec in model.config.layers)
     return 2 * rows * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize
-
-
-def encode(
-    model: Model,
-    context: str | Int64[Tensor, " S"],
-    *,
-    system: str | None = None,
-    instruction: str | None = None,
-    template: bool = True,
-) -> tuple[list[int], Int64[Tensor, " S"]]:
-    """Returns the ids in front of a context and the context's, of a text those of both as one text.
-
-    Raises: as `prefix_ids` and `context_ids` do.
-    """
-    turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
-    if isinstance(context, str) and template and prompt_of(model, system=system, instruction=instruction).strips:
-        context = context.lstrip()
-    ids = context_ids(model, context, before=prefix_text(model, **turn))
-    return prefix_ids(model, **turn, context=context[:OPENING] if isinstance(context, str) else ""), ids
-
-
-def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str = "") -> Int64[Tensor, " S"]:
-    """Returns the token ids of a context on the CPU, of a text as it goes on behind `before` (see `prefix_text`).
-
-    Raises: ValueError for ids outside the vocabulary, and whatever `prompts.encode_text` refuses.
-    """
-    if isinstance(context, str):
-        return torch.tensor(prompts.encode_context(tokenizer_of(model), context, before=before), dtype=torch.long)
-    ids = context.detach().cpu().long()
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
-        raise ValueError(
-            f"expected token ids in [0, {model.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}: "
-            "encode the text with this model's tokenizer"
-        )
-    return ids
-
-
-def tokenizer_of(model: Model) -> prompts.Tokenizer:
-    """Returns the model's tokenizer. Raises ValueError if its directory has none."""
-    if model.tokenizer is None:
-        raise ValueError(f"expected a tokenizer, got no tokenizer.json in {model.source}: add it, or pass token ids")
-    return model.tokenizer
-
-
-def prompt_of(model: Model, *, system: str | None = None, instruction: str | None = None) -> prompts.Prompt:
-    """Returns the rendered chat prompt. Raises ValueError if the model has no chat template."""
-    check_text(system, "system")
-    check_text(instruction, "instruction")
-    if model.template is None:
-        raise ValueError(
-            f"expected a chat template, got none in {model.source}: "
-            "pass chat_template= (jinja source) to load, or template=False for a base model"
-        )
-    return prompts.render(model.template, system=system, instruction=instruction)
-
-
-def prefix_ids(
-    model: Model,
-    *,
-    system: str | None = None,
-    instruction: str | None = None,
-    template: bool = True,
-    context: str = "",
-) -> list[int]:
-    """Returns the ids in front of a context: the chat template's, or BOS alone (if the tokenizer adds one).
-
-    Args:
-        context: how the context begins, which the prefix's last token may depend on (see `prompts.encode_prefix`).
-
-    Raises: ValueError for a model without a chat template, or system and instruction without one.
-    """
-    if template:
-        prompt = prompt_of(model, system=system, instruction=instruction)
-        return prompts.encode_prefix(tokenizer_of(model), prompt, context=context)
-    if system is not None or instruction is not None:
-        raise ValueError("expected no system or instruction with template=False, got one: put it in the context")
-    return [] if model.tokenizer is None else list(model.tokenizer.bos_ids)
-
-
-def prefix_text(
-    model: Model, *, system: str | None = None, instruction: str | None = None, template: bool = True
-) -> str:
-    """Returns the text whose ids `prefix_ids` are, spelled to be passed as `before`; empty without a template."""
-    if not template:
-        return ""
-    return prompts.prefix_text(tokenizer_of(model), prompt_of(model, system=system, instruction=instruction))
-
-
-def check_length(model: Model, needed: int, what: str) -> None:
-    """Raises ValueError if `needed` positions are more than the model was made for."""
-    if needed > model.config.max_length:
-        raise ValueError(
-            f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "
-            "shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
-        )

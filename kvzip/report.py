@@ -15,22 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from .cache import (
     DenseCache,
     RaggedCache,
-    RaggedKV,
     WindowKV,
-    check_whole,
     encode_levels,
     full_nbytes,
     nbytes,
     whole_file,
 )
 from .cache.io import open_cache, pieces_of, read_cache
+from .cache.rows import kept_mask
 from .display import visible_line
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
@@ -121,22 +117,6 @@ def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterat
         packed = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode("ascii")
         yield f'<script type="text/plain" id="{name}">{packed}</script>\n'
     yield after
-
-
-def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
-    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix."""
-    if isinstance(cache, DenseCache):
-        check_whole(cache)
-        layers = [layer for layer in cache.layers if not isinstance(layer, WindowKV)]
-        heads = layers[0].k.shape[1] if layers else 0
-        return torch.ones(len(layers), heads, cache.length - cache.start, dtype=torch.bool)
-    ragged = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
-    heads = len(ragged[0].offsets) - 1 if ragged else 0
-    mask = torch.zeros(len(ragged), heads, cache.context_length, dtype=torch.bool)
-    for kept, layer in zip(mask, ragged, strict=True):
-        head = torch.repeat_interleave(torch.arange(heads), layer.offsets.diff().cpu())
-        kept[head, layer.positions.long().cpu()] = True
-    return mask[:, :, cache.start :]
 
 
 def _name(source: str) -> str:

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
-from jaxtyping import Bool, Float32
-from torch import Tensor
 
-from . import checks, ops
-from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_cache
+from . import checks, ops, options
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, check_cache
 from .cache.files import open_file, read_tensor, refusing, require, write_file
 from .cache.io import foreign
+from .cache.rows import of_rows, ranked, take
 from .checks import check_kind, check_path, check_values
-from .compression import budget_of, keep_mask, protected_spans
+from .compression import count_of, keep_mask
 from .display import visible_line
-from .ops import Quantized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +38,7 @@ def attach(cache: DenseCache, scores: Scores) -> DenseCache:
             f"expected scores {list(shape)} of layers {layers} and tokens {span}, got {list(scores.values.shape)} of "
             f"layers {scores.layers} and tokens {(scores.start, scores.stop)}: attach them to the cache they are of"
         )
-    return replace(cache, scores=replace(scores, values=scores.values.to(_device(cache))))
+    return replace(cache, scores=replace(scores, values=scores.values.to(cache.device)))
 
 
 def combine(*scores: Scores) -> Scores:
@@ -98,22 +96,17 @@ def shrink(
     scores = cache.scores
     if scores is None:
         raise ValueError("expected a cache with scores, got none: compress a scored cache, or shrink before folding")
-    threshold = None if threshold is None else checks.number(threshold, "threshold")
-    wanted = budget_of(scores, ratio=ratio, budget=budget, threshold=threshold, level="pair")
-    spans = protected_spans(protect, scores.values.shape[2])
-    layers = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
-    heads = [torch.repeat_interleave(layer.offsets.diff().long()) for layer in layers]
-    ranks = [
-        _ranks(layer, head, cache.start, one, spans)
-        for layer, head, one in zip(layers, heads, scores.values, strict=True)
-    ]
-    prefix = cache.start * sum(len(layer.offsets) - 1 for layer in layers)
+    chosen = options.budget(ratio, budget=budget, threshold=threshold, protect=protect)
+    layers, heads, evictable = scores.values.shape
+    options.check_spans(chosen.protect, evictable)
+    scored = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
+    ranks = [of_rows(x, own, cache.start) for x, own in zip(scored, ranked(scores.values, chosen.protect), strict=True)]
+    prefix = cache.start * layers * heads
     forced = sum(int((rank == torch.inf).sum()) for rank in ranks) - prefix
-    if wanted is None:
-        assert threshold is not None
-        count = sum(int((rank >= threshold).sum()) for rank in ranks) - prefix
-    else:
-        count = wanted(scores.values.shape[0] * scores.values.shape[1])
+    count = count_of(chosen, layers * heads, evictable)
+    if count is None:
+        assert chosen.threshold is not None
+        count = sum(int((rank >= chosen.threshold).sum()) for rank in ranks) - prefix
     if not forced <= count <= cache.kept:
         raise ValueError(
             f"expected to keep {forced} (protected) to {cache.kept} pairs (what the cache holds of {cache.total}), a "
@@ -121,33 +114,9 @@ def shrink(
             "do not come back"
         )
     keep = ops.select_count([rank[None] for rank in ranks], count=count + prefix)
-    packed = iter([_rows_of(layer, head, mask[0]) for layer, head, mask in zip(layers, heads, keep, strict=True)])
+    packed = iter([take(layer, mask[0]) for layer, mask in zip(scored, keep, strict=True)])
     context = tuple(next(packed) if isinstance(layer, RaggedKV) else layer for layer in cache.context)
     return replace(cache, context=context, kept=count, method=f"{scores.source}/pair")
-
-
-def _ranks(
-    layer: RaggedKV, heads: Tensor, start: int, values: Float32[Tensor, "H E"], spans: Sequence[tuple[int, int]]
-) -> Float32[Tensor, " N"]:
-    """The score of each row, infinite for the prefix's and those protected."""
-    rank = torch.full(layer.positions.shape, torch.inf, device=heads.device)
-    own = layer.positions >= start
-    found = values.to(heads.device)[heads[own], layer.positions[own].long() - start]
-    rank[own] = found.clamp(max=torch.finfo(torch.float32).max)
-    for first, stop in spans:
-        rank[(layer.positions >= start + first) & (layer.positions < start + stop)] = torch.inf
-    return rank
-
-
-def _rows_of(layer: RaggedKV, heads: Tensor, keep: Bool[Tensor, " N"]) -> RaggedKV:
-    """A layer with the rows of a mask alone."""
-
-    def take(x: Tensor | Quantized) -> Tensor | Quantized:
-        return x[keep] if isinstance(x, Tensor) else ops.take_rows(x, keep)
-
-    counts = torch.bincount(heads[keep], minlength=len(layer.offsets) - 1)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return RaggedKV(take(layer.k), take(layer.v), offsets, layer.positions[keep], ops.decode_schedule(offsets))
 
 
 def save(
@@ -197,7 +166,7 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
         if not same or place.shape != shape or header.get("tokens") != _digest(cache, span[1]):
             raise ValueError(f"expected scores of this cache's tokens, got those of others in {name}: score it again")
         with refusing(file.path):
-            return Scores(read_tensor(file, "values", _device(cache)), layers, *span, header["source"])
+            return Scores(read_tensor(file, "values", cache.device), layers, *span, header["source"])
 
 
 def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None) -> "Figure":
@@ -241,17 +210,8 @@ def plot(scores: Scores, ratio: SupportsFloat = 0.3, *, title: str | None = None
 def _place(cache: DenseCache | RaggedCache) -> tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int]]:
     """The scored layers of a cache, the shape of its scores, and the tokens that they are of."""
     check_cache(cache)
-    length = cache.length if isinstance(cache, DenseCache) else cache.context_length
-    layers = cache.layers if isinstance(cache, DenseCache) else cache.context
-    scored = tuple(i for i, layer in enumerate(layers) if not isinstance(layer, WindowKV))
-    first = layers[scored[0]]
-    heads = len(first.offsets) - 1 if isinstance(first, RaggedKV) else first.k.shape[1]
-    return scored, (len(scored), heads, length - cache.start), (cache.start, length)
-
-
-def _device(cache: DenseCache | RaggedCache) -> torch.device:
-    first = cache.layers[0] if isinstance(cache, DenseCache) else cache.context[0]
-    return first.offsets.device if isinstance(first, RaggedKV) else first.k.device
+    layers, length = cache.scored_layers, cache.context_length
+    return layers, (len(layers), cache.heads, length - cache.start), (cache.start, length)
 
 
 def _digest(cache: DenseCache | RaggedCache, stop: int) -> str:

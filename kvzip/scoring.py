@@ -1,7 +1,7 @@
 """Scoring: the model repeats its context, and each pair is scored by the largest attention it receives meanwhile."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,8 +9,8 @@ from einops import rearrange
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from . import checks, prompts
-from .attention import Factors, score_attend
+from . import options, prompts
+from .attention import Formula, Sight, score_attend
 from .cache import (
     DenseCache,
     RaggedCache,
@@ -22,10 +22,12 @@ from .cache import (
     global_layers,
 )
 from .checks import check_kind
-from .display import visible_line
-from .models import Model, run_attention
-from .prefilling import Progress, check_length, context_ids, prompt_of, tokenizer_of
+from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
+from .models import Attend, Model, run_attention
+from .options import Scoring
+from .prefilling import Progress
 
+Observe = Callable[[int, Tensor], None]
 PLAIN_POSTFIX = "\n\nAnswer: "  # between a repeat prompt and the repeat, where there is no chat template
 
 
@@ -66,8 +68,7 @@ def score(
     """
     check_kind(model, Model)
     check_kind(cache, DenseCache)
-    chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
-    check_choice(scope, method)
+    scoring = options.scoring(scope, method, chunk, hint)
     check_pairs(cache)
     check_fingerprint(model, cache.fingerprint)
     layers = global_layers(cache)
@@ -75,19 +76,16 @@ def score(
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
-    values = score_chunks(model, cache, scope=scope, method=method, chunk=chunk, hint=hint, progress=progress)
-    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=f"{method}-{scope}")
+    values = score_chunks(model, cache, scoring, progress=progress)
+    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=scoring.source)
     return replace(cache, scores=scores)
 
 
 def score_chunks(
     model: Model,
     cache: DenseCache,
+    scoring: Scoring,
     *,
-    scope: str,
-    method: str,
-    chunk: int,
-    hint: int,
     neighbors: int = 0,
     progress: Progress | None = None,
     past: Sequence[RaggedKV | WindowKV] | None = None,
@@ -103,47 +101,64 @@ def score_chunks(
             last of them. None: there are none.
         end: where the repeat's positions start, if that is beyond the older tokens and the cache.
     """
-    sink, total = cache.start, cache.length - cache.start
-    here = cache.length + (0 if before is None else len(before))
-    end = max(here, end)
-    heads = model.config.num_kv_heads
-    factors, observe = plus_factors(model) if method == "kvzip+" else (None, None)
-    shape = (len(global_layers(cache)), heads, total)
+    start, here = cache.start, cache.length + (0 if before is None else len(before))
+    formula, observe = formula_of(model, scoring)
+    shape = (len(global_layers(cache)), cache.heads, cache.length - start)
     with explain_out_of_memory(f"{4 * math.prod(shape):,} bytes of scores", "free memory; the cache is as it was"):
         values = torch.empty(shape, dtype=torch.float32, device=model.device)
-    passes = list(repeats(model, cache, chunk=chunk, hint=hint, before=before))
-    longest = max(len(repeat) for _, _, repeat in passes)
-    check_length(model, end + longest, f"a cache of {end} and a repeat pass of {longest} tokens")
-    on_device = torch.cat([repeat for _, _, repeat in passes]).to(model.device)  # once: each copy waits for the device
-    inputs = on_device.split([len(repeat) for _, _, repeat in passes])
-    for (start, stop, _), repeat in zip(passes, inputs, strict=True):
-        positions = torch.arange(end, end + len(repeat), device=model.device)
-        attend = score_attend(
-            model.config,
-            cache.layers,
-            values,
-            sink=sink,
-            start=start,
-            stop=stop,
-            local=scope == "chunk",
-            neighbors=neighbors,
-            gap=end > here,
-            past=past,
-            softmax=method != "logit",
-            factors=factors,
-        )
+    sight = Sight(scoring.scope == "chunk", neighbors, gap=end > here, past=past)
+
+    def attend(first: int, stop: int) -> Attend:
+        where = {"start": start, "first": first, "stop": stop}
+        return score_attend(model.config, cache.layers, values, **where, sight=sight, formula=formula)
+
+    def told(stop: int) -> None:
+        if progress is not None:
+            progress(stop - start, shape[2])
+
+    passes = repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, before=before)
+    needed = f"beside {values.nbytes:,} bytes of scores"
+    run_repeats(model, passes, max(here, end), attend, observe=observe, progress=told, needed=needed)
+    # a weight is exp(logit - log-sum-exp), both rounded: next to 1 it may come out a little above
+    return values.clamp_(max=1) if scoring.method == "kvzip" else values
+
+
+def run_repeats(
+    model: Model,
+    passes: Iterable[tuple[int, int, Tensor]],
+    position: int,
+    attend: Callable[[int, int], Attend],
+    *,
+    observe: Observe | None = None,
+    progress: Callable[[int], None] | None = None,
+    needed: str = "",
+) -> None:
+    """Runs repeat passes (see `repeats`), all from one position on: attend(first, stop) is the strategy of each.
+
+    Args:
+        observe: given to `models.run_attention`.
+        progress: called with `stop` after each pass.
+        needed: what is held beside a pass, for the error where memory runs out.
+
+    Raises: ValueError before the first pass if the longest goes beyond the model's length.
+    """
+    passes = list(passes)
+    sizes = [len(ids) for _, _, ids in passes]
+    longest = max(sizes)
+    check_length(model, position + longest, f"a cache of {position} and a repeat pass of {longest} tokens")
+    on_device = torch.cat([ids for _, _, ids in passes]).to(model.device)  # once: each copy waits for the device
+    for (first, stop, _), ids in zip(passes, on_device.split(sizes), strict=True):
+        positions = torch.arange(position, position + len(ids), device=model.device)
         with (
             torch.no_grad(),
             explain_out_of_memory(
-                f"the activations of a repeat pass of {len(repeat)} tokens beside {values.nbytes:,} bytes of scores",
+                f"the activations of a repeat pass of {len(ids)} tokens {needed}".rstrip(),
                 "lower chunk; the cache is as it was",
             ),
         ):
-            run_attention(model, repeat[None], positions, attend, observe=observe)
+            run_attention(model, ids[None], positions, attend(first, stop), observe=observe)
         if progress is not None:
-            progress(stop - sink, total)
-    # a weight is exp(logit - log-sum-exp), both rounded: next to 1 it may come out a little above
-    return values.clamp_(max=1) if method == "kvzip" else values
+            progress(stop)
 
 
 def repeats(
@@ -179,8 +194,10 @@ def repeats(
         known = ids[max(cache.start, stop - hint) : stop]
 
 
-def plus_factors(model: Model) -> tuple[Factors, Callable[[int, Tensor], None]]:
-    """The factors of "kvzip+", and what must observe the layers' inputs before they are asked for."""
+def formula_of(model: Model, scoring: Scoring) -> tuple[Formula, Observe | None]:
+    """Returns the formula of a method, and what must observe the inputs of the layers for it."""
+    if scoring.method != "kvzip+":
+        return Formula(softmax=scoring.method != "logit"), None
     config = model.config
     seen: dict[str, Tensor] = {}
     grams: dict[int, Tensor] = {}
@@ -196,25 +213,8 @@ def plus_factors(model: Model) -> tuple[Factors, Callable[[int, Tensor], None]]:
         squares = ((wide @ grams[layer]) * wide).sum(-1).clamp(min=0)  # [H G C]
         return seen["inverse"].expand(config.num_heads, -1), squares.sqrt().flatten(0, 1)
 
-    return factors, observe
+    return Formula(factors=factors), observe
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def check_choice(scope: str, method: str) -> None:
-    """Raises ValueError for a scope or a method that is not known."""
-    if scope not in ("context", "chunk"):
-        raise ValueError(f"expected scope 'context' or 'chunk', got {scope!r}: pass one of them")
-    if method not in ("kvzip", "kvzip+", "logit"):
-        raise ValueError(f"expected method 'kvzip', 'kvzip+' or 'logit', got {method!r}: pass one of them")
-
-
-def check_fingerprint(model: Model, fingerprint: str) -> None:
-    """Raises ValueError if a cache was made by another model, or in another dtype."""
-    if fingerprint != model.fingerprint:
-        raise ValueError(
-            f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
-            f"({visible_line(fingerprint)}): use the model and dtype that made it, or prefill again"
-        )

@@ -799,7 +799,7 @@ def test_control_c_at_any_point_leaves_the_old_file_and_says_how_to_go_on(
     assert before
     for point in {
         "compress": ["models.load", "prefilling.run_attention", "scoring.score_chunks", "compression.compress"],
-        "segments": ["models.load", "prefilling.context_ids", "streaming.prefill.extend"],
+        "segments": ["models.load", "inputs.context_ids", "streaming.prefill.extend"],
         "chat": ["cache.files._write"],
         "heads": ["models.load", "head_scores.prefill", "head_scores.save"],
         "eval": ["models.load", "evals.run_eval"],

@@ -25,8 +25,9 @@ from accuracy import assert_as_accurate
 from interruptions import interrupted
 from kvzip import compression
 from kvzip.attention import decode_attend
-from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail
+from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
+from kvzip.options import Scoring
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
@@ -268,7 +269,10 @@ def shortened(model, monkeypatch):
 
 
 # what a cache says without its pairs
-NO_PAIRS = {"generation.query_ids", "scoring.repeats", "evals.run.answer_lines", "cache.caches.ragged_of"}
+NO_PAIRS = {
+    *("inputs.query_ids", "inputs.following_ids", "scoring.repeats", "evals.run.answer_lines"),
+    "cache.caches.ragged_of",
+}
 FOUND = {
     f"{module.removeprefix('kvzip.')}.{name}": (module, name)
     for module in (info.name for info in pkgutil.walk_packages(kvzip.__path__, "kvzip."))
@@ -304,6 +308,7 @@ def arguments_of(function, model, cache, path):
         "questions": [Question(query="Why?", cloze="Why?", answers=("x",), metric="f1")],
         "form": "chat",
         "values": cache.scores.values,
+        "scoring": Scoring(chunk=9, hint=2),
     }
     parameters = inspect.signature(function).parameters.values()
     return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
@@ -387,7 +392,9 @@ def test_consuming_may_be_interrupted_at_any_line(plain):
     for line in itertools.count(1, step=3):
         cache = scored(plain)
         before = list(cache.layers)
-        if not interrupted(compression, line, lambda cache=cache: kvzip.compress(cache, 0.4, bits=8, consume=True)):
+        if not interrupted(
+            (compression, rows), line, lambda cache=cache: kvzip.compress(cache, 0.4, bits=8, consume=True)
+        ):
             break
         if cache.layers:
             assert all(a is b for a, b in zip(cache.layers, before, strict=True)), f"line {line}"

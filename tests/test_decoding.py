@@ -1,7 +1,7 @@
 """The decoder: used again, smaller than its questions, out of memory; and the host's attention against the op."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ import kvzip
 import kvzip.cache.memory
 import random_model
 from accuracy import assert_as_accurate
-from kvzip import decoding, generation, ops
+from kvzip import decoding, generation, ops, options
 from kvzip.attention import decode_attend
 from kvzip.cache import Tail, all_ragged, explain_out_of_memory, free_bytes
 from kvzip.decoding import sample
@@ -221,11 +221,11 @@ def test_a_temperature_of_nearly_nothing_is_greedy(model, small, alone):
 
 def test_numbers_of_other_libraries_are_taken_or_refused(model, small):
     plain = kvzip.generate(model, small, "x", max_tokens=4, temperature=0.5, top_p=0.5, seed=3)
-    take = generation._options
+    take = options.sampling
     expected = (4, 0.5, 0.5, 3)
     for whole in (np.int64, np.uint8, torch.tensor):
         for real in (np.float32, np.float64, torch.tensor, Fraction):
-            found = take(whole(4), real(0.5), real(0.5), whole(3))
+            found = astuple(take(whole(4), real(0.5), real(0.5), whole(3)))[:4]
             assert found == expected and list(map(type, found)) == [int, float, float, int]
     assert kvzip.generate(model, small, "x", max_tokens=4, temperature=0.5, top_p=0.5, seed=-(2**63)) is not None
     assert plain == kvzip.generate(model, small, "x", max_tokens=4, temperature=0.5, top_p=0.5, seed=3)
@@ -279,7 +279,7 @@ def test_out_of_memory_says_for_what_and_leaves_the_cache(model, monkeypatch):
     monkeypatch.setattr("kvzip.prefilling.run_attention", fail)
     with pytest.raises(torch.OutOfMemoryError, match="prefill_compressed"):
         kvzip.prefill(model, TEXT)
-    monkeypatch.setattr("kvzip.decoding.empty_tail", fail)
+    monkeypatch.setattr("kvzip.decoding.roomy_tail", fail)
     with pytest.raises(torch.OutOfMemoryError, match="fewer questions"):
         kvzip.generate(model, cache, "x")
     for kv, (k, v) in zip(cache.layers, before, strict=True):

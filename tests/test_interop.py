@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 import kvzip
 import random_model
 import tiny_models
-from kvzip.prefilling import prefix_ids, prompt_of
+from kvzip.inputs import prefix_ids, prompt_of
 from kvzip.prompts import ChatTemplate
 from plain_kvzip import cache_argument
 

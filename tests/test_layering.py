@@ -26,6 +26,7 @@ ALLOWED = {
 }
 _STAGES = (
     "opening",
+    "inputs",
     "prefilling",
     "scoring",
     "compression",

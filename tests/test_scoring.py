@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kvzip
 import random_model
+from kvzip.options import Scoring
 from kvzip.scoring import repeats, score_chunks
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice."
@@ -63,7 +64,7 @@ def test_neighbors_of_a_chunk_are_attended_to_and_not_scored():
 
     def local(neighbors):
         options = {"scope": "chunk", "method": "kvzip", "chunk": 17, "hint": 8}
-        return score_chunks(model, cache, **options, neighbors=neighbors)
+        return score_chunks(model, cache, Scoring(**options), neighbors=neighbors)
 
     torch.testing.assert_close(local(99)[..., 34:], context[..., 34:])  # the last chunk then sees all
     torch.testing.assert_close(local(17)[..., 17:34], local(99)[..., 17:34])

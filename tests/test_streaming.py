@@ -25,6 +25,7 @@ from kvzip import ops, prompts
 from kvzip.cache import RaggedKV, WindowKV, as_ragged, load_cache, read_header
 from kvzip.models import run_attention
 from kvzip.models.vocabulary import read_vocabulary
+from kvzip.options import Scoring
 from kvzip.scoring import score_chunks
 from kvzip.streaming import checkpoints, pieces, prefill, segments
 from rewritten import rewrite
@@ -112,9 +113,9 @@ def test_across_a_gap_window_layers_see_the_repeat_alone():
     model = model_of("window")
     cache = kvzip.prefill(model, TEXT)
     blank = [WindowKV(kv.k * 0, kv.v * 0, kv.start) if isinstance(kv, WindowKV) else kv for kv in cache.layers]
-    options = {"scope": "chunk", "method": "kvzip", "chunk": 60, "hint": 8}
+    scoring = Scoring(chunk=60)
     for end, same in ((500, True), (0, False)):
-        one, other = (score_chunks(model, c, **options, end=end) for c in (cache, replace(cache, layers=blank)))
+        one, other = (score_chunks(model, c, scoring, end=end) for c in (cache, replace(cache, layers=blank)))
         assert torch.equal(one, other) == same
 
 

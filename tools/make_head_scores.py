@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 import kvzip
 from kvzip import head_scores
-from kvzip.prefilling import context_ids
+from kvzip.inputs import context_ids
 
 MODULES = ("copy", "bisect", "csv", "queue")
 

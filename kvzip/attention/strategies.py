@@ -1,6 +1,7 @@
 """The attend strategies, which join the transformer to a cache: prefill, score, segment, decode."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,9 +12,6 @@ from ..cache import DenseKV, RaggedKV, Tail, WindowKV
 from ..models import Attend, ModelConfig
 from .dense import ROWS_PER_BLOCK, causal_attention, window_attention
 from .host import decode_on_host, ragged_on_host
-
-Factors = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C] of `ops.score`."""
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -49,67 +47,106 @@ def new_layers(
     return layers
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What the rows of a repeat pass attend to, besides the repeat itself up to their own place.
+
+    The whole cache or, if `local`, the prefix, the chunk that is repeated and the `neighbors` tokens before it. Window
+    layers see the last tokens of the cache or, where there is a `gap` of positions between it and the repeat, nothing.
+    Where the cache is a segment of a longer context, `past` is what is kept of the tokens before it, the prefix
+    included; only a row that is not `local` attends to it.
+    """
+
+    local: bool
+    neighbors: int = 0
+    gap: bool = False
+    past: Sequence[RaggedKV | WindowKV] | None = None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How attention becomes scores: `softmax` and the factors of rows and keys are those of `ops.score`."""
+
+    softmax: bool = True
+    factors: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
+    """factors(layer, v [H C D]) -> row_weight [Hq T], key_weight [Hq C]."""
+
+
 def score_attend(
     config: ModelConfig,
     layers: Sequence[DenseKV | WindowKV],
     values: Float[Tensor, "L H E"],
     *,
-    sink: int,
     start: int,
+    first: int,
     stop: int,
-    local: bool,
-    neighbors: int = 0,
-    gap: bool = False,
-    past: Sequence[RaggedKV | WindowKV] | None = None,
-    softmax: bool = True,
-    factors: Factors | None = None,
+    sight: Sight,
+    formula: Formula,
 ) -> Attend:
-    """Returns the strategy of a repeat pass: it reads the cache, writes nothing to it, and fills `values`.
+    """Returns the strategy of a repeat pass over a dense cache: it writes nothing to the cache and fills `values`.
 
-    Each global layer's keys of tokens start:stop are scored into values[l, :, start-sink:stop-sink], l counting
-    global layers. A row attends to the whole cache and the repeat itself or, if `local`, to the first `sink` tokens,
-    the `neighbors` tokens before start, start:stop and the repeat itself. Window layers see the last tokens of the
-    cache and the repeat itself or, where there is a `gap` of positions between the two, the repeat alone. Where the
-    cache is a segment of a longer context, `past` is what is kept of the tokens before it, the first `sink` included;
-    only a row that is not `local` attends to it. `softmax` and what `factors` gives for the chunk's values are those of
-    `ops.score`.
+    Each global layer's keys of tokens first:stop are scored into values[l, :, first-start:stop-start], l counting
+    global layers; the first `start` tokens are the prefix.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window, kv = config.layers[layer].window, layers[layer]
+        window, kv, out, lse = config.layers[layer].window, layers[layer], q, None
         if window is not None:
-            if not gap:
+            if not sight.gap:
                 k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
             return window_attention(q, k, v, window, config)
-        chunk_k, sink_k = kv.k[0, :, start:stop], kv.k[0, :, :sink]
-        first = max(sink, start - neighbors)
-        if local:
-            seen = (slice(sink), slice(first, stop))
+        near = max(start, first - sight.neighbors)
+        if sight.local:
+            seen = (slice(start), slice(near, stop))
             past_k, past_v = ([x[:, :, part] for part in seen] for x in (kv.k, kv.v))
             out, lse = causal_attention(q, past_k, past_v, k, v, config)
         elif layer == len(config.layers) - 1:
-            out, lse = q, None  # nothing is made of what the last layer attends to
-        elif past is None:
-            out, lse = causal_attention(q, [kv.k], [kv.v], k, v, config)
+            pass  # the last layer's output is unused
+        elif sight.past is None:
+            out, _ = causal_attention(q, [kv.k], [kv.v], k, v, config)
         else:
-            out, lse = _after_ragged(q, past[layer], kv.k[:, :, sink:], kv.v[:, :, sink:], k, v, config)
-        row_weight, key_weight = (None, None) if factors is None else factors(layer, kv.v[0, :, start:stop])
-        values[scored[layer], :, start - sink : stop - sink] = ops.score(
-            q[0],
-            chunk_k,
-            sink_k,
-            k[0],
-            scale=config.attn_scale,
-            softcap=config.attn_softcap,
-            lse=lse[0] if local and first == start and softmax and lse is not None else None,
-            row_weight=row_weight,
-            key_weight=key_weight,
-            softmax=softmax,
-        )
+            out, _ = _after_ragged(q, sight.past[layer], kv.k[:, :, start:], kv.v[:, :, start:], k, v, config)
+        exact = sight.local and near == first and formula.softmax  # the rows saw what the softmax is over
+        values[scored[layer], :, first - start : stop - start] = score_rows(
+            config, formula, layer, q, k, kv.k[0, :, :start], (kv.k[0, :, first:stop], kv.v[0, :, first:stop]),
+            lse=lse[0] if exact and lse is not None else None,
+        )  # fmt: skip
         return out
 
     return attend
+
+
+def score_rows(
+    config: ModelConfig,
+    formula: Formula,
+    layer: int,
+    q: Float[Tensor, "1 Hq T D"],
+    k: Float[Tensor, "1 H T D"],
+    prefix_k: Float[Tensor, "H A D"],
+    chunk: tuple[Float[Tensor, "H C D"], Float[Tensor, "H C D"]],
+    *,
+    lse: Float[Tensor, "Hq T"] | None = None,
+) -> Float[Tensor, "H C"]:
+    """Returns the scores that one repeat pass gives the keys of a chunk; `k` are the keys of the repeat itself.
+
+    Args:
+        chunk: keys and values.
+        lse: log-sum-exp of each row's logits over prefix, chunk and repeat, if it is known already.
+    """
+    rows, keys = (None, None) if formula.factors is None else formula.factors(layer, chunk[1])
+    return ops.score(
+        q[0],
+        chunk[0],
+        prefix_k,
+        k[0],
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        lse=lse,
+        row_weight=rows,
+        key_weight=keys,
+        softmax=formula.softmax,
+    )
 
 
 def segment_attend(
@@ -117,27 +154,28 @@ def segment_attend(
     past: Sequence[RaggedKV | WindowKV],
     layers: list[DenseKV | WindowKV],
     *,
-    sink: int,
+    start: int,
     done: int,
     position: int,
 ) -> Attend:
     """Returns the strategy that prefills a segment of a context whose earlier tokens are compressed already.
 
     T new tokens attend to `past`, to the `done` tokens of the segment before them and causally to themselves. They
-    become rows sink+done:sink+done+T of each dense layer, whose first `sink` rows are not read: they are in `past`. A
-    window layer, which holds the last of all earlier tokens, is replaced. `position` is that of the first new token.
+    become rows start+done:start+done+T of each dense layer. Its first `start` rows, the prefix, are not read: they are
+    in `past`. A window layer, which holds the last of all earlier tokens, is replaced. `position` is that of the first
+    new token.
     """
     append = prefill_attend(config, layers, position)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kv, start, stop = layers[layer], sink + done, sink + done + k.shape[2]
+        kv, first, stop = layers[layer], start + done, start + done + k.shape[2]
         if isinstance(kv, WindowKV):
             return append(layer, q, k, v)
-        kv.k[:, :, start:stop] = k
-        kv.v[:, :, start:stop] = v
+        kv.k[:, :, first:stop] = k
+        kv.v[:, :, first:stop] = v
         if layer == len(config.layers) - 1:
-            return q  # nothing is made of what the last layer attends to
-        return _after_ragged(q, past[layer], kv.k[:, :, sink:start], kv.v[:, :, sink:start], k, v, config)[0]
+            return q  # the last layer's output is unused
+        return _after_ragged(q, past[layer], kv.k[:, :, start:first], kv.v[:, :, start:first], k, v, config)[0]
 
     return attend
 

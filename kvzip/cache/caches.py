@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_kind
 from ..display import visible_line
 from ..ops import Quantized
-from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, full_heads
+from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_heads, grow_tail
 
 
 class Cache:
@@ -174,13 +174,13 @@ def as_ragged(cache: DenseCache | RaggedCache) -> RaggedCache:
         return cache
     views = iter(full_heads([layer for layer in cache.layers if isinstance(layer, DenseKV)], start=0))
     context = tuple(next(views) if isinstance(layer, DenseKV) else layer for layer in cache.layers)
-    return ragged_of(cache, context, kept=cache.kept, method="")
+    return ragged_of(cache, context, kept=cache.kept, total=cache.total, method="")
 
 
 def ragged_of(
-    cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, method: str
+    cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, total: int, method: str
 ) -> RaggedCache:
-    """Returns the ragged cache of a cache's context, of whose pairs `kept` are in these layers, without a tail."""
+    """Returns the ragged cache of a cache's context, of whose `total` pairs `kept` are in these layers; no tail."""
     return RaggedCache(
         context=context,
         tail=None,
@@ -190,10 +190,17 @@ def ragged_of(
         token_ids=cache.token_ids,
         fingerprint=cache.fingerprint,
         kept=kept,
-        total=cache.total,
+        total=total,
         scores=cache.scores,
         method=method,
     )
+
+
+def roomy_tail(cache: RaggedCache, batch: int, rows: int, *, dtype: torch.dtype) -> Tail:
+    """Returns a copy of the cache's tail for each of `batch` questions, with `rows` further rows reserved."""
+    if cache.tail is None:
+        return empty_tail(cache.context, batch, rows, dtype=dtype)
+    return grow_tail(cache.tail, batch, rows)
 
 
 def nbytes(cache: DenseCache | RaggedCache) -> int:

@@ -134,7 +134,7 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
 
 def document_ids(model: "Model", tokens: int) -> "Tensor":
     """Returns the ids of a made-up document of so many tokens, the same on every machine: keys and their values."""
-    from ..prefilling import context_ids
+    from ..inputs import context_ids
 
     draw = random.Random(0)
     lines = (f'"{draw.getrandbits(128):032x}": "{draw.getrandbits(128):032x}"' for _ in range(tokens // 10 + 1))

@@ -250,12 +250,13 @@ def _at_once(
     prompt: dict[str, Any],
 ) -> "RaggedCache":
     """The compressed cache by way of the full one."""
-    from .. import compression, head_scores, prefilling
+    from .. import compression, head_scores, inputs, prefilling
     from .. import scoring as scorer
+    from ..options import Turn
 
     begun = time.monotonic()
     chosen = None if heads is None else head_scores.load(heads, model=model)
-    prefix, ids = prefilling.encode(model, text, **prompt)
+    prefix, ids = inputs.encode(model, text, Turn(**prompt))
     read.append(len(ids))
     _check_length(model, ids, prefix, own, chunk=None if heads else scoring["chunk"], chat=prompt["template"])
     if chosen is not None and len(ids):
@@ -326,12 +327,13 @@ def _in_segments(
     **options: Any,
 ) -> "RaggedCache":
     """The compressed cache, made a segment at a time."""
-    from .. import prefilling, streaming
+    from .. import inputs, prefilling, streaming
+    from ..options import Turn
 
     begun = time.monotonic()
     partial = _partial(output)
     turn = {name: options[name] for name in ("system", "instruction", "template")}
-    prefix, ids = prefilling.encode(model, text, **turn)
+    prefix, ids = inputs.encode(model, text, Turn(**turn))
     read.append(len(ids))
     _check_length(model, ids, prefix, own, chunk=options["chunk"], chat=options["template"])
     check_space(output, int(ratio * prefilling.dense_bytes(model, len(prefix) + len(ids))))

@@ -20,9 +20,9 @@ from ..checks import check_kind, check_texts
 from ..compression import compress
 from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
+from ..inputs import check_fingerprint, check_length, context_ids, tokenizer_of
 from ..models import Model, forward, logits
-from ..prefilling import check_length, context_ids, prefill, tokenizer_of
-from ..scoring import check_fingerprint
+from ..prefilling import prefill
 from .methods import METHODS, Method
 
 R = TypeVar("R")

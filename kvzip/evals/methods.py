@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..attention import causal_attention, window_attention
 from ..cache import DenseCache, DenseKV, Scores, check_whole, global_layers
+from ..inputs import check_fingerprint
 from ..models import Model, ModelConfig, run_attention
 from ..models.rope import cos_sin
-from ..scoring import check_fingerprint, score
+from ..scoring import score
 from .catalog import CATALOG
 
 SNAPKV_WINDOW = 32

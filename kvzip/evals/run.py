@@ -20,8 +20,9 @@ from .. import checks, prompts
 from ..cache import DenseCache, RaggedCache
 from ..compression import compress
 from ..generation import Answer, generate
+from ..inputs import tokenizer_of
 from ..models import Model
-from ..prefilling import prefill, tokenizer_of
+from ..prefilling import prefill
 from .methods import METHODS, Method
 from .metrics import check_metric, evaluate
 from .results import append, check_place, mend, places, read

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import prompts
 from ..checks import check_text_or_ids
+from ..inputs import OPENING, context_ids, tokenizer_of
 from ..models import Model
-from ..prefilling import OPENING, context_ids, tokenizer_of
 
 Pieces = Iterable[str] | Iterable[Tensor]
 """A context in pieces: all text, or all token ids."""

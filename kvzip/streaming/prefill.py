@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -9,13 +10,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from .. import checks
+from .. import checks, options
 from ..cache import RaggedCache, explain_out_of_memory, save
 from ..checks import check_kind, check_path, check_text_or_ids
-from ..compression import protected_spans
+from ..inputs import check_length, prefix_ids, prefix_text, strips
 from ..models import Model
-from ..prefilling import check_length, prefix_ids, prefix_text, prompt_of
-from ..scoring import check_choice
 from .checkpoints import note_of, resume
 from .pieces import Pieces, ids_of, opening_of, segments_of
 from .segments import begin, cache_of, extend
@@ -87,11 +86,10 @@ def prefill_compressed(
     check_kind(model, Model)
     if isinstance(context, (Tensor, bytes)) or not isinstance(context, Iterable):
         check_text_or_ids(context, "context")
-    ratio, hint = checks.kept_ratio(ratio), checks.whole(hint, "hint", least=0)
-    segment, chunk = checks.whole(segment, "segment", least=1), checks.whole(chunk, "chunk", least=1)
+    ratio, segment = checks.kept_ratio(ratio), checks.whole(segment, "segment", least=1)
+    scoring = options.scoring(scope, method, chunk, hint)
     length = None if length is None else checks.whole(length, "length", least=1)
     save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
-    check_choice(scope, method)
     if share not in _SHARES:
         raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}: pass one of them")
     if all(spec.window is not None for spec in model.config.layers):
@@ -100,38 +98,37 @@ def prefill_compressed(
         check_path(checkpoint, "checkpoint")
     path = None if checkpoint is None else Path(checkpoint)
     note = None if path is None else note_of(path)
-    turn: dict[str, Any] = {"system": system, "instruction": instruction, "template": template}
-    strips = template and prompt_of(model, system=system, instruction=instruction).strips
-    context, opening = opening_of(context, strips=strips)
-    prefix = torch.tensor(prefix_ids(model, **turn, context=opening), dtype=torch.long)
-    pieces, tokens = ids_of(model, context, before=prefix_text(model, **turn))
+    turn = options.turn(system, instruction, template)
+    context, opening = opening_of(context, strips=strips(model, turn))
+    prefix = torch.tensor(prefix_ids(model, turn, context=opening), dtype=torch.long)
+    pieces, tokens = ids_of(model, context, before=prefix_text(model, turn))
     if tokens is None and share == "final":
         raise ValueError(
             "expected share 'segment' or 'running' for a context in pieces, got 'final': its end is unknown"
         )
-    spans = protected_spans(protect, tokens)
+    spans = [*options.spans(protect)]
+    options.check_spans(tuple(spans), tokens)
     heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
     limits: dict[str, Any] = {"heads": heads, "ratio": ratio, "segment": segment, "share": share}
     if tokens is not None:
         check_protected(spans, tokens, **limits)
     expected = length if tokens is None else tokens
     if expected is not None:
-        needed = len(prefix) + expected + min(expected, chunk)
+        needed = len(prefix) + expected + min(expected, scoring.chunk)
         check_length(model, needed, f"a prefix of {len(prefix)}, a context of {expected} tokens and a repeat pass")
-    scoring: dict[str, Any] = {"scope": scope, "method": method, "chunk": chunk, "hint": hint}
     settings = {
         "ratio": ratio,
         "segment": segment,
         "share": share,
         "protect": [list(span) for span in spans],
-        **scoring,
+        **asdict(scoring),
     }
-    settings |= {"template": bool(template), "prefix": prefix.tolist(), "expected": expected}
-    end, source = len(prefix) + (expected or 0), f"{method}-{scope}"
+    settings |= {"template": turn.template, "prefix": prefix.tolist(), "expected": expected}
+    end, source = len(prefix) + (expected or 0), scoring.source
     if path is not None and note is not None:
         run = resume(model, path, settings, spans)
     else:
-        run = begin(model, prefix, bool(template), spans)
+        run = begin(model, prefix, turn.template, spans)
     known = tokens if share == "final" else None
     saved = len(run.token_ids)
     if progress is not None and note is not None:

@@ -1,7 +1,6 @@
 """What is held between two segments of a long context, and how a segment is taken in: read, scored, chosen, packed."""
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..attention import new_layers, prefill_attend, segment_attend
 from ..cache import DenseCache, DenseKV, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
 from ..models import Model, run_attention
 from ..ops import DecodeSchedule
+from ..options import Scoring
 from ..scoring import score_chunks
 from .shares import check_share, count_protected
 
@@ -106,12 +106,12 @@ def extend(
     share: str,
     known: int | None,
     end: int,
-    scoring: Mapping[str, Any],
+    scoring: Scoring,
 ) -> None:
     """Prefills, scores and packs one segment. Interrupted anywhere, the run is what it was or what it is after it."""
     segment = _prefill_segment(model, run, ids)
     older = run.token_ids[run.start :]
-    values = score_chunks(model, segment, **scoring, past=run.context, before=older, end=end)
+    values = score_chunks(model, segment, scoring, past=run.context, before=older, end=end)
     layers, heads, count = values.shape
     pairs = layers * heads * (len(older) + count)
     budget = int(ratio * (pairs if known is None else layers * heads * known))
@@ -153,7 +153,7 @@ def _prefill_segment(model: Model, run: Run, ids: Int64[Tensor, " S"]) -> DenseC
     for done in range(0, len(ids), _PASS):
         part = on_device[done : done + _PASS]
         positions = torch.arange(length + done, length + done + len(part), device=model.device)
-        attend = segment_attend(model.config, run.context, layers, sink=start, done=done, position=length + done)
+        attend = segment_attend(model.config, run.context, layers, start=start, done=done, position=length + done)
         run_attention(model, part[None], positions, attend)
     token_ids = torch.cat([run.token_ids[:start], ids])
     return DenseCache(layers, start + len(ids), start, run.chat, token_ids, model.fingerprint)

@@ -1,0 +1,128 @@
+"""Rows of ragged heads: whose they are, what they hold, and layers made of fewer or more of them."""
+
+import itertools
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Float32, Int32, Int64
+from torch import Tensor
+
+from .. import ops
+from ..ops import Quantized
+from .caches import DenseCache, RaggedCache, check_cache
+from .parts import RaggedKV
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def owners(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
+    """Returns the head of each of `rows` rows. Nothing waits for the device."""
+    heads = torch.arange(len(offsets) - 1, device=offsets.device)
+    return heads.repeat_interleave(offsets.diff(), output_size=rows)
+
+
+def first_rows(layer: RaggedKV, count: int) -> Int64[Tensor, "H n"]:
+    """Returns the indices of the first `count` rows of every head: those of the prefix."""
+    return layer.offsets[:-1, None].long() + torch.arange(count, device=layer.offsets.device)
+
+
+def prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor, "H A D"]:
+    """Returns the keys of the system prefix, which are the first `start` rows of every head."""
+    rows = first_rows(layer, start)
+    if isinstance(layer.k, Tensor):
+        return layer.k[rows]
+    offsets = torch.arange(len(rows) + 1, device=rows.device).int() * start
+    keys = ops.dequantize(ops.take_rows(layer.k, rows.flatten()), dtype=dtype, offsets=offsets)
+    return rearrange(keys, "(h a) d -> h a d", h=len(rows))
+
+
+def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
+    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix, on the CPU."""
+    check_cache(cache)
+    layers = [cache.context[n] for n in cache.scored_layers]
+    mask = torch.ones(len(layers), cache.heads if layers else 0, cache.context_length, dtype=torch.bool)
+    for kept, layer in zip(mask, layers, strict=True):
+        if isinstance(layer, RaggedKV):
+            kept.fill_(False)
+            kept[owners(layer.offsets, len(layer.positions)).cpu(), layer.positions.long().cpu()] = True
+    return mask[:, :, cache.start :]
+
+
+def ranked(
+    values: Float32[Tensor, "*L H E"], spans: tuple[tuple[int, int], ...] = (), *, first: int = 0
+) -> Float32[Tensor, "*L H E"]:
+    """Returns the order in which pairs stay: their scores, infinite in the protected spans of context tokens only.
+
+    `first` is the context token that the values begin with.
+    """
+    ranks = values.clamp(max=LARGEST)
+    for begin, end in spans:
+        ranks[..., max(0, begin - first) : max(0, end - first)] = torch.inf
+    return ranks
+
+
+def of_rows(layer: RaggedKV, ranks: Float32[Tensor, "H E"], start: int) -> Float32[Tensor, " N"]:
+    """Returns the rank of each row by its head and token, infinite for the rows of the prefix."""
+    rows = torch.full(layer.positions.shape, torch.inf, device=layer.positions.device)
+    own = layer.positions >= start
+    heads = owners(layer.offsets, len(layer.positions))
+    rows[own] = ranks.to(rows.device)[heads[own], layer.positions[own].long() - start]
+    return rows
+
+
+def pack(
+    k: Float[Tensor, "H S D"],
+    v: Float[Tensor, "H S D"],
+    keep: Bool[Tensor, "H S"],
+    counts: list[int],
+    *,
+    bits: int | None = None,
+) -> RaggedKV:
+    """Returns the layer of the tokens to keep, counts[h] of head h, quantized to `bits` if given."""
+    bounds = [0, *itertools.accumulate(counts)]
+    k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
+    schedule = ops.decode_schedule(offsets, bounds=bounds)
+    if bits is None:
+        return RaggedKV(k, v, offsets, positions, schedule)
+    return RaggedKV(
+        ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits), offsets, positions, schedule
+    )
+
+
+def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
+    """Returns the layer of some of its rows."""
+    counts = torch.bincount(owners(layer.offsets, len(keep))[keep], minlength=layer.heads)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    k, v = (x[keep] if isinstance(x, Tensor) else ops.take_rows(x, keep) for x in (layer.k, layer.v))
+    return RaggedKV(k, v, offsets, layer.positions[keep], ops.decode_schedule(offsets))
+
+
+def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
+    """Returns the layer with the rows of `more`, which are not quantized, after its own in each head.
+
+    Where the layer is quantized they become so too, in its way.
+    """
+    old = torch.arange(len(layer.positions), device=layer.offsets.device)
+    old += more.offsets[owners(layer.offsets, len(layer.positions))]
+    new = torch.arange(len(more.positions), device=layer.offsets.device)
+    new += layer.offsets[owners(more.offsets, len(more.positions)) + 1]
+
+    def put(x: Tensor, y: Tensor) -> Tensor:
+        out = x.new_empty(len(x) + len(y), *x.shape[1:], dtype=torch.promote_types(x.dtype, y.dtype))
+        out[old], out[new] = x.to(out.dtype), y.to(out.dtype)
+        return out
+
+    def rows(x: Tensor | Quantized, y: Tensor | Quantized) -> Tensor | Quantized:
+        assert isinstance(y, Tensor)
+        if isinstance(x, Tensor):
+            return put(x, y)
+        whose = None if x.channels is None else more.offsets
+        z = ops.quantize(y, bits=x.bits, group=x.group, offsets=whose, channels=x.channels)
+        return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
+
+    offsets = layer.offsets + more.offsets
+    return RaggedKV(
+        rows(layer.k, more.k), rows(layer.v, more.v), offsets, put(layer.positions, more.positions),
+        ops.decode_schedule(offsets),
+    )  # fmt: skip

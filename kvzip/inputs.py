@@ -1,0 +1,136 @@
+"""Token ids of what a caller gives (contexts with their prefix, queries, what follows), and whether a model fits."""
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from . import prompts
+from .cache import DenseCache, RaggedCache
+from .display import visible_line
+from .models import Model
+from .options import Turn
+
+OPENING = 64  # characters of a context that its prefix may depend on
+
+
+def encode(model: Model, context: str | Int64[Tensor, " S"], turn: Turn) -> tuple[list[int], Int64[Tensor, " S"]]:
+    """Returns the ids in front of a context and the context's, of a text those of both as one text.
+
+    Raises: as `prefix_ids` and `context_ids` do.
+    """
+    if isinstance(context, str) and strips(model, turn):
+        context = context.lstrip()
+    ids = context_ids(model, context, before=prefix_text(model, turn))
+    return prefix_ids(model, turn, context=context[:OPENING] if isinstance(context, str) else ""), ids
+
+
+def strips(model: Model, turn: Turn) -> bool:
+    """Returns whether the chat template drops white space at the beginning of a context."""
+    return turn.template and prompt_of(model, turn).strips
+
+
+def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str = "") -> Int64[Tensor, " S"]:
+    """Returns the token ids of a context on the CPU, of a text as it goes on behind `before` (see `prefix_text`).
+
+    Raises: ValueError for ids outside the vocabulary, and whatever `prompts.encode_text` refuses.
+    """
+    if isinstance(context, str):
+        return torch.tensor(prompts.encode_context(tokenizer_of(model), context, before=before), dtype=torch.long)
+    ids = context.detach().cpu().long()
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+        raise ValueError(
+            f"expected token ids in [0, {model.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}: "
+            "encode the text with this model's tokenizer"
+        )
+    return ids
+
+
+def tokenizer_of(model: Model) -> prompts.Tokenizer:
+    """Returns the model's tokenizer. Raises ValueError if its directory has none."""
+    if model.tokenizer is None:
+        raise ValueError(f"expected a tokenizer, got no tokenizer.json in {model.source}: add it, or pass token ids")
+    return model.tokenizer
+
+
+def prompt_of(model: Model, turn: Turn | None = None) -> prompts.Prompt:
+    """Returns the rendered chat prompt of a turn. Raises ValueError if the model has no chat template."""
+    if model.template is None:
+        raise ValueError(
+            f"expected a chat template, got none in {model.source}: "
+            "pass chat_template= (jinja source) to load, or template=False for a base model"
+        )
+    turn = turn or Turn()
+    return prompts.render(model.template, system=turn.system, instruction=turn.instruction)
+
+
+def prefix_ids(model: Model, turn: Turn | None = None, *, context: str = "") -> list[int]:
+    """Returns the ids in front of a context: the chat template's, or BOS alone (if the tokenizer adds one).
+
+    Args:
+        context: how the context begins, which the prefix's last token may depend on (see `prompts.encode_prefix`).
+
+    Raises: ValueError for a model without a chat template.
+    """
+    turn = turn or Turn()
+    if turn.template:
+        return prompts.encode_prefix(tokenizer_of(model), prompt_of(model, turn), context=context)
+    return [] if model.tokenizer is None else list(model.tokenizer.bos_ids)
+
+
+def prefix_text(model: Model, turn: Turn) -> str:
+    """Returns the text whose ids `prefix_ids` are, spelled to be passed as `before`; empty without a template."""
+    return prompts.prefix_text(tokenizer_of(model), prompt_of(model, turn)) if turn.template else ""
+
+
+def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
+    """Returns the ids that ask each query after what the cache holds, up to where its answer begins.
+
+    With `template` the query goes into the user turn that is open at the end of the cache, a blank line after what the
+    turn holds already, and the turn is closed.
+
+    Raises: ValueError for a query without text, or a template where the cache has no chat prefix.
+    """
+    tokenizer = tokenizer_of(model)
+    for query in queries:
+        prompts.check_text(query)
+        if not query.strip():
+            raise ValueError("expected a query with text in it, got an empty one: ask something")
+    held = cache.token_ids.tolist()
+    before = prompts.text_of(tokenizer, held)
+    if not template:
+        return [prompts.encode_text(tokenizer, query, before=before) for query in queries]
+    if not cache.chat:
+        raise ValueError(
+            "expected a cache with a chat prefix for a chat query, got one prefilled with template=False: "
+            "pass template=False here too, or prefill with the template"
+        )
+    prompt = prompt_of(model)
+    opened = prompts.turn_opened(tokenizer, prompt, held)
+    opening = prompts.QUERY_SEPARATOR if opened is None else opened
+    return [prompts.encode_turn(tokenizer, opening + query.strip(), prompt.postfix, before=before) for query in queries]
+
+
+def following_ids(model: Model, cache: DenseCache | RaggedCache, text: str) -> list[int]:
+    """Returns the ids of a text that continues what a cache holds."""
+    tokenizer, held = tokenizer_of(model), cache.token_ids.tolist()
+    if cache.chat:  # the spaces at the end of a turn's opening come with what is said in it
+        text = (prompts.turn_opened(tokenizer, prompt_of(model), held) or "") + text
+    return prompts.encode_text(tokenizer, text, before=prompts.text_of(tokenizer, held))
+
+
+def check_length(model: Model, needed: int, what: str) -> None:
+    """Raises ValueError if `needed` positions are more than the model was made for."""
+    if needed > model.config.max_length:
+        raise ValueError(
+            f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "
+            "shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
+        )
+
+
+def check_fingerprint(model: Model, fingerprint: str) -> None:
+    """Raises ValueError if a cache was made by another model, or in another dtype."""
+    if fingerprint != model.fingerprint:
+        raise ValueError(
+            f"expected a cache of this model (fingerprint {model.fingerprint}), got one of another "
+            f"({visible_line(fingerprint)}): use the model and dtype that made it, or prefill again"
+        )
