@@ -1,9 +1,11 @@
-"""Options that travel together. A public function builds each once, checked; what is below takes the whole object."""
+"""Options that travel together. A public function builds each once, checked; what is below takes the whole object.
+
+The functions take Any: whatever a caller gives reaches their own checks.
+"""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsFloat, SupportsIndex
+from typing import Any
 
 import torch
 
@@ -65,7 +67,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
-def turn(system: str | None, instruction: str | None, template: bool) -> Turn:
+def turn(system: Any, instruction: Any, template: Any) -> Turn:
     """Returns a Turn. Raises TypeError for what is no text, ValueError for texts without a template."""
     check_text(system, "system")
     check_text(instruction, "instruction")
@@ -74,7 +76,7 @@ def turn(system: str | None, instruction: str | None, template: bool) -> Turn:
     return Turn(system, instruction, bool(template))
 
 
-def scoring(scope: str, method: str, chunk: SupportsIndex, hint: SupportsIndex) -> Scoring:
+def scoring(scope: Any, method: Any, chunk: Any, hint: Any) -> Scoring:
     """Returns Scoring options.
 
     Raises: ValueError for a scope or a method that is not known, or counts out of range; TypeError for no whole number.
@@ -88,15 +90,15 @@ def scoring(scope: str, method: str, chunk: SupportsIndex, hint: SupportsIndex) 
 
 
 def budget(
-    ratio: SupportsFloat | None,
+    ratio: Any,
     *,
-    level: str = "pair",
-    budget: SupportsFloat | None = None,
-    threshold: SupportsFloat | None = None,
-    protect: Sequence[tuple[int, int]] = (),
-    min_rows: SupportsIndex = 0,
-    sink: SupportsIndex = 0,
-    recent: SupportsIndex = 0,
+    level: Any = "pair",
+    budget: Any = None,
+    threshold: Any = None,
+    protect: Any = (),
+    min_rows: Any = 0,
+    sink: Any = 0,
+    recent: Any = 0,
 ) -> Budget:
     """Returns a Budget.
 
@@ -131,7 +133,7 @@ def budget(
     )
 
 
-def spans(protect: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def spans(protect: Any) -> tuple[tuple[int, int], ...]:
     """Returns (start, stop) spans of context tokens as ints. Raises TypeError and ValueError for what is none."""
     try:
         listed = list(protect)
@@ -164,11 +166,11 @@ def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> Non
 
 
 def sampling(
-    max_tokens: SupportsIndex,
-    temperature: SupportsFloat,
-    top_p: SupportsFloat,
-    seed: SupportsIndex | None,
-    stop: str | Sequence[str] = (),
+    max_tokens: Any,
+    temperature: Any,
+    top_p: Any,
+    seed: Any,
+    stop: Any = (),
 ) -> Sampling:
     """Returns Sampling options, with a seed that is drawn if there is none.
 
