@@ -16,8 +16,11 @@ import random_model
 import rewritten
 from kvzip import head_scores
 from kvzip import scores as scores_of
-from kvzip.cache import files, is_kvzip_file, read_header, read_pieces
-from kvzip.cache.io import read_cache
+from kvzip.cache import is_kvzip_file, read_header, read_pieces
+from kvzip.cache.reading import read_cache
+from kvzip.files import tensors
+from kvzip.files.damage import Damaged
+from kvzip.files.header import open_file
 from rewritten import retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
@@ -112,18 +115,18 @@ def swapped(x, distance):
     ],
 )
 def test_damage_beyond_one_byte_is_found(tmp_path, damage):
-    """Rows that changed places, zeros, blocks written twice, in a tensor of more than one piece."""
+    """Rows that changed places, zeros, blocks written twice, in a tensor of more than one block."""
     path = tmp_path / "doc.scores"
     x = torch.randn(40_000, 64, generator=torch.Generator().manual_seed(0))
-    files.write_file(path, {"values": x}, {"cache": "Scores"})
-    assert x.nbytes > 2 * files._PIECE
+    tensors.write_file(path, {"values": x}, {"cache": "Other"})
+    assert x.nbytes > 2 * tensors._BLOCK
     outer, header, _ = rewritten.parts(path)
     damage(x)
     data = x.numpy().tobytes()
     assert header["checksums"]["values"] != rewritten.checksum(data)
     path.write_bytes(rewritten.join(outer, json.dumps(header), data))
-    with files.open_file(path) as file, pytest.raises(files.Bad, match="values differs from its checksum"):
-        files.read_tensor(file, "values")
+    with open_file(path) as file, pytest.raises(Damaged, match="values differs from its checksum"):
+        tensors.read_tensor(file, "values")
 
 
 def test_any_reader_can_compute_the_checksums(written, path):
@@ -150,7 +153,7 @@ def test_header_and_tensors_come_from_one_file(scored, small, path, tmp_path):
     """Another file takes the place of this one after its header was read."""
     other = tmp_path / "other.kvz"
     kvzip.save(kvzip.compress(scored, 0.9), other)
-    with files.open_file(path) as file:
+    with open_file(path) as file:
         os.replace(other, path)
         assert read_cache(file).kept == file.header["kept"] == small.kept != read_header(path)["kept"]
 
@@ -164,11 +167,11 @@ def test_one_open_serves_a_load(path, monkeypatch):
 
 
 def test_a_file_that_ends_while_it_is_read_is_refused(path):
-    with files.open_file(path) as file:
+    with open_file(path) as file:
         os.truncate(path, path.stat().st_size - 8)
-        with pytest.raises(files.Bad, match="ends too early"):
+        with pytest.raises(Damaged, match="ends too early"):
             for name in file.tensors:
-                files.read_tensor(file, name)
+                tensors.read_tensor(file, name)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="special files are POSIX's")
@@ -402,7 +405,7 @@ def test_only_files_of_kvzip_are_replaced_and_only_when_told(scored, tmp_path, k
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_file_that_appears_meanwhile_is_left_as_it_is(scored, tmp_path, monkeypatch, links, overwrite):
     path = tmp_path / "out.kvz"
-    real = files._write
+    real = tensors._write
 
     def write(out, tensor):
         path.write_text("precious")
@@ -411,14 +414,14 @@ def test_a_file_that_appears_meanwhile_is_left_as_it_is(scored, tmp_path, monkey
     def fail(*_):
         raise PermissionError("no links here")
 
-    monkeypatch.setattr(files, "_write", write)
+    monkeypatch.setattr(tensors, "_write", write)
     if not links:
         monkeypatch.setattr(os, "link", fail)
     with pytest.raises(FileExistsError, match="kvzip did not write"):
         kvzip.save(scored, path, overwrite=overwrite)
     assert path.read_text() == "precious" and os.listdir(tmp_path) == ["out.kvz"]
     path.unlink()
-    monkeypatch.setattr(files, "_write", real)
+    monkeypatch.setattr(tensors, "_write", real)
     kvzip.save(scored, path)
     assert kvzip.load_cache(path).kept == scored.kept and os.listdir(tmp_path) == ["out.kvz"]
 
@@ -521,15 +524,16 @@ for call, expected in {{
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_a_load_takes_no_more_memory_than_its_tensors(tmp_path):
     path = tmp_path / "doc.scores"
-    files.write_file(path, {"values": torch.ones(1 << 24)}, {"cache": "Scores"})
+    tensors.write_file(path, {"values": torch.ones(1 << 24)}, {"cache": "Other"})
     code = f"""
 import re, torch
-from kvzip.cache import files
+from kvzip.files import tensors
+from kvzip.files.header import open_file
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.ones(9).sum()
 before = peak()
-with files.open_file({str(path)!r}) as file:
-    assert files.read_tensor(file, "values").view(torch.int32)[0] == 0x3F800000
+with open_file({str(path)!r}) as file:
+    assert tensors.read_tensor(file, "values").view(torch.int32)[0] == 0x3F800000
 print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -538,18 +542,18 @@ print((peak() - before) / 1024)
 
 @pytest.mark.parametrize("words", [0, 1, 508 * 1024, 509 * 1024, 5 * 509 * 1024 + 7])
 def test_a_tensor_that_is_read_through_staging_memory_is_the_same(words, tmp_path):
-    """As those that go to a GPU are, through fewer slots than it has pieces."""
+    """As those that go to a GPU are, through fewer slots than it has blocks."""
     value = torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(1))
     path = tmp_path / "x.kvz"
-    files.write_file(path, {"x": value, "y": value[:3].clone()}, {"cache": "Other"})
-    staged = torch.empty(4, files._PIECE, dtype=torch.uint8)
-    with files.open_file(path) as file:
+    tensors.write_file(path, {"x": value, "y": value[:3].clone()}, {"cache": "Other"})
+    staged = torch.empty(4, tensors._BLOCK, dtype=torch.uint8)
+    with open_file(path) as file:
         for name in ("x", "y", "x"):
-            assert torch.equal(files.read_tensor(file, name, scratch=staged), files.read_tensor(file, name))
+            assert torch.equal(tensors.read_tensor(file, name, scratch=staged), tensors.read_tensor(file, name))
     if words > 1:
         data = bytearray(path.read_bytes())
         data[-9] ^= 4
         path.write_bytes(data)
-        with files.open_file(path) as file, pytest.raises(files.Bad, match="differs from its checksum"):
+        with open_file(path) as file, pytest.raises(Damaged, match="differs from its checksum"):
             for name in ("x", "y"):
-                files.read_tensor(file, name, scratch=staged)
+                tensors.read_tensor(file, name, scratch=staged)

@@ -335,7 +335,7 @@ def test_out_of_memory_is_no_fault_of_the_file(caches, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     kvzip.save(caches["ragged"], tmp_path / "doc.kvz")
-    monkeypatch.setattr(kvzip.cache.io, "decode_schedule", fail)
+    monkeypatch.setattr(kvzip.cache.reading, "decode_schedule", fail)
     with pytest.raises(torch.OutOfMemoryError):
         kvzip.load_cache(tmp_path / "doc.kvz")
 
