@@ -77,7 +77,9 @@ CACHE = (
         "hex digest of what the model computes (shape, RoPE, samples of each stored tensor), a dash, and its dtype",
     ),
     Entry(("length",), "count", "tokens of the context, prefix included; the next token's position is `tokens`"),
-    Entry(("start",), "count", "tokens of the prefix: the first `start` rows of every head that is not a window's"),
+    Entry(
+        ("start",), "count", "tokens of the prefix, which are the first rows of every head; window layers are excepted"
+    ),
     Entry(("chat",), "flag", "whether the prefix is a chat template's, with the user turn open"),
     Entry(("tokens",), "count", "`length` and the tokens of the tail"),
     Entry(("kept", "total"), "count", "evictable pairs held, and before compression"),
@@ -85,7 +87,7 @@ CACHE = (
     Entry(("method",), "text", "how pairs were chosen, as `kvzip-chunk/pair`; empty: all are held"),
     Entry(("layers",), "list", "an object for each layer, see below"),
     Entry(("tail",), "flag", "whether there are turns after the context"),
-    Entry(("scores",), "object", "of the attached scores, see below; null if there are none", optional=True),
+    Entry(("scores",), "object", "of the scores that are attached, see below", optional=True),
     Entry(("model",), "object", "of the model, if `save` was given it, see below", optional=True),
     Entry(("pieces",), "count", "number of different tokens whose text is in the file", optional=True),
 )
@@ -94,9 +96,9 @@ LAYER = (
     Entry(("kind",), "text", "`RaggedKV`, `DenseKV` or `WindowKV`"),
     Entry(("start",), "count", "`WindowKV`: the token of its first row", optional=True),
     Entry(
-        ("bits", "group"), "count", "`RaggedKV` whose rows are quantized: 4 or 8, and values of a scale", optional=True
+        ("bits", "group"), "count", "of quantized rows: 4 or 8 bits, and how many values share a scale", optional=True
     ),
-    Entry(("channels",), "flag", "whether quantized keys were centered and scaled by channel first", optional=True),
+    Entry(("channels",), "flag", "whether keys have `center` and `spread` too, see the tensors", optional=True),
 )
 """What an object of `layers` has."""
 
@@ -152,27 +154,31 @@ TENSORS = (
         of="WindowKV",
         pairs=True,
     ),
-    TensorEntry(("layers.N.offsets",), ("I32",), ("H + 1",), "head h owns rows `offsets[h]` to `offsets[h + 1]`"),
-    TensorEntry(("layers.N.positions",), ("I32",), ("rows",), "the token of each row, ascending within a head"),
+    TensorEntry(
+        ("layers.N.offsets",), ("I32",), ("H + 1",), "of `RaggedKV`: head h owns rows `offsets[h]` to `offsets[h + 1]`"
+    ),
+    TensorEntry(
+        ("layers.N.positions",), ("I32",), ("rows",), "of `RaggedKV`: the token of each row, ascending within a head"
+    ),
     TensorEntry(
         ("layers.N.k.codes", "layers.N.v.codes"),
         ("U8",),
         ("rows", "D * bits / 8"),
-        "in place of `layers.N.k` or `layers.N.v` in 8 or 4 bits",
+        "quantized rows, in place of `layers.N.k` and `layers.N.v`; see below for 4 bits",
         pairs=True,
     ),
     TensorEntry(
         ("layers.N.k.scale", "layers.N.k.zero", "layers.N.v.scale", "layers.N.v.zero"),
         ("F16", "F32"),
         ("rows", "D / group"),
-        "value d is `zero + scale * code`, with those of group `d // group`",
+        "value d of a row is `zero + scale * code`, with those of its group, `d // group`",
         pairs=True,
     ),
     TensorEntry(
         ("layers.N.k.center", "layers.N.k.spread"),
         ("F32",),
         ("H", "D"),
-        "with `channels`: what that gives is the rest, and the key is `center + spread * rest`, of its head",
+        "with `channels`: a key of head h is `center[h] + spread[h] * x`, where x is what scale and zero give",
         pairs=True,
     ),
     TensorEntry(
@@ -190,19 +196,22 @@ TENSORS = (
         "one for each evictable pair, removed ones too; the larger is kept first",
     ),
     TensorEntry(
-        ("scores.codes",), ("U8",), ("L", "H", "length - start"), "in 8 bits, in their place: a score is `levels[code]`"
+        ("scores.codes",),
+        ("U8",),
+        ("L", "H", "length - start"),
+        "in place of `scores.values` in 8 bits: a score is `levels[code]`",
     ),
     TensorEntry(
-        ("scores.levels",), ("F32",), ("K",), "the values that scores in 8 bits have, ascending, K at most 256"
+        ("scores.levels",), ("F32",), ("K",), "the values that scores in 8 bits may have, ascending, at most 256"
     ),
     TensorEntry(("pieces.ids",), ("I64",), ("P",), "the different token ids, ascending"),
     TensorEntry(
         ("pieces.offsets",),
         ("I64",),
         ("P + 1",),
-        "UTF-8 of the token at place i of the ids is `bytes[offsets[i]:offsets[i + 1]]`; it may be part of a character",
+        "the UTF-8 of `ids[i]` is `bytes[offsets[i]:offsets[i + 1]]`; it may begin or end within a character",
     ),
-    TensorEntry(("pieces.bytes",), ("U8",), ("bytes",), "the UTF-8 of all of them, one after the other"),
+    TensorEntry(("pieces.bytes",), ("U8",), ("bytes",), "the texts of all of them, one after the other"),
 )
 """The tensors of a cache's file. N numbers a layer."""
 
