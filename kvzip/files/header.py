@@ -213,17 +213,18 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
 
 def _object(text: str) -> dict[str, Any]:
     """A JSON object. Raises Damaged for other text, keys that are there twice, and numbers that JSON has not."""
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        require(len(dict(found)) == len(found), "a key that is there twice")
-        return dict(found)
-
-    def constant(name: str) -> None:
-        raise Damaged(f"{name} in its header")
-
     try:
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant)
     except RecursionError as error:
         raise Damaged("a header too deep to read") from error
     require(isinstance(value, dict), "its header is no object")
     return value
+
+
+def _pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    require(len(dict(found)) == len(found), "a key that is there twice")
+    return dict(found)
+
+
+def _constant(name: str) -> None:
+    raise Damaged(f"{name} in its header")
