@@ -167,7 +167,7 @@ def test_each_entry_must_have_its_type(saved, tmp_path, kind):
     for one in (*schema.FILE[1:], *own):
         for name in one.names:
             for change in (lambda h, name=name: h.pop(name, None), lambda h, name=name: h.update({name: -1.5})):
-                path.write_bytes(saved[kind].read_bytes())
+                rewritten.put(path, saved[kind].read_bytes())
                 rewritten.rewrite(path, change)
                 if one.optional and name not in rewritten.parts(path)[1]:
                     with header.open_file(path) as file:
