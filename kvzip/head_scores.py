@@ -25,9 +25,11 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from .cache import DenseCache, Scores, check_whole, global_layers, read_header, whole_file
-from .cache.files import open_file, read_tensor, refusing, write_file
 from .checks import check_kind, check_path, check_text_or_ids, check_texts, check_values
 from .display import visible_line
+from .files.damage import refusing, require
+from .files.header import open_file
+from .files.tensors import read_tensor, write_file
 from .inputs import encode
 from .models import Model
 from .options import Turn
@@ -376,26 +378,19 @@ def _check_numbers(values: Tensor) -> None:
 
 
 def _from_header(header: Mapping[str, Any], values: Tensor) -> HeadScores:
-    """The scores of a file's parts. Raises KeyError, TypeError or ValueError for parts that do not fit together."""
+    """The scores of a file whose header has entries of the right types. Raises Damaged if they do not fit together."""
     layers = tuple(header["layers"])
-    if not all(type(n) is int for n in layers) or list(layers) != sorted({n for n in layers if n >= 0}):
-        raise ValueError(f"layers {layers}")
-    if values.dtype != torch.float32 or values.ndim != 2 or values.shape[0] != len(layers) or not values.numel():
-        raise ValueError(f"values of shape {list(values.shape)} and {values.dtype} for {len(layers)} layers")
+    ascending = all(type(n) is int for n in layers) and list(layers) == sorted({n for n in layers if n >= 0})
+    require(ascending, f"layers {layers}")
+    fits = values.dtype == torch.float32 and values.ndim == 2 and len(values) == len(layers) and values.numel() > 0
+    require(fits, f"values of shape {list(values.shape)} and {values.dtype} for {len(layers)} layers")
     _check_numbers(values)
-    sources = []
-    for entry in header["sources"]:
-        source = Source(**entry)
-        if type(source.name) is not str or type(source.sha256) is not str:
-            raise TypeError(f"source {entry}")
-        _count(entry, "tokens")
-        sources.append(source)
-    texts = {key: header[key] for key in ("fingerprint", "family", "method")}
-    if not all(type(text) is str for text in texts.values()):
-        raise TypeError(f"names {texts}")
-    return HeadScores(
-        values, layers, sources=tuple(sources), sink=_count(header, "sink"), recent=_count(header, "recent"), **texts
-    )
+    sources = tuple(Source(**entry) for entry in header["sources"])
+    for one in sources:
+        require((type(one.name), type(one.sha256)) == (str, str), f"source {one}")
+        require(type(one.tokens) is int and one.tokens >= 0, f"tokens is {one.tokens!r}")
+    told = {name: header[name] for name in ("fingerprint", "family", "method", "sink", "recent")}
+    return HeadScores(values, layers, sources=sources, **told)
 
 
 def _count(header: Mapping[str, Any], key: str) -> int:

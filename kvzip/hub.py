@@ -1,7 +1,12 @@
 """Where a model is: a directory, or a name on the hub. Without torch, so that a wrong name is known at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ALIASES: dict[str, str] = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -18,6 +23,16 @@ ALIASES: dict[str, str] = {
 }
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, in place of what `load` does by itself, or of what a cache file says of its model."""
+
+    dtype: "torch.dtype | str | None" = None
+    device: "torch.device | str | None" = None
+    max_length: int | None = None
+    rope: Mapping[str, Any] | None = None
 
 
 def config_of(directory: Path) -> Path:

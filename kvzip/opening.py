@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from .cache import DenseCache, RaggedCache
-from .cache.files import OpenFile, refusing, require
-from .cache.io import foreign, open_cache, read_cache
+from .cache.reading import open_cache, read_cache
 from .checks import check_path
 from .display import visible_line
-from .hub import resolve
+from .files.damage import refusing, require
+from .files.header import OpenFile
+from .files.schema import dtype_of, entry, foreign
+from .hub import Loading, resolve
 from .models import Model, load
 
 _LONGEST = 4096  # characters of a source, as of a path
@@ -64,30 +66,24 @@ def open(
             )
     elif model is not None:
         check_path(model, "model")
+    how = Loading(dtype=dtype, device=device, max_length=max_length, rope=rope)
     with open_cache(path) as file:
-        return read(file, model=model, dtype=dtype, device=device, rope=rope, max_length=max_length)
+        return read(file, model=model, how=how)
 
 
-def read(
-    file: OpenFile,
-    *,
-    model: str | Path | Model | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    rope: Mapping[str, Any] | None,
-    max_length: int | None,
-) -> tuple[Model, DenseCache | RaggedCache]:
-    """Returns the model and the cache of a file that `cache.io.open_cache` opened, as `open` does."""
+def read(file: OpenFile, *, model: str | Path | Model | None, how: Loading) -> tuple[Model, DenseCache | RaggedCache]:
+    """Returns the model and the cache of a file that `cache.reading.open_cache` opened, as `open` does."""
     if isinstance(model, Model):
-        return model, read_cache(file, model=model, device=device)
+        return model, read_cache(file, model=model, device=how.device)
     made = maker_of(file)
-    dtype = dtype or made.dtype
+    dtype = how.dtype or made.dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     loaded = load(
         find(file) if model is None else model,
-        device=device,
-        rope=made.rope if rope is None else rope,
-        max_length=made.max_length if max_length is None else max_length,
+        device=how.device,
+        rope=made.rope if how.rope is None else how.rope,
+        max_length=made.max_length if how.max_length is None else how.max_length,
         **known,
     )
     if model is None and made.source is not None:
@@ -121,14 +117,13 @@ def find(file: OpenFile) -> Path:
 
 def maker_of(file: OpenFile) -> Maker:
     """Returns what a cache file says of its model. Raises ValueError for a source that no caller would pass."""
-    told = file.header.get("model") or {}
+    told = entry(file.header, "model")
     source = told.get("source")
     fits = source is None or (0 < len(source) <= _LONGEST and source[:2] not in ("//", "\\\\"))
     with refusing(file.path):
         require(fits, f"a model from {source!r}")
-    dtype = told.get("dtype") or file.header["fingerprint"].rpartition("-")[2]
-    dtype = getattr(torch, dtype) if dtype in ("bfloat16", "float16", "float32", "float64") else None
-    return Maker(source, dtype, told.get("max_length"), told.get("rope"))
+    dtype = told.get("dtype") or dtype_of(file.header["fingerprint"])
+    return Maker(source, None if dtype is None else getattr(torch, dtype), told.get("max_length"), told.get("rope"))
 
 
 def _called(source: str | None, dtype: torch.dtype | None) -> str:

@@ -19,15 +19,15 @@ import numpy as np
 from .cache import (
     DenseCache,
     RaggedCache,
-    WindowKV,
     encode_levels,
     full_nbytes,
     nbytes,
-    whole_file,
 )
-from .cache.io import open_cache, pieces_of, read_cache
+from .cache.reading import open_cache, read_cache, read_texts
 from .cache.rows import kept_mask
 from .display import visible_line
+from .files import schema
+from .files.writing import whole_file
 
 LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
 _SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
@@ -45,8 +45,8 @@ def write_report(file: Path, out: Path) -> None:
     Raises: FileNotFoundError; ValueError for a file that is damaged or holds no cache; OSError.
     """
     with open_cache(file) as opened:
-        cache, pieces = read_cache(opened, pairs=False), pieces_of(opened)
-    facts, arrays = describe(opened.header, cache, pieces)
+        cache, token_texts = read_cache(opened, pairs=False), read_texts(opened)
+    facts, arrays = describe(opened.header, cache, token_texts)
     facts |= {"file": visible_line(file.name), "fileBytes": file.stat().st_size}
     facts["title"] = facts["title"] or visible_line(file.stem)
     # a note may hold halves of characters, which are no UTF-8; their escapes are JSON
@@ -55,23 +55,24 @@ def write_report(file: Path, out: Path) -> None:
 
 
 def describe(
-    header: Mapping[str, Any], cache: DenseCache | RaggedCache, pieces: Mapping[int, bytes]
+    header: Mapping[str, Any], cache: DenseCache | RaggedCache, token_texts: Mapping[int, bytes]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns what the page says of a cache (JSON) and the arrays that it computes with.
 
     Arrays, little-endian: `ids` [S] int32 and `texts` [S] int32, a token's place in the list of texts; `kept`, the
-    mask of `kept_mask` as bits, lowest first; with scores `codes` [L H E] uint8 and `levels` [K] float32.
+    mask of `kept_mask` as bits, lowest first; with scores `codes` [L H E] uint8 and `levels` [K] float32, as
+    `encode_levels` gives them.
+
+    Args:
+        token_texts: the UTF-8 of each different token; empty where the file has none.
 
     Raises: ValueError for a cache of window layers only.
     """
-    dense = isinstance(cache, DenseCache)
-    layers = cache.layers if dense else cache.context
-    length = cache.length if dense else cache.context_length
     mask = kept_mask(cache)
     if not mask.shape[0]:
         raise ValueError("expected a cache with global layers, got sliding windows in all: nothing is ever dropped")
-    texts, places = _texts(cache.token_ids.tolist(), pieces)
-    note, origin = header.get("note") or {}, header.get("model") or {}
+    texts, places = _texts(cache.token_ids.tolist(), token_texts)
+    note, origin = (schema.entry(header, name) for name in ("note", "model"))
     level = header.get("method", "").rpartition("/")[2]
     facts: dict[str, Any] = {
         "title": next((str(note[key]) for key in ("title", "document") if note.get(key)), ""),
@@ -81,18 +82,18 @@ def describe(
         "dtype": origin.get("dtype", ""),
         "method": header.get("method", ""),
         "level": level if level in LEVELS else "pair",
-        "bits": next((spec["bits"] for spec in header["layers"] if "bits" in spec), None),
-        "layers": [n for n, layer in enumerate(layers) if not isinstance(layer, WindowKV)],
-        "windows": sum(isinstance(layer, WindowKV) for layer in layers),
-        "heads": mask.shape[1],
+        "bits": schema.bits_of(header),
+        "layers": list(cache.scored_layers),
+        "windows": len(cache.context) - len(cache.scored_layers),
+        "heads": cache.heads,
         "start": cache.start,
-        "length": length,
+        "length": cache.context_length,
         "kept": cache.kept,
         "total": cache.total,
         "fullBytes": full_nbytes(cache),
         "cacheBytes": nbytes(cache),
         "note": list(_flat({key: value for key, value in note.items() if key not in _SHOWN})),
-        "hasText": bool(pieces),
+        "hasText": bool(token_texts),
         "texts": texts,
     }
     arrays = {
@@ -107,7 +108,7 @@ def describe(
 
 
 def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """Yields the page of what `describe` returns, in pieces. No text of a document can end the block that it is in."""
+    """Yields the page of what `describe` returns, in parts. No text of a document can end the block that it is in."""
     page = resources.files("kvzip").joinpath("data/report.html").read_text(encoding="utf-8")
     before, after = page.split("<!-- data -->")
     yield before.replace("<!-- title -->", html.escape(facts["title"]))
@@ -124,13 +125,13 @@ def _name(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def _texts(ids: list[int], pieces: Mapping[int, bytes]) -> tuple[list[str], list[int]]:
+def _texts(ids: list[int], token_texts: Mapping[int, bytes]) -> tuple[list[str], list[int]]:
     """The different texts of tokens, and which one each token shows: a character is shown by its last token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     places: dict[str, int] = {}
     order = []
     for n, i in enumerate(ids):
-        text = decoder.decode(pieces[i], final=n + 1 == len(ids)) if pieces else f"⟨{i}⟩"
+        text = decoder.decode(token_texts[i], final=n + 1 == len(ids)) if token_texts else f"⟨{i}⟩"
         order.append(places.setdefault(text, len(places)))
     return list(places), order
 

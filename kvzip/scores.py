@@ -13,12 +13,14 @@ import torch
 
 from . import checks, ops, options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, check_cache
-from .cache.files import open_file, read_tensor, refusing, require, write_file
-from .cache.io import foreign
 from .cache.rows import of_rows, ranked, take
 from .checks import check_kind, check_path, check_values
 from .compression import count_of, keep_mask
 from .display import visible_line
+from .files.damage import refusing, require
+from .files.header import open_file
+from .files.schema import foreign
+from .files.tensors import read_tensor, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,15 +157,13 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
                 f"expected a file of scores, got one of {header['cache']!r} in {name}: load_cache reads caches"
             )
         with refusing(file.path):
-            require(isinstance(header["fingerprint"], str), f"fingerprint is {header['fingerprint']!r}")
-            require(isinstance(header["source"], str), f"source is {header['source']!r}")
             place = file.tensors["values"]
-            require(place.dtype == torch.float32, f"values are {place.dtype}")
+            require(place.dtype == "F32", f"values are {place.dtype}")
         reason = foreign(header["fingerprint"], cache.fingerprint)
         if reason:
             raise ValueError(f"expected scores by the cache's model, got {name} by another: {reason}")
-        same = (header.get("layers"), [header.get("start"), header.get("stop")]) == ([*layers], [*span])
-        if not same or place.shape != shape or header.get("tokens") != _digest(cache, span[1]):
+        same = (header["layers"], header["start"], header["stop"]) == ([*layers], *span)
+        if not same or place.shape != shape or header["tokens"] != _digest(cache, span[1]):
             raise ValueError(f"expected scores of this cache's tokens, got those of others in {name}: score it again")
         with refusing(file.path):
             return Scores(read_tensor(file, "values", cache.device), layers, *span, header["source"])

@@ -16,12 +16,18 @@ def parts(path):
     return outer, json.loads(outer["__metadata__"]["kvzip"]), data[8 + size :]
 
 
+def put(path, data):
+    """Writes a new file in place of one: writing over it waits for the disk, 5 ms each time."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def checksum(data):
     """A tensor's: of the sums of words over the columns of rows of 509, of 1,024 rows at a time, modulo 2**64."""
     row, sums = 509 * 8, b""
     for start in range(0, len(data), 1024 * row):
-        piece = data[start : start + 1024 * row]
-        words = np.frombuffer(piece + bytes(-len(piece) % row), dtype="<u8").reshape(-1, 509)
+        block = data[start : start + 1024 * row]
+        words = np.frombuffer(block + bytes(-len(block) % row), dtype="<u8").reshape(-1, 509)
         sums += words.sum(axis=0, dtype=np.uint64).astype("<u8").tobytes()
     return hashlib.blake2b(sums, digest_size=8).hexdigest()
 
@@ -42,7 +48,7 @@ def rewrite(path, change):
     """Changes the kvzip header of a file, leaving its tensors alone."""
     outer, header, data = parts(path)
     change(header)
-    path.write_bytes(join(outer, json.dumps(header), data))
+    put(path, join(outer, json.dumps(header), data))
 
 
 def retouch(path, change):
@@ -50,8 +56,8 @@ def retouch(path, change):
     _, header, _ = parts(path)
     tensors = load(path.read_bytes())
     change(tensors)
-    path.write_bytes(save(tensors, metadata={"kvzip": json.dumps(header)}))
+    put(path, save(tensors, metadata={"kvzip": json.dumps(header)}))
     outer, _, data = parts(path)
     places = {name: entry["data_offsets"] for name, entry in outer.items() if name != "__metadata__"}
     header["checksums"] = {name: checksum(data[a:b]) for name, (a, b) in places.items()}
-    path.write_bytes(join(outer, json.dumps(header), data))
+    put(path, join(outer, json.dumps(header), data))

@@ -773,7 +773,7 @@ def test_nothing_half_written_is_left(
             file.write(b"half")
         raise stop
 
-    monkeypatch.setattr("kvzip.cache.files._write", lambda out, tensor: half(Path(out.name)))
+    monkeypatch.setattr("kvzip.files.tensors._write", lambda out, tensor: half(Path(out.name)))
     monkeypatch.setattr("kvzip.evals.run.append", fail)
     if writer.__name__ == "report":
         monkeypatch.setattr("os.fsync", fail)
@@ -800,7 +800,7 @@ def test_control_c_at_any_point_leaves_the_old_file_and_says_how_to_go_on(
     for point in {
         "compress": ["models.load", "prefilling.run_attention", "scoring.score_chunks", "compression.compress"],
         "segments": ["models.load", "inputs.context_ids", "streaming.prefill.extend"],
-        "chat": ["cache.files._write"],
+        "chat": ["files.tensors._write"],
         "heads": ["models.load", "head_scores.prefill", "head_scores.save"],
         "eval": ["models.load", "evals.run_eval"],
         "eval report": ["evals.write_report"],

@@ -18,7 +18,7 @@ from kvzip import prompts
 from kvzip.cache import RaggedCache, RaggedKV, empty_tail, encode_levels, read_header, read_pieces
 from kvzip.cache.caches import tensors_of
 from kvzip.ops import decode_schedule
-from rewritten import retouch, rewrite
+from rewritten import put, retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
 KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded", "named"]
@@ -189,14 +189,14 @@ def test_flipped_and_missing_bytes_never_read_out_of_bounds(model, files, tmp_pa
     (size,) = struct.unpack("<Q", raw[:8])
     if data.draw(st.booleans()):  # a shorter or a longer file
         raw = raw[: data.draw(st.integers(0, len(raw) - 1))] if data.draw(st.booleans()) else raw + b"\0" * 8
-        path.write_bytes(raw)
+        put(path, raw)
         with pytest.raises(ValueError, match="truncated or tampered"):
             kvzip.load_cache(path)
         return
     limit = 8 + size if data.draw(st.booleans()) else len(raw)  # half of the changes hit the headers
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(raw)
+    put(path, raw)
     refused_or_sound(model, path)
 
 
@@ -204,7 +204,7 @@ def test_flipped_and_missing_bytes_never_read_out_of_bounds(model, files, tmp_pa
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_headers_that_lie_are_refused(model, files, tmp_path_factory, kind, data):
     path = tmp_path_factory.getbasetemp() / "lying.kvz"
-    path.write_bytes(files[kind])
+    put(path, files[kind])
     true = read_header(path)
     keys = ["length", "start", "tokens", "kept", "total", "ratio", "layers", "tail", "scores", "cache"]
     keys += ["pieces", "model"] if kind == "named" else []
@@ -335,7 +335,7 @@ def test_out_of_memory_is_no_fault_of_the_file(caches, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     kvzip.save(caches["ragged"], tmp_path / "doc.kvz")
-    monkeypatch.setattr(kvzip.cache.io, "decode_schedule", fail)
+    monkeypatch.setattr(kvzip.cache.reading, "decode_schedule", fail)
     with pytest.raises(torch.OutOfMemoryError):
         kvzip.load_cache(tmp_path / "doc.kvz")
 

@@ -682,7 +682,7 @@ def test_a_checkpoint_that_cannot_be_written_hides_no_error_and_leaves_the_older
         if done == 100:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvzip.cache.files._write", full)
+    monkeypatch.setattr("kvzip.files.tensors._write", full)
     with pytest.raises(KeyboardInterrupt):
         kvzip.prefill_compressed(model, **SHORT, checkpoint=path, progress=interrupt)
     assert path.read_bytes() == states[1] and [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,7 +1,8 @@
 """Caches as data: dense, ragged, their bytes and devices."""
 
+from ..files.header import is_kvzip_file
+from ..files.writing import check_target, whole_file
 from .caches import DenseCache, RaggedCache, as_ragged, check_cache, check_pairs, check_whole, global_layers, nbytes
-from .files import check_target, is_kvzip_file, whole_file
 from .io import load_cache, read_header, read_pieces, save
 from .levels import encode_levels
 from .memory import explain_out_of_memory, free_bytes, full_nbytes, to

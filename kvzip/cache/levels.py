@@ -1,22 +1,25 @@
-"""Scores in 8 bits: the levels that divide them evenly, and which level each one has."""
+"""Scores in 8 bits: at most 256 values that stand for them, and which of these each score has.
+
+They are called levels, as in a quantizer; they have nothing to do with the level that `compress` shares a budget at.
+"""
 
 import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 LEVELS = 256
-_SAMPLE = 1 << 20  # scores that levels are chosen from: more would not move them by a thousandth of the pairs
+_SAMPLE = 1 << 20  # scores that levels are chosen from; more would move a level by less than 0.1% of the pairs
 
 
 def encode_levels(values: Float32[Tensor, "L H E"]) -> tuple[UInt8[Tensor, "L H E"], Float32[Tensor, " K"]]:
-    """Returns a code for each score and the levels that the codes count, ascending, K <= 256.
+    """Returns a code for each score and the levels that codes are indices of, ascending, K <= 256.
 
         levels[codes] <= values, and values < levels[codes + 1] where there is such a level
 
-    The order of scores is kept, but for those of one level, which become equal; about as many scores lie in each
-    level, so that selecting by codes differs from selecting by scores in less than a level, 0.4% of the pairs, at any
-    ratio. Scores of at most 256 different values, as those that were in 8 bits before, come back exactly (past a
-    million, if each value is frequent enough to be met in a sample).
+    Scores keep their order, but those with the same code become equal. About as many scores have each code, so that at
+    any ratio, selecting by codes differs from selecting by scores in less than 1/256 of the pairs (0.4%). Scores of at
+    most 256 different values, such as those that were in 8 bits before, come back exactly. Of more than a million
+    scores a sample is searched for these values, so that a rare one may be missed.
 
     Raises: ValueError for NaN.
     """
@@ -30,6 +33,6 @@ def encode_levels(values: Float32[Tensor, "L H E"]) -> tuple[UInt8[Tensor, "L H 
     if len(levels) > LEVELS:
         ranks = torch.arange(LEVELS, device=flat.device) * (len(sample) - 1) // (LEVELS - 1)
         levels = sample[ranks].unique_consecutive()
-    inner = levels[1:].contiguous()  # the lowest needs no comparison
+    inner = levels[1:].contiguous()  # every score is at least the lowest
     codes = [torch.bucketize(layer, inner, right=True, out_int32=True).to(torch.uint8) for layer in values]
     return torch.stack(codes), levels

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from ..display import visible_line
+from ..files.header import open_file
 from . import documents
 from .plumbing import FileName, Group, echo, positive, put, put_json, resuming, stages
 from .sources import SHIPPED, find_heads, find_model, load_model, model_options, short
-from .targets import check_target, force_option, is_kvzip_file, say_replaced, tensors_of, unwritten
+from .targets import check_target, force_option, is_kvzip_file, say_replaced, unwritten
 
 
 @click.group(
@@ -112,10 +113,9 @@ def read_scores(path: Path) -> tuple[dict[str, Any], list[list[float]]]:
 
         scores = load(path)
         return {name: getattr(scores, name) for name in _FACTS}, scores.values.tolist()
-    header, entries, begin = tensors_of(path)
-    _, heads = entries["values"]["shape"]
-    first, last = entries["values"]["data_offsets"]
-    rows = struct.iter_unpack(f"<{heads}f", path.read_bytes()[begin + first : begin + last])
+    with open_file(path) as file:
+        values, header = file.tensors["values"], file.header
+    rows = struct.iter_unpack(f"<{values.shape[1]}f", path.read_bytes()[values.start : values.stop])
     return {name: header[name] for name in _FACTS}, [list(row) for row in rows]
 
 

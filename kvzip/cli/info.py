@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..display import visible_line
+from ..files import schema
+from ..files.header import OpenFile, open_file
 from .compress import whole_heads_line, windows_line
 from .plumbing import command, echo, put, put_json, size
 from .sources import check_ours, find_model, short
@@ -60,25 +62,27 @@ def file_facts(path: Path) -> dict[str, Any]:
     Raises: FileNotFoundError; ValueError for another file, or a damaged one.
     """
     check_ours(path)
-    from ..cache import DenseCache, RaggedKV, WindowKV, full_nbytes, nbytes
-    from ..cache.files import open_file
-    from ..cache.io import check_header, is_cache, read_cache
-
     with open_file(path) as file:
-        header = check_header(file)
-        cache = read_cache(file, pairs=False) if is_cache(header) else None
-    note, made = (value if isinstance(value := header.get(name), dict) else {} for name in ("note", "model"))
-    heads = note.get("heads")  # anyone may have written a note
-    facts: dict[str, Any] = {"file": str(path), "kind": header.get("cache"), "bytes": path.stat().st_size}
-    facts |= {"title": note.get("title"), "model": made or None, "fingerprint": header.get("fingerprint")}
-    facts["format"] = ".".join(map(str, header["version"]))
-    if cache is None:
-        return facts | {
-            name: header[name] for name in ("family", "layers", "method", "sources", "source") if name in header
-        }
-    start, length, kept, total = (header[name] for name in ("start", "length", "kept", "total"))
+        header = file.header
+        facts: dict[str, Any] = {"file": str(path), "kind": header["cache"], "bytes": path.stat().st_size}
+        facts |= {"title": schema.entry(header, "note").get("title"), "model": schema.entry(header, "model") or None}
+        facts |= {"fingerprint": header.get("fingerprint"), "format": ".".join(map(str, header["version"]))}
+        if schema.is_cache(header):
+            return facts | _cache_facts(file)
+    told = ("family", "layers", "method", "sources", "source")
+    return facts | {name: header[name] for name in told if name in header}
+
+
+def _cache_facts(file: OpenFile) -> dict[str, Any]:
+    """What an open file that holds a cache says of it, as `file_facts` returns it."""
+    from ..cache import RaggedKV, WindowKV, full_nbytes, nbytes
+    from ..cache.reading import read_cache
+
+    header, cache = file.header, read_cache(file, pairs=False)
+    heads = schema.entry(header, "note").get("heads")  # anyone may have written a note
+    start, length = cache.start, cache.context_length
     layers = []
-    for n, layer in enumerate(cache.layers if isinstance(cache, DenseCache) else cache.context):
+    for n, layer in enumerate(cache.context):
         if isinstance(layer, RaggedKV):
             rows = (layer.offsets.diff() - start).tolist()
             layers.append({"layer": n, "heads": rows, "kept": sum(rows) / max(1, len(rows) * (length - start))})
@@ -86,18 +90,14 @@ def file_facts(path: Path) -> dict[str, Any]:
             layers.append({"layer": n, "window": length - layer.start})
         else:
             layers.append({"layer": n, "kept": 1.0})
-    bits = {spec.get("bits") for spec in header["layers"]} - {None}
-    return facts | {
+    return {
         "tokens": length,
         "prefix_tokens": start,
         "turn_tokens": header["tokens"] - length,
-        "kept": kept,
-        "total": total,
-        "ratio": header.get("ratio", kept / total if total else 1.0),
-        "method": header.get("method", ""),
-        "bits": bits.pop() if bits else None,
+        **{name: header[name] for name in ("kept", "total", "ratio", "method")},
+        "bits": schema.bits_of(header),
         "chat": header["chat"],
-        "scores": header["scores"] is not None,
+        "scores": cache.scores is not None,
         "full_bytes": full_nbytes(cache),
         "cache_bytes": nbytes(cache),
         "window_layers": sum("window" in layer for layer in layers),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..hub import config_of, resolve
+from ..files.header import is_something_else
+from ..hub import Loading, config_of, resolve
 from .plumbing import Stage, say
 
 if TYPE_CHECKING:
@@ -161,9 +162,8 @@ def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
     if not path.is_file():
         raise FileNotFoundError(f"expected a file that kvzip wrote, got no file {path}: {made_by} makes one")
     with path.open("rb") as file:
-        start = file.read(9)
-    if start and start[8:] not in (b"{", b""):  # where the header of every safetensors file begins
-        raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: {made_by} makes one")
+        if is_something_else(file):
+            raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: {made_by} makes one")
 
 
 def quiet_hub() -> None:
@@ -194,18 +194,17 @@ def open_cache(
     """
     given = None if model is None else find_model(model)
     check_ours(path)  # before torch, which takes seconds
-    import torch
 
     from .. import opening
-    from ..cache import io
+    from ..cache.reading import open_cache as opened
 
     _check_device(device)
     stage(f"opening {path.name}")
-    with io.open_cache(path) as file:
+    with opened(path) as file:
         if max_length is not None:
             warn_of_length(given or opening.find(file), max_length, rope=rope or opening.maker_of(file).rope)
-        how: dict[str, Any] = {"dtype": None if dtype is None else getattr(torch, dtype), "device": device}
-        loaded, cache = opening.read(file, model=model, **how, max_length=max_length, rope=rope)
+        how = Loading(dtype=dtype, device=device, max_length=max_length, rope=rope)
+        loaded, cache = opening.read(file, model=model, how=how)
         return loaded, cache, file.header
 
 

@@ -1,11 +1,8 @@
 """Where a file may be written, and what is in one that is there already. Without torch, so that a no is quick."""
 
 import errno
-import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,13 @@ from typing import Any
 import click
 
 from ..display import visible_line
+from ..files import schema
+from ..files.header import is_kvzip_file as is_kvzip_file
+from ..files.header import peek
+from ..files.writing import check_writable, is_replaceable
 from .plumbing import say, size
 
 NAME_IT = ": name a file (-o)"
-_LARGEST = 100_000_000  # bytes of a header, as safetensors allows
 
 
 def force_option(kind: str = "file") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -50,20 +50,13 @@ def check_target(
         raise ValueError(f"expected the name of a file to write, got -: nothing is written to standard output{NAME_IT}")
     if path.is_dir():
         raise ValueError(f"expected a file to write, got the directory {path}{NAME_IT}")
-    there = os.path.lexists(path)
-    if there and not (path.is_file() and ours(path)):
+    replaceable = is_replaceable(path, ours)
+    if replaceable is False:
         raise ValueError(
             f"expected a new file or an older {kind or 'regular file'} to write, got {path}: it is left as it is"
         )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a directory to write {path.name} in, got no {path.parent}: make it first")
-    try:  # under a name as long as any that will be needed
-        handle, probe = tempfile.mkstemp(prefix=f".{path.name}.partial.", suffix=".0000.partial", dir=path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    os.close(handle)
-    os.unlink(probe)
-    if not there or force is None:
+    check_writable(path, suffix=".partial")  # as the checkpoint of `compress --segment` ends
+    if not replaceable or force is None:
         return ""
     held = what_is_in(path)
     if not force and not _confirmed(f"{path}{held} is there already. Replace it?"):
@@ -85,43 +78,14 @@ def _confirmed(question: str) -> bool:
 def what_is_in(path: Path) -> str:
     """Returns what a file that may be lost holds, in brackets: document, model, ratio and size, as far as it says."""
     header = peek(path)
-    note, made = (_dict(header.get(name)) for name in ("note", "model"))
-    source, kept, total = made.get("source"), header.get("kept"), header.get("total")
+    source, kept, total = schema.entry(header, "model").get("source"), header.get("kept"), header.get("total")
     parts = [
-        str(note.get("title") or ""),
+        str(schema.entry(header, "note").get("title") or ""),
         f"by {Path(str(source)).name}" if source else "",
         f"{kept / total:.1%} kept" if isinstance(kept, int) and isinstance(total, int) and total else "",
         size(path.stat().st_size),
     ]
     return f" ({', '.join(filter(None, parts))})"
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def peek(path: Path) -> dict[str, Any]:
-    """Returns what a file of kvzip says of itself, unchecked; {} for any other file. Without torch, unlike `cache`."""
-    return _dict(tensors_of(path)[0])
-
-
-def tensors_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Returns a file's own header and its tensors' entries, as safetensors has them, and where the tensors begin."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            start = file.read(1)
-            if start != b"{" or not 0 < length <= _LARGEST:
-                return {}, {}, 0
-            entries = json.loads(start + file.read(length - 1))
-            return json.loads(entries.pop("__metadata__")["kvzip"]), entries, 8 + length
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}, {}, 0
-
-
-def is_kvzip_file(path: Path) -> bool:
-    """Whether a file is one that kvzip wrote, of any kind."""
-    return "version" in peek(path)
 
 
 def is_page(path: Path, *, by: str = "kvzip") -> bool:

@@ -3,15 +3,15 @@
 import json
 import os
 import reprlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..cache import RaggedCache, read_header
-from ..cache.files import open_file
-from ..cache.io import check_content, check_header, read_cache
+from ..cache.reading import check_content, read_cache
+from ..files.header import open_file
+from ..files.writing import check_writable
 from ..models import Model
 from .segments import Run, run_of
 
@@ -21,15 +21,7 @@ def note_of(path: Path) -> dict[str, Any] | None:
 
     Raises: OSError now, not after hours of work, where no file can be written; ValueError for another kind of file.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"expected a directory to write the checkpoint {path.name} in, got no {path.parent}: make it first"
-        )
-    try:  # under a name like that of `save`, beside the file
-        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".probe.partial", dir=path.parent).close()
-    except OSError as error:
-        reason = f"expected a checkpoint that can be written, got {error.strerror!r}: name a file elsewhere"
-        raise type(error)(error.errno, reason, str(path)) from error
+    check_writable(path, kind="checkpoint")
     if not os.path.lexists(path):  # a link to nothing is refused when the file is written, after the work
         return None
     if not path.is_file():
@@ -50,7 +42,7 @@ def _no_checkpoint(path: Path, reason: str) -> ValueError:
 def resume(model: Model, path: Path, settings: dict[str, Any], spans: list[tuple[int, int]]) -> Run:
     """The run that a checkpoint holds. Raises ValueError if it is none, or was made with other arguments."""
     with open_file(path) as file:  # once, so that settings and pairs are of one file, whatever replaces it meanwhile
-        _check_settings(path, check_header(file)["note"], settings)
+        _check_settings(path, file.header["note"], settings)
         check_content(file)
         cache = read_cache(file, model=model)
     if not isinstance(cache, RaggedCache) or cache.scores is None or cache.tail is not None:

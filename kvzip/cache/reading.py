@@ -1,0 +1,277 @@
+"""Reading a cache: each tensor is checked against the schema, the header and the others before it is used."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..checks import check_path
+from ..display import visible_line
+from ..files import schema
+from ..files.damage import Damaged, refusing, require
+from ..files.header import OpenFile, open_file
+from ..files.tensors import DTYPES, outline, read_tensor, staging
+from ..ops import Channels, Quantized, decode_schedule
+from .caches import DenseCache, RaggedCache
+from .levels import LEVELS
+from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV
+
+
+@runtime_checkable
+class BelongsTo(Protocol):
+    """What `load_cache` asks of a model."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@contextmanager
+def open_cache(path: str | Path) -> Iterator[OpenFile]:
+    """Gives a file that `save` wrote, open, its header checked. Raises as `read_header` does, and for other kinds."""
+    check_path(path, "path")
+    with open_file(path) as file:
+        check_content(file)
+        yield file
+
+
+def check_content(file: OpenFile) -> None:
+    """Raises ValueError for a file that holds no cache."""
+    kind = file.header["cache"]
+    if not schema.is_cache(file.header):
+        other = f"use {schema.OTHERS[kind]}" if kind in schema.OTHERS else "name a file that kvzip.save wrote"
+        raise ValueError(f"expected a cache, got {kind!r} without pairs in {visible_line(file.path.name)}: {other}")
+
+
+def read_cache(
+    file: OpenFile,
+    *,
+    model: BelongsTo | None = None,
+    device: torch.device | str | None = None,
+    pairs: bool = True,
+) -> DenseCache | RaggedCache:
+    """Returns the cache of a file that `open_cache` opened, as `load_cache` does."""
+    if model is not None:
+        reason = schema.foreign(file.header["fingerprint"], model.fingerprint)
+        if reason:
+            raise ValueError(f"expected a cache of this model, got {visible_line(file.path.name)} of another: {reason}")
+    if device is None:
+        device = "cpu" if model is None else model.device
+    torch.empty(0, device=device)  # a device that is not there is no fault of the file
+    with refusing(file.path):
+        cache = _Reader(file, str(device), pairs, staging(device)).cache()
+        if model is not None:
+            _check_fits(cache, model)
+        return cache
+
+
+def read_texts(file: OpenFile) -> dict[int, bytes]:
+    """Returns the texts of tokens in a file that `open_cache` opened, as `read_pieces` does."""
+    with refusing(file.path):
+        reader = _Reader(file)
+        return reader.texts(reader.token_ids())
+
+
+def _check_fits(cache: DenseCache | RaggedCache, model: BelongsTo) -> None:
+    """Raises Damaged unless the model can read the cache: anyone can write its fingerprint into a file."""
+    config, layers, length = model.config, cache.context, cache.context_length
+    windows = [spec.window is not None for spec in config.layers]
+    require([isinstance(layer, WindowKV) for layer in layers] == windows, "other layers than the model's")
+    sizes = (cache.heads, layers[0].width)
+    require(sizes == (config.num_kv_heads, config.head_dim), f"{sizes[0]} heads of width {sizes[1]}")
+    for layer, spec in zip(layers, config.layers, strict=True):
+        if isinstance(layer, WindowKV):  # one row less in a cache that Transformers made
+            rows = layer.k.shape[2]
+            require(min(length, spec.window - 1) <= rows <= spec.window, f"{rows} rows in a window of {spec.window}")
+    tail = () if cache.tail is None else (*cache.tail.k, *cache.tail.v)
+    rows = [x for layer in layers for x in (layer.k, layer.v) if isinstance(x, Tensor)]
+    require(all(x.dtype == model.dtype for x in (*rows, *tail)), f"pairs that are not in {model.dtype}")
+    largest = int(cache.token_ids.max()) if len(cache.token_ids) else 0
+    require(largest < config.vocab_size, f"token {largest} of a vocabulary of {config.vocab_size}")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the parts of one file."""
+
+    file: OpenFile
+    device: str = "cpu"
+    pairs_too: bool = True
+    scratch: Tensor | None = None
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return self.file.header
+
+    def take(
+        self, name: str, sizes: Mapping[str, int] | None = None, *, of: str = "", like: Tensor | None = None
+    ) -> Tensor:
+        """The tensor of that name, if it is as the schema says; or it is not read.
+
+        Args:
+            sizes: of axes, by their names in the schema; others may have any size.
+            of: the kind of layer.
+            like: a tensor of the same shape and dtype.
+        """
+        require(name in self.file.tensors, f"no tensor {name}")
+        place, entry = self.file.tensors[name], schema.tensor_entry(name, of)
+        wanted = [axis if isinstance(axis, int) else (sizes or {}).get(axis) for axis in entry.shape]
+        fits = len(place.shape) == len(wanted)
+        fits = fits and all(n in (None, m) for n, m in zip(wanted, place.shape, strict=True))
+        fits = fits and (like is None or (place.shape, DTYPES[place.dtype]) == (tuple(like.shape), like.dtype))
+        shown = f"{name} of shape {list(place.shape)} and {DTYPES[place.dtype]}"
+        require(fits and place.dtype in entry.dtypes, shown)
+        if entry.pairs and not self.pairs_too:
+            return outline(self.file, name)
+        on_host = name == "token_ids" or name.startswith("pieces.")
+        return read_tensor(
+            self.file, name, "cpu" if on_host else self.device, scratch=None if on_host else self.scratch
+        )
+
+    def cache(self) -> DenseCache | RaggedCache:
+        header = self.header
+        length, start = header["length"], header["start"]
+        token_ids = self.token_ids()
+        self.texts(token_ids)
+        layers: list[Any] = [self.layer(f"layers.{n}", spec) for n, spec in enumerate(header["layers"])]
+        require(len(layers) > 0, "no layers")
+        widths = {layer.width for layer in layers}
+        require(len(widths) == 1 and min(widths) > 0, f"heads of widths {sorted(widths)}")
+        heads = {layer.heads for layer in layers}
+        require(len(heads) == 1 and min(heads) > 0, "layers with other numbers of heads")
+        windows = {layer.start for layer in layers if isinstance(layer, WindowKV)}
+        require(len(windows) <= 1, "windows of different lengths")
+        common: dict[str, Any] = {name: header[name] for name in ("start", "chat", "fingerprint")}
+        common |= {"token_ids": token_ids, "scores": self.scores(layers)}
+        kinds, dense = {type(layer) for layer in layers}, header["cache"] == "DenseCache"
+        if dense:
+            require(not header["tail"], "a tail in a dense cache")
+            require(RaggedKV not in kinds, "ragged layers in a dense cache")
+            cache: DenseCache | RaggedCache = DenseCache(layers=layers, length=length, **common)
+            pairs = cache.total
+        else:
+            require(DenseKV not in kinds, "dense layers in a ragged cache")
+            tail = self.tail(layers) if header["tail"] else None
+            more = {name: header[name] for name in ("kept", "total", "method")}
+            cache = RaggedCache(context=tuple(layers), tail=tail, context_length=length, **common, **more)
+            pairs = (length - start) * len(cache.scored_layers) * cache.heads
+        after = int(cache.tail.lengths[0]) if cache.tail is not None else 0
+        require(len(token_ids) == length + after, "token ids and lengths differ")
+        ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
+        rows = pairs if dense else sum(len(layer.positions) - start * layer.heads for layer in ragged)
+        kept, total = header["kept"], header["total"]
+        require((rows, pairs) == (kept, total), f"{rows} of {pairs} pairs, {kept} of {total} by the header")
+        return cache
+
+    def token_ids(self) -> Tensor:
+        token_ids = self.take("token_ids", {"tokens": self.header["tokens"]})
+        require(not len(token_ids) or int(token_ids.min()) >= 0, "a negative token id")
+        return token_ids
+
+    def texts(self, token_ids: Tensor) -> dict[int, bytes]:
+        """The bytes of each different token of `token_ids`; empty where the file has none."""
+        count = self.header.get("pieces")
+        if count is None:
+            return {}
+        ids = self.take("pieces.ids", {"P": count})
+        require(torch.equal(ids, token_ids.unique()), "pieces of other tokens")
+        offsets = self.take("pieces.offsets", {"P + 1": count + 1})
+        text = self.take("pieces.bytes").numpy().tobytes()
+        require(int(offsets[0]) == 0 and int(offsets[-1]) == len(text), "pieces and their bytes differ in length")
+        require(bool((offsets.diff() >= 0).all()), "offsets of pieces decrease")
+        bounds = offsets.tolist()
+        return {i: text[a:b] for i, a, b in zip(ids.tolist(), bounds, bounds[1:], strict=False)}
+
+    def layer(self, name: str, spec: dict[str, Any]) -> DenseKV | WindowKV | RaggedKV:
+        kind, length = spec["kind"], self.header["length"]
+        if kind == "RaggedKV":
+            return self.ragged(name, spec)
+        require(kind in ("DenseKV", "WindowKV"), f"a layer of kind {kind!r}")
+        k = self.take(f"{name}.k", {"length": length}, of=kind)
+        v = self.take(f"{name}.v", of=kind, like=k)
+        if kind == "DenseKV":
+            return DenseKV(k, v)
+        first = spec.get("start")
+        if first is None or first + k.shape[2] != length:
+            raise Damaged(f"the window of {name} does not end at token {length}")
+        return WindowKV(k, v, first)
+
+    def ragged(self, name: str, spec: dict[str, Any]) -> RaggedKV:
+        offsets, positions = self.take(f"{name}.offsets"), self.take(f"{name}.positions")
+        start, length = self.header["start"], self.header["length"]
+        k, v = (self.rows(f"{name}.{part}", spec, len(positions)) for part in ("k", "v"))
+        if spec.get("channels"):
+            if not isinstance(k, Quantized):
+                raise Damaged(f"channels of {name}, which is not quantized")
+            k = replace(k, channels=self.channels(f"{name}.k", {"H": len(offsets) - 1, "D": k.width}))
+        widths = {x.shape[-1] if isinstance(x, Tensor) else x.width for x in (k, v)}
+        require(len(widths) == 1, f"k and v of {name} differ in width")
+        require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
+        require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
+        if len(positions):
+            inside = int(positions.min()) >= 0 and int(positions.max()) < length
+            require(inside, f"positions of {name} outside of {length} tokens")
+            starts = torch.zeros(len(positions) + 1, dtype=torch.bool, device=offsets.device)
+            starts[offsets.long()] = True
+            require(bool((starts[1:-1] | (positions.diff() > 0)).all()), f"positions of {name} out of order")
+        if start:  # kernels find the prefix by its place: every head begins with it
+            require(int(offsets.diff().min()) >= start, f"a head of {name} without the {start} tokens of the prefix")
+            prefix = torch.arange(start, dtype=torch.int32, device=offsets.device)
+            whole = positions[offsets[:-1, None] + prefix] == prefix
+            require(bool(whole.all()), f"the prefix of {name} is not whole")
+        return RaggedKV(k, v, offsets, positions, decode_schedule(offsets))
+
+    def rows(self, name: str, spec: dict[str, Any], count: int) -> Tensor | Quantized:
+        bits, group = spec.get("bits"), spec.get("group") or 0
+        if bits is None:
+            return self.take(name, {"rows": count}, of="RaggedKV")
+        codes = self.take(f"{name}.codes", {"rows": count})
+        width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
+        even = bits == 8 or group % 2 == 0
+        require(group > 0 and even and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
+        scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group})
+        zero = self.take(f"{name}.zero", like=scale)
+        finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
+        require(finite, f"scales of {name} that are not finite")
+        return Quantized(codes, scale, zero, bits, group)
+
+    def channels(self, name: str, sizes: dict[str, int]) -> Channels:
+        center, spread = (self.take(f"{name}.{part}", sizes) for part in ("center", "spread"))
+        fit = center.is_meta or bool(center.isfinite().all() and spread.isfinite().all() and (spread > 0).all())
+        require(fit, f"channels of {name} that are no numbers or not above 0")
+        return Channels(center, spread)
+
+    def tail(self, layers: list[Any]) -> Tail:
+        k = tuple(self.take(f"tail.k.{n}", {"H": layers[0].heads, "D": x.width}) for n, x in enumerate(layers))
+        v = tuple(self.take(f"tail.v.{n}", like=x) for n, x in enumerate(k))
+        lengths = self.take("tail.lengths")
+        require(all(0 <= int(lengths[0]) <= x.shape[2] for x in k), "the tail is longer than its rows")
+        require(len({x.dtype for x in k}) == 1, "the tail has other dtypes in other layers")
+        return Tail(k, v, lengths)
+
+    def scores(self, layers: list[Any]) -> Scores | None:
+        spec, start, length = self.header.get("scores"), self.header["start"], self.header["length"]
+        if spec is None:
+            return None
+        scored = [n for n, layer in enumerate(layers) if not isinstance(layer, WindowKV)]
+        require(spec["layers"] == scored and (spec["start"], spec["stop"]) == (start, length), "scores of other tokens")
+        require(spec.get("bits") in (None, 8), f"scores of {spec.get('bits')!r} bits")
+        sizes = {"L": len(scored), "H": layers[0].heads, "length - start": length - start}
+        if spec.get("bits") is None:
+            values = self.take("scores.values", sizes)
+        else:
+            codes, levels = self.take("scores.codes", sizes), self.take("scores.levels")
+            require(0 < len(levels) <= LEVELS and not bool(levels.isnan().any()), f"{len(levels)} levels of scores")
+            require(bool((levels.diff() > 0).all()), "levels of scores that do not ascend")
+            require(not codes.numel() or int(codes.max()) < len(levels), "scores above the highest level")
+            values = torch.stack([levels[layer.int()] for layer in codes])
+        return Scores(values, tuple(scored), start, length, spec["source"])

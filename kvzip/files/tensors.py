@@ -1,0 +1,155 @@
+"""The tensors of a file, read and written: each in memory of its own, compared with its checksum.
+
+Files are read and summed in blocks of about 4 MiB, which stay in a CPU's cache between the two.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_mapping
+from ..version import VERSION as LIBRARY
+from .damage import require
+from .header import OpenFile, digest, encode_head, fill
+from .schema import VERSION
+from .writing import check_target, whole_file
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ROW = 509  # words of 8 bytes, whose columns are summed: a prime, so that ranges that change places change columns
+_BLOCK = 1024 * 8 * _ROW  # bytes
+
+
+def read_tensor(
+    file: OpenFile, name: str, device: str | torch.device = "cpu", *, scratch: Tensor | None = None
+) -> Tensor:
+    """Returns a tensor of an open file, in memory of its own. Raises Damaged if it is not what was written.
+
+    Args:
+        scratch: what `staging` gave, through which bytes go to another device.
+    """
+    place = file.tensors[name]
+    dtype = DTYPES[place.dtype]
+    file.raw.seek(place.start)
+    if scratch is None:
+        read = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        sums = [file.helper.submit(_sums, block) for block in _read_blocks(file, read.numpy())]
+        found = read.view(dtype).view(place.shape).to(device) if len(read) else None
+    else:
+        found = torch.empty(place.shape, dtype=dtype, device=device)
+        sums = _read_through(file, found, scratch)
+    total = digest(b"".join(future.result() for future in sums))
+    require(total == file.header["checksums"][name], f"{name} differs from its checksum")
+    return torch.empty(place.shape, dtype=dtype, device=device) if found is None else found
+
+
+def staging(device: str | torch.device) -> Tensor | None:
+    """Returns memory through which `read_tensor` reads tensors that go to another device than the CPU."""
+    kind = torch.device(device).type
+    return None if kind == "cpu" else torch.empty(4, _BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
+
+
+def outline(file: OpenFile, name: str) -> Tensor:
+    """Returns a tensor's shape and dtype as a tensor on torch's meta device. Nothing is read."""
+    return torch.empty(file.tensors[name].shape, dtype=DTYPES[file.tensors[name].dtype], device="meta")
+
+
+def write_file(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    *,
+    note: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes tensors and a header whole or not at all, a tensor at a time.
+
+    Raises: FileExistsError for a file that is there, unless it is one of kvzip's and `overwrite`; TypeError for a note
+        that JSON cannot hold; ValueError for one that is too long; OSError.
+    """
+    check_mapping(note, "note")
+    path = Path(path)
+    check_target(path, overwrite=overwrite)
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # each aligned, for who maps it
+    entries = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered.items()}
+    header = {**header, "version": VERSION, "library": LIBRARY, "note": dict(note or {})}
+    size = len(encode_head(entries, header, None))
+    try:
+        with whole_file(path, overwrite=overwrite) as partial, open(partial, "wb") as out:
+            out.seek(size)
+            checksums = {name: _write(out, tensor) for name, tensor in ordered.items()}
+            out.seek(0)
+            out.write(encode_head(entries, header, checksums))
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
+
+
+def _read_blocks(file: OpenFile, buffer: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields each block of a buffer when it is read: it is summed while the next one is read."""
+    for block in _blocks(buffer):
+        fill(file.raw, block.data)
+        yield block
+
+
+def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:
+    """Fills a tensor of another device. A block is summed and copied while the next ones are read."""
+    flat, sums = out.view(-1).view(torch.uint8), []
+    copied = [torch.cuda.Event() if out.is_cuda else None for _ in scratch]
+    for number, target in enumerate(flat.split(_BLOCK) if out.numel() else ()):
+        slot = number % len(scratch)
+        block, event = scratch[slot, : len(target)], copied[slot]
+        if number >= len(scratch):  # the block that was in the slot may still be summed, or copied
+            sums[number - len(scratch)].result()
+            if event is not None:
+                event.synchronize()
+        fill(file.raw, block.numpy().data)
+        sums.append(file.helper.submit(_sums, block.numpy()))
+        target.copy_(block, non_blocking=event is not None)
+        if event is not None:
+            event.record(torch.cuda.current_stream(out.device))
+    for event in copied:
+        if event is not None:
+            event.synchronize()
+    return sums
+
+
+def _write(out: BinaryIO, tensor: Tensor) -> str:
+    """Writes a tensor and returns its checksum."""
+    sums = []
+    if tensor.numel():
+        for block in _blocks(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()):
+            out.write(block.data)
+            sums.append(_sums(block))
+    return digest(b"".join(sums))
+
+
+def _sums(block: np.ndarray) -> bytes:
+    """The sums of 8-byte words over the columns of rows of 509, modulo 2**64; zeros fill the last row.
+
+    Any change within one word is seen, and words that are exchanged, but for those at a multiple of 4,072 bytes. A
+    cryptographic digest of all bytes would take ten times as long.
+    """
+    whole = len(block) // (8 * _ROW) * 8 * _ROW
+    last = np.zeros(_ROW, "<i8")
+    last.view(np.uint8)[: len(block) - whole] = block[whole:]
+    last += np.add.reduce(block[:whole].view("<i8").reshape(-1, _ROW), axis=0)
+    return last.tobytes()
+
+
+def _blocks(buffer: np.ndarray) -> Iterator[np.ndarray]:
+    return (buffer[start : start + _BLOCK] for start in range(0, len(buffer), _BLOCK))

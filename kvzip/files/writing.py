@@ -1,0 +1,93 @@
+"""Writing a file whole or not at all: what may be replaced, whether a place can be written, and the writing."""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..display import visible_line
+from .header import is_kvzip_file
+
+
+def is_replaceable(path: str | Path, ours: Callable[[Path], bool] = is_kvzip_file) -> bool | None:
+    """Returns whether what is at a path may be replaced, if its owner wants that; None if nothing is there.
+
+    The one rule, for the library and the command line: only a regular file, or a link to one, that is ours.
+    """
+    path = Path(path)
+    return (path.is_file() and ours(path)) if os.path.lexists(path) else None
+
+
+def check_target(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raises FileExistsError if a file is there that must not be replaced: any, or with `overwrite` any but kvzip's."""
+    replaceable, name = is_replaceable(path), visible_line(Path(path).name)
+    if replaceable is False:
+        raise FileExistsError(
+            f"expected a new file to write, or one of kvzip's, got {name}, which kvzip did not "
+            "write: it is left as it is, choose another name"
+        )
+    if replaceable and not overwrite:
+        raise FileExistsError(
+            f"expected a new file to write, got {name}, which is there: pass overwrite=True to "
+            "replace it, or choose another name"
+        )
+
+
+def check_writable(path: str | Path, *, kind: str | None = None, suffix: str = "") -> None:
+    """Raises OSError now, not after hours of work, if `whole_file` could not write to a path. Nothing is left there.
+
+    Args:
+        kind: what the file is, for the error.
+        suffix: what a longer name beside it, that will be written too, ends in.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        what = f"the {kind} {path.name}" if kind else path.name
+        raise FileNotFoundError(f"expected a directory to write {what} in, got no {path.parent}: make it first")
+    try:
+        os.unlink(_create_beside(path.with_name(path.name + suffix)))
+    except OSError as error:
+        reason = f"expected a {kind} that can be written, got {error.strerror!r}: name a file elsewhere"
+        raise type(error)(error.errno, reason if kind else error.strerror, str(path)) from error
+
+
+@contextmanager
+def whole_file(path: str | Path, *, overwrite: bool | None = None) -> Iterator[Path]:
+    """Gives an empty file beside `path` to write to, which takes its place at the end, or is deleted on an error.
+
+    Its mode is what the process's umask leaves of 0666, as of any new file.
+
+    Args:
+        overwrite: None replaces whatever file is there; True one of kvzip's alone; False none.
+    """
+    path = Path(path)
+    partial = _create_beside(path)
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        if overwrite is None or not _link(partial, path):
+            if overwrite is not None:
+                check_target(path, overwrite=overwrite)
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _create_beside(path: Path) -> Path:
+    """Makes an empty hidden file in the same directory, under a name that no other process has."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return partial
+
+
+def _link(partial: Path, path: Path) -> bool:
+    """Gives the file its name if no file has it, and returns whether that was so."""
+    try:
+        os.link(partial, path)
+    except OSError:  # a file is there, or the file system has no hard links
+        return False
+    os.unlink(partial)
+    return True
