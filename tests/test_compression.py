@@ -224,7 +224,7 @@ def test_eviction_is_real(model):
     assert kvzip.nbytes(cache) == cache.length * 2 * row + window + ids
     small = kvzip.compress(cache, 0.3)
     rows = small.kept + 2 * cache.start
-    metadata = rows * 4 + 3 * 4 + small.context[0].schedule.levels[0].bounds.untyped_storage().nbytes()
+    metadata = rows * 4 + 3 * 4 + small.context[0].schedule.cuts[0].bounds.untyped_storage().nbytes()
     assert kvzip.nbytes(small) == rows * row + window + ids + metadata
 
     dense = [weakref.ref(t) for kv in cache.layers[:1] for t in (kv.k.untyped_storage(), kv.v.untyped_storage())]

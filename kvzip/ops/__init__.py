@@ -1,14 +1,17 @@
 """The operations on tensors: each has a plain PyTorch reference and a Triton kernel of the same signature."""
 
 from kvzip.ops.append import append_
-from kvzip.ops.decode import DecodeSchedule, decode, decode_schedule, merge
-from kvzip.ops.linear import Norm, linear
+from kvzip.ops.decode import decode
+from kvzip.ops.linear import linear
+from kvzip.ops.merge import merge
 from kvzip.ops.norm import rms_norm
 from kvzip.ops.prune import prune
-from kvzip.ops.quantize import Channels, Quantized, dequantize, quantize, take_rows
+from kvzip.ops.quantize import dequantize, quantize, take_rows
 from kvzip.ops.rotary import rotary
+from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
+from kvzip.ops.types import Channels, DecodeSchedule, Norm, Quantized
 
 __all__ = [
     "Channels",

@@ -1,43 +1,14 @@
-"""Attention of new tokens over frozen ragged heads and a dense tail: contract, reference, schedule and merge."""
+"""Attention of new tokens over frozen ragged heads and a dense tail: contract and reference."""
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
-from kvzip.ops.quantize import Quantized, dequantize, take_rows
-
-Tail = tuple[Float[Tensor, "B H R D"], Float[Tensor, "B H R D"], Int32[Tensor, " B"]]
-
-_TILE = 64  # rows that a kernel takes at a time; a piece that ends within a tile costs a whole one
-_SHORTEST_PIECE = 2  # tiles; below this, merging partial results costs more than a longer loop
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Ragged heads cut into pieces of nearly equal length, whole tiles but for the end of a head.
-
-    bounds: (head, first row, row after the last) of each piece, head after head.
-    first: pieces first[h]:first[h + 1] belong to head h.
-    """
-
-    bounds: Int32[Tensor, "P 3"]
-    first: Int32[Tensor, " H1"]
-
-
-@dataclass(frozen=True)
-class DecodeSchedule:
-    """Pieces at several lengths, shortest first.
-
-    Few query rows need many short pieces to fill the device, many rows fill it with a few long ones, and every
-    piece costs a partial result per row. Which level is used depends on shapes only, never on values.
-    """
-
-    levels: tuple[Pieces, ...]  # at most eight pieces per processor, four, two, one, a half, ..., whole heads
-    processors: int
+from kvzip.ops.quantize import dequantize, take_rows
+from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 
 
 def decode(
@@ -50,7 +21,7 @@ def decode(
     softcap: float | None = None,
     window: int | None = None,
     schedule: DecodeSchedule | None = None,
-    tail: Tail | None = None,
+    tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """Returns attention over context and tail together, and the natural log-sum-exp of each row's logits.
 
@@ -93,7 +64,7 @@ def decode_reference(
     softcap: float | None = None,
     window: int | None = None,
     schedule: DecodeSchedule | None = None,
-    tail: Tail | None = None,
+    tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """Plain PyTorch `decode`, a head at a time; `schedule` changes nothing here."""
     bounds = offsets.tolist()
@@ -133,63 +104,6 @@ def decode_reference(
     return torch.stack(outs, 1).flatten(1, 2).to(q.dtype), torch.stack(lses, 1).flatten(1, 2)
 
 
-def decode_schedule(
-    offsets: Int32[Tensor, " H1"], *, processors: int | None = None, bounds: list[int] | None = None
-) -> DecodeSchedule:
-    """Returns how to cut heads that end at `offsets`; made once per layer of a cache.
-
-    Args:
-        processors: multiprocessors to fill; None asks the device of `offsets`, and takes 8 on a CPU.
-        bounds: the values of `offsets` where the host knows them; None reads them, which waits for the device.
-    """
-    if processors is None:
-        cuda = offsets.is_cuda
-        processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if cuda else 8
-    bounds = offsets.tolist() if bounds is None else bounds
-    targets = [8 * processors, 4 * processors, 2 * processors, processors]
-    while targets[-1] // 2 >= len(bounds):
-        targets.append(targets[-1] // 2)
-    targets.append(0)  # every head whole
-    parts = [part for target in targets for part in _cut(bounds, target)]
-    # one copy to the device for all; kernels want tables that start at multiples of 16 bytes
-    flat = [x for part in parts for x in (*part, *[0] * (-len(part) % 4))]
-    pieces = torch.tensor(flat, dtype=torch.int32).to(offsets.device).split([-(-len(part) // 4) * 4 for part in parts])
-    tables = [piece[: len(part)] for piece, part in zip(pieces, parts, strict=True)]
-    levels = zip(tables[::2], tables[1::2], strict=True)
-    return DecodeSchedule(tuple(Pieces(cut.view(-1, 3), first) for cut, first in levels), processors)
-
-
-def merge(
-    a: Float[Tensor, "*rows D"],
-    lse_a: Float[Tensor, "*rows"],
-    b: Float[Tensor, "*rows D"],
-    lse_b: Float[Tensor, "*rows"],
-) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
-    """Returns attention over two disjoint sets of keys from attention over each, with the log-sum-exp of both.
-
-    out = (e^lse_a a + e^lse_b b) / (e^lse_a + e^lse_b), in the dtype of `a`. (0, -inf) is the identity, and two
-    empty sets give it.
-    """
-    if use_triton(a):
-        from kvzip.ops.triton.decode import merge_triton as run
-    else:
-        run = merge_reference
-    return run(a, lse_a, b, lse_b)
-
-
-def merge_reference(
-    a: Float[Tensor, "*rows D"],
-    lse_a: Float[Tensor, "*rows"],
-    b: Float[Tensor, "*rows D"],
-    lse_b: Float[Tensor, "*rows"],
-) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
-    """Plain PyTorch `merge`."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    finite = lse.masked_fill(lse == -torch.inf, 0)
-    weight_a, weight_b = torch.exp(lse_a - finite)[..., None], torch.exp(lse_b - finite)[..., None]
-    return (weight_a * a + weight_b * b).to(a.dtype), lse
-
-
 def _rows(
     x: Float[Tensor, "N D"] | Quantized, start: int, stop: int, head: int, dtype: torch.dtype
 ) -> Float[Tensor, "n D"]:
@@ -199,30 +113,6 @@ def _rows(
     return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 
-def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
-    """Cuts heads into the shortest equal pieces of whole tiles of which there are at most `target`, or one per head.
-
-    Returns (head, first row, row after the last) of one piece after the other, and each head's first piece.
-    """
-    tiles = [-(-(stop - start) // _TILE) for start, stop in itertools.pairwise(bounds)]
-    target = max(target, sum(n > 0 for n in tiles))
-    low, high = _SHORTEST_PIECE, max(_SHORTEST_PIECE, *tiles)
-    while low < high:
-        middle = (low + high) // 2
-        if sum(-(-n // middle) for n in tiles) <= target:
-            high = middle
-        else:
-            low = middle + 1
-    pieces, first = [], [0]
-    for h, n in enumerate(tiles):
-        count = -(-n // low)
-        for i in range(count):
-            begin, end = bounds[h] + _TILE * (n * i // count), bounds[h] + _TILE * (n * (i + 1) // count)
-            pieces += [h, begin, min(end, bounds[h + 1])]
-        first.append(first[-1] + count)
-    return pieces, first
-
-
 def _check(
     q: Tensor,
     k: Tensor | Quantized,
@@ -230,7 +120,7 @@ def _check(
     offsets: Tensor,
     softcap: float | None,
     window: int | None,
-    tail: Tail | None,
+    tail: TailTensors | None,
 ) -> None:
     queries, query_heads, _, width = q.shape
     heads = len(offsets) - 1

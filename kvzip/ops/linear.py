@@ -1,24 +1,14 @@
 """A linear layer together with what stands before and after it in a transformer."""
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
 from kvzip.ops.norm import rms_norm_reference
+from kvzip.ops.types import Norm
 
 GATES = ("silu", "gelu_tanh")
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm of the input; see `rms_norm`."""
-
-    weight: Float[Tensor, " K"]
-    eps: float
-    offset: int = 0
 
 
 def linear(

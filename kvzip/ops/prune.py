@@ -1,17 +1,11 @@
 """Packs the kept pairs of one layer: head after head, in token order, nothing in between."""
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
-
-Packed = tuple[
-    Float[Tensor, "N D"],
-    Float[Tensor, "N D"],
-    Int32[Tensor, " H1"],  # H + 1
-    Int32[Tensor, " N"],
-]
+from kvzip.ops.types import Packed
 
 
 def prune(
@@ -30,7 +24,11 @@ def prune(
         or (in the reference) if `total` is wrong.
     """
     _check(k, v, keep, total)
-    return _op(k)(k, v, keep, total=total)
+    if use_triton(k):
+        from kvzip.ops.triton.prune import prune_triton as run
+    else:
+        run = prune_reference
+    return run(k, v, keep, total=total)
 
 
 def prune_reference(
@@ -42,14 +40,6 @@ def prune_reference(
     if total is not None and total != len(positions):
         raise ValueError(f"expected total to be the number of kept rows, {len(positions)}, got {total}: count `keep`")
     return k[keep], v[keep], offsets, positions
-
-
-def _op(k: Tensor):
-    if not use_triton(k):
-        return prune_reference
-    from kvzip.ops.triton.prune import prune_triton
-
-    return prune_triton
 
 
 def _check(k: Tensor, v: Tensor, keep: Tensor, total: int | None) -> None:

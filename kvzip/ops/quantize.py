@@ -1,48 +1,16 @@
 """Packs rows into 8 or 4 bits, with a scale and a zero for each group of values."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64, UInt8
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
+from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
 _ROWS_AT_ONCE = 1 << 18  # of float32 held while channels are taken out
-
-
-@dataclass(frozen=True)
-class Channels:
-    """What the D channels of each of H heads have in common: x = center[h] + spread[h] * rest.
-
-    Channels of keys differ by orders of magnitude, and a few are far from 0 in all rows; a row's 16 steps would be
-    spent on that. Spreads are powers of two, so that multiplying by one loses nothing.
-    """
-
-    center: Float32[Tensor, "H D"]
-    spread: Float32[Tensor, "H D"]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """N rows of D values: value[n, d] = zero[n, d // group] + scale[n, d // group] * code[n, d].
-
-    With 8 bits byte d is code d; with 4 bits byte i is code 2i in its high half and code 2i + 1 in its low half. With
-    `channels` that is the rest of the value, of which the center and spread of its head were taken out.
-    """
-
-    codes: UInt8[Tensor, "N P"]  # P = D * bits / 8
-    scale: Float[Tensor, "N Q"]  # Q = D / group; float16 or float32
-    zero: Float[Tensor, "N Q"]
-    bits: int
-    group: int
-    channels: Channels | None = None
-
-    @property
-    def width(self) -> int:
-        """Values of a row, D."""
-        return self.codes.shape[1] * 8 // self.bits
 
 
 def quantize(
@@ -82,17 +50,17 @@ def quantize(
     if offsets is None:
         if channels is not None:
             raise ValueError("expected offsets with channels, got none: they say which rows are which head's")
-        return _quantize_op(x)(x, bits=bits, group=group)
+        return _pack(x, bits, group)
     found = measure_channels(x, offsets) if channels is None else channels
     try:
         dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
-        return replace(_quantize_op(x)(_rest(x, offsets, found, dtype), bits=bits, group=group), channels=found)
+        return replace(_pack(_rest(x, offsets, found, dtype), bits, group), channels=found)
     except ValueError:  # raised for a rest that is not finite: x is not, or its spread overflows `dtype`
         if not x.isfinite().all():
             raise
     found = _widen(found, x, offsets) if channels is None else found
     rest = _rest(x, offsets, found, torch.float32, wide=torch.float64)
-    return replace(_quantize_op(x)(rest, bits=bits, group=group), channels=found)
+    return replace(_pack(rest, bits, group), channels=found)
 
 
 def dequantize(
@@ -106,11 +74,11 @@ def dequantize(
     Raises: ValueError for channels without offsets.
     """
     if q.channels is None:
-        return _dequantize_op(q.codes)(q, dtype=dtype)
+        return _unpack(q, dtype)
     if offsets is None:
         raise ValueError("expected offsets, got none: the rows have channels, and offsets say which head's")
     head = _heads(offsets, len(q.codes))
-    rest = _dequantize_op(q.codes)(q, dtype=torch.float32)
+    rest = _unpack(q, torch.float32)
     most = torch.finfo(dtype).max
     return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).clamp_(-most, most).to(dtype)
 
@@ -166,6 +134,22 @@ def _heads(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
     return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
 
 
+def _pack(x: Float[Tensor, "N D"], bits: int, group: int) -> Quantized:
+    if use_triton(x):
+        from kvzip.ops.triton.quantize import quantize_triton as run
+    else:
+        run = quantize_reference
+    return run(x, bits=bits, group=group)
+
+
+def _unpack(q: Quantized, dtype: torch.dtype) -> Float[Tensor, "N D"]:
+    if use_triton(q.codes):
+        from kvzip.ops.triton.quantize import dequantize_triton as run
+    else:
+        run = dequantize_reference
+    return run(q, dtype=dtype)
+
+
 def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:
     group = min(128, x.shape[1]) if group is None else group
     last = 2**bits - 1
@@ -200,32 +184,9 @@ def _part(zero: Float[Tensor, "N Q"]) -> Float32[Tensor, "N Q"]:
     return torch.where(zero.float() < DEEP, 0.5, 1.0)
 
 
-LARGEST = torch.finfo(torch.float32).max
-LEAST = 2.0**-149  # the smallest number above 0 in float32
-SMALL = 2.0**-110  # a group's span below which its scale may be rounded by more than an ulp
-DEEP = -(2.0**64)  # a group's least value above which its span cannot be beyond float32
-NOT_FINITE = "expected finite values, got inf or NaN: they have no scale; check the forward pass that made them"
-
-
 def _half_holds(scale: Float[Tensor, "N Q"], zero: Float[Tensor, "N Q"], last: int) -> bool:
     lost = (scale.half().float() - scale).abs() * last
     return bool(((zero.half().float() == zero) & (lost <= scale * 0.5)).all())
-
-
-def _quantize_op(x: Tensor):
-    if not use_triton(x):
-        return quantize_reference
-    from kvzip.ops.triton.quantize import quantize_triton
-
-    return quantize_triton
-
-
-def _dequantize_op(codes: Tensor):
-    if not use_triton(codes):
-        return dequantize_reference
-    from kvzip.ops.triton.quantize import dequantize_triton
-
-    return dequantize_triton
 
 
 def _check(x: Tensor, bits: int, group: int) -> None:

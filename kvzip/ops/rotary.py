@@ -63,11 +63,11 @@ def rotary_reference(
     eps: float = 0.0,
     offset: int = 0,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-    q, k, v = split(qkv, cos.shape[-1], kv_heads)
+    q, k, v = _split(qkv, cos.shape[-1], kv_heads)
     if cos.ndim == 3:  # positions differ by question: [B T D] beside [B H T D]
         cos, sin = cos[:, None], sin[:, None]
     if q_norm is None or k_norm is None:  # one after the other in memory: half as many operations
-        both = split(qkv, cos.shape[-1], 0)[0][:, :-kv_heads]
+        both = _split(qkv, cos.shape[-1], 0)[0][:, :-kv_heads]
         q, k = _rotate(both, cos, sin).split([q.shape[1], kv_heads], dim=1)
         return q, k, v
     q = rms_norm_reference(q, q_norm, eps=eps, offset=offset)
@@ -75,7 +75,7 @@ def rotary_reference(
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
-def split(
+def _split(
     qkv: Float[Tensor, "B T W"], width: int, kv_heads: int
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """Returns views of the queries, keys and values in a product of all three."""

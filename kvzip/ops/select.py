@@ -7,9 +7,7 @@ from jaxtyping import Bool, Float32, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
-
-Scores = Float32[Tensor, "L H E"] | list[Float32[Tensor, "_ _"]] | tuple[Float32[Tensor, "_ _"], ...]
-Mask = Bool[Tensor, "L H E"] | list[Bool[Tensor, "_ _"]]
+from kvzip.ops.types import Mask, Scores
 
 
 def select(scores: Scores, *, ratio: float, nan: Int32[Tensor, " 1"] | None = None) -> Mask:
@@ -43,7 +41,11 @@ def select_count(scores: Scores, *, count: int, nan: Int32[Tensor, " 1"] | None 
         raise ValueError(f"expected 0 <= count <= {total} (the number of scores), got {count}: ask for fewer")
     _check_devices(layers, nan)
     flag = _flag(layers) if nan is None else nan
-    mask = _count_op(scores)(scores, count=count, nan=flag)
+    if layers and use_triton(layers[0]):
+        from kvzip.ops.triton.select import select_count_triton as run
+    else:
+        run = select_count_reference
+    mask = run(scores, count=count, nan=flag)
     if nan is None:
         _raise_on_nan(flag)
     return mask
@@ -71,7 +73,11 @@ def select_uniform_count(
         raise ValueError(f"expected 0 <= count <= {scores.shape[-1]} (scores of a head), got {count}: ask for fewer")
     _check_devices([scores], nan)
     flag = _flag([scores]) if nan is None else nan
-    mask = _uniform_op(scores)(scores, count=count, nan=flag)
+    if use_triton(scores):
+        from kvzip.ops.triton.select import select_uniform_count_triton as run
+    else:
+        run = select_uniform_count_reference
+    mask = run(scores, count=count, nan=flag)
     if nan is None:
         _raise_on_nan(flag)
     return mask
@@ -105,23 +111,6 @@ def _ordered(scores: Float32[Tensor, "*shape"], nan: Int32[Tensor, " 1"] | None)
     if nan is not None:
         nan |= missing.any()
     return scores.masked_fill(missing, -torch.inf) + 0.0
-
-
-def _count_op(scores: Scores):
-    layers = _layers(scores)
-    if not layers or not use_triton(layers[0]):
-        return select_count_reference
-    from kvzip.ops.triton.select import select_count_triton
-
-    return select_count_triton
-
-
-def _uniform_op(scores: Tensor):
-    if not use_triton(scores):
-        return select_uniform_count_reference
-    from kvzip.ops.triton.select import select_uniform_count_triton
-
-    return select_uniform_count_triton
 
 
 def _layers(scores: Scores) -> Sequence[Tensor]:

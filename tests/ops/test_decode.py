@@ -9,22 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accuracy import assert_as_accurate
-from kvzip.ops.decode import (
-    DecodeSchedule,
-    decode,
-    decode_reference,
-    decode_schedule,
-    merge,
-    merge_reference,
-)
-from kvzip.ops.quantize import Channels, Quantized, dequantize, quantize
+from kvzip.ops import Channels, DecodeSchedule, Quantized, decode, decode_schedule, dequantize, merge, quantize
+from kvzip.ops.decode import decode_reference
+from kvzip.ops.merge import merge_reference
 
 pytest.importorskip("triton")
 
 from compiling import assert_fits, compile_launches
 
 from kvzip.ops.triton.common import interpreted
-from kvzip.ops.triton.decode import decode_triton, launch_config, merge_triton
+from kvzip.ops.triton.decode import decode_triton, launch_config
+from kvzip.ops.triton.merge import merge_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -307,19 +302,19 @@ def test_nothing_is_the_identity_of_merge(run):
 
 @given(
     lengths=st.lists(st.sampled_from([0, 0, 1, 127, 128, 129, 1000, 5000]), min_size=1, max_size=9),
-    processors=st.integers(1, 140),
+    sms=st.integers(1, 140),
 )
-def test_schedule_cuts_every_head_into_equal_pieces(lengths, processors):
+def test_schedule_cuts_every_head_into_equal_splits(lengths, sms):
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    levels = decode_schedule(offsets, processors=processors).levels
+    cuts = decode_schedule(offsets, processors=sms).cuts
     busy = sum(n > 0 for n in lengths)
-    for level, target in zip(levels, (8, 4, 2, 1), strict=False):
-        assert len(level.bounds) <= max(target * processors, busy)
-    assert len(levels[-1].bounds) == busy
-    for level in levels:
-        assert level.first[-1] == len(level.bounds)
+    for cut, target in zip(cuts, (8, 4, 2, 1), strict=False):
+        assert len(cut.bounds) <= max(target * sms, busy)
+    assert len(cuts[-1].bounds) == busy
+    for cut in cuts:
+        assert cut.first[-1] == len(cut.bounds)
         for h, n in enumerate(lengths):
-            pieces = level.bounds[level.first[h] : level.first[h + 1]].tolist()
+            pieces = cut.bounds[cut.first[h] : cut.first[h + 1]].tolist()
             rows = [row for _, start, stop in pieces for row in range(start, stop)]
             assert rows == list(range(int(offsets[h]), int(offsets[h]) + n))
             sizes = [stop - start for _, start, stop in pieces]
@@ -331,9 +326,9 @@ def test_schedule_cuts_every_head_into_equal_pieces(lengths, processors):
 def test_every_level_of_a_schedule_gives_the_same_attention():
     inputs = make(3, 1, 3, 2, 1, 64, [900, 0, 300], 0, torch.float32)
     schedule = decode_schedule(inputs["offsets"], processors=4)
-    assert len({len(level.bounds) for level in schedule.levels}) > 1
-    for level in schedule.levels:
-        check_kernel(inputs, DecodeSchedule((level,) * 4, 10**6), scale=0.125)
+    assert len({len(cut.bounds) for cut in schedule.cuts}) > 1
+    for cut in schedule.cuts:
+        check_kernel(inputs, DecodeSchedule((cut,) * 4, 10**6), scale=0.125)
 
 
 def test_many_rows_take_several_programs():
@@ -392,8 +387,7 @@ def test_what_does_not_fit_raises(change, message):
 
 COMPILE = """
 import torch
-from kvzip.ops.decode import decode_schedule
-from kvzip.ops.quantize import Channels, Quantized
+from kvzip.ops import Channels, Quantized, decode_schedule
 from kvzip.ops.triton import decode as module
 module.overlaps_launches = lambda x: {capability} >= 90
 def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):

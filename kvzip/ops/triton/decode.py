@@ -8,8 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from kvzip.ops.decode import DecodeSchedule, Pieces, Tail, decode_schedule
-from kvzip.ops.quantize import Quantized
+from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.triton.common import (
     LOG2_E,
     check_rows,
@@ -23,6 +22,7 @@ from kvzip.ops.triton.common import (
 )
 from kvzip.ops.triton.decode_codes import codes_piece, prefetch_rows
 from kvzip.ops.triton.decode_rows import rows_piece
+from kvzip.ops.types import DecodeSchedule, Quantized, Splits, TailTensors
 
 _TAIL_PIECE = 256  # rows of a tail that a program takes, times the programs that share them
 
@@ -78,7 +78,7 @@ def decode_triton(
     softcap: float | None = None,
     window: int | None = None,
     schedule: DecodeSchedule | None = None,
-    tail: Tail | None = None,
+    tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` by two launches whose sizes follow from shapes and the schedule alone.
 
@@ -107,13 +107,13 @@ def decode_triton(
     return launch(q, k, v, offsets, scale, softcap, window, pieces, tail, config, overlap)
 
 
-def choose_level(schedule: DecodeSchedule, config: Launch, rows: int) -> Pieces:
+def choose_level(schedule: DecodeSchedule, config: Launch, rows: int) -> Splits:
     """The longest pieces that still make four programs per processor; else as many as run at once.
 
     `DecodeSchedule` has the levels: eight pieces per processor first, then half as many each.
     """
-    levels = schedule.levels[4 - config.pieces.bit_length() :]
-    programs = max(4, 2 * config.pieces) * schedule.processors
+    levels = schedule.cuts[4 - config.pieces.bit_length() :]
+    programs = max(4, 2 * config.pieces) * schedule.sms
     enough = [level for level in levels if len(level.bounds) * triton.cdiv(rows, config.block_m) >= programs]
     return enough[-1] if enough else levels[0]
 
@@ -126,8 +126,8 @@ def launch(
     scale: float,
     softcap: float | None,
     window: int | None,
-    pieces: Pieces,
-    tail: Tail | None,
+    pieces: Splits,
+    tail: TailTensors | None,
     config: Launch,
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -362,49 +362,3 @@ def _combine_kernel(
     acc = acc / tl.where(total == 0, 1.0, total)
     tl.store(out_ptr + place * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
     tl.store(lse_ptr + place, peak + tl.log(total), mask=tl.program_id(2) == 0)
-
-
-def merge_triton(
-    a: Float[Tensor, "*rows D"],
-    lse_a: Float[Tensor, "*rows"],
-    b: Float[Tensor, "*rows D"],
-    lse_b: Float[Tensor, "*rows"],
-) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
-    """`merge` in one pass: reads a and b once, writes once."""
-    width = a.shape[-1]
-    out, lse = (
-        torch.empty(a.shape, dtype=a.dtype, device=a.device),
-        torch.empty_like(lse_a, memory_format=torch.contiguous_format),
-    )
-    a, lse_a, b, lse_b = (x.contiguous() for x in (a, lse_a, b, lse_b))
-    if out.numel():
-        block = 16
-        _merge_kernel[(triton.cdiv(lse.numel(), block),)](
-            a, lse_a, b, lse_b, out, lse, lse.numel(),
-            D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return out, lse
-
-
-@triton.jit
-@no_type_check
-def _merge_kernel(
-    a_ptr, lse_a_ptr, b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    lse_a = tl.load(lse_a_ptr + row, mask=row < rows, other=0)
-    lse_b = tl.load(lse_b_ptr + row, mask=row < rows, other=0)
-    peak = tl.maximum(lse_a, lse_b)
-    floor = tl.where(peak == float("-inf"), 0.0, peak)
-    weight_a, weight_b = tl.exp2((lse_a - floor) * LOG2_E), tl.exp2((lse_b - floor) * LOG2_E)
-    total = weight_a + weight_b
-    share = 1 / tl.where(total == 0, 1.0, total)
-    at = row[:, None] * D + d[None, :]
-    live = (row < rows)[:, None] & (d < D)[None, :]
-    a = tl.load(a_ptr + at, mask=live, other=0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=live, other=0).to(tl.float32)
-    out = a * (weight_a * share)[:, None] + b * (weight_b * share)[:, None]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
-    tl.store(lse_ptr + row, peak + tl.log(total), mask=row < rows)

@@ -9,9 +9,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.linear import Norm
 from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, overlaps_launches, tanh
 from kvzip.ops.triton.norm import rms_norm_triton
+from kvzip.ops.types import Norm
 
 
 class Launch(NamedTuple):

@@ -17,6 +17,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvzip.ops.types import Packed
+
 BLOCK_S = 4096  # columns of the mask that one program counts and places
 
 
@@ -27,7 +29,7 @@ def launch_config(D: int) -> tuple[int, int]:
 
 def prune_triton(
     k: Float[Tensor, "H S D"], v: Float[Tensor, "H S D"], keep: Bool[Tensor, "H S"], *, total: int | None = None
-):
+) -> Packed:
     H, S, D = k.shape
     device = k.device
     offsets = torch.zeros(H + 1, dtype=torch.int32, device=device)

@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.quantize import DEEP, LEAST, NOT_FINITE, SMALL, Quantized
+from kvzip.ops.types import DEEP, LEAST, NOT_FINITE, SMALL, Quantized
 
 INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # places of the flags
 

@@ -8,7 +8,6 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.rotary import split
 from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, overlaps_launches
 
 
@@ -45,7 +44,7 @@ def rotary_triton(
             OVERLAP=overlap, num_warps=min(max(block_h * block_d // 256, 1), 4), enable_fp_fusion=True,
             **launch_options(overlap),
         )  # fmt: skip
-    return q, k, split(qkv, width, kv_heads)[2]
+    return q, k, qkv.unflatten(2, (-1, width)).transpose(1, 2)[:, heads + kv_heads :]
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows"])

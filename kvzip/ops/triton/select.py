@@ -34,6 +34,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
+from kvzip.ops.types import Mask, Scores
+
 BINS = tl.constexpr(2**13)
 COLUMNS = tl.constexpr(128)  # of the histogram when it is searched, first by rows
 BLOCK, WARPS = 4096, 8  # scores of one program, and its warps
@@ -41,7 +43,7 @@ FULL_ROUNDS = 4
 BELOW, BEYOND, ABOVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # columns of a state, see `begin`
 
 
-def select_count_triton(scores, *, count: int, nan: Int32[Tensor, " 1"] | None = None):
+def select_count_triton(scores: Scores, *, count: int, nan: Int32[Tensor, " 1"] | None = None) -> Mask:
     if isinstance(scores, Tensor):
         return _select(scores.reshape(1, -1), count, nan).view(scores.shape)
     flat = torch.cat([layer.reshape(-1) for layer in scores])

@@ -1,0 +1,90 @@
+"""The data that ops take and give, and the numbers that a reference and its kernel share."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
+from torch import Tensor
+
+TailTensors = tuple[Float[Tensor, "B H R D"], Float[Tensor, "B H R D"], Int32[Tensor, " B"]]
+"""Keys, values and lengths of the new tokens of one layer."""
+
+Packed = tuple[Float[Tensor, "N D"], Float[Tensor, "N D"], Int32[Tensor, " H1"], Int32[Tensor, " N"]]
+"""Kept keys and values, their heads' offsets (H + 1) and their positions."""
+
+Scores = Float32[Tensor, "L H E"] | list[Float32[Tensor, "_ _"]] | tuple[Float32[Tensor, "_ _"], ...]
+Mask = Bool[Tensor, "L H E"] | list[Bool[Tensor, "_ _"]]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm of the input; see `rms_norm`."""
+
+    weight: Float[Tensor, " K"]
+    eps: float
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What the D channels of each of H heads have in common: x = center[h] + spread[h] * rest.
+
+    Channels of keys differ in size by orders of magnitude, and a few are far from 0 in every row: without this, most of
+    the 16 steps of a row in 4 bits would go to those few. Spreads are powers of two, so multiplying by one is exact.
+    """
+
+    center: Float32[Tensor, "H D"]
+    spread: Float32[Tensor, "H D"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """N rows of D values: value[n, d] = zero[n, d // group] + scale[n, d // group] * code[n, d].
+
+    With 8 bits byte d is code d; with 4 bits byte i is code 2i in its high half and code 2i + 1 in its low half. With
+    `channels` these are the rests of the values: see `Channels`.
+    """
+
+    codes: UInt8[Tensor, "N P"]  # P = D * bits / 8
+    scale: Float[Tensor, "N Q"]  # Q = D / group; float16 or float32
+    zero: Float[Tensor, "N Q"]
+    bits: int
+    group: int
+    channels: Channels | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of a row, D."""
+        return self.codes.shape[1] * 8 // self.bits
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Ragged heads cut into splits of nearly equal length, in whole tiles except at the end of a head.
+
+    bounds: (head, first row, row after the last) of each split, head after head.
+    first: splits first[h]:first[h + 1] belong to head h.
+    """
+
+    bounds: Int32[Tensor, "P 3"]
+    first: Int32[Tensor, " H1"]
+
+
+@dataclass(frozen=True)
+class DecodeSchedule:
+    """Several ways to cut the same heads, the shortest splits first.
+
+    A few query rows need many short splits to fill the device; many rows fill it with a few long ones, and every
+    split costs a partial result per row. Which way is taken depends on shapes only, never on values.
+    """
+
+    cuts: tuple[Splits, ...]  # at most eight splits per SM, four, two, one, a half, ..., whole heads
+    sms: int
+
+
+# Of `quantize`, whose reference and kernel give the same bits:
+LARGEST = torch.finfo(torch.float32).max
+LEAST = 2.0**-149  # the smallest number above 0 in float32
+SMALL = 2.0**-110  # a group's span below which rounding may change its scale by more than an ulp
+DEEP = -(2.0**64)  # while a group's least value is above this, its span is within float32
+NOT_FINITE = "expected finite values, got inf or NaN: they have no scale; check the forward pass that made them"
