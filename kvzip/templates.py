@@ -16,7 +16,7 @@ from jinja2.utils import Namespace
 PINNED_DATE = datetime.date(2024, 7, 26)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: `prompts.render` keeps what it made of each
 class ChatTemplate:
     """A checkpoint's jinja chat template, its named tokens, and variables for it (`enable_thinking`, `date_string`)."""
 

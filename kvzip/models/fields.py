@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import LARGEST, MOST_LAYERS, Activation, check_integer, check_number
+from .config import LARGEST, Activation, check_integer, check_number
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -35,11 +35,6 @@ def read_integer(raw: Mapping[str, Any], key: str, *, low: int = 1, high: int = 
     if raw.get(key) is None:
         raise ValueError(f"expected {key!r} in config.json, got no such field: is this a complete HF config?")
     return check_integer(key, raw[key], low=low, high=high)
-
-
-def read_layer_count(raw: Mapping[str, Any]) -> int:
-    """Returns `num_hidden_layers`, small enough to make a list of."""
-    return read_integer(raw, "num_hidden_layers", high=MOST_LAYERS)
 
 
 def read_flag(raw: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
