@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Activation] = {
 def with_defaults(
     raw: Mapping[str, Any], defaults: Mapping[str, Any], *, nullable: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Returns the fields of a config over its class's defaults. Null counts as absent, but for `nullable` ones."""
+    """Returns a class's defaults, replaced by the config's fields. Null counts only in `nullable` fields."""
     return {**defaults, **{key: value for key, value in raw.items() if value is not None or key in nullable}}
 
 
@@ -75,9 +75,9 @@ def read_windows(
 
     Args:
         window: the tokens of a sliding layer, None if the file gives none.
-        fixed: the class in Transformers has no layer types: it does as `default` says whatever the file does.
+        fixed: the class in Transformers ignores `layer_types`, so that a file must agree with `default`.
 
-    Raises: ValueError for an unknown layer type, a list of another length, or one that says what is not done.
+    Raises: ValueError for an unknown layer type, a list of another length, or one that disagrees with a fixed default.
     """
     types = default if raw.get("layer_types") is None else raw["layer_types"]
     if not isinstance(types, list) or len(types) != len(default):

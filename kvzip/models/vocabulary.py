@@ -1,6 +1,6 @@
 """The tokenizer, chat template and stop tokens of a directory, merged from its files as AutoTokenizer merges them.
 
-Where two files say something of one token, it is decided here which counts; `prompts` uses what comes out.
+Several files may describe one token; which of them counts is decided here.
 Source: `PreTrainedTokenizerBase.from_pretrained` and `AutoTokenizer` of Transformers 5.
 """
 
@@ -87,7 +87,7 @@ _REGISTERED = {name: "Qwen2Tokenizer" for name in ("qwen2", "qwen3")} | {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a directory says of its tokens. `names` are `bos_token` and the like, as its chat template sees them."""
+    """A directory's tokenizer and chat template; `names` are its `bos_token` and the like, which templates may use."""
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
@@ -106,7 +106,7 @@ def read_vocabulary(
 
     Args:
         config: its parsed config.json.
-        rows: of the embedding; a text that needs a token beyond them is refused when it is encoded.
+        rows: of the embedding; encoding a text that needs a token beyond them is an error.
         template: jinja source in place of the directory's chat template.
         options: variables for the template.
 
@@ -149,8 +149,8 @@ def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     """Returns every token that ends an answer: those of generation_config.json and of config.json, the tokenizer's end
     of sequence, and what the chat template puts behind an answer.
 
-    Transformers takes the first file that names one, so that with a fine-tune whose generation_config.json is still its
-    base model's an answer runs past the end of its turn.
+    Transformers takes only the first file that names one. Some fine-tunes keep the generation_config.json of their base
+    model, and there an answer would run past the end of its turn.
 
     Raises: ValueError for an end that is no token id, or a text_config that is no object.
     """
@@ -189,7 +189,7 @@ def _merge(
     """Named tokens, further special tokens, and added tokens in the order of their ids."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named: dict[str, Any] = dict(defaults) | _named(settings)
-    # names that are no standard ones come last
+    # other names than the standard ones come last
     own = {name: named.pop(name) for name in [*named] if name not in _NAMES and isinstance(named[name], str)}
     if isinstance(extra, Mapping):
         own, extra = own | dict(extra), settings.get("additional_special_tokens") or []
@@ -258,7 +258,7 @@ def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None
     if path.exists():
         return path.read_text(encoding="utf-8")
     if any(named.glob("*.jinja")):
-        return None  # named ones in files, and none of them the default
+        return None  # named templates, none of which is the default
     source = settings.get("chat_template")
     if isinstance(source, list):  # several named templates
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
