@@ -1,5 +1,5 @@
 # make demo [MODEL=directory or hub id]   compress a document on real weights
-# make test                               all tests
+# make test                               all tests, and the ten that took longest
 # make lint                               ruff and pyright
 #
 # Each sets up .venv with what it needs, the first time and whenever pyproject.toml changes.
@@ -21,9 +21,10 @@ WORKERS ?= 2
 demo: $(VENV)/.demo
 	$(RUN) examples/demo.py $(MODEL)
 
-# one thread per worker: more of them would wait for each other
+# One thread per worker: more of them would wait for each other. A worker that is done takes tests from the other's end
+# (worksteal), so that neighbors, which share what a fixture builds, stay on one worker.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal --durations=10
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

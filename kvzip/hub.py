@@ -1,4 +1,4 @@
-"""Where a model is: a directory, or a name on the hub. Without torch, so that a wrong name is known at once."""
+"""Finds a model's directory, or fetches it from the hub. Imports no torch, so that a wrong name is reported at once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
     """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
 
     Args:
-        local_only: fetches nothing: a hub id is then what the hub's cache on this machine has of it.
+        local_only: fetch nothing; a hub id must be in the hub's cache on this machine.
 
     Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
     """

@@ -1,4 +1,4 @@
-"""Chat templates: programs in jinja that come with a checkpoint, run with what Transformers provides and no more."""
+"""Chat templates: jinja programs that come with a checkpoint, run with the functions that Transformers provides."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ from jinja2.utils import Namespace
 PINNED_DATE = datetime.date(2024, 7, 26)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: `prompts.render` keeps what it made of each
 class ChatTemplate:
     """A checkpoint's jinja chat template, its named tokens, and variables for it (`enable_thinking`, `date_string`)."""
 
@@ -44,7 +44,7 @@ def write(template: ChatTemplate, messages: list[dict[str, str]]) -> str:
 
 
 def literals(template: ChatTemplate) -> str:
-    """Returns the text that a template's source holds to be written, piece by piece; empty for one that is no jinja."""
+    """Returns the literal texts in a template's source, joined by NUL; empty for a source that is no jinja."""
     try:
         tree = _environment().parse(template.source)
     except TemplateError:
@@ -67,7 +67,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-# What chat templates may count on: tags, variables and functions that Transformers provides.
+# The tags, variables and functions that Transformers provides.
 
 
 class _Answers(Extension):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
 
 import pytest
 import torch
@@ -40,3 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """A small random model of three layers, of which the second has a window."""
+    import random_model  # which imports kvzip: not before jaxtyping's import hook stands
+
+    return random_model.make(random_model.config(windows=(None, 6, None)))
+
+
+@pytest.fixture(scope="module")
+def scored(model: Any, request: pytest.FixtureRequest) -> Any:
+    """The scored cache of a module's TEXT."""
+    import kvzip
+
+    return kvzip.score(model, kvzip.prefill(model, request.module.TEXT))

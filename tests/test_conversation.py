@@ -27,6 +27,12 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
+def wide(model):
+    """The same model in float64."""
+    return replace(random_model.make(model.config, dtype=torch.float64), stop_ids=())
+
+
+@pytest.fixture(scope="module")
 def caches(model):
     dense = kvzip.score(model, kvzip.prefill(model, TEXT))
     ragged = kvzip.compress(dense, 0.4)
@@ -48,13 +54,19 @@ def text_of(model, ids):
     return model.tokenizer.control.decode(ids.tolist(), skip_special_tokens=False)
 
 
+def passed(model, held, ids, used):
+    """Keys and values [2 L H T D] that a plain forward pass over the held pairs gives these tokens."""
+    run = plain_cache.run(model, held, ids, used)
+    return torch.stack([torch.stack(run.k), torch.stack(run.v)])
+
+
 def answers(model, cache, count=6):
     return kvzip.generate(model, cache, QUERIES, max_tokens=count)
 
 
 @settings(max_examples=10)
 @given(kind=KINDS, text=TEXTS)
-def test_extend_adds_what_a_forward_pass_over_the_held_pairs_gives(model, caches, kind, text):
+def test_extend_adds_what_a_forward_pass_over_the_held_pairs_gives(model, wide, caches, kind, text):
     cache = caches[kind]
     before = plain_cache.read(cache)
     longer = kvzip.extend(model, cache, text, chunk=7)
@@ -62,27 +74,32 @@ def test_extend_adds_what_a_forward_pass_over_the_held_pairs_gives(model, caches
     ids = model.tokenizer.text.encode(text).ids
     used = len(cache.token_ids)
     assert torch.equal(longer.token_ids, torch.cat([cache.token_ids, torch.tensor(ids)]))
-    expected = plain_cache.run(model, before, ids, used)
-    for layer, heads in enumerate(after):
-        for head, rows in enumerate(heads):
-            assert list(rows)[-len(ids) :] == list(range(used, used + len(ids)))
-            new = [rows.pop(position) for position in range(used, used + len(ids))]
-            assert rows == before[layer][head], "what was held stays, bit for bit"
-            for part, plain in enumerate((expected.k[layer][head], expected.v[layer][head])):
-                torch.testing.assert_close(torch.tensor([row[part] for row in new]), plain, rtol=1e-4, atol=1e-4)
+    new = list(range(used, used + len(ids)))
+    assert all(list(rows)[-len(ids) :] == new for heads in after for rows in heads)
+    added = torch.tensor([[[rows.pop(position) for position in new] for rows in heads] for heads in after])
+    assert after == before, "what was held stays, bit for bit"
+    exact, plain = (passed(m, before, ids, used) for m in (wide, model))
+    assert_as_accurate(added.permute(3, 0, 1, 2, 4), exact, plain)  # from [L H T 2 D]
     assert plain_cache.read(cache) == before, "the old cache is left as it was"
 
 
 @settings(max_examples=10)
 @given(kind=KINDS, text=TEXTS, data=st.data())
-def test_extend_in_two_steps_is_one(model, caches, kind, text, data):
+def test_extend_in_two_steps_is_one(model, wide, caches, kind, text, data):
     cut = data.draw(st.integers(1, len(text) + 1))
     text = text + "!!"
     once = kvzip.extend(model, caches[kind], text)
     twice = kvzip.extend(model, kvzip.extend(model, caches[kind], text[:cut]), text[cut:])
     assert torch.equal(once.token_ids, twice.token_ids)
-    for a, b in zip((*once.tail.k, *once.tail.v), (*twice.tail.k, *twice.tail.v), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    used = len(caches[kind].token_ids)
+    ids = once.token_ids[used:].tolist()
+    stop = used - caches[kind].context_length + len(ids)
+    exact = passed(wide, plain_cache.read(caches[kind]), ids, used)
+    new_twice, new_once = (
+        torch.stack([torch.stack([x[0, :, stop - len(ids) : stop] for x in part]) for part in (c.tail.k, c.tail.v)])
+        for c in (twice, once)
+    )
+    assert_as_accurate(new_twice, exact, new_once)
 
 
 @pytest.mark.parametrize("kind", ["dense", "ragged", "int4"])
@@ -262,7 +279,7 @@ def plain_scores(model, cache, *, chunk):
 
 
 @pytest.mark.parametrize("kind", ["ragged", "int4", "folded"])
-def test_a_tail_is_scored_as_score_does_a_context(model, caches, kind, monkeypatch):
+def test_a_tail_is_scored_as_score_does_a_context(model, wide, caches, kind, monkeypatch):
     cache = kvzip.ask(model, caches[kind], QUERIES[1], max_tokens=10)[1]
     found = []
     select = kvzip.ops.select
@@ -273,7 +290,6 @@ def test_a_tail_is_scored_as_score_does_a_context(model, caches, kind, monkeypat
 
     monkeypatch.setattr(kvzip.ops, "select", spy)
     kvzip.fold(model, cache, 0.5, chunk=17)
-    wide = replace(random_model.make(model.config, dtype=torch.float64), stop_ids=())
     exact, plain = (plain_scores(m, cache, chunk=17) for m in (wide, model))
     assert_as_accurate(found[0], exact, plain)
 

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as data that checks itself."""
+"""The shape and arithmetic of a decoder-only transformer, as data that checks itself."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 
 LARGEST = 2**31 - 1
-"""Of any size or length: rows and positions are counted in 32 bits."""
+"""The largest size or length: rows and positions are counted in 32 bits."""
 MOST_LAYERS = 10_000
 ROPE = "the RoPE parameters (of config.json, or rope=)"
 
-_HF_KEYS = {  # of ModelConfig's fields that config.json calls otherwise
+_HF_KEYS = {  # fields of ModelConfig with another name in config.json
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "norm_eps": "rms_norm_eps",
@@ -23,7 +23,7 @@ _HF_KEYS = {  # of ModelConfig's fields that config.json calls otherwise
 
 
 def check_integer(key: str, value: Any, *, low: int = 1, high: int = LARGEST, where: str = "config.json") -> int:
-    """Returns the value. Raises ValueError that names the key unless it is an int from low to high, no bool."""
+    """Returns the value. Raises ValueError that names the key unless it is an int (not a bool) from low to high."""
     if type(value) is not int or not low <= value <= high:
         raise ValueError(
             f"expected {key} in {where} to be a whole number from {low} to {high}, got {_shown(value)}: correct it"
@@ -44,7 +44,7 @@ def check_number(key: str, value: Any, *, above: float = -math.inf, where: str =
 
 
 def _shown(value: Any) -> str:
-    """A value of a file in a few characters: an int of thousands of digits cannot even be printed."""
+    """A value of a file in a few characters. Python refuses to print an int of thousands of digits."""
     if type(value) is int and abs(value) > LARGEST**2:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
@@ -57,7 +57,7 @@ class RopeSpec:
 
     Lengths are in tokens. `attention_factor` multiplies cos and sin (YaRN; 1 otherwise).
 
-    Raises: ValueError that names, as config.json does, a field that cannot be.
+    Raises: ValueError for an impossible value; it names the field as config.json does.
     """
 
     theta: float
@@ -93,7 +93,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs by layer. With a window, query i sees key j iff 0 <= i - j < window."""
+    """What differs from layer to layer. With a window, query i sees key j iff 0 <= i - j < window."""
 
     window: int | None
     rope: RopeSpec
@@ -107,10 +107,10 @@ class LayerSpec:
 class ModelConfig:
     """Everything the forward pass needs to know besides weights.
 
-    `max_length` is the number of positions the model was made for; `warn_length` the part of it that needs an
-    attention we do not implement (dual chunk attention), beyond which one warning is logged.
+    `max_length` is the number of positions that the model was made for. Positions beyond `warn_length` need dual chunk
+    attention, which kvzip does not implement; a warning is logged once for them.
 
-    Raises: ValueError that names, as config.json does, a field that cannot be.
+    Raises: ValueError for an impossible value; it names the field as config.json does.
     """
 
     family: str

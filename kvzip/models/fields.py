@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import LARGEST, MOST_LAYERS, Activation, check_integer, check_number
+from .config import LARGEST, Activation, check_integer, check_number
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Activation] = {
 def with_defaults(
     raw: Mapping[str, Any], defaults: Mapping[str, Any], *, nullable: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Returns the fields of a config over its class's defaults. Null counts as absent, but for `nullable` ones."""
+    """Returns a class's defaults, replaced by the config's fields. Null counts only in `nullable` fields."""
     return {**defaults, **{key: value for key, value in raw.items() if value is not None or key in nullable}}
 
 
@@ -35,11 +35,6 @@ def read_integer(raw: Mapping[str, Any], key: str, *, low: int = 1, high: int = 
     if raw.get(key) is None:
         raise ValueError(f"expected {key!r} in config.json, got no such field: is this a complete HF config?")
     return check_integer(key, raw[key], low=low, high=high)
-
-
-def read_layer_count(raw: Mapping[str, Any]) -> int:
-    """Returns `num_hidden_layers`, small enough to make a list of."""
-    return read_integer(raw, "num_hidden_layers", high=MOST_LAYERS)
 
 
 def read_flag(raw: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
@@ -80,9 +75,9 @@ def read_windows(
 
     Args:
         window: the tokens of a sliding layer, None if the file gives none.
-        fixed: the class in Transformers has no layer types: it does as `default` says whatever the file does.
+        fixed: the class in Transformers ignores `layer_types`, so that a file must agree with `default`.
 
-    Raises: ValueError for an unknown layer type, a list of another length, or one that says what is not done.
+    Raises: ValueError for an unknown layer type, a list of another length, or one that disagrees with a fixed default.
     """
     types = default if raw.get("layer_types") is None else raw["layer_types"]
     if not isinstance(types, list) or len(types) != len(default):

@@ -1,22 +1,14 @@
 """Gemma 2 and Gemma 3 text models: HF `config.json` to ModelConfig, HF tensor names to our fields."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from .config import LayerSpec, ModelConfig, check_number
-from .fields import (
-    read_activation,
-    read_cap,
-    read_flag,
-    read_integer,
-    read_layer_count,
-    read_mapping,
-    read_windows,
-    reject,
-    with_defaults,
-)
+from .config import ModelConfig, check_number
+from .fields import read_cap, read_flag, read_integer, read_mapping, reject, with_defaults
 from .llama import LAYER_NAMES as LLAMA_NAMES
-from .rope_fields import FULL, SLIDING, Parameters, gemma3_rope, read_ropes, shared_rope
+from .llama import plain_decoder
+from .rope_fields import Parameters, gemma3_rope, shared_rope
 
 LAYER_NAMES = {
     **LLAMA_NAMES,
@@ -77,37 +69,30 @@ def translate_gemma3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = No
 
 
 def _gemma(
-    raw: Mapping[str, Any], parameters: Mapping[str, Parameters], *, family: str, qk_norm: bool, period: int
+    raw: Mapping[str, Any], ropes: Mapping[str, Parameters], *, family: str, qk_norm: bool, period: int
 ) -> ModelConfig:
+    """A Llama with other norms, scales and softcaps, in which all but every `period`-th layer have a window."""
     reject(raw, use_bidirectional_attention=(None, False))
-    count = read_layer_count(raw)
-    bias, hidden = read_flag(raw, "attention_bias"), read_integer(raw, "hidden_size")
-    windows = read_windows(
+    bias = read_flag(raw, "attention_bias")
+    config = plain_decoder(
         raw,
-        default=[FULL if (i + 1) % period == 0 else SLIDING for i in range(count)],
-        window=None if raw["sliding_window"] is None else read_integer(raw, "sliding_window"),
-    )
-    specs, max_length = read_ropes(parameters, max_length=read_integer(raw, "max_position_embeddings"))
-    return ModelConfig(
+        ropes,
         family=family,
-        vocab_size=read_integer(raw, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=read_integer(raw, "intermediate_size"),
-        num_heads=read_integer(raw, "num_attention_heads"),
-        num_kv_heads=read_integer(raw, "num_key_value_heads"),
-        head_dim=read_integer(raw, "head_dim"),
-        layers=tuple(LayerSpec(window=w, rope=specs[SLIDING if w else FULL]) for w in windows),
-        norm_eps=check_number("rms_norm_eps", raw["rms_norm_eps"], above=0.0),
-        norm_offset=1,
-        activation=read_activation(raw, "hidden_activation", "gelu_pytorch_tanh"),
-        embed_scale=hidden**0.5,
-        attn_scale=check_number("query_pre_attn_scalar", raw["query_pre_attn_scalar"], above=0.0) ** -0.5,
-        attn_softcap=read_cap(raw, "attn_logit_softcapping"),
-        logit_softcap=read_cap(raw, "final_logit_softcapping"),
-        max_length=max_length,
-        tied=read_flag(raw, "tie_word_embeddings"),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=qk_norm,
+        window=None if raw["sliding_window"] is None else read_integer(raw, "sliding_window"),
+        windowed=lambda layer: (layer + 1) % period != 0,
+        layer_types=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+    )
+    return replace(
+        config,
+        norm_offset=1,
+        embed_scale=config.hidden_size**0.5,
+        attn_scale=check_number("query_pre_attn_scalar", raw["query_pre_attn_scalar"], above=0.0) ** -0.5,
+        attn_softcap=read_cap(raw, "attn_logit_softcapping"),
+        logit_softcap=read_cap(raw, "final_logit_softcapping"),
         post_norms=True,
+        warn_length=None,
     )

@@ -1,7 +1,7 @@
-"""What a model is, in a few characters: an explicit list of what changes its arithmetic, and samples of its checkpoint.
+"""A model's identity: a digest of the config fields that change its arithmetic and of samples of its checkpoint.
 
-Samples are taken of each checkpoint tensor as it is stored, under its name below the decoder's wrapper, before it is
-stacked, cast, sharded or packed: whoever can read the checkpoint's tensors, in any order, gets the same digest.
+Samples are taken of each tensor as it is stored, under its name without the decoder's wrapper, before it is stacked,
+cast, sharded or packed. So everyone who can read the checkpoint's tensors gets the same digest, in any order.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _ARITHMETIC = (
     *("norm_eps", "norm_offset", "activation", "embed_scale", "attn_scale", "attn_softcap", "logit_softcap"),
     *("qkv_bias", "o_bias", "qk_norm", "post_norms"),
 )
-"""Of ModelConfig, besides windows and RoPE. A head tied to the embedding or equal to it is the same arithmetic."""
+"""Fields of ModelConfig, besides windows and RoPE. `tied` is left out: the checkpoint's digest covers it."""
 
 _ROPE = {
     "default": ("theta",),

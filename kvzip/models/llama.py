@@ -1,20 +1,11 @@
 """Llama 3, 3.1, 3.2: HF `config.json` to ModelConfig, HF tensor names to our fields."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .config import LayerSpec, ModelConfig, check_number
-from .fields import (
-    read_activation,
-    read_flag,
-    read_integer,
-    read_layer_count,
-    read_mapping,
-    read_windows,
-    reject,
-    with_defaults,
-)
-from .rope_fields import FULL, SLIDING, read_ropes, shared_rope
+from .config import MOST_LAYERS, LayerSpec, ModelConfig, check_number
+from .fields import read_activation, read_flag, read_integer, read_mapping, read_windows, reject, with_defaults
+from .rope_fields import FULL, SLIDING, Parameters, read_ropes, shared_rope
 
 LAYER_NAMES = {
     "attn_norm": ("input_layernorm.weight",),
@@ -30,8 +21,7 @@ LAYER_NAMES = {
 }
 """Field of LayerWeights -> the HF tensors stacked in it, names below `model.layers.N.`"""
 
-
-_LLAMA_DEFAULTS = {
+_DEFAULTS = {  # of the HF class
     "vocab_size": 32_000,
     "hidden_size": 4096,
     "intermediate_size": 11_008,
@@ -44,45 +34,42 @@ _LLAMA_DEFAULTS = {
 def translate(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Llama `config.json`. Raises ValueError for what kvzip does not implement."""
     reject(raw, mlp_bias=(None, False))
-    bias = read_flag(raw, "attention_bias")
-    return plain_decoder(with_defaults(raw, _LLAMA_DEFAULTS), rope, family="llama", qkv_bias=bias, o_bias=bias)
+    raw, bias = with_defaults(raw, _DEFAULTS), read_flag(raw, "attention_bias")
+    ropes = shared_rope(raw, rope, by_layer_type=False)
+    return plain_decoder(raw, ropes, family="llama", qkv_bias=bias, o_bias=bias)
 
 
 def plain_decoder(
     raw: Mapping[str, Any],
-    rope: Mapping[str, Any] | None,
+    ropes: Mapping[str, Parameters],
     *,
     family: str,
     qkv_bias: bool = False,
     o_bias: bool = False,
     qk_norm: bool = False,
     window: int | None = None,
-    first_window_layer: int = 0,
+    windowed: Callable[[int], bool] = lambda layer: False,
     layer_types: bool = False,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> ModelConfig:
-    """Returns the ModelConfig that Llama, Qwen and Mistral share: RMSNorm, RoPE, GQA, SwiGLU.
+    """Returns the ModelConfig of a decoder with RMSNorm, RoPE, GQA and a gated MLP, as Llama's is.
 
-    Layers from `first_window_layer` on have the window, if there is one; a family with `layer_types` lets the file say
-    otherwise. `rope` replaces the config's RoPE scaling.
+    Args:
+        ropes: the RoPE parameters of each layer type, from `shared_rope` or the like.
+        windowed: whether a layer has the window, by its index.
+        layer_types: the family lets the file's `layer_types` say otherwise.
+        activation: the field that names the activation, and its default.
     """
-    heads, hidden, count = (
-        read_integer(raw, "num_attention_heads"),
-        read_integer(raw, "hidden_size"),
-        read_layer_count(raw),
-    )
+    heads, hidden = read_integer(raw, "num_attention_heads"), read_integer(raw, "hidden_size")
     head_dim = hidden // heads if raw.get("head_dim") is None else read_integer(raw, "head_dim")
     if head_dim < 1:
         raise ValueError(
             f"expected hidden_size in config.json of at least num_attention_heads, got {hidden} and {heads}"
         )
-    parameters = shared_rope(raw, rope, by_layer_type=layer_types)
-    specs, max_length = read_ropes(parameters, max_length=read_integer(raw, "max_position_embeddings"))
-    windows = read_windows(
-        raw,
-        default=[SLIDING if window and i >= first_window_layer else FULL for i in range(count)],
-        window=window,
-        fixed=not layer_types,
-    )
+    specs, max_length = read_ropes(ropes, max_length=read_integer(raw, "max_position_embeddings"))
+    count = read_integer(raw, "num_hidden_layers", high=MOST_LAYERS)  # small enough to make a list of
+    types = [SLIDING if windowed(layer) else FULL for layer in range(count)]
+    windows = read_windows(raw, default=types, window=window, fixed=not layer_types)
     return ModelConfig(
         family=family,
         vocab_size=read_integer(raw, "vocab_size"),
@@ -94,7 +81,7 @@ def plain_decoder(
         layers=tuple(LayerSpec(window=w, rope=specs[SLIDING if w else FULL]) for w in windows),
         norm_eps=check_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0),
         norm_offset=0,
-        activation=read_activation(raw, "hidden_act", "silu"),
+        activation=read_activation(raw, *activation),
         embed_scale=1.0,
         attn_scale=head_dim**-0.5,
         attn_softcap=None,

@@ -40,7 +40,7 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
-    rope: Mapping[str, Any] | Any = None,  # Any: what a file says of these two reaches our own check
+    rope: Mapping[str, Any] | Any = None,  # Any: a file's values are checked here, with our message
     max_length: int | Any = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
@@ -55,7 +55,7 @@ def load(
         max_length: overrides the model's own limit, in tokens.
         chat_template: jinja source, for a checkpoint without one or in place of its own.
         template_options: variables for the template, as `{"enable_thinking": True}`; `date` (a datetime.date) is
-            what it sees as today.
+            today's date to it.
 
     Raises: FileNotFoundError for a missing directory or file; ValueError for an unknown name, or a config or
     weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
@@ -104,7 +104,7 @@ def translate_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _family(raw: Mapping[str, Any]) -> Family:
-    """The family of a config: `model_type` decides, as in Transformers, `architectures` where there is none."""
+    """The family of a config, by `model_type` as in Transformers, or by `architectures` where that is absent."""
     reject(raw, quantization_config=(None,), per_layer_config=(None, {}), is_causal=(None, True))
     names, kind = raw.get("architectures"), raw.get("model_type")
     names = [] if names is None else names if isinstance(names, list) else [names]

@@ -6,6 +6,7 @@ from typing import Any
 from .config import ModelConfig
 from .fields import read_flag, read_integer, with_defaults
 from .llama import plain_decoder
+from .rope_fields import shared_rope
 
 _NULLABLE = ("sliding_window", "num_key_value_heads")
 _DEFAULTS = {  # of both HF classes
@@ -45,15 +46,16 @@ def _qwen(
     o_bias: bool = False,
     qk_norm: bool = False,
 ) -> ModelConfig:
-    windowed = read_flag(raw, "use_sliding_window") and raw["sliding_window"] is not None
+    has_window = read_flag(raw, "use_sliding_window") and raw["sliding_window"] is not None
+    first = read_integer(raw, "max_window_layers", low=0)
     return plain_decoder(
         raw,
-        rope,
+        shared_rope(raw, rope, by_layer_type=True),
         family=family,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         qk_norm=qk_norm,
-        window=read_integer(raw, "sliding_window") if windowed else None,
-        first_window_layer=read_integer(raw, "max_window_layers", low=0),
+        window=read_integer(raw, "sliding_window") if has_window else None,
+        windowed=lambda layer: has_window and layer >= first,
         layer_types=True,
     )

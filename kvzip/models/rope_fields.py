@@ -1,7 +1,8 @@
-"""One RoPE fact, several spellings: what config.json and `load(rope=)` say of it, read as Transformers reads it.
+"""RoPE in its several spellings, in config.json and in `load(rope=)`, read as Transformers reads them.
 
-Transformers 4 wrote `rope_theta` beside `rope_scaling`, Transformers 5 writes `rope_parameters` with the base inside,
-by layer type for Gemma 3; files have any mixture. A key that a kind does not use is logged and goes unused, as there.
+Transformers 4 wrote `rope_theta` beside `rope_scaling`; Transformers 5 writes `rope_parameters` with the base inside,
+for Gemma 3 one object for each layer type. Files have any mixture. A key that a RoPE type does not use is logged and
+ignored, as in Transformers.
 """
 
 import logging
@@ -32,13 +33,14 @@ _USED = {
 def shared_rope(
     raw: Mapping[str, Any], rope: Mapping[str, Any] | None, *, by_layer_type: bool
 ) -> dict[str, Parameters]:
-    """Returns the RoPE parameters of each layer type in a family whose layers all have the same.
+    """Returns the RoPE parameters of each layer type, in a family whose layer types share one set by default.
 
-    `rope_scaling` counts before `rope_parameters`, which it replaces whole, and a base inside before one beside it.
+    If the config has both, `rope_scaling` is read and `rope_parameters` is not. A `rope_theta` inside either counts
+    before one beside it.
 
     Args:
-        rope: what the caller of `load` gives in place of the config's scaling; its base stays unless this has one.
-        by_layer_type: the class knows layer types, so that an object of objects is by layer type.
+        rope: replaces the config's scaling (`load(rope=)`). The config's base stays unless `rope` has one.
+        by_layer_type: the family has layer types, so that the parameters may be an object for each.
     """
     given = read_mapping(raw, "rope_scaling") or read_mapping(raw, "rope_parameters")
     reject(raw, partial_rotary_factor=(None, 1))
@@ -59,8 +61,8 @@ def shared_rope(
 def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[str, Parameters]:
     """Returns the RoPE parameters of each layer type of Gemma 3, whose window layers have a base of their own.
 
-    `rope_scaling` is laid over the parameters of the global layers, key by key; parameters that are not by layer type
-    go unread. The caller's `rope` replaces the scaling of the global layers.
+    Keys of `rope_scaling` replace those of the global layers' parameters. Parameters that are not by layer type are not
+    read. The caller's `rope` replaces the scaling of the global layers.
     """
     nested = read_mapping(raw, "rope_parameters")
     if set(nested) - {FULL, SLIDING}:
@@ -79,21 +81,21 @@ def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[
     found[SLIDING] |= _present(narrow)
     reject(raw, partial_rotary_factor=(None, 1))
     for one in found.values():
-        one["truncate"] = nested.get("truncate", True)  # where Transformers reads it: beside the objects, not in them
+        one["truncate"] = nested.get("truncate", True)  # Transformers reads it beside the layer types' objects
     return found if rope is None else _replaced(found, rope, {}, kinds=(FULL,))
 
 
 def _replaced(
     found: dict[str, Parameters], rope: Mapping[str, Any], beside: Parameters, *, kinds: tuple[str, ...]
 ) -> dict[str, Parameters]:
-    """The parameters with the caller's in place of those of some layer types, or of those that it names itself."""
+    """The parameters, with the caller's in place of those of the layer types that it names, or else of `kinds`."""
     named = {kind: read_mapping(rope, kind) for kind in (FULL, SLIDING) if kind in rope} or dict.fromkeys(kinds, rope)
     new = {kind: {**beside, "rope_theta": found[kind]["rope_theta"], **_present(x)} for kind, x in named.items()}
     return {**found, **new}
 
 
 def read_ropes(parameters: Mapping[str, Mapping[str, Any]], *, max_length: int) -> tuple[dict[str, RopeSpec], int]:
-    """Returns the RopeSpec of each layer type, and the length that the global layers' makes the model good for."""
+    """Returns the RopeSpec of each layer type, and the model's length, which the global layers' scaling may stretch."""
     wide = read_rope(parameters[FULL], max_length=max_length)
     same = parameters[SLIDING] == parameters[FULL]
     specs = {FULL: wide, SLIDING: wide if same else read_rope(parameters[SLIDING], max_length=max_length)}
@@ -129,7 +131,7 @@ def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
             low_freq_factor=_number(parameters, "low_freq_factor"),
             high_freq_factor=_number(parameters, "high_freq_factor"),
         )
-    # a factor that is there and null is what the lengths say
+    # a factor of null means the ratio of the lengths; an absent one is an error
     null = "factor" in parameters and parameters["factor"] is None
     factor = max_length / length if null else _number(parameters, "factor")
     return RopeSpec(
@@ -145,11 +147,12 @@ def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
 
 
 def stretched_length(parameters: Mapping[str, Any], spec: RopeSpec, *, max_length: int) -> int:
-    """Returns the length that a model is good for: what its scaling makes of the original one, if that is given.
+    """Returns the model's length: `max_length` (`max_position_embeddings`), stretched by the factor where it should be.
 
-    `max_position_embeddings` is the original length in the files that the Qwen pages ask for, and the stretched one in
-    those of Llama 3.1, so that only a length that does not exceed the original one is stretched; YaRN's is the
-    larger of both, for Qwen3 says 40,960 of 32,768. Without an original length nothing tells, and it stays.
+    In Llama 3.1's config that field is the stretched length already; in the config that Qwen's pages ask for it is the
+    original one. So it is stretched only if it does not exceed the original length. With YaRN the larger of the field
+    and the stretched length counts: Qwen3's field is 40,960 with an original length of 32,768. Without an original
+    length the field stays.
     """
     original = parameters.get(_ORIGINAL)
     if spec.kind == "default" or original is None:
@@ -180,7 +183,7 @@ def _number(parameters: Mapping[str, Any], key: str, default: float | None = Non
 
 
 def _present(given: Mapping[str, Any]) -> Parameters:
-    """The keys that say something. Null does as YaRN's factor and truncate, where Transformers gives it a sense."""
+    """The keys that are not null, and YaRN's factor and truncate, where null means something to Transformers."""
     return {key: value for key, value in given.items() if value is not None or key in ("factor", "truncate")}
 
 

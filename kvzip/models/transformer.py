@@ -1,4 +1,4 @@
-"""The one forward pass. What happens to q, k and v is the caller's `attend`; nothing here knows that caches exist."""
+"""The one forward pass. The caller's `attend` gets q, k and v; no cache is known here."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -31,9 +31,9 @@ class Model:
     """A loaded model. `tokenizer` and `template` are None where the directory has none.
 
     `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`). `rope` and
-    `max_length` are what `load` was given in place of the config's, so that a file can say how to load it again.
-    `fingerprint` ties caches to these weights with this RoPE in this dtype, which stands after its dash; `identity`
-    is the same for every dtype, length and RoPE scaling.
+    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again. `identity` is a
+    digest of the shape and the weights. `fingerprint`, which ties caches to the model, adds the RoPE, a dash and the
+    dtype.
     """
 
     config: ModelConfig
@@ -83,7 +83,7 @@ def run_attention(
     *,
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Calls `attend` in every layer as `forward` does, and stops at the last one: nothing after it reaches a cache.
+    """Calls `attend` in every layer as `forward` does, and stops there in the last one, whose output is unused.
 
     `observe(layer, hidden [B T M])` is called with the input of each layer before its `attend` is.
     """

@@ -1,11 +1,11 @@
 """The tokenizer, chat template and stop tokens of a directory, merged from its files as AutoTokenizer merges them.
 
-Where two files say something of one token, it is decided here which counts; `prompts` uses what comes out.
+Several files may describe one token; which of them counts is decided here.
 Source: `PreTrainedTokenizerBase.from_pretrained` and `AutoTokenizer` of Transformers 5.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,73 @@ from .files import read_json
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-_CLASSES: dict[str, dict[str, str]] = {
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
-    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
-}
-"""Classes of Transformers that take only vocabulary and merges from tokenizer.json, and the tokens they name."""
-
-_REGISTERED = {name: "Qwen2Tokenizer" for name in ("qwen2", "qwen3")} | {
-    name: "GemmaTokenizer" for name in ("gemma2", "gemma3", "gemma3_text")
-}
-"""Model types for which Transformers knows one of those classes without being told."""
-
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 @dataclass(frozen=True)
+class _Class:
+    """A class of Transformers that takes only the vocabulary and the merges from tokenizer.json: the rest is its own.
+
+    `words` and `decoder` depend on `add_prefix_space` of tokenizer_config.json; `words` on `legacy` too.
+    """
+
+    names: Mapping[str, str]
+    normalizer: normalizers.Normalizer | None
+    words: Callable[[bool | None, bool], pre_tokenizers.PreTokenizer]
+    decoder: Callable[[bool | None], decoders.Decoder]
+    byte_fallback: bool = True
+    keeps_unknown: bool = False
+
+
+def _qwen_words(prefix: bool | None, legacy: bool) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+    return pre_tokenizers.Sequence([words, letters])
+
+
+def _llama_words(prefix: bool | None, legacy: bool) -> pre_tokenizers.PreTokenizer:
+    scheme = "never" if prefix is False else "always" if legacy else "first"
+    return pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+
+
+def _spaces(*more: decoders.Decoder) -> decoders.Decoder:
+    return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *more])
+
+
+_CLASSES = {
+    "LlamaTokenizer": _Class(
+        names={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        normalizer=None,
+        words=_llama_words,
+        decoder=lambda prefix: _spaces() if prefix is False else _spaces(decoders.Strip(" ", 1, 0)),
+    ),
+    "Qwen2Tokenizer": _Class(
+        names=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+        normalizer=normalizers.NFC(),
+        words=_qwen_words,
+        decoder=lambda prefix: decoders.ByteLevel(),
+        byte_fallback=False,
+    ),
+    "GemmaTokenizer": _Class(
+        names={f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
+        normalizer=normalizers.Replace(" ", "▁"),
+        words=lambda prefix, legacy: pre_tokenizers.Split(" ", behavior="merged_with_previous"),
+        decoder=lambda prefix: _spaces(),
+        keeps_unknown=True,
+    ),
+}
+
+_REGISTERED = {name: "Qwen2Tokenizer" for name in ("qwen2", "qwen3")} | {
+    name: "GemmaTokenizer" for name in ("gemma2", "gemma3", "gemma3_text")
+}
+"""Model types for which Transformers takes one of those classes if the files name none."""
+
+
+@dataclass(frozen=True)
 class Vocabulary:
-    """What a directory says of its tokens. `names` are `bos_token` and the like, as its chat template sees them."""
+    """A directory's tokenizer and chat template; `names` are its `bos_token` and the like, which templates may use."""
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
@@ -59,7 +106,7 @@ def read_vocabulary(
 
     Args:
         config: its parsed config.json.
-        rows: of the embedding; a text that needs a token beyond them is refused when it is encoded.
+        rows: of the embedding; encoding a text that needs a token beyond them is an error.
         template: jinja source in place of the directory's chat template.
         options: variables for the template.
 
@@ -70,7 +117,7 @@ def read_vocabulary(
     document = read_json(path)
     try:
         kind = _class_of(settings, config, document)
-        named, extra, added = _merge(directory, settings, document, _CLASSES.get(kind or "", {}))
+        named, extra, added = _merge(directory, settings, document, kind.names if kind else {})
         source = _template_source(directory, settings) if template is None else template
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -102,8 +149,8 @@ def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     """Returns every token that ends an answer: those of generation_config.json and of config.json, the tokenizer's end
     of sequence, and what the chat template puts behind an answer.
 
-    Transformers takes the first file that names one, so that with a fine-tune whose generation_config.json is still its
-    base model's an answer runs past the end of its turn.
+    Transformers takes only the first file that names one. Some fine-tunes keep the generation_config.json of their base
+    model, and there an answer would run past the end of its turn.
 
     Raises: ValueError for an end that is no token id, or a text_config that is no object.
     """
@@ -123,7 +170,7 @@ def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
     return tuple(dict.fromkeys(found))
 
 
-def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: Mapping[str, Any]) -> str | None:
+def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: Mapping[str, Any]) -> _Class | None:
     """The class of `_CLASSES` that Transformers would take; None for one that takes tokenizer.json as it is."""
     declared, kind = settings.get("tokenizer_class") or config.get("tokenizer_class"), config.get("model_type")
     declared = declared.removesuffix("Fast") if isinstance(declared, str) else None
@@ -133,7 +180,7 @@ def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: 
     if kind == "mistral" or (declared == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(pipeline)):
         return None
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
-    return declared if declared in _CLASSES and is_bpe else None
+    return _CLASSES.get(declared or "") if is_bpe else None
 
 
 def _merge(
@@ -142,7 +189,7 @@ def _merge(
     """Named tokens, further special tokens, and added tokens in the order of their ids."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named: dict[str, Any] = dict(defaults) | _named(settings)
-    # names that are no standard ones come last
+    # other names than the standard ones come last
     own = {name: named.pop(name) for name in [*named] if name not in _NAMES and isinstance(named[name], str)}
     if isinstance(extra, Mapping):
         own, extra = own | dict(extra), settings.get("additional_special_tokens") or []
@@ -187,32 +234,20 @@ def _token(raw: Any, *, special: bool = False) -> AddedToken:
 
 
 def _rebuilt(
-    document: Mapping[str, Any], kind: str, settings: Mapping[str, Any], names: Mapping[str, str]
+    document: Mapping[str, Any], kind: _Class, settings: Mapping[str, Any], names: Mapping[str, str]
 ) -> _Tokenizer:
     """A tokenizer of the file's vocabulary and merges that cuts and joins text as a class of Transformers does."""
-    fallback = kind != "Qwen2Tokenizer"
-    unknown = names.get("unk_token") if kind == "GemmaTokenizer" else None
-    flags = {"byte_fallback": fallback, "fuse_unk": fallback, "unk_token": unknown}
-    flags |= {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
+    flags = dict.fromkeys(("byte_fallback", "fuse_unk"), kind.byte_fallback)
+    flags |= {"unk_token": names.get("unk_token") if kind.keeps_unknown else None, "ignore_merges": False}
+    flags |= dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
     bare = {**document, "model": {**document["model"], **flags}, "added_tokens": []}
     raw = _Tokenizer.from_str(json.dumps(bare | {"normalizer": None, "pre_tokenizer": None}))
-    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     prefix = settings.get("add_prefix_space")
-    if kind == "Qwen2Tokenizer":
-        raw.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
-        letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
-        raw.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-        raw.decoder = decoders.ByteLevel()
-    elif kind == "GemmaTokenizer":
-        raw.normalizer = normalizers.Replace(" ", "▁")
-        raw.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-        raw.decoder = decoders.Sequence(spaces)
-    else:
-        prefix = prefix is None or bool(prefix)
-        scheme = ("always" if settings.get("legacy", False) else "first") if prefix else "never"
-        raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-        raw.decoder = decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)] if prefix else spaces)
+    prefix = None if prefix is None else bool(prefix)
+    if kind.normalizer is not None:
+        raw.normalizer = kind.normalizer
+    raw.pre_tokenizer = kind.words(prefix, bool(settings.get("legacy", False)))
+    raw.decoder = kind.decoder(prefix)
     return raw
 
 
@@ -223,7 +258,7 @@ def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None
     if path.exists():
         return path.read_text(encoding="utf-8")
     if any(named.glob("*.jinja")):
-        return None  # named ones in files, and none of them the default
+        return None  # named templates, none of which is the default
     source = settings.get("chat_template")
     if isinstance(source, list):  # several named templates
         source = {entry["name"]: entry["template"] for entry in source}.get("default")

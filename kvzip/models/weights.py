@@ -122,9 +122,9 @@ def read_weights(
 ) -> tuple[Weights, str]:
     """Returns the weights in safetensors files, cast to `dtype` on `device`, and the digest of the checkpoint.
 
-    Names and shapes are checked before anything is allocated. Host memory holds at most one mapped shard besides what
-    `device` itself needs. A head and an embedding that config.json ties are one tensor if the files have one of them,
-    or both alike; if they differ both count, as in Transformers.
+    Names and shapes are checked before anything is allocated. Besides the weights, host memory holds at most one mapped
+    shard. If config.json ties the head to the embedding, they are one tensor where the files have only one of them or
+    two equal ones; two different ones are kept apart, as in Transformers.
 
     Raises: ValueError that names a damaged file, or a tensor that is unknown, missing, given twice or of the wrong
     shape or type.
@@ -191,8 +191,8 @@ def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, _
 def _filled(found: Mapping[str, _Place], weights: Mapping[str, Tensor]) -> Iterator[StoredTensor]:
     """Copies every tensor into its place, file by file, and yields it as it is stored.
 
-    A head that is one with the embedding in the dtype of the weights has no place of its own. It is yielded all the
-    same: the digest of a checkpoint is the same in every dtype.
+    A head tied to the embedding has no place of its own. It is yielded too: in the checkpoint's dtype the two may
+    differ, and the digest must not depend on the dtype of the weights.
     """
     for path in dict.fromkeys(place.path for place in found.values()):
         with _opened(path) as shard:

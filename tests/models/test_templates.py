@@ -153,6 +153,25 @@ def test_a_template_that_drops_the_user_text_is_refused() -> None:
         prompts.render(ChatTemplate("{{ messages[0].role }}"))
 
 
+def test_a_template_runs_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes does not depend on the texts, so that only a system message makes it run again."""
+    chat, runs, write = template("llama3.2"), [], prompts.rendering.write
+
+    def counted(chat: ChatTemplate, messages: list[dict[str, str]]) -> str:
+        runs.append(len(messages))
+        return write(chat, messages)
+
+    monkeypatch.setattr(prompts.rendering, "write", counted)
+    first = prompts.render(chat)
+    assert [prompts.render(chat), prompts.render(chat, instruction="Read.").postfix] == [first, first.postfix]
+    assert runs == [1, 1, 3]
+    one, other = (prompts.render(chat, system=text) for text in ("One.", "Other."))
+    assert one.prefix.replace("One.", "Other.") == other.prefix != first.prefix
+    assert runs == [1, 1, 3, 2, 2, 4]
+    prompts.render(template("llama3.2", date_string="1 May 2020"))
+    assert len(runs) == 9, "another template's options are its own"
+
+
 # ---- where a directory keeps its template
 
 
