@@ -1,7 +1,15 @@
-"""Where a model is: a directory, or a name on the hub. Without torch, so that a wrong name is known at once."""
+"""Where a model and its head scores are, and how it is to be loaded.
 
-from collections.abc import Sequence
+Without torch, so that a wrong name is known at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ALIASES: dict[str, str] = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -18,6 +26,19 @@ ALIASES: dict[str, str] = {
 }
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+SHIPPED = Path(__file__).parent / "data" / "head_scores"
+"""Where the head scores that come with the library are: one file for each model, named after it."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, see `kvzip.load`. None leaves it to `load`, or to a file that says how its model was."""
+
+    dtype: "torch.dtype | str | None" = None
+    device: "torch.device | str | None" = None
+    max_length: int | None = None
+    rope: Mapping[str, Any] | None = None
 
 
 def config_of(directory: Path) -> Path:
@@ -71,3 +92,16 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
             f"expected {name} on the hub, there being no such directory here, got {reason}: "
             "check the name, the network and the login (hf auth login)"
         ) from error
+
+
+def shipped_scores() -> dict[str, Path]:
+    """Returns the files of head scores that come with the library, by the names of their models."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.safetensors"))}
+
+
+def shipped_name(source: str) -> str:
+    """Returns the name under which the head scores of a source would be shipped.
+
+    It is the last part of a path or a hub id, in lower case.
+    """
+    return source.rstrip("/").rpartition("/")[2].lower()

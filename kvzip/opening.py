@@ -13,7 +13,7 @@ from .cache.files import OpenFile, refusing, require
 from .cache.io import foreign, open_cache, read_cache
 from .checks import check_path
 from .display import visible_line
-from .hub import resolve
+from .hub import Loading, resolve
 from .models import Model, load
 
 _LONGEST = 4096  # characters of a source, as of a path
@@ -65,29 +65,23 @@ def open(
     elif model is not None:
         check_path(model, "model")
     with open_cache(path) as file:
-        return read(file, model=model, dtype=dtype, device=device, rope=rope, max_length=max_length)
+        return read(file, model=model, loading=Loading(dtype, device, max_length, rope))
 
 
 def read(
-    file: OpenFile,
-    *,
-    model: str | Path | Model | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    rope: Mapping[str, Any] | None,
-    max_length: int | None,
+    file: OpenFile, *, model: str | Path | Model | None, loading: Loading
 ) -> tuple[Model, DenseCache | RaggedCache]:
     """Returns the model and the cache of a file that `cache.io.open_cache` opened, as `open` does."""
     if isinstance(model, Model):
-        return model, read_cache(file, model=model, device=device)
+        return model, read_cache(file, model=model, device=loading.device)
     made = maker_of(file)
-    dtype = dtype or made.dtype
+    dtype = loading.dtype or made.dtype
     known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     loaded = load(
         find(file) if model is None else model,
-        device=device,
-        rope=made.rope if rope is None else rope,
-        max_length=made.max_length if max_length is None else max_length,
+        device=loading.device,
+        rope=made.rope if loading.rope is None else loading.rope,
+        max_length=made.max_length if loading.max_length is None else loading.max_length,
         **known,
     )
     if model is None and made.source is not None:

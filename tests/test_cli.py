@@ -28,9 +28,10 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import IN_THE_LIBRARY, put_json, size, stages
-from kvzip.cli.sources import SHIPPED
+from kvzip.cli.output import put_json, size, stages
+from kvzip.cli.plumbing import IN_THE_LIBRARY
 from kvzip.display import visible, visible_line
+from kvzip.hub import SHIPPED
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes

@@ -13,7 +13,8 @@ PACKAGE = Path(kvzip.__file__).parent
 
 ALLOWED = {
     "kvzip.version": set(),
-    "kvzip.checks": set(),
+    "kvzip.ratios": set(),
+    "kvzip.checks": {"kvzip.ratios"},
     "kvzip.display": set(),
     "kvzip.hub": set(),
     "kvzip.options": {"kvzip.checks"},

@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from ..display import visible
-from .plumbing import FileName, check_text, command, echo, finite, hint, positive, put_json, stages, stdin_lines
+from ..hub import Loading
+from .output import echo, hint, put_json, stages
+from .plumbing import FileName, check_text, command, finite, positive, stdin_lines
 from .sources import model_options, open_cache, short
 
 
@@ -85,10 +87,7 @@ def ask(
     seed: int | None,
     stop: tuple[str, ...],
     model: str | None,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
     as_json: bool,
 ) -> None:
     """Ask questions of a compressed file.
@@ -102,19 +101,19 @@ def ask(
         raise click.UsageError("expected a question, got none with text in it")
     begun = time.monotonic()
     with stages() as stage:
-        loaded, cache, _ = open_cache(
-            stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
-        )
+        loaded, cache, _ = open_cache(stage, file, model=model, loading=loading)
     from ..generation import generate
 
     load_s, begun = time.monotonic() - begun, time.monotonic()
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with _shown(asked, as_json) as (on_token, finish):
         answers = generate(
             loaded,
             cache,
             [follow(q, chat=cache.chat) for q in asked],
-            **options,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
             stop=stop,
             template=cache.chat,
             on_token=on_token,

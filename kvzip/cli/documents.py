@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..display import visible_line
-from .plumbing import say
+from .output import say
 
 STDIN = "standard input"
 _NAMED = 20  # files that are left out for one reason

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..display import visible_line
-from .compress import whole_heads_line, windows_line
-from .plumbing import command, echo, put, put_json, size
+from .outcome import whole_heads_line, windows_line
+from .output import echo, put, put_json, size
+from .plumbing import command
 from .sources import check_ours, find_model, short
 
 if TYPE_CHECKING:

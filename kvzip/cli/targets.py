@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ..display import visible_line
-from .plumbing import say, size
+from .output import say, size
 
 NAME_IT = ": name a file (-o)"
 _LARGEST = 100_000_000  # bytes of a header, as safetensors allows
