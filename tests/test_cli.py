@@ -861,11 +861,11 @@ def test_help_is_quick_and_importing_kvzip_imports_no_command() -> None:
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
     shown = subprocess.run(
-        [sys.executable, "-m", "kvzip.cli", "compress", "--help"], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-m", "kvzip", "compress", "--help"], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert "cat log.txt | kvzip compress - -m DIR --bits 8 -o log.kvz\n" in shown.stdout, shown.stderr
     completed = subprocess.run(
-        [sys.executable, "-m", "kvzip.cli"],
+        [sys.executable, "-m", "kvzip"],
         capture_output=True,
         text=True,
         env={**ENVIRONMENT, "_KVZIP_COMPLETE": "bash_complete", "COMP_WORDS": "kvzip com", "COMP_CWORD": "1"},
@@ -902,7 +902,7 @@ def test_help_of_every_command_has_examples_and_every_shell_has_completion() -> 
 
 def test_answers_stream_through_a_pipe_while_they_are_made(kvz: Path) -> None:
     """Each piece is written to the pipe by itself; were they held back there would be one read."""
-    command = [sys.executable, "-m", "kvzip.cli", "ask", str(kvz), "How many?", "-n", "40"]
+    command = [sys.executable, "-m", "kvzip", "ask", str(kvz), "How many?", "-n", "40"]
     buffered = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         assert process.stdout and process.stderr
@@ -916,7 +916,7 @@ def on_a_terminal(*arguments: object, answers: dict[str, bytes]) -> tuple[int, s
     child, terminal = pty.fork()
     if child == 0:
         _heed_interrupts()
-        os.execve(sys.executable, [sys.executable, "-m", "kvzip.cli", *map(str, arguments)], ENVIRONMENT)
+        os.execve(sys.executable, [sys.executable, "-m", "kvzip", *map(str, arguments)], ENVIRONMENT)
     output, seen, waiting = "", 0, list(answers.items())
     with suppress(OSError):  # the terminal goes with the process
         while part := os.read(terminal, 4096):
@@ -952,7 +952,7 @@ def _heed_interrupts() -> None:
 
 
 def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
-    command = [sys.executable, "-m", "kvzip.cli", "chat", str(kvz), "-n", "5"]
+    command = [sys.executable, "-m", "kvzip", "chat", str(kvz), "-n", "5"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # what runs in the background of a shell ignores SIGINT, and so would its children
     with subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=_heed_interrupts) as process:
@@ -1095,7 +1095,7 @@ def test_leaving_a_question_in_a_chat_is_a_no(kvz: Path, tmp_path: Path, key: by
 
 def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, model_dir: Path) -> None:
     def shell(words: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-        command = ["sh", "-c", f'exec "$0" -m kvzip.cli "$@" {words}', sys.executable, *map(str, arguments)]
+        command = ["sh", "-c", f'exec "$0" -m kvzip "$@" {words}', sys.executable, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
     result = shell("<&-", "compress", "-", "-m", model_dir, "-o", document.with_name("out.kvz"))

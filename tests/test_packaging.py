@@ -76,13 +76,13 @@ def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
     assert {"kvzip/py.typed", "kvzip/data/report.html", "kvzip/data/head_scores/gemma-3-270m.safetensors"} <= package
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (license_file,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
-        assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
+        licenses = {Path(name).name: archive.read(name) for name in archive.namelist() if "/licenses/" in name}
+    assert licenses == {name: (ROOT / name).read_bytes() for name in ("LICENSE", "NOTICE")}
     assert names == package
     with tarfile.open(built.sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     made = {"PKG-INFO", "setup.cfg", *(name for name in inside if name.startswith("kvzip.egg-info/"))}
-    assert inside - made == package | {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    assert inside - made == package | {"CHANGELOG.md", "LICENSE", "NOTICE", "MANIFEST.in", "README.md", "pyproject.toml"}
 
 
 def test_the_version_is_one(built: Built) -> None:
