@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -915,8 +915,7 @@ def on_a_terminal(*arguments: object, answers: dict[str, bytes]) -> tuple[int, s
     """The exit code and output of a command on a terminal of its own, which types an answer after each text seen."""
     child, terminal = pty.fork()
     if child == 0:
-        _heed_interrupts()
-        os.execve(sys.executable, [sys.executable, "-m", "kvzip", *map(str, arguments)], ENVIRONMENT)
+        _run_here(*arguments)
     output, seen, waiting = "", 0, list(answers.items())
     with suppress(OSError):  # the terminal goes with the process
         while part := os.read(terminal, 4096):
@@ -949,6 +948,44 @@ def test_on_a_terminal_there_is_progress_and_a_slip_does_not_end_a_chat(
 
 def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _run_here(*arguments: object) -> None:
+    """Runs a command on the standard streams of a forked process, which has torch already, and ends the process."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # threads of the parent are not there
+        sys.stdin, sys.stdout, sys.stderr = (_stream(n) for n in range(3))  # pyright: ignore
+        main([str(a) for a in arguments], prog_name="kvzip")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
+
+
+def _stream(number: int) -> IO[str] | None:
+    """A standard stream as a new interpreter has it: None if it is closed."""
+    try:
+        return open(number, "r" if number == 0 else "w", encoding="utf-8")
+    except OSError:
+        return None
+
+
+def without_stream(closed: int, *arguments: object, scratch: Path) -> tuple[int, str, str]:
+    """The exit code, output and errors of a command that runs with one of its standard streams closed."""
+    files = [scratch / name for name in ("stdout", "stderr")]
+    child = os.fork()
+    if child == 0:
+        for number, path in enumerate(files, start=1):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        os.close(closed)
+        _run_here(*arguments)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    out, err = (path.read_text(encoding="utf-8") for path in files)
+    return code, out, err
 
 
 def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
@@ -1093,7 +1130,7 @@ def test_leaving_a_question_in_a_chat_is_a_no(kvz: Path, tmp_path: Path, key: by
     assert out.read_bytes() == kvz.read_bytes()
 
 
-def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, model_dir: Path) -> None:
+def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, model_dir: Path, tmp_path: Path) -> None:
     def shell(words: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
         command = ["sh", "-c", f'exec "$0" -m kvzip "$@" {words}', sys.executable, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -1101,11 +1138,10 @@ def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, mod
     result = shell("<&-", "compress", "-", "-m", model_dir, "-o", document.with_name("out.kvz"))
     assert result.stderr == "kvzip: expected a document with text in it, got none in standard input\n"
     assert "expected a question, got none" in shell("<&-", "ask", kvz, "-").stderr
-    result = shell("<&-", "chat", kvz)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert without_stream(0, "chat", kvz, scratch=tmp_path) == (0, "", "")
     result = shell("<&-", "compress", document, "-m", model_dir, "-o", kvz)
     assert result.returncode == 1 and "expected a name that is free" in result.stderr
-    assert shell("2>&-", "ask", kvz, "hi", "-n", 1).returncode == 0
+    assert without_stream(2, "ask", kvz, "hi", "-n", 1, scratch=tmp_path)[0] == 0
 
 
 def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,14 @@ def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     made = {"PKG-INFO", "setup.cfg", *(name for name in inside if name.startswith("kvzip.egg-info/"))}
-    assert inside - made == package | {"CHANGELOG.md", "LICENSE", "NOTICE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    assert inside - made == package | {
+        "CHANGELOG.md",
+        "LICENSE",
+        "NOTICE",
+        "MANIFEST.in",
+        "README.md",
+        "pyproject.toml",
+    }
 
 
 def test_the_version_is_one(built: Built) -> None:
