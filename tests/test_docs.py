@@ -50,6 +50,9 @@ NOT_RUN = {
     ("README.md", "make demo    # compresses a document on real weights and asks five questions of it"),
     ("README.md", "pip install -e .          # from a checkout"),
     ("docs/evals.md", "pip install matplotlib datasets"),
+    ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
+    ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
+    ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
 }
 """Page and first line of every block that is not run."""
 
