@@ -697,6 +697,17 @@ def test_what_the_hub_cannot_give_is_one_line(document: Path, monkeypatch: pytes
         assert one_line(call(*command)) == f"kvzip: expected {name} {why} (hf auth login)"
 
 
+def test_the_hub_is_asked_once_and_the_file_says_what_was_asked_for(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: asked.append(name) or str(model_dir))
+    out = document.with_suffix(".kvz")
+    assert call("compress", document, "-m", "some/model", "-o", out).exit_code == 0
+    assert asked == ["some/model"] and read_header(out)["model"]["source"] == "some/model"
+
+
 def test_a_document_too_long_for_memory_is_known_before_it_is_read(
     document: Path, model_dir: Path, model: kvzip.Model, small: kvzip.RaggedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

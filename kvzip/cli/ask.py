@@ -131,7 +131,7 @@ def ask(
 
 
 def follow(question: str, *, chat: bool) -> str:
-    """Returns a question as it follows a document: where there is no chat, as the start of a new paragraph."""
+    """Returns a question as it follows a document: without a chat template it begins a new paragraph."""
     from ..prompts import QUERY_SEPARATOR
 
     return question if chat else QUERY_SEPARATOR + question
@@ -142,10 +142,10 @@ OnToken = Callable[[str, int], None]
 
 @contextmanager
 def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Callable[[list[str]], None]]]:
-    """Yields what shows pieces of answers as they come, and what shows the rest when all are known.
+    """Yields a function that shows pieces of answers as they come, and one that shows the rest at the end.
 
-    One answer streams to any output. Several grow side by side on a terminal; elsewhere they come in order, the first
-    as it is made.
+    One answer is streamed wherever the output goes. Several grow side by side on a terminal; elsewhere they come in
+    order, and only the first is streamed.
     """
     if as_json:
         yield None, lambda texts: None

@@ -91,7 +91,7 @@ def chat(
             )
             echo()
             talk.states.append(state)
-        except (KeyboardInterrupt, click.Abort):  # the latter at a question
+        except (KeyboardInterrupt, click.Abort):  # Abort: Ctrl-C or Ctrl-D where a yes or a no is asked for
             echo()
             say(stopped)
         except BrokenPipeError:
@@ -118,7 +118,7 @@ def _lines() -> Iterator[str]:
             echo()
             if leaving:
                 raise
-            leaving = True  # a conversation is not lost by a slip
+            leaving = True  # the first Ctrl-C only warns, so that no conversation is lost by a slip
             say("/quit or Ctrl-C again ends this talk, /save FILE keeps it")
             continue
         leaving = False

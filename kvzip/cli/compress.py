@@ -128,7 +128,7 @@ def compress(
     text, named = documents.read(documents_)
     directory = find_model(model)
     positions = made_for(directory, rope=loading.rope)
-    from .. import options  # with torch, which takes seconds: what is refused without it has been
+    from .. import options  # torch is imported here, after all that can be refused without it
     from . import job, outcome
 
     with resuming(lambda: job.left(output, segment)), stages() as stage:

@@ -48,7 +48,7 @@ class Job:
 
 
 def run(stage: Stage, model: Model, job: Job) -> tuple[RaggedCache, dict[str, Any]]:
-    """Returns the compressed cache, which is in the job's file then, and the note that is there with it.
+    """Writes the job's file, and returns the cache and the note that are in it.
 
     Raises: Stopped after Ctrl-C; ValueError, MemoryError or OSError, before the work, for what there is no room for;
         whatever the library raises.
@@ -90,13 +90,12 @@ def _at_once(
     budget = job.budget
     note: dict[str, Any] = {}
     if job.heads is not None and scores is not None and tokens:
-        sink, recent = (
-            of if own is None else own for own, of in ((job.heads.sink, scores.sink), (job.heads.recent, scores.recent))
-        )
+        sink = scores.sink if job.heads.sink is None else job.heads.sink
+        recent = scores.recent if job.heads.recent is None else job.heads.recent
         heads = scores.values.numel()
         whole = limits.whole_heads(heads, tokens, budget, sink, recent)
         note = {"heads": {"whole": whole, "heads": heads, "sink": sink, "recent": recent}}
-        # half a head more than is meant, so that no rounding makes it one head less
+        # the middle between this many heads and one more, so that no rounding makes it one less
         ratio = min(1.0, (whole + 0.5) / heads)
         budget = replace(budget, ratio=ratio, budget=None, level="head", sink=sink, recent=recent)
     full_bytes = prefilling.dense_bytes(model, start + tokens) + 8 * (start + tokens)  # and the ids, as in `nbytes`

@@ -33,7 +33,7 @@ IN_THE_LIBRARY = {
     "keep less (ratio, bits=8 or 4)": "keep less (--ratio, --bits)",
     "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
 }
-"""What errors of the library advise, and what that is on the command line."""
+"""What errors of the library advise, and what to do instead on the command line."""
 
 
 class Stopped(Exception):
@@ -85,19 +85,19 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # it was closed: nothing is read, and nobody can be told
+            if getattr(sys, name) is None:  # a closed one: reading finds the end, writing goes nowhere
                 setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a locale without the letters of an answer
+                stream.reconfigure(errors="backslashreplace")  # a locale may lack letters of an answer
         shown = logging.StreamHandler()
         shown.setFormatter(_Line("kvzip: %(message)s"))
         logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[shown])
-        logging.getLogger("kvzip").setLevel(logging.WARNING)  # other libraries warn their programmers
+        logging.getLogger("kvzip").setLevel(logging.WARNING)  # those of other libraries are for programmers
         try:
             with warnings.catch_warnings():
                 if not debug:
-                    warnings.simplefilter("ignore")  # those of torch to its programmers
+                    warnings.simplefilter("ignore")  # torch's are for programmers
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -142,7 +142,7 @@ class ListCommand(Command):
 
 
 class Group(click.Group):
-    """Commands in the order in which they were written down."""
+    """A group that lists its commands in the order in which they were added."""
 
     command_class = Command
 
@@ -152,7 +152,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.ClickException as error:  # names in it may be those of files
+        except click.ClickException as error:  # it may show the name of a file, so it is made safe
             shown = io.StringIO()
             error.show(file=shown)
             click.echo(visible(shown.getvalue()), err=True, nl=False)

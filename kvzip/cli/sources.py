@@ -28,7 +28,7 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
     """Adds --model, which a command takes as `model`, and the options that it takes together as `loading`.
 
     Args:
-        required: False for commands to which a file says what made it; options then stand in place of what it says.
+        required: False for a command that opens a file, which says what made it: the options replace what it says.
         about: what a model that is not required is for, where there is no file.
     """
     given = "" if required or about else " In place of the one that the file names."
@@ -164,7 +164,7 @@ def _dtype_of(loading: Loading) -> "torch.dtype | None":
 
 
 def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
-    """Raises an error, in words for who names files, for what is certainly no file of ours. Without torch."""
+    """Raises an error that speaks of files, not of the library, for one that kvzip cannot have written. Without torch."""
     if path.is_dir():
         raise ValueError(f"expected a file that kvzip wrote, got the directory {path}")
     if not path.is_file():
@@ -211,9 +211,9 @@ def open_cache(
 
 
 def find_heads(source: str) -> Path:
-    """Returns the file of head scores of a name: that file if there is one, else the one that ships under the name.
+    """Returns a file of head scores: the one at this path, or the one that comes with the library under this name.
 
-    As in `head_scores.shipped`, the name may be the last part of a path or a hub id, in any case; without torch.
+    As in `head_scores.shipped`, the name may be the last part of a path or a hub id, in any case. Without torch.
 
     Raises: ValueError that lists the names.
     """
