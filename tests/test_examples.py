@@ -108,7 +108,7 @@ def test_one_process_compresses_and_another_answers(paragraphs, capfd: pytest.Ca
 
 
 def test_a_batch_of_32_questions_is_answered_as_one_by_one(paragraphs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert many_questions.main(paragraphs(3)) == 0
+    assert many_questions.main(paragraphs(5)) == 0
     printed = capsys.readouterr().out
     marks = re.findall(r"^ *\d+ ([\u2713\u2717])", printed, re.MULTILINE)
     assert len(marks) == 32

@@ -164,7 +164,7 @@ def _dtype_of(loading: Loading) -> "torch.dtype | None":
 
 
 def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
-    """Raises an error that speaks of files, not of the library, for one that kvzip cannot have written. Without torch."""
+    """Raises an error for a file that kvzip cannot have written, in the words of the command line. Without torch."""
     if path.is_dir():
         raise ValueError(f"expected a file that kvzip wrote, got the directory {path}")
     if not path.is_file():
