@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ratios import check_ratio
+
 _USES = {
     "Model": "kvzip.load(directory) gives one, and it comes before a cache",
     "DenseCache": "kvzip.prefill(model, text) gives one",
@@ -138,12 +140,7 @@ def kept_ratio(value: Any, *, of: str = "pairs") -> float:
 
     Raises: TypeError for what is no number; ValueError unless 0 < ratio <= 1.
     """
-    found = number(value, "ratio", finite=False)
-    if not 0 < found <= 1:
-        shown = repr(found).removesuffix(".0")
-        example = f"{found / 100:g} keeps {shown}%" if 1 < found <= 100 else "0.3 keeps 30%"
-        raise ValueError(f"expected 0 < ratio <= 1, the fraction of {of} that is KEPT, got {shown}: {example}")
-    return found
+    return check_ratio(number(value, "ratio", finite=False), of=of)
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,7 @@ from .display import visible_line
 from .files.damage import refusing, require
 from .files.header import open_file
 from .files.tensors import read_tensor, write_file
+from .hub import shipped_name, shipped_scores
 from .inputs import encode
 from .models import Model
 from .options import Turn
@@ -37,8 +38,6 @@ from .prefilling import Progress, prefill
 from .scoring import score
 
 RECOMMENDED_RATIO = 0.6
-SHIPPED = Path(__file__).parent / "data" / "head_scores"
-"""Where the scores that come with the library are: one file for each model, named after it."""
 
 _TSV, _CONFIG = "full_attention_heads.tsv", "config.json"
 _SIZES = ("sink_size", "recent_size")  # all that DuoAttention's config has
@@ -246,22 +245,22 @@ def shipped(model: Model | str) -> HeadScores:
 
     Raises: ValueError that lists the names, if there are none.
     """
-    names = shipped_names()
+    files = shipped_scores()
     if isinstance(model, str):
-        wanted = model.rstrip("/").rpartition("/")[2].lower()
-        found = [name for name in names if name == wanted]
+        wanted = shipped_name(model)
+        found = files.get(wanted)
     else:
         check_kind(model, Model)
         wanted = fingerprint_of(model)
-        found = [name for name in names if read_header(_shipped_path(name)).get("fingerprint") == wanted]
-    if not found:
-        raise ValueError(f"expected a model with shipped head scores, {', '.join(names)}, got {wanted!r}: call make")
-    return load(_shipped_path(found[0]))
+        found = next((path for path in files.values() if read_header(path).get("fingerprint") == wanted), None)
+    if found is None:
+        raise ValueError(f"expected a model with shipped head scores, {', '.join(files)}, got {wanted!r}: call make")
+    return load(found)
 
 
 def shipped_names() -> tuple[str, ...]:
     """Returns the names of the models whose head scores come with the library."""
-    return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
+    return tuple(shipped_scores())
 
 
 def to_duo_attention(scores: HeadScores, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -402,7 +401,3 @@ def _count(header: Mapping[str, Any], key: str) -> int:
 
 def _sha256(ids: Int64[Tensor, " S"]) -> str:
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _shipped_path(name: str) -> Path:
-    return SHIPPED / f"{name}.safetensors"

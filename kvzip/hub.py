@@ -1,4 +1,7 @@
-"""Finds a model's directory, or fetches it from the hub. Imports no torch, so that a wrong name is reported at once."""
+"""Where a model and its head scores are, and how it is to be loaded.
+
+Without torch, so that a wrong name is known at once.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +26,9 @@ ALIASES: dict[str, str] = {
 }
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+SHIPPED = Path(__file__).parent / "data" / "head_scores"
+"""Where the head scores that come with the library are: one file for each model, named after it."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,16 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
             f"expected {name} on the hub, there being no such directory here, got {reason}: "
             "check the name, the network and the login (hf auth login)"
         ) from error
+
+
+def shipped_scores() -> dict[str, Path]:
+    """Returns the files of head scores that come with the library, by the names of their models."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.safetensors"))}
+
+
+def shipped_name(source: str) -> str:
+    """Returns the name under which the head scores of a source would be shipped.
+
+    It is the last part of a path or a hub id, in lower case.
+    """
+    return source.rstrip("/").rpartition("/")[2].lower()

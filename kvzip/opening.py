@@ -66,24 +66,24 @@ def open(
             )
     elif model is not None:
         check_path(model, "model")
-    how = Loading(dtype=dtype, device=device, max_length=max_length, rope=rope)
     with open_cache(path) as file:
-        return read(file, model=model, how=how)
+        return read(file, model=model, loading=Loading(dtype, device, max_length, rope))
 
 
-def read(file: OpenFile, *, model: str | Path | Model | None, how: Loading) -> tuple[Model, DenseCache | RaggedCache]:
+def read(
+    file: OpenFile, *, model: str | Path | Model | None, loading: Loading
+) -> tuple[Model, DenseCache | RaggedCache]:
     """Returns the model and the cache of a file that `cache.reading.open_cache` opened, as `open` does."""
     if isinstance(model, Model):
-        return model, read_cache(file, model=model, device=how.device)
+        return model, read_cache(file, model=model, device=loading.device)
     made = maker_of(file)
-    dtype = how.dtype or made.dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = loading.dtype or made.dtype
     known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     loaded = load(
         find(file) if model is None else model,
-        device=how.device,
-        rope=made.rope if how.rope is None else how.rope,
-        max_length=made.max_length if how.max_length is None else how.max_length,
+        device=loading.device,
+        rope=made.rope if loading.rope is None else loading.rope,
+        max_length=made.max_length if loading.max_length is None else loading.max_length,
         **known,
     )
     if model is None and made.source is not None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -28,9 +28,10 @@ from kvzip import head_scores
 from kvzip.cache import nbytes, read_header
 from kvzip.cli import documents, main
 from kvzip.cli.ask import _in_order
-from kvzip.cli.plumbing import IN_THE_LIBRARY, put_json, size, stages
-from kvzip.cli.sources import SHIPPED
+from kvzip.cli.output import put_json, size, stages
+from kvzip.cli.plumbing import IN_THE_LIBRARY
 from kvzip.display import visible, visible_line
+from kvzip.hub import SHIPPED
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
 from kvzip.prefilling import dense_bytes
@@ -696,6 +697,17 @@ def test_what_the_hub_cannot_give_is_one_line(document: Path, monkeypatch: pytes
         assert one_line(call(*command)) == f"kvzip: expected {name} {why} (hf auth login)"
 
 
+def test_the_hub_is_asked_once_and_the_file_says_what_was_asked_for(
+    document: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: asked.append(name) or str(model_dir))
+    out = document.with_suffix(".kvz")
+    assert call("compress", document, "-m", "some/model", "-o", out).exit_code == 0
+    assert asked == ["some/model"] and read_header(out)["model"]["source"] == "some/model"
+
+
 def test_a_document_too_long_for_memory_is_known_before_it_is_read(
     document: Path, model_dir: Path, model: kvzip.Model, small: kvzip.RaggedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -860,11 +872,11 @@ def test_help_is_quick_and_importing_kvzip_imports_no_command() -> None:
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
     shown = subprocess.run(
-        [sys.executable, "-m", "kvzip.cli", "compress", "--help"], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-m", "kvzip", "compress", "--help"], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert "cat log.txt | kvzip compress - -m DIR --bits 8 -o log.kvz\n" in shown.stdout, shown.stderr
     completed = subprocess.run(
-        [sys.executable, "-m", "kvzip.cli"],
+        [sys.executable, "-m", "kvzip"],
         capture_output=True,
         text=True,
         env={**ENVIRONMENT, "_KVZIP_COMPLETE": "bash_complete", "COMP_WORDS": "kvzip com", "COMP_CWORD": "1"},
@@ -901,7 +913,7 @@ def test_help_of_every_command_has_examples_and_every_shell_has_completion() -> 
 
 def test_answers_stream_through_a_pipe_while_they_are_made(kvz: Path) -> None:
     """Each piece is written to the pipe by itself; were they held back there would be one read."""
-    command = [sys.executable, "-m", "kvzip.cli", "ask", str(kvz), "How many?", "-n", "40"]
+    command = [sys.executable, "-m", "kvzip", "ask", str(kvz), "How many?", "-n", "40"]
     buffered = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         assert process.stdout and process.stderr
@@ -914,8 +926,7 @@ def on_a_terminal(*arguments: object, answers: dict[str, bytes]) -> tuple[int, s
     """The exit code and output of a command on a terminal of its own, which types an answer after each text seen."""
     child, terminal = pty.fork()
     if child == 0:
-        _heed_interrupts()
-        os.execve(sys.executable, [sys.executable, "-m", "kvzip.cli", *map(str, arguments)], ENVIRONMENT)
+        _run_here(*arguments)
     output, seen, waiting = "", 0, list(answers.items())
     with suppress(OSError):  # the terminal goes with the process
         while part := os.read(terminal, 4096):
@@ -950,8 +961,46 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _run_here(*arguments: object) -> None:
+    """Runs a command on the standard streams of a forked process, which has torch already, and ends the process."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # threads of the parent are not there
+        sys.stdin, sys.stdout, sys.stderr = (_stream(n) for n in range(3))  # pyright: ignore
+        main([str(a) for a in arguments], prog_name="kvzip")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
+
+
+def _stream(number: int) -> IO[str] | None:
+    """A standard stream as a new interpreter has it: None if it is closed."""
+    try:
+        return open(number, "r" if number == 0 else "w", encoding="utf-8")
+    except OSError:
+        return None
+
+
+def without_stream(closed: int, *arguments: object, scratch: Path) -> tuple[int, str, str]:
+    """The exit code, output and errors of a command that runs with one of its standard streams closed."""
+    files = [scratch / name for name in ("stdout", "stderr")]
+    child = os.fork()
+    if child == 0:
+        for number, path in enumerate(files, start=1):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        os.close(closed)
+        _run_here(*arguments)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    out, err = (path.read_text(encoding="utf-8") for path in files)
+    return code, out, err
+
+
 def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kvzip.RaggedCache) -> None:
-    command = [sys.executable, "-m", "kvzip.cli", "chat", str(kvz), "-n", "5"]
+    command = [sys.executable, "-m", "kvzip", "chat", str(kvz), "-n", "5"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # what runs in the background of a shell ignores SIGINT, and so would its children
     with subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=_heed_interrupts) as process:
@@ -1092,19 +1141,18 @@ def test_leaving_a_question_in_a_chat_is_a_no(kvz: Path, tmp_path: Path, key: by
     assert out.read_bytes() == kvz.read_bytes()
 
 
-def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, model_dir: Path) -> None:
+def test_a_closed_standard_stream_is_an_empty_one(kvz: Path, document: Path, model_dir: Path, tmp_path: Path) -> None:
     def shell(words: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-        command = ["sh", "-c", f'exec "$0" -m kvzip.cli "$@" {words}', sys.executable, *map(str, arguments)]
+        command = ["sh", "-c", f'exec "$0" -m kvzip "$@" {words}', sys.executable, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
     result = shell("<&-", "compress", "-", "-m", model_dir, "-o", document.with_name("out.kvz"))
     assert result.stderr == "kvzip: expected a document with text in it, got none in standard input\n"
     assert "expected a question, got none" in shell("<&-", "ask", kvz, "-").stderr
-    result = shell("<&-", "chat", kvz)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert without_stream(0, "chat", kvz, scratch=tmp_path) == (0, "", "")
     result = shell("<&-", "compress", document, "-m", model_dir, "-o", kvz)
     assert result.returncode == 1 and "expected a name that is free" in result.stderr
-    assert shell("2>&-", "ask", kvz, "hi", "-n", 1).returncode == 0
+    assert without_stream(2, "ask", kvz, "hi", "-n", 1, scratch=tmp_path)[0] == 0
 
 
 def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from click.testing import CliRunner
 from markdown_it import MarkdownIt
 
 import kvzip
+import make_api_reference
 import small_models
 from kvzip.cli import main
 from test_cli import write_model
@@ -48,6 +50,9 @@ NOT_RUN = {
     ("README.md", "make demo    # compresses a document on real weights and asks five questions of it"),
     ("README.md", "pip install -e .          # from a checkout"),
     ("docs/evals.md", "pip install matplotlib datasets"),
+    ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
+    ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
+    ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
 }
 """Page and first line of every block that is not run."""
 
@@ -92,21 +97,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32_768, eos_token_id=stops)
 
 
+@pytest.fixture(scope="module")
+def loaded_once() -> Callable[..., kvzip.Model]:
+    """`kvzip.load`, by which a model of the same options is loaded once for all blocks. Models never change."""
+    load, known = kvzip.load, {}
+
+    def once(source: str | Path, **options: Any) -> kvzip.Model:
+        key = (str(Path(source).resolve()), repr(sorted(options.items())))
+        if key not in known:
+            known[key] = load(source, **options)
+        return replace(known[key], source=str(source))
+
+    return once
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., kvzip.Model]) -> Path:
     """The current directory of blocks: documents, the checkout's examples, and `kvzip` and `python` on the path."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "bin").mkdir()
     python = shlex.quote(sys.executable)
-    for name, command in (("kvzip", f"{python} -m kvzip.cli"), ("python", python)):
+    for name, command in (("kvzip", f"{python} -m kvzip"), ("python", python)):
         (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # pages show what a CPU prints
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("kvzip.load", "kvzip.models.load", "kvzip.opening.load"):
+        monkeypatch.setattr(name, loaded_once)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -135,22 +156,37 @@ def run_blocks(blocks: list[Block], model: Path, directory: Path) -> None:
 
 
 def run_line(line: str, block: Block) -> str:
-    """What one line of shell prints, on both streams. `kvzip` alone runs in this process, all else in bash."""
-    words = shlex.shlex(line, posix=True, punctuation_chars=True)
-    words.whitespace_split = True
-    parts = list(words)
+    """What one line of shell prints, on both streams.
+
+    `kvzip` runs in this process, alone or at the end of a pipe; all else runs in bash.
+    """
+    before, pipe, last = line.rpartition(" | ")
+    parts = words_of(last)
     if not parts:
         return ""
-    if parts[0] == "kvzip" and not any(set(part) <= set("();<>|&") for part in parts) and "$" not in line:
-        result = CliRunner().invoke(main, parts[1:], prog_name="kvzip")
-        status, printed = result.exit_code, result.output
-    else:
+    status, printed, piped = 0, "", b""
+    ours = parts[0] == "kvzip" and "$" not in last and not any(set(part) <= set("();<>|&") for part in parts)
+    if not ours or pipe:
         shell = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+            ["bash", "-euo", "pipefail", "-c", before if ours else line],
+            stdout=subprocess.PIPE,
+            stderr=None if ours else subprocess.STDOUT,
+            check=False,
         )
-        status, printed = shell.returncode, shell.stdout.decode()
+        status, piped = shell.returncode, shell.stdout
+        printed = piped.decode()
+    if ours and status == 0:
+        result = CliRunner().invoke(main, parts[1:], prog_name="kvzip", input=piped)
+        status, printed = result.exit_code, result.output
     assert status == 0, f"{block.page}:{block.line}: {line}\nended with {status}\n{printed}"
     return printed
+
+
+def words_of(line: str) -> list[str]:
+    """The words and operators of a line of shell."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    return list(words)
 
 
 def sessions(source: str) -> list[tuple[str, str]]:
@@ -221,10 +257,8 @@ def test_a_page_is_read_as_it_is_shown() -> None:
     assert matches("took 12.5 s \na\nb\n", "took 9 s\n...\nb") and not matches("took 12.5 s\na\n", "took 9 s\n...\nb")
 
 
-def test_the_api_page_is_made_from_the_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    tool = importlib.import_module("make_api_reference")
-    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == tool.reference(), (
+def test_the_api_page_is_made_from_the_docstrings() -> None:
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == make_api_reference.reference(), (
         "docs/api.md is not what the docstrings say: run  python tools/make_api_reference.py"
     )
 

@@ -15,6 +15,7 @@ import random_model
 from accuracy import same_fields
 from kvzip import head_scores
 from kvzip.cache import RaggedKV, read_header
+from kvzip.hub import SHIPPED
 from kvzip.models import RopeSpec
 from rewritten import rewrite
 
@@ -298,7 +299,7 @@ def test_shipped_scores_are_whole_and_say_what_they_were_made_from():
     names = head_scores.shipped_names()
     assert set(names) >= {"smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m"}
     for name in names:
-        scores, header = head_scores.shipped(name), read_header(head_scores.SHIPPED / f"{name}.safetensors")
+        scores, header = head_scores.shipped(name), read_header(SHIPPED / f"{name}.safetensors")
         assert header["note"]["model"] == name and header["library"] and scores.method == "kvzip-context"
         assert (scores.values > 0).all() and (scores.values <= 1 + 1e-6).all() and len(scores.fingerprint) == 32
         assert all(source.name and source.tokens >= 1000 for source in scores.sources)

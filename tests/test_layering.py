@@ -13,7 +13,8 @@ PACKAGE = Path(kvzip.__file__).parent
 
 ALLOWED = {
     "kvzip.version": set(),
-    "kvzip.checks": set(),
+    "kvzip.ratios": set(),
+    "kvzip.checks": {"kvzip.ratios"},
     "kvzip.display": set(),
     "kvzip.hub": set(),
     "kvzip.options": {"kvzip.checks"},
@@ -39,7 +40,7 @@ _STAGES = (
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.cli"]
+TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 

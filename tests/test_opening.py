@@ -14,6 +14,7 @@ import kvzip
 import random_model
 from kvzip import opening
 from kvzip.cli import main
+from kvzip.hub import Loading
 from rewritten import rewrite
 
 TEXT = "Happy families are all alike."
@@ -196,7 +197,7 @@ def test_load_of_a_file_says_what_opens_it(path):
 def test_the_command_opens_files_by_the_same_rule(path, loads, hub, monkeypatch):
     from kvzip.cli.sources import open_cache
 
-    options = {"model": None, "dtype": None, "device": None, "max_length": None, "rope": None}
+    options = {"model": None, "loading": Loading()}
     loaded, cache, header = open_cache(lambda _: lambda done, total: None, path, **options)
     assert (header["kept"], loaded.source) == (cache.kept, str(path.parent / "model"))
     rewrite(path, lambda header: header["model"].update(source="org/elsewhere"))
@@ -230,7 +231,7 @@ def test_the_command_opens_a_file_once(path, loads, monkeypatch):
     opened, real = [], os.open
     monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments[0]) or real(*arguments))
     assert info.file_facts(path)["kept"] and opened == [path]
-    options = {"model": None, "dtype": None, "device": None, "max_length": 64, "rope": None}
+    options = {"model": None, "loading": Loading(max_length=64)}
     sources.open_cache(lambda _: lambda done, total: None, path, **options)
     assert opened == [path, path]
 

@@ -76,13 +76,20 @@ def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
     assert {"kvzip/py.typed", "kvzip/data/report.html", "kvzip/data/head_scores/gemma-3-270m.safetensors"} <= package
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (license_file,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
-        assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
+        licenses = {Path(name).name: archive.read(name) for name in archive.namelist() if "/licenses/" in name}
+    assert licenses == {name: (ROOT / name).read_bytes() for name in ("LICENSE", "NOTICE")}
     assert names == package
     with tarfile.open(built.sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     made = {"PKG-INFO", "setup.cfg", *(name for name in inside if name.startswith("kvzip.egg-info/"))}
-    assert inside - made == package | {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    assert inside - made == package | {
+        "CHANGELOG.md",
+        "LICENSE",
+        "NOTICE",
+        "MANIFEST.in",
+        "README.md",
+        "pyproject.toml",
+    }
 
 
 def test_the_version_is_one(built: Built) -> None:
@@ -128,11 +135,10 @@ def test_the_wheel_runs_where_only_its_dependencies_are(built: Built, tmp_path: 
 
     assert run("kvzip", "--version") == f"kvzip, version {kvzip.__version__}"
     run("kvzip", "compress", "doc.txt", "-m", model, "-r", "0.4", "-o", "doc.kvz", "--device", "cpu")
-    run("kvzip", "report", "doc.kvz", "-o", "doc.html")
-    assert "<title>doc.txt · kvzip</title>" in (tmp_path / "doc.html").read_text(encoding="utf-8")
-    where, facts, heavy = run(python, "-c", USE).splitlines()
+    where, facts, _, heavy = run(python, "-c", USE).splitlines()
     assert Path(where) == packages / "kvzip" / "__init__.py"
     assert facts == f"True 3 3 {kvzip.__version__}" and heavy == "[]"
+    assert "<title>doc.txt · kvzip</title>" in (tmp_path / "doc.html").read_text(encoding="utf-8")
 
 
 USE = f"""
@@ -143,6 +149,8 @@ answer = kvzip.generate(model, cache, "When?", max_tokens=3)
 print(kvzip.__file__)
 shipped = kvzip.head_scores.shipped("gemma-3-270m")
 print(cache.kept == int(0.4 * cache.total), len(answer.token_ids), len(shipped.layers), kvzip.__version__)
+from kvzip.cli import main
+main(["report", "doc.kvz", "-o", "doc.html"], standalone_mode=False)
 print([name for name in {HEAVY} if name in sys.modules])
 """
 

@@ -116,8 +116,8 @@ def test_two_processes_at_once_get_one_whole_model(wheels: Path) -> None:
         "assert (directory / 'model.safetensors').exists()\nprint(directory)"
     )
     command = [sys.executable, "-c", program]
-    examples = Path(small_models.__file__).parent
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=examples, text=True) for _ in range(2)]
+    tools = Path(small_models.__file__).parent
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tools, text=True) for _ in range(2)]
     printed = {process.communicate()[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert printed == {str(small_models.default_cache() / "tiny")}

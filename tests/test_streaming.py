@@ -414,7 +414,9 @@ def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
         pytest.skip(f"left out, {name} cannot be had here: {missing}")
     monkeypatch.setattr(prompts.pieces, "_BLOCK", 500)
     source = Path(small_models.__file__)
-    text = source.read_text(encoding="utf-8") + (source.parent / "document.txt").read_text(encoding="utf-8")
+    text = source.read_text(encoding="utf-8") + (source.parents[1] / "examples" / "document.txt").read_text(
+        encoding="utf-8"
+    )
     encoded = list(prompts.encode_pieces(tokenizer, split(text, [1, 700, 33])))
     assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
     assert len(encoded) > len(text) // 1500

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 import kvzip
 from kvzip import head_scores
+from kvzip.hub import SHIPPED
 from kvzip.inputs import context_ids
 
 MODULES = ("copy", "bisect", "csv", "queue")
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="local Hugging Face directory")
     parser.add_argument("--essays", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2_000, help="of each kind of text")
-    parser.add_argument("--out", type=Path, default=head_scores.SHIPPED, help="directory of the file")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="directory of the file")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()

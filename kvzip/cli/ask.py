@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from ..display import visible
-from .plumbing import FileName, check_text, command, echo, finite, hint, positive, put_json, stages, stdin_lines
+from ..hub import Loading
+from .output import echo, hint, put_json, stages
+from .plumbing import FileName, check_text, command, finite, positive, stdin_lines
 from .sources import model_options, open_cache, short
 
 
@@ -85,10 +87,7 @@ def ask(
     seed: int | None,
     stop: tuple[str, ...],
     model: str | None,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
     as_json: bool,
 ) -> None:
     """Ask questions of a compressed file.
@@ -102,19 +101,19 @@ def ask(
         raise click.UsageError("expected a question, got none with text in it")
     begun = time.monotonic()
     with stages() as stage:
-        loaded, cache, _ = open_cache(
-            stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
-        )
+        loaded, cache, _ = open_cache(stage, file, model=model, loading=loading)
     from ..generation import generate
 
     load_s, begun = time.monotonic() - begun, time.monotonic()
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with _shown(asked, as_json) as (on_token, finish):
         answers = generate(
             loaded,
             cache,
             [follow(q, chat=cache.chat) for q in asked],
-            **options,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
             stop=stop,
             template=cache.chat,
             on_token=on_token,
@@ -132,7 +131,7 @@ def ask(
 
 
 def follow(question: str, *, chat: bool) -> str:
-    """Returns a question as it follows a document: where there is no chat, as the start of a new paragraph."""
+    """Returns a question as it follows a document: without a chat template it begins a new paragraph."""
     from ..prompts import QUERY_SEPARATOR
 
     return question if chat else QUERY_SEPARATOR + question
@@ -143,10 +142,10 @@ OnToken = Callable[[str, int], None]
 
 @contextmanager
 def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Callable[[list[str]], None]]]:
-    """Yields what shows pieces of answers as they come, and what shows the rest when all are known.
+    """Yields a function that shows pieces of answers as they come, and one that shows the rest at the end.
 
-    One answer streams to any output. Several grow side by side on a terminal; elsewhere they come in order, the first
-    as it is made.
+    One answer is streamed wherever the output goes. Several grow side by side on a terminal; elsewhere they come in
+    order, and only the first is streamed.
     """
     if as_json:
         yield None, lambda texts: None

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..display import visible_line
-from .plumbing import Ratio, Stage, command, echo, positive, put, put_json, say, size, stages
-from .sources import load_model, model_options, short
+from ..hub import Loading
+from .output import Stage, echo, put, put_json, say, size, stages
+from .plumbing import Ratio, command, positive
+from .sources import find_model, load_model, model_options, short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,10 +59,7 @@ def bench(
     name: str | None,
     arguments: tuple[str, ...],
     model: str | None,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
     tokens: int,
     ratios: tuple[float, ...],
     max_tokens: int,
@@ -78,7 +77,7 @@ def bench(
         raise click.UsageError(f"expected a model or the name of a benchmark, got both: -m {model} and {name}")
     with stages() as stage:
         begun = time.perf_counter()
-        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        loaded = load_model(stage, model, directory=find_model(model), loading=loading)
         load_s = time.perf_counter() - begun
         facts = {"model": loaded.source, "load_s": load_s} | measure(stage, loaded, tokens, ratios, max_tokens)
     put_json(facts) if as_json else _show(facts)

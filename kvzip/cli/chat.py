@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..display import visible_line
+from ..hub import Loading
 from .ask import answer_options, follow
 from .compress import RATIO, SUFFIX
-from .plumbing import FileName, check_text, command, echo, explain, hint, say, size, stages, stdin_lines
+from .output import echo, hint, say, size, stages
+from .plumbing import FileName, check_text, command, explain, stdin_lines
 from .sources import model_options, open_cache, title_of
 from .targets import check_target, is_kvzip_file, say_replaced
 
@@ -49,10 +51,7 @@ def chat(
     seed: int | None,
     stop: tuple[str, ...],
     model: str | None,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
 ) -> None:
     """Talk about a compressed file.
 
@@ -60,16 +59,13 @@ def chat(
     change; /save writes another one.
     """
     with stages() as stage:
-        loaded, cache, header = open_cache(
-            stage, file, model=model, dtype=dtype, device=device, max_length=max_length, rope=rope
-        )
+        loaded, cache, header = open_cache(stage, file, model=model, loading=loading)
     from ..cache import DenseCache, as_ragged
     from ..conversation import ask
 
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     talk = Talk(loaded, {"1": [cache]}, "1", header.get("note", {}))
     hint(f"{title_of(file, header)}, {cache.context_length:,} tokens: ask, or /help")
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for line in _lines():
         stopped = "stopped; nothing has changed"
         try:
@@ -85,14 +81,17 @@ def chat(
                 loaded,
                 talk.states[-1],
                 follow(line, chat=cache.chat),
-                **options,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
                 stop=stop,
                 template=cache.chat,
                 on_token=lambda piece: echo(piece, nl=False),
             )
             echo()
             talk.states.append(state)
-        except (KeyboardInterrupt, click.Abort):  # the latter at a question
+        except (KeyboardInterrupt, click.Abort):  # Abort: Ctrl-C or Ctrl-D where a yes or a no is asked for
             echo()
             say(stopped)
         except BrokenPipeError:
@@ -119,7 +118,7 @@ def _lines() -> Iterator[str]:
             echo()
             if leaving:
                 raise
-            leaving = True  # a conversation is not lost by a slip
+            leaving = True  # the first Ctrl-C only warns, so that no conversation is lost by a slip
             say("/quit or Ctrl-C again ends this talk, /save FILE keeps it")
             continue
         leaving = False

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..display import visible_line
-from .plumbing import say
+from .output import say
 
 STDIN = "standard input"
 _NAMED = 20  # files that are left out for one reason
 
 SKIPPED = ("__pycache__", "node_modules", "venv", "build", "dist")
-"""Directories that are not read where git does not say what belongs to a project; nor are hidden ones."""
+"""Directories that are left out where git does not say what belongs to a project, as hidden ones are."""
 
 
 def read(sources: Sequence[str]) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def _pdf(content: bytes, name: str) -> str:
     except Exception as error:  # a damaged one fails anywhere
         raise ValueError(f"expected a PDF that can be read, got {name}: {error or type(error).__name__}") from error
     text = "\n\n".join(page.strip() for page in pages)
-    # halves of characters that belong together are joined, the others can be no text
+    # two surrogates that form a pair become its character; a lone one is no text
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if broken := whole.count("\ufffd") - text.count("\ufffd"):
         say(f"{name}: {broken} halves of characters, which are no text, became \ufffd")
@@ -133,9 +133,9 @@ def _counted(things: Sequence[str], what: str) -> str:
 
 
 def _names(path: Path) -> Iterator[Path]:
-    """What git tracks or would; where there is no git, all but hidden files and what tools put there.
+    """The files that git tracks or would track; without git all files but hidden ones and those of SKIPPED.
 
-    Links are not followed: what they point to is read in its own place, or belongs elsewhere.
+    Links are not followed: what they point to is read where it lies, or does not belong to the directory.
     """
     command = ["git", "-C", str(path), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "."]
     try:

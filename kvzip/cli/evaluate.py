@@ -13,23 +13,11 @@ from typing import Any
 import click
 
 from ..display import visible_line
+from ..hub import Loading
 from . import documents
 from .ask import follow
-from .plumbing import (
-    FileName,
-    Group,
-    ListCommand,
-    Ratio,
-    check_text,
-    command,
-    echo,
-    positive,
-    put,
-    put_json,
-    resuming,
-    say,
-    stages,
-)
+from .output import echo, put, put_json, say, stages
+from .plumbing import FileName, Group, ListCommand, Ratio, check_text, command, positive, resuming
 from .sources import find_model, load_model, model_options
 from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
@@ -168,10 +156,7 @@ def _ratios(ctx: click.Context, option: click.Parameter, words: Sequence[str]) -
 @click.option("--commit", help="Commit to write down, where git cannot be asked.")
 def run(
     model: str,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
     tasks: tuple[str, ...],
     methods: tuple[str, ...],
     ratios: tuple[float, ...],
@@ -187,7 +172,7 @@ def run(
     commit: str | None,
 ) -> None:
     """Answer the questions of tasks, by methods, at ratios."""
-    find_model(model)
+    directory = find_model(model)
     check_target(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
     from ..evals import run_eval
     from ..evals.run import check_names
@@ -195,7 +180,7 @@ def run(
     check_names(tasks, methods, ratios, form)  # now, not after a model was loaded
     logging.getLogger("kvzip.evals").setLevel(logging.INFO)
     with resuming(lambda: RESUMES.format(out) if out.exists() else unwritten(out)), stages() as stage:
-        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        loaded = load_model(stage, model, directory=directory, loading=loading)
         bar, line = stage("answering"), _line_of_progress()
 
         def shown(finished: int, total: int, what: str) -> None:
@@ -353,10 +338,7 @@ def compare(
     document: str,
     questions: tuple[str, ...],
     model: str,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
     ratio: float,
     method: str,
     plain: bool,
@@ -373,12 +355,12 @@ def compare(
     if not all(asked):
         raise click.UsageError("expected questions with text in them, got an empty one")
     text, _ = documents.read([document])
-    find_model(model)
+    directory = find_model(model)
     from ..evals import compare as compared
     from ..evals.comparison import render, unchanged
 
     with stages() as stage:
-        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        loaded = load_model(stage, model, directory=directory, loading=loading)
         how: dict[str, Any] = {"method": method, "template": not plain, "max_tokens": max_tokens}
         found = compared(loaded, text, [follow(q, chat=not plain) for q in asked], ratio, **how, on_step=stage)
     named = [replace(pair, query=query) for query, pair in zip(asked, found.answers, strict=True)]

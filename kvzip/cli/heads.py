@@ -8,9 +8,11 @@ import click
 
 from ..display import visible_line
 from ..files.header import open_file
+from ..hub import SHIPPED, Loading
 from . import documents
-from .plumbing import FileName, Group, echo, positive, put, put_json, resuming, stages
-from .sources import SHIPPED, find_heads, find_model, load_model, model_options, short
+from .output import echo, put, put_json, stages
+from .plumbing import FileName, Group, positive, resuming
+from .sources import find_heads, find_model, load_model, model_options, short
 from .targets import check_target, force_option, is_kvzip_file, say_replaced, unwritten
 
 
@@ -40,10 +42,7 @@ def heads() -> None:
 def make(
     documents_: tuple[str, ...],
     model: str,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    loading: Loading,
     output: Path,
     chunk: int,
     plain: bool,
@@ -55,11 +54,11 @@ def make(
     """
     held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     texts = [documents.read([source]) for source in documents_]
-    find_model(model)
+    directory = find_model(model)
     from .. import head_scores
 
     with resuming(lambda: unwritten(output)), stages() as stage:
-        loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)
+        loaded = load_model(stage, model, directory=directory, loading=loading)
         made = head_scores.make(
             loaded,
             [text for text, _ in texts],

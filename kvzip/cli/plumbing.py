@@ -1,14 +1,10 @@
-"""What every command shares: errors on one line, what goes to which stream, and progress.
+"""What every command is made of: its class, the types of its options, and errors on one line.
 
-Standard output is data; everything else goes to standard error. A command ends with 0, with 1 for an error of the run,
-2 for a wrong call, 130 for Ctrl-C. Whatever is written passes `visible` or `visible_line`, is JSON in ASCII, or, in
-`put`, was made safe by its caller, so that no text of a document, a file or a model steers the terminal: nothing here
-is printed but by `echo`, `say`, `hint`, `put` and `put_json`.
+A command ends with 0, with 1 for an error of the run, 2 for a wrong call, 130 for Ctrl-C.
 """
 
 import errno
 import io
-import json
 import logging
 import math
 import os
@@ -23,9 +19,8 @@ from typing import Any
 import click
 
 from ..display import visible, visible_line
-
-Stage = Callable[[str], Callable[[int, int | None], None]]
-"""stage(what) begins a line of progress and returns its progress(done, total)."""
+from ..ratios import check_ratio
+from .output import say
 
 positive = click.IntRange(min=1)
 
@@ -38,7 +33,7 @@ IN_THE_LIBRARY = {
     "keep less (ratio, bits=8 or 4)": "keep less (--ratio, --bits)",
     "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
 }
-"""What errors of the library advise, and what that is on the command line."""
+"""What errors of the library advise, and what to do instead on the command line."""
 
 
 class Stopped(Exception):
@@ -55,10 +50,10 @@ class Ratio(click.ParamType):
             ratio = float(value)
         except ValueError:
             ratio = math.nan
-        if 0 < ratio <= 1:
-            return ratio
-        percent = f"{ratio / 100:g} keeps {ratio:g}%" if 1 < ratio <= 100 else "0.3 keeps 30%"
-        self.fail(f"expected 0 < ratio <= 1, the fraction of pairs that is KEPT, got {value}: {percent}", param, ctx)
+        try:
+            return check_ratio(ratio, got=str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class FileName(click.Path):
@@ -90,19 +85,19 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # it was closed: nothing is read, and nobody can be told
+            if getattr(sys, name) is None:  # a closed one: reading finds the end, writing goes nowhere
                 setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a locale without the letters of an answer
+                stream.reconfigure(errors="backslashreplace")  # a locale may lack letters of an answer
         shown = logging.StreamHandler()
         shown.setFormatter(_Line("kvzip: %(message)s"))
         logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[shown])
-        logging.getLogger("kvzip").setLevel(logging.WARNING)  # other libraries warn their programmers
+        logging.getLogger("kvzip").setLevel(logging.WARNING)  # those of other libraries are for programmers
         try:
             with warnings.catch_warnings():
                 if not debug:
-                    warnings.simplefilter("ignore")  # those of torch to its programmers
+                    warnings.simplefilter("ignore")  # torch's are for programmers
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -147,7 +142,7 @@ class ListCommand(Command):
 
 
 class Group(click.Group):
-    """Commands in the order in which they were written down."""
+    """A group that lists its commands in the order in which they were added."""
 
     command_class = Command
 
@@ -157,7 +152,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.ClickException as error:  # names in it may be those of files
+        except click.ClickException as error:  # it may show the name of a file, so it is made safe
             shown = io.StringIO()
             error.show(file=shown)
             click.echo(visible(shown.getvalue()), err=True, nl=False)
@@ -237,84 +232,3 @@ def check_text(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"expected text in UTF-8, got {text.encode('utf-8', 'surrogateescape')!r}") from None
     return text
-
-
-def echo(text: str = "", *, nl: bool = True) -> None:
-    """Writes text to standard output."""
-    click.echo(visible(text), nl=nl)
-
-
-def say(text: str, *, bold: bool = False) -> None:
-    """Writes a line to standard error."""
-    _to_stderr(text, bold=bold or None)
-
-
-def hint(text: str) -> None:
-    """Writes a line that only a person wants: to standard error, if that is a terminal."""
-    if sys.stderr.isatty():
-        _to_stderr(text, dim=True)
-
-
-def _to_stderr(text: str, **style: Any) -> None:
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") in ("dumb", None)
-    click.secho(visible_line(text), err=True, **({} if plain else style))
-
-
-def put_json(value: Any) -> None:
-    """Writes a value as JSON to standard output, in ASCII: it is JSON whatever the locale, and steers no terminal."""
-    click.echo(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
-
-
-def put(*renderables: Any) -> None:
-    """Writes rich's tables to standard output."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    with console.capture() as shown:
-        for renderable in renderables:
-            console.print(renderable)
-    click.echo("\n".join(line.rstrip() for line in shown.get().rstrip().splitlines()))
-
-
-@contextmanager
-def stages() -> Iterator[Stage]:
-    """Yields what begins a line of progress in place of the last; nothing is shown where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:28}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[count]:>17}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
-
-        def stage(what: str) -> Callable[[int, int | None], None]:
-            for old in bars.task_ids:
-                bars.remove_task(old)
-            task = bars.add_task(visible_line(what), total=None, count="")
-            begun = False
-
-            def progress(done: int, total: int | None) -> None:
-                nonlocal begun
-                count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-                if not begun:  # what was done before this run says nothing of its speed
-                    bars.reset(task, total=total, completed=done, count=count)
-                    begun = True
-                bars.update(task, completed=done, total=total, count=count)
-
-            return progress
-
-        yield stage
-
-
-def size(count: int | float) -> str:
-    """Returns bytes for people: 1234567 is 1.2 MB."""
-    units = iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while abs(count) >= 999.5 and unit != "TB":
-        count, unit = count / 1000, next(units)
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"

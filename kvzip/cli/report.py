@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from ..display import visible_line
-from .plumbing import FileName, command, echo, resuming, size
+from .output import echo, size
+from .plumbing import FileName, command, resuming
 from .sources import check_ours
 from .targets import check_target, force_option, is_page, say_replaced, unwritten
 

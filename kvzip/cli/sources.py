@@ -3,30 +3,33 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..files.header import is_something_else
-from ..hub import Loading, config_of, resolve
-from .plumbing import Stage, say
+from ..hub import Loading, config_of, resolve, shipped_name, shipped_scores
+from .output import Stage, say
 
 if TYPE_CHECKING:
+    import torch
+
     from ..cache import DenseCache, RaggedCache
     from ..models import Model
 
 DTYPES = ("bfloat16", "float16", "float32")
-SHIPPED = Path(__file__).parents[1] / "data" / "head_scores"
 
 
 def model_options(*, required: bool, about: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the options that say how a model is loaded.
+    """Adds --model, which a command takes as `model`, and the options that it takes together as `loading`.
 
     Args:
-        required: False for commands to which a file says what made it; options then stand in place of what it says.
+        required: False for a command that opens a file, which says what made it: the options replace what it says.
         about: what a model that is not required is for, where there is no file.
     """
     given = "" if required or about else " In place of the one that the file names."
@@ -57,9 +60,15 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
     ]
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def collected(
+            dtype: str | None, device: str | None, max_length: int | None, rope: dict[str, Any] | None, **others: Any
+        ) -> Any:
+            return function(**others, loading=Loading(dtype, device, max_length, rope))
+
         for option in reversed(options):
-            function = option(function)
-        return function
+            collected = option(collected)
+        return collected
 
     return add
 
@@ -82,30 +91,24 @@ def _json(ctx: click.Context, option: click.Parameter, value: str | None) -> dic
     return read
 
 
-def load_model(
-    stage: Stage,
-    model: str,
-    *,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
-) -> "Model":
+def load_model(stage: Stage, model: str, *, directory: Path, loading: Loading) -> "Model":
     """Returns the model of a source, loaded with the options; what they leave open is what `kvzip.load` does.
 
     Warns of a length that the model was not made for.
-    """
-    directory = find_model(model)
-    if max_length is not None:
-        warn_of_length(directory, max_length, rope=rope)
-    import torch
 
+    Args:
+        directory: where the model lies: what `find_model` returned, so that the hub is asked once.
+    """
+    if loading.max_length is not None:
+        warn_of_length(directory, loading.max_length, rope=loading.rope)
     from .. import models
 
-    _check_device(device)
+    _check_device(loading.device)
+    dtype = _dtype_of(loading)
     stage(f"loading {short(model)}")
-    how: dict[str, Any] = {"dtype": getattr(torch, dtype)} if dtype else {}
-    return models.load(model, **how, device=device, max_length=max_length, rope=rope)
+    load = models.load if dtype is None else partial(models.load, dtype=dtype)
+    loaded = load(directory, device=loading.device, max_length=loading.max_length, rope=loading.rope)
+    return replace(loaded, source=model)
 
 
 def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
@@ -119,7 +122,7 @@ def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
     return directory
 
 
-def made_for(directory: Path, *, rope: dict[str, Any] | None) -> int | None:
+def made_for(directory: Path, *, rope: Mapping[str, Any] | None) -> int | None:
     """Returns how many positions a model was made for, with RoPE scaling if it has any; None if its config is wrong."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -133,7 +136,7 @@ def made_for(directory: Path, *, rope: dict[str, Any] | None) -> int | None:
         return None  # load says what is wrong with it
 
 
-def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | None) -> None:
+def warn_of_length(directory: Path, positions: int, *, rope: Mapping[str, Any] | None) -> None:
     """Says, before the work, that positions are beyond what a model was made for."""
     limit = made_for(directory, rope=rope)
     if limit is not None and positions > limit:
@@ -144,7 +147,7 @@ def warn_of_length(directory: Path, positions: int, *, rope: dict[str, Any] | No
         )
 
 
-def _check_device(device: str | None) -> None:
+def _check_device(device: "torch.device | str | None") -> None:
     import torch
 
     if device in (None, "cpu"):
@@ -155,8 +158,14 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"expected a device of {', '.join(known)}, got {device}: torch finds no other here")
 
 
+def _dtype_of(loading: Loading) -> "torch.dtype | None":
+    import torch
+
+    return getattr(torch, loading.dtype) if isinstance(loading.dtype, str) else loading.dtype
+
+
 def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
-    """Raises an error, in words for who names files, for what is certainly no file of ours. Without torch."""
+    """Raises an error for a file that kvzip cannot have written, in the words of the command line. Without torch."""
     if path.is_dir():
         raise ValueError(f"expected a file that kvzip wrote, got the directory {path}")
     if not path.is_file():
@@ -177,14 +186,7 @@ def quiet_hub() -> None:
 
 
 def open_cache(
-    stage: Stage,
-    path: Path,
-    *,
-    model: str | None,
-    dtype: str | None,
-    device: str | None,
-    max_length: int | None,
-    rope: dict[str, Any] | None,
+    stage: Stage, path: Path, *, model: str | None, loading: Loading
 ) -> "tuple[Model, DenseCache | RaggedCache, dict[str, Any]]":
     """Returns the model that made a cache file, the cache, and the file's header; see `kvzip.open`.
 
@@ -194,24 +196,24 @@ def open_cache(
     """
     given = None if model is None else find_model(model)
     check_ours(path)  # before torch, which takes seconds
-
     from .. import opening
     from ..cache.reading import open_cache as opened
 
-    _check_device(device)
+    _check_device(loading.device)
+    loading = replace(loading, dtype=_dtype_of(loading))
     stage(f"opening {path.name}")
     with opened(path) as file:
-        if max_length is not None:
-            warn_of_length(given or opening.find(file), max_length, rope=rope or opening.maker_of(file).rope)
-        how = Loading(dtype=dtype, device=device, max_length=max_length, rope=rope)
-        loaded, cache = opening.read(file, model=model, how=how)
+        if loading.max_length is not None:
+            rope = loading.rope or opening.maker_of(file).rope
+            warn_of_length(given or opening.find(file), loading.max_length, rope=rope)
+        loaded, cache = opening.read(file, model=model, loading=loading)
         return loaded, cache, file.header
 
 
 def find_heads(source: str) -> Path:
-    """Returns the file of head scores of a name: that file if there is one, else the one that ships under the name.
+    """Returns a file of head scores: the one at this path, or the one that comes with the library under this name.
 
-    As in `head_scores.shipped`, the name may be the last part of a path or a hub id, in any case; without torch.
+    As in `head_scores.shipped`, the name may be the last part of a path or a hub id, in any case. Without torch.
 
     Raises: ValueError that lists the names.
     """
@@ -219,14 +221,14 @@ def find_heads(source: str) -> Path:
     if path.is_file():
         check_ours(path, made_by="kvzip heads make")
         return path
-    shipped = {path.stem: path for path in SHIPPED.glob("*.safetensors")}
-    wanted = source.rstrip("/").rpartition("/")[2].lower()
-    if wanted not in shipped:
+    shipped = shipped_scores()
+    found = shipped.get(shipped_name(source))
+    if found is None:
         raise ValueError(
-            f"expected a file of head scores or one of the names {', '.join(sorted(shipped))}, got {source}: "
+            f"expected a file of head scores or one of the names {', '.join(shipped)}, got {source}: "
             "kvzip heads make writes one"
         )
-    return shipped[wanted]
+    return found
 
 
 def short(source: str) -> str:

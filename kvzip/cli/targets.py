@@ -14,7 +14,7 @@ from ..files import schema
 from ..files.header import is_kvzip_file as is_kvzip_file
 from ..files.header import peek
 from ..files.writing import check_writable, is_replaceable
-from .plumbing import say, size
+from .output import say, size
 
 NAME_IT = ": name a file (-o)"
 

