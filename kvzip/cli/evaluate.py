@@ -190,7 +190,7 @@ def run(
     find_model(model)
     check_target(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
     from ..evals import run_eval
-    from ..evals.run import check_names
+    from ..evals.plan import check_names
 
     check_names(tasks, methods, ratios, form)  # now, not after a model was loaded
     logging.getLogger("kvzip.evals").setLevel(logging.INFO)
@@ -375,7 +375,7 @@ def compare(
     text, _ = documents.read([document])
     find_model(model)
     from ..evals import compare as compared
-    from ..evals.comparison import render, unchanged
+    from ..evals.comparison_table import render, unchanged
 
     with stages() as stage:
         loaded = load_model(stage, model, dtype=dtype, device=device, max_length=max_length, rope=rope)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .plan import FULL
 from .results import Answered, Summary, differences, group, label, read, summarize
-from .run import FULL
 
 NEEDLES = ("needle", "needles")
 MEAN = "mean of tasks, relative to the full cache"

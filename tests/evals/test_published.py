@@ -14,8 +14,8 @@ import torch
 
 import kvzip
 import random_model
+from kvzip.evals.plan import check_names
 from kvzip.evals.results import group, read
-from kvzip.evals.run import check_names
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
