@@ -11,7 +11,7 @@ from .. import prompts
 from ..models import Model
 from ..prefilling import tokenizer_of
 from .methods import METHODS, Method
-from .metrics import check_metric
+from .metrics import GOLD, check_metric
 from .tasks import Example, Request, examples, expand
 
 FULL = "full"
@@ -66,7 +66,7 @@ class Job:
 
         def alike(number: int) -> tuple[Any, ...]:
             question = self.example.questions[number]
-            return (question.metric == "gold", question.max_tokens, *(question.cloze_stop * (plan.form == "cloze")))
+            return (question.metric == GOLD, question.max_tokens, *(question.cloze_stop * (plan.form == "cloze")))
 
         for _, own in groupby(sorted(numbers, key=alike), key=alike):
             together = list(own)

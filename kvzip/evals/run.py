@@ -16,7 +16,7 @@ from .asking import Gold, agreement, ask, gold, prefill_example
 from .methods import METHODS, Method
 from .metrics import GOLD, evaluate
 from .plan import FULL, Job, Plan, Step, check_names, counter, digest, form_of, jobs
-from .results import append, check_place, mend, places, read
+from .results import append, check_growing, check_place, mend, places, read
 from .tasks import Example, Request
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def run_eval(
 
     Args:
         tasks: names such as "squad", "kv@4096" (with a length in tokens), or groups such as "ruler" (see `tasks`).
-        out: file of JSON lines (see `results`), made if there is none; compressed where its name ends with .gz.
+        out: file of JSON lines (see `results`), made if there is none.
         methods: names in `available`, or "full", which answers from the full cache and has no other ratio than 1.
         ratios: fractions of pairs kept, 0 < ratio <= 1.
         form: "chat" asks through the chat template; "cloze" lets a base model continue a plain text; None takes the
@@ -68,6 +68,7 @@ def run_eval(
     Raises: ValueError for an unknown task, method, form or ratio, a context that is too long for the model, a question
         that its metric cannot mark, or one that is another than `out` has in its place; nothing is answered then.
     """
+    check_growing(out)
     stop = float("inf") if limit_s is None else time.monotonic() + limit_s
     kept = tuple(checks.number(ratio, "ratio", finite=False) for ratio in ratios)
     names = tuple(check_names(tasks, methods, kept, form, available))
