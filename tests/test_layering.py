@@ -17,6 +17,7 @@ ALLOWED = {
     "kvzip.display": set(),
     "kvzip.hub": set(),
     "kvzip.options": {"kvzip.checks"},
+    "kvzip.machine": set(),
     "kvzip.ops": set(),
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.version", "kvzip.checks", "kvzip.display"},
     "kvzip.templates": set(),
