@@ -8,9 +8,6 @@ greedy in float32 over the same random context. Lines are appended to benchmarks
 
 import argparse
 import copy
-import datetime
-import json
-import platform
 import statistics
 import sys
 import time
@@ -20,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import kvzip  # noqa: E402
-from benchmarks.end_to_end import with_scores  # noqa: E402
+import kvzip
+from benchmarks import harness
+from benchmarks.shapes import with_scores
+from kvzip import machine
 
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
+RESULTS = harness.RESULTS / "cpu.jsonl"
 QUESTION = list(range(1000, 1012))
 
 
@@ -51,29 +49,19 @@ def main() -> None:
     }
     if not options.no_transformers:
         variants["transformers, full cache"] = theirs(options.model, cache.token_ids, options.steps)
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(options.rounds):
-        for name, run in variants.items():
-            times[name].append(run())
+    times = harness.in_turns(variants, options.rounds)
     facts = {
         "model": options.model.name,
         "tokens": options.tokens,
         "threads": options.threads,
         "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "date": datetime.date.today().isoformat(),
+        "cpu": machine.device_name(torch.device("cpu")),
+        "date": machine.now(),
     }
-    with options.results.open("a", encoding="utf-8") as file:
-        for name, found in times.items():
-            line = {
-                "what": name,
-                "ms": statistics.median(found),
-                "least_ms": min(found),
-                "most_ms": max(found),
-                **facts,
-            }
-            print(f"{name:26} {line['ms']:7.1f} ms/token ({line['least_ms']:.1f} to {line['most_ms']:.1f})", flush=True)
-            file.write(json.dumps(line) + "\n")
+    for name, found in times.items():
+        line = {"what": name, "ms": statistics.median(found), "least_ms": min(found), "most_ms": max(found)}
+        print(f"{name:26} {line['ms']:7.1f} ms/token ({line['least_ms']:.1f} to {line['most_ms']:.1f})", flush=True)
+        harness.record(options.results, [line], facts, show=False)
 
 
 def ours(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, steps: int) -> Callable[[], float]:

@@ -10,16 +10,12 @@ is one JSON line appended to benchmarks/results/end-to-end.jsonl.
 """
 
 import argparse
-import datetime
-import gc
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,25 +23,24 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 import kvzip  # noqa: E402
 from accuracy import assert_as_accurate  # noqa: E402
-from benchmarks.pages import between  # noqa: E402
-from benchmarks.shapes import random_model, shapes  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from benchmarks.harness import ROOT, release, seconds  # noqa: E402
+from benchmarks.shapes import random_model, shapes, with_scores  # noqa: E402
 from kvzip.attention import decode_attend  # noqa: E402
-from kvzip.cache import Scores, all_ragged, empty_tail  # noqa: E402
+from kvzip.cache import all_ragged, empty_tail  # noqa: E402
 from kvzip.models import Model, forward, logits  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "end-to-end.jsonl"
+RESULTS = harness.RESULTS / "end-to-end.jsonl"
 PARTS = ("check", "prefill", "decode", "batch", "question", "memory", "first", "ratios")
 QUESTION = 30  # tokens
 REFERENCE = {  # the authors' code on the same chip, Llama-3.1-8B shape: prefill s, decode ms full, decode ms at 0.3
     32_768: (1.82, 21.0, 26.0),
     126_000: (16.4, 27.0, 26.8),
 }
-START, STOP = "<!-- end-to-end:start -->", "<!-- end-to-end:end -->"
 READ_BANDWIDTH = 3.07e12  # bytes a second of one H100, a sum over 2 GiB
 
 
@@ -66,7 +61,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these figures need one")
-    facts = machine(options.commit)
+    facts = harness.facts(options.commit)
     names = [str(options.model)] if options.model else options.shape
     for name in names:
         if "check" in options.only and not options.model:
@@ -76,11 +71,7 @@ def main() -> None:
         )
         for tokens in options.tokens:
             for line in measure(model, tokens, options.only):
-                record = {"shape": Path(name).name, "tokens": tokens, **line, **facts}
-                print(json.dumps({k: v for k, v in record.items() if k not in facts}), flush=True)
-                options.results.parent.mkdir(exist_ok=True)
-                with options.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                harness.record(options.results, [{"shape": Path(name).name, "tokens": tokens, **line}], facts)
         del model
         release()
 
@@ -119,30 +110,17 @@ def measure(model: Model, tokens: int, parts: list[str]) -> Iterator[dict[str, A
         yield {"what": "prefill", "s": statistics.median(times), "spread_s": max(times) - min(times), "first_s": cold}
     cache = with_scores(cache, model)
     if "decode" in parts:
-        size = kvzip.nbytes(cache) / 1e9
-        yield {"what": "decode", "ratio": 1.0, "questions": 1, "gb": size, **step_ms(model, cache, 1)}
+        yield decoding(model, cache, 1.0)
     if "question" in parts:
         yield {"what": "question", "ratio": 1.0, **question_ms(model, cache)}
     if "ratios" in parts:
         for ratio in (0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
             small = kvzip.compress(cache, ratio)
-            yield {
-                "what": "decode",
-                "ratio": ratio,
-                "questions": 1,
-                "gb": kvzip.nbytes(small) / 1e9,
-                **step_ms(model, small, 1),
-            }
+            yield decoding(model, small, ratio)
             del small
     small = kvzip.compress(cache, 0.3)
     if "decode" in parts:
-        yield {
-            "what": "decode",
-            "ratio": 0.3,
-            "questions": 1,
-            "gb": kvzip.nbytes(small) / 1e9,
-            **step_ms(model, small, 1),
-        }
+        yield decoding(model, small, 0.3)
     if "batch" in parts:
         yield {"what": "decode", "ratio": 0.3, "questions": 32, **step_ms(model, small, 32)}
     if "question" in parts:
@@ -153,16 +131,9 @@ def measure(model: Model, tokens: int, parts: list[str]) -> Iterator[dict[str, A
     release()
 
 
-def with_scores(cache: kvzip.DenseCache, model: Model) -> kvzip.DenseCache:
-    """The cache with random scores whose heads differ as real ones do: some keep most of their pairs, some few."""
-    layers = tuple(i for i, spec in enumerate(model.config.layers) if spec.window is None)
-    generator = torch.Generator(model.device).manual_seed(1)
-    shape = (len(layers), model.config.num_kv_heads, cache.length - cache.start)
-    values = torch.rand(shape, generator=generator, device=model.device)
-    values += 0.5 * torch.randn(shape[:2], generator=generator, device=model.device)[..., None]
-    return replace(
-        cache, scores=Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source="random")
-    )
+def decoding(model: Model, cache: kvzip.DenseCache | kvzip.RaggedCache, ratio: float) -> dict[str, Any]:
+    size = kvzip.nbytes(cache) / 1e9
+    return {"what": "decode", "ratio": ratio, "questions": 1, "gb": size, **step_ms(model, cache, 1)}
 
 
 def questions(count: int, tokens: int = QUESTION) -> list[list[int]]:
@@ -279,48 +250,13 @@ def backend(name: str) -> Iterator[None]:
         os.environ.pop("KVZIP_BACKEND") if before is None else os.environ.update(KVZIP_BACKEND=before)
 
 
-# --- timing, facts, plot
-
-
-def seconds(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    kept = run()
-    torch.cuda.synchronize()
-    elapsed = time.perf_counter() - start
-    del kept
-    return elapsed
-
-
-def release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def machine(commit: str | None) -> dict[str, str]:
-    """What a figure depends on besides the code's inputs."""
-    import triton
-
-    if commit is None:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
+# --- plot and table
 
 
 def read_latest(results: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The latest line of each figure, by shape, tokens, what it is, ratio and questions; `line` is its number."""
     latest = {}
-    for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
-        record = {**json.loads(line), "line": number}
+    for record in harness.read_lines(results):
         key = (record["shape"], record["tokens"], record["what"], record.get("ratio"), record.get("questions"))
         latest[key] = record
     return latest
@@ -383,9 +319,7 @@ def render_table(latest: dict[tuple[Any, ...], dict[str, Any]], readme: Path) ->
             link = None if record is None else f"benchmarks/results/end-to-end.jsonl#L{record['line']}"
             cells.append("-" if record is None else f"[{record[field]:.{digits}f}{unit}]({link})")
         rows.append(f"| {shape} | {tokens:,} | " + " | ".join(cells) + " |")
-    page = between(readme.read_text(encoding="utf-8"), START, STOP, "\n".join(rows))
-    readme.write_text(page, encoding="utf-8")
-    print(f"wrote the table of {readme}")
+    harness.write_between(readme, "end-to-end", "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The evaluation whose results are published: each model's tasks by each method, several processes on one GPU.
 
     python benchmarks/evaluation.py MODEL_DIR [MODEL_DIR ...] --data DATA --work WORK [--workers 6] [--limit 560]
-    python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `lookups.py`
-    python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, from the results
+    python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `studies.py`
+    python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
+    python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
 A piece of work is one task by one method, answered into a file of its own under WORK; processes take the next piece
 when they are done with one. What is there is not done again, so the same command goes on after a limit (exit code 75)
 or a kill, also on another machine that WORK was carried to. Once a model's pieces are all there, their lines are added
-to `benchmarks/results/eval-MODEL.jsonl` (`study-MODEL.jsonl`), each once. One task and method alone: `kvzip eval run`.
+to a file of `benchmarks/results/`, each once. One task and method alone: `kvzip eval run`.
 """
 
 import argparse
@@ -23,17 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import lookups  # noqa: E402
-from benchmarks.pages import between  # noqa: E402
-from kvzip.cli.evaluate import UNFINISHED  # noqa: E402
-from kvzip.evals.methods import METHODS  # noqa: E402
-from kvzip.evals.results import append, group, mend, read  # noqa: E402
-from kvzip.evals.run import FULL, run_eval  # noqa: E402
+from benchmarks import quality, studies
+from benchmarks.harness import DOCS, RESULTS, write_between
+from kvzip.cli.evaluate import UNFINISHED
+from kvzip.evals.methods import METHODS
+from kvzip.evals.plan import FULL
+from kvzip.evals.results import append, content_of, group, mend, read
+from kvzip.evals.run import run_eval
 
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
@@ -65,12 +65,14 @@ class Piece:
     asked: Asked
     method: str
     ratios: tuple[float, ...]
+    kind: str = "eval"
 
     @property
     def name(self) -> str:
         asked = self.asked
         sizes = f"{asked.count}x{asked.questions}x{asked.max_tokens}"
-        return f"{self.model.name}.{asked.task}.{asked.form}.{sizes}.{self.method}"
+        ratios = f".{self.ratios[0]:g}" if self.kind == "bits" else ""  # one method at 0.6 is in a plan of its own
+        return f"{self.model.name}.{asked.task}.{asked.form}.{sizes}.{self.method}{ratios}"
 
 
 FEW = (FULL, "kvzip", "kvzip-chunk", "snapkv", "random")
@@ -142,7 +144,7 @@ CHUNKS = ("chunk-500", "chunk-125", "context-125")
 OTHERS = (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", *CHUNKS)
 STUDIES = {
     "qwen2.5-coder-1.5b-instruct": (
-        Plan(tuple(lookups.METHODS), (0.1, 0.2, 0.3, 0.5), UUIDS),
+        Plan(tuple(studies.STUDY), (0.1, 0.2, 0.3, 0.5), UUIDS),
         Plan(CHUNKS, (0.1, 0.2, 0.3, 0.5), (NEEDLES, *TEXTS)),
     ),
     "gemma-3-270m": (
@@ -153,34 +155,90 @@ STUDIES = {
 """What is asked besides to find out why something is lost."""
 
 
+def scoring_plans(form: str, tokens: int, count: int, questions: int = 100, methods: Sequence[str] = ()) -> list[Plan]:
+    """Likelihoods at all ratios, of streams at a few, and answers at two."""
+    gold, short = (Asked(f"{task}@{tokens}", form, count, questions, 16) for task in ("gold", "short"))
+    methods, streams = tuple(methods or studies.SCORING), tuple(studies.STREAMS)
+    tenths = tuple(n / 10 for n in range(1, 10))
+    return [
+        Plan((FULL, *methods), tenths, (gold,)),
+        Plan(streams, (0.1, 0.2, 0.3, 0.5), (gold,)),
+        Plan((FULL, *methods, *streams), (0.1, 0.3), (short,)),
+    ]
+
+
+def bits_plans(form: str, tokens: int, count: int) -> list[Plan]:
+    """Likelihoods and answers of pairs in 16, 8 and 4 bits, and of whole heads."""
+    asked = tuple(Asked(f"{task}@{tokens}", form, count, 50, 16) for task in ("gold", "short"))
+    ratios = (1.0, 0.5, 0.3)
+    bits = Plan((FULL, *studies.BITS), ratios, asked)
+    return [bits, Plan(("16 bits", *studies.HEADS), (0.6,), asked)]
+
+
+LONG = ("context", "chunk", "chunk:512", "chunk:8192")
+SCORINGS = {
+    **{
+        f"qwen2.5-coder-{size}-instruct": (
+            *scoring_plans("chat", 5_000, count),
+            *scoring_plans("chat", 20_000, 1, 200, LONG),
+        )
+        for size, count in (("1.5b", 2), ("0.5b", 1))
+    },
+    "gemma-3-270m": scoring_plans("cloze", 5_000, 2),
+    "smollm2-135m-instruct": scoring_plans("cloze", 5_000, 3),
+}
+BITS = {
+    **{f"qwen2.5-coder-{size}-instruct": bits_plans("chat", 4_000, 3) for size in ("1.5b", "0.5b")},
+    "gemma-3-270m": bits_plans("cloze", 2_000, 4),
+    "smollm2-135m-instruct": bits_plans("cloze", 1_500, 4),
+}
+ALL = {"eval": {name: (plan,) for name, plan in PLANS.items()}, "study": STUDIES, "scoring": SCORINGS, "bits": BITS}
+"""Plans by what is asked."""
+KNOWN = {
+    "eval": METHODS,
+    "study": METHODS | studies.STUDY,
+    "scoring": studies.SCORING | studies.STREAMS,
+    "bits": studies.BITS | studies.HEADS,
+}
+"""And the methods that their names stand for."""
+FILES = {
+    "eval": "eval-{}.jsonl.gz",
+    "study": "study-{}.jsonl.gz",
+    "scoring": "scoring-quality.jsonl.gz",
+    "bits": "quality-bits.jsonl.gz",
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, help=f"directories named {', '.join(PLANS)}")
     parser.add_argument("--data", help="directory of JSONL files")
     parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the pieces")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--study", action="store_true", help="the study's methods instead")
+    for kind in ("study", "scoring", "bits"):
+        parser.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help="these methods instead")
     parser.add_argument("--tasks", nargs="+", help="only these, as named in the plan")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the model")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing new is begun")
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
-    parser.add_argument("--render", action="store_true", help="write docs/evals.md's tables and plots and stop")
+    parser.add_argument("--render", action="store_true", help="write tables and plots of docs/ and stop")
     options = parser.parse_args()
     if options.render:
         render(options.results, DOCS)
+        quality.render(options.results, DOCS)
         return 0
+    kind = options.kind or "eval"
     for model in options.models:
-        known = STUDIES if options.study else PLANS
-        if model.name not in known:
-            parser.error(f"expected directories named {', '.join(known)}, got {model}")
+        if model.name not in ALL[kind]:
+            parser.error(f"expected directories named {', '.join(ALL[kind])}, got {model}")
     stop = time.monotonic() + options.limit
     options.work.mkdir(parents=True, exist_ok=True)
     pieces = [
         piece
         for model in options.models
-        for plan in (STUDIES[model.name] if options.study else (PLANS[model.name],))
-        for piece in pieces_of(model, plan)
+        for plan in ALL[kind][model.name]
+        for piece in pieces_of(model, plan, kind)
         if (not options.tasks or piece.asked.task in options.tasks)
         and (not options.methods or piece.method in options.methods)
     ]
@@ -188,18 +246,17 @@ def main() -> int:
     failed = work_off(waiting, options.work, options.workers, options.data, stop, options.commit)
     done = [piece for piece in pieces if (options.work / f"{piece.name}.done").exists()]
     print(f"{len(done)} of {len(pieces)} pieces are done", flush=True)
-    kind = "study" if options.study else "eval"
     for model in options.models:
         own = [piece for piece in pieces if piece.model == model]
         if set(own) <= set(done):
-            collect([options.work / f"{p.name}.jsonl" for p in own], options.results / f"{kind}-{model.name}.jsonl")
+            collect([options.work / f"{p.name}.jsonl" for p in own], options.results / FILES[kind].format(model.name))
     return failed or (0 if len(done) == len(pieces) else UNFINISHED)
 
 
-def pieces_of(model: Path, plan: Plan) -> list[Piece]:
+def pieces_of(model: Path, plan: Plan, kind: str = "eval") -> list[Piece]:
     """Every task by every method, the methods of a task one after the other."""
     return [
-        Piece(model, asked, method, (1.0,) if method == FULL else plan.ratios)
+        Piece(model, asked, method, (1.0,) if method == FULL else plan.ratios, kind)
         for asked in plan.tasks
         for method in plan.methods
     ]
@@ -275,7 +332,7 @@ def worker(
                 questions=asked.questions,
                 data=data,
                 max_tokens=asked.max_tokens,
-                available=METHODS | lookups.METHODS,
+                available=KNOWN[piece.kind],
                 limit_s=stop - time.monotonic(),
                 commit=commit,
             )
@@ -303,7 +360,7 @@ def collect(files: Iterable[Path], out: Path) -> None:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in file.read_text(encoding="utf-8").split("\n") if text]
+    return [json.loads(text) for text in content_of(file).split(b"\n") if text]
 
 
 def identity(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -318,20 +375,17 @@ def render(results: Path, docs: Path) -> None:
     from kvzip.evals.report import figures, overview
 
     tables = []
-    for (model,), own in group(read(*sorted(results.glob("eval-*.jsonl"))), "model").items():
+    for (model,), own in group(read(*sorted(results.glob("eval-*.jsonl.gz"))), "model").items():
         tables.append(f"### {model}\n\n{deeper(overview(own))}")
         if len(PLANS[model].ratios) > 1:
             for name, figure in figures(own, model).items():
                 (docs / f"evals-{name}.png").write_bytes(figure)
     studied = [
         f"{model}:\n\n{deeper(overview(own))}"
-        for (model,), own in group(read(*sorted(results.glob("study-*.jsonl"))), "model").items()
+        for (model,), own in group(read(*sorted(results.glob("study-*.jsonl.gz"))), "model").items()
     ]
-    page = docs / "evals.md"
-    text = page.read_text(encoding="utf-8")
     for name, parts in (("eval", tables), ("study", studied)):
-        text = between(text, f"<!-- {name}:start -->", f"<!-- {name}:end -->", "\n\n".join(parts))
-    page.write_text(text, encoding="utf-8")
+        write_between(docs / "evals.md", name, "\n\n".join(parts))
 
 
 def deeper(tables: str) -> str:

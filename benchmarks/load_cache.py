@@ -9,26 +9,23 @@ loading to a CPU needs too; "load" returns the cache, checked.
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import kvzip  # noqa: E402
-from kvzip.cache import RaggedKV  # noqa: E402
+import kvzip
+from benchmarks import harness
+from kvzip import machine
+from kvzip.cache import RaggedKV
 
-RESULTS = ROOT / "benchmarks" / "results" / "load-cache.jsonl"
+RESULTS = harness.RESULTS / "load-cache.jsonl"
 LAYERS, HEADS, WIDTH = 16, 8, 128
 LIMIT = 1.3
 ROUNDS = 9
@@ -41,16 +38,16 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the file")
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     options = parser.parse_args()
-    tests = ["-k", "bit_for_bit", "-o", "addopts=", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_io.py")]
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode != 0:
-        sys.exit("the tests above failed: nothing is timed on red")
+    harness.test_or_exit("-k", "bit_for_bit", str(harness.ROOT / "tests" / "test_io.py"))
     cache, slow = ragged_cache(options.gib), False
     for directory in options.directory:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             path = Path(scratch) / "cache.kvz"
             kvzip.save(cache, path)
             size = path.stat().st_size
-            seconds = timed(variants(path, options.device))
+            calls = variants(path, options.device)
+            timed = {name: lambda call=call: harness.seconds(call) for name, call in calls.items()}
+            seconds = harness.in_turns(timed, ROUNDS, warm=1)
         read = statistics.median(seconds["read anew" if options.device == "cpu" else "read"])
         for name, found in seconds.items():
             median = statistics.median(found)
@@ -62,11 +59,8 @@ def main() -> int:
                 "least_ms": round(min(found) * 1e3, 2),
                 "most_ms": round(max(found) * 1e3, 2),
                 "of_read": round(median / read, 3),
-                **machine(options),
             }
-            print(json.dumps(line), flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            harness.record(RESULTS, [line], facts(options))
     return int(slow)
 
 
@@ -111,37 +105,19 @@ def variants(path: Path, device: str) -> dict[str, Callable[[], object]]:
     return {"read": read, "read anew": lambda: read(torch.empty(size, dtype=torch.uint8).numpy().data), "load": load}
 
 
-def timed(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each call, in turns; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def file_system(directory: Path) -> str:
     command = ["stat", "--file-system", "--format=%T", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def machine(options: argparse.Namespace) -> dict[str, str | int]:
-    commit = options.commit
-    if commit is None:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def facts(options: argparse.Namespace) -> dict[str, str | int]:
     return {
         "gpu": torch.cuda.get_device_name() if options.device != "cpu" else "none",
-        "cpu": platform.machine(),
+        "cpu": machine.device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": harness.commit_of(options.commit),
+        "date": machine.now(),
     }
 
 

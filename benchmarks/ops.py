@@ -9,28 +9,22 @@ case is that of its bytes at the bandwidth, or its products at the rate, measure
 """
 
 import argparse
-import datetime
-import json
 import math
 import os
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.pages import between  # noqa: E402
-from kvzip import ops  # noqa: E402
+from benchmarks import harness
+from benchmarks.harness import ROOT, Variant, record, test_or_exit, time_variants
+from kvzip import ops
 
-RESULTS = ROOT / "benchmarks" / "results" / "ops.jsonl"
-START, STOP = "<!-- ops:start -->", "<!-- ops:end -->"
+RESULTS = harness.RESULTS / "ops.jsonl"
 COLD_BYTES = 256 * 2**20  # inputs of a cold case rotate over more than this, several times the L2
 LENGTHS = {  # rows of 8 heads that hold 0.3 of the pairs
     "0.3 of 131,072, skewed": [40315, 54085, 19669, 21874, 30754, 47293, 40003, 60577],
@@ -40,7 +34,6 @@ LENGTHS = {  # rows of 8 heads that hold 0.3 of the pairs
 }
 HEADS, QUERY_HEADS, WIDTH = 8, 32, 128  # Llama-3.1-8B
 
-Variant = list[Callable[[], object]]  # the same call over several inputs, to be rotated
 Case = tuple[str, dict[str, Variant], dict[str, float]]  # name, variants, and the least bytes and products
 
 
@@ -58,10 +51,12 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    test_or_exit(options.only, options.workers)
-    facts = machine(options.commit)
+    tests = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in options.only]
+    test_or_exit("-m", "gpu", *tests, workers=options.workers)
+    facts = harness.facts(options.commit)
     floors = measure_floors()
-    record(options.results, facts, [floor_line(name, value) for name, value in floors.items()])
+    lines = show([floor_line(name, value) for name, value in floors.items()])
+    record(options.results, lines, facts, show=False)
     for op in options.only:
         for case, variants, least in BENCHMARKS[op](options):
             least_us = max(
@@ -73,41 +68,8 @@ def main() -> None:
                 | {"fraction_of_floor": round(least_us / figures["median_us"], 3)}
                 for name, figures in time_variants(variants).items()
             ]
-            record(options.results, facts, lines)
+            record(options.results, show(lines), facts, show=False)
             torch.cuda.empty_cache()
-
-
-def test_or_exit(only: list[str], workers: int) -> None:
-    files = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in only]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", *files]
-    environment = dict(os.environ)
-    if workers > 1:  # whose references would each take all cores
-        command += ["-n", str(workers)]
-        environment["OMP_NUM_THREADS"] = "1"
-    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
-        sys.exit("the tests above failed: nothing is timed on red")
-
-
-def machine(commit: str | None) -> dict[str, str]:
-    import triton
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or git_commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def git_commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        sys.exit("expected a git checkout to read the commit from: pass --commit")
 
 
 def measure_floors() -> dict[str, float]:
@@ -134,71 +96,13 @@ def floor_line(name: str, value: float) -> dict:
     return {"op": "floor", "case": what, "variant": unit, "value": round(value, 3)}
 
 
-def time_variants(variants: dict[str, Variant], *, rounds: int = 30, budget_ms: float = 1500) -> dict[str, dict]:
-    """Median, 10th and 90th percentile in microseconds of one call of each; variants take turns in every round."""
-    ready = {}
-    for name, calls in variants.items():
-        try:
-            ready[name] = (*_capture(calls), len(calls))
-        except Exception as error:  # an alternative that cannot run here is left out, and said so
-            if name == "kvzip":
-                raise
-            print(f"  {name}: not timed: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    spent = dict.fromkeys(ready, 0.0)
-    for index in range(rounds + 3):
-        for name, (run, _, count) in ready.items():
-            if spent[name] > budget_ms and len(times[name]) >= 3:
-                continue
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(200_000)  # the host gets ahead, so that launches of an eager variant can overlap
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            spent[name] += start.elapsed_time(stop)
-            if index >= 3 or spent[name] > budget_ms:
-                times[name].append(start.elapsed_time(stop) * 1000 / count)
-    figures = {}
-    for name, (_, mode, _) in ready.items():
-        tenths = statistics.quantiles(times[name], n=10, method="inclusive")
-        figures[name] = {
-            "median_us": round(statistics.median(times[name]), 2),
-            "p10_us": round(tenths[0], 2),
-            "p90_us": round(tenths[-1], 2),
-            "runs": len(times[name]),
-            "mode": mode,
-        }
-    return figures
-
-
-def _capture(calls: Variant) -> tuple[Callable[[], None], str]:
-    """A function that makes all calls once: the replay of a CUDA graph if they can be captured."""
-
-    def eager() -> None:
-        for call in calls:
-            call()
-
-    eager()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            eager()
-    except RuntimeError:  # it waits for the device
-        torch.cuda.synchronize()
-        return eager, "eager"
-    return graph.replay, "graph"
-
-
-def record(results: Path, facts: dict, lines: list[dict]) -> None:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        for line in lines:
-            file.write(json.dumps(line | facts) + "\n")
-            what = line.get("value", line.get("median_us"))
-            share = f"{line['fraction_of_floor']:.0%} of the floor" if "fraction_of_floor" in line else ""
-            print(f"{line['op']:9} {line['case']:52} {line['variant']:28} {what:10.2f} {share}", flush=True)
+def show(lines: list[dict]) -> list[dict]:
+    """The lines, printed."""
+    for line in lines:
+        what = line.get("value", line.get("median_us"))
+        share = f"{line['fraction_of_floor']:.0%} of the floor" if "fraction_of_floor" in line else ""
+        print(f"{line['op']:9} {line['case']:52} {line['variant']:28} {what:10.2f} {share}", flush=True)
+    return lines
 
 
 def bench_select(options: argparse.Namespace):
@@ -404,27 +308,22 @@ BENCHMARKS = {
 
 def render_table(results: Path, readme: Path) -> None:
     """Puts the latest figure of each variant between the markers in the README, linked to its line."""
-    latest: dict[tuple[str, str], dict[str, tuple[int, dict]]] = {}
-    for number, text in enumerate(results.read_text().splitlines(), start=1):
-        line = json.loads(text)
+    latest: dict[tuple[str, str], dict[str, dict]] = {}
+    for line in harness.read_lines(results):
         if line["op"] != "floor":
-            latest.setdefault((line["op"], line["case"]), {})[line["variant"]] = (number, line)
+            latest.setdefault((line["op"], line["case"]), {})[line["variant"]] = line
     link = os.path.relpath(results, readme.parent)
     rows = ["| op | case | kvzip | of the floor | best alternative |", "| --- | --- | ---: | ---: | --- |"]
     for (op, case), variants in latest.items():
         own = variants.pop("kvzip", None)
         cells = ["-", "-", "-"]
         if own is not None:
-            cells[:2] = [f"[{_time(own[1])}]({link}#L{own[0]})", f"{own[1]['fraction_of_floor']:.0%}"]
+            cells[:2] = [f"[{_time(own)}]({link}#L{own['line']})", f"{own['fraction_of_floor']:.0%}"]
         if variants:
-            name, (number, line) = min(variants.items(), key=lambda item: item[1][1]["median_us"])
-            cells[2] = f"{name}, [{_time(line)}]({link}#L{number})"
+            name, line = min(variants.items(), key=lambda item: item[1]["median_us"])
+            cells[2] = f"{name}, [{_time(line)}]({link}#L{line['line']})"
         rows.append(f"| {op} | {case} | {' | '.join(cells)} |")
-    try:
-        page = between(readme.read_text(), START, STOP, "\n".join(rows))
-    except ValueError as error:
-        sys.exit(f"{readme}: {error}")
-    readme.write_text(page)
+    harness.write_between(readme, "ops", "\n".join(rows))
 
 
 def _time(line: dict) -> str:

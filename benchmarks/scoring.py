@@ -9,46 +9,46 @@ Random weights of a published shape. Each figure is one JSON line appended to be
 """
 
 import argparse
-import gc
-import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-import kvzip  # noqa: E402
-from benchmarks.end_to_end import machine  # noqa: E402
-from benchmarks.shapes import random_model  # noqa: E402
-from kvzip import streaming  # noqa: E402
+import kvzip
+from benchmarks import harness
+from benchmarks.harness import clock, release
+from benchmarks.shapes import random_model
+from kvzip.streaming import checkpoints, prefill, segments
 
-RESULTS = ROOT / "benchmarks" / "results" / "scoring.jsonl"
+RESULTS = harness.RESULTS / "scoring.jsonl"
+
+
+STAGES = (
+    (segments, "_prefill_segment", "prefill_s"),
+    (segments, "score_chunks", "score_s"),
+    (segments, "_choose", "select_s"),
+    (segments, "_pack_", "pack_s"),
+    (prefill, "save", "save_s"),
+    (checkpoints, "read_cache", "load_s"),
+)
+"""Functions of `prefill_compressed` that are timed."""
 
 
 class Reached(Exception):
     pass
 
 
-def clock():
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def ids_of(count):
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(0))
 
 
-def say(arguments, **facts):
-    record = {"shape": arguments.shape, **facts, **machine(arguments.commit)}
-    print(json.dumps(facts), flush=True)
-    with arguments.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def say(arguments, **line):
+    harness.record(arguments.results, [{"shape": arguments.shape, **line}], harness.facts(arguments.commit))
 
 
 def score_part(model, arguments):
@@ -80,8 +80,7 @@ def score_part(model, arguments):
                 nan=bool(scored.scores.values.isnan().any()),
             )
         del cache, scored
-        gc.collect()
-        torch.cuda.empty_cache()
+        release()
 
 
 def profile_part(model, arguments):
@@ -113,12 +112,8 @@ def stream_part(model, arguments):
         return run
 
     # a synchronisation on each side of a stage: three a segment
-    streaming._prefill_segment = timed("prefill_s", streaming._prefill_segment)
-    streaming.score_chunks = timed("score_s", streaming.score_chunks)
-    streaming._choose = timed("select_s", streaming._choose)
-    streaming._settle = timed("pack_s", streaming._settle)
-    streaming.save = timed("save_s", streaming.save)
-    streaming.load_cache = timed("load_s", streaming.load_cache)
+    for module, name, stage in STAGES:
+        setattr(module, name, timed(stage, getattr(module, name)))
 
     def progress(done, total):
         now = clock()
@@ -137,8 +132,7 @@ def stream_part(model, arguments):
     options = {"share": arguments.share, "checkpoint": state, "progress": progress}
     kvzip.prefill_compressed(model, ids[:40_000], 0.3, share=arguments.share)  # compiles
     stages.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    release()
     torch.cuda.reset_peak_memory_stats()
     begin = clock()
     full = 131_072 * arguments.tokens

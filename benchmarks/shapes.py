@@ -9,7 +9,8 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from kvzip import prompts
+from kvzip import DenseCache, prompts
+from kvzip.cache import Scores
 from kvzip.models import Model, checkpoint_digest, empty_weights, stored_tensor
 from kvzip.models.load import translate_config
 from kvzip.models.weights import named_tensors
@@ -61,6 +62,18 @@ def random_model(
         stop_ids=(),
         checkpoint=checkpoint_digest(stored_tensor(*named) for named in named_tensors(weights)),
         source=name,
+    )
+
+
+def with_scores(cache: DenseCache, model: Model) -> DenseCache:
+    """The cache with random scores whose heads differ as real ones do: some keep most of their pairs, some few."""
+    layers = tuple(i for i, spec in enumerate(model.config.layers) if spec.window is None)
+    generator = torch.Generator(model.device).manual_seed(1)
+    shape = (len(layers), model.config.num_kv_heads, cache.length - cache.start)
+    values = torch.rand(shape, generator=generator, device=model.device)
+    values += 0.5 * torch.randn(shape[:2], generator=generator, device=model.device)[..., None]
+    return replace(
+        cache, scores=Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source="random")
     )
 
 

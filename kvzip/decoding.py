@@ -141,16 +141,25 @@ class Decoder:
     @torch.no_grad()
     def _advance(self, token_ids: Int64[Tensor, "B T"]) -> None:
         """Appends T tokens of each question, of which `_counts` are its own, and decides the token after its last."""
-        tokens = token_ids.shape[1]
-        positions = self._start + self._tail.lengths[:, None].long() + torch.arange(tokens, device=token_ids.device)
-        attend = decode_attend(self.model.config, self._layers, self._tail)
-        hidden = forward(self.model, token_ids.clamp(min=0), positions, attend)
-        if tokens == 1:
+        hidden = self._forward(token_ids)
+        if token_ids.shape[1] == 1:
             self._choose(hidden[:, 0])
             self._tail.lengths.add_(1)
         else:
             self._choose(hidden[torch.arange(self.batch, device=token_ids.device), self._counts - 1])
             self._tail.lengths.add_(self._counts)
+
+    @torch.no_grad()
+    def hidden(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        """Returns the hidden states of T tokens of each row, read after the cache; earlier answers are forgotten."""
+        self._tail.lengths.fill_(self._past)
+        return self._forward(token_ids)
+
+    def _forward(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        reach = torch.arange(token_ids.shape[1], device=token_ids.device)
+        positions = self._start + self._tail.lengths[:, None].long() + reach
+        attend = decode_attend(self.model.config, self._layers, self._tail)
+        return forward(self.model, token_ids.clamp(min=0), positions, attend)
 
     def _choose(self, hidden: Float[Tensor, "B M"]) -> None:
         scores = logits(self.model, hidden)

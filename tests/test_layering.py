@@ -18,6 +18,7 @@ ALLOWED = {
     "kvzip.display": set(),
     "kvzip.hub": set(),
     "kvzip.options": {"kvzip.checks"},
+    "kvzip.machine": set(),
     "kvzip.ops": set(),
     "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display"},
     "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},

@@ -4,9 +4,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).parents[2]
 QUESTION = "What is the value of the first key?"
-
-R = TypeVar("R")
 
 
 @command(
@@ -96,6 +93,7 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
 
     from .. import compression, prefilling, scoring
     from ..cache import nbytes
+    from ..machine import timed
 
     endless = replace(model, stop_ids=())  # so that every answer has the same length
     chat = model.template is not None
@@ -108,14 +106,14 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
     warm = prefilling.prefill(model, ids[:64], template=chat)
     scoring.score(model, warm)
     progress = stage("reading the document")
-    dense, prefill_s = _timed(lambda: prefilling.prefill(model, ids, template=chat, progress=progress), model)
+    dense, prefill_s = timed(model.device, lambda: prefilling.prefill(model, ids, template=chat, progress=progress))
     progress = stage("scoring pairs")
-    scored, score_s = _timed(lambda: scoring.score(model, dense, progress=progress), model)
+    scored, score_s = timed(model.device, lambda: scoring.score(model, dense, progress=progress))
     stage("answering from all pairs")
     rows = [{"ratio": 1.0, "compress_s": 0.0, "cache_bytes": nbytes(dense)} | _answering(endless, dense, answer)]
     for ratio in ratios:
         stage(f"answering from {ratio:.0%}")
-        small, compress_s = _timed(lambda ratio=ratio: compression.compress(scored, ratio), model)
+        small, compress_s = timed(model.device, lambda ratio=ratio: compression.compress(scored, ratio))
         row = {"ratio": ratio, "compress_s": compress_s, "cache_bytes": nbytes(small)}
         rows.append(row | _answering(endless, small, answer))
     on_gpu = model.device.type == "cuda"
@@ -143,6 +141,7 @@ def document_ids(model: "Model", tokens: int) -> "Tensor":
 def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, float]:
     from ..decoding import Decoder
     from ..generation import generate, query_ids
+    from ..machine import timed
 
     chat = cache.chat
     (asked,) = query_ids(model, cache, [QUESTION], template=chat)
@@ -150,22 +149,11 @@ def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -
 
     def seconds(count: int) -> float:
         made: dict[str, Any] = {"max_tokens": count, "template": chat, "decoder": decoder}
-        return _timed(lambda: generate(model, cache, QUESTION, **made), model)[1]
+        return timed(model.device, lambda: generate(model, cache, QUESTION, **made))[1]
 
     seconds(2)  # captures graphs, compiles kernels
     first = seconds(1)
     return {"first_token_s": first, "token_s": max(0.0, seconds(tokens + 1) - first) / tokens}
-
-
-def _timed(run: Callable[[], R], model: "Model") -> tuple[R, float]:
-    """What `run` returns and the seconds that it took, work queued on the GPU included."""
-    begun = time.perf_counter()
-    result = run()
-    if model.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(model.device)
-    return result, time.perf_counter() - begun
 
 
 def _show(facts: dict[str, Any]) -> None:

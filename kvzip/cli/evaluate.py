@@ -1,23 +1,19 @@
-"""`kvzip eval` and `kvzip compare`: what was lost."""
+"""`kvzip eval`: how much quality is left."""
 
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..display import visible_line
 from ..hub import Loading
-from . import documents
-from .ask import follow
 from .output import echo, put, put_json, say, stages
-from .plumbing import FileName, Group, ListCommand, Ratio, check_text, command, positive, resuming
+from .plumbing import FileName, Group, ListCommand, positive, resuming
+from .ratios import ratios_of
 from .sources import find_model, load_model, model_options
 from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
@@ -52,48 +48,6 @@ def evaluate() -> None:
 
     Options without a command are those of `run`.
     """
-
-
-def ratios_of(words: Sequence[str]) -> tuple[float, ...]:
-    """Returns ratios, each once and ascending, of words such as "0.3", "0.1:0.5:0.1" (a range), or "0.1 ... 1.0".
-
-    The dots go on in the step of the two ratios before them, or in tenths where there is only one.
-
-    Raises: ValueError for a word that is none of these, or a ratio outside (0, 1].
-    """
-    found: list[Fraction] = []
-    dots = False
-    for word in words:
-        if word in ("...", "\u2026") and found and not dots:
-            dots = True
-            continue
-        try:
-            first, last, step = _range(word, found, dots)
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"expected ratios such as 0.3, 0.1:0.5:0.1 or 0.1 ... 1.0, got {' '.join(words)!r}"
-            ) from error
-        found += [first + n * step for n in range(int((last - first) / step) + 1)]
-        dots = False
-    if dots or not all(0 < ratio <= 1 for ratio in found):
-        raise ValueError(
-            f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {' '.join(words)!r}: 0.3 keeps 30%"
-        )
-    return tuple(sorted({float(ratio) for ratio in found}))
-
-
-def _range(word: str, before: list[Fraction], dots: bool) -> tuple[Fraction, Fraction, Fraction]:
-    """First, last and step of the ratios that a word adds to those before it; in fractions, as 3 * 0.1 is not 0.3."""
-    if ":" in word:
-        first, last, step = map(Fraction, word.split(":"))
-    elif dots:
-        step = before[-1] - before[-2] if len(before) > 1 else Fraction(1, 10)
-        first, last = before[-1] + step, Fraction(word)
-    else:
-        first, last, step = Fraction(word), Fraction(word), Fraction(1)
-    if step <= 0 or first > last:
-        raise ValueError
-    return first, last, step
 
 
 def _ratios(ctx: click.Context, option: click.Parameter, words: Sequence[str]) -> tuple[float, ...]:
@@ -175,8 +129,10 @@ def run(
     directory = find_model(model)
     check_target(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
     from ..evals import run_eval
-    from ..evals.run import check_names
+    from ..evals.plan import check_names
+    from ..evals.results import check_growing
 
+    check_growing(out)
     check_names(tasks, methods, ratios, form)  # now, not after a model was loaded
     logging.getLogger("kvzip.evals").setLevel(logging.INFO)
     with resuming(lambda: RESUMES.format(out) if out.exists() else unwritten(out)), stages() as stage:
@@ -310,62 +266,3 @@ def tasks(as_json: bool) -> None:
     for name, about in CATALOG.items():
         methods.add_row(name, *about)
     put(table, "", methods)
-
-
-@command(
-    "compare",
-    epilog="""
-    kvzip compare contract.txt "Who signed it?" -m DIR -r 0.3
-    kvzip compare contract.txt "Who signed it?" "When?" -m DIR -r 0.1 --method snapkv --json
-    """,
-)
-@click.argument("document", metavar="DOC")
-@click.argument("questions", metavar="QUESTION...", nargs=-1, required=True)
-@model_options(required=True)
-@click.option(
-    "-r",
-    "--ratio",
-    type=Ratio(),
-    default=0.3,
-    show_default=True,
-    help="Fraction of pairs KEPT.",
-)
-@click.option("--method", default="kvzip", show_default=True, help="See `kvzip eval tasks`.")
-@click.option("--plain", is_flag=True, help="Questions continue the document, no chat template.")
-@click.option("-n", "--max-tokens", type=positive, default=256, show_default=True, help="Tokens of an answer, at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-def compare(
-    document: str,
-    questions: tuple[str, ...],
-    model: str,
-    loading: Loading,
-    ratio: float,
-    method: str,
-    plain: bool,
-    max_tokens: int,
-    as_json: bool,
-) -> None:
-    """Show what compression changes in answers.
-
-    Questions are asked of the document's full cache and of the compressed one. First how many answers are the same and
-    what is saved; then memory and times, and for each question the answers, how far probabilities moved, and the tokens
-    that changed.
-    """
-    asked = [check_text(question.strip()) for question in questions]
-    if not all(asked):
-        raise click.UsageError("expected questions with text in them, got an empty one")
-    text, _ = documents.read([document])
-    directory = find_model(model)
-    from ..evals import compare as compared
-    from ..evals.comparison import render, unchanged
-
-    with stages() as stage:
-        loaded = load_model(stage, model, directory=directory, loading=loading)
-        how: dict[str, Any] = {"method": method, "template": not plain, "max_tokens": max_tokens}
-        found = compared(loaded, text, [follow(q, chat=not plain) for q in asked], ratio, **how, on_step=stage)
-    named = [replace(pair, query=query) for query, pair in zip(asked, found.answers, strict=True)]
-    found = replace(found, answers=tuple(named))
-    if as_json:
-        put_json({"unchanged": unchanged(found)} | asdict(found))
-    else:
-        put(render(found))

@@ -6,8 +6,9 @@ from ..version import VERSION
 from .ask import ask
 from .bench import bench
 from .chat import chat
+from .compare import compare
 from .compress import compress
-from .evaluate import compare, evaluate
+from .evaluate import evaluate
 from .heads import heads
 from .info import info
 from .plumbing import Group

@@ -1,31 +1,23 @@
 """One document, its full cache against a compressed one: answers, changed tokens, probabilities, time and memory."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import SupportsFloat, TypeVar
+from typing import SupportsFloat
 
 import torch
 from jaxtyping import Float
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from .. import checks
-from ..attention import decode_attend
-from ..cache import DenseCache, RaggedCache, all_ragged, as_ragged, check_pairs, empty_tail, grow_tail, nbytes
+from ..cache import DenseCache, RaggedCache, check_pairs, nbytes
 from ..checks import check_kind, check_texts
-from ..compression import compress
-from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
-from ..inputs import check_fingerprint, check_length, context_ids, tokenizer_of
-from ..models import Model, forward, logits
+from ..inputs import check_fingerprint, tokenizer_of
+from ..machine import timed
+from ..models import Model
 from ..prefilling import prefill
+from .asking import answer_logits
 from .methods import METHODS, Method
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -127,19 +119,21 @@ def compare(
     questions, stop = check_texts(questions, "questions"), check_texts(stop, "stop")
     step = on_step or (lambda what: None)
     step("reading the document")
-    full, prefill_s = _timed(model, lambda: prefill(model, document, instruction=instruction, template=template))
+    read = lambda: prefill(model, document, instruction=instruction, template=template)  # noqa: E731
+    full, prefill_s = timed(model.device, read)
     step("scoring pairs")
-    scored, score_s = _timed(model, lambda: how.score(model, full))
-    small, compress_s = _timed(model, lambda: compress(scored, ratio, level=how.level))
+    scored, score_s = timed(model.device, lambda: how.score(model, full))
+    small, compress_s = timed(model.device, lambda: how.compressed(model, scored, ratio))
 
     def answer(cache: DenseCache | RaggedCache, query: str) -> tuple[Answer, float]:
-        return _timed(model, lambda: generate(model, cache, query, max_tokens=max_tokens, template=template, stop=stop))
+        made = lambda: generate(model, cache, query, max_tokens=max_tokens, template=template, stop=stop)  # noqa: E731
+        return timed(model.device, made)
 
     pairs = []
     for number, query in enumerate(questions, start=1):
         step(f"answering {number} of {len(questions)}")
-        (of_full, full_s), (of_small, small_s) = answer(full, query), answer(small, query)
-        pairs.append(_pair(model, full, small, query, of_full, of_small, full_s, small_s, template=template))
+        said = answer(full, query), answer(small, query)
+        pairs.append(_pair(model, (full, small), query, said, template=template))
     return Comparison(
         model=model.source,
         method=method,
@@ -171,78 +165,8 @@ def answer_probabilities(
     check_fingerprint(model, cache.fingerprint)
     if not isinstance(query, str):
         raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
-    (asked,) = query_ids(model, cache, [query], template=template)
-    answer = _answer_ids(answer_ids)
-    cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
-    ids = context_ids(model, torch.tensor([*asked, *answer]))[None].to(model.device)
-    rows, used = ids.shape[1], len(cache.token_ids)
-    check_length(model, used + rows, f"a cache of {used} tokens, a question of {len(asked)} and {len(answer)} more")
-    if cache.tail is None:
-        tail = empty_tail(cache.context, 1, rows, dtype=model.dtype)
-    else:
-        tail = grow_tail(cache.tail, 1, rows)
-    positions = used + torch.arange(rows, device=model.device)
-    with torch.no_grad():
-        hidden = forward(model, ids, positions, decode_attend(model.config, all_ragged(cache.context), tail))
-        return logits(model, hidden[0, len(asked) - 1 : -1]).float().softmax(-1)
-
-
-def unchanged(comparison: Comparison) -> int:
-    """Returns how many questions have the same answer from both caches."""
-    return sum(pair.full.text == pair.small.text for pair in comparison.answers)
-
-
-def render(comparison: Comparison) -> RenderableType:
-    """Returns the comparison for a terminal: a line that says it all, sizes and times, then each question.
-
-    No text of the document, the questions or the answers steers the terminal (see `display`).
-    """
-    c = comparison
-    full_mb, small_mb = (f"{count / 1e6:.3g}" for count in (c.full_bytes, c.small_bytes))
-    verdict = f"{unchanged(c)} of {len(c.answers)} answers unchanged; {full_mb} -> {small_mb} MB"
-    name = visible_line(Path(c.model).name if Path(c.model).is_dir() else c.model)
-    about = f"{name}: {c.tokens:,} tokens, {c.method} keeps {c.kept:,} of {c.total:,} pairs ({c.kept / c.total:.1%})"
-    sizes = Table("", "full", "compressed", box=None, pad_edge=False)
-    sizes.add_row("cache, MB", f"{c.full_bytes / 1e6:.2f}", f"{c.small_bytes / 1e6:.2f}")
-    sizes.add_row("reading the document, s", f"{c.prefill_s:.2f}", "the same")
-    sizes.add_row("scoring and packing, s", "", f"{c.score_s:.2f} + {c.compress_s:.2f}")
-    answering = [sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)]
-    sizes.add_row("answering, s", *(f"{seconds:.2f}" for seconds in answering))
-    legend = (
-        "Points are hundredths of a probability, compressed minus full, over the tokens of the full cache's answer: "
-        "+5 is from 40% to 45%."
-    )
-    return Group(Text(verdict, "bold"), Text(about), "", sizes, *map(_render_pair, c.answers), "", Text(legend))
-
-
-def _render_pair(pair: AnswerPair) -> Group:
-    same = pair.full.text == pair.small.text
-    texts = Table(show_header=False)
-    texts.add_row("both" if same else "full", Text(visible(pair.full.text)))
-    if not same:
-        texts.add_row("compressed", Text(visible(pair.small.text)))
-    parts: list[RenderableType] = [Text("\n" + visible(pair.query), "bold"), texts]
-    spreads = {
-        "p of its tokens": pair.p_answer,
-        "lead over the next": pair.margin,
-        "p of any token": pair.p,
-    }
-    moved = Table("moved", "lowest, points", "highest, points", "mean size, points", box=None, pad_edge=False)
-    for name, spread in spreads.items():
-        if spread is not None:
-            moved.add_row(name, _points(spread.low), _points(spread.high), _points(spread.mean_abs).removeprefix("+"))
-    if moved.row_count:
-        parts += ["", moved]
-    if pair.changes:
-        heads = ("token", "full says", "full, %", "compressed, %", "compressed says", "full, %", "compressed, %")
-        changes = Table(*heads, box=None, pad_edge=False)
-        for change in pair.changes:
-            (own, others), (own_small, others_small) = change.full_p, change.small_p
-            first = (_quoted(change.full), f"{own:.1%}"[:-1], f"{own_small:.1%}"[:-1])
-            second = (_quoted(change.small), f"{others:.1%}"[:-1], f"{others_small:.1%}"[:-1])
-            changes.add_row(str(change.position), *first, *second)
-        parts += ["", changes]
-    return Group(*parts)
+    asked = query_ids(model, cache, [query], template=template)
+    return answer_logits(model, cache, asked, [_answer_ids(answer_ids)])[0].softmax(-1)
 
 
 def _answer_ids(ids: Sequence[int]) -> list[int]:
@@ -251,42 +175,27 @@ def _answer_ids(ids: Sequence[int]) -> list[int]:
     return [checks.whole(each, "a token id", least=0) for each in ids]
 
 
-def _points(difference: float) -> str:
-    """A difference of probabilities in hundredths, as +22.4; what rounds to nothing is said to be small."""
-    points = 100 * difference
-    return "0" if not points else f"{'-' if points < 0 else '+'}<0.1" if abs(points) < 0.05 else f"{points:+.1f}"
-
-
-def _quoted(token: str) -> Text:
-    return Text(visible_line(repr(token)))
-
-
 def _pair(
     model: Model,
-    full: DenseCache,
-    small: RaggedCache,
+    caches: tuple[DenseCache, RaggedCache],
     query: str,
-    of_full: Answer,
-    of_small: Answer,
-    full_s: float,
-    small_s: float,
+    said: tuple[tuple[Answer, float], tuple[Answer, float]],
     *,
     template: bool,
 ) -> AnswerPair:
-    ids = of_full.token_ids
-    changes: tuple[Change, ...] = ()
-    spreads: list[Spread | None] = [None, None, None]
-    if ids:
-        p_full, p_small = (answer_probabilities(model, cache, query, ids, template=template) for cache in (full, small))
-        changes = _changes(model, p_full, p_small)
-        chosen = torch.tensor(ids, device=model.device)[:, None]
-        apart = [
-            (p_small - p_full).gather(1, chosen),
-            _lead(p_small, p_full.argmax(-1)) - _lead(p_full, p_full.argmax(-1)),
-            p_small - p_full,
-        ]
-        spreads = [_spread(x) for x in apart]
-    return AnswerPair(query, of_full, of_small, full_s, small_s, changes, *spreads)
+    """The answers to one question from the full and the compressed cache, `said` with their seconds, and what moved."""
+    (full, full_s), (small, small_s) = said
+    ids = full.token_ids
+    if not ids:
+        return AnswerPair(query, full, small, full_s, small_s, (), None, None, None)
+    p_full, p_small = (answer_probabilities(model, cache, query, ids, template=template) for cache in caches)
+    apart = (
+        (p_small - p_full).gather(1, torch.tensor(ids, device=model.device)[:, None]),
+        _lead(p_small, p_full.argmax(-1)) - _lead(p_full, p_full.argmax(-1)),
+        p_small - p_full,
+    )
+    spreads = (Spread(float(x.min()), float(x.abs().mean()), float(x.max())) for x in apart)
+    return AnswerPair(query, full, small, full_s, small_s, _changes(model, p_full, p_small), *spreads)
 
 
 def _changes(model: Model, p_full: Float[Tensor, "T V"], p_small: Float[Tensor, "T V"]) -> tuple[Change, ...]:
@@ -309,16 +218,3 @@ def _lead(p: Float[Tensor, "T V"], token: Tensor) -> Float[Tensor, " T"]:
     """How far the probability of a token is above the highest of the others."""
     own = p.gather(1, token[:, None])
     return (own - p.scatter(1, token[:, None], -1.0).amax(-1, keepdim=True))[:, 0]
-
-
-def _spread(x: Tensor) -> Spread:
-    return Spread(float(x.min()), float(x.abs().mean()), float(x.max()))
-
-
-def _timed(model: Model, run: Callable[[], R]) -> tuple[R, float]:
-    """What `run` returns and the seconds that it took, work queued on the GPU included."""
-    start = time.perf_counter()
-    result = run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return result, time.perf_counter() - start

@@ -23,6 +23,8 @@ _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _FUNCTION = re.compile(
     r"^[ \t]*(?:async |export |public |private |static |pub )*(?:def|func|function|fn)\b", re.MULTILINE
 )
+GOLD = "gold"
+"""The metric of questions whose reference answer is given to the model, see `asking.gold`: no text is compared."""
 MATCHING_BLEU = 0.8
 """The least BLEU with which an answer counts as the function that was asked for."""
 
@@ -42,6 +44,12 @@ def check_metric(metric: str, answers: Sequence[str], choices: Sequence[str] = (
 
     Raises: ValueError if a reference answer scores below 1, or nonsense or nothing scores above 0.
     """
+    if metric == GOLD:
+        if not answers[0].strip():
+            raise ValueError(
+                "expected a reference answer with text in it, got an empty one: its likelihood is asked for"
+            )
+        return
     # ROUGE and BLEU come to within 1e-8 of 1 for the reference itself
     for prediction, expected in [(answers[0], 1.0), ("", 0.0), ("@@@ ###", 0.0)]:
         got = evaluate(metric, prediction, answers, choices)
@@ -187,7 +195,7 @@ METRICS: dict[str, Metric] = {
 
 def _named(metric: str) -> Metric:
     if metric not in METRICS:
-        raise ValueError(f"expected a metric of {sorted(METRICS)}, got {metric!r}")
+        raise ValueError(f"expected a metric of {sorted([GOLD, *METRICS])}, got {metric!r}")
     return METRICS[metric]
 
 

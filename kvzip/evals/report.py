@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Answered, Summary, differences, group, label, read, summarize
-from .run import FULL
+from .plan import FULL
+from .results import Answered, Summary, by_measure, differences, group, label, read, summarize
 
 NEEDLES = ("needle", "needles")
 MEAN = "mean of tasks, relative to the full cache"
@@ -69,7 +69,8 @@ def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
     """Returns a Markdown table of scores (0 to 100, with 95% intervals), a row for each task, method and ratio.
 
     The last columns are the differences to the full cache and to `base` at the same ratio, over the same questions; one
-    whose interval holds no 0 is bold.
+    whose interval holds no 0 is bold. Where reference answers were given to the model, their mean log-likelihood, in
+    nats, is a further column, and the score is how many of them greedy decoding gives.
     """
     methods = [method for (method,) in group(answers, "method")]
     apart: dict[tuple[Any, ...], Summary] = {}
@@ -79,17 +80,21 @@ def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
                 for difference in differences(answers, method=method, base=other):
                     task, ratio = difference.group
                     apart[task, method, ratio, other] = difference
+    keys = ("label", "method", "ratio")
+    nats = {row.group: row.mean for row in summarize(by_measure(answers, "loglik"), *keys)}
     lines = [
-        f"| task | method | kept | score | 95% interval | questions (contexts) | less {FULL} | less {base} |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| task | method | kept | score | 95% interval | questions (contexts) | less {FULL} | less {base} |"
+        + " log-likelihood |" * bool(nats),
+        "|---" * (9 if nats else 8) + "|",
     ]
-    rows = summarize(answers, "label", "method", "ratio")
+    rows = summarize(answers, *keys)
     for row in sorted(rows, key=lambda row: (row.group[0], row.group[2], methods.index(row.group[1]))):
         task, method, ratio = row.group
         less = [_difference(apart.get((*row.group, other))) for other in (FULL, base)]
         lines.append(
             f"| {task} | {method} | {ratio:g} | {100 * row.mean:.1f} | {100 * row.low:.1f} to {100 * row.high:.1f} | "
             f"{row.questions} ({row.contexts}) | {less[0]} | {less[1]} |"
+            + (f" {nats[row.group]:.2f} |" if row.group in nats else " |" * bool(nats))
         )
     return "\n".join(lines)
 

@@ -1,12 +1,16 @@
 """Results as a file of JSON lines that a killed run leaves usable, and their summary.
 
 A line is one of three kinds: "run" says what made the lines that name it, "question" what was asked, "answer" one
-answer to it. Lines are only ever added; questions are known by a digest of all that makes them.
+answer to it. Lines are only ever added; questions are known by a digest of all that makes them. Files whose names end
+with .gz are read alike; they are written whole.
 """
 
+import gzip
 import json
+import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ class Answered:
     kept: float
     score: float
     prediction: str
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Of reference answers: "loglik", "bytes" of the cache and its "agreement", see `run.answer_lines`."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -46,15 +52,45 @@ class Summary:
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines to a file in one write."""
+    """Adds lines to a file in one write; a .gz file is written again whole, the same bytes for the same lines."""
     text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    if path.suffix != ".gz":
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        return
+    before = content_of(path) if path.exists() else b""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        scratch.write_bytes(gzip.compress(before + text.encode(), mtime=0))
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def content_of(path: Path) -> bytes:
+    """Returns what a file holds, decompressed if its name ends with .gz. Raises ValueError for one that is damaged."""
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"expected a gzip file, got {path} ({error}): restore it, or drop .gz from its name"
+        ) from error
+
+
+def check_growing(path: Path) -> None:
+    """Raises ValueError for a file to which a run cannot add line after line."""
+    if path.suffix == ".gz":
+        raise ValueError(
+            f"expected a file that answers can be added to, got {path}: name it {path.stem}, gzip it later"
+        )
 
 
 def mend(path: Path) -> int:
     """Cuts off what follows the last whole line, which a killed run leaves; returns the number of bytes cut."""
-    if not path.exists():
+    if not path.exists() or path.suffix == ".gz":
         return 0
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
@@ -122,18 +158,30 @@ def label(answer: Answered) -> str:
     return answer.question["task"] + (f" ({part})" if part else "")
 
 
-def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0) -> list[Summary]:
+def by_measure(answers: Iterable[Answered], name: str) -> list[Answered]:
+    """Returns the answers of which `name` was measured, that number in place of their scores."""
+    return [replace(answer, score=answer.measured[name]) for answer in answers if name in answer.measured]
+
+
+def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0, contexts: bool = True) -> list[Summary]:
     """Returns the mean over contexts of their mean scores, for each group of answers by `keys`, with a 95% interval.
 
-    The interval is a percentile bootstrap over contexts, as answers about one context are not independent; over the
-    questions where there is one context only, which says nothing about other contexts. Sources: Efron and Tibshirani
-    1993, chapter 13; the authors of KVzip, arXiv 2505.23416, average over contexts too.
+    The interval is a percentile bootstrap over contexts, as answers about one context are not independent. With
+    `contexts` False, or where there is one context only, mean and bootstrap are over questions, which says nothing
+    about other contexts. Sources: Efron and Tibshirani 1993, chapter 13; the authors of KVzip, arXiv 2505.23416,
+    average over contexts too.
     """
-    return [_summary(own, answers, seed) for own, answers in group(answers, *keys).items()]
+    return [_summary(own, answers, seed, contexts) for own, answers in group(answers, *keys).items()]
 
 
 def differences(
-    answers: Sequence[Answered], *, method: str, base: str, keys: Sequence[str] = ("label", "ratio"), seed: int = 0
+    answers: Sequence[Answered],
+    *,
+    method: str,
+    base: str,
+    keys: Sequence[str] = ("label", "ratio"),
+    seed: int = 0,
+    contexts: bool = True,
 ) -> list[Summary]:
     """Returns the mean of `method`'s score minus `base`'s to the same question at the same ratio, as `summarize` does.
 
@@ -149,18 +197,20 @@ def differences(
         other = bases.get((*key[:3], None if base == "full" else key[3]))
         if other is not None:
             paired.append(replace(answer, score=answer.score - other.score))
-    return summarize(paired, *keys, seed=seed)
+    return summarize(paired, *keys, seed=seed, contexts=contexts)
 
 
-def _summary(own: tuple[Any, ...], answers: Sequence[Answered], seed: int) -> Summary:
+def _summary(own: tuple[Any, ...], answers: Sequence[Answered], seed: int, over_contexts: bool) -> Summary:
     contexts: dict[tuple[str, str], list[float]] = {}
     for answer in answers:
         contexts.setdefault((answer.run["fingerprint"], answer.question["context"]), []).append(answer.score)
-    means = np.array([sum(scores) / len(scores) for scores in contexts.values()])
-    units = means if len(contexts) > 1 else np.array([answer.score for answer in answers])
+    if over_contexts and len(contexts) > 1:
+        units = np.array([sum(scores) / len(scores) for scores in contexts.values()])
+    else:
+        units = np.array([answer.score for answer in answers])
     picks = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
     low, high = np.quantile(units[picks].mean(1), [0.025, 0.975])
-    return Summary(own, float(means.mean()), float(low), float(high), len(answers), len(contexts))
+    return Summary(own, float(units.mean()), float(low), float(high), len(answers), len(contexts))
 
 
 def _value(answer: Answered, key: str) -> Any:
@@ -182,7 +232,8 @@ def _answered(line: Mapping[str, Any], runs: Mapping[str, Any], questions: Mappi
         ratio=float(line["ratio"]),
         kept=float(line["kept"]),
         score=float(line["score"]),
-        prediction=line["prediction"],
+        prediction=line.get("prediction", ""),
+        measured={name: float(line[name]) for name in ("loglik", "bytes", "agreement") if name in line},
     )
 
 
@@ -191,7 +242,7 @@ def _read(path: Path) -> tuple[dict[tuple[Any, ...], str], list[Answered]]:
     questions: dict[str, Any] = {}
     known: dict[tuple[Any, ...], str] = {}
     found: list[Answered] = []
-    content = path.read_bytes()
+    content = content_of(path)
     for number, text in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
         try:
             line = json.loads(text)

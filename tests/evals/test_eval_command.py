@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import kvzip.evals
 from kvzip.cli import evaluate, main
-from kvzip.cli.evaluate import ratios_of
+from kvzip.cli.ratios import ratios_of
 
 
 @pytest.fixture

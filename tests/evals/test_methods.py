@@ -11,16 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvzip
 import random_model
 from kvzip.cache import DenseKV
-from kvzip.evals.methods import (
-    METHODS,
-    SNAPKV_WINDOW,
-    accumulated_attention,
-    adaptive,
-    expected_values,
-    pyramid,
-    recent_and_heavy,
-    snapkv_values,
-)
+from kvzip.evals.methods import METHODS, SNAPKV_WINDOW, expected_values, snapkv_values
+from kvzip.evals.observed import accumulated_attention
+from kvzip.evals.orders import adaptive, pyramid, recent_and_heavy
 from kvzip.models import run_attention
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then the dog jumps over the fox, twice."
@@ -84,8 +77,8 @@ def test_accumulated_attention_is_the_sum_of_dense_weights(changes, first):
 def test_passes_over_pieces_add_up(model, monkeypatch):
     cache = kvzip.prefill(model, TEXT)
     whole = accumulated_attention(model, cache, first=10)
-    monkeypatch.setattr("kvzip.evals.methods._CHUNK", 17)
-    monkeypatch.setattr("kvzip.evals.methods._ROWS", 5)
+    monkeypatch.setattr("kvzip.evals.observed._CHUNK", 17)
+    monkeypatch.setattr("kvzip.evals.observed._ROWS", 5)
     torch.testing.assert_close(accumulated_attention(model, cache, first=10), whole)
 
 

@@ -14,18 +14,18 @@ import torch
 
 import kvzip
 import random_model
+from kvzip.evals.plan import check_names
 from kvzip.evals.results import group, read
-from kvzip.evals.run import check_names
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import evaluation, lookups  # noqa: E402
+from benchmarks import evaluation, studies  # noqa: E402
 from benchmarks.evaluation import PLANS, STUDIES, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
-from benchmarks.pages import between  # noqa: E402
+from benchmarks.harness import between  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-ALL = evaluation.METHODS | lookups.METHODS
+ALL = evaluation.METHODS | studies.STUDY
 TASK = Asked("math_find@300", "chat", 1, 3, 4)
 
 
@@ -40,7 +40,7 @@ def test_plans_name_what_there_is_and_every_piece_has_its_own_file(plan: Plan) -
 @pytest.mark.parametrize("name", PLANS)
 def test_the_results_hold_every_answer_of_the_plan(name: str) -> None:
     plan = PLANS[name]
-    answers = group(read(RESULTS / f"eval-{name}.jsonl"), "task", "method", "ratio")
+    answers = group(read(RESULTS / f"eval-{name}.jsonl.gz"), "task", "method", "ratio")
     for asked in plan.tasks:
         questions = {answer.question["id"] for answer in answers[asked.task, "full", 1.0]}
         assert len(questions) >= (100 if "qwen" in name else 48)
@@ -94,19 +94,19 @@ def test_lookups_are_the_largest_weights_of_each_lookup(monkeypatch: pytest.Monk
     cache = kvzip.prefill(model, "{" + text + "}")
 
     def scored() -> torch.Tensor:
-        scores = lookups.lookups(model, cache).scores
+        scores = studies.lookups(model, cache).scores
         assert scores is not None
         return scores.values
 
-    whole, (_, how) = scored(), next(iter(lookups.ASKED.items()))
+    whole, (_, how) = scored(), next(iter(studies.ASKED.items()))
     alone = []
     for key in keys[::2]:
-        monkeypatch.setattr(lookups, "ASKED", {f'"({key})": "({lookups.UUID})"': how})
+        monkeypatch.setattr(studies, "ASKED", {f'"({key})": "({studies.UUID})"': how})
         alone.append(scored())
     assert torch.equal(torch.stack(alone).amax(0), whole)
     assert not torch.equal(alone[0], alone[1])
     with pytest.raises(ValueError, match="expected a context with pairs of UUIDs"):
-        lookups.lookups(model, kvzip.prefill(model, "nothing"))
+        studies.lookups(model, kvzip.prefill(model, "nothing"))
 
 
 @pytest.mark.slow

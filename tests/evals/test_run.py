@@ -17,11 +17,13 @@ import kvzip
 import random_model
 import small_models
 from kvzip.cache import RaggedCache
-from kvzip.evals import run
+from kvzip.evals import asking, run
+from kvzip.evals.asking import ask, prefill_example
 from kvzip.evals.methods import METHODS, Method
 from kvzip.evals.metrics import METRICS
+from kvzip.evals.plan import FULL, Plan, jobs
 from kvzip.evals.results import Answered, read, summarize
-from kvzip.evals.run import FULL, ask, caches, plan, prefill_example, run_eval
+from kvzip.evals.run import caches, run_eval
 from kvzip.evals.tasks import TASKS, Example, Question, Request, Task
 
 TASK = "math_find@300"
@@ -98,9 +100,11 @@ def test_ratio_one_equals_the_full_cache_exactly(model: kvzip.Model, tmp_path: P
 def test_pairs_are_really_evicted_in_the_numbers_written_down(model: kvzip.Model, tmp_path: Path) -> None:
     found = evaluate(model, tmp_path / "out.jsonl", methods=("kvzip",), ratios=(0.3, 0.77), count=1)
     request = Request(1, 5, 0, 0, None, lambda text: len(text.encode()))
-    (job,) = plan(model, TASK, request)
+    (job,) = jobs(model, TASK, request)
     steps = [("kvzip", 0.3), ("kvzip", 0.77)]
-    for step, cache in caches(model, job.example, steps, "chat", METHODS):
+    plan = Plan((TASK,), ("kvzip",), (0.3, 0.77), "chat", request, METHODS)
+    assert plan.steps == steps
+    for step, cache, _ in caches(model, job.example, steps, plan):
         assert isinstance(cache, RaggedCache)
         assert cache.kept == int(step[1] * cache.total)
         rows = sum(layer.k.shape[0] - cache.start * 2 for layer in cache.context)
@@ -229,7 +233,7 @@ def test_forms_ask_the_chat_or_continue_the_text(model: kvzip.Model, monkeypatch
         asked.append((queries, options))
         return [kvzip.Answer(" an answer\n", [1], "stop") for _ in queries]
 
-    monkeypatch.setattr(run, "generate", generate)
+    monkeypatch.setattr(asking, "generate", generate)
     question = Question("Q: who?", "It was", ("x",), "include", 5, cloze_stop=("#",))
     example = Example("some text", (question,), instruction="Read this.")
     chat, cloze = (prefill_example(model, example, form=form) for form in ("chat", "cloze"))
@@ -256,8 +260,8 @@ def test_a_continuation_that_begins_with_its_stop_text_goes_on_once(
         texts = [said[query] for query in queries]
         return [kvzip.Answer(text.strip(), list(text.encode()), "stop") for text in texts]
 
-    monkeypatch.setattr(run, "generate", generate)
-    monkeypatch.setattr(run.prompts, "decode", lambda tokenizer, ids: bytes(ids).decode())
+    monkeypatch.setattr(asking, "generate", generate)
+    monkeypatch.setattr(asking.prompts, "decode", lambda tokenizer, ids: bytes(ids).decode())
     questions = [Question("", text, ("x",), "include") for text in ("One", "Two", "Three", "Four")]
     cache = kvzip.prefill(model, "some text", template=False)
     assert [answer.text for answer in ask(model, cache, questions, form="cloze")] == ["a", "b", "", ""]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvzip.evals.metrics import check_metric, evaluate
-from kvzip.evals.tasks import GROUPS, TASKS, Example, Request, data, examples, expand, synthetic
+from kvzip.evals.tasks import GROUPS, TASKS, Example, Request, data, examples, expand, functions, synthetic
 from kvzip.evals.tasks.base import fit, insert
 
 GENERATED = [
@@ -137,7 +137,7 @@ def test_long_contexts_take_functions_of_other_modules_and_none_twice(
 ) -> None:
     few, more = ([(f"def {kind}_{i}():\n    return {i}", f"{kind} {i}") for i in range(40)] for kind in ("few", "more"))
     monkeypatch.setattr(synthetic, "library_functions", lambda: tuple(few))
-    monkeypatch.setattr(synthetic, "other_functions", lambda: tuple(more))
+    monkeypatch.setattr(functions, "other_functions", lambda: tuple(more))
     (short, _), (long, _) = make(f"{name}@200"), make(f"{name}@700")
     assert "more_" not in short.context and all(code in long.context for code, _ in few)
     assert 0 < long.context.count("more_") < 40
@@ -155,8 +155,8 @@ def test_other_functions_are_of_other_modules_with_names_of_their_own(
         path = tmp_path / f"{module}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(f"def {name}():\n{doc}{body}" for name in names), encoding="utf-8")
-    monkeypatch.setattr(synthetic, "_STDLIB", tmp_path)
-    found = (synthetic.library_functions.__wrapped__(), synthetic.other_functions.__wrapped__())
+    monkeypatch.setattr(functions, "_STDLIB", tmp_path)
+    found = (functions.library_functions.__wrapped__(), functions.other_functions.__wrapped__())
     assert [[code.split("(")[0] for code, _ in own] for own in found] == [["def a", "def b"], ["def d"]]
 
 

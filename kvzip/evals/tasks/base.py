@@ -38,7 +38,8 @@ class Question:
 class Example:
     """A context and the questions asked about it, all after it was compressed.
 
-    `instruction` stands in front of the context: with None, a general one in a chat and none in cloze form.
+    `instruction` stands in front of the context, nothing with "": with None, a general one in a chat and none in cloze
+    form.
     """
 
     context: str

@@ -8,15 +8,18 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..metrics import GOLD
 from .base import Example, Question, Request, Task, draws
 
 Row = dict[str, Any]
 
 _LAYOUT = '{"context": "...", "question": ["..."], "answers": ["..."]}'
 
+FEW_WORDS = " Answer with a few words of the text."
 GSM_INSTRUCTION = "Given the context, answer to the following reasoning question."
 GSM_QUERY = (
     "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "
@@ -60,6 +63,19 @@ def squad(request: Request) -> Iterator[Example]:
             for q, a in zip(row["question"], row["answers"], strict=True)
         ]
         yield Example("\n\n".join(row["context"] for row in group), _some(request, asked, draws(request, "squad", n)))
+
+
+def gold(request: Request, metric: str = GOLD) -> Iterator[Example]:
+    """Contexts of SQuAD joined to a length, no instruction; each question asks for a few words of the text."""
+    found = [row for row in rows(request.data, "squad_article", "squad_paragraph") if row["context"].strip()]
+    for n, group in enumerate(_joined(request, found)):
+        asked = [
+            Question(f"{q}{FEW_WORDS}", f"Question: {q}\nAnswer:", (a,), metric, 16)
+            for row in group
+            for q, a in zip(row["question"], row["answers"], strict=True)
+        ]
+        chosen = _some(request, asked, draws(request, "gold", n))
+        yield Example("\n\n".join(row["context"] for row in group), chosen, instruction="")
 
 
 def gsm8k(request: Request) -> Iterator[Example]:
@@ -282,6 +298,8 @@ SIZES = {"": "its own data", "_tiny": "8K tokens", "_short": "20K tokens", "_mid
 
 TASKS = (
     Task("squad", squad, 0, "SQuAD paragraphs, one a context, or joined to the length"),
+    Task("gold", gold, 0, "likelihood of the reference answers to questions about SQuAD"),
+    Task("short", partial(gold, metric="part"), 0, "the questions of gold, answered in at most 16 tokens"),
     Task("gsm8k", gsm8k, 100_000, "GSM8K, all but the last sentence as context"),
     Task("many_shot", many_shot, 100_000, "BIG-Bench-Hard with 20 or 100 solved examples (ICL.ManyShot)"),
     Task("quality", quality, 100_000, "QuALITY, multiple choice (En.MultiChoice)"),

@@ -4,18 +4,15 @@ Source: SCBench, arXiv 2412.10319. Strings and numbers are drawn here, and the f
 Python's standard library, so that no data is needed; `data.py` has the tasks with SCBench's own data.
 """
 
-import ast
 import random
 import string
-import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 from .base import Example, Question, Request, Task, draws, fit, insert, spread
 from .data import rows
+from .functions import Function, fitting, library_functions
 from .haystack import NOISE
 from .words import CITIES, DEEDS, letters, random_uuid
 
@@ -25,23 +22,6 @@ STRING_LETTERS = 32  # of a string of prefix_suffix
 END_LETTERS = 4  # of its prefix and its suffix
 LARGEST_NUMBER = 100_000
 CODE_INSTRUCTION = "Below are functions of a code repository."
-CODE_LINES = range(4, 41)  # of a function of repoqa
-DOC_LETTERS = 60  # of its description, at least
-_MODULES = """
-argparse ast bisect calendar colorsys configparser copy csv dataclasses datetime difflib dis email/utils enum
-fileinput filecmp fnmatch fractions ftplib functools getopt gettext glob graphlib gzip heapq hmac html/parser
-http/client imaplib inspect ipaddress json/decoder linecache locale logging/handlers mailbox mimetypes numbers
-operator optparse os pathlib pdb pickletools platform plistlib poplib pprint pstats random re/_parser reprlib sched
-secrets selectors shelve shlex shutil smtplib socket socketserver statistics string subprocess tarfile tempfile
-textwrap threading timeit tokenize trace traceback turtle types typing unittest/case unittest/mock urllib/parse
-urllib/request uuid warnings wave weakref webbrowser xml/dom/minidom zipfile zipapp
-"""
-MODULES = _MODULES.split()
-_STDLIB = Path(sysconfig.get_path("stdlib"))
-_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "encodings"}
-
-Function = tuple[str, str]
-"""A function's code without its docstring, and the docstring."""
 
 
 def kv(request: Request) -> Iterator[Example]:
@@ -228,74 +208,6 @@ def repoqa_kv(request: Request) -> Iterator[Example]:
         kinds = ["repoqa"] * len(asked) + ["kv"] * len(pairs)
         asked += [_kv_question(*pair) for pair in pairs]
         yield Example(build(shown), _labelled(asked, kinds)[: request.questions], CODE_INSTRUCTION)
-
-
-def fitting(
-    known: list[Function], build: Callable[[list[Function]], str], request: Request, rng: random.Random
-) -> list[Function]:
-    """Returns the functions whose text is as long as fits: the first of those known, then others in a drawn order.
-
-    Raises: ValueError if there are not enough, or one is too long.
-    """
-    count = _most(known, build, request)
-    if count > len(known):
-        others = list(other_functions())
-        rng.shuffle(others)
-        known = known + others
-        count = _most(known, build, request)
-    if count <= len(known):
-        return known[:count]
-    raise ValueError(
-        f"expected a length of at most {request.count(build(known))} tokens for this task, got {request.length}: "
-        "the standard library has no more functions"
-    )
-
-
-def _most(known: list[Function], build: Callable[[list[Function]], str], request: Request) -> int:
-    """How many functions fit, if those known were repeated without end."""
-    return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
-
-
-@cache
-def library_functions() -> tuple[Function, ...]:
-    """Returns the documented functions of 4 to 40 lines of common modules of Python's standard library."""
-    paths = [_STDLIB / f"{module}.py" for module in MODULES]
-    return tuple(_functions([path for path in paths if path.exists()]).values())
-
-
-@cache
-def other_functions() -> tuple[Function, ...]:
-    """Returns such functions of the library's other modules, but for tests and those with a name that is known."""
-    paths = [path for path in sorted(_STDLIB.rglob("*.py")) if not set(path.relative_to(_STDLIB).parts) & _LEFT_OUT]
-    known = _functions([path for name in MODULES if (path := _STDLIB / f"{name}.py").exists()])
-    return tuple(function for name, function in _functions(paths).items() if name not in known)
-
-
-def _functions(paths: Sequence[Path]) -> dict[str, Function]:
-    """The functions in files by their names, the first of each."""
-    found: dict[str, Function] = {}
-    for path in paths:
-        source = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                function = _without_docstring(source, node)
-                if function is not None:
-                    found.setdefault(node.name, function)
-    return found
-
-
-def _without_docstring(source: str, node: ast.FunctionDef) -> Function | None:
-    doc = ast.get_docstring(node)
-    if doc is None or len(node.body) < 2:
-        return None
-    about = " ".join(doc.split("\n\n")[0].split()).replace(node.name, "it")
-    lines = source.split("\n")
-    head, end = node.body[0].lineno - 1, node.body[0].end_lineno
-    code = lines[node.lineno - 1 : head] + lines[end : node.end_lineno]
-    code = [line[node.col_offset :] for line in code]
-    if len(about) < DOC_LETTERS or len(code) not in CODE_LINES:
-        return None
-    return "\n".join(line for line in code if line.strip()), about
 
 
 def _code(functions: list[Function]) -> str:

@@ -1,0 +1,157 @@
+"""Methods of `evaluation.py` besides those of the package: what is asked to find out what a choice in a method costs.
+
+STUDY asks whether the choice of pairs loses random keys and values, or their number. "chunk-N" and "context-N" repeat N
+tokens at a time. "lookups" has what no method may know: it asks for every key of the context, with the right answer,
+and scores a pair by the largest attention that it receives meanwhile.
+
+SCORING has the ways of scoring: "context" and "chunk" are the scopes, with ":N" of another chunk size; "chunk+near"
+has the chunk before it in sight; "logit" and "kvzip+" are methods in scope chunk; "positions" places the repeat at the
+end of its chunk; "stream-segment", "stream-running" and "stream-final" are shares of `prefill_compressed` in segments
+of 2,000 tokens, "stream-unknown" is "running" with the length unknown.
+
+BITS has the bits, and whole heads by the scores that come with the library: "heads", and "heads and ends" where dropped
+heads keep 16 first and 64 last tokens.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+import kvzip
+from kvzip import DenseCache, Model, RaggedCache, head_scores, prompts, score
+from kvzip.attention import score_attend
+from kvzip.cache import Scores, global_layers
+from kvzip.evals.methods import METHODS, Method
+from kvzip.generation import query_ids
+from kvzip.models import run_attention
+from kvzip.prefilling import tokenizer_of
+from kvzip.scores import attach
+from kvzip.options import Scoring
+from kvzip.scoring import score_chunks
+
+CHUNK, SEGMENT = 2_000, 2_000
+ENDS = {"sink": 16, "recent": 64}
+UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+ASKED = {  # pairs in a context of `kv` and `ruler_niah_multikey_3`: question and answer in a chat, and as plain text
+    f'"({UUID})": "({UUID})"': (
+        'Q: Key: "{}"\nThe value associated with the specified key is: ',
+        'The value associated with the specified key "{}" is "{}".',
+        '"{}": "{}"',
+    ),
+    f"One of the special magic uuids for ({UUID}) is: ({UUID})": (
+        "Q: What is the special magic uuid for {} mentioned in the provided text?",
+        "The special magic uuid for {} is: {}.",
+        "The special magic uuid for {} mentioned in the provided text is {}.",
+    ),
+}
+
+
+def lookups(model: Model, cache: DenseCache) -> DenseCache:
+    """Returns the cache with the largest weight that a pair has in any lookup of a key with its value.
+
+    Raises: ValueError for a context without such pairs.
+    """
+    tokenizer = tokenizer_of(model)
+    text = prompts.decode(tokenizer, cache.token_ids[cache.start :].tolist())
+    asked = [
+        (question.format(key), (answer if cache.chat else prompts.QUERY_SEPARATOR + plain).format(key, value))
+        for pattern, (question, answer, plain) in ASKED.items()
+        for key, value in re.findall(pattern, text)
+    ]
+    if not asked:
+        raise ValueError(f"expected a context with pairs of UUIDs, got {text[:80]!r}: take kv or ruler_niah_multikey_3")
+    layers, sink, stop = global_layers(cache), cache.start, cache.length
+    best = torch.zeros(len(layers), model.config.num_kv_heads, stop - sink, device=model.device)
+    values = torch.empty_like(best)
+    for question, answer in asked:
+        before = query_ids(model, cache, [question], template=True)[0] if cache.chat else []
+        ids = before + prompts.encode_text(tokenizer, answer)
+        attend = score_attend(model.config, cache.layers, values, sink=sink, start=sink, stop=stop, local=False)
+        positions = torch.arange(stop, stop + len(ids), device=model.device)
+        with torch.no_grad():
+            run_attention(model, torch.tensor([ids], device=model.device), positions, attend)
+        best = torch.maximum(best, values)
+    return replace(cache, scores=Scores(best.clamp_(max=1), layers, sink, stop, "lookups"))
+
+
+def repeated(name: str, scope: str, chunk: int = CHUNK, method: str = "kvzip") -> Method:
+    """KVzip with other options."""
+    return Method(name, lambda model, cache: score(model, cache, scope=scope, method=method, chunk=chunk), "pair", "")
+
+
+def near(model: Model, cache: DenseCache) -> DenseCache:
+    """Scope chunk with the chunk before each in sight."""
+    values = score_chunks(model, cache, Scoring(chunk=CHUNK), neighbors=CHUNK)
+    return attach(cache, values)
+
+
+def positions(model: Model, cache: DenseCache) -> DenseCache:
+    """Scope chunk where a repeat follows its segment: at ratio 1 nothing is dropped, so that only positions differ."""
+    return attach(cache, streamed(None)(model, cache, 1.0).scores.values.to(model.device))
+
+
+def streamed(share: str | None) -> Callable[[Model, DenseCache, float], RaggedCache]:
+    """What reads the context again, a segment at a time; with None its length is unknown."""
+
+    def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
+        ids = cache.token_ids[cache.start :]
+        context, how = (iter([ids]), "running") if share is None else (ids, share)
+        small = kvzip.prefill_compressed(
+            model, context, ratio, share=how, segment=SEGMENT, chunk=CHUNK, template=cache.chat
+        )
+        if small.start != cache.start:
+            raise ValueError(f"expected a task without an instruction, got a prefix of {cache.start} tokens: take gold")
+        return small
+
+    return pack
+
+
+def by_heads(model: Model, cache: DenseCache) -> DenseCache:
+    """The scores of heads that come with the library."""
+    return head_scores.attach(cache, head_scores.shipped(model))
+
+
+def packed(name: str, bits: int | None, level: str = "pair", ends: dict[str, int] | None = None) -> Method:
+    """Pairs by scope chunk, or whole heads, in so many bits."""
+
+    def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
+        return kvzip.compress(cache, ratio, level=level, bits=bits, **(ends or {}))
+
+    return Method(name, score if level == "pair" else by_heads, level, "", pack)
+
+
+def named(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+STUDY = named(
+    Method("lookups", lookups, "pair", "none: it has seen the questions and the answers"),
+    *(repeated(f"chunk-{chunk}", "chunk", chunk) for chunk in (1000, 500, 250, 125, 60)),
+    *(repeated(f"context-{chunk}", "context", chunk) for chunk in (500, 125)),
+)
+SCORING = named(
+    repeated("context", "context"),
+    repeated("chunk", "chunk"),
+    Method("chunk+near", near, "pair", ""),
+    *(repeated(f"chunk:{chunk}", "chunk", chunk) for chunk in (512, 1024, 4096, 8192)),
+    repeated("context:512", "context", 512),
+    repeated("kvzip+", "chunk", method="kvzip+"),
+    repeated("logit", "chunk", method="logit"),
+    Method("positions", positions, "pair", ""),
+    METHODS["random"],
+)
+STREAMS = named(
+    *(
+        Method(f"stream-{name}", lambda model, cache: cache, "pair", "", streamed(share))
+        for name, share in (("segment", "segment"), ("running", "running"), ("final", "final"), ("unknown", None))
+    )
+)
+BITS = named(*(packed(f"{bits} bits", None if bits == 16 else bits) for bits in (16, 8, 4)))
+HEADS = named(
+    packed("heads", None, "head"),
+    packed("heads, 4 bits", 4, "head"),
+    packed("heads and ends", None, "head", ENDS),
+    packed("heads and ends, 4 bits", 4, "head", ENDS),
+)
