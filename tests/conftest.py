@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
 
 import pytest
 import torch
@@ -40,3 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """A random model of three layers, the middle one with a window, for files that make none of their own."""
+    import random_model  # here, and not before types are checked as kvzip is imported
+
+    return random_model.make(random_model.config(windows=(None, 6, None)))

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvzip
-import random_model
 import rewritten
 from kvzip import head_scores
 from kvzip import scores as scores_of
@@ -25,11 +24,6 @@ from kvzip.files.header import open_file
 from rewritten import retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config(windows=(None, 6, None)))
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn",
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config(windows=(None, 6, None)))
-
-
-@pytest.fixture(scope="module")
 def caches(model):
     dense = kvzip.prefill(model, TEXT)
     scored = kvzip.score(model, dense)

@@ -27,11 +27,6 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to run
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config(windows=(None, 6, None)))
-
-
-@pytest.fixture(scope="module")
 def scored(model):
     return kvzip.score(model, kvzip.prefill(model, TEXT))
 

@@ -18,11 +18,6 @@ TEXT = "Happy families are all alike; every unhappy family is unhappy in its own
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config(windows=(None, 6, None)))
-
-
-@pytest.fixture(scope="module")
 def cache(model):
     return kvzip.score(model, kvzip.prefill(model, TEXT))
 
