@@ -50,7 +50,8 @@ def fixed_cache():
         WindowKV(numbers(1, 2, 3, 8), numbers(1, 2, 3, 8), 3),
         ragged(packed(Channels(torch.ones(2, 8), torch.full((2, 8), 2.0))), packed(None)),
     )
-    tail = Tail(*((numbers(1, 2, 4, 8),) * 3 for _ in range(2)), torch.tensor([2], dtype=torch.int32))
+    rows = (numbers(1, 2, 4, 8),) * 3
+    tail = Tail(rows, rows, torch.tensor([2], dtype=torch.int32))
     return RaggedCache(
         context=layers,
         tail=tail,
