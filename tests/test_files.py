@@ -21,6 +21,7 @@ from kvzip.cache.reading import read_cache
 from kvzip.files import tensors
 from kvzip.files.damage import Damaged
 from kvzip.files.header import open_file
+from kvzip.files.writing import check_writable
 from rewritten import retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
@@ -389,6 +390,16 @@ def test_only_files_of_kvzip_are_replaced_and_only_when_told(scored, tmp_path, k
             with pytest.raises(FileExistsError, match=rf"got {name}, which kvzip did not write: .*choose another name"):
                 save(tmp_path / name, overwrite=overwrite)
     assert precious.read_text() == "a text" and link.is_symlink() and not list(tmp_path.glob(".*"))
+
+
+def test_a_place_can_be_written_if_every_name_that_is_needed_there_fits(tmp_path):
+    path = tmp_path / ("n" * 230)  # of 255 characters that a name may have
+    check_writable(path)
+    with pytest.raises(OSError, match="File name too long"):
+        check_writable(path, suffix=".partial")
+    with pytest.raises(OSError, match="expected a checkpoint that can be written, got 'File name too long'"):
+        check_writable(path, suffix=".partial", kind="checkpoint")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("links", [True, False])

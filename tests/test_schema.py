@@ -5,6 +5,7 @@ import json
 import math
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def fixed_cache():
         WindowKV(numbers(1, 2, 3, 8), numbers(1, 2, 3, 8), 3),
         ragged(packed(Channels(torch.ones(2, 8), torch.full((2, 8), 2.0))), packed(None)),
     )
-    tail = Tail(*((numbers(1, 2, 4, 8),) * 3 for _ in range(2)), torch.tensor([2], dtype=torch.int32))
+    rows = (numbers(1, 2, 4, 8),) * 3
+    tail = Tail(rows, rows, torch.tensor([2], dtype=torch.int32))
     return RaggedCache(
         context=layers,
         tail=tail,
@@ -65,7 +67,7 @@ def fixed_cache():
     )
 
 
-def fixed_origin():
+def fixed_origin() -> Any:
     how = {"config": None, "fingerprint": "ab-bfloat16", "device": torch.device("cpu"), "dtype": torch.bfloat16}
     told = {"source": "org/name", "rope": {"rope_type": "linear", "factor": 2.0}, "max_length": 99}
     return types.SimpleNamespace(**how, **told, tokenizer=random_model.tokenizer())
@@ -97,6 +99,7 @@ def test_the_bytes_of_version_3_0_stay_as_they_are(saved, kind):
 @pytest.mark.parametrize("kind", ["named", "plain"])
 def test_the_fixed_cache_comes_back(saved, kind):
     back, cache = kvzip.load_cache(saved[kind]), fixed_cache()
+    assert back.scores is not None and cache.scores is not None
     for ours, theirs in zip(tensors_of(back), tensors_of(cache), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     assert torch.equal(back.scores.values, cache.scores.values) and back.method == cache.method
