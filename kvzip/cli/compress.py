@@ -57,9 +57,7 @@ SUFFIX = ".kvz"
     help="How pairs are scored.",
 )
 @click.option(
-    "--heads",
-    metavar="FILE|NAME",
-    help="Keep whole heads by scores that `kvzip heads` made or has: no scoring pass.",
+    "--heads", metavar="FILE|NAME", help="Keep whole heads by scores that `kvzip heads` made or has: no scoring pass."
 )
 @click.option(
     "--sink",
