@@ -26,9 +26,9 @@ from kvzip.cache import Scores, global_layers
 from kvzip.evals.methods import METHODS, Method
 from kvzip.generation import query_ids
 from kvzip.models import run_attention
+from kvzip.options import Scoring
 from kvzip.prefilling import tokenizer_of
 from kvzip.scores import attach
-from kvzip.options import Scoring
 from kvzip.scoring import score_chunks
 
 CHUNK, SEGMENT = 2_000, 2_000

@@ -41,11 +41,7 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--seed", type=int, callback=_seed, help="Of the sampling."),
         click.option(
-            "--stop",
-            multiple=True,
-            metavar="TEXT",
-            callback=_stops,
-            help="Text that ends an answer; may be repeated.",
+            "--stop", multiple=True, metavar="TEXT", callback=_stops, help="Text that ends an answer; may be repeated."
         ),
     ]
     for option in reversed(options):

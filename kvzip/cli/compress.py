@@ -57,9 +57,7 @@ SUFFIX = ".kvz"
     help="How pairs are scored.",
 )
 @click.option(
-    "--heads",
-    metavar="FILE|NAME",
-    help="Keep whole heads by scores that `kvzip heads` made or has: no scoring pass.",
+    "--heads", metavar="FILE|NAME", help="Keep whole heads by scores that `kvzip heads` made or has: no scoring pass."
 )
 @click.option(
     "--sink",
@@ -144,7 +142,7 @@ def compress(
                 budget=options.budget(ratio, level=level or "pair", budget=budget, threshold=threshold),
                 bits=int(bits) if bits else None,
                 segment=segment,
-                heads=None if scores is None else job.Heads(scores, sink, recent),
+                heads=None if scores is None else job.scores_of(scores, loaded, sink=sink, recent=recent),
                 positions=positions,
                 note={"title": visible_line(title or named), "documents": [*map(visible_line, documents_)]},
                 overwrite=bool(held),

@@ -40,13 +40,7 @@ def heads() -> None:
 @click.option("--plain", is_flag=True, help="No chat template: for base models.")
 @force_option()
 def make(
-    documents_: tuple[str, ...],
-    model: str,
-    loading: Loading,
-    output: Path,
-    chunk: int,
-    plain: bool,
-    force: bool,
+    documents_: tuple[str, ...], model: str, loading: Loading, output: Path, chunk: int, plain: bool, force: bool
 ) -> None:
     """Make head scores from documents.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import compression, head_scores, inputs, prefilling, scoring, streaming
 from ..cache import RaggedCache, save
+from ..head_scores import HeadScores
 from ..models import Model
 from ..options import Budget, Scoring, Turn
 from . import limits
@@ -18,20 +19,11 @@ PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progre
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Scores by which whole heads are kept, and the tokens that the others keep; None takes those of the scores."""
-
-    path: Path
-    sink: int | None
-    recent: int | None
-
-
-@dataclass(frozen=True)
 class Job:
     """A document, what is to be made of it, and where.
 
-    `segment` and `heads` are None where there are none. `positions` is how many the model was made for, None if
-    unknown. `note` is what the file will say of the document.
+    `heads` are scores by which whole heads are kept, and what the other heads keep. `positions` is how many the model
+    was made for, None if unknown. `note` is what the file will say of the document.
     """
 
     text: str
@@ -41,7 +33,7 @@ class Job:
     budget: Budget
     bits: int | None
     segment: int | None
-    heads: Heads | None
+    heads: HeadScores | None
     positions: int | None
     note: dict[str, Any]
     overwrite: bool
@@ -54,20 +46,26 @@ def run(stage: Stage, model: Model, job: Job) -> tuple[RaggedCache, dict[str, An
         whatever the library raises.
     """
     begun = time.monotonic()
-    scores = None if job.heads is None else head_scores.load(job.heads.path, model=model)
     prefix, ids = inputs.encode(model, job.text, job.turn)
     with resuming(lambda: left(job.output, job.segment, len(ids))):
-        repeated = None if scores is not None else job.scoring.chunk
+        repeated = None if job.heads is not None else job.scoring.chunk
         chat, made_for = job.turn.template, job.positions
         limits.check_length(model, prefix, ids, made_for=made_for, chunk=repeated, chat=chat)
         if job.segment:
             cache, note = _in_segments(stage, model, job, len(prefix), len(ids), begun)
         else:
-            cache, note = _at_once(stage, model, job, scores, len(prefix), len(ids), begun)
+            cache, note = _at_once(stage, model, job, len(prefix), len(ids), begun)
         stage(f"writing {job.output.name}")
         note = job.note | note
         save(cache, job.output, note=note, model=model, score_bits=8, overwrite=job.overwrite)
     return cache, note
+
+
+def scores_of(path: Path, model: Model, *, sink: int | None, recent: int | None) -> HeadScores:
+    """Returns the head scores of a file, with what the other heads keep in place of what the file says."""
+    scores = head_scores.load(path, model=model)
+    sink, recent = scores.sink if sink is None else sink, scores.recent if recent is None else recent
+    return replace(scores, sink=sink, recent=recent)
 
 
 def left(output: Path, segment: int | None, tokens: int = 0) -> str:
@@ -84,15 +82,12 @@ def left(output: Path, segment: int | None, tokens: int = 0) -> str:
 
 
 def _at_once(
-    stage: Stage, model: Model, job: Job, scores: head_scores.HeadScores | None, start: int, tokens: int, begun: float
+    stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float
 ) -> tuple[RaggedCache, dict[str, Any]]:
     """The cache compressed by way of the full one, and its part of the note."""
-    budget = job.budget
-    note: dict[str, Any] = {}
-    if job.heads is not None and scores is not None and tokens:
-        sink = scores.sink if job.heads.sink is None else job.heads.sink
-        recent = scores.recent if job.heads.recent is None else job.heads.recent
-        heads = scores.values.numel()
+    budget, scores, note = job.budget, job.heads, {}
+    if scores is not None and tokens:
+        heads, sink, recent = scores.values.numel(), scores.sink, scores.recent
         whole = limits.whole_heads(heads, tokens, budget, sink, recent)
         note = {"heads": {"whole": whole, "heads": heads, "sink": sink, "recent": recent}}
         # the middle between this many heads and one more, so that no rounding makes it one less

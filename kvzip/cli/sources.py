@@ -46,10 +46,7 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
             help="Of weights and cache [default: bfloat16]." if required or about else "In place of the file's.",
         ),
         click.option(
-            "--device",
-            metavar="DEVICE",
-            callback=_device,
-            help="cpu, cuda, cuda:1 [default: a GPU if there is one].",
+            "--device", metavar="DEVICE", callback=_device, help="cpu, cuda, cuda:1 [default: a GPU if there is one]."
         ),
         click.option(
             "--max-length",
