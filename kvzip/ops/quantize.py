@@ -21,7 +21,7 @@ def quantize(
     offsets: Int32[Tensor, " H1"] | None = None,
     channels: Channels | None = None,
 ) -> Quantized:
-    """Returns the rows of x quantized to `bits` bits, asymmetric: code 0 is a group's least value, the last its greatest.
+    """Returns x quantized to `bits` bits, asymmetric: code 0 is a group's least value, the last code its greatest.
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
     scale and zero as they are stored. Restored values are then within half a step (scale / 2) of x, up to float32's

@@ -184,7 +184,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
@@ -255,9 +255,10 @@ def test_a_nan_comes_out_and_stays_in_its_question(where, dtype, bits, T, softca
             assert torch.equal(merged[0].isnan().any(-1).cpu(), broken) and torch.equal(merged[1].isnan().cpu(), broken)
 
 
+@settings(max_examples=10)
 @given(seed=st.integers(0, 99), data=st.data())
 def test_ragged_equals_dense_with_the_rest_masked(seed, data):
-    H, S, D = 3, 40, 64
+    H, S, D = 3, 20, 16
     generator = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(H, S, D, generator=generator) for _ in "kv")
     q = torch.randn(2, H * 2, 1, D, generator=generator)
@@ -274,12 +275,13 @@ def test_ragged_equals_dense_with_the_rest_masked(seed, data):
     assert_as_accurate(plain, exact, plain)
 
 
-@given(seed=st.integers(0, 99), cut=st.integers(0, 50))
+@settings(max_examples=10)
+@given(seed=st.integers(0, 99), cut=st.integers(0, 20))
 def test_two_halves_merged_equal_the_whole(seed, cut):
-    inputs = make(seed, 2, 1, 2, 3, 64, [50], 0, torch.float32)
+    inputs = make(seed, 2, 1, 2, 3, 16, [20], 0, torch.float32)
     q, k, v, _ = split(inputs)[0]
     parts = []
-    for rows in (slice(0, cut), slice(cut, 50)):
+    for rows in (slice(0, cut), slice(cut, 20)):
         offsets = torch.tensor([0, len(k[rows])], dtype=torch.int32, device=DEVICE)
         parts += decode_triton(q, k[rows], v[rows], offsets, scale=0.1)
     exact = decode_reference(*(widen(x, inputs["offsets"]) for x in split(inputs)[0]), scale=0.1)
@@ -324,15 +326,15 @@ def test_schedule_cuts_every_head_into_equal_splits(lengths, sms):
 
 
 def test_every_cut_of_a_schedule_gives_the_same_attention():
-    inputs = make(3, 1, 3, 2, 1, 64, [900, 0, 300], 0, torch.float32)
-    schedule = decode_schedule(inputs["offsets"], processors=4)
+    inputs = make(3, 1, 3, 2, 1, 16, [500, 0, 150], 0, torch.float32)
+    schedule = decode_schedule(inputs["offsets"], processors=1)
     assert len({len(cut.bounds) for cut in schedule.cuts}) > 1
-    for cut in schedule.cuts:
+    for cut in {len(cut.bounds): cut for cut in schedule.cuts}.values():
         check_kernel(inputs, DecodeSchedule((cut,) * 4, 10**6), scale=0.125)
 
 
 def test_many_rows_take_several_programs():
-    inputs = make(4, 2, 2, 4, 70, 16, [130, 20], 80, torch.float16)
+    inputs = make(4, 2, 2, 4, 33, 16, [70, 20], 40, torch.float16)  # over 128 rows of one question, 256 in all
     check_kernel(inputs, scale=0.25)
     check_kernel(inputs, scale=0.25, window=21)
 
@@ -411,7 +413,7 @@ def compiled(calls: list[str], capability: int) -> None:
     assert_fits(compile_launches(source, capability=capability), capability=capability)
 
 
-@pytest.mark.parametrize(("D", "capability"), [(64, 90), (80, 90), (96, 90), (128, 90), (256, 90), (128, 80)])
+@pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
     compiled([few, many, few + ", 8", few + ", 4", f"{D}, 7, 1, 1, torch.float32"], capability)

@@ -2,7 +2,8 @@
 
 For each group of a row: zero = min, scale = max / last - min / last with last = 2**bits - 1 (so that the difference
 cannot overflow), code = floor((x - zero) / scale + 1/2). Divisions are correctly rounded and nothing is fused, so the
-codes are those of the reference bit for bit. Extreme groups are halved as in the reference, which only float32 scales need.
+codes are those of the reference bit for bit. Extreme groups are halved as there, which only
+float32 scales need.
 
 The first pass stores float16 scales and reports whether they hold; only where they do not is a second pass made with
 float32. Bytes: x read and the quantized rows written once, plus 2 * 2 bytes a group. Measured: docs/tuning.md.
