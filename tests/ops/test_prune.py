@@ -109,7 +109,7 @@ def compile_case(width: int, dtype: str) -> str:
     )
 
 
-@pytest.mark.parametrize(("capability", "width"), [(80, 128), (90, 80), (90, 256)])
+@pytest.mark.parametrize(("capability", "width"), [(80, 128), *((90, width) for width in WIDTHS)])
 def test_kernels_fit(capability, width):
     kernels = compile_launches(compile_case(width, "bfloat16"), capability=capability)
     assert {kernel.name for kernel in kernels} == {"_count_kernel", "_place_kernel", "_copy_kernel"}
