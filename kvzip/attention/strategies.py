@@ -10,8 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..cache import DenseKV, RaggedKV, Tail, WindowKV
 from ..models import Attend, ModelConfig
-from .dense import ROWS_PER_BLOCK, causal_attention, window_attention
-from .host import decode_on_host, ragged_on_host
+from .dense import causal_attention, window_attention
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -194,9 +193,7 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
         if layer == 0:
             seen = tail.lengths + k.shape[2]  # rows that the last new token sees: the same in every layer
         ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
-        kv, rows, window = context[layer], (tail.k[layer], tail.v[layer], seen), config.layers[layer].window
-        if not q.is_cuda and config.attn_softcap is None and (window is None or q.shape[0] == q.shape[2] == 1):
-            return decode_on_host(q, kv, rows, config.attn_scale, window)
+        kv = context[layer]
         return ops.decode(
             q,
             kv.k,
@@ -204,9 +201,9 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
             kv.offsets,
             scale=config.attn_scale,
             softcap=config.attn_softcap,
-            window=window,
+            window=config.layers[layer].window,
             schedule=kv.schedule,
-            tail=rows,
+            tail=(tail.k[layer], tail.v[layer], seen),
         )[0]
 
     return attend
@@ -217,11 +214,6 @@ def _after_ragged(
 ) -> tuple[Tensor, Tensor]:
     """`causal_attention` with ragged heads in front of the dense past."""
     assert isinstance(past, RaggedKV)
-    if q.is_cuda or config.attn_softcap is not None:
-        options = {"scale": config.attn_scale, "softcap": config.attn_softcap, "schedule": past.schedule}
-        size = q.shape[2] if q.is_cuda else ROWS_PER_BLOCK  # the reference holds the logits of a block
-        parts = [ops.decode(x, past.k, past.v, past.offsets, **options) for x in q.split(size, dim=2)]
-        out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
-    else:
-        out, lse = ragged_on_host(q, past, config.attn_scale)
+    scale, softcap = config.attn_scale, config.attn_softcap
+    out, lse = ops.decode(q, past.k, past.v, past.offsets, scale=scale, softcap=softcap, schedule=past.schedule)
     return ops.merge(out, lse, *causal_attention(q, [dense_k], [dense_v], k, v, config))

@@ -15,7 +15,7 @@ def append_(
 ) -> None:
     """Writes T new rows after the lengths[b] rows of each question, in place; `lengths` itself is not advanced.
 
-    What would go beyond the R rows reserved is dropped. Nothing waits for the device.
+    Rows that would go beyond the R reserved ones are dropped. Nothing waits for the device.
 
     Raises: ValueError if shapes or dtypes do not fit together.
     """

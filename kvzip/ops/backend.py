@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton on CUDA tensors, the plain PyTorch reference elsewhere."""
+"""Which implementation of an op runs: Triton on CUDA tensors, plain PyTorch elsewhere; KVZIP_BACKEND forces one."""
 
 import os
 
@@ -26,3 +26,8 @@ def use_triton(tensor: Tensor) -> bool:
     if forced:
         raise ValueError(f"expected KVZIP_BACKEND to be 'reference' or 'triton', got {forced!r}: correct or unset it")
     return tensor.is_cuda
+
+
+def is_forced() -> bool:
+    """Whether KVZIP_BACKEND names the implementation, so that nothing faster may stand in for the reference."""
+    return bool(os.environ.get("KVZIP_BACKEND"))

@@ -1,14 +1,18 @@
 """Attention of new tokens over frozen ragged heads and a dense tail: contract and reference."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from kvzip.ops.backend import use_triton
+from kvzip.ops.backend import is_forced, use_triton
+from kvzip.ops.host_decode import decode_host, host_takes
 from kvzip.ops.quantize import dequantize, take_rows
 from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
+
+_TOKENS_AT_ONCE = 512  # of the reference
 
 
 def decode(
@@ -49,9 +53,33 @@ def decode(
     _check(q, k, v, offsets, softcap, window, tail)
     if use_triton(q):
         from kvzip.ops.triton.decode import decode_triton as run
+    elif host_takes(q, softcap=softcap, window=window) and not is_forced():
+        run = decode_host
     else:
-        run = decode_reference
+        run = _reference_in_blocks
     return run(q, k, v, offsets, scale=scale, softcap=softcap, window=window, schedule=schedule, tail=tail)
+
+
+def _reference_in_blocks(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "N D"] | Quantized,
+    v: Float[Tensor, "N D"] | Quantized,
+    offsets: Int32[Tensor, " H1"],
+    *,
+    window: int | None = None,
+    tail: TailTensors | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
+    """`decode_reference` over blocks of tokens, for it holds their logits."""
+    if q.shape[2] <= _TOKENS_AT_ONCE or (tail is None and window is not None):  # places follow from T without a tail
+        return decode_reference(q, k, v, offsets, window=window, tail=tail, **options)
+    parts, after = [], q.shape[2]
+    for rows in q.split(_TOKENS_AT_ONCE, dim=2):
+        after -= rows.shape[2]
+        own = None if tail is None else (*tail[:2], tail[2] - after)
+        parts.append(decode_reference(rows, k, v, offsets, window=window, tail=own, **options))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def decode_reference(

@@ -1,4 +1,4 @@
-"""A linear layer together with what stands before and after it in a transformer."""
+"""A linear layer, fused with the norm before it and the gate or residual after it."""
 
 import torch.nn.functional as F
 from jaxtyping import Float

@@ -1,4 +1,4 @@
-"""RMSNorm, with what is added to it."""
+"""RMSNorm, and a residual added to it."""
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ def rms_norm(
     """Returns x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis, plus `residual` if there is one.
 
     Args:
-        offset: 1 for Gemma, whose weights are stored less one, and which casts after the weight; 0 for the others.
+        offset: 1 for Gemma, which stores weights minus one, and casts after multiplying by them; 0 for the others.
 
     Raises: ValueError if shapes do not fit together.
     Source: arXiv 1910.07467.

@@ -1,4 +1,4 @@
-"""Packs rows into 8 or 4 bits, with a scale and a zero for each group of values."""
+"""Quantizes rows to 8 or 4 bits, with a scale and a zero for each group of values."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def quantize(
     offsets: Int32[Tensor, " H1"] | None = None,
     channels: Channels | None = None,
 ) -> Quantized:
-    """The rows of x as codes of `bits` bits, asymmetric: code 0 is the least value of a group, the last its greatest.
+    """Returns x quantized to `bits` bits, asymmetric: code 0 is a group's least value, the last code its greatest.
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
     scale and zero as they are stored. Restored values are then within half a step (scale / 2) of x, up to float32's
@@ -66,7 +66,7 @@ def quantize(
 def dequantize(
     q: Quantized, *, dtype: torch.dtype = torch.float32, offsets: Int32[Tensor, " H1"] | None = None
 ) -> Float[Tensor, "N D"]:
-    """The values that the codes stand for, computed in float32 and rounded once to dtype; none is beyond its largest.
+    """Returns the values of quantized rows, computed in float32 and rounded once to dtype, within its range.
 
     Args:
         offsets: of the heads whose rows they are; needed where `q` has channels.

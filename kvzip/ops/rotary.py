@@ -1,4 +1,4 @@
-"""Queries, keys and values of new tokens: split from one product, normed by head where a model does, and rotated."""
+"""Queries, keys and values of new tokens: taken out of one product, normed by head in some models, and rotated."""
 
 import torch
 from jaxtyping import Float
@@ -66,7 +66,9 @@ def rotary_reference(
     q, k, v = _split(qkv, cos.shape[-1], kv_heads)
     if cos.ndim == 3:  # positions differ by question: [B T D] beside [B H T D]
         cos, sin = cos[:, None], sin[:, None]
-    if q_norm is None or k_norm is None:  # one after the other in memory: half as many operations
+    if (
+        q_norm is None or k_norm is None
+    ):  # q and k are neighbours in memory: rotating both at once takes half as many operations
         both = _split(qkv, cos.shape[-1], 0)[0][:, :-kv_heads]
         q, k = _rotate(both, cos, sin).split([q.shape[1], kv_heads], dim=1)
         return q, k, v

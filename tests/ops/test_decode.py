@@ -76,7 +76,7 @@ def move(x, device):
 
 
 def widen(x, offsets):
-    """The same values in float64; codes stand for their value in exact arithmetic."""
+    """The same values in float64; quantized rows stand for their value in exact arithmetic."""
     if isinstance(x, Quantized):
         codes = x.codes if x.bits == 8 else torch.stack([x.codes >> 4, x.codes & 15], dim=2).flatten(1)
         steps = codes.double().unflatten(1, (-1, x.group))
@@ -184,7 +184,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
@@ -192,7 +192,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     channels=st.booleans(),
     **SHAPES,
 )
-def test_kernel_reads_codes_as_accurately_as_the_reference(
+def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
     seed, B, G, T, lengths, R, softcap, window, D, dtype, bits, channels
 ):
     inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels)
@@ -255,9 +255,10 @@ def test_a_nan_comes_out_and_stays_in_its_question(where, dtype, bits, T, softca
             assert torch.equal(merged[0].isnan().any(-1).cpu(), broken) and torch.equal(merged[1].isnan().cpu(), broken)
 
 
+@settings(max_examples=10)
 @given(seed=st.integers(0, 99), data=st.data())
 def test_ragged_equals_dense_with_the_rest_masked(seed, data):
-    H, S, D = 3, 40, 64
+    H, S, D = 3, 20, 16
     generator = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(H, S, D, generator=generator) for _ in "kv")
     q = torch.randn(2, H * 2, 1, D, generator=generator)
@@ -274,12 +275,13 @@ def test_ragged_equals_dense_with_the_rest_masked(seed, data):
     assert_as_accurate(plain, exact, plain)
 
 
-@given(seed=st.integers(0, 99), cut=st.integers(0, 50))
+@settings(max_examples=10)
+@given(seed=st.integers(0, 99), cut=st.integers(0, 20))
 def test_two_halves_merged_equal_the_whole(seed, cut):
-    inputs = make(seed, 2, 1, 2, 3, 64, [50], 0, torch.float32)
+    inputs = make(seed, 2, 1, 2, 3, 16, [20], 0, torch.float32)
     q, k, v, _ = split(inputs)[0]
     parts = []
-    for rows in (slice(0, cut), slice(cut, 50)):
+    for rows in (slice(0, cut), slice(cut, 20)):
         offsets = torch.tensor([0, len(k[rows])], dtype=torch.int32, device=DEVICE)
         parts += decode_triton(q, k[rows], v[rows], offsets, scale=0.1)
     exact = decode_reference(*(widen(x, inputs["offsets"]) for x in split(inputs)[0]), scale=0.1)
@@ -314,25 +316,25 @@ def test_schedule_cuts_every_head_into_equal_splits(lengths, sms):
     for cut in cuts:
         assert cut.first[-1] == len(cut.bounds)
         for h, n in enumerate(lengths):
-            pieces = cut.bounds[cut.first[h] : cut.first[h + 1]].tolist()
-            rows = [row for _, start, stop in pieces for row in range(start, stop)]
+            splits = cut.bounds[cut.first[h] : cut.first[h + 1]].tolist()
+            rows = [row for _, start, stop in splits for row in range(start, stop)]
             assert rows == list(range(int(offsets[h]), int(offsets[h]) + n))
-            sizes = [stop - start for _, start, stop in pieces]
-            assert all(head == h for head, _, _ in pieces)
+            sizes = [stop - start for _, start, stop in splits]
+            assert all(head == h for head, _, _ in splits)
             tiles = [-(-size // 64) for size in sizes]
             assert all(size % 64 == 0 for size in sizes[:-1]) and max(tiles, default=0) - min(tiles, default=0) <= 1
 
 
-def test_every_level_of_a_schedule_gives_the_same_attention():
-    inputs = make(3, 1, 3, 2, 1, 64, [900, 0, 300], 0, torch.float32)
-    schedule = decode_schedule(inputs["offsets"], processors=4)
+def test_every_cut_of_a_schedule_gives_the_same_attention():
+    inputs = make(3, 1, 3, 2, 1, 16, [500, 0, 150], 0, torch.float32)
+    schedule = decode_schedule(inputs["offsets"], processors=1)
     assert len({len(cut.bounds) for cut in schedule.cuts}) > 1
-    for cut in schedule.cuts:
+    for cut in {len(cut.bounds): cut for cut in schedule.cuts}.values():
         check_kernel(inputs, DecodeSchedule((cut,) * 4, 10**6), scale=0.125)
 
 
 def test_many_rows_take_several_programs():
-    inputs = make(4, 2, 2, 4, 70, 16, [130, 20], 80, torch.float16)
+    inputs = make(4, 2, 2, 4, 33, 16, [70, 20], 40, torch.float16)  # over 128 rows of one question, 256 in all
     check_kernel(inputs, scale=0.25)
     check_kernel(inputs, scale=0.25, window=21)
 
@@ -411,24 +413,24 @@ def compiled(calls: list[str], capability: int) -> None:
     assert_fits(compile_launches(source, capability=capability), capability=capability)
 
 
-@pytest.mark.parametrize(("D", "capability"), [(64, 90), (80, 90), (96, 90), (128, 90), (256, 90), (128, 80)])
+@pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
     compiled([few, many, few + ", 8", few + ", 4", f"{D}, 7, 1, 1, torch.float32"], capability)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_as_many_programs_over_codes_fit_on_a_processor_as_pieces_are_cut_for(bits):
+def test_as_many_programs_over_quantized_rows_fit_on_an_sm_as_splits_are_cut_for(bits):
     calls = [
         f"128, 4, 1, 1, torch.{dtype}, {bits}{rest}" for dtype in ("bfloat16", "float16") for rest in ("", ", 5.0, 9")
     ]
     source = COMPILE.format(capability=90) + "\n".join(f"go({call})" for call in calls)
     kernels = compile_launches(source, capability=90)
     assert_fits(kernels, capability=90)
-    pieces = launch_config(128, 4, torch.bfloat16, bits).pieces
+    programs = launch_config(128, 4, torch.bfloat16, bits).per_sm
     found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "_decode_kernel"]
     assert len(found) == 4
-    assert all(size * pieces <= 228 * 1024 < size * (pieces + 1) for size in found)
+    assert all(size * programs <= 228 * 1024 < size * (programs + 1) for size in found)
 
 
 @pytest.mark.slow
@@ -463,7 +465,7 @@ def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
-def test_compiled_kernel_over_the_grid_of_codes(dtype, D, bits, B, G):
+def test_compiled_kernel_over_the_grid_of_quantized_rows(dtype, D, bits, B, G):
     check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits, channels=G == 4), scale=D**-0.5)
 
 
@@ -513,7 +515,7 @@ def test_interpreter_runs_where_there_is_no_gpu():
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4]), channels=st.booleans())
-def test_reference_of_codes_is_the_reference_of_their_values(seed, bits, channels):
+def test_reference_of_quantized_rows_is_the_reference_of_their_values(seed, bits, channels):
     inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits, channels)
     head, _ = split(inputs)
     values = [dequantize(x, offsets=head[3]) for x in head[1:3]]

@@ -289,7 +289,7 @@ def compile_case(width: int, dtype: str) -> str:
     )
 
 
-@pytest.mark.parametrize(("capability", "width"), [(80, 128), *((90, width) for width in WIDTHS)])
+@pytest.mark.parametrize(("capability", "width"), [(80, 128), (90, 80), (90, 256)])
 def test_kernels_fit(capability, width):
     kernels = compile_launches(compile_case(width, "bfloat16"), capability=capability)
     assert {kernel.name for kernel in kernels} == {"_quantize_kernel", "_dequantize_kernel"}

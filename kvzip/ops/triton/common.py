@@ -44,7 +44,7 @@ def overlaps_launches(x: Tensor) -> bool:
 
 
 def launch_options(overlap: bool) -> dict[str, bool]:
-    """What a launch says so that its kernel may start before the one in front has ended; it then waits for it."""
+    """Options of a launch with programmatic dependent launch: the kernel may start early, and must then wait."""
     return {"launch_pdl": True} if overlap else {}
 
 
@@ -56,7 +56,7 @@ def shared_memory(size_bytes: int) -> str:
 @triton.jit
 @no_type_check
 def reserve(SHARED: tl.constexpr):
-    """Takes shared memory that nothing uses, so that fewer programs fit on a processor at once."""
+    """Takes shared memory that nothing uses, so that fewer programs fit on an SM at once."""
     if SHARED != "":
         tl.inline_asm_elementwise(SHARED, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
 

@@ -1,4 +1,4 @@
-"""Attention of rows of 16 or 32 bits over one piece of a head or of a tail, with the rows as rows of the products."""
+"""Attention of rows of 16 or 32 bits over one split of a head or of a tail, with query rows as rows of the products."""
 
 from typing import no_type_check
 
@@ -10,7 +10,7 @@ from kvzip.ops.triton.common import LOG2_E, add_product, exp2, load_rows, produc
 
 @triton.jit
 @no_type_check
-def rows_piece(
+def rows_split(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
     head, row, row_stop, slot, start, stop, low, high, rows, tokens,
@@ -22,7 +22,7 @@ def rows_piece(
     BANDED: row i sees low[i] <= key < high[i] only.
     """
     BLOCK_D: tl.constexpr = 16 if D < 16 else triton.next_power_of_2(D)
-    DEFER: tl.constexpr = BLOCK_M <= 16  # few rows: summing a tile's keys would go through shared memory
+    DEFER: tl.constexpr = BLOCK_M <= 16  # few rows: summing over keys in each tile would go through shared memory
     d = tl.arange(0, BLOCK_D)
     m = row + tl.arange(0, BLOCK_M)
     live = (m < row_stop)[:, None] & (d < D)[None, :]

@@ -1,4 +1,4 @@
-"""The linear layer on the GPU: one row by a kernel of its own, more rows by the library's product."""
+"""The linear layer on the GPU: one row by a kernel of its own, more rows by cuBLAS."""
 
 from typing import NamedTuple, no_type_check
 
@@ -25,10 +25,10 @@ class Launch(NamedTuple):
 
 
 def launch_config(N: int, K: int) -> Launch:
-    """The launch for one row, N outputs and K inputs. Tuned on an H100, 2026-11-24."""
+    """The launch for one row, N outputs and K inputs. Tuned on an H100, 2026-11-24: docs/tuning.md."""
     if K >= 8192:
-        return Launch(8, 1024, 8, 3, 1024)
-    return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)
+        return Launch(8, 1024, 8, 3, 1024)  # long rows: more outputs share what is read of x
+    return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # small programs balance better
 
 
 def linear_triton(
@@ -44,14 +44,8 @@ def linear_triton(
 
     One row is one launch that reads every weight once (N K values, 2 N K operations) and does the rest on the way:
     the norm's factor is applied after the product, whose inputs are then x times the norm's weight. The next kernel
-    may start early and fetch its weights to L2 meanwhile. More rows are cuBLAS's, between fused elementwise kernels;
-    there a residual is added within the product, in float32.
-
-    Measured on an H100 (bf16, cold, 32 layers in a CUDA graph), in us, cuBLAS's product alone in brackets: 6144 x 4096
-    with norm 17.9 (21.2), 4096 x 4096 with residual 11.8 (16.6), 28672 x 4096 with norm and gate 76.7 (82.2), 4096 x
-    14336 with residual 39.9 (44.4); the four of all layers one after the other 4.756 ms, 2.93 TB/s of the chip's 3.07.
-    Tried: 8 or 16 outputs a program 2 to 5% slower at 4096 inputs, as are tiles loaded without a pipeline where
-    programs are large; fetching 4096 inputs a row ahead of the wait instead of 1024 costs 2%, none 3 to 5%.
+    may start early and fetch its weights to L2 meanwhile. More rows go to cuBLAS, between fused elementwise kernels;
+    there a residual is added within the product, in float32. Measured: docs/tuning.md.
     """
     check_dtype(x)
     rows = x.numel() // x.shape[-1] if x.numel() else 0

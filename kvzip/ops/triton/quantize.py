@@ -2,14 +2,11 @@
 
 For each group of a row: zero = min, scale = max / last - min / last with last = 2**bits - 1 (so that the difference
 cannot overflow), code = floor((x - zero) / scale + 1/2). Divisions are correctly rounded and nothing is fused, so the
-codes are those of the reference bit for bit. Groups of extreme values, as there, only with float32 scales.
+codes are those of the reference bit for bit. Extreme groups are halved as there, which only
+float32 scales need.
 
 The first pass stores float16 scales and reports whether they hold; only where they do not is a second pass made with
-float32. Bytes: x read and the codes written once, plus 2 * 2 bytes a group; about 30 operations a value, most of them
-the correctly rounded division. For 314,570 rows of 128 in bf16 on an H100 (2026-11-24, triton 3.6) the int8 kernel
-takes 72 us, 41 at the bandwidth of a copy, and a call 144 to 294 with the launches and the wait for the flags.
-Restoring takes 43 us (int8) and 37 (int4). Blocks of 16 and 32 rows with 4 warps were alike, 64 rows and 2 or 8 warps
-slower.
+float32. Bytes: x read and the quantized rows written once, plus 2 * 2 bytes a group. Measured: docs/tuning.md.
 """
 
 from typing import no_type_check
@@ -26,7 +23,7 @@ INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # places of the flags
 
 
 def launch_config(group: int) -> tuple[int, int]:
-    """Rows of one program and its warps; H100, 2026-11-24."""
+    """Rows of one program and its warps. Tuned on an H100, 2026-11-24: docs/tuning.md."""
     return max(1, 2048 // triton.next_power_of_2(group)), 4
 
 

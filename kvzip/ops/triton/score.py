@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 def launch_config(D: int, dtype: torch.dtype, softcap: bool = False) -> tuple[Launch, Launch]:
     """Launches of the log-sum-exp (rows stay, keys walk) and of the maximum (keys stay, rows walk).
 
-    Tuned on an H100, 2026-11-24.
+    Tuned on an H100, 2026-11-24: docs/tuning.md.
     """
     if dtype == torch.float32:
         return Launch(16, 16 if D <= 128 else 8, 8, 2), Launch(16, 16, 8, 2)
@@ -47,11 +47,8 @@ def score_triton(
 ) -> Float[Tensor, "H C"]:
     """`score` in two launches, or one where the log-sum-exp is given; neither waits on the host.
 
-    2 Hq T D (A + C + T / 2) operations for the log-sum-exp and 2 Hq T D C for the maximum: 51 and 33 GFLOP for a chunk
-    of 2,000 (T 2,030, 32/8 heads, D 128), 0.12 ms at 700 TFLOP/s; the keys stay in L2 and nothing [rows, keys] is
-    stored. On an H100 (bf16): 0.205 ms, and 0.067 with the log-sum-exp given. The exponential is outside the
-    maximum, so the second launch takes one a key. Tried, in us: log-sum-exp over tiles of 128 keys 261 for both, 64
-    with 4 warps 237; maximum by 8 warps over 64 rows 84, over 128 rows 76, one share of the rows per key block 79.
+    2 Hq T D (A + C + T / 2) operations for the log-sum-exp and 2 Hq T D C for the maximum; keys stay in L2, and nothing
+    [rows, keys] is stored. The exponential is outside the maximum, so it is taken once a key. Measured: docs/tuning.md.
     """
     normalizer, largest = launch_config(q.shape[2], q.dtype, softcap is not None)
     weights = (row_weight, key_weight)

@@ -4,7 +4,7 @@ A score's key is its float bits mapped to uint32 so that keys order as scores do
 count-th highest key is found in rounds: count the keys of the range by 2**13 bins, and those above it; the bin that
 holds the count-th is the next range. The first round looks at a sample and guesses a range around the rank. A later
 round that finds the rank outside turns to the part above or below, so a bad guess costs time and never exactness.
-Four rounds after the guess always reach one key, two as a rule; the others see that they are done and return.
+Four rounds after the guess always suffice to reach one key. Two usually do: then the others return at once.
 
 Each step is a function over [P, n], P problems of n scores: `select_count` is one problem, `select_uniform` one for
 each head. Heads split over devices take the same steps. They add up the histograms before `narrow_`, and count the
@@ -15,15 +15,7 @@ ties in front of a block over all parts:
     keep, ties = mark(scores, state);  (gather ties);  settle_(keep, scores, state, ties, ties_before, ...)
 
 Bytes: the scores are read three times as a rule (two rounds and `mark`), five at most, and the mask is written once;
-about 30 integer operations a score and round. For 32 x 8 x 131,072 scores on an H100 (2026-11-24, triton 3.6) 256 us
-by itself and 267 between other work: sample 15, rounds 79 and 57, the two that return 7 each, `mark` 54 (its bytes
-alone take 55), `settle_` 9, searches of the histograms 22, the rest is filling with zeros. A list of layers pays one
-copy more, 352; all equal scores take 397.
-
-What did not pay there: counting the first and last bin of every block before its atomics, as is now done only where
-many keys are inside (rounds 124 and 113, 403 us in all); a sample of 2**18, whose atomics queue up at few bins (60
-instead of 15); blocks of 2048 scores and 4 warps (265), 8192 and 16 (264), 4096 and 16 (285). A histogram of 2**14
-bins scanned whole spilled registers in its search; hence the search by rows.
+about 30 integer operations a score and round. Measured: docs/tuning.md.
 """
 
 from typing import no_type_check

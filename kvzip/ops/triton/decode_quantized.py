@@ -1,27 +1,6 @@
-"""Attention over one piece of a head in 8 or 4 bits, with the keys as rows of the products.
+"""Attention over one split of a head whose rows are quantized in 8 or 4 bits, with keys as rows of the products.
 
-As columns, 8 query rows need no padding to 16, which halves products and softmax. A tile of 64 keys takes two warps
-about 550 instructions each, whatever the bits; 256 of all 1,000 make operands out of 4-bit codes.
-
-At 0.3 of 131,072 (8 heads, D 128, bf16 queries, keys without their heads' centers and spreads) on an H100, 2026-11-26,
-whole `decode`, int8 / int4: 36.0 / 23.2 us next to 61.1 for bf16 in the same run, with a tail of 100 tokens 36.5 / 23.5
-next to 62.2; 83 and 43 MB, 27 and 14 us at the read bandwidth. What brought them there, in us:
-
-- pieces of whole tiles, as the last one of a piece costs a whole one: 36.3 / 24.9 instead of 36.3 / 25.4; with a tail,
-  whose programs had waited for a second wave in 8 bits, 36.9 / 25.4 instead of 43.6 / 26.3
-- q . center added where pieces are combined, not at the end of each program
-- started while the kernel in front still runs, the first two tiles prefetched: 36.3 instead of 37.9 in 8 bits, of which
-  four programs fit on a processor. In 4 bits seven do, and they settle unevenly: 25.4 with a tail, where waiting takes
-  25.0; six 25.4, five 24.8, four, by reserving shared memory, 23.5. A step of an 8B shape: 5.93 ms for 6.01
-- one kernel with and without a tail: without that of tails, Triton 3.6 makes one that takes 24.9
-
-Also tried since whole tiles, in 4 bits (23.4 then): two stages 28.4, four 26.9, seven 27.4; tiles of 32 keys 36.1, of
-128 27.5; six programs at once 32.1; tails before pieces 23.4 (with a tail 26.1 instead of 26.4); the next kernel's
-start asked for at the end 25.3. Before, at 39.7 / 25.4: rows as rows of the products, codes made float16 by two
-instructions a pair 40.0 / 30.9, by Triton from bytes 55.7 / 58.7; one warp a program, eight at once on a processor
-48.6 / 29.2, with tiles of 32 keys and four stages 40.9 / 28.1; two warps, three and six programs at once 39.3 / 26.5
-and 46.1 / 28.4; four warps 39.7 / 28.0, with tiles of 128 keys 40.2 / 27.8. Of a tile's instructions 17 are barriers:
-steps and weights change their layout through shared memory, which loads in the layout of the products would save.
+Query rows are columns: 8 of them need no padding to 16, which halves products and softmax. Tuning: docs/tuning.md.
 """
 
 from typing import no_type_check
@@ -87,8 +66,8 @@ def _steps(
 
 @triton.jit
 @no_type_check
-def _load_turned(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
-    """`load_rows` with rows and columns in each other's place."""
+def _load_transposed(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """`load_rows`, transposed."""
     at = ptr + (rows[None, :] * stride + columns[:, None])
     if MASKED:
         if W == BLOCK_W:
@@ -163,7 +142,7 @@ def _load_q(
 
 @triton.jit
 @no_type_check
-def codes_piece(
+def quantized_split(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
     part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
@@ -177,7 +156,7 @@ def codes_piece(
     The logit of a row q and a key with codes c is scale * (step * (q . (c - half)) + (zero + half * step) * sum(q)),
     and weights p give sum(p * step * c) + sum(p * zero). With CHANNELS q is multiplied by its head's spread before
     that; scale * q . center, the same for all keys, is added here with SOFTCAP only, else to the log-sum-exp when
-    pieces are combined. BANDED: row i sees low[i] <= key < high[i] only; MASKED: the context is shorter than BLOCK_N.
+    splits are combined. BANDED: row i sees low[i] <= key < high[i] only; MASKED: the context is shorter than BLOCK_N.
     """
     EACH: tl.constexpr = 16 // BITS  # values in a word
     W: tl.constexpr = D // EACH
@@ -186,11 +165,11 @@ def codes_piece(
     WORDS: tl.constexpr = GROUP // EACH  # of a group
     UNIT: tl.constexpr = 2.0**-20 if BITS == 4 else 2.0**-24  # of products of q and codes
     HALF: tl.constexpr = 2 ** (BITS - 1)
-    CENTER: tl.constexpr = HALF if tl.float32 == COMPUTE else 0  # what `_codes` has taken away
+    CENTER: tl.constexpr = HALF if tl.float32 == COMPUTE else 0  # what `_codes` has subtracted
     DEFER: tl.constexpr = BLOCK_M <= 16
     w = tl.arange(0, BLOCK_W)
     n = tl.arange(0, BLOCK_N)
-    # Without MASKED tiles are whole: the last of a piece begins early enough, and counts only what is new in it.
+    # Without MASKED all tiles are whole: the last of a split starts earlier, and counts only keys that are new in it.
     limit = stop if MASKED else tl.maximum(stop - BLOCK_N, 0)
     at = tl.minimum(start, limit)
     # Steps are too narrow for asynchronous copies: they are loaded by hand, a tile before use.
@@ -236,7 +215,7 @@ def codes_piece(
         total = tl.zeros([BLOCK_M], tl.float32)
     shift = total
     # Weights times steps go to the tensor cores in 16 bits. The power of two of the largest step of a key, over that
-    # of the piece's first key (1 if that has none), joins its logit, so that they stay near 1 whatever the steps are.
+    # of the split's first key (1 if that has none), joins its logit, so that they stay near 1 whatever the steps are.
     common = tl.where(first_step == 0, 0, tl.minimum(_exponent(first_step.to(tl.float32)), 60))
     for begin in range(start, stop, BLOCK_N):
         at = tl.minimum(begin, limit)
@@ -244,7 +223,7 @@ def codes_piece(
         bound = stop - at
         here = at + tl.zeros([], tl.int64)
         k = load_rows(k_ptr + here * stride_kn, n, w, stride_kn, bound, MASKED, W, BLOCK_W)  # [BLOCK_N, BLOCK_W]
-        v = _load_turned(v_ptr + here * stride_vn, n, w, stride_vn, bound, MASKED, W, BLOCK_W)  # [BLOCK_W, BLOCK_N]
+        v = _load_transposed(v_ptr + here * stride_vn, n, w, stride_vn, bound, MASKED, W, BLOCK_W)  # [BLOCK_W, BLOCK_N]
         k_step, k_zero = next_k.to(tl.float32), next_k_zero.to(tl.float32)
         v_step, v_zero = next_v.to(tl.float32), next_v_zero.to(tl.float32)
         after = tl.minimum(begin + BLOCK_N, limit)
