@@ -83,12 +83,15 @@ def repeated(name: str, scope: str, chunk: int = CHUNK, method: str = "kvzip") -
 def near(model: Model, cache: DenseCache) -> DenseCache:
     """Scope chunk with the chunk before each in sight."""
     values = score_chunks(model, cache, scope="chunk", method="kvzip", chunk=CHUNK, hint=8, neighbors=CHUNK)
-    return attach(cache, values)
+    return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "chunk+near"))
 
 
 def positions(model: Model, cache: DenseCache) -> DenseCache:
     """Scope chunk where a repeat follows its segment: at ratio 1 nothing is dropped, so that only positions differ."""
-    return attach(cache, streamed(None)(model, cache, 1.0).scores.values.to(model.device))
+    scores = streamed(None)(model, cache, 1.0).scores
+    assert scores is not None
+    values = scores.values.to(model.device)
+    return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "positions"))
 
 
 def streamed(share: str | None) -> Callable[[Model, DenseCache, float], RaggedCache]:
