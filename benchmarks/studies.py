@@ -31,7 +31,7 @@ from kvzip.scores import attach
 from kvzip.scoring import score_chunks
 
 CHUNK, SEGMENT = 2_000, 2_000
-ENDS = {"sink": 16, "recent": 64}
+SINK, RECENT = 16, 64
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 ASKED = {  # pairs in a context of `kv` and `ruler_niah_multikey_3`: question and answer in a chat, and as plain text
     f'"({UUID})": "({UUID})"': (
@@ -115,11 +115,11 @@ def by_heads(model: Model, cache: DenseCache) -> DenseCache:
     return head_scores.attach(cache, head_scores.shipped(model))
 
 
-def packed(name: str, bits: int | None, level: str = "pair", ends: dict[str, int] | None = None) -> Method:
+def packed(name: str, bits: int | None, level: str = "pair", sink: int = 0, recent: int = 0) -> Method:
     """Pairs by scope chunk, or whole heads, in so many bits."""
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
-        return kvzip.compress(cache, ratio, level=level, bits=bits, **(ends or {}))
+        return kvzip.compress(cache, ratio, level=level, bits=bits, sink=sink, recent=recent)
 
     return Method(name, score if level == "pair" else by_heads, level, "", pack)
 
@@ -154,6 +154,6 @@ BITS = named(*(packed(f"{bits} bits", None if bits == 16 else bits) for bits in 
 HEADS = named(
     packed("heads", None, "head"),
     packed("heads, 4 bits", 4, "head"),
-    packed("heads and ends", None, "head", ENDS),
-    packed("heads and ends, 4 bits", 4, "head", ENDS),
+    packed("heads and ends", None, "head", SINK, RECENT),
+    packed("heads and ends, 4 bits", 4, "head", SINK, RECENT),
 )

@@ -163,7 +163,7 @@ def answer_lines(
     run: str,
     step: Step,
     cache: DenseCache | RaggedCache,
-    answers: Mapping[int, Answer] | Mapping[int, Gold],
+    answers: Mapping[int, Answer | Gold],
     agreed: float | None = None,
 ) -> list[dict[str, Any]]:
     """Returns a line for each answer, by the number of its question, with its score."""
