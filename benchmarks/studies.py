@@ -21,18 +21,18 @@ import torch
 
 import kvzip
 from kvzip import DenseCache, Model, RaggedCache, head_scores, prompts, score
-from kvzip.attention import score_attend
+from kvzip.attention import Formula, Sight, score_attend
 from kvzip.cache import Scores, global_layers
 from kvzip.evals.methods import METHODS, Method
 from kvzip.generation import query_ids
+from kvzip.inputs import tokenizer_of
 from kvzip.models import run_attention
 from kvzip.options import Scoring
-from kvzip.prefilling import tokenizer_of
 from kvzip.scores import attach
 from kvzip.scoring import score_chunks
 
 CHUNK, SEGMENT = 2_000, 2_000
-ENDS = {"sink": 16, "recent": 64}
+SINK, RECENT = 16, 64
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 ASKED = {  # pairs in a context of `kv` and `ruler_niah_multikey_3`: question and answer in a chat, and as plain text
     f'"({UUID})": "({UUID})"': (
@@ -62,18 +62,27 @@ def lookups(model: Model, cache: DenseCache) -> DenseCache:
     ]
     if not asked:
         raise ValueError(f"expected a context with pairs of UUIDs, got {text[:80]!r}: take kv or ruler_niah_multikey_3")
-    layers, sink, stop = global_layers(cache), cache.start, cache.length
-    best = torch.zeros(len(layers), model.config.num_kv_heads, stop - sink, device=model.device)
+    layers, start, stop = global_layers(cache), cache.start, cache.length
+    best = torch.zeros(len(layers), model.config.num_kv_heads, stop - start, device=model.device)
     values = torch.empty_like(best)
     for question, answer in asked:
         before = query_ids(model, cache, [question], template=True)[0] if cache.chat else []
         ids = before + prompts.encode_text(tokenizer, answer)
-        attend = score_attend(model.config, cache.layers, values, sink=sink, start=sink, stop=stop, local=False)
+        attend = score_attend(
+            model.config,
+            cache.layers,
+            values,
+            start=start,
+            first=start,
+            stop=stop,
+            sight=Sight(local=False),
+            formula=Formula(),
+        )
         positions = torch.arange(stop, stop + len(ids), device=model.device)
         with torch.no_grad():
             run_attention(model, torch.tensor([ids], device=model.device), positions, attend)
         best = torch.maximum(best, values)
-    return replace(cache, scores=Scores(best.clamp_(max=1), layers, sink, stop, "lookups"))
+    return replace(cache, scores=Scores(best.clamp_(max=1), layers, start, stop, "lookups"))
 
 
 def repeated(name: str, scope: str, chunk: int = CHUNK, method: str = "kvzip") -> Method:
@@ -84,12 +93,15 @@ def repeated(name: str, scope: str, chunk: int = CHUNK, method: str = "kvzip") -
 def near(model: Model, cache: DenseCache) -> DenseCache:
     """Scope chunk with the chunk before each in sight."""
     values = score_chunks(model, cache, Scoring(chunk=CHUNK), neighbors=CHUNK)
-    return attach(cache, values)
+    return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "chunk+near"))
 
 
 def positions(model: Model, cache: DenseCache) -> DenseCache:
     """Scope chunk where a repeat follows its segment: at ratio 1 nothing is dropped, so that only positions differ."""
-    return attach(cache, streamed(None)(model, cache, 1.0).scores.values.to(model.device))
+    scores = streamed(None)(model, cache, 1.0).scores
+    assert scores is not None
+    values = scores.values.to(model.device)
+    return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "positions"))
 
 
 def streamed(share: str | None) -> Callable[[Model, DenseCache, float], RaggedCache]:
@@ -113,11 +125,11 @@ def by_heads(model: Model, cache: DenseCache) -> DenseCache:
     return head_scores.attach(cache, head_scores.shipped(model))
 
 
-def packed(name: str, bits: int | None, level: str = "pair", ends: dict[str, int] | None = None) -> Method:
+def packed(name: str, bits: int | None, level: str = "pair", sink: int = 0, recent: int = 0) -> Method:
     """Pairs by scope chunk, or whole heads, in so many bits."""
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
-        return kvzip.compress(cache, ratio, level=level, bits=bits, **(ends or {}))
+        return kvzip.compress(cache, ratio, level=level, bits=bits, sink=sink, recent=recent)
 
     return Method(name, score if level == "pair" else by_heads, level, "", pack)
 
@@ -152,6 +164,6 @@ BITS = named(*(packed(f"{bits} bits", None if bits == 16 else bits) for bits in 
 HEADS = named(
     packed("heads", None, "head"),
     packed("heads, 4 bits", 4, "head"),
-    packed("heads and ends", None, "head", ENDS),
-    packed("heads and ends, 4 bits", 4, "head", ENDS),
+    packed("heads and ends", None, "head", SINK, RECENT),
+    packed("heads and ends, 4 bits", 4, "head", SINK, RECENT),
 )

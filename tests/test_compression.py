@@ -305,6 +305,8 @@ def arguments_of(function, model, cache, path):
         "future": 4,
         "epsilon": 0.01,
         "answer_ids": [1, 2],
+        "asked": [[1]],
+        "answers": [[1, 2]],
         "questions": [Question(query="Why?", cloze="Why?", answers=("x",), metric="f1")],
         "form": "chat",
         "values": cache.scores.values,

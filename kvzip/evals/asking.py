@@ -95,12 +95,12 @@ def answer_logits(
         return [logits(model, own[place]).float() for own, place in zip(hidden, places, strict=True)]
 
 
-def agreement(cache: DenseCache | RaggedCache, scores: Float[Tensor, "L H E"], ratio: float) -> float:
+def agreement(cache: DenseCache | RaggedCache, values: Float[Tensor, "L H E"], ratio: float) -> float:
     """Returns the share of the pairs with the highest scores that this cache keeps: of as many as `ratio` keeps."""
     check_pairs(cache)
     if isinstance(cache, DenseCache):
         return 1.0
-    wanted = select(scores, ratio=ratio)
+    wanted = select(values, ratio=ratio)
     assert isinstance(wanted, Tensor)
     held = torch.zeros_like(wanted)
     for kept, layer in zip(held, (layer for layer in cache.context if isinstance(layer, RaggedKV)), strict=True):

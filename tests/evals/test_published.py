@@ -5,7 +5,6 @@ import multiprocessing
 import queue
 import shutil
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,30 @@ import torch
 
 import kvzip
 import random_model
+from kvzip.evals.asking import agreement
 from kvzip.evals.plan import check_names
 from kvzip.evals.results import group, read
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import evaluation, studies  # noqa: E402
-from benchmarks.evaluation import PLANS, STUDIES, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
+from benchmarks import evaluation, quality, studies  # noqa: E402
+from benchmarks.evaluation import PLANS, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
 from benchmarks.harness import between  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-ALL = evaluation.METHODS | studies.STUDY
 TASK = Asked("math_find@300", "chat", 1, 3, 4)
 
 
-@pytest.mark.parametrize("plan", [*PLANS.values(), *chain(*STUDIES.values())])
-def test_plans_name_what_there_is_and_every_piece_has_its_own_file(plan: Plan) -> None:
-    for asked in plan.tasks:
-        assert check_names([asked.task], plan.methods, plan.ratios, asked.form, ALL) == [asked.task]
-    names = [piece.name for piece in pieces_of(Path("model"), plan)]
-    assert len(set(names)) == len(names) == len(plan.tasks) * len(plan.methods)
+@pytest.mark.parametrize("kind", evaluation.ALL)
+def test_plans_name_what_there_is_and_every_piece_has_its_own_file(kind: str) -> None:
+    for model, plans in evaluation.ALL[kind].items():
+        for plan in plans:
+            for asked in plan.tasks:
+                known = evaluation.KNOWN[kind]
+                assert check_names([asked.task], plan.methods, plan.ratios, asked.form, known) == [asked.task]
+        names = [piece.name for plan in plans for piece in pieces_of(Path(model), plan, kind)]
+        assert len(set(names)) == len(names) == sum(len(plan.tasks) * len(plan.methods) for plan in plans)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -107,6 +109,35 @@ def test_lookups_are_the_largest_weights_of_each_lookup(monkeypatch: pytest.Monk
     assert not torch.equal(alone[0], alone[1])
     with pytest.raises(ValueError, match="expected a context with pairs of UUIDs"):
         studies.lookups(model, kvzip.prefill(model, "nothing"))
+
+
+@pytest.mark.slow
+def test_tables_of_scopes_and_bits_are_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "plot", lambda tables, path: None)
+    for page in ("scoring.md", "concepts.md"):
+        shutil.copy(ROOT / "docs" / page, tmp_path)
+    quality.render(RESULTS, tmp_path)
+    for page in ("scoring.md", "concepts.md"):
+        assert (tmp_path / page).read_text(encoding="utf-8") == (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_methods_of_studies_keep_what_they_are_asked_to() -> None:
+    model = random_model.make(random_model.config())
+    cache = kvzip.prefill(model, "jade acid beach hide fig " * 8)
+    known = studies.SCORING | studies.STREAMS | studies.BITS
+    kept = {}
+    for name, method in known.items():
+        small = method.compressed(model, method.score(model, cache), 0.5)
+        assert small.kept == int(0.5 * small.total) and small.total == cache.total, name
+        kept[name] = small
+    scores = kvzip.score(model, cache, scope="context").scores
+    assert scores is not None
+    agreed = {name: agreement(small, scores.values, 0.5) for name, small in kept.items()}
+    assert agreed["context"] == 1.0 > agreed["random"]
+    assert kvzip.nbytes(kept["16 bits"]) > kvzip.nbytes(kept["8 bits"]) > kvzip.nbytes(kept["4 bits"])
+    asked = kvzip.prefill(model, "jade acid beach", instruction="Read this.")
+    with pytest.raises(ValueError, match="expected a task without an instruction"):
+        studies.STREAMS["stream-running"].compressed(model, asked, 0.5)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Results: files that survive a kill, and summaries worked by hand."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvzip.evals.results import Answered, append, check_place, differences, group, label, mend, read, summarize
+from kvzip.evals.results import (
+    Answered,
+    append,
+    by_measure,
+    check_growing,
+    check_place,
+    differences,
+    group,
+    label,
+    mend,
+    read,
+    summarize,
+)
 
 RUN: dict[str, Any] = {
     "kind": "run",
@@ -125,3 +138,26 @@ def test_differences_are_between_answers_to_the_same_question_at_the_same_ratio(
     assert (row.group, row.mean, row.questions) == (("t", 0.5), 0.5, 2)
     rows = {row.group[1]: row.mean for row in differences([*ours, *full], method="m", base="full")}
     assert rows == {0.5: -0.25, 0.1: -1.0}
+
+
+def test_a_compressed_file_is_read_as_the_plain_one_and_the_same_lines_make_the_same_bytes(tmp_path: Path) -> None:
+    plain, one, two = tmp_path / "x.jsonl", tmp_path / "x.jsonl.gz", tmp_path / "y.jsonl.gz"
+    lines = [RUN, question(0), answer(0)]
+    append(plain, lines)
+    append(one, lines)
+    append(two, lines[:2])
+    append(two, lines[2:])
+    assert read(one) == read(two) == read(plain) and one.read_bytes() == two.read_bytes()
+    assert mend(one) == 0 and gzip.decompress(one.read_bytes()) == plain.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl", "x.jsonl.gz", "y.jsonl.gz"]
+    one.write_bytes(one.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"expected a gzip file, got .*x\.jsonl\.gz"):
+        read(one)
+    with pytest.raises(ValueError, match=r"expected a file that answers can be added to, got .*: name it y\.jsonl"):
+        check_growing(two)
+
+
+def test_what_was_measured_besides_takes_the_place_of_scores(tmp_path: Path) -> None:
+    append(tmp_path / "x.jsonl", [RUN, question(0), question(1), {**answer(0), "loglik": -2.5}, answer(1)])
+    (found,) = by_measure(read(tmp_path / "x.jsonl"), "loglik")
+    assert (found.question["id"], found.score) == (question(0)["id"], -2.5)

@@ -19,9 +19,11 @@ import small_models
 from kvzip.cache import RaggedCache
 from kvzip.evals import asking, run
 from kvzip.evals.asking import ask, prefill_example
+from kvzip.evals.comparison import answer_probabilities
 from kvzip.evals.methods import METHODS, Method
 from kvzip.evals.metrics import METRICS
 from kvzip.evals.plan import FULL, Plan, jobs
+from kvzip.evals.report import table
 from kvzip.evals.results import Answered, read, summarize
 from kvzip.evals.run import caches, run_eval
 from kvzip.evals.tasks import TASKS, Example, Question, Request, Task
@@ -267,6 +269,39 @@ def test_a_continuation_that_begins_with_its_stop_text_goes_on_once(
     assert [answer.text for answer in ask(model, cache, questions, form="cloze")] == ["a", "b", "", ""]
 
 
+@pytest.mark.parametrize("form", ["chat", "cloze"])
+def test_likelihoods_are_those_of_reading_each_question_by_itself(model: kvzip.Model, form: str) -> None:
+    questions = tuple(Question(f"who {n}?", f"It {n} was", ("x" * (n + 1),), "gold") for n in range(3))
+    cache = prefill_example(model, Example("some text", questions, instruction=""), form=form)
+    small = kvzip.compress(kvzip.score(model, cache), 0.5)
+    chat, found = form == "chat", asking.gold(model, small, questions, form=form)
+    for question, own in zip(questions, found, strict=True):
+        text, wanted = question.query if chat else "\n\n" + question.cloze, question.answers[0]
+        ids = kvzip.prompts.encode_text(model.tokenizer, wanted if chat else " " + wanted)
+        p = answer_probabilities(model, small, text, ids, template=chat)
+        assert own.loglik == pytest.approx(float(p.log()[range(len(ids)), ids].sum()), rel=1e-4)
+        assert own.exact == (p.argmax(-1).tolist() == ids)
+    greedy = kvzip.generate(model, small, questions[0].query if chat else "\n\nIt 0 was", max_tokens=1, template=chat)
+    said = kvzip.prompts.decode(model.tokenizer, greedy.token_ids)
+    if chat and kvzip.prompts.encode_text(model.tokenizer, said) == greedy.token_ids:
+        (own,) = asking.gold(model, small, [replace(questions[0], answers=(said,))], form=form)
+        assert own.exact
+
+
+def test_reference_answers_are_measured_and_written_down(model: kvzip.Model, tmp_path: Path) -> None:
+    row = {"context": "Twice told tales.", "question": ["Who?", "Why?"], "answers": ["x", "me"]}
+    (tmp_path / "squad_article.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    found = evaluate(model, tmp_path / "out.jsonl", tasks=["gold"], data=str(tmp_path), ratios=(0.5,))
+    assert {(a.method, a.ratio): set(a.measured) for a in found} == {
+        (method, ratio): {"loglik", "bytes", "agreement"}
+        for method, ratio in (("full", 1.0), ("kvzip", 0.5), ("random", 0.5))
+    }
+    agreed = {a.method: a.measured["agreement"] for a in found}
+    assert agreed["full"] == agreed["kvzip"] == 1.0 > agreed["random"]
+    assert all(a.measured["loglik"] < 0 and a.score in (0.0, 1.0) for a in found)
+    assert "| log-likelihood |" in table(found)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -286,6 +321,12 @@ def test_what_cannot_work_is_refused_before_anything_is_answered(
     with pytest.raises(ValueError, match=message):
         evaluate(model, tmp_path / "out.jsonl", **changes)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_answer_is_added_to_a_compressed_file(model: kvzip.Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a file that answers can be added to, got .*out\.jsonl\.gz"):
+        evaluate(model, tmp_path / "out.jsonl.gz")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_chat_without_a_template_is_refused_before_anything_is_answered(tmp_path: Path) -> None:
