@@ -202,11 +202,11 @@ def test_an_interrupted_run_in_segments_goes_on_and_ends_with_the_same_bits(
     whole = kvzip.streaming.prefill.extend
     calls = []
 
-    def stop_at_the_second(*arguments: Any, **options: Any) -> None:
+    def stop_at_the_second(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        whole(*arguments, **options)
+        return whole(*arguments, **options)
 
     monkeypatch.setattr("kvzip.streaming.prefill.extend", stop_at_the_second)
     line = one_line(call(*command), 130)

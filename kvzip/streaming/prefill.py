@@ -1,10 +1,9 @@
 """Prefill of contexts larger than memory: a segment at a time against the compressed past, packed before the next."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Int64
@@ -15,12 +14,15 @@ from ..cache import RaggedCache, explain_out_of_memory, save
 from ..checks import check_kind, check_path, check_text_or_ids
 from ..inputs import check_length, prefix_ids, prefix_text, strips
 from ..models import Model
-from .checkpoints import note_of, resume
+from .checkpoints import is_begun, read
 from .pieces import Pieces, ids_of, opening_of, segments_of
-from .segments import begin, cache_of, extend
-from .shares import check_protected
+from .plan import Plan, check_protected, note_of
+from .segments import begin, cache_of, extend, pack_, run_of
 
 logger = logging.getLogger(__name__)
+
+Told = Callable[[int, int | None], None]
+"""told(context tokens done, context tokens in all or None)."""
 
 _SHARES = ("segment", "running", "final")
 
@@ -43,7 +45,7 @@ def prefill_compressed(
     template: bool = True,
     checkpoint: str | Path | None = None,
     save_every: SupportsIndex | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Told | None = None,
 ) -> RaggedCache:
     """Returns the compressed cache of a context whose full cache is never held.
 
@@ -87,62 +89,66 @@ def prefill_compressed(
     if isinstance(context, (Tensor, bytes)) or not isinstance(context, Iterable):
         check_text_or_ids(context, "context")
     ratio, segment = checks.kept_ratio(ratio), checks.whole(segment, "segment", least=1)
-    scoring = options.scoring(scope, method, chunk, hint)
+    scoring, spans = options.scoring(scope, method, chunk, hint), options.spans(protect)
     length = None if length is None else checks.whole(length, "length", least=1)
     save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
     if share not in _SHARES:
         raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}: pass one of them")
-    if all(spec.window is not None for spec in model.config.layers):
+    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
+    if not heads:
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
     path = None if checkpoint is None else Path(checkpoint)
-    note = None if path is None else note_of(path)
+    begun = path is not None and is_begun(path)
     turn = options.turn(system, instruction, template)
     context, opening = opening_of(context, strips=strips(model, turn))
-    prefix = torch.tensor(prefix_ids(model, turn, context=opening), dtype=torch.long)
+    prefix = prefix_ids(model, turn, context=opening)
     pieces, tokens = ids_of(model, context, before=prefix_text(model, turn))
     if tokens is None and share == "final":
         raise ValueError(
             "expected share 'segment' or 'running' for a context in pieces, got 'final': its end is unknown"
         )
-    spans = [*options.spans(protect)]
-    options.check_spans(tuple(spans), tokens)
-    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
-    limits: dict[str, Any] = {"heads": heads, "ratio": ratio, "segment": segment, "share": share}
-    if tokens is not None:
-        check_protected(spans, tokens, **limits)
+    options.check_spans(spans, tokens)
     expected = length if tokens is None else tokens
+    plan = Plan(ratio, segment, share, spans, scoring, turn.template, tuple(prefix), expected)
+    if tokens is not None:
+        check_protected(plan, heads, tokens)
     if expected is not None:
-        needed = len(prefix) + expected + min(expected, scoring.chunk)
-        check_length(model, needed, f"a prefix of {len(prefix)}, a context of {expected} tokens and a repeat pass")
-    settings = {
-        "ratio": ratio,
-        "segment": segment,
-        "share": share,
-        "protect": [list(span) for span in spans],
-        **asdict(scoring),
-    }
-    settings |= {"template": turn.template, "prefix": prefix.tolist(), "expected": expected}
-    end, source = len(prefix) + (expected or 0), scoring.source
-    if path is not None and note is not None:
-        run = resume(model, path, settings, spans)
-    else:
-        run = begin(model, prefix, turn.template, spans)
-    known = tokens if share == "final" else None
-    saved = len(run.token_ids)
-    if progress is not None and note is not None:
-        progress(saved - run.start, tokens)
+        needed = plan.start + expected + min(expected, scoring.chunk)
+        check_length(model, needed, f"a prefix of {plan.start}, a context of {expected} tokens and a repeat pass")
+    return _run(model, plan, pieces, tokens, path, begun=begun, save_every=save_every, told=progress)
+
+
+def _run(
+    model: Model,
+    plan: Plan,
+    pieces: Iterator[Int64[Tensor, " S"]],
+    tokens: int | None,
+    path: Path | None,
+    *,
+    begun: bool,
+    save_every: int | None,
+    told: Told | None,
+) -> RaggedCache:
+    """Takes in one segment after the other. `tokens` is the context's number of them, None if not known.
+
+    The state changes in one step, where `run` is assigned: interrupted anywhere, it is that before or after a segment.
+    """
+    run = run_of(read(model, path, plan), plan) if path is not None and begun else begin(model, plan)
+    saved = len(run.token_ids)  # how many tokens the file holds
+    if told is not None and begun:
+        told(saved - plan.start, tokens)
 
     def write() -> None:
         nonlocal saved
-        # at the end of the run the file is gone a moment before the cache is the caller's
-        if path is not None and len(run.token_ids) > (saved if path.exists() else run.start):
-            save(cache_of(model, run, source, share), path, note=settings, overwrite=True)
+        # without a file all is unsaved: at the end of the run it is removed before the caller has the cache
+        if path is not None and len(run.token_ids) > (saved if path.exists() else plan.start):
+            save(cache_of(model, run, plan), path, note=note_of(plan), overwrite=True)
             saved = len(run.token_ids)
 
     try:
-        for number, ids in enumerate(segments_of(pieces, segment, run.token_ids[run.start :]), start=1):
+        for number, ids in enumerate(segments_of(pieces, plan.segment, run.token_ids[plan.start :]), start=1):
             with (
                 torch.no_grad(),
                 explain_out_of_memory(
@@ -150,19 +156,19 @@ def prefill_compressed(
                     "lower segment, chunk or ratio",
                 ),
             ):
-                extend(model, run, ids, ratio=ratio, share=share, known=known, end=end, scoring=scoring)
+                run = extend(model, run, ids, plan)
+                pack_(run)
             if save_every is not None and number % save_every == 0:
                 write()
-            if progress is not None:
-                progress(len(run.token_ids) - run.start, tokens)
-        done = len(run.token_ids) - run.start
+            if told is not None:
+                told(len(run.token_ids) - plan.start, tokens)
+        cache, done = cache_of(model, run, plan), len(run.token_ids) - plan.start
         if not done:
             raise ValueError(
                 "expected a context of at least one token, got an empty one: pass the document's text or ids"
             )
         if tokens is None:
-            check_protected(spans, done, **limits)
-        cache = cache_of(model, run, source, share)
+            check_protected(plan, len(cache.scored_layers) * cache.heads, done)
         if path is not None:
             path.unlink(missing_ok=True)
         return cache

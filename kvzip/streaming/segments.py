@@ -1,6 +1,7 @@
-"""What is held between two segments of a long context, and how a segment is taken in: read, scored, chosen, packed."""
+"""What is held between two segments of a context, and how a segment is taken in: read, scored, chosen, packed."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,145 +11,106 @@ from torch import Tensor
 
 from .. import ops
 from ..attention import new_layers, prefill_attend, segment_attend
-from ..cache import DenseCache, DenseKV, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
+from ..cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
+from ..cache.caches import map_tensors
+from ..cache.rows import first_rows, of_rows, ranked
 from ..models import Model, run_attention
-from ..ops import DecodeSchedule
-from ..options import Scoring
 from ..scoring import score_chunks
-from .shares import check_share, count_protected
+from .plan import Plan, check_share, count_protected
 
 _PASS = 4_000  # tokens of a segment per forward pass, which bounds the memory for activations
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A layer that has taken in a segment: the rows that it held and the segment's tokens, of which some stay.
+    """A layer that has taken in a segment: of each head the rows that it held, then those of the segment's tokens.
 
-    Keys and values are what their rows are still to be gathered from, (held [N D], the segment's [1 H S D] with the
-    prefix in front), or one tensor once they are. The rest is of the held rows but for the segment's ranks, and the
-    position of its first token.
+    k, v: (held [N D], the segment's [H S D]), from which the rows that stay are gathered; one tensor once they are.
+    keep: which rows stay; sizes: how many rows each head held and the segment has, head after head.
+    positions: of the rows that stay.
     """
 
-    k: Tensor | tuple[Tensor, Tensor]
-    v: Tensor | tuple[Tensor, Tensor]
-    offsets: Int32[Tensor, " H1"]
-    positions: Int32[Tensor, " N"]
-    schedule: DecodeSchedule
-    keep: list[Bool[Tensor, " _"]]  # for each head: its held rows, then the segment's tokens
-    ranks: Float32[Tensor, "H E"]
-    first: int
+    k: Any
+    v: Any
+    keep: Bool[Tensor, " R"]
+    sizes: list[int]
+    positions: Int32[Tensor, " M"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """What is held between two segments, and while the latest is packed.
+    """What is held between two segments.
 
+    context: the layers; after a segment those without a window are Unpacked until `pack_` has been there.
     ranks[i]: the score of each row of layer i, infinite for the prefix's and those protected; None for window layers.
     scores: of all context tokens so far, by segment, on the host.
-    spans: the context tokens that stay whatever their score.
     """
 
-    context: list[Any]  # RaggedKV or WindowKV; Unpacked until `_pack_` has been there
+    context: list[Any]  # RaggedKV, WindowKV or Unpacked
     ranks: list[Float32[Tensor, " _"] | None]
-    start: int
-    chat: bool
     token_ids: Int64[Tensor, " S"]
     kept: int
     scores: tuple[Float32[Tensor, "L H _"], ...]
-    spans: list[tuple[int, int]]
 
 
-def begin(model: Model, prefix: Int64[Tensor, " S"], chat: bool, spans: list[tuple[int, int]]) -> Run:
-    """The run before its first segment: the prefix alone."""
-    layers = new_layers(model.config, len(prefix), dtype=model.dtype, device=model.device)
-    if len(prefix):
-        positions = torch.arange(len(prefix), device=model.device)
+def begin(model: Model, plan: Plan) -> Run:
+    """The run before its first segment, which holds the prefix alone."""
+    prefix = torch.tensor(plan.prefix, dtype=torch.long)
+    layers = new_layers(model.config, plan.start, dtype=model.dtype, device=model.device)
+    if plan.start:
+        positions = torch.arange(plan.start, device=model.device)
         with torch.no_grad():
             run_attention(model, prefix[None].to(model.device), positions, prefill_attend(model.config, layers, 0))
-    dense = DenseCache(layers, len(prefix), len(prefix), chat, prefix, model.fingerprint)
-    return run_of(as_ragged(dense), (), spans)
+    dense = DenseCache(layers, plan.start, plan.start, plan.template, prefix, model.fingerprint)
+    return run_of(as_ragged(dense), plan)
 
 
-def run_of(cache: RaggedCache, scores: tuple[Float32[Tensor, "L H _"], ...], spans: list[tuple[int, int]]) -> Run:
-    """The run whose state a cache and the scores of its context are."""
-    ranks: list[Float32[Tensor, " _"] | None] = []
-    layers = iter(range(len(cache.context)))
-    for layer in cache.context:
-        if not isinstance(layer, RaggedKV):
-            ranks.append(None)
-            continue
-        index = next(layers)
-        heads = torch.repeat_interleave(layer.offsets.diff().long())
-        rank = torch.full(layer.positions.shape, torch.inf, device=layer.positions.device)
-        own = layer.positions >= cache.start
-        if scores:
-            values = _ranked(scores[0][index].to(rank.device), spans, 0)
-            rank[own] = values[heads[own], layer.positions[own].long() - cache.start]
-        ranks.append(rank)
-    return Run(
-        context=list(cache.context),
-        ranks=ranks,
-        start=cache.start,
-        chat=cache.chat,
-        token_ids=cache.token_ids,
-        kept=cache.kept,
-        scores=scores,
-        spans=spans,
-    )
-
-
-def extend(
-    model: Model,
-    run: Run,
-    ids: Int64[Tensor, " S"],
-    *,
-    ratio: float,
-    share: str,
-    known: int | None,
-    end: int,
-    scoring: Scoring,
-) -> None:
-    """Prefills, scores and packs one segment. Interrupted anywhere, the run is what it was or what it is after it."""
-    segment = _prefill_segment(model, run, ids)
-    older = run.token_ids[run.start :]
-    values = score_chunks(model, segment, scoring, past=run.context, before=older, end=end)
-    layers, heads, count = values.shape
-    pairs = layers * heads * (len(older) + count)
-    budget = int(ratio * (pairs if known is None else layers * heads * known))
-    protected = layers * heads * count_protected(run.spans, 0, len(older) + count)
-    if share == "segment":
-        check_share(run.spans, len(older), len(older) + count, budget - run.kept, heads=layers * heads)
-    kept = min(max(budget, protected), run.kept + values.numel())
-    ranks = _ranked(values, run.spans, len(older))
-    chosen = iter(zip(_choose(run, ranks, kept, everything=share == "segment"), ranks, strict=True))
-    context = [
-        new if isinstance(new, WindowKV) else _unpacked(held, new, *next(chosen), first=len(run.token_ids))
-        for held, new in zip(run.context, segment.layers, strict=True)
+def run_of(cache: RaggedCache, plan: Plan) -> Run:
+    """The run whose state a cache holds."""
+    none = torch.empty(len(cache.scored_layers), cache.heads, 0)
+    values = none if cache.scores is None else cache.scores.values.cpu()
+    scored = iter(values)
+    ranks = [
+        of_rows(layer, ranked(next(scored), plan.protect), plan.start) if isinstance(layer, RaggedKV) else None
+        for layer in cache.context
     ]
-    token_ids, scores = torch.cat([run.token_ids, ids]), (*run.scores, values.cpu())
-    vars(run).update(context=context, token_ids=token_ids, kept=kept, scores=scores)  # in one step
-    del segment, context, values, ranks, chosen
-    _pack_(run)
+    return Run(list(cache.context), ranks, cache.token_ids, cache.kept, (values,))
 
 
-def _unpacked(held: RaggedKV, new: DenseKV, keep: list[Tensor], ranks: Tensor, *, first: int) -> Unpacked:
-    assert isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
-    parts = ((held.k, new.k), (held.v, new.v))
-    return Unpacked(*parts, held.offsets, held.positions, held.schedule, keep, ranks, first)
+def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
+    """Returns the run after one more segment, which it has read, scored and chosen from; `pack_` is still to come."""
+    done = len(run.token_ids) - plan.start
+    stop = done + len(ids)
+    segment = _prefill(model, run, ids, plan)
+    older, end = run.token_ids[plan.start :], plan.start + (plan.expected or 0)
+    values = score_chunks(model, segment, plan.scoring, past=run.context, before=older, end=end)
+    heads = values.shape[0] * values.shape[1]
+    if plan.share == "segment":
+        check_share(plan, heads, done, stop)
+    protected = heads * count_protected(plan, 0, stop)
+    kept = min(max(plan.budget(heads, stop), protected), run.kept + values.numel())
+    context: list[Any] = list(segment.layers)
+    ranks = list(run.ranks)
+    chosen = _choose(run, ranked(values, plan.protect, first=done), kept + heads * plan.start, plan)
+    positions = torch.arange(plan.start + done, plan.start + stop, dtype=torch.int32, device=values.device)
+    for n, (keep, sizes, rank) in zip(segment.scored_layers, chosen, strict=True):
+        held, new = run.context[n], context[n]
+        rows = torch.cat(_merge(held.positions, [positions] * held.heads, sizes))[keep]
+        k, v = (held.k, new.k[0, :, plan.start :]), (held.v, new.v[0, :, plan.start :])
+        context[n], ranks[n] = Unpacked(k, v, keep, sizes, rows), rank
+    return Run(context, ranks, torch.cat([run.token_ids, ids]), kept, (*run.scores, values.cpu()))
 
 
-def _prefill_segment(model: Model, run: Run, ids: Int64[Tensor, " S"]) -> DenseCache:
+def _prefill(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> DenseCache:
     """The dense cache of the prefix and of one segment, which attended to all that is held."""
-    start, length = run.start, len(run.token_ids)
+    start, length = plan.start, len(run.token_ids)
     layers = new_layers(model.config, start + len(ids), dtype=model.dtype, device=model.device)
-    for index, held in enumerate(run.context):
+    for n, held in enumerate(run.context):
         if isinstance(held, WindowKV):
-            layers[index] = held
-            continue
-        assert isinstance(held.k, Tensor) and isinstance(held.v, Tensor)
-        first = held.offsets[:-1, None].long() + torch.arange(start, device=model.device)  # [H A]
-        layers[index].k[0, :, :start] = held.k[first]
-        layers[index].v[0, :, :start] = held.v[first]
+            layers[n] = held
+        else:
+            rows = first_rows(held, start)
+            layers[n].k[0, :, :start], layers[n].v[0, :, :start] = held.k[rows], held.v[rows]
     on_device = ids.to(model.device)
     for done in range(0, len(ids), _PASS):
         part = on_device[done : done + _PASS]
@@ -156,134 +118,96 @@ def _prefill_segment(model: Model, run: Run, ids: Int64[Tensor, " S"]) -> DenseC
         attend = segment_attend(model.config, run.context, layers, start=start, done=done, position=length + done)
         run_attention(model, part[None], positions, attend)
     token_ids = torch.cat([run.token_ids[:start], ids])
-    return DenseCache(layers, start + len(ids), start, run.chat, token_ids, model.fingerprint)
+    return DenseCache(layers, start + len(ids), start, plan.template, token_ids, model.fingerprint)
 
 
 def _choose(
-    run: Run, fresh: Float32[Tensor, "L H n"], kept: int, *, everything: bool
-) -> list[list[Bool[Tensor, " _"]]]:
-    """Which held rows and new tokens, of ranks `fresh`, stay: the prefix and `kept` pairs (see `Unpacked.keep`).
+    run: Run, fresh: Float32[Tensor, "L H n"], count: int, plan: Plan
+) -> list[tuple[Bool[Tensor, " R"], list[int], Float32[Tensor, " M"]]]:
+    """Which `count` rows stay, prefix included, of those held and of new tokens with ranks `fresh`.
 
-    Equal scores stay in the order of layer, head and token. With `everything` all held rows stay.
+    Of each scored layer: `keep` and `sizes` (see `Unpacked`), and the ranks of the rows that stay. Equal ranks stay in
+    the order of layer, head and token. With share "segment" all held rows stay.
     """
+    merged, parts = [], []
+    held = [(layer, rank) for layer, rank in zip(run.context, run.ranks, strict=True) if rank is not None]
+    for (layer, rank), new in zip(held, fresh, strict=True):
+        old = torch.full_like(rank, torch.inf) if plan.share == "segment" else rank
+        parts.append([n for rows in layer.offsets.diff().tolist() for n in (rows, fresh.shape[2])])
+        merged.append(torch.cat(_merge(old, new, parts[-1]))[None])
     nan = torch.zeros(1, dtype=torch.int32, device=fresh.device)
-    spans = [list(itertools.pairwise(held.offsets.tolist())) for held in run.context if isinstance(held, RaggedKV)]
-    ranks = [rank for rank in run.ranks if rank is not None]
-    if everything:
-        chosen = ops.select_count(fresh, count=kept - run.kept, nan=nan)
-        keep = [
-            [x for (a, b), mask in zip(span, masks, strict=True) for x in (mask.new_ones(b - a), mask)]
-            for span, masks in zip(spans, chosen, strict=True)
-        ]
-    else:
-        merged = [
-            torch.cat([x for (a, b), new in zip(span, news, strict=True) for x in (rank[a:b], new)])[None]
-            for span, rank, news in zip(spans, ranks, fresh, strict=True)
-        ]
-        prefix = fresh.shape[0] * fresh.shape[1] * run.start
-        chosen = ops.select_count(merged, count=kept + prefix, nan=nan)
-        sizes = [[n for a, b in span for n in (b - a, fresh.shape[2])] for span in spans]
-        keep = [list(mask[0].split(size)) for mask, size in zip(chosen, sizes, strict=True)]
+    keep = ops.select_count(merged, count=count, nan=nan)
     if nan.item():
         raise ValueError("expected scores without NaN, got some: the model overflowed, use bfloat16 or float32")
-    return keep
+    return [(mask[0], sizes, ranks[mask]) for mask, sizes, ranks in zip(keep, parts, merged, strict=True)]
 
 
-def _pack_(run: Run) -> None:
+def _merge(held: Tensor, new: Any, sizes: list[int]) -> list[Tensor]:
+    """Of each head what belongs to the rows it held, then what belongs to the segment's: new[h] of head h."""
+    return [part for pair in zip(held.split(sizes[::2]), new, strict=True) for part in pair]
+
+
+def pack_(run: Run) -> None:
     """Packs the layers of a run, one after the other in place, and frees what they are gathered from.
 
-    Each step puts a layer where the same layer was in more pieces, so that the run is the same after any of them, and
-    whatever fails loses nothing. The memory added meanwhile is that of the keys or the values of one layer. Layers
-    differ in what they keep, up to all of it: the longest come last, when most of the segment is gone.
+    The run is the same after any step, so that no error and no interruption loses anything. The memory added meanwhile
+    is that of the keys or the values of one layer. Layers differ in what they keep, up to all of it: the longest come
+    last, when most of the segment is freed.
     """
     sizes = [0 if rank is None else len(rank) for rank in run.ranks]
-    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
-        if isinstance(run.context[index], Unpacked):
-            _pack_layer_(run, index)
+    for n in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if isinstance(run.context[n], Unpacked):
+            for layer in _steps(run.context[n]):
+                run.context[n] = layer
 
 
-def _pack_layer_(run: Run, index: int) -> None:
-    layer, rank = run.context[index], run.ranks[index]
-    assert rank is not None
-    rows = [mask.nonzero()[:, 0] + first for mask, first in zip(layer.keep[::2], layer.offsets.tolist(), strict=False)]
-    columns = [mask.nonzero()[:, 0] for mask in layer.keep[1::2]]
-    lengths = [len(r) + len(c) for r, c in zip(rows, columns, strict=True)]
-    ends = list(itertools.accumulate(lengths, initial=0))
-    run.context[index] = layer = replace(layer, k=_gather(layer.k, run.start, rows, columns, ends))
-    v = _gather(layer.v, run.start, rows, columns, ends)
-    positions, ranks = [], []
-    for head, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        positions += [layer.positions[r], (c + layer.first).int()]
-        ranks += [rank[r], layer.ranks[head, c]]
-    offsets = torch.tensor(ends, dtype=torch.int32, device=v.device)
-    packed = RaggedKV(layer.k, v, offsets, torch.cat(positions), ops.decode_schedule(offsets, bounds=ends))
-    run.context[index], run.ranks[index] = packed, torch.cat(ranks)
+def _steps(layer: Unpacked) -> Iterator[Unpacked | RaggedKV]:
+    """The layer with its keys gathered, with its values too, and packed: each frees what the one before it held."""
+    rows = [mask.nonzero()[:, 0] for mask in layer.keep.split(layer.sizes)]
+    if isinstance(layer.k, tuple):
+        layer = replace(layer, k=_gather(layer.k, rows, layer.sizes))
+        yield layer
+    if isinstance(layer.v, tuple):
+        layer = replace(layer, v=_gather(layer.v, rows, layer.sizes))
+        yield layer
+    counts = [len(old) + len(new) for old, new in zip(rows[::2], rows[1::2], strict=True)]
+    bounds = [0, *itertools.accumulate(counts)]
+    offsets = layer.positions.new_tensor(bounds)
+    yield RaggedKV(layer.k, layer.v, offsets, layer.positions, ops.decode_schedule(offsets, bounds=bounds))
 
 
 def _gather(
-    parts: tuple[Float[Tensor, "N D"], Float[Tensor, "1 H S D"]],
-    start: int,
-    rows: list[Tensor],
-    columns: list[Tensor],
-    ends: list[int],
+    parts: tuple[Float[Tensor, "N D"], Float[Tensor, "H S D"]], rows: list[Tensor], sizes: list[int]
 ) -> Float[Tensor, "M D"]:
-    """Of each head its rows that stay, then the segment's that stay, which begin at `start` of the second part."""
-    old, fresh = parts
-    out = old.new_empty(ends[-1], old.shape[1])
-    for head, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        middle = ends[head] + len(r)
-        torch.index_select(old, 0, r, out=out[ends[head] : middle])
-        torch.index_select(fresh[0, head, start:], 0, c, out=out[middle : ends[head + 1]])
+    """Of each head the held rows that stay, then the segment's that stay."""
+    held, new = parts
+    out = held.new_empty(sum(map(len, rows)), held.shape[1])
+    for part, index, place in zip(_merge(held, new, sizes), rows, out.split([len(r) for r in rows]), strict=True):
+        torch.index_select(part, 0, index, out=place)
     return out
 
 
-def _on_host(layer: Unpacked, start: int) -> RaggedKV:
-    """The layer that `_pack_` would make, for a file: a device that has no room for it is not asked for any.
+def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
+    """The cache of the segments so far. Layers that are not packed yet are packed on the host: the device may be full.
 
-    Its schedule, which files do not hold, is another's.
+    Such a cache is for a file; after `pack_` there are none.
     """
-    masks, bounds = [mask.cpu() for mask in layer.keep], layer.offsets.tolist()
-    ends = list(itertools.accumulate(map(int, map(torch.sum, masks)), initial=0))
-
-    def gathered(old: Tensor, fresh: Tensor) -> Tensor:
-        out = old.new_empty(ends[-1], *old.shape[1:])
-        for head, (first, stop) in enumerate(itertools.pairwise(bounds)):
-            a, b, c = ends[2 * head : 2 * head + 3]
-            out[a:b] = old[first:stop][masks[2 * head]]
-            out[b:c] = fresh[head][masks[2 * head + 1]]
-        return out
-
-    k, v = (x if isinstance(x, Tensor) else gathered(x[0].cpu(), x[1].cpu()[0, :, start:]) for x in (layer.k, layer.v))
-    heads, tokens = layer.ranks.shape
-    fresh = torch.arange(layer.first, layer.first + tokens, dtype=torch.int32).expand(heads, -1)
-    offsets = torch.tensor(ends[::2], dtype=torch.int32)
-    return RaggedKV(k, v, offsets, gathered(layer.positions.cpu(), fresh), layer.schedule)
-
-
-def _ranked(values: Float32[Tensor, "*L H n"], spans: list[tuple[int, int]], first: int) -> Float32[Tensor, "*L H n"]:
-    """Scores of context tokens from `first` on, below infinity but where they are protected."""
-    ranks = values.clamp(max=torch.finfo(torch.float32).max)
-    for start, stop in spans:
-        ranks[..., max(0, start - first) : max(0, stop - first)] = torch.inf
-    return ranks
-
-
-def cache_of(model: Model, run: Run, source: str, share: str) -> RaggedCache:
-    scored = tuple(i for i, layer in enumerate(run.context) if not isinstance(layer, WindowKV))
-    length = len(run.token_ids)
-    values = torch.empty(len(scored), model.config.num_kv_heads, length - run.start, dtype=torch.float32)
-    for out, part in zip(values.split([part.shape[2] for part in run.scores], dim=2), run.scores, strict=True):
-        out.copy_(part)
+    context, source = list(run.context), plan.scoring.source
+    for n, layer in enumerate(context):
+        if isinstance(layer, Unpacked):
+            *_, context[n] = _steps(map_tensors(layer, Tensor.cpu))
+    scored = tuple(n for n, rank in enumerate(run.ranks) if rank is not None)
+    values, length = torch.cat(run.scores, dim=2), len(run.token_ids)
     return RaggedCache(
-        context=tuple(_on_host(layer, run.start) if isinstance(layer, Unpacked) else layer for layer in run.context),
+        context=tuple(context),
         tail=None,
         context_length=length,
-        start=run.start,
-        chat=run.chat,
+        start=plan.start,
+        chat=plan.template,
         token_ids=run.token_ids,
         fingerprint=model.fingerprint,
         kept=run.kept,
         total=values.numel(),
-        scores=Scores(values, scored, run.start, length, source),
-        method=f"{source}/stream-{share}",
+        scores=Scores(values, scored, plan.start, length, source),
+        method=f"{source}/stream-{plan.share}",
     )

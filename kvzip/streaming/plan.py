@@ -1,0 +1,69 @@
+"""The settings of a run, and what follows from them: how many pairs stay, and whether what is protected fits."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..options import Scoring
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides which pairs stay. `prefix` are the ids in front of the context, `expected` its tokens if known."""
+
+    ratio: float
+    segment: int
+    share: str
+    protect: tuple[tuple[int, int], ...]
+    scoring: Scoring
+    template: bool
+    prefix: tuple[int, ...]
+    expected: int | None
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.prefix)
+
+    def budget(self, heads: int, tokens: int) -> int:
+        """How many pairs of `heads` heads, those of all scored layers, stay of the first context tokens."""
+        whole = self.expected if self.share == "final" and self.expected is not None else tokens
+        return int(self.ratio * (heads * whole))
+
+
+def note_of(plan: Plan) -> dict[str, Any]:
+    """The settings as the note of a checkpoint holds them."""
+    spans, scoring = [list(span) for span in plan.protect], asdict(plan.scoring)
+    first = {"ratio": plan.ratio, "segment": plan.segment, "share": plan.share, "protect": spans}
+    return {**first, **scoring, "template": plan.template, "prefix": list(plan.prefix), "expected": plan.expected}
+
+
+def count_protected(plan: Plan, start: int, stop: int) -> int:
+    """How many of the context tokens start:stop are protected."""
+    count, end = 0, start
+    for first, last in sorted(plan.protect):
+        first, last = max(first, end), min(last, stop)
+        count, end = count + max(0, last - first), max(end, last)
+    return count
+
+
+def check_protected(plan: Plan, heads: int, tokens: int) -> None:
+    """Raises ValueError if more is protected than stays of a context of so many tokens, or of one of its segments."""
+    if plan.share == "segment":
+        for begin in range(0, tokens, plan.segment):
+            check_share(plan, heads, begin, min(begin + plan.segment, tokens))
+    needed, kept = count_protected(plan, 0, tokens), plan.budget(heads, tokens) // heads
+    if needed > kept:
+        raise ValueError(
+            f"expected at most {kept} protected tokens, what ratio {plan.ratio:g} keeps of {tokens}, got {needed}: "
+            "raise the ratio or protect less"
+        )
+
+
+def check_share(plan: Plan, heads: int, begin: int, stop: int) -> None:
+    """Raises ValueError if more is protected in a segment, context tokens begin:stop, than share "segment" keeps."""
+    needed, pairs = count_protected(plan, begin, stop), plan.budget(heads, stop) - plan.budget(heads, begin)
+    if needed * heads > pairs:
+        raise ValueError(
+            f"expected at most {pairs // heads} protected tokens among {begin} to {stop}, the share of that segment, "
+            f"got {needed}: take share='running', raise the ratio or protect less"
+        )
