@@ -114,13 +114,14 @@ def _one(
     else:
         out = torch.empty_like(rows)
         peak, top = torch.empty_like(rows[:, :, 0]), torch.empty_like(rows[:, :, 0])
-        for h, (start, stop) in enumerate(spans):
-            logits = torch.cat([torch.mm(rows[h], k[start:stop].T), own[h]], dim=1)
+        parts = zip(spans, rows, own, tail_v, out, peak, top, strict=True)
+        for (start, stop), rows_h, own_h, tail_h, out_h, peak_h, top_h in parts:
+            logits = torch.cat([torch.mm(rows_h, k[start:stop].T), own_h], dim=1)
             weights = logits.softmax(1)
-            after = torch.mm(weights[:, stop - start :], tail_v[h])
-            torch.addmm(after, weights[:, : stop - start], v[start:stop], out=out[h])
-            torch.amax(logits, 1, out=peak[h])
-            torch.amax(weights, 1, out=top[h])
+            before, after = weights.split([stop - start, own_h.shape[1]], dim=1)
+            torch.addmm(torch.mm(after, tail_h), before, v[start:stop], out=out_h)
+            torch.amax(logits, 1, out=peak_h)
+            torch.amax(weights, 1, out=top_h)
     return out.view(1, -1, 1, q.shape[1]), peak.sub_(top.log_()).view(1, -1, 1)
 
 
