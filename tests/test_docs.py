@@ -303,6 +303,16 @@ def test_files_and_names_that_pages_mention_exist(page: Path) -> None:
     assert not missing
 
 
+def test_the_map_names_every_room_and_no_other() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    named = {span.rstrip("/") for span in re.findall(r"`([\w./]+(?:\.py|/))`", page)}
+    missing = [name for name in named if not any((ROOT / part / name).exists() for part in ("", "kvzip"))]
+    assert not missing, "the page names files that are not there"
+    files = {path.relative_to(ROOT / "kvzip").parts[0] for path in (ROOT / "kvzip").rglob("*.py")}
+    rooms = {name for name in files if not name.startswith("__")}
+    assert not rooms - {name.removeprefix("kvzip/").split("/")[0] for name in named}, "rooms that are not on the page"
+
+
 def exists(name: str) -> bool:
     """Whether a dotted name is that of a module, or of something in one."""
     value: Any = kvzip

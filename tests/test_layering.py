@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,10 @@ def modules_of(package: Path) -> dict[str, Path]:
 
 
 def imports_of(module: str, path: Path, known: set[str]) -> set[str]:
-    """The absolute names of what a module imports anywhere in it, functions included."""
+    """The absolute names of what a module imports anywhere in it, functions included, but for type checking."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _running(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,6 +86,31 @@ def imports_of(module: str, path: Path, known: set[str]) -> set[str]:
             if submodules and members - known:
                 found.add(source)
     return found
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all below it, without the bodies of `if TYPE_CHECKING`."""
+    yield node
+    checked = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for child in node.orelse if checked else ast.iter_child_nodes(node):
+        yield from _running(child)
+
+
+def circles(package: Path) -> list[list[str]]:
+    """The modules that import each other, directly or by way of others, each group sorted."""
+    modules = modules_of(package)
+    graph = {m: imports_of(m, path, set(modules)) & set(modules) for m, path in modules.items()}
+    reached = {}
+    for module in modules:
+        seen: set[str] = set()
+        ahead = [module]
+        while ahead:
+            new = graph[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        reached[module] = seen
+    groups = {tuple(sorted(o for o in reached[m] if m in reached[o])) for m in modules if m in reached[m]}
+    return [list(group) for group in sorted(groups)]
 
 
 def violations(package: Path) -> list[str]:
@@ -104,6 +130,28 @@ def violations(package: Path) -> list[str]:
 
 def test_no_import_goes_upward() -> None:
     assert violations(PACKAGE) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_a_circle_is_caught_in_functions_too(tmp_path: Path) -> None:
+    package = _small_package(tmp_path)
+    assert circles(package) == []
+    kernel, op = package / "ops/triton/select.py", package / "ops/select.py"
+    kernel.write_text("def f():\n    from kvzip.ops.select import select\n", encoding="utf-8")
+    assert circles(package) == []
+    op.write_text("def g():\n    from .triton.select import f\n", encoding="utf-8")
+    assert circles(package) == [["kvzip.ops.select", "kvzip.ops.triton.select"]]
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .triton.select import f\n"
+    op.write_text(typed, encoding="utf-8")
+    assert circles(package) == []
+
+
+def test_few_rooms_are_large() -> None:
+    sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules_of(PACKAGE).items()}
+    assert len([name for name, lines in sizes.items() if lines > 330]) <= 3, max(sizes, key=sizes.__getitem__)
 
 
 def test_every_layer_of_the_package_is_found() -> None:
