@@ -21,9 +21,6 @@ from .segments import begin, cache_of, extend, pack_, run_of
 
 logger = logging.getLogger(__name__)
 
-Told = Callable[[int, int | None], None]
-"""told(context tokens done, context tokens in all or None)."""
-
 _SHARES = ("segment", "running", "final")
 
 
@@ -45,7 +42,7 @@ def prefill_compressed(
     template: bool = True,
     checkpoint: str | Path | None = None,
     save_every: SupportsIndex | None = None,
-    progress: Told | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> RaggedCache:
     """Returns the compressed cache of a context whose full cache is never held.
 
@@ -129,7 +126,7 @@ def _run(
     *,
     begun: bool,
     save_every: int | None,
-    told: Told | None,
+    told: Callable[[int, int | None], None] | None,
 ) -> RaggedCache:
     """Takes in one segment after the other. `tokens` is the context's number of them, None if not known.
 
