@@ -124,7 +124,7 @@ def test_across_a_gap_window_layers_see_the_repeat_alone():
 @given(ratio=st.floats(0.001, 1.0), segment=st.integers(40, 130))
 def test_exactly_the_budget_stays_and_it_is_the_highest_scored(share, ratio, segment):
     model = model_of("plain", torch.float32)
-    cache = kvzip.prefill_compressed(model, LONG, ratio, segment=segment, share=share, chunk=60)
+    cache = kvzip.prefill_compressed(model, LONG, ratio, segment=segment, share=share)
     values, mask = cache.scores.values, kept_mask(cache)
     assert mask[:, :, : cache.start].all()
     assert cache.kept == mask[:, :, cache.start :].sum() == int(ratio * cache.total)
@@ -164,7 +164,7 @@ def test_what_is_protected_stays_within_the_budget(share, ratio, segment, spans)
     for start, stop in spans:
         protected[start:stop] = True
     steps = [(start, min(start + segment, length)) for start in range(0, length, segment)]
-    options = {"segment": segment, "share": share, "chunk": 60, "protect": spans}
+    options = {"segment": segment, "share": share, "protect": spans}
     heads, too_much = 4, 4 * int(protected.sum()) > int(ratio * (4 * length))
     if share == "segment":
         too_much |= any(
@@ -515,7 +515,7 @@ class Counted:
 
 
 class Host(torch.Tensor):
-    """What `.cpu()` returned, and what is made of it: a device without memory is not asked for it."""
+    """What `.cpu()` returned, and what is made of it until `.to`: a device without memory is not asked for it."""
 
 
 def on_host(value):
@@ -548,7 +548,7 @@ def failing(patch, names, *state):
 STREAMING = (prefill, plan, segments, checkpoints, pieces)
 SHORT = {"context": LONG[:120], "ratio": 0.3, "segment": 50, "template": False}
 STEPS = (
-    *("extend", "run_attention", "score_chunks", "select_count", "pack_", "save"),
+    *("begin", "extend", "run_attention", "score_chunks", "_choose", "select_count", "pack_", "save"),
     *("_gather", "decode_schedule", "cache_of", "cat", "tensor", "of_rows", "ranked"),
 )
 
@@ -570,7 +570,9 @@ def fail(model, path, names, *, at, error, lasting):
     told = []
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, names, [], at, error, lasting)
+        device = torch.Tensor.to
         patch.setattr(torch.Tensor, "cpu", lambda x: x.as_subclass(Host))
+        patch.setattr(torch.Tensor, "to", lambda x, *a, **b: device(x, *a, **b).as_subclass(torch.Tensor))
         try:
             kvzip.prefill_compressed(model, **SHORT, checkpoint=path, progress=lambda done, _: told.append(done))
         except error:

@@ -1,4 +1,4 @@
-"""A context in pieces of text or ids, as segments of ids."""
+"""A context as its caller passes it, whole or in pieces of text or ids, becomes segments of ids."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ Pieces = Iterable[str] | Iterable[Tensor]
 
 
 def opening_of(context: str | Tensor | Pieces, *, strips: bool) -> tuple[Any, str]:
-    """The context, without white space in front of its text if the template strips it, and how its text begins."""
+    """The context, and how its text begins; both without leading white space if the template strips it."""
     if isinstance(context, Tensor):
         return context, ""
     if isinstance(context, str):
@@ -40,7 +40,7 @@ def opening_of(context: str | Tensor | Pieces, *, strips: bool) -> tuple[Any, st
 def ids_of(
     model: Model, context: str | Tensor | Pieces, *, before: str
 ) -> tuple[Iterator[Int64[Tensor, " S"]], int | None]:
-    """The ids of a context in pieces, and how many they are if that is known."""
+    """The ids of a context, piece by piece, and how many they are: None if only the last piece tells."""
     if isinstance(context, (str, Tensor)):
         ids = context_ids(model, context, before=before)
         return iter([ids]), len(ids)
@@ -66,9 +66,9 @@ def _all(pieces: Iterator[Any], kind: type) -> Iterator[Any]:
 def segments_of(
     pieces: Iterator[Int64[Tensor, " S"]], size: int, done: Int64[Tensor, " S"]
 ) -> Iterator[Int64[Tensor, " S"]]:
-    """Yields segments of `size` tokens, the last of fewer, after those that are done.
+    """Yields segments of `size` tokens, the last of fewer, of the tokens that follow those that a checkpoint has done.
 
-    Raises: ValueError if the pieces do not begin with the tokens that are done.
+    Raises: ValueError if the pieces do not begin with the tokens that are done, or go on where the done ones ended.
     """
     held: list[Tensor] = []
     count, position = 0, 0

@@ -21,9 +21,6 @@ from .segments import begin, cache_of, extend, pack_, run_of
 
 logger = logging.getLogger(__name__)
 
-Told = Callable[[int, int | None], None]
-"""told(context tokens done, context tokens in all or None)."""
-
 _SHARES = ("segment", "running", "final")
 
 
@@ -45,7 +42,7 @@ def prefill_compressed(
     template: bool = True,
     checkpoint: str | Path | None = None,
     save_every: SupportsIndex | None = None,
-    progress: Told | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> RaggedCache:
     """Returns the compressed cache of a context whose full cache is never held.
 
@@ -64,18 +61,18 @@ def prefill_compressed(
             highest scored of the whole context stay and early segments are compressed late; the length must be
             known, which it is not for pieces.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, that stay in all layers and heads,
-            as in `compress`. Until the budget has grown to them they stay beyond it. Of pieces, whose end is unknown, a
-            span may reach further than there are tokens.
+            as in `compress`, even while the budget of the segments so far is smaller. In a context in pieces, whose end
+            is unknown, a span may reach further than there are tokens.
         length: context tokens to expect where pieces do not tell. A repeat's positions start where the context ends, as
-            in `score` (a question will come there); where its end is unknown, or nearer than the segment's, they start
-            at the segment's end, which keeps other pairs: a guess is better than none.
+            in `score` (a question will come there). Without a length, or with one that is too small, they start at the
+            segment's end, which keeps other pairs: a guess is better than none.
         scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
             was never interrupted: give the same arguments, with the context from its beginning. The state is written
-            there when an exception (Ctrl-C and a device without memory too) leaves the run, with every segment that was
-            finished, and the file that was there stays until the new one is whole. It is removed at the end. A place
-            that cannot be written and a file that is no checkpoint are refused before any work, and left as they are.
+            when an exception ends the run (Ctrl-C and a device out of memory too), with every finished segment, and
+            the file that was there stays until the new one is whole. It is removed at the end. A place that cannot be
+            written and a file that is no checkpoint are refused before any work, and left as they are.
         save_every: writes the checkpoint after every so many segments too.
         progress: called with (context tokens done, context tokens in all or None) after each segment, and first of all
             with what a checkpoint has done already.
@@ -129,11 +126,12 @@ def _run(
     *,
     begun: bool,
     save_every: int | None,
-    told: Told | None,
+    told: Callable[[int, int | None], None] | None,
 ) -> RaggedCache:
-    """Takes in one segment after the other. `tokens` is the context's number of them, None if not known.
+    """Takes in one segment after the other. `tokens`: how many the context has, None if that is not known.
 
-    The state changes in one step, where `run` is assigned: interrupted anywhere, it is that before or after a segment.
+    The state changes in one step, where `run` is assigned. So wherever an interruption comes, `run` is the state before
+    or after a whole segment, and that is what the checkpoint gets.
     """
     run = run_of(read(model, path, plan), plan) if path is not None and begun else begin(model, plan)
     saved = len(run.token_ids)  # how many tokens the file holds
@@ -142,7 +140,7 @@ def _run(
 
     def write() -> None:
         nonlocal saved
-        # without a file all is unsaved: at the end of the run it is removed before the caller has the cache
+        # a file that is gone (the last step removes it) holds nothing: an interruption then writes it again
         if path is not None and len(run.token_ids) > (saved if path.exists() else plan.start):
             save(cache_of(model, run, plan), path, note=note_of(plan), overwrite=True)
             saved = len(run.token_ids)

@@ -23,11 +23,11 @@ _PASS = 4_000  # tokens of a segment per forward pass, which bounds the memory f
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A layer that has taken in a segment: of each head the rows that it held, then those of the segment's tokens.
+    """A layer that has taken in a segment. Its rows are, head after head, those that it held and the segment's.
 
-    k, v: (held [N D], the segment's [H S D]), from which the rows that stay are gathered; one tensor once they are.
-    keep: which rows stay; sizes: how many rows each head held and the segment has, head after head.
-    positions: of the rows that stay.
+    k, v: a pair (held [N D], the segment's [H S D]) until the rows that stay are gathered from it into one tensor.
+    keep: which rows stay. sizes[2h] rows of head h were held, sizes[2h + 1] are the segment's.
+    positions: the tokens of the rows that stay.
     """
 
     k: Any
@@ -41,8 +41,9 @@ class Unpacked:
 class Run:
     """What is held between two segments.
 
-    context: the layers; after a segment those without a window are Unpacked until `pack_` has been there.
+    context: the layers. After `extend`, those without a window are Unpacked until `pack_` has packed them.
     ranks[i]: the score of each row of layer i, infinite for the prefix's and those protected; None for window layers.
+    kept: how many pairs are held, without the prefix's and those of window layers.
     scores: of all context tokens so far, by segment, on the host.
     """
 
@@ -78,7 +79,7 @@ def run_of(cache: RaggedCache, plan: Plan) -> Run:
 
 
 def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
-    """Returns the run after one more segment, which it has read, scored and chosen from; `pack_` is still to come."""
+    """Returns the run after one more segment: read, scored, and its rows that stay chosen. `pack_` drops the others."""
     done = len(run.token_ids) - plan.start
     stop = done + len(ids)
     segment = _prefill(model, run, ids, plan)
@@ -139,20 +140,20 @@ def _choose(
     keep = ops.select_count(merged, count=count, nan=nan)
     if nan.item():
         raise ValueError("expected scores without NaN, got some: the model overflowed, use bfloat16 or float32")
-    return [(mask[0], sizes, ranks[mask]) for mask, sizes, ranks in zip(keep, parts, merged, strict=True)]
+    return [(mask[0], sizes, merged.pop(0)[mask]) for mask, sizes in zip(keep, parts, strict=True)]  # pop frees memory
 
 
 def _merge(held: Tensor, new: Any, sizes: list[int]) -> list[Tensor]:
-    """Of each head what belongs to the rows it held, then what belongs to the segment's: new[h] of head h."""
+    """What belongs to the rows that a head held, then what belongs to the segment's, new[h], head after head."""
     return [part for pair in zip(held.split(sizes[::2]), new, strict=True) for part in pair]
 
 
 def pack_(run: Run) -> None:
-    """Packs the layers of a run, one after the other in place, and frees what they are gathered from.
+    """Packs the layers of a run in place, one after the other, and frees what they are gathered from.
 
-    The run is the same after any step, so that no error and no interruption loses anything. The memory added meanwhile
-    is that of the keys or the values of one layer. Layers differ in what they keep, up to all of it: the longest come
-    last, when most of the segment is freed.
+    Every step only changes how a layer is stored, so that no error and no interruption loses anything. The memory added
+    meanwhile is that of the keys or the values of one layer. The layers that keep most come last, when most of the
+    segment is freed.
     """
     sizes = [0 if rank is None else len(rank) for rank in run.ranks]
     for n in sorted(range(len(sizes)), key=sizes.__getitem__):
@@ -162,7 +163,10 @@ def pack_(run: Run) -> None:
 
 
 def _steps(layer: Unpacked) -> Iterator[Unpacked | RaggedKV]:
-    """The layer with its keys gathered, with its values too, and packed: each frees what the one before it held."""
+    """Yields the layer with its keys gathered, then with its values gathered, then packed.
+
+    The caller drops each when the next comes, which frees what was gathered from.
+    """
     rows = [mask.nonzero()[:, 0] for mask in layer.keep.split(layer.sizes)]
     if isinstance(layer.k, tuple):
         layer = replace(layer, k=_gather(layer.k, rows, layer.sizes))
@@ -188,9 +192,9 @@ def _gather(
 
 
 def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
-    """The cache of the segments so far. Layers that are not packed yet are packed on the host: the device may be full.
+    """The cache of the segments so far.
 
-    Such a cache is for a file; after `pack_` there are none.
+    Layers that an interruption left unpacked are packed on the host, since the device may be full: enough for a file.
     """
     context, source = list(run.context), plan.scoring.source
     for n, layer in enumerate(context):
