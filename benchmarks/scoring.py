@@ -29,10 +29,10 @@ RESULTS = harness.RESULTS / "scoring.jsonl"
 
 
 STAGES = (
-    (segments, "_prefill_segment", "prefill_s"),
+    (segments, "_prefill", "prefill_s"),
     (segments, "score_chunks", "score_s"),
     (segments, "_choose", "select_s"),
-    (segments, "_pack_", "pack_s"),
+    (prefill, "pack_", "pack_s"),
     (prefill, "save", "save_s"),
     (checkpoints, "read_cache", "load_s"),
 )
