@@ -1,8 +1,8 @@
 """Head scores: one number for each layer and KV head, made once from any text, good for every later context.
 
-A head that never attends far back while the model repeats a text does not need its context in another text either.
-`make` runs the scoring once and keeps the largest score of each head; `attach` then lets `compress(level="head")`
-keep or drop the whole context of each head with no scoring pass at all. The authors recommend a ratio of 0.6.
+A head that never attends far back while the model repeats one text does not need its context in another text either.
+`make` scores some texts once and keeps the largest score of each head; `attach` then lets `compress(level="head")` keep
+or drop the whole context of each head without a scoring pass. The authors recommend a ratio of 0.6.
 
     scores = head_scores.make(model, [essay, code])
     head_scores.save(scores, "heads.safetensors")
@@ -52,9 +52,8 @@ class HeadScores:
     """How much each head needs its context, larger is kept first.
 
     values[l, h] belongs to the scored layer layers[l] and KV head h. `fingerprint` and `family` say which model made
-    them (see `fingerprint_of`); both are "" where that is not known. `method` says how. `sink` and `recent` are the
-    first and last tokens that dropped heads keep in DuoAttention; its files carry them, and `compress` takes them as
-    arguments.
+    them (see `fingerprint_of`), or are "" where that is not known. `method` says how. `sink` and `recent` are the first
+    and last tokens that dropped heads keep in DuoAttention, whose files hold them; `compress` takes them as arguments.
     """
 
     values: Float32[Tensor, "L H"]
@@ -87,8 +86,8 @@ def make(
 
         values[l, h] = max over texts and their tokens e of score(model, prefill(model, text)).scores.values[l, h, e]
 
-    A text's pairs and scores are freed before the next one is read. Tens of thousands of tokens of the kind that the
-    model will read are what the authors use: a book, and source code besides if code is to be asked about.
+    A text's pairs and scores are freed before the next one is read. Pass tens of thousands of tokens of the kind that
+    the model will read, as the authors do: a book, and source code too for questions about code.
 
     Args:
         text: texts or their token ids, without any prefix.
@@ -143,7 +142,6 @@ def combine(*scores: HeadScores) -> HeadScores:
     for one in scores:
         check_kind(one, HeadScores)
         check_values(one.values, "head scores")
-    first = scores[0]
     told = dict.fromkeys((one.layers, tuple(one.values.shape), one.fingerprint, one.method) for one in scores)
     if len(told) > 1:
         raise ValueError(
@@ -151,8 +149,8 @@ def combine(*scores: HeadScores) -> HeadScores:
             "(layers, shape, fingerprint, method): combine those of one model only"
         )
     return replace(
-        first,
-        values=reduce(torch.maximum, (one.values.to(first.values.device) for one in scores)),
+        scores[0],
+        values=reduce(torch.maximum, (one.values.to(scores[0].values.device) for one in scores)),
         sources=tuple(source for one in scores for source in one.sources),
         sink=max(one.sink for one in scores),
         recent=max(one.recent for one in scores),

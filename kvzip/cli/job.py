@@ -42,7 +42,11 @@ class Job:
     overwrite: bool
 
 
-def run(stage: Stage, model: Model, job: Job) -> tuple[RaggedCache, dict[str, Any]]:
+Made = tuple[RaggedCache, dict[str, Any]]
+"""A compressed cache, and the note of its file."""
+
+
+def run(stage: Stage, model: Model, job: Job) -> Made:
     """Writes the job's file, and returns the cache and the note that are in it.
 
     Raises: Stopped after Ctrl-C; ValueError, MemoryError or OSError, before the work, for what there is no room for;
@@ -106,10 +110,8 @@ def _check_length(model: Model, job: Job, prefix: list[int], ids: Tensor) -> Non
     )
 
 
-def _at_once(
-    stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float
-) -> tuple[RaggedCache, dict[str, Any]]:
-    """The cache compressed by way of the full one, and its part of the note."""
+def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float) -> Made:
+    """Compresses the full cache. The note has what is new in it."""
     budget, scores, note = job.budget, job.heads, {}
     if scores is not None and tokens:
         heads, ends = scores.values.numel(), {"sink": scores.sink, "recent": scores.recent}
@@ -140,10 +142,8 @@ def _at_once(
     return small, note | _seconds(prefill=prefilled - begun, score=scored - prefilled, compress=packed - scored)
 
 
-def _in_segments(
-    stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float
-) -> tuple[RaggedCache, dict[str, Any]]:
-    """The compressed cache, made a segment at a time, and its part of the note."""
+def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float) -> Made:
+    """Compresses a segment at a time. The note has what is new in it."""
     assert job.segment is not None and job.budget.ratio is not None  # no other budget goes with --segment
     partial = _partial(job.output)
     check_space(job.output, int(job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
