@@ -37,14 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = arguments.document.read_text(encoding="utf-8").strip()
     full = kvzip.score(model, kvzip.prefill(model, document, template=False))
     ours = kvzip.keep_mask(full.scores, arguments.ratio)
-    openings = [f"\n\n{question.opening}" for question in museum.FIVE]
     for scores in (full.scores, by_key_norm(full), at_random(full)):
         shared = (kvzip.keep_mask(scores, arguments.ratio) & ours).sum() / ours.sum()
         small = kvzip.compress(kvzip.scores.attach(full, scores), arguments.ratio)
-        answers = kvzip.generate(model, small, openings, max_tokens=arguments.tokens, stop=["\n"], template=False)
         print(f"{small.method}: {small.kept:,} of {small.total:,} pairs, {shared:.0%} of them those of kvzip's scores")
-        for question, answer in zip(museum.FIVE, answers, strict=True):
-            print(f"  {museum.mark(question, answer.text)} {question.opening} ...{answer.text}")
+        museum.ask_five(model, small, arguments.tokens)
     return 0
 
 

@@ -10,7 +10,7 @@ the full cache and with the compressed one.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -72,18 +72,13 @@ def run(model: kvzip.Model, document: str, seconds: dict[str, float], console: C
         f"kvzip, {RATIO:.0%} kept": small,
         f"random {RATIO:.0%}": kvzip.compress(with_random_scores(full), ratio=RATIO),
     }
+    openings = [f"\n\n{question.opening}" for question in QUESTIONS]  # each begins a new paragraph after the document
     columns = []
     for title, cache in caches.items():
         with timed(seconds, f"answers ({title})"):
-            columns.append(Column(title, cache, ask(model, cache, QUESTIONS)))
+            answers = kvzip.generate(model, cache, openings, max_tokens=ANSWER_TOKENS, template=False)
+        columns.append(Column(title, cache, [answer.text for answer in answers]))
     return columns
-
-
-def ask(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, questions: Sequence[Question]) -> list[str]:
-    """Returns the model's continuations of the questions' openings, each as a new paragraph after the document."""
-    openings = [f"\n\n{question.opening}" for question in questions]
-    answers = kvzip.generate(model, cache, openings, max_tokens=ANSWER_TOKENS, template=False)
-    return [answer.text for answer in answers]
 
 
 def with_random_scores(cache: kvzip.DenseCache, seed: int = 0) -> kvzip.DenseCache:

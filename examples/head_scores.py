@@ -38,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scored = head_scores.attach(full, scores)
     small = kvzip.compress(scored, arguments.ratio, level="head", sink=SINK, recent=RECENT)
     print(f"{small.kept / small.total:.0%} of the pairs kept, {museum.megabytes(full)} -> {museum.megabytes(small)}\n")
-    openings = [f"\n\n{question.opening}" for question in museum.FIVE]
-    answers = kvzip.generate(model, small, openings, max_tokens=arguments.tokens, stop=["\n"], template=False)
-    for question, answer in zip(museum.FIVE, answers, strict=True):
-        print(f"  {museum.mark(question, answer.text)} {question.opening} ...{answer.text}")
+    museum.ask_five(model, small, arguments.tokens)
     return 0
 
 

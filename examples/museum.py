@@ -99,3 +99,11 @@ def mark(question: Question, answer: str) -> str:
 def megabytes(cache: kvzip.DenseCache | kvzip.RaggedCache) -> str:
     """Returns the size of a cache, as in `12.3 MB`."""
     return f"{kvzip.nbytes(cache) / 1e6:.1f} MB"
+
+
+def ask_five(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, tokens: int) -> None:
+    """Asks the five questions of a cache as one batch, each as a new paragraph after the document, and prints them."""
+    openings = [f"\n\n{question.opening}" for question in FIVE]
+    answers = kvzip.generate(model, cache, openings, max_tokens=tokens, stop=["\n"], template=False)
+    for question, answer in zip(FIVE, answers, strict=True):
+        print(f"  {mark(question, answer.text)} {question.opening} ...{answer.text}")

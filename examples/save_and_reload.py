@@ -44,10 +44,7 @@ def answer(model: kvzip.Model, file: Path, tokens: int) -> None:
     cache = kvzip.load_cache(file, model=model)
     print(f"another process: {file.name} loaded in {(time.perf_counter() - start) * 1e3:.0f} ms")
     print(f"it holds {cache.kept:,} of {cache.total:,} pairs of {header['note']['document']}, by {header['method']}")
-    openings = [f"\n\n{question.opening}" for question in museum.FIVE]
-    answers = kvzip.generate(model, cache, openings, max_tokens=tokens, stop=["\n"], template=False)
-    for question, found in zip(museum.FIVE, answers, strict=True):
-        print(f"  {museum.mark(question, found.text)} {question.opening} ...{found.text}")
+    museum.ask_five(model, cache, tokens)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             book.seek(0)  # from the beginning: what was read is compared, and skipped
             small = kvzip.prefill_compressed(model, book, arguments.ratio, progress=tell, **options)
     print(f"kept {small.kept:,} of {small.total:,} pairs, {museum.megabytes(small)}")
-    openings = [f"\n\n{question.opening}" for question in museum.FIVE]
-    answers = kvzip.generate(model, small, openings, max_tokens=arguments.tokens, stop=["\n"], template=False)
-    for question, answer in zip(museum.FIVE, answers, strict=True):
-        print(f"  {museum.mark(question, answer.text)} {question.opening} ...{answer.text}")
+    museum.ask_five(model, small, arguments.tokens)
     return 0
 
 

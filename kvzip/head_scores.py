@@ -1,8 +1,8 @@
 """Head scores: one number for each layer and KV head, made once from any text, good for every later context.
 
-A head that never attends far back while the model repeats a text does not need its context in another text either.
-`make` runs the scoring once and keeps the largest score of each head; `attach` then lets `compress(level="head")`
-keep or drop the whole context of each head with no scoring pass at all. The authors recommend a ratio of 0.6.
+A head that never attends far back while the model repeats one text does not need its context in another text either.
+`make` scores some texts once and keeps the largest score of each head; `attach` then lets `compress(level="head")` keep
+or drop the whole context of each head without a scoring pass. The authors recommend a ratio of 0.6.
 
     scores = head_scores.make(model, [essay, code])
     head_scores.save(scores, "heads.safetensors")
@@ -11,12 +11,9 @@ keep or drop the whole context of each head with no scoring pass at all. The aut
 Source: KVzip, arXiv 2505.23416, section 4.2; DuoAttention, arXiv 2410.10819, for the files of `to_duo_attention`.
 """
 
-import hashlib
-import json
-import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +21,21 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from .cache import DenseCache, Scores, check_whole, global_layers, read_header, whole_file
+from .cache import DenseCache, Scores, check_whole, global_layers, read_header
 from .checks import check_kind, check_path, check_text_or_ids, check_texts, check_values
 from .display import visible_line
+from .files import duo_attention
 from .files.damage import refusing, require
 from .files.header import open_file
 from .files.tensors import read_tensor, write_file
 from .hub import shipped_name, shipped_scores
-from .inputs import encode
+from .inputs import digest_of, encode
 from .models import Model
 from .options import Turn
 from .prefilling import Progress, prefill
 from .scoring import score
 
 RECOMMENDED_RATIO = 0.6
-
-_TSV, _CONFIG = "full_attention_heads.tsv", "config.json"
-_SIZES = ("sink_size", "recent_size")  # all that DuoAttention's config has
-_ROUNDING = 1e-6  # by which a softmax may exceed 1
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,8 @@ class HeadScores:
     """How much each head needs its context, larger is kept first.
 
     values[l, h] belongs to the scored layer layers[l] and KV head h. `fingerprint` and `family` say which model made
-    them (see `fingerprint_of`); both are "" where that is not known. `method` says how. `sink` and `recent` are the
-    first and last tokens that dropped heads keep in DuoAttention; its files carry them, and `compress` takes them as
-    arguments.
+    them (see `fingerprint_of`), or are "" where that is not known. `method` says how. `sink` and `recent` are the first
+    and last tokens that dropped heads keep in DuoAttention, whose files hold them; `compress` takes them as arguments.
     """
 
     values: Float32[Tensor, "L H"]
@@ -93,8 +86,8 @@ def make(
 
         values[l, h] = max over texts and their tokens e of score(model, prefill(model, text)).scores.values[l, h, e]
 
-    A text's pairs and scores are freed before the next one is read. Tens of thousands of tokens of the kind that the
-    model will read are what the authors use: a book, and source code besides if code is to be asked about.
+    A text's pairs and scores are freed before the next one is read. Pass tens of thousands of tokens of the kind that
+    the model will read, as the authors do: a book, and source code too for questions about code.
 
     Args:
         text: texts or their token ids, without any prefix.
@@ -119,18 +112,21 @@ def make(
     contexts = [encode(model, one, Turn(template=bool(template)))[1] for one in texts]
     total, done = 2 * sum(map(len, contexts)), 0
 
-    def stage(before: int, tokens: int) -> Progress | None:
-        """Progress of one stage, whose own count may include a prefix, as progress of the whole."""
-        if progress is None:
-            return None
-        tell = progress
+    tell = progress or (lambda done, total: None)
+
+    def stage(before: int, tokens: int) -> Progress:
+        """Progress of one stage as progress of the whole. A stage may count a prefix too, so its rest is subtracted."""
         return lambda now, of: tell(before + max(0, tokens - (of - now)), total)
 
     found = []
     for name, one, ids in zip(names, texts, contexts, strict=True):
         cache = prefill(model, one, template=template, progress=stage(done, len(ids)))
         cache = score(model, cache, scope=scope, chunk=chunk, progress=stage(done + len(ids), len(ids)))
-        found.append(_of_one(model, cache, Source(name, len(ids), _sha256(ids))))
+        assert cache.scores is not None
+        values, layers, method = cache.scores.values.amax(-1), cache.scores.layers, cache.scores.source
+        _check_numbers(values)  # a NaN is the largest of any
+        source = Source(name, len(ids), digest_of(ids))
+        found.append(HeadScores(values, layers, model.identity, model.config.family, method, (source,)))
         done += 2 * len(ids)
         del cache
     return combine(*found)
@@ -146,18 +142,15 @@ def combine(*scores: HeadScores) -> HeadScores:
     for one in scores:
         check_kind(one, HeadScores)
         check_values(one.values, "head scores")
-    first = scores[0]
-    for other in scores[1:]:
-        ours, theirs = ((x.layers, tuple(x.values.shape), x.fingerprint, x.method) for x in (first, other))
-        if ours != theirs:
-            raise ValueError(
-                f"expected head scores of one model and method, got {ours} and {theirs} "
-                "(layers, shape, fingerprint, method): combine those of one model only"
-            )
-    values = torch.stack([one.values.to(first.values.device) for one in scores]).amax(0)
+    told = dict.fromkeys((one.layers, tuple(one.values.shape), one.fingerprint, one.method) for one in scores)
+    if len(told) > 1:
+        raise ValueError(
+            f"expected head scores of one model and method, got {' and '.join(map(str, [*told][:2]))} "
+            "(layers, shape, fingerprint, method): combine those of one model only"
+        )
     return replace(
-        first,
-        values=values,
+        scores[0],
+        values=reduce(torch.maximum, (one.values.to(scores[0].values.device) for one in scores)),
         sources=tuple(source for one in scores for source in one.sources),
         sink=max(one.sink for one in scores),
         recent=max(one.recent for one in scores),
@@ -178,10 +171,9 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     check_kind(scores, HeadScores)
     check_values(scores.values, "head scores")
     layers = global_layers(cache)
-    heads = cache.heads
-    if scores.layers != layers or tuple(scores.values.shape) != (len(layers), heads):
+    if scores.layers != layers or tuple(scores.values.shape) != (len(layers), cache.heads):
         raise ValueError(
-            f"expected head scores of layers {layers} with {heads} KV heads each (the cache's), got "
+            f"expected head scores of layers {layers} with {cache.heads} KV heads each (the cache's), got "
             f"{list(scores.values.shape)} of layers {scores.layers}: make them with this model"
         )
     values = scores.values.to(cache.device)[:, :, None].expand(-1, -1, cache.length - cache.start)
@@ -228,9 +220,9 @@ def load(path: str | Path, *, model: Model | None = None) -> HeadScores:
             )
         with refusing(file.path):
             scores = _from_header(file.header, read_tensor(file, "values"))
-    if model is not None and scores.fingerprint != fingerprint_of(model):
+    if model is not None and scores.fingerprint != model.identity:
         raise ValueError(
-            f"expected head scores made by this model ({fingerprint_of(model)}), got those of another "
+            f"expected head scores made by this model ({model.identity}), got those of another "
             f"({visible_line(scores.fingerprint, limit=300)}) in {name}: make them with this model, or load without "
             "model= if it is one of its fine-tunes"
         )
@@ -251,7 +243,7 @@ def shipped(model: Model | str) -> HeadScores:
         found = files.get(wanted)
     else:
         check_kind(model, Model)
-        wanted = fingerprint_of(model)
+        wanted = model.identity
         found = next((path for path in files.values() if read_header(path).get("fingerprint") == wanted), None)
     if found is None:
         raise ValueError(f"expected a model with shipped head scores, {', '.join(files)}, got {wanted!r}: call make")
@@ -287,19 +279,12 @@ def to_duo_attention(scores: HeadScores, directory: str | Path, *, overwrite: bo
         )
     _check_numbers(scores.values)
     low, high = (x.item() for x in scores.values.aminmax())
-    if low < 0 or high > 1 + _ROUNDING:
+    if low < 0 or high > 1 + 1e-6:  # a softmax may exceed 1 by rounding
         raise ValueError(
             f"expected scores in [0, 1], to which DuoAttention clips them, got [{low:g}, {high:g}]: rescale them"
         )
-    directory = Path(directory)
-    _check_duo_target(directory, overwrite=overwrite)
-    directory.mkdir(parents=True, exist_ok=True)
-    rows = ("\t".join(f"{value:.18e}" for value in row) + "\n" for row in scores.values.clamp(max=1).tolist())
-    sizes = dict(zip(_SIZES, (scores.sink, scores.recent), strict=True))
-    texts = {_CONFIG: json.dumps(sizes, indent=4) + "\n", _TSV: "".join(rows)}  # the config says whose the table is
-    for name, text in texts.items():
-        with whole_file(directory / name, overwrite=None if overwrite else False) as partial:
-            partial.write_text(text, encoding="ascii")
+    rows = scores.values.clamp(max=1).tolist()
+    duo_attention.write(Path(directory), rows, (scores.sink, scores.recent), overwrite=overwrite)
 
 
 def from_duo_attention(directory: str | Path) -> HeadScores:
@@ -310,24 +295,7 @@ def from_duo_attention(directory: str | Path) -> HeadScores:
     Raises: FileNotFoundError; ValueError for a table or a config that is not understood.
     """
     check_path(directory, "directory")
-    directory = Path(directory)
-    for name in (_TSV, _CONFIG):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"expected {_TSV} and {_CONFIG} in {directory}, got no {name}")
-    try:
-        lines = (directory / _TSV).read_text(encoding="utf-8").splitlines()
-        rows = [[float(cell) for cell in line.split("\t")] for line in lines if line.strip()]
-        config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-        sink, recent = (_count(config, key) for key in _SIZES)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected a table of tab-separated numbers in {_TSV}, and sink_size and recent_size in {_CONFIG}, "
-            f"got {directory} where that fails ({error!r})"
-        ) from error
-    if not rows or len(set(map(len, rows))) != 1 or not all(math.isfinite(x) for row in rows for x in row):
-        raise ValueError(
-            f"expected a row of as many finite numbers for each layer in {_TSV}, got rows of {[*map(len, rows)]}"
-        )
+    rows, (sink, recent) = duo_attention.read(Path(directory))
     values = torch.tensor(rows, dtype=torch.float64).clamp(0, 1).float()
     return HeadScores(values, tuple(range(len(rows))), "", "", "duo-attention", (), sink, recent)
 
@@ -341,36 +309,6 @@ def fingerprint_of(model: Model) -> str:
     return model.identity
 
 
-def _check_duo_target(directory: Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError for a file that must not be replaced: any, or with `overwrite` any but DuoAttention's."""
-    there = [name for name in (_CONFIG, _TSV) if os.path.lexists(directory / name)]
-    if not there:
-        return
-    try:
-        config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or set(config) != set(_SIZES):
-        raise FileExistsError(
-            f"expected a directory without {_CONFIG} and {_TSV}, or with those of DuoAttention, got "
-            f"{visible_line(str(directory))} with another {there[0]}: it is left as it is, choose another directory"
-        )
-    if not overwrite:
-        raise FileExistsError(
-            f"expected a directory without {_CONFIG} and {_TSV}, got {visible_line(str(directory))} with "
-            f"{' and '.join(there)}: pass overwrite=True to replace them, or choose another directory"
-        )
-
-
-def _of_one(model: Model, cache: DenseCache, source: Source) -> HeadScores:
-    assert cache.scores is not None
-    values = cache.scores.values.amax(-1)  # a NaN stays one
-    _check_numbers(values)
-    return HeadScores(
-        values, cache.scores.layers, fingerprint_of(model), model.config.family, cache.scores.source, (source,)
-    )
-
-
 def _check_numbers(values: Tensor) -> None:
     if values.isnan().any():
         raise ValueError("expected head scores without NaN, got some: the model overflowed, use bfloat16 or float32")
@@ -379,8 +317,8 @@ def _check_numbers(values: Tensor) -> None:
 def _from_header(header: Mapping[str, Any], values: Tensor) -> HeadScores:
     """The scores of a file whose header has entries of the right types. Raises Damaged if they do not fit together."""
     layers = tuple(header["layers"])
-    ascending = all(type(n) is int for n in layers) and list(layers) == sorted({n for n in layers if n >= 0})
-    require(ascending, f"layers {layers}")
+    counts = all(type(n) is int and n >= 0 for n in layers)
+    require(counts and list(layers) == sorted(set(layers)), f"layers {layers}")
     fits = values.dtype == torch.float32 and values.ndim == 2 and len(values) == len(layers) and values.numel() > 0
     require(fits, f"values of shape {list(values.shape)} and {values.dtype} for {len(layers)} layers")
     _check_numbers(values)
@@ -390,14 +328,3 @@ def _from_header(header: Mapping[str, Any], values: Tensor) -> HeadScores:
         require(type(one.tokens) is int and one.tokens >= 0, f"tokens is {one.tokens!r}")
     told = {name: header[name] for name in ("fingerprint", "family", "method", "sink", "recent")}
     return HeadScores(values, layers, sources=sources, **told)
-
-
-def _count(header: Mapping[str, Any], key: str) -> int:
-    value = header[key]
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{key} is {value!r}")
-    return value
-
-
-def _sha256(ids: Int64[Tensor, " S"]) -> str:
-    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()

@@ -1,5 +1,7 @@
 """Token ids of what a caller gives (contexts with their prefix, queries, what follows), and whether a model fits."""
 
+import hashlib
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -43,6 +45,11 @@ def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str
             "encode the text with this model's tokenizer"
         )
     return ids
+
+
+def digest_of(ids: Int64[Tensor, " S"]) -> str:
+    """Returns the SHA-256 of token ids, by which files tell the tokens that they belong to."""
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 
 def tokenizer_of(model: Model) -> prompts.Tokenizer:

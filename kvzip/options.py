@@ -165,13 +165,7 @@ def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> Non
             )
 
 
-def sampling(
-    max_tokens: Any,
-    temperature: Any,
-    top_p: Any,
-    seed: Any,
-    stop: Any = (),
-) -> Sampling:
+def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = ()) -> Sampling:
     """Returns Sampling options, with a seed that is drawn if there is none.
 
     Raises: TypeError for what is no number or no text; ValueError for options out of range.

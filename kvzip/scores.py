@@ -3,9 +3,9 @@
 `compress` and `keep_mask` turn them into pairs at any ratio or budget; no forward pass is needed again.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -21,6 +21,7 @@ from .files.damage import refusing, require
 from .files.header import open_file
 from .files.schema import foreign
 from .files.tensors import read_tensor, write_file
+from .inputs import digest_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,9 +65,7 @@ def combine(*scores: Scores) -> Scores:
                 f"expected scores {list(first.values.shape)} of tokens {first.start} to {first.stop}, got "
                 f"{list(other.values.shape)} of {other.start} to {other.stop}: combine scores of one cache"
             )
-    values = first.values
-    for other in scores[1:]:
-        values = torch.maximum(values, other.values.to(values.device))
+    values = reduce(torch.maximum, (one.values.to(first.values.device) for one in scores))
     source = f"max({', '.join(dict.fromkeys(one.source for one in scores))})"
     return replace(first, values=values, source=source if len(scores) > 1 else first.source)
 
@@ -138,7 +137,7 @@ def save(
     if scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     check_values(scores.values, "scores")
-    header = {"cache": "Scores", "fingerprint": cache.fingerprint, "tokens": _digest(cache, scores.stop)}
+    header = {"cache": "Scores", "fingerprint": cache.fingerprint, "tokens": digest_of(cache.token_ids[: scores.stop])}
     header |= {"layers": scores.layers, "start": scores.start, "stop": scores.stop, "source": scores.source}
     write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)
 
@@ -163,7 +162,7 @@ def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
         if reason:
             raise ValueError(f"expected scores by the cache's model, got {name} by another: {reason}")
         same = (header["layers"], header["start"], header["stop"]) == ([*layers], *span)
-        if not same or place.shape != shape or header["tokens"] != _digest(cache, span[1]):
+        if not same or place.shape != shape or header["tokens"] != digest_of(cache.token_ids[: span[1]]):
             raise ValueError(f"expected scores of this cache's tokens, got those of others in {name}: score it again")
         with refusing(file.path):
             return Scores(read_tensor(file, "values", cache.device), layers, *span, header["source"])
@@ -212,8 +211,3 @@ def _place(cache: DenseCache | RaggedCache) -> tuple[tuple[int, ...], tuple[int,
     check_cache(cache)
     layers, length = cache.scored_layers, cache.context_length
     return layers, (len(layers), cache.heads, length - cache.start), (cache.start, length)
-
-
-def _digest(cache: DenseCache | RaggedCache, stop: int) -> str:
-    """What tells the tokens before `stop` from others."""
-    return hashlib.sha256(cache.token_ids[:stop].contiguous().numpy().tobytes()).hexdigest()

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,7 @@ from kvzip.cli.ask import _in_order
 from kvzip.cli.output import put_json, size, stages
 from kvzip.cli.plumbing import IN_THE_LIBRARY
 from kvzip.display import visible, visible_line
+from kvzip.evals.run import append as append_answer
 from kvzip.hub import SHIPPED
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.weights import slots
@@ -545,14 +547,13 @@ def eval_run(model_dir: Path, out: Path) -> Result:
 
 def test_eval_runs_and_goes_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "results.jsonl"
-    append = evaluate_append()
     calls = []
 
     def stop_at_the_third(*arguments: Any) -> None:
         calls.append(None)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        append(*arguments)
+        append_answer(*arguments)
 
     monkeypatch.setattr("kvzip.evals.run.append", stop_at_the_third)
     line = one_line(eval_run(model_dir, out), 130)
@@ -565,12 +566,6 @@ def test_eval_runs_and_goes_on(model_dir: Path, tmp_path: Path, monkeypatch: pyt
     assert sorted(result.stdout.split()) == sorted(map(str, (tmp_path / "page").iterdir()))
     assert str(tmp_path / "page" / "index.html") in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page", "results.jsonl"]
-
-
-def evaluate_append() -> Callable[..., None]:
-    from kvzip.evals.run import append
-
-    return append
 
 
 def test_head_scores_are_made_shown_and_used(tmp_path: Path, model_dir: Path, model: kvzip.Model) -> None:
@@ -957,10 +952,6 @@ def test_on_a_terminal_there_is_progress_and_a_slip_does_not_end_a_chat(
     assert shown.count("turns    0 tokens") == 1 and shown.count("kvzip: interrupted") == 1
 
 
-def _heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _run_here(*arguments: object) -> None:
     """Runs a command on the standard streams of a forked process, which has torch already, and ends the process."""
     code = 1
@@ -1003,7 +994,8 @@ def test_control_c_ends_a_chat_with_130(kvz: Path, model: kvzip.Model, small: kv
     command = [sys.executable, "-m", "kvzip", "chat", str(kvz), "-n", "5"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # what runs in the background of a shell ignores SIGINT, and so would its children
-    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=_heed_interrupts) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=heed) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"/switch 1\n")
         process.stdin.flush()

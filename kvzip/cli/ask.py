@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from .output import echo, hint, put_json, stages
 from .plumbing import FileName, check_text, command, finite, positive, stdin_lines
 from .sources import model_options, open_cache, short
 
+_ANSWERING = ("max_tokens", "temperature", "top_p", "seed", "stop")
+
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that say how answers are chosen."""
+    """Adds the options of `kvzip.generate` that say how answers are chosen, which a command takes as `answering`."""
     options = [
         click.option(
             "-n", "--max-tokens", type=positive, default=256, show_default=True, help="Tokens of an answer, at most."
@@ -44,9 +47,14 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--stop", multiple=True, metavar="TEXT", callback=_stops, help="Text that ends an answer; may be repeated."
         ),
     ]
+
+    @wraps(function)
+    def collected(**given: Any) -> Any:
+        return function(answering={name: given.pop(name) for name in _ANSWERING}, **given)
+
     for option in reversed(options):
-        function = option(function)
-    return function
+        collected = option(collected)
+    return collected
 
 
 def _seed(ctx: click.Context, option: click.Parameter, value: int | None) -> int | None:
@@ -77,11 +85,7 @@ def _stops(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) 
 def ask(
     file: Path,
     questions: tuple[str, ...],
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    stop: tuple[str, ...],
+    answering: dict[str, Any],
     model: str | None,
     loading: Loading,
     as_json: bool,
@@ -102,18 +106,8 @@ def ask(
 
     load_s, begun = time.monotonic() - begun, time.monotonic()
     with _shown(asked, as_json) as (on_token, finish):
-        answers = generate(
-            loaded,
-            cache,
-            [follow(q, chat=cache.chat) for q in asked],
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            template=cache.chat,
-            on_token=on_token,
-        )
+        queries = [follow(q, chat=cache.chat) for q in asked]
+        answers = generate(loaded, cache, queries, template=cache.chat, on_token=on_token, **answering)
         finish([answer.text for answer in answers])
     answer_s = time.monotonic() - begun
     tokens = sum(len(answer.token_ids) for answer in answers)
@@ -138,10 +132,10 @@ OnToken = Callable[[str, int], None]
 
 @contextmanager
 def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Callable[[list[str]], None]]]:
-    """Yields a function that shows pieces of answers as they come, and one that shows the rest at the end.
+    """Yields a function that shows an answer's text as it comes, and one that shows what is left at the end.
 
-    One answer is streamed wherever the output goes. Several grow side by side on a terminal; elsewhere they come in
-    order, and only the first is streamed.
+    A single answer is streamed wherever the output goes. Several are streamed together on a terminal; elsewhere they
+    are written in order, and only the first is streamed.
     """
     if as_json:
         yield None, lambda texts: None
@@ -153,21 +147,17 @@ def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Ca
 
 
 def _in_order(asked: list[str]) -> tuple[OnToken, Callable[[list[str]], None]]:
-    def heading(n: int) -> None:
-        if len(asked) > 1:
-            echo(("\n" if n else "") + f"> {asked[n]}")
-
     def on_token(piece: str, n: int) -> None:
         if n == 0:
             echo(piece, nl=False)
 
     def finish(texts: list[str]) -> None:
         echo()
-        for n in range(1, len(asked)):
-            heading(n)
-            echo(texts[n])
+        for question, text in zip(asked[1:], texts[1:], strict=True):
+            echo(f"\n> {question}\n{text}")
 
-    heading(0)
+    if len(asked) > 1:
+        echo(f"> {asked[0]}")
     return on_token, finish
 
 
@@ -180,9 +170,8 @@ def _growing(asked: list[str]) -> Iterator[tuple[OnToken, Callable[[list[str]], 
     texts = [""] * len(asked)
 
     def rendered() -> Group:
-        pairs = zip(asked, texts, strict=True)
-        shown = ((visible(f"> {q}"), visible(text.strip())) for q, text in pairs)
-        return Group(*(Text.assemble((q, "bold"), "\n", text, "\n") for q, text in shown))
+        pairs = [(visible(f"> {q}"), visible(text.strip())) for q, text in zip(asked, texts, strict=True)]
+        return Group(*(Text.assemble((q, "bold"), "\n", text, "\n") for q, text in pairs))
 
     with Live(get_renderable=rendered, refresh_per_second=12) as live:
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,16 +44,7 @@ class Talk:
 @click.argument("file", type=FileName())
 @answer_options
 @model_options(required=False)
-def chat(
-    file: Path,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    stop: tuple[str, ...],
-    model: str | None,
-    loading: Loading,
-) -> None:
+def chat(file: Path, answering: dict[str, Any], model: str | None, loading: Loading) -> None:
     """Talk about a compressed file.
 
     Each question sees those before it. /help lists the commands. Lines may also come from a pipe. The file does not
@@ -74,21 +66,15 @@ def chat(
                 name, _, argument = line[1:].partition(" ")
                 if name in ("quit", "exit"):
                     break
-                _command(name)(talk, argument.strip())
+                if name not in COMMANDS:
+                    known = ", ".join(f"/{one}" for one in (*COMMANDS, "quit"))
+                    raise ValueError(f"expected one of {known}, got /{name}")
+                COMMANDS[name](talk, argument.strip())
                 continue
             stopped = "stopped; this turn is forgotten"
-            _, state = ask(
-                loaded,
-                talk.states[-1],
-                follow(line, chat=cache.chat),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                stop=stop,
-                template=cache.chat,
-                on_token=lambda piece: echo(piece, nl=False),
-            )
+            show = partial(echo, nl=False)
+            query = follow(line, chat=cache.chat)
+            _, state = ask(loaded, talk.states[-1], query, template=cache.chat, on_token=show, **answering)
             echo()
             talk.states.append(state)
         except (KeyboardInterrupt, click.Abort):  # Abort: Ctrl-C or Ctrl-D where a yes or a no is asked for
@@ -124,12 +110,6 @@ def _lines() -> Iterator[str]:
         leaving = False
         if line:
             yield line
-
-
-def _command(name: str) -> Callable[[Talk, str], None]:
-    if name not in COMMANDS:
-        raise ValueError(f"expected one of {', '.join('/' + known for known in COMMANDS)}, /quit, got /{name}")
-    return COMMANDS[name]
 
 
 def _help(talk: Talk, argument: str) -> None:

@@ -1,16 +1,21 @@
 """`kvzip compress`: documents into one file."""
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..display import visible_line
 from ..hub import Loading
 from . import documents
-from .output import stages
+from .output import echo, hint, put_json, say, size, stages
 from .plumbing import FileName, Ratio, command, finite, positive, resuming
 from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_target, force_option, is_kvzip_file, say_replaced
+
+if TYPE_CHECKING:
+    from ..cache import RaggedCache
 
 RATIO = 0.3
 SUFFIX = ".kvz"
@@ -127,7 +132,7 @@ def compress(
     directory = find_model(model)
     positions = made_for(directory, rope=loading.rope)
     from .. import options  # torch is imported here, after all that can be refused without it
-    from . import job, outcome
+    from . import job
 
     with resuming(lambda: job.left(output, segment)), stages() as stage:
         loaded = load_model(stage, model, directory=directory, loading=loading)
@@ -149,7 +154,65 @@ def compress(
             ),
         )
     say_replaced(output, held)
-    outcome.show(output, cache, note, as_json=as_json)
+    _show(output, cache, note, as_json=as_json)
+
+
+def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: bool) -> None:
+    """Prints facts of a file that was written: those of its cache and its note."""
+    from ..cache import WindowKV, full_nbytes, nbytes
+
+    ratio = cache.kept / cache.total
+    windows = sum(isinstance(layer, WindowKV) for layer in cache.context)
+    facts = {
+        "file": str(output),
+        "title": note["title"],
+        "tokens": cache.context_length,
+        "kept": cache.kept,
+        "total": cache.total,
+        "ratio": ratio,
+        "method": cache.method,
+        "layers": len(cache.context),
+        "window_layers": windows,
+        "full_bytes": full_nbytes(cache),
+        "cache_bytes": nbytes(cache),
+        "file_bytes": output.stat().st_size,
+        "seconds": note["seconds"],
+    }
+    if "heads" in note:
+        facts["heads"] = note["heads"]
+    if as_json:
+        put_json(facts)
+    else:
+        took = ", ".join(f"{name} {value:.1f} s" for name, value in note["seconds"].items())
+        echo(
+            f"{visible_line(str(output))}: {facts['tokens']:,} tokens, {ratio:.1%} of {facts['total']:,} pairs "
+            f"kept, cache {size(facts['full_bytes'])} -> {size(facts['cache_bytes'])} ({took})"
+        )
+        if "heads" in note:
+            echo(whole_heads_line(note["heads"]))
+        if windows:
+            echo(windows_line(windows, facts["layers"]))
+    if f"{ratio:.1%}" == "0.0%":
+        say(f"warning: {cache.kept:,} of {cache.total:,} pairs are kept, answers cannot know the document: keep more")
+    hint(f'ask it:  kvzip ask {shlex.quote(str(output))} "..."')
+
+
+def windows_line(windows: int, layers: int) -> str:
+    """Returns what to say of a model that has window layers."""
+    return (
+        f"windows  {windows} of {layers} layers see their last tokens only and stay as they are: "
+        f"only the pairs of the other {layers - windows} are counted and dropped"
+    )
+
+
+def whole_heads_line(heads: dict[str, int]) -> str:
+    """Returns what to say of a file whose heads are kept or dropped whole; `heads` is its note's."""
+    if heads["whole"] == heads["heads"]:
+        return f"heads    all {heads['heads']} are whole"
+    return (
+        f"heads    {heads['whole']} of {heads['heads']} are whole, the others keep the first {heads['sink']} and the "
+        f"last {heads['recent']} tokens, which the ratio includes"
+    )
 
 
 def _stem(sources: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
     """Returns the text of documents and its title.
 
     One file is its text. Several, or a directory, are one context in which the path stands before each file's text.
-    What a directory has besides text and PDFs is left out, and said on standard error.
+    Files of a directory that are neither text nor PDFs are left out; standard error says which.
 
     Args:
         sources: paths, or "-" for standard input.
@@ -43,11 +43,9 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
         else:
             raise FileNotFoundError(f"expected a document, got no file or directory {source}")
     title = ", ".join(map(name_of, sources))
-    text = (
-        parts[0][1]
-        if len(parts) == 1
-        else "\n\n".join(f"===== {visible_line(name)} =====\n{own}" for name, own in parts)
-    )
+    text = parts[0][1]
+    if len(parts) > 1:
+        text = "\n\n".join(f"===== {visible_line(name)} =====\n{own}" for name, own in parts)
     if not text.strip():
         raise ValueError(f"expected a document with text in it, got none in {title}")
     return text, title
@@ -62,15 +60,16 @@ def name_of(source: str) -> str:
 
 
 def _decoded(content: bytes, name: str) -> str:
-    if content.startswith(b"%PDF-"):
-        return _pdf(content, Path(name).name)
-    text = _text(content)
+    text = _text(content, Path(name).name)
     if text is None:
         raise ValueError(f"expected text in UTF-8 or a PDF, got {name} that is neither: convert it first")
     return text
 
 
-def _text(content: bytes) -> str | None:
+def _text(content: bytes, name: str) -> str | None:
+    """The text of a file, PDFs included; None for a file of something else."""
+    if content.startswith(b"%PDF-"):
+        return _pdf(content, name)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -103,13 +102,12 @@ def _pdf(content: bytes, name: str) -> str:
 
 
 def _directory(path: Path) -> list[tuple[str, str]]:
-    """The text files and PDFs of a directory, by their paths in it; what else is there is left out, and said."""
+    """The text files and PDFs of a directory, by their paths in it. Says which other files it leaves out."""
     parts: list[tuple[str, str]] = []
     left: dict[str, list[str]] = {}
     for name in sorted(_names(path)):
         try:
-            content = (path / name).read_bytes()
-            text = _pdf(content, str(name)) if content.startswith(b"%PDF-") else _text(content)
+            text = _text((path / name).read_bytes(), str(name))
         except (ImportError, ValueError, OSError) as error:
             why = "as pypdf is missing (pip install pypdf)" if isinstance(error, ImportError) else f"({error})"
             left.setdefault(why, []).append(str(name))

@@ -9,7 +9,7 @@ import click
 from ..display import visible_line
 from ..files import schema
 from ..files.header import OpenFile, open_file
-from .outcome import whole_heads_line, windows_line
+from .compress import whole_heads_line, windows_line
 from .output import echo, put, put_json, size
 from .plumbing import command
 from .sources import check_ours, find_model, short

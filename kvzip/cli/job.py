@@ -5,25 +5,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import compression, head_scores, inputs, prefilling, scoring, streaming
-from ..cache import RaggedCache, save
+import torch
+from torch import Tensor
+
+from .. import cache, compression, head_scores, inputs, prefilling, scoring, streaming
+from ..cache import DenseCache, RaggedCache
 from ..head_scores import HeadScores
 from ..models import Model
 from ..options import Budget, Scoring, Turn
-from . import limits
-from .output import Stage, hint
+from .output import Stage, hint, size
 from .plumbing import resuming
 from .targets import check_space, peek, unwritten
 
-PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time on a CPU, which shows progress, and on a GPU
+PREFILL_CHUNK = (1_000, 16_000)  # tokens at a time: on a CPU, few enough to show progress, and on a GPU
+SEGMENT = 16_000  # the largest that messages advise
 
 
 @dataclass(frozen=True)
 class Job:
-    """A document, what is to be made of it, and where.
+    """A document, how to compress it, and the file to write.
 
-    `heads` are scores by which whole heads are kept, and what the other heads keep. `positions` is how many the model
-    was made for, None if unknown. `note` is what the file will say of the document.
+    `heads` are the scores by which whole heads are kept, None to score pairs. `positions` is how many the model was
+    made for, None if unknown. `note` is what the file will say of the document.
     """
 
     text: str
@@ -39,7 +42,11 @@ class Job:
     overwrite: bool
 
 
-def run(stage: Stage, model: Model, job: Job) -> tuple[RaggedCache, dict[str, Any]]:
+Made = tuple[RaggedCache, dict[str, Any]]
+"""A compressed cache, and the note of its file."""
+
+
+def run(stage: Stage, model: Model, job: Job) -> Made:
     """Writes the job's file, and returns the cache and the note that are in it.
 
     Raises: Stopped after Ctrl-C; ValueError, MemoryError or OSError, before the work, for what there is no room for;
@@ -48,17 +55,13 @@ def run(stage: Stage, model: Model, job: Job) -> tuple[RaggedCache, dict[str, An
     begun = time.monotonic()
     prefix, ids = inputs.encode(model, job.text, job.turn)
     with resuming(lambda: left(job.output, job.segment, len(ids))):
-        repeated = None if job.heads is not None else job.scoring.chunk
-        chat, made_for = job.turn.template, job.positions
-        limits.check_length(model, prefix, ids, made_for=made_for, chunk=repeated, chat=chat)
-        if job.segment:
-            cache, note = _in_segments(stage, model, job, len(prefix), len(ids), begun)
-        else:
-            cache, note = _at_once(stage, model, job, len(prefix), len(ids), begun)
+        _check_length(model, job, prefix, ids)
+        make = _in_segments if job.segment else _at_once
+        small, told = make(stage, model, job, len(prefix), len(ids), begun)
         stage(f"writing {job.output.name}")
-        note = job.note | note
-        save(cache, job.output, note=note, model=model, score_bits=8, overwrite=job.overwrite)
-    return cache, note
+        note = job.note | told
+        cache.save(small, job.output, note=note, model=model, score_bits=8, overwrite=job.overwrite)
+    return small, note
 
 
 def scores_of(path: Path, model: Model, *, sink: int | None, recent: int | None) -> HeadScores:
@@ -77,24 +80,47 @@ def left(output: Path, segment: int | None, tokens: int = 0) -> str:
     partial = _partial(output)
     if segment is not None and partial.exists():
         return f"what is done is in {partial}: the same command goes on from there"
-    useful = limits.segment_for(tokens) if tokens and (segment is None or segment >= tokens) else None
+    useful = _segment_for(tokens) if tokens and (segment is None or segment >= tokens) else None
     return unwritten(output) + (f", or with --segment {useful}, which can go on where it stopped" if useful else "")
 
 
-def _at_once(
-    stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float
-) -> tuple[RaggedCache, dict[str, Any]]:
-    """The cache compressed by way of the full one, and its part of the note."""
+def _check_length(model: Model, job: Job, prefix: list[int], ids: Tensor) -> None:
+    """Raises ValueError now, not after the prefill, if document and scoring need more positions than there are."""
+    if len(ids) == 0:
+        return
+    length = len(prefix) + len(ids)
+    needed, limit = length, model.config.max_length
+    if job.heads is None:
+        token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
+        bare: DenseCache = DenseCache([], length, len(prefix), job.turn.template, token_ids, model.fingerprint)
+        repeats = scoring.repeats(model, bare, chunk=job.scoring.chunk, hint=job.scoring.hint)
+        needed += max(len(repeat) for _, _, repeat in repeats)
+    if needed <= limit:
+        return
+    scored = f" and {needed - length:,} to score it (--chunk makes them fewer)" if needed > length else ""
+    remedy = (
+        "shorten it, or pass RoPE scaling (--rope, and --max-length); --segment does not help, nor does a longer "
+        "--max-length alone: the model knows no more positions"
+    )
+    if job.positions is not None and limit < needed <= job.positions:
+        remedy = f"pass a longer --max-length, or none: the model was made for {job.positions:,}"
+    whose = "the model's length" if model.max_length is None else "--max-length"
+    raise ValueError(
+        f"expected a document that fits in {limit:,} positions ({whose}), got {length:,} tokens{scored}: {remedy}"
+    )
+
+
+def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float) -> Made:
+    """Compresses the full cache. The note has what is new in it."""
     budget, scores, note = job.budget, job.heads, {}
     if scores is not None and tokens:
-        heads, sink, recent = scores.values.numel(), scores.sink, scores.recent
-        whole = limits.whole_heads(heads, tokens, budget, sink, recent)
-        note = {"heads": {"whole": whole, "heads": heads, "sink": sink, "recent": recent}}
+        heads, ends = scores.values.numel(), {"sink": scores.sink, "recent": scores.recent}
+        whole = _whole_heads(scores, tokens, budget)
+        note = {"heads": {"whole": whole, "heads": heads, **ends}}
         # the middle between this many heads and one more, so that no rounding makes it one less
-        ratio = min(1.0, (whole + 0.5) / heads)
-        budget = replace(budget, ratio=ratio, budget=None, level="head", sink=sink, recent=recent)
+        budget = replace(budget, ratio=min(1.0, (whole + 0.5) / heads), budget=None, level="head", **ends)
     full_bytes = prefilling.dense_bytes(model, start + tokens) + 8 * (start + tokens)  # and the ids, as in `nbytes`
-    limits.check_memory(model, full_bytes, tokens)
+    _check_memory(model, full_bytes, tokens)
     if budget.ratio is not None:
         packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
         check_space(job.output, int(budget.ratio * packing * full_bytes))
@@ -116,14 +142,14 @@ def _at_once(
     return small, note | _seconds(prefill=prefilled - begun, score=scored - prefilled, compress=packed - scored)
 
 
-def _in_segments(
-    stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float
-) -> tuple[RaggedCache, dict[str, Any]]:
-    """The compressed cache, made a segment at a time, and its part of the note."""
+def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float) -> Made:
+    """Compresses a segment at a time. The note has what is new in it."""
     assert job.segment is not None and job.budget.ratio is not None  # no other budget goes with --segment
     partial = _partial(job.output)
     check_space(job.output, int(job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
-    done = _done(partial)
+    held = peek(partial)
+    first, stop = held.get("start"), held.get("tokens")  # unchecked: anyone may have written the file
+    done = max(0, stop - first) if isinstance(first, int) and isinstance(stop, int) else 0
     if partial.exists():
         hint(f"going on with {partial}, {done:,} of {tokens:,} tokens are done")
     progress = stage("reading and compressing")
@@ -146,16 +172,49 @@ def _in_segments(
     return small, _seconds(compress=time.monotonic() - begun)
 
 
-def _seconds(**of: float) -> dict[str, Any]:
-    return {"seconds": {name: round(value, 3) for name, value in of.items()}}
+def _seconds(**stages: float) -> dict[str, Any]:
+    return {"seconds": {name: round(value, 3) for name, value in stages.items()}}
 
 
 def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def _done(partial: Path) -> int:
-    """The context tokens that the file of an interrupted run holds, as far as it says."""
-    held = peek(partial)
-    tokens, start = held.get("tokens"), held.get("start")
-    return max(0, tokens - start) if isinstance(tokens, int) and isinstance(start, int) else 0
+def _check_memory(model: Model, needed: int, tokens: int) -> None:
+    """Raises MemoryError now if the full cache has no room: a host notices late, and then ends the process."""
+    free = cache.free_bytes(model.device)
+    if free is None or needed <= free:
+        return
+    useful = _segment_for(tokens)
+    remedy = [f"--segment {useful} never holds all of it"] if useful else []
+    remedy += ["--dtype bfloat16 takes half"] if model.dtype.itemsize > 2 else []
+    raise MemoryError(
+        f"expected a document whose cache fits in memory, got {tokens:,} tokens that take {size(needed)} of "
+        f"{size(free)} free: {', '.join([*remedy, 'a shorter document takes less'])}"
+    )
+
+
+def _whole_heads(scores: HeadScores, tokens: int, budget: Budget) -> int:
+    """How many heads can stay whole.
+
+    The ratio (or budget) is of all pairs: what the other heads keep of the beginning and the end counts, where
+    `kvzip.compress` takes it on top.
+
+    Raises: ValueError if the beginning and the end alone are more than the ratio.
+    """
+    heads, sink, recent = scores.values.numel(), scores.sink, scores.recent
+    assert budget.budget is not None or budget.ratio is not None  # a threshold does not go with --heads
+    room = budget.budget if budget.budget is not None else (budget.ratio or 0) * tokens  # tokens a head, on average
+    ends = min(tokens, sink + recent)
+    if ends > room:
+        raise ValueError(
+            f"expected room for the first {sink} and the last {recent} tokens in every head, which are "
+            f"{ends / tokens:.1%} of {tokens:,} tokens, got room for {room / tokens:.1%}: keep more (-r), or lower "
+            "--sink and --recent"
+        )
+    return heads if room >= tokens else int(heads * (room - ends) / (tokens - ends) + 1e-9)
+
+
+def _segment_for(tokens: int) -> int | None:
+    """A segment of whole thousands that a document has several of; None for one too short for that."""
+    return min(SEGMENT, tokens // 2 // 1000 * 1000) or None

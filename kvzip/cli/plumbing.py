@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Ratio(click.ParamType):
         try:
             ratio = float(value)
         except ValueError:
-            ratio = math.nan
+            ratio = math.nan  # which check_ratio refuses
         try:
             return check_ratio(ratio, got=str(value))
         except ValueError as error:
@@ -75,7 +76,17 @@ def finite(ctx: click.Context, option: click.Parameter, value: float | None) -> 
     return value
 
 
-class Command(click.Command):
+class _WithExamples(click.Command):
+    """A command whose epilog is examples, shown a line each; click would fill them into a paragraph."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.strip().splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+class Command(_WithExamples):
     """A command that reports what goes wrong on one line; --debug shows the traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,8 +121,9 @@ class Command(click.Command):
             say(f"kvzip: {explain(error)}")
             ctx.exit(1)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_examples(self, formatter)
+
+command = partial(click.command, cls=Command)
+"""Makes a function a command, as `click.command` does."""
 
 
 class ListCommand(Command):
@@ -141,7 +153,7 @@ class ListCommand(Command):
         return super().parse_args(ctx, spread)
 
 
-class Group(click.Group):
+class Group(_WithExamples, click.Group):
     """A group that lists its commands in the order in which they were added."""
 
     command_class = Command
@@ -158,9 +170,6 @@ class Group(click.Group):
             click.echo(visible(shown.getvalue()), err=True, nl=False)
             ctx.exit(error.exit_code)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_examples(self, formatter)
-
 
 class _Line(logging.Formatter):
     """What is logged, as one line that is safe to show."""
@@ -173,14 +182,6 @@ def _is_option(word: str) -> bool:
     return re.match(r"-[^\d.]", word) is not None
 
 
-def _write_examples(command: click.Command, formatter: click.HelpFormatter) -> None:
-    """Writes the epilog's lines as they are; click would fill them into a paragraph."""
-    if command.epilog:
-        with formatter.section("Examples"):
-            for line in command.epilog.strip().splitlines():
-                formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
-
-
 @contextmanager
 def resuming(how: Callable[[], str]) -> Iterator[None]:
     """Turns Ctrl-C within into Stopped with what `how` then says of what is left and how to go on."""
@@ -188,11 +189,6 @@ def resuming(how: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Stopped(how()) from error
-
-
-def command(name: str, *, epilog: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a function a command, with examples below its help."""
-    return click.command(name, cls=Command, epilog=epilog, **options)
 
 
 def explain(error: Exception) -> str:
@@ -209,9 +205,9 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     for advice, here in IN_THE_LIBRARY.items():
         text = text.replace(advice, here)
-    if isinstance(error, MemoryError):
-        return text or "out of memory"
-    if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text:
+    if isinstance(error, MemoryError) and not text:
+        return "out of memory"
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)) and text:
         return text
     return f"unexpected {type(error).__name__}: {text or 'no message'} (--debug shows where)"
 
