@@ -37,12 +37,17 @@ def read_integer(raw: Mapping[str, Any], key: str, *, low: int = 1, high: int = 
     return check_integer(key, raw[key], low=low, high=high)
 
 
-def read_flag(raw: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
-    """Returns the truth value `raw[key]`, or the default if it is absent or null."""
+def optional_integer(raw: Mapping[str, Any], key: str) -> int | None:
+    """Returns the positive integer `raw[key]`, None if it is absent or null."""
+    return None if raw.get(key) is None else check_integer(key, raw[key])
+
+
+def read_flag(raw: Mapping[str, Any], key: str) -> bool:
+    """Returns the truth value `raw[key]`, False if it is absent or null."""
     value = raw.get(key)
     if value is not None and type(value) is not bool:
         raise ValueError(f"expected {key} in config.json to be true or false, got {str(value)[:80]!r}: correct it")
-    return default if value is None else value
+    return bool(value)
 
 
 def read_cap(raw: Mapping[str, Any], key: str) -> float | None:

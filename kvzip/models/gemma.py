@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from .config import ModelConfig, check_number
-from .fields import read_cap, read_flag, read_integer, read_mapping, reject, with_defaults
+from .fields import optional_integer, read_cap, read_flag, read_integer, read_mapping, reject, with_defaults
 from .llama import LAYER_NAMES as LLAMA_NAMES
 from .llama import plain_decoder
 from .rope_fields import Parameters, gemma3_rope, shared_rope
@@ -78,16 +78,16 @@ def _gemma(
         raw,
         ropes,
         family=family,
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm=qk_norm,
-        window=None if raw["sliding_window"] is None else read_integer(raw, "sliding_window"),
+        window=optional_integer(raw, "sliding_window"),
         windowed=lambda layer: (layer + 1) % period != 0,
         layer_types=True,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
     )
     return replace(
         config,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=qk_norm,
         norm_offset=1,
         embed_scale=config.hidden_size**0.5,
         attn_scale=check_number("query_pre_attn_scalar", raw["query_pre_attn_scalar"], above=0.0) ** -0.5,

@@ -1,10 +1,20 @@
 """Llama 3, 3.1, 3.2: HF `config.json` to ModelConfig, HF tensor names to our fields."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .config import MOST_LAYERS, LayerSpec, ModelConfig, check_number
-from .fields import read_activation, read_flag, read_integer, read_mapping, read_windows, reject, with_defaults
+from .fields import (
+    optional_integer,
+    read_activation,
+    read_flag,
+    read_integer,
+    read_mapping,
+    read_windows,
+    reject,
+    with_defaults,
+)
 from .rope_fields import FULL, SLIDING, Parameters, read_ropes, shared_rope
 
 LAYER_NAMES = {
@@ -35,8 +45,8 @@ def translate(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> 
     """Returns the ModelConfig of a Llama `config.json`. Raises ValueError for what kvzip does not implement."""
     reject(raw, mlp_bias=(None, False))
     raw, bias = with_defaults(raw, _DEFAULTS), read_flag(raw, "attention_bias")
-    ropes = shared_rope(raw, rope, by_layer_type=False)
-    return plain_decoder(raw, ropes, family="llama", qkv_bias=bias, o_bias=bias)
+    config = plain_decoder(raw, shared_rope(raw, rope, by_layer_type=False), family="llama")
+    return replace(config, qkv_bias=bias, o_bias=bias)
 
 
 def plain_decoder(
@@ -44,24 +54,21 @@ def plain_decoder(
     ropes: Mapping[str, Parameters],
     *,
     family: str,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    qk_norm: bool = False,
     window: int | None = None,
     windowed: Callable[[int], bool] = lambda layer: False,
     layer_types: bool = False,
     activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> ModelConfig:
-    """Returns the ModelConfig of a decoder with RMSNorm, RoPE, GQA and a gated MLP, as Llama's is.
+    """Returns the ModelConfig of a decoder with RMSNorm, RoPE, GQA and a gated MLP, as Llama's is, without biases.
 
     Args:
-        ropes: the RoPE parameters of each layer type, from `shared_rope` or the like.
-        windowed: whether a layer has the window, by its index.
-        layer_types: the family lets the file's `layer_types` say otherwise.
+        ropes: the RoPE parameters of each layer type, as `shared_rope` and `gemma3_rope` return them.
+        windowed: whether the layer of an index has the window, if the file has no `layer_types`.
+        layer_types: whether `layer_types` may differ from `windowed`.
         activation: the field that names the activation, and its default.
     """
     heads, hidden = read_integer(raw, "num_attention_heads"), read_integer(raw, "hidden_size")
-    head_dim = hidden // heads if raw.get("head_dim") is None else read_integer(raw, "head_dim")
+    head_dim = optional_integer(raw, "head_dim") or hidden // heads
     if head_dim < 1:
         raise ValueError(
             f"expected hidden_size in config.json of at least num_attention_heads, got {hidden} and {heads}"
@@ -76,7 +83,7 @@ def plain_decoder(
         hidden_size=hidden,
         intermediate_size=read_integer(raw, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=heads if raw.get("num_key_value_heads") is None else read_integer(raw, "num_key_value_heads"),
+        num_kv_heads=optional_integer(raw, "num_key_value_heads") or heads,
         head_dim=head_dim,
         layers=tuple(LayerSpec(window=w, rope=specs[SLIDING if w else FULL]) for w in windows),
         norm_eps=check_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0),
@@ -88,14 +95,7 @@ def plain_decoder(
         logit_softcap=None,
         max_length=max_length,
         tied=read_flag(raw, "tie_word_embeddings"),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        qk_norm=qk_norm,
-        warn_length=_warn_length(raw),
+        warn_length=optional_integer(
+            read_mapping(raw, "dual_chunk_attention_config"), "original_max_position_embeddings"
+        ),
     )
-
-
-def _warn_length(raw: Mapping[str, Any]) -> int | None:
-    chunked = read_mapping(raw, "dual_chunk_attention_config")
-    key = "original_max_position_embeddings"
-    return None if chunked.get(key) is None else read_integer(chunked, key)

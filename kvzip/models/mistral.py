@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ModelConfig
-from .fields import read_integer, with_defaults
+from .fields import optional_integer, with_defaults
 from .llama import plain_decoder
 from .rope_fields import shared_rope
 
@@ -23,6 +23,6 @@ _DEFAULTS = {  # of the HF class
 def translate(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of a Mistral `config.json`: a Llama with a window in every layer, if any."""
     raw = with_defaults(raw, _DEFAULTS, nullable=("sliding_window",))
-    window = None if raw["sliding_window"] is None else read_integer(raw, "sliding_window")
+    window = optional_integer(raw, "sliding_window")
     ropes = shared_rope(raw, rope, by_layer_type=False)
     return plain_decoder(raw, ropes, family="mistral", window=window, windowed=lambda layer: window is not None)

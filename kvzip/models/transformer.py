@@ -1,6 +1,5 @@
 """The one forward pass. The caller's `attend` gets q, k and v; no cache is known here."""
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ from .config import ModelConfig
 from .identity import fingerprint_of, identity_of
 from .rope import cos_sin
 from .weights import LayerWeights, Weights, named_tensors
-
-logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 
