@@ -91,7 +91,7 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
     mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
     spelled = {token["content"]: mark + token["content"] + mark for token in tokens}
     kept = control.normalizer is None or control.normalizer.normalize_str(mark) == mark
-    words = {re.escape(token["content"]) for token in tokens if token["single_word"]}
+    alone = {token["content"] for token in tokens if token["single_word"]}
     for token in tokens:
         token["content"] = spelled[token["content"]]
         token["single_word"] = False  # `names` checks that instead: between marks no word is next to it
@@ -106,8 +106,8 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
         model["unk_token"] = spelled[model["unk_token"]]
     if "merges" in model:  # nor may ordinary text be merged into a control token
         model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & spelled.keys()]
-    longest_first = [re.escape(name) for name in sorted(spelled, key=len, reverse=True)]
-    longest_first = [rf"(?<!\w){name}(?!\w)" if name in words else name for name in longest_first]
+    longest_first = sorted(spelled, key=len, reverse=True)
+    patterns = [rf"(?<!\w){re.escape(name)}(?!\w)" if name in alone else re.escape(name) for name in longest_first]
     around = control.encode("a", add_special_tokens=True)
     in_front = len(list(takewhile(bool, around.special_tokens_mask)))
     return Tokenizer(
@@ -115,7 +115,7 @@ def make_tokenizer(control: _Tokenizer, *, template: ChatTemplate | None = None,
         control=control,
         bos_ids=tuple(around.ids[:in_front]),
         mark=mark,
-        names=re.compile("|".join(longest_first) or "(?!)"),
+        names=re.compile("|".join(patterns) or "(?!)"),
         rows=rows if rows is not None and rows < control.get_vocab_size() else None,
     )
 
@@ -247,23 +247,6 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.text.decode(list(ids[-_LEFT:]), skip_special_tokens=False)
 
 
-def _split_ids(tokenizer: Tokenizer, text: str, *, stop: int) -> tuple[list[int], list[int], bool]:
-    """The ids of tokens within the first `stop` characters, the other ids, and whether a token spans both."""
-    encoding = tokenizer.text.encode(text, add_special_tokens=False)
-    ids, spans = encoding.ids, encoding.offsets
-    if tokenizer.rows is not None and max(ids, default=0) >= tokenizer.rows:
-        bad = max(ids)
-        raise ValueError(
-            f"expected tokens below {tokenizer.rows} (rows of the model's embedding), got "
-            f"{tokenizer.control.id_to_token(bad)!r}, token {bad} of a tokenizer that has "
-            f"{tokenizer.control.get_vocab_size()}: resize the embedding, or use the model's own tokenizer"
-        )
-    count = 0
-    while count < len(ids) and spans[count][0] < stop and spans[count][1] <= stop:
-        count += 1
-    return ids[:count], ids[count:], count < len(ids) and spans[count][0] < stop
-
-
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], *, before: str = "") -> Iterator[list[int]]:
     """Yields the ids of a text that comes in pieces; joined, they are the ids of the whole text behind `before`.
 
@@ -284,6 +267,23 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str], *, before: str = 
                 before, held = text[max(0, cut - _AROUND) : cut], text[cut:]
     if held:
         yield _split_ids(tokenizer, before + held, stop=len(before))[1]
+
+
+def _split_ids(tokenizer: Tokenizer, text: str, *, stop: int) -> tuple[list[int], list[int], bool]:
+    """The ids of tokens within the first `stop` characters, the other ids, and whether a token spans both."""
+    encoding = tokenizer.text.encode(text, add_special_tokens=False)
+    ids, spans = encoding.ids, encoding.offsets
+    if tokenizer.rows is not None and max(ids, default=0) >= tokenizer.rows:
+        bad = max(ids)
+        raise ValueError(
+            f"expected tokens below {tokenizer.rows} (rows of the model's embedding), got "
+            f"{tokenizer.control.id_to_token(bad)!r}, token {bad} of a tokenizer that has "
+            f"{tokenizer.control.get_vocab_size()}: resize the embedding, or use the model's own tokenizer"
+        )
+    count = 0
+    while count < len(ids) and spans[count][0] < stop and spans[count][1] <= stop:
+        count += 1
+    return ids[:count], ids[count:], count < len(ids) and spans[count][0] < stop
 
 
 def _safe_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:

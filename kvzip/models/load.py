@@ -9,7 +9,7 @@ import torch
 
 from ..checks import check_dtype, check_mapping, check_path, check_text
 from ..hub import config_of, resolve
-from . import gemma, llama, mistral, qwen
+from . import gemma, llama, qwen
 from .config import ModelConfig, check_integer
 from .fields import reject
 from .files import read_json, weight_files
@@ -21,8 +21,8 @@ Translator = Callable[[Mapping[str, Any], Mapping[str, Any] | None], ModelConfig
 Family = tuple[Translator, Mapping[str, tuple[str, ...]], tuple[str, ...]]
 
 FAMILIES: dict[str, Family] = {
-    "llama": (llama.translate, llama.LAYER_NAMES, ("LlamaForCausalLM", "LlamaModel")),
-    "mistral": (mistral.translate, llama.LAYER_NAMES, ("MistralForCausalLM", "MistralModel")),
+    "llama": (llama.translate_llama, llama.LAYER_NAMES, ("LlamaForCausalLM", "LlamaModel")),
+    "mistral": (llama.translate_mistral, llama.LAYER_NAMES, ("MistralForCausalLM", "MistralModel")),
     "qwen2": (qwen.translate_qwen2, llama.LAYER_NAMES, ("Qwen2ForCausalLM", "Qwen2Model")),
     "qwen3": (qwen.translate_qwen3, llama.LAYER_NAMES, ("Qwen3ForCausalLM", "Qwen3Model")),
     "gemma2": (gemma.translate_gemma2, gemma.LAYER_NAMES, ("Gemma2ForCausalLM", "Gemma2Model")),

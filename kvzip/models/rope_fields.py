@@ -75,6 +75,25 @@ def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[
     return found if rope is None else _replaced(found, rope, {}, kinds=(FULL,))
 
 
+def read_ropes(parameters: Mapping[str, Mapping[str, Any]], *, max_length: int) -> tuple[dict[str, RopeSpec], int]:
+    """Returns the RopeSpec of each layer type, and the model's length, which the global layers' scaling may stretch.
+
+    `max_length` is `max_position_embeddings`. In Llama 3.1's config that field is the stretched length already; in the
+    config that Qwen's pages ask for it is the original one. So it is stretched only if it does not exceed the original
+    length. With YaRN the larger of the field and the stretched length counts: Qwen3's field is 40,960 with an original
+    length of 32,768. Without an original length the field stays.
+    """
+    wide = _read_rope(parameters[FULL], max_length=max_length)
+    same = parameters[SLIDING] == parameters[FULL]
+    specs = {FULL: wide, SLIDING: wide if same else _read_rope(parameters[SLIDING], max_length=max_length)}
+    original = parameters[FULL].get(_ORIGINAL)
+    if wide.kind != "default" and original is not None:
+        longer = int(check_integer(_ORIGINAL, original, where=ROPE) * wide.factor)
+        if wide.kind == "yarn" or max_length <= original:
+            max_length = max(max_length, longer)
+    return specs, max_length
+
+
 def _replaced(
     found: dict[str, Parameters], rope: Mapping[str, Any], beside: Parameters, *, kinds: tuple[str, ...]
 ) -> dict[str, Parameters]:
@@ -84,15 +103,7 @@ def _replaced(
     return {**found, **new}
 
 
-def read_ropes(parameters: Mapping[str, Mapping[str, Any]], *, max_length: int) -> tuple[dict[str, RopeSpec], int]:
-    """Returns the RopeSpec of each layer type, and the model's length, which the global layers' scaling may stretch."""
-    wide = read_rope(parameters[FULL], max_length=max_length)
-    same = parameters[SLIDING] == parameters[FULL]
-    specs = {FULL: wide, SLIDING: wide if same else read_rope(parameters[SLIDING], max_length=max_length)}
-    return specs, stretched_length(parameters[FULL], wide, max_length=max_length)
-
-
-def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
+def _read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
     """Returns the RopeSpec of one set of parameters in HF's form.
 
     Raises: ValueError for an unknown type, a partial rotation, a missing factor or a value that cannot be.
@@ -125,21 +136,6 @@ def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
         values["truncate"] = bool(parameters.get("truncate", True))
         values["attention_factor"] = _attention_factor(parameters, values["factor"])
     return RopeSpec(**values)
-
-
-def stretched_length(parameters: Mapping[str, Any], spec: RopeSpec, *, max_length: int) -> int:
-    """Returns the model's length: `max_length` (`max_position_embeddings`), stretched by the factor where it should be.
-
-    In Llama 3.1's config that field is the stretched length already; in the config that Qwen's pages ask for it is the
-    original one. So it is stretched only if it does not exceed the original length. With YaRN the larger of the field
-    and the stretched length counts: Qwen3's field is 40,960 with an original length of 32,768. Without an original
-    length the field stays.
-    """
-    original = parameters.get(_ORIGINAL)
-    if spec.kind == "default" or original is None:
-        return max_length
-    longer = int(check_integer(_ORIGINAL, original, where=ROPE) * spec.factor)
-    return max(max_length, longer) if spec.kind == "yarn" or max_length <= original else max_length
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
