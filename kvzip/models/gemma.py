@@ -62,10 +62,8 @@ def translate_gemma3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = No
     """
     text = fields.read_mapping(raw, "text_config")
     fields.reject(text, quantization_config=(None,), is_causal=(None, True))
-    absent = "tie_word_embeddings" not in raw  # null says no there
-    return translate_gemma3_text(
-        {**text, "tie_word_embeddings": absent or fields.read_flag(raw, "tie_word_embeddings")}, rope
-    )
+    tied = "tie_word_embeddings" not in raw or fields.read_flag(raw, "tie_word_embeddings")  # null is false there
+    return translate_gemma3_text({**text, "tie_word_embeddings": tied}, rope)
 
 
 def _gemma(

@@ -16,12 +16,9 @@ from .config import ROPE_FIELDS, ModelConfig
 
 _PLACES, _PLACE_BYTES = 64, 8
 
-_ARITHMETIC = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
-    *("norm_eps", "norm_offset", "activation", "embed_scale", "attn_scale", "attn_softcap", "logit_softcap"),
-    *("qkv_bias", "o_bias", "qk_norm", "post_norms"),
-)
-"""Fields of ModelConfig, besides windows and RoPE. `tied` is left out: the checkpoint's digest covers it."""
+_LEFT_OUT = ("family", "layers", "max_length", "tied", "warn_length")
+"""Fields of ModelConfig that do not change the arithmetic or are covered otherwise: `layers` by windows and RoPE,
+`tied` by the checkpoint's digest."""
 
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
@@ -68,8 +65,8 @@ def checkpoint_digest(tensors: Iterable[StoredTensor]) -> str:
 
 def identity_of(config: ModelConfig, checkpoint: str) -> str:
     """Returns a hex digest of a model's shape and checkpoint: the same in every dtype, length and RoPE scaling."""
-    changed = [x.name for x in fields(config) if x.name in _ARITHMETIC and getattr(config, x.name) != x.default]
-    values = {name: _canonical(getattr(config, name)) for name in changed}
+    names = [x.name for x in fields(config) if x.name not in _LEFT_OUT and getattr(config, x.name) != x.default]
+    values = {name: _canonical(getattr(config, name)) for name in names}
     return _digest([values, [_canonical(spec.window) for spec in config.layers], checkpoint])
 
 

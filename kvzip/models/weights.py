@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,9 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) of every distinct weight, in a fixed order."""
     yield "embed", weights.embed
     for index, layer in enumerate(weights.layers):
-        for field in fields(layer):
-            tensor = getattr(layer, field.name)
+        for name, tensor in vars(layer).items():
             if tensor is not None:
-                yield f"layers.{index}.{field.name}", tensor
+                yield f"layers.{index}.{name}", tensor
     yield "norm", weights.norm
     if weights.unembed is not weights.embed:
         yield "unembed", weights.unembed
