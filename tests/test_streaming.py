@@ -359,7 +359,7 @@ def split(text, lengths):
 
 @pytest.mark.parametrize("kind", ["text", "ids"])
 def test_pieces_are_the_whole(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts.pieces, "_BLOCK", 100)
+    monkeypatch.setattr(prompts, "_BLOCK", 100)
     model = model_of("plain", torch.float32)
     want = kvzip.prefill_compressed(model, LONG, 0.3, segment=80)
     guess = {"segment": 80, "length": len(LONG)}
@@ -400,7 +400,7 @@ def test_text_in_pieces_has_the_tokens_of_the_whole(kind, lengths, block):
     tokenizer = trained(kind)
     text = (LONG + "a  b\n\n c\t\td é 漢字 " * 3) * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts.pieces, "_BLOCK", block)
+        patch.setattr(prompts, "_BLOCK", block)
         encoded = list(prompts.encode_pieces(tokenizer, split(text, lengths)))
     assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
     assert len(encoded) >= len(text) // (2 * block + 200)
@@ -412,7 +412,7 @@ def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
         tokenizer = read_vocabulary(small_models.model_dir(name), {}).tokenizer
     except small_models.Unavailable as missing:
         pytest.skip(f"left out, {name} cannot be had here: {missing}")
-    monkeypatch.setattr(prompts.pieces, "_BLOCK", 500)
+    monkeypatch.setattr(prompts, "_BLOCK", 500)
     source = Path(small_models.__file__)
     text = source.read_text(encoding="utf-8") + (source.parents[1] / "examples" / "document.txt").read_text(
         encoding="utf-8"
@@ -423,7 +423,7 @@ def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
 
 
 def test_text_without_a_place_to_cut_is_held(monkeypatch):
-    monkeypatch.setattr(prompts.pieces, "_BLOCK", 10)
+    monkeypatch.setattr(prompts, "_BLOCK", 10)
     tokenizer = random_model.tokenizer()
     assert len(list(prompts.encode_pieces(tokenizer, ["x" * 500]))) == 1
     assert len(list(prompts.encode_pieces(tokenizer, ["x " * 250]))) > 5

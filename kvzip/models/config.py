@@ -7,6 +7,14 @@ from typing import Any, Literal
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh"]
 
+ROPE_FIELDS = {
+    "default": ("theta",),
+    "linear": ("theta", "factor"),
+    "llama3": ("theta", "factor", "original_length", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("theta", "factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+"""The fields of RopeSpec that each kind uses."""
+
 LARGEST = 2**31 - 1
 """The largest size or length: rows and positions are counted in 32 bits."""
 MOST_LAYERS = 10_000

@@ -37,12 +37,14 @@ def read_integer(raw: Mapping[str, Any], key: str, *, low: int = 1, high: int = 
     return check_integer(key, raw[key], low=low, high=high)
 
 
-def read_flag(raw: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
-    """Returns the truth value `raw[key]`, or the default if it is absent or null."""
-    value = raw.get(key)
-    if value is not None and type(value) is not bool:
-        raise ValueError(f"expected {key} in config.json to be true or false, got {str(value)[:80]!r}: correct it")
-    return default if value is None else value
+def optional_integer(raw: Mapping[str, Any], key: str) -> int | None:
+    """Returns the positive integer `raw[key]`, None if it is absent or null."""
+    return None if raw.get(key) is None else check_integer(key, raw[key])
+
+
+def read_flag(raw: Mapping[str, Any], key: str) -> bool:
+    """Returns the truth value `raw[key]`, False if it is absent or null."""
+    return _read(raw, key, bool, "true or false") or False
 
 
 def read_cap(raw: Mapping[str, Any], key: str) -> float | None:
@@ -52,10 +54,7 @@ def read_cap(raw: Mapping[str, Any], key: str) -> float | None:
 
 def read_mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Returns the object `raw[key]`, an empty one if it is absent or null."""
-    value = raw.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"expected {key} in config.json to be an object, got {str(value)[:80]!r}: correct it")
-    return value or {}
+    return _read(raw, key, Mapping, "an object") or {}
 
 
 def read_activation(raw: Mapping[str, Any], key: str, default: str) -> Activation:
@@ -97,3 +96,10 @@ def read_windows(
     if "sliding_attention" in types and window is None:
         raise ValueError("expected a sliding_window for the sliding layers, got none: config.json is inconsistent")
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _read(raw: Mapping[str, Any], key: str, kind: type, expected: str) -> Any:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"expected {key} in config.json to be {expected}, got {str(value)[:80]!r}: correct it")
+    return value

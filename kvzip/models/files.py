@@ -68,10 +68,8 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
     """
     if named is not None:
         _check_name(named, "config.json", "transformers_weights", (".safetensors", ".safetensors.index.json"))
-    elif (directory / WEIGHTS).is_file():
-        named = WEIGHTS
     else:
-        named = INDEX
+        named = WEIGHTS if (directory / WEIGHTS).is_file() else INDEX
     if not named.endswith(".json"):
         return _present(directory, [named], "config.json")
     if not (directory / named).is_file():

@@ -4,20 +4,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from . import fields, llama
 from .config import ModelConfig, check_number
-from .fields import read_cap, read_flag, read_integer, read_mapping, reject, with_defaults
-from .llama import LAYER_NAMES as LLAMA_NAMES
-from .llama import plain_decoder
 from .rope_fields import Parameters, gemma3_rope, shared_rope
 
 LAYER_NAMES = {
-    **LLAMA_NAMES,
+    **llama.LAYER_NAMES,
     "attn_post_norm": ("post_attention_layernorm.weight",),
     "mlp_norm": ("pre_feedforward_layernorm.weight",),
     "mlp_post_norm": ("post_feedforward_layernorm.weight",),
 }
 
-_NULLABLE = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")  # null is no default's there
+_NULLABLE = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")  # null switches them off
 _DEFAULTS = {  # of both HF text config classes
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -41,7 +39,7 @@ def translate_gemma2(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = No
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     }
-    raw = with_defaults(raw, defaults, nullable=_NULLABLE)
+    raw = fields.with_defaults(raw, defaults, nullable=_NULLABLE)
     return _gemma(raw, shared_rope(raw, rope, by_layer_type=True), family="gemma2", qk_norm=False, period=2)
 
 
@@ -51,9 +49,9 @@ def translate_gemma3_text(raw: Mapping[str, Any], rope: Mapping[str, Any] | None
     Every sixth layer is global, with its own RoPE base and the config's scaling; the others have a window.
     """
     defaults = {**_DEFAULTS, "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6}
-    raw = with_defaults(raw, defaults, nullable=_NULLABLE)
-    reject(raw, attn_logit_softcapping=(None,))
-    period = read_integer(raw, "sliding_window_pattern")
+    raw = fields.with_defaults(raw, defaults, nullable=_NULLABLE)
+    fields.reject(raw, attn_logit_softcapping=(None,))
+    period = fields.read_integer(raw, "sliding_window_pattern")
     return _gemma(raw, gemma3_rope(raw, rope), family="gemma3", qk_norm=True, period=period)
 
 
@@ -62,37 +60,37 @@ def translate_gemma3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = No
 
     Only `tie_word_embeddings` is read beside `text_config`, and only there: the head belongs to the whole model.
     """
-    text = read_mapping(raw, "text_config")
-    reject(text, quantization_config=(None,), is_causal=(None, True))
-    absent = "tie_word_embeddings" not in raw  # null says no there
-    return translate_gemma3_text({**text, "tie_word_embeddings": absent or read_flag(raw, "tie_word_embeddings")}, rope)
+    text = fields.read_mapping(raw, "text_config")
+    fields.reject(text, quantization_config=(None,), is_causal=(None, True))
+    tied = "tie_word_embeddings" not in raw or fields.read_flag(raw, "tie_word_embeddings")  # null is false there
+    return translate_gemma3_text({**text, "tie_word_embeddings": tied}, rope)
 
 
 def _gemma(
     raw: Mapping[str, Any], ropes: Mapping[str, Parameters], *, family: str, qk_norm: bool, period: int
 ) -> ModelConfig:
     """A Llama with other norms, scales and softcaps, in which all but every `period`-th layer have a window."""
-    reject(raw, use_bidirectional_attention=(None, False))
-    bias = read_flag(raw, "attention_bias")
-    config = plain_decoder(
+    fields.reject(raw, use_bidirectional_attention=(None, False))
+    bias = fields.read_flag(raw, "attention_bias")
+    config = llama.plain_decoder(
         raw,
         ropes,
         family=family,
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm=qk_norm,
-        window=None if raw["sliding_window"] is None else read_integer(raw, "sliding_window"),
+        window=fields.optional_integer(raw, "sliding_window"),
         windowed=lambda layer: (layer + 1) % period != 0,
         layer_types=True,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
     )
     return replace(
         config,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=qk_norm,
         norm_offset=1,
         embed_scale=config.hidden_size**0.5,
         attn_scale=check_number("query_pre_attn_scalar", raw["query_pre_attn_scalar"], above=0.0) ** -0.5,
-        attn_softcap=read_cap(raw, "attn_logit_softcapping"),
-        logit_softcap=read_cap(raw, "final_logit_softcapping"),
+        attn_softcap=fields.read_cap(raw, "attn_logit_softcapping"),
+        logit_softcap=fields.read_cap(raw, "final_logit_softcapping"),
         post_norms=True,
         warn_length=None,
     )

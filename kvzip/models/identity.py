@@ -6,29 +6,19 @@ cast, sharded or packed. So everyone who can read the checkpoint's tensors gets 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, RopeSpec
+from .config import ROPE_FIELDS, ModelConfig
 
 _PLACES, _PLACE_BYTES = 64, 8
 
-_ARITHMETIC = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
-    *("norm_eps", "norm_offset", "activation", "embed_scale", "attn_scale", "attn_softcap", "logit_softcap"),
-    *("qkv_bias", "o_bias", "qk_norm", "post_norms"),
-)
-"""Fields of ModelConfig, besides windows and RoPE. `tied` is left out: the checkpoint's digest covers it."""
-
-_ROPE = {
-    "default": ("theta",),
-    "linear": ("theta", "factor"),
-    "llama3": ("theta", "factor", "original_length", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("theta", "factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"),
-}
+_LEFT_OUT = ("family", "layers", "max_length", "tied", "warn_length")
+"""Fields of ModelConfig that do not change the arithmetic or are covered otherwise: `layers` by windows and RoPE,
+`tied` by the checkpoint's digest."""
 
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
@@ -75,20 +65,18 @@ def checkpoint_digest(tensors: Iterable[StoredTensor]) -> str:
 
 def identity_of(config: ModelConfig, checkpoint: str) -> str:
     """Returns a hex digest of a model's shape and checkpoint: the same in every dtype, length and RoPE scaling."""
-    defaults = {field.name: field.default for field in fields(config)}
-    values = {name: getattr(config, name) for name in _ARITHMETIC}
-    values = {name: _canonical(value) for name, value in values.items() if value != defaults[name]}
+    names = [x.name for x in fields(config) if x.name not in _LEFT_OUT and getattr(config, x.name) != x.default]
+    values = {name: _canonical(getattr(config, name)) for name in names}
     return _digest([values, [_canonical(spec.window) for spec in config.layers], checkpoint])
 
 
 def fingerprint_of(config: ModelConfig, identity: str, dtype: torch.dtype) -> str:
     """Returns a hex digest of an identity with its RoPE, a dash and the dtype, as `3f0c...-bfloat16`."""
-    ropes = [_rope(spec.rope) for spec in config.layers]
+    ropes = [
+        {name: _canonical(getattr(spec.rope, name)) for name in ("kind", *ROPE_FIELDS[spec.rope.kind])}
+        for spec in config.layers
+    ]
     return f"{_digest([identity, ropes])}-{str(dtype).removeprefix('torch.')}"
-
-
-def _rope(rope: RopeSpec) -> Mapping[str, object]:
-    return {"kind": rope.kind, **{name: _canonical(getattr(rope, name)) for name in _ROPE[rope.kind]}}
 
 
 def _canonical(value: object) -> object:

@@ -1,6 +1,5 @@
 """An HF directory, hub id or alias, loaded into a Model."""
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from ..checks import check_dtype, check_mapping, check_path, check_text
 from ..hub import config_of, resolve
-from . import gemma, llama, mistral, qwen
+from . import gemma, llama, qwen
 from .config import ModelConfig, check_integer
 from .fields import reject
 from .files import read_json, weight_files
@@ -18,14 +17,12 @@ from .transformer import Model
 from .vocabulary import read_vocabulary, stop_ids
 from .weights import read_weights
 
-logger = logging.getLogger(__name__)
-
 Translator = Callable[[Mapping[str, Any], Mapping[str, Any] | None], ModelConfig]
 Family = tuple[Translator, Mapping[str, tuple[str, ...]], tuple[str, ...]]
 
 FAMILIES: dict[str, Family] = {
-    "llama": (llama.translate, llama.LAYER_NAMES, ("LlamaForCausalLM", "LlamaModel")),
-    "mistral": (mistral.translate, llama.LAYER_NAMES, ("MistralForCausalLM", "MistralModel")),
+    "llama": (llama.translate_llama, llama.LAYER_NAMES, ("LlamaForCausalLM", "LlamaModel")),
+    "mistral": (llama.translate_mistral, llama.LAYER_NAMES, ("MistralForCausalLM", "MistralModel")),
     "qwen2": (qwen.translate_qwen2, llama.LAYER_NAMES, ("Qwen2ForCausalLM", "Qwen2Model")),
     "qwen3": (qwen.translate_qwen3, llama.LAYER_NAMES, ("Qwen3ForCausalLM", "Qwen3Model")),
     "gemma2": (gemma.translate_gemma2, gemma.LAYER_NAMES, ("Gemma2ForCausalLM", "Gemma2Model")),
@@ -68,7 +65,12 @@ def load(
     directory = resolve(source)
     raw = read_json(config_of(directory))
     translate, layer_names, _ = _family(raw)
-    config = translate(raw, _checked_rope(rope))
+    if rope is not None and not (isinstance(rope, Mapping) and all(isinstance(key, str) for key in rope)):
+        raise ValueError(
+            f"expected rope to be None or a dict in Hugging Face's form, got {str(rope)[:80]!r}: "
+            "pass for example {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}"
+        )
+    config = translate(raw, rope)
     if max_length is not None:
         config = replace(config, max_length=check_integer("max_length", max_length, where="load"))
     if all(spec.window is not None for spec in config.layers):
@@ -122,12 +124,3 @@ def _family(raw: Mapping[str, Any]) -> Family:
         f"expected an architecture of {choices} in architectures of config.json, got "
         f"{str(names or None)[:200]}: kvzip has no translator for it, see docs/adding_a_family.md"
     )
-
-
-def _checked_rope(rope: Any) -> Mapping[str, Any] | None:
-    if rope is not None and not (isinstance(rope, Mapping) and all(isinstance(key, str) for key in rope)):
-        raise ValueError(
-            f"expected rope to be None or a dict in Hugging Face's form, got {str(rope)[:80]!r}: "
-            "pass for example {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}"
-        )
-    return rope

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ROPE, RopeSpec, check_integer, check_number
+from .config import ROPE, ROPE_FIELDS, RopeSpec, check_integer, check_number
 from .fields import read_mapping, reject
 
 logger = logging.getLogger(__name__)
@@ -19,14 +19,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 Parameters = dict[str, Any]
 
 _ORIGINAL = "original_max_position_embeddings"
-_USED = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL},
-    "yarn": {
-        *("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
-        _ORIGINAL,
-    },
+_SPELLED = {  # fields of RopeSpec that are not spelled as here
+    "theta": ("rope_theta",),
+    "original_length": (_ORIGINAL,),
+    "attention_factor": ("attention_factor", "mscale", "mscale_all_dim"),
 }
 
 
@@ -45,16 +41,12 @@ def shared_rope(
     given = read_mapping(raw, "rope_scaling") or read_mapping(raw, "rope_parameters")
     reject(raw, partial_rotary_factor=(None, 1))
     base = {"rope_theta": _first(raw.get("rope_theta"), 10_000.0)}
+    beside = {} if raw.get(_ORIGINAL) is None else {_ORIGINAL: raw[_ORIGINAL]}
     parts = {kind: read_mapping(given, kind) for kind in (FULL, SLIDING) if by_layer_type and kind in given}
     if parts:
-        fallback = parts.get(FULL, {})
-        found = {kind: {**base, **_present(parts.get(kind, fallback))} for kind in (FULL, SLIDING)}
+        found = {kind: {**base, **_present(parts.get(kind, parts.get(FULL, {})))} for kind in (FULL, SLIDING)}
     else:
-        one = {**base, **_present(given)}
-        if raw.get(_ORIGINAL) is not None:
-            one[_ORIGINAL] = raw[_ORIGINAL]
-        found = {FULL: one, SLIDING: one}
-    beside = {_ORIGINAL: raw[_ORIGINAL]} if raw.get(_ORIGINAL) is not None else {}
+        found = {kind: {**base, **_present(given), **beside} for kind in (FULL, SLIDING)}
     return found if rope is None else _replaced(found, rope, beside, kinds=(FULL, SLIDING))
 
 
@@ -73,16 +65,33 @@ def gemma3_rope(raw: Mapping[str, Any], rope: Mapping[str, Any] | None) -> dict[
     wide, narrow = (
         {"rope_type": "default"} if nested.get(kind) is None else read_mapping(nested, kind) for kind in (FULL, SLIDING)
     )
-    found = {
-        FULL: {"rope_theta": _first(raw.get("rope_theta"), 1_000_000.0)},
-        SLIDING: {"rope_theta": _first(raw.get("rope_local_base_freq"), 10_000.0)},
-    }
-    found[FULL] |= _present({**wide, **read_mapping(raw, "rope_scaling")})
-    found[SLIDING] |= _present(narrow)
+    wide = {**wide, **read_mapping(raw, "rope_scaling")}
     reject(raw, partial_rotary_factor=(None, 1))
-    for one in found.values():
-        one["truncate"] = nested.get("truncate", True)  # Transformers reads it beside the layer types' objects
+    beside = {"truncate": nested.get("truncate", True)}  # Transformers reads it beside the layer types' objects
+    found = {
+        FULL: {"rope_theta": _first(raw.get("rope_theta"), 1_000_000.0), **_present(wide), **beside},
+        SLIDING: {"rope_theta": _first(raw.get("rope_local_base_freq"), 10_000.0), **_present(narrow), **beside},
+    }
     return found if rope is None else _replaced(found, rope, {}, kinds=(FULL,))
+
+
+def read_ropes(parameters: Mapping[str, Mapping[str, Any]], *, max_length: int) -> tuple[dict[str, RopeSpec], int]:
+    """Returns the RopeSpec of each layer type, and the model's length, which the global layers' scaling may stretch.
+
+    `max_length` is `max_position_embeddings`. In Llama 3.1's config that field is the stretched length already; in the
+    config that Qwen's pages ask for it is the original one. So it is stretched only if it does not exceed the original
+    length. With YaRN the larger of the field and the stretched length counts: Qwen3's field is 40,960 with an original
+    length of 32,768. Without an original length the field stays.
+    """
+    wide = _read_rope(parameters[FULL], max_length=max_length)
+    same = parameters[SLIDING] == parameters[FULL]
+    specs = {FULL: wide, SLIDING: wide if same else _read_rope(parameters[SLIDING], max_length=max_length)}
+    original = parameters[FULL].get(_ORIGINAL)
+    if wide.kind != "default" and original is not None:
+        longer = int(check_integer(_ORIGINAL, original, where=ROPE) * wide.factor)
+        if wide.kind == "yarn" or max_length <= original:
+            max_length = max(max_length, longer)
+    return specs, max_length
 
 
 def _replaced(
@@ -94,15 +103,7 @@ def _replaced(
     return {**found, **new}
 
 
-def read_ropes(parameters: Mapping[str, Mapping[str, Any]], *, max_length: int) -> tuple[dict[str, RopeSpec], int]:
-    """Returns the RopeSpec of each layer type, and the model's length, which the global layers' scaling may stretch."""
-    wide = read_rope(parameters[FULL], max_length=max_length)
-    same = parameters[SLIDING] == parameters[FULL]
-    specs = {FULL: wide, SLIDING: wide if same else read_rope(parameters[SLIDING], max_length=max_length)}
-    return specs, stretched_length(parameters[FULL], wide, max_length=max_length)
-
-
-def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
+def _read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
     """Returns the RopeSpec of one set of parameters in HF's form.
 
     Raises: ValueError for an unknown type, a partial rotation, a missing factor or a value that cannot be.
@@ -111,54 +112,30 @@ def read_rope(parameters: Mapping[str, Any], *, max_length: int) -> RopeSpec:
     kind = _first(parameters.get("rope_type"), parameters.get("type"), "default")
     reject(parameters, partial_rotary_factor=(None, 1), mrope_section=(None,))
     theta = _number(parameters, "rope_theta")
-    if not isinstance(kind, str) or kind not in _USED:
-        raise ValueError(f"expected rope_type in {ROPE} to be one of {sorted(_USED)}, got {kind!r}: not supported")
-    unused = set(parameters) - _USED[kind] - {"rope_theta", "rope_type", "type", "truncate", "partial_rotary_factor"}
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        raise ValueError(
+            f"expected rope_type in {ROPE} to be one of {sorted(ROPE_FIELDS)}, got {kind!r}: not supported"
+        )
+    used = ROPE_FIELDS[kind]
+    known = {key for name in used for key in _SPELLED.get(name, (name,))}
+    unused = set(parameters) - known - {"rope_type", "type", "truncate", "partial_rotary_factor"}
     if unused:
         logger.warning("%s in %s: unused by rope_type %r, as in Transformers", sorted(unused), ROPE, kind)
-    if kind == "default":
-        return RopeSpec(theta=theta)
-    if kind == "linear":
-        return RopeSpec(theta=theta, kind="linear", factor=_number(parameters, "factor"))
-    length = parameters.get(_ORIGINAL)
-    length = max_length if length is None else check_integer(_ORIGINAL, length, where=ROPE)
-    if kind == "llama3":
-        return RopeSpec(
-            theta=theta,
-            kind="llama3",
-            factor=_number(parameters, "factor"),
-            original_length=length,
-            low_freq_factor=_number(parameters, "low_freq_factor"),
-            high_freq_factor=_number(parameters, "high_freq_factor"),
-        )
-    # a factor of null means the ratio of the lengths; an absent one is an error
-    null = "factor" in parameters and parameters["factor"] is None
-    factor = max_length / length if null else _number(parameters, "factor")
-    return RopeSpec(
-        theta=theta,
-        kind="yarn",
-        factor=factor,
-        original_length=length,
-        beta_fast=_number(parameters, "beta_fast", 32.0) or 32.0,
-        beta_slow=_number(parameters, "beta_slow", 1.0) or 1.0,
-        truncate=bool(parameters.get("truncate", True)),
-        attention_factor=_attention_factor(parameters, factor),
-    )
-
-
-def stretched_length(parameters: Mapping[str, Any], spec: RopeSpec, *, max_length: int) -> int:
-    """Returns the model's length: `max_length` (`max_position_embeddings`), stretched by the factor where it should be.
-
-    In Llama 3.1's config that field is the stretched length already; in the config that Qwen's pages ask for it is the
-    original one. So it is stretched only if it does not exceed the original length. With YaRN the larger of the field
-    and the stretched length counts: Qwen3's field is 40,960 with an original length of 32,768. Without an original
-    length the field stays.
-    """
-    original = parameters.get(_ORIGINAL)
-    if spec.kind == "default" or original is None:
-        return max_length
-    longer = int(check_integer(_ORIGINAL, original, where=ROPE) * spec.factor)
-    return max(max_length, longer) if spec.kind == "yarn" or max_length <= original else max_length
+    values: dict[str, Any] = {"kind": kind, "theta": theta}
+    if "original_length" in used:
+        length = _first(parameters.get(_ORIGINAL), max_length)
+        values["original_length"] = length = check_integer(_ORIGINAL, length, where=ROPE)
+        if kind == "yarn" and parameters.get("factor", 0) is None:  # null means the ratio of the lengths
+            parameters = {**parameters, "factor": max_length / length}
+    values |= {
+        key: _number(parameters, key) for key in ("factor", "low_freq_factor", "high_freq_factor") if key in used
+    }
+    if kind == "yarn":
+        values["beta_fast"] = _number(parameters, "beta_fast", 32.0) or 32.0
+        values["beta_slow"] = _number(parameters, "beta_slow", 1.0) or 1.0
+        values["truncate"] = bool(parameters.get("truncate", True))
+        values["attention_factor"] = _attention_factor(parameters, values["factor"])
+    return RopeSpec(**values)
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:

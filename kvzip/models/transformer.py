@@ -1,6 +1,5 @@
 """The one forward pass. The caller's `attend` gets q, k and v; no cache is known here."""
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ from .config import ModelConfig
 from .identity import fingerprint_of, identity_of
 from .rope import cos_sin
 from .weights import LayerWeights, Weights, named_tensors
-
-logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 
@@ -114,7 +111,8 @@ def _run(
     for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
         if observe is not None:
             observe(index, hidden)
-        qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias, norm=_norm(layer.attn_norm, config))
+        norm = ops.Norm(layer.attn_norm, config.norm_eps, config.norm_offset)
+        qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias, norm=norm)
         q, k, v = ops.rotary(
             qkv,
             *tables[spec.rope],
@@ -135,7 +133,8 @@ def _run(
 
 
 def _mlp(hidden: Tensor, layer: LayerWeights, config: ModelConfig) -> Tensor:
-    gated = ops.linear(hidden, layer.gate_up, norm=_norm(layer.mlp_norm, config), gate=config.activation)
+    norm = ops.Norm(layer.mlp_norm, config.norm_eps, config.norm_offset)
+    gated = ops.linear(hidden, layer.gate_up, norm=norm, gate=config.activation)
     return _add(hidden, gated, layer.down, None, layer.mlp_post_norm, config)
 
 
@@ -147,7 +146,3 @@ def _add(
         return ops.linear(x, weight, bias, residual=hidden)
     out = ops.linear(x, weight, bias)
     return ops.rms_norm(out, post_norm, eps=config.norm_eps, offset=config.norm_offset, residual=hidden)
-
-
-def _norm(weight: Tensor, config: ModelConfig) -> ops.Norm:
-    return ops.Norm(weight, config.norm_eps, config.norm_offset)

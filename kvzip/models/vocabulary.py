@@ -5,7 +5,7 @@ Source: `PreTrainedTokenizerBase.from_pretrained` and `AutoTokenizer` of Transfo
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,58 +26,13 @@ _QWEN_WORDS = (
 )
 
 
-@dataclass(frozen=True)
-class _Class:
-    """A class of Transformers that takes only the vocabulary and the merges from tokenizer.json: the rest is its own.
-
-    `words` and `decoder` depend on `add_prefix_space` of tokenizer_config.json; `words` on `legacy` too.
-    """
-
-    names: Mapping[str, str]
-    normalizer: normalizers.Normalizer | None
-    words: Callable[[bool | None, bool], pre_tokenizers.PreTokenizer]
-    decoder: Callable[[bool | None], decoders.Decoder]
-    byte_fallback: bool = True
-    keeps_unknown: bool = False
-
-
-def _qwen_words(prefix: bool | None, legacy: bool) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
-    return pre_tokenizers.Sequence([words, letters])
-
-
-def _llama_words(prefix: bool | None, legacy: bool) -> pre_tokenizers.PreTokenizer:
-    scheme = "never" if prefix is False else "always" if legacy else "first"
-    return pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-
-
-def _spaces(*more: decoders.Decoder) -> decoders.Decoder:
-    return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *more])
-
-
 _CLASSES = {
-    "LlamaTokenizer": _Class(
-        names={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-        normalizer=None,
-        words=_llama_words,
-        decoder=lambda prefix: _spaces() if prefix is False else _spaces(decoders.Strip(" ", 1, 0)),
-    ),
-    "Qwen2Tokenizer": _Class(
-        names=dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
-        normalizer=normalizers.NFC(),
-        words=_qwen_words,
-        decoder=lambda prefix: decoders.ByteLevel(),
-        byte_fallback=False,
-    ),
-    "GemmaTokenizer": _Class(
-        names={f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
-        normalizer=normalizers.Replace(" ", "▁"),
-        words=lambda prefix, legacy: pre_tokenizers.Split(" ", behavior="merged_with_previous"),
-        decoder=lambda prefix: _spaces(),
-        keeps_unknown=True,
-    ),
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
 }
+"""Classes of Transformers that take only the vocabulary and the merges from tokenizer.json, and the named tokens that
+they add; `_rebuilt` has the rest of them."""
 
 _REGISTERED = {name: "Qwen2Tokenizer" for name in ("qwen2", "qwen3")} | {
     name: "GemmaTokenizer" for name in ("gemma2", "gemma3", "gemma3_text")
@@ -117,7 +72,7 @@ def read_vocabulary(
     document = read_json(path)
     try:
         kind = _class_of(settings, config, document)
-        named, extra, added = _merge(directory, settings, document, kind.names if kind else {})
+        named, extra, added = _merge(directory, settings, document, _CLASSES[kind] if kind else {})
         source = _template_source(directory, settings) if template is None else template
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -154,7 +109,7 @@ def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
 
     Raises: ValueError for an end that is no token id, or a text_config that is no object.
     """
-    found: list[int] = []
+    found: list[int | None] = []
     generation = read_json(directory / "generation_config.json")
     text = read_mapping(config, "text_config")
     for name, raw in (("generation_config", generation), ("config", config), ("config", text)):
@@ -162,15 +117,14 @@ def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary)
         for end in ends if isinstance(ends, list) else [ends]:
             if end is not None and (type(end) is not int or end < 0):
                 raise ValueError(f"expected eos_token_id of {directory / name}.json to be token ids, got {end!r}")
-            found += [] if end is None else [end]
+            found.append(end)
     if vocabulary.tokenizer is not None:
-        end = vocabulary.tokenizer.control.token_to_id(vocabulary.names.get("eos_token", ""))
-        found += [] if end is None else [end]
+        found.append(vocabulary.tokenizer.control.token_to_id(vocabulary.names.get("eos_token", "")))
         found += prompts.turn_end(vocabulary.tokenizer, vocabulary.template)
-    return tuple(dict.fromkeys(found))
+    return tuple(end for end in dict.fromkeys(found) if end is not None)
 
 
-def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: Mapping[str, Any]) -> _Class | None:
+def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: Mapping[str, Any]) -> str | None:
     """The class of `_CLASSES` that Transformers would take; None for one that takes tokenizer.json as it is."""
     declared, kind = settings.get("tokenizer_class") or config.get("tokenizer_class"), config.get("model_type")
     declared = declared.removesuffix("Fast") if isinstance(declared, str) else None
@@ -180,7 +134,7 @@ def _class_of(settings: Mapping[str, Any], config: Mapping[str, Any], document: 
     if kind == "mistral" or (declared == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(pipeline)):
         return None
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
-    return _CLASSES.get(declared or "") if is_bpe else None
+    return declared if is_bpe and declared in _CLASSES else None
 
 
 def _merge(
@@ -234,20 +188,31 @@ def _token(raw: Any, *, special: bool = False) -> AddedToken:
 
 
 def _rebuilt(
-    document: Mapping[str, Any], kind: _Class, settings: Mapping[str, Any], names: Mapping[str, str]
+    document: Mapping[str, Any], kind: str, settings: Mapping[str, Any], names: Mapping[str, str]
 ) -> _Tokenizer:
     """A tokenizer of the file's vocabulary and merges that cuts and joins text as a class of Transformers does."""
-    flags = dict.fromkeys(("byte_fallback", "fuse_unk"), kind.byte_fallback)
-    flags |= {"unk_token": names.get("unk_token") if kind.keeps_unknown else None, "ignore_merges": False}
+    flags = dict.fromkeys(("byte_fallback", "fuse_unk"), kind != "Qwen2Tokenizer")
+    flags |= {"unk_token": names.get("unk_token") if kind == "GemmaTokenizer" else None, "ignore_merges": False}
     flags |= dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
     bare = {**document, "model": {**document["model"], **flags}, "added_tokens": []}
     raw = _Tokenizer.from_str(json.dumps(bare | {"normalizer": None, "pre_tokenizer": None}))
-    prefix = settings.get("add_prefix_space")
-    prefix = None if prefix is None else bool(prefix)
-    if kind.normalizer is not None:
-        raw.normalizer = kind.normalizer
-    raw.pre_tokenizer = kind.words(prefix, bool(settings.get("legacy", False)))
-    raw.decoder = kind.decoder(prefix)
+    prefix = settings.get("add_prefix_space")  # null is true to Llama, false to Qwen
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "LlamaTokenizer":
+        prefixed = prefix is None or bool(prefix)
+        scheme = "never" if not prefixed else "always" if settings.get("legacy") else "first"
+        raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+        raw.decoder = decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)] if prefixed else spaces)
+    elif kind == "GemmaTokenizer":
+        raw.normalizer = normalizers.Replace(" ", "▁")
+        raw.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+        raw.decoder = decoders.Sequence(spaces)
+    else:
+        words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+        raw.normalizer = normalizers.NFC()
+        raw.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+        raw.decoder = decoders.ByteLevel()
     return raw
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,9 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) of every distinct weight, in a fixed order."""
     yield "embed", weights.embed
     for index, layer in enumerate(weights.layers):
-        for field in fields(layer):
-            tensor = getattr(layer, field.name)
+        for name, tensor in vars(layer).items():
             if tensor is not None:
-                yield f"layers.{index}.{field.name}", tensor
+                yield f"layers.{index}.{name}", tensor
     yield "norm", weights.norm
     if weights.unembed is not weights.embed:
         yield "unembed", weights.unembed
@@ -149,17 +148,9 @@ def read_weights(
     return weights, checkpoint_digest(_filled(found, slots(config, weights, layer_names)))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor is."""
-
-    path: Path
-    name: str
-
-
-def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, _Place]:
-    """Where each tensor is, by its name below the wrapper, in the order of the files."""
-    found: dict[str, _Place] = {}
+def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, tuple[Path, str]]:
+    """The file of each tensor and its name there, by its name below the wrapper, in the order of the files."""
+    found: dict[str, tuple[Path, str]] = {}
     for path in files:
         with _opened(path) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -167,11 +158,8 @@ def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, _
                 if short is None:
                     continue
                 if short not in shapes or short in found:
-                    what = (
-                        "a tensor given once, got it twice"
-                        if short in found
-                        else "only tensors of the model, got one it does not read"
-                    )
+                    unread = "only tensors of the model, got one it does not read"
+                    what = "a tensor given once, got it twice" if short in found else unread
                     raise ValueError(f"expected {what}: {name!r} in {path.name}; is config.json this checkpoint's?")
                 shape, stored = shard.get_slice(name).get_shape(), shard.get_slice(name).get_dtype()
                 if shape != list(shapes[short].shape):
@@ -184,30 +172,30 @@ def _located(files: Iterable[Path], shapes: Mapping[str, Tensor]) -> dict[str, _
                         f"expected {name!r} of a floating type, got {stored} in {path.name}: "
                         "kvzip reads no quantized checkpoints, take one of 16 bits"
                     )
-                found[short] = _Place(path, name)
+                found[short] = path, name
     return found
 
 
-def _filled(found: Mapping[str, _Place], weights: Mapping[str, Tensor]) -> Iterator[StoredTensor]:
+def _filled(found: Mapping[str, tuple[Path, str]], weights: Mapping[str, Tensor]) -> Iterator[StoredTensor]:
     """Copies every tensor into its place, file by file, and yields it as it is stored.
 
     A head tied to the embedding has no place of its own. It is yielded too: in the checkpoint's dtype the two may
     differ, and the digest must not depend on the dtype of the weights.
     """
-    for path in dict.fromkeys(place.path for place in found.values()):
+    for path in dict.fromkeys(file for file, _ in found.values()):
         with _opened(path) as shard:
-            for short, place in found.items():
-                if place.path == path:
-                    tensor = shard.get_tensor(place.name)
+            for short, (file, name) in found.items():
+                if file == path:
+                    tensor = shard.get_tensor(name)
                     if short in weights:
                         weights[short].copy_(tensor)
                     yield stored_tensor(short, tensor)
 
 
-def _same(embed: _Place, head: _Place, dtype: torch.dtype, rows: int = 4096) -> bool:
+def _same(embed: tuple[Path, str], head: tuple[Path, str], dtype: torch.dtype, rows: int = 4096) -> bool:
     """Whether two matrices of one shape are equal in `dtype`, read some rows at a time."""
-    with _opened(embed.path) as one, _opened(head.path) as other:
-        a, b = one.get_slice(embed.name), other.get_slice(head.name)
+    with _opened(embed[0]) as one, _opened(head[0]) as other:
+        a, b = one.get_slice(embed[1]), other.get_slice(head[1])
         steps = range(0, a.get_shape()[0], rows)
         return all(torch.equal(a[i : i + rows].to(dtype), b[i : i + rows].to(dtype)) for i in steps)
 
@@ -230,7 +218,4 @@ def _short_name(name: str) -> str | None:
         return None
     if name in (HEAD, f"language_model.{HEAD}"):
         return HEAD
-    for wrapper in WRAPPERS:
-        if name.startswith(wrapper):
-            return name.removeprefix(wrapper)
-    return name
+    return next((name.removeprefix(wrapper) for wrapper in WRAPPERS if name.startswith(wrapper)), name)

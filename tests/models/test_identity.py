@@ -207,16 +207,16 @@ def test_every_field_is_either_arithmetic_or_is_not() -> None:
 
 
 def test_a_new_field_with_its_default_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither before nor after it is listed as arithmetic, where another value then counts."""
+    """Another value counts, unless the field is listed as one that does not change the arithmetic."""
     config = random_model.config()
     wider = make_dataclass("Wider", [("new", int, field(default=3))], bases=(ModelConfig,), frozen=True)(**vars(config))
     assert identity_of(wider, "digest") == identity_of(config, "digest")
     model = random_model.make(config)
     assert replace(model, config=wider).fingerprint == model.fingerprint
-    before = identity_of(config, "digest")
-    monkeypatch.setattr(identity, "_ARITHMETIC", (*identity._ARITHMETIC, "new"))
-    assert identity_of(wider, "digest") == before
     assert identity_of(replace(wider, new=4), "digest") != identity_of(wider, "digest")
+    before = identity_of(config, "digest")
+    monkeypatch.setattr(identity, "_LEFT_OUT", (*identity._LEFT_OUT, "new"))
+    assert identity_of(config, "digest") == identity_of(replace(wider, new=4), "digest") == before
 
 
 def test_rope_counts_by_what_its_kind_uses() -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from kvzip import prompts
+from kvzip import prompts, templates
 from kvzip.models.vocabulary import read_vocabulary
 from kvzip.prompts import ChatTemplate, Prompt
 
@@ -155,13 +155,13 @@ def test_a_template_that_drops_the_user_text_is_refused() -> None:
 
 def test_a_template_runs_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it writes does not depend on the texts, so that only a system message makes it run again."""
-    chat, runs, write = template("llama3.2"), [], prompts.rendering.write
+    chat, runs, write = template("llama3.2"), [], templates._write
 
     def counted(chat: ChatTemplate, messages: list[dict[str, str]]) -> str:
         runs.append(len(messages))
         return write(chat, messages)
 
-    monkeypatch.setattr(prompts.rendering, "write", counted)
+    monkeypatch.setattr(templates, "_write", counted)
     first = prompts.render(chat)
     assert [prompts.render(chat), prompts.render(chat, instruction="Read.").postfix] == [first, first.postfix]
     assert runs == [1, 1, 3]

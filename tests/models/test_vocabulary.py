@@ -411,7 +411,7 @@ def test_text_in_pieces_follows_a_prefix_as_the_whole(kind: str, source: str) ->
     text = (DOC + " ") * 40
     whole = prompts.encode_context(vocabulary.tokenizer, text, before=before)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts.pieces, "_BLOCK", 200)
+        patch.setattr(prompts, "_BLOCK", 200)
         pieces = list(prompts.encode_pieces(vocabulary.tokenizer, [text[:3], text[3:]], before=before))
     assert len(pieces) > 3 and [i for ids in pieces for i in ids] == whole
 
