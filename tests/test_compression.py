@@ -297,6 +297,7 @@ def arguments_of(function, model, cache, path):
         "device": "cpu",
         "header": {},
         "pieces": {},
+        "token_texts": {},
         "scope": "chunk",
         "method": "kvzip",
         "chunk": 9,
