@@ -8,17 +8,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from . import checks, ops, options
-from .cache import (
-    DenseCache,
-    DenseKV,
-    RaggedCache,
-    RaggedKV,
-    Scores,
-    WindowKV,
-    check_whole,
-    explain_out_of_memory,
-    free_bytes,
-)
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, explain_out_of_memory, free_bytes
 from .cache.caches import ragged_of
 from .cache.rows import pack, ranked
 from .checks import check_kind
@@ -76,7 +66,7 @@ def compress(
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}: pass one of them")
     chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent)
     keep, counts = _keep(cache.scores, chosen)
-    context = _pack(cache, cache.scores, keep, counts, bits, consume)
+    context = _pack(cache, keep, counts, bits=bits, consume=consume)
     method = f"{cache.scores.source}/{level}"
     return ragged_of(cache, context, kept=sum(map(sum, counts)), total=keep.numel(), method=method)
 
@@ -159,7 +149,8 @@ def _select(
     count = count_of(budget, sharing, evictable)
     assert count is not None
     if budget.level == "head":
-        keep = _highest(values.amax(-1, keepdim=True), count // max(1, evictable), nan).expand_as(values)
+        whole = ops.select_uniform_count(values.amax(-1).view(1, 1, -1), count=count // max(1, evictable), nan=nan)
+        keep = whole.view(layers, heads, 1).expand_as(values)
         return keep if forced is None else keep | forced
     if forced is not None:
         needed = int(forced.reshape(-1, sharing * evictable).sum(-1).max())
@@ -169,25 +160,12 @@ def _select(
                 f"{needed}: raise the ratio or the budget, or protect less"
             )
         values = ranked(values).masked_fill(forced, torch.inf)
-    if budget.level == "uniform":
-        return ops.select_uniform_count(values, count=count, nan=nan)
-    parts = values.split(layers if budget.level == "pair" else 1)
-    return torch.cat([_highest(part, count, nan) for part in parts])
-
-
-def _highest(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[Tensor, "L H E"]:
-    mask = ops.select_count(values, count=count, nan=nan)
-    assert isinstance(mask, Tensor)
-    return mask
+    pools = values.reshape(layers * heads // sharing, 1, sharing * evictable)  # one row for each shared budget
+    return ops.select_uniform_count(pools, count=count, nan=nan).view(values.shape)
 
 
 def _pack(
-    cache: DenseCache,
-    scores: Scores,
-    keep: Bool[Tensor, "L H E"],
-    counts: list[list[int]],
-    bits: int | None,
-    consume: bool,
+    cache: DenseCache, keep: Bool[Tensor, "L H E"], counts: list[list[int]], *, bits: int | None, consume: bool
 ) -> tuple[RaggedKV | WindowKV, ...]:
     """Packs the kept pairs of each layer behind its prefix; head h of scored layer l keeps counts[l][h] of them.
 
@@ -196,6 +174,8 @@ def _pack(
     packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
     """
     layers: list[Any] = list(cache.layers)
+    scores = cache.scores
+    assert scores is not None
     rows = [[scores.start + count for count in heads] for heads in counts]
     pair = 2 * layers[0].width * layers[0].k.element_size()
     sizes = [pair * sum(heads) for heads in rows]
@@ -231,7 +211,7 @@ def _pack(
 
 def _check_finite(cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"]) -> None:
     """Raises ValueError for a kept pair that is not finite: no scale fits it. One pass, one wait for the device."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DenseKV)]
+    layers = [cache.layers[n] for n in cache.scored_layers]
     ends = torch.stack([torch.stack(x.aminmax()) for layer in layers for x in (layer.k, layer.v)])
     for n in set((~ends.isfinite()).any(1).nonzero()[:, 0].floor_divide(2).tolist()):
         mask = torch.nn.functional.pad(keep[n], (scores.start, 0), value=True)

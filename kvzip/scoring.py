@@ -12,15 +12,7 @@ from torch import Tensor
 
 from . import options, prompts
 from .attention import Formula, Sight, score_attend
-from .cache import (
-    DenseCache,
-    RaggedCache,
-    RaggedKV,
-    Scores,
-    WindowKV,
-    check_pairs,
-    explain_out_of_memory,
-)
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pairs, explain_out_of_memory
 from .checks import check_kind
 from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
 from .models import Attend, Model, run_attention

@@ -150,7 +150,7 @@ def test_sampling_inverts_the_cumulative_probabilities(temperature, top_p):
     share = probabilities[kept] / probabilities[kept].sum()
     draws = (torch.arange(2000) + 0.5) / 2000
     options = {"temperature": torch.tensor(temperature), "top_p": torch.tensor(top_p)}
-    tokens = torch.stack([sample(scores, draw[None], **options)[0] for draw in draws])
+    tokens = torch.vmap(lambda draw: sample(scores, draw[None], **options)[0])(draws)
     for token, expected in zip(kept, share.tolist(), strict=True):
         assert abs(float((tokens == token).float().mean()) - expected) <= 1 / 2000
     assert set(tokens.tolist()) <= set(kept)
