@@ -7,12 +7,10 @@ import itertools
 import pkgutil
 import sys
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -28,6 +26,7 @@ from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
 from kvzip.options import Scoring
+from unchecked import unchecked
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
@@ -441,21 +440,13 @@ def test_what_cannot_be_packed_into_bits_is_found_before_anything_is_freed(plain
 def test_another_cache_is_named(plain):
     small = kvzip.compress(scored(plain), 0.5)
     for call in (lambda: kvzip.compress(small, 0.1), lambda: kvzip.score(plain, small)):
-        with jaxtyping_off(), pytest.raises(TypeError, match=r"expected a DenseCache.*got RaggedCache.*scores.shrink"):
+        with unchecked(), pytest.raises(TypeError, match=r"expected a DenseCache.*got RaggedCache.*scores.shrink"):
             call()
     with (
-        jaxtyping_off(),
+        unchecked(),
         pytest.raises(TypeError, match=r"expected a RaggedCache, got DenseCache: kvzip\.compress"),
     ):
         kvzip.scores.shrink(scored(plain), 0.1)
-
-
-@contextmanager
-def jaxtyping_off():
-    """As users have it: no check of types."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 def fifth(kind):
@@ -495,13 +486,13 @@ def test_numbers_may_be_of_any_type(dense, plain, kind):
 @pytest.mark.parametrize("name", ["ratio", "budget", "threshold", "min_rows", "sink", "recent", "bits"])
 def test_what_is_no_number_is_refused(dense, plain, name, bad):
     more = {} if name in ("ratio", "budget", "threshold") else {"ratio": 0.5, "level": "head"}
-    with jaxtyping_off(), pytest.raises(TypeError, match=f"expected {name} to be a (whole )?number, got .+: pass"):
+    with unchecked(), pytest.raises(TypeError, match=f"expected {name} to be a (whole )?number, got .+: pass"):
         kvzip.compress(dense, **more, **{name: bad})
     if name in ("ratio", "budget", "threshold"):
-        with jaxtyping_off(), pytest.raises(TypeError, match=f"expected {name} to be a number, got .+: pass"):
+        with unchecked(), pytest.raises(TypeError, match=f"expected {name} to be a number, got .+: pass"):
             kvzip.scores.shrink(kvzip.compress(dense, 0.5), **{name: bad})
     if name == "ratio":
-        with jaxtyping_off(), pytest.raises(TypeError, match=r"expected ratio to be a number, got .+: pass"):
+        with unchecked(), pytest.raises(TypeError, match=r"expected ratio to be a number, got .+: pass"):
             kvzip.fold(plain, kvzip.compress(dense, 0.5), bad)
 
 
@@ -553,8 +544,8 @@ def test_bad_input_is_named(plain):
 
 
 @pytest.mark.parametrize("spans", [(3, 9), [3, 9], [(3,)], [(3, 9, 12)], [(0.5, 2)]], ids=str)
-def test_spans_that_are_none_are_named(dense, spans, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no check of types
+@unchecked()
+def test_spans_that_are_none_are_named(dense, spans):
     with pytest.raises(ValueError, match=r"\(start, stop\) pairs of context tokens, got .*protect=\[\(0, 9\)\]"):
         kvzip.compress(dense, 0.5, protect=spans)
 

@@ -83,9 +83,8 @@ def pack(
     bounds = [0, *itertools.accumulate(counts)]
     k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
     schedule = ops.decode_schedule(offsets, bounds=bounds)
-    if bits is not None:
-        k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
-    return RaggedKV(k, v, offsets, positions, schedule)
+    rows = (k, v) if bits is None else (ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits))
+    return RaggedKV(*rows, offsets, positions, schedule)
 
 
 def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
