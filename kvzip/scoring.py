@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import options, prompts
 from .attention import Formula, Sight, score_attend
-from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pairs, explain_out_of_memory
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pairs, check_whole, explain_out_of_memory
 from .checks import check_kind
 from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
 from .models import Attend, Model, run_attention
@@ -94,6 +94,7 @@ def score_chunks(
             tokens.
         end: position where the repeats start, if larger than the number of tokens so far.
     """
+    check_whole(cache)
     start, here = cache.start, cache.length + (0 if before is None else len(before))
     formula, observe = formula_of(model, scoring)
     shape = (len(cache.scored_layers), cache.heads, cache.length - start)
