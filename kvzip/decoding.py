@@ -73,7 +73,7 @@ class Decoder:
         Raises: ValueError for more questions than rows, an empty or too long one, ids beyond the vocabulary, or options
             out of range; TypeError for options that are no numbers.
         """
-        sampling = options.sampling(1, temperature, top_p, seed)
+        sampling = options.sampling(1, temperature, top_p, checks.whole(seed, "seed"))
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
             raise ValueError(
