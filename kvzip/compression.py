@@ -8,17 +8,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from . import checks, ops, options
-from .cache import (
-    DenseCache,
-    DenseKV,
-    RaggedCache,
-    RaggedKV,
-    Scores,
-    WindowKV,
-    check_whole,
-    explain_out_of_memory,
-    free_bytes,
-)
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, explain_out_of_memory, free_bytes
 from .cache.caches import ragged_of
 from .cache.rows import pack, ranked
 from .checks import check_kind
@@ -41,32 +31,31 @@ def compress(
 ) -> RaggedCache:
     """Returns a cache that holds only the highest scored pairs of the context; the rest are gone.
 
-    The system prefix and window layers are always kept and do not count. Equal scores are kept in index order. Numbers
-    may be of any type (numpy's, Fraction, Decimal, a tensor without axes); they become Python's first.
+    The system prefix and window layers are always kept and do not count. Protected and minimum rows are taken first,
+    the rest by score, equal scores in index order. Numbers may be of any type (numpy's, Fraction, Decimal, a tensor
+    without axes); they are converted to Python's.
 
     Args:
         ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
         level: where the budget is shared. "pair": int(ratio * L * H * E) over all layers and heads. "layer":
             int(ratio * H * E) in each layer. "uniform": int(ratio * E) in each head. "head": int(ratio * L * H) whole
-            heads, by their highest score; the others keep protected and minimum rows, `sink` and `recent` only, which
-            come on top of the ratio, so that `kept` exceeds it.
+            heads, by their highest score; dropped heads keep only protected and minimum rows, `sink` and `recent`,
+            which come on top of the ratio, so `kept` may exceed it.
         budget: tokens per head on average, in place of a ratio: int(budget * L * H) pairs, at most all.
         threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
-        sink, recent: first and last context tokens that dropped heads keep too, as DuoAttention's streaming heads do;
-            level "head" only. The prefix stays in any case: DuoAttention counts it among its sink tokens, we do not.
-            The last tokens are those of the context: they do not move on while a question is answered.
-        bits: 8 or 4 packs the kept keys and values, prefix included, into that many bits (see `ops.quantize`); window
-            layers and what follows the context stay as they are.
-        consume: frees each dense layer as it is packed. `cache`, and every other that shares its pairs, cannot be used
-            afterwards, and says so; interrupted before the first layer is freed, they are as they were.
-
-    Protected and minimum rows are taken first, the rest by score.
+        sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
+            heads do; level "head" only. The prefix is always kept and not part of `sink`; DuoAttention counts it there.
+            The recent tokens are fixed: they do not move on while a question is answered.
+        bits: 8 or 4 quantizes the kept keys and values, prefix included, to that many bits (see `ops.quantize`); window
+            layers and the tail stay as they are.
+        consume: frees each dense layer once it is packed. Using `cache` afterwards, or another that shares its pairs,
+            raises an error. If packing fails before the first layer is freed, they are unchanged.
 
     Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget and threshold is given,
-        or if more rows are protected than the budget has, or if kept pairs to pack into bits are not finite; TypeError
-        for what is no number; torch.OutOfMemoryError that says what for, and whether the cache is intact.
+        if more rows are protected than the budget allows, or if kept pairs to quantize are not finite; TypeError for
+        what is no number; torch.OutOfMemoryError that says what needed the memory, and whether the cache is intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
     """
     check_whole(cache)
@@ -75,20 +64,11 @@ def compress(
     bits = None if bits is None else checks.whole(bits, "bits")
     if bits not in (None, 8, 4):
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}: pass one of them")
-    chosen = options.budget(
-        ratio,
-        level=level,
-        budget=budget,
-        threshold=threshold,
-        protect=protect,
-        min_rows=min_rows,
-        sink=sink,
-        recent=recent,
-    )
+    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent)
     keep, counts = _keep(cache.scores, chosen)
-    context = _pack(cache, cache.scores, keep, counts, bits=bits, consume=consume)
-    kept, method = sum(map(sum, counts)), f"{cache.scores.source}/{level}"
-    return ragged_of(cache, context, kept=kept, total=keep.numel(), method=method)
+    context = _pack(cache, keep, counts, bits=bits, consume=consume)
+    method = f"{cache.scores.source}/{level}"
+    return ragged_of(cache, context, kept=sum(map(sum, counts)), total=keep.numel(), method=method)
 
 
 def keep_mask(
@@ -103,29 +83,20 @@ def keep_mask(
     sink: SupportsIndex = 0,
     recent: SupportsIndex = 0,
 ) -> Bool[Tensor, "L H E"]:
-    """Returns which context pairs `compress` would keep, by its arguments; needs the scores alone, no pairs.
+    """Returns which context pairs `compress` would keep with the same arguments. It needs only the scores, no pairs.
 
-    `keep_mask(scores, 0.3).sum(-1)` is the number of each layer and head; any ratio, level or budget costs one
-    selection and no forward pass.
+    `keep_mask(scores, 0.3).sum(-1)` counts the kept pairs of each layer and head. A call costs one selection and no
+    forward pass.
 
     Raises: ValueError as `compress` does.
     """
     check_kind(scores, Scores)
-    chosen = options.budget(
-        ratio,
-        level=level,
-        budget=budget,
-        threshold=threshold,
-        protect=protect,
-        min_rows=min_rows,
-        sink=sink,
-        recent=recent,
-    )
+    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent)
     return _keep(scores, chosen)[0]
 
 
 def count_of(budget: Budget, heads: int, tokens: int) -> int | None:
-    """Returns how many to keep of the pairs of so many whole heads of `tokens` each; None for a threshold."""
+    """Returns how many pairs to keep of `heads` heads of `tokens` pairs each; None for a threshold."""
     if budget.ratio is not None:
         whole = budget.level == "head"
         return int(budget.ratio * heads) * tokens if whole else int(budget.ratio * (heads * tokens))
@@ -133,7 +104,7 @@ def count_of(budget: Budget, heads: int, tokens: int) -> int | None:
 
 
 def _keep(scores: Scores, budget: Budget) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
-    """The mask, and on the host how many of each head it keeps."""
+    """The mask, and on the host how many pairs of each head it keeps."""
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
     forced = _forced(scores, budget, nan)
     if budget.threshold is None:
@@ -142,15 +113,15 @@ def _keep(scores: Scores, budget: Budget) -> tuple[Bool[Tensor, "L H E"], list[l
         nan |= scores.values.isnan().any().int()
         keep = scores.values >= budget.threshold
         keep = keep if forced is None else keep | forced
-    if budget.sink or budget.recent:  # what dropped heads keep, as DuoAttention's streaming heads do
+    if budget.sink or budget.recent:
         token, tokens = torch.arange(keep.shape[2], device=keep.device), keep.shape[2]
         keep = keep | (token < min(budget.sink, tokens)) | (token >= tokens - min(budget.recent, tokens))
-    *flat, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
+    *counts, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
     if overflowed:
         raise ValueError(
             "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
         )
-    return keep, [flat[i : i + keep.shape[1]] for i in range(0, len(flat), keep.shape[1])]
+    return keep, [counts[i : i + keep.shape[1]] for i in range(0, len(counts), keep.shape[1])]
 
 
 def _forced(scores: Scores, budget: Budget, nan: Tensor) -> Bool[Tensor, "L H E"] | None:
@@ -174,14 +145,13 @@ def _select(
     values: Float32[Tensor, "L H E"], budget: Budget, forced: Bool[Tensor, "L H E"] | None, nan: Tensor
 ) -> Bool[Tensor, "L H E"]:
     layers, heads, evictable = values.shape
-    if budget.level == "head":
-        count = count_of(budget, layers * heads, evictable)
-        assert count is not None
-        keep = _highest(values.amax(-1, keepdim=True), count // max(1, evictable), nan).expand_as(values)
-        return keep if forced is None else keep | forced
-    sharing = {"pair": layers * heads, "layer": heads, "uniform": 1}[budget.level]
+    sharing = {"layer": heads, "uniform": 1}.get(budget.level, layers * heads)  # heads that share one budget
     count = count_of(budget, sharing, evictable)
     assert count is not None
+    if budget.level == "head":
+        whole = ops.select_uniform_count(values.amax(-1).view(1, 1, -1), count=count // max(1, evictable), nan=nan)
+        keep = whole.view(layers, heads, 1).expand_as(values)
+        return keep if forced is None else keep | forced
     if forced is not None:
         needed = int(forced.reshape(-1, sharing * evictable).sum(-1).max())
         if needed > count:
@@ -190,64 +160,48 @@ def _select(
                 f"{needed}: raise the ratio or the budget, or protect less"
             )
         values = ranked(values).masked_fill(forced, torch.inf)
-    if budget.level == "uniform":
-        return ops.select_uniform_count(values, count=count, nan=nan)
-    parts = [values] if budget.level == "pair" else list(values.split(1))
-    return torch.cat([_highest(part, count, nan) for part in parts])
-
-
-def _highest(values: Float32[Tensor, "L H E"], count: int, nan: Tensor) -> Bool[Tensor, "L H E"]:
-    mask = ops.select_count(values, count=count, nan=nan)
-    assert isinstance(mask, Tensor)
-    return mask
+    pools = values.reshape(layers * heads // sharing, 1, sharing * evictable)  # one row for each shared budget
+    return ops.select_uniform_count(pools, count=count, nan=nan).view(values.shape)
 
 
 def _pack(
-    cache: DenseCache,
-    scores: Scores,
-    keep: Bool[Tensor, "L H E"],
-    counts: list[list[int]],
-    *,
-    bits: int | None,
-    consume: bool,
+    cache: DenseCache, keep: Bool[Tensor, "L H E"], counts: list[list[int]], *, bits: int | None, consume: bool
 ) -> tuple[RaggedKV | WindowKV, ...]:
-    """Packs the kept pairs of each layer, counts[l][h] of each head, the prefix in front of them.
+    """Packs the kept pairs of each layer behind its prefix; head h of scored layer l keeps counts[l][h] of them.
 
-    Consuming takes all layers out of the cache at once, so that whatever interrupts it leaves a cache that is whole or
-    says that it is not. They are put back if none was freed. The largest is packed first: if there is room for it,
-    there is for the others, because a packed layer is never larger than the one that is freed for it.
+    With `consume` each layer is freed once it is packed. All layers leave the cache before the first is packed, so that
+    an interrupted cache is either whole or known to be consumed; they return if none was freed. The largest layer is
+    packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
     """
     layers: list[Any] = list(cache.layers)
-    scored = [n for n, layer in enumerate(layers) if isinstance(layer, DenseKV)]
-    keys = layers[scored[0]].k
-    pair = 2 * keys.shape[-1] * keys.element_size()
-    sizes = [pair * (sum(kept) + scores.start * len(kept)) for kept in counts]
-    # consuming frees a layer before the next is packed, so that one packed layer at a time is all that is added
+    scores = cache.scores
+    assert scores is not None
+    rows = [[scores.start + count for count in heads] for heads in counts]
+    pair = 2 * layers[0].width * layers[0].k.element_size()
+    sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
     explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
     remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True")
-    if consume:  # what can be known is said before the first layer is gone
-        free = free_bytes(keys.device)
+    if consume:  # checked while every layer is still there
+        free = free_bytes(cache.device)
         if free is not None and free < needed:
             raise torch.OutOfMemoryError(
                 f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
             )
         if bits is not None:
-            _check_finite([layers[n] for n in scored], keep, scores)
-    del keys
+            _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
+    order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
     try:
         if consume:
             cache.layers.clear()
-        for at in sorted(range(len(scored)), key=sizes.__getitem__, reverse=True):
-            n = scored[at]
+        for at, n in order:
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
             with explain_out_of_memory(explanation, f"{remedy}; {state}"):
                 whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-                rows = [scores.start + count for count in counts[at]]
-                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows, bits=bits)
+                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits)
             if consume:
-                layers[n] = None  # not before it is packed
+                layers[n] = None
     except BaseException:
         if consume and None not in layers:
             cache.layers[:] = layers
@@ -255,12 +209,13 @@ def _pack(
     return tuple(context)
 
 
-def _check_finite(layers: list[DenseKV], keep: Bool[Tensor, "L H E"], scores: Scores) -> None:
-    """Raises ValueError for a kept pair that is not finite, which no scale fits: one pass, one wait for the device."""
+def _check_finite(cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"]) -> None:
+    """Raises ValueError for a kept pair that is not finite: no scale fits it. One pass, one wait for the device."""
+    layers = [cache.layers[n] for n in cache.scored_layers]
     ends = torch.stack([torch.stack(x.aminmax()) for layer in layers for x in (layer.k, layer.v)])
     for n in set((~ends.isfinite()).any(1).nonzero()[:, 0].floor_divide(2).tolist()):
-        layer, mask = layers[n], torch.nn.functional.pad(keep[n], (scores.start, 0), value=True)
-        if not (layer.k[0][mask].isfinite().all() and layer.v[0][mask].isfinite().all()):
+        mask = torch.nn.functional.pad(keep[n], (scores.start, 0), value=True)
+        if not all(x[0][mask].isfinite().all() for x in (layers[n].k, layers[n].v)):
             raise ValueError(
                 f"expected finite keys and values to pack into bits, got inf or NaN in layer {scores.layers[n]}: check "
                 "the forward pass that made them; the cache is intact"

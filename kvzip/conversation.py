@@ -1,31 +1,22 @@
-"""What follows a context: tokens added to its tail, turns of a conversation, and the tail folded into the context.
+"""Conversations: tokens added to a cache's tail, turns of questions and answers, and the tail folded into the context.
 
-Every function returns a new cache and leaves the old one as it was: a cache is one state of a conversation, and the
-frozen context is shared by all that follow from it. With a chat template a user turn is open at the end of a cache,
-after prefill, `extend` and `ask` alike, so that a query, a text or a repeat prompt may always come next.
+Every function returns a new cache and does not change the old one: a cache is one state of a conversation, and all
+states share the frozen context. With a chat template a cache ends inside an open user turn, after prefill, `extend` and
+`ask` alike, so a query, a text or a repeat prompt can always come next.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import SupportsFloat
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from . import checks, ops, options, prompts
 from .attention import decode_attend, score_rows
-from .cache import (
-    DenseCache,
-    RaggedCache,
-    RaggedKV,
-    Tail,
-    WindowKV,
-    all_ragged,
-    as_ragged,
-    check_pairs,
-    grow_tail,
-)
+from .cache import DenseCache, RaggedCache, RaggedKV, Tail, WindowKV, all_ragged, as_ragged, check_pairs, grow_tail
 from .cache.caches import roomy_tail
 from .cache.rows import join, pack, prefix_keys
 from .checks import check_kind, check_text_or_ids, check_texts
@@ -35,21 +26,21 @@ from .models import Attend, Model, run_attention
 from .options import Scoring
 from .scoring import formula_of, repeats, run_repeats
 
-FOLDED = "+fold"  # in a cache's method: not all pairs of its turns were kept
+FOLDED = "+fold"  # at the end of a cache's method: some pairs of folded turns were dropped
 
 
 def extend(
     model: Model, cache: DenseCache | RaggedCache, text: str | Int64[Tensor, " S"], *, chunk: int = 2_000
 ) -> RaggedCache:
-    """Returns a cache whose tail holds more: the text's tokens, as they are, after what `cache` holds.
+    """Returns a cache with the text's tokens, unchanged, added to its tail.
 
     The context is shared with `cache`, the tail is a copy.
 
     Args:
-        text: text, of which nothing becomes a control token, or token ids.
-        chunk: tokens per forward pass; bounds the memory for activations, changes nothing else.
+        text: text, in which control tokens are plain text, or token ids.
+        chunk: tokens per forward pass; bounds the memory for activations and does not change the result.
 
-    Raises: ValueError for a cache of another model, no text, or more positions than the model was made for.
+    Raises: ValueError for a cache of another model, an empty text, or more positions than the model was made for.
     """
     check_kind(model, Model)
     check_pairs(cache)
@@ -73,7 +64,7 @@ def extend(
 
 
 def fork(cache: DenseCache | RaggedCache) -> RaggedCache:
-    """Returns another cache of the same tokens: the same tensors for the context, a copy of the tail."""
+    """Returns another cache of the same tokens: the context's tensors are shared, the tail is a copy."""
     check_pairs(cache)
     cache = as_ragged(cache)
     return cache if cache.tail is None else replace(cache, tail=grow_tail(cache.tail, 1, 0))
@@ -92,17 +83,17 @@ def ask(
     template: bool = True,
     on_token: Callable[[str], None] | None = None,
 ) -> tuple[Answer, RaggedCache]:
-    """Returns the answer to a query, and the cache in which query and answer stay: the next turn's.
+    """Returns the answer to a query, and a cache that holds query and answer, for the next turn.
 
         answer, cache = ask(model, cache, "Who signed it?")
         answer, cache = ask(model, cache, "And who paid?")
 
-    The tail then holds what the chat template renders for the turns, the answer's last token and the end of its turn
-    included, whatever ended the answer; of a stop text only what the answer's last token holds of it. The turn is read
-    again in one forward pass, which costs about one step of decoding. Arguments are those of `generate`, whose answer
-    this is; with template=False query and answer are plain text that continues the context.
+    Arguments and answer are those of `generate`. The new tail holds the turns as the chat template renders them: the
+    query, all tokens of the answer and the end of its turn, whatever ended the answer. A stop text is not in it, except
+    for a part within the answer's last token. The turn is read again in one forward pass, which costs about one step
+    of decoding. With template=False query and answer are plain text that continues the context.
 
-    Raises: as `generate`; ValueError too where the end of the turn would not fit in the model's length.
+    Raises: as `generate`; ValueError also if the end of the turn would not fit in the model's length.
     """
     check_kind(model, Model)
     check_pairs(cache)
@@ -143,24 +134,24 @@ def fold(
     chunk: int = 2_000,
     hint: int = 8,
 ) -> RaggedCache:
-    """Returns a cache whose context includes the tail: int(ratio * L * H * n) pairs of its n tokens, over all layers
-    and heads, packed after the rows of their heads. What the context held before stays as it is, bit for bit.
+    """Returns a cache whose context includes the tail: int(ratio * L * H * n) pairs of its n tokens, the highest scored
+    over all layers and heads, are packed behind the rows of their heads. Rows of the old context do not change.
 
-    The pairs are scored as `kvzip.score` scores those of a context that the tail is the last part of: the model is
-    asked to repeat it, the rows attend to context and tail, and a pair's score is its largest weight in a softmax over
-    prefix, chunk and repeat. There is no other `scope`: turns refer to their context, and to read what is kept of it
-    costs little. At ratio 1 nothing needs scoring, and the answers are those of `cache`. Window layers move
-    on to the last tokens, new rows of a quantized context are quantized alike, and `kept` and `total` count the
-    tail's pairs too. May be repeated, after further turns.
+    The pairs are scored as by `kvzip.score` with scope "context": the model repeats the tail, attends to context and
+    tail meanwhile, and a pair's score is its largest weight in a softmax over prefix, chunk and repeat. There is no
+    other scope, because turns refer to their context, and attending to a compressed one costs little. At ratio 1
+    nothing is scored, and the answers are those of `cache`. Window layers move on to the last tokens, new rows of a
+    quantized context are quantized alike, and `kept` and `total` count the tail's pairs too. `fold` may be called again
+    after further turns.
 
     Args:
-        cache: one without a tail is returned as it is.
+        cache: a cache without a tail is returned as it is.
         ratio: fraction of the tail's pairs KEPT, 0 < ratio <= 1.
         method, chunk, hint: as in `kvzip.score`.
 
-    Raises: ValueError for a cache of another model, options out of range, or one too long to leave room for a repeat.
-    Source: the authors' code drops kept turns when a later question is rolled back, while positions go on counting
-    them; folded turns are part of the frozen context, which nothing drops.
+    Raises: ValueError for a cache of another model, options out of range, or a cache that leaves no room for a repeat.
+    Source: unlike the authors' code, which drops kept turns when a later question is rolled back but goes on counting
+    their positions, folded turns are part of the frozen context and are never dropped.
     """
     check_kind(model, Model)
     check_pairs(cache)
@@ -196,22 +187,12 @@ def fold(
 
 
 def _keep(model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring) -> Bool[Tensor, "L H E"]:
-    """Which pairs of the tail are kept."""
-    shape = (len(cache.scored_layers), cache.heads, len(cache.token_ids) - cache.context_length)
+    """Which pairs of the tail are kept. Repeat passes append to a copy of the tail, and overwrite each other there."""
+    config, begin, used = model.config, cache.context_length, len(cache.token_ids)
+    shape = (len(cache.scored_layers), cache.heads, used - begin)
     if ratio == 1 or not cache.scored_layers:
         return torch.ones(shape, dtype=torch.bool, device=model.device)
     values = torch.empty(shape, dtype=torch.float32, device=model.device)
-    _score_tail(model, cache, tail, values, scoring)
-    mask = ops.select(values, ratio=ratio)
-    assert isinstance(mask, Tensor)
-    return mask
-
-
-def _score_tail(
-    model: Model, cache: RaggedCache, tail: Tail, values: Float32[Tensor, "L H E"], scoring: Scoring
-) -> None:
-    """Fills `values` with the scores of the tail's pairs. The repeats go to a copy of the tail, and are dropped."""
-    config, begin, used = model.config, cache.context_length, len(cache.token_ids)
     passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, begin=begin))
     scratch = grow_tail(tail, 1, max(len(ids) for _, _, ids in passes))
     scored = {layer: n for n, layer in enumerate(cache.scored_layers)}
@@ -219,15 +200,16 @@ def _score_tail(
     decode = decode_attend(config, all_ragged(cache.context), scratch)
     formula, observe = formula_of(model, scoring)
 
-    def attend_of(first: int, stop: int) -> Attend:
-        part = slice(first - begin, stop - begin)
+    def attend(part: slice, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in scored:
+            n, chunk = scored[layer], (scratch.k[layer][0, :, part], scratch.v[layer][0, :, part])
+            values[n, :, part] = score_rows(config, formula, layer, q, k, prefixes[n], chunk)
+        return decode(layer, q, k, v)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if layer in scored:
-                n, chunk = scored[layer], (scratch.k[layer][0, :, part], scratch.v[layer][0, :, part])
-                values[n, :, part] = score_rows(config, formula, layer, q, k, prefixes[n], chunk)
-            return decode(layer, q, k, v)
+    def strategy(first: int, stop: int) -> Attend:
+        return partial(attend, slice(first - begin, stop - begin))
 
-        return attend
-
-    run_repeats(model, passes, used, attend_of, observe=observe)
+    run_repeats(model, passes, used, strategy, observe=observe)
+    mask = ops.select(values, ratio=ratio)
+    assert isinstance(mask, Tensor)
+    return mask

@@ -1,4 +1,4 @@
-"""Decoding: the buffers and CUDA graphs that answer a batch of questions over one frozen context, token by token."""
+"""Decoding: the buffers and CUDA graphs that decode answers to a batch of questions over one frozen context."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,24 +17,26 @@ from .checks import check_kind
 from .inputs import check_fingerprint, context_ids
 from .models import Model, forward, logits
 
-NO_TOKEN = -1  # decided where logits are NaN or all -inf, by which no token is more likely than another
-_ROWS_OF_A_GRAPH = 4096  # questions x tokens: more are bound by the products, not by launching them
+NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf
+_ROWS_OF_A_GRAPH = 4096  # questions x tokens; beyond that matmuls take the time, not kernel launches
 
 
 class Decoder:
-    """What answers up to `batch` questions at a time over a frozen cache; `generate` makes one, or takes it.
+    """Answers up to `batch` questions at a time over a frozen cache; `generate` makes one, or is given one.
 
-    Owns the tail of every question and, on a GPU, CUDA graphs of reading a question and of one step, captured at first
-    use and replayed from then on: reused for further questions it starts without any of that work. The cache is shared
-    and never written; a tail it has is part of every question's.
+    It owns the tails of the questions and, on a GPU, CUDA graphs of reading questions and of one step. The graphs are
+    captured at first use and replayed after that, so that a decoder used again starts at once. The cache is shared and
+    never written; its own tail, if any, is copied to the beginning of each question's.
 
     Args:
         batch: questions at once.
         tail: tokens reserved for each question and its answer together.
 
-    Raises: ValueError for a cache of another model, or sizes below 1; torch.OutOfMemoryError that says what for.
+    Raises: ValueError for a cache of another model, or sizes below 1; torch.OutOfMemoryError that says what needed the
+        memory.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Model, cache: DenseCache | RaggedCache, *, batch: int = 1, tail: int = 512) -> None:
         check_kind(model, Model)
         check_pairs(cache)
@@ -44,14 +46,11 @@ class Decoder:
         cache = as_ragged(cache)
         self._layers, self._start = all_ragged(cache.context), cache.context_length
         self._past = len(cache.token_ids) - cache.context_length  # tokens in the cache's own tail
-        size = batch * (self._past + tail) * tail_bytes_per_token(model)
-        with (
-            torch.no_grad(),
-            explain_out_of_memory(
-                f"{size:,} bytes for the tails of {batch} questions of {self._past + tail} tokens",
-                "ask fewer questions at once or lower max_tokens",
-            ),
-        ):
+        rows = self._past + tail
+        needed = (
+            f"{batch * rows * tail_bytes_per_token(model):,} bytes for the tails of {batch} questions of {rows} tokens"
+        )
+        with explain_out_of_memory(needed, "ask fewer questions at once or lower max_tokens"):
             self._tail = roomy_tail(cache, batch, tail, dtype=model.dtype)
             self.tokens = torch.zeros(batch, dtype=torch.long, device=model.device)
             self._controls = torch.ones(2, dtype=torch.float64, device=model.device)  # temperature, top_p
@@ -61,20 +60,20 @@ class Decoder:
         self._sampled = False
         self._replays = model.device.type == "cuda"
         self._questions: dict[int, Tensor] = {}  # by padded length
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}  # by where ids are, and whether it samples
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}  # by the address of the ids, and if it samples
         self._host: list[tuple[Tensor, Any]] = []
 
     def read(
         self, questions: Sequence[Sequence[int]], *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> None:
-        """Reads one question of each row and decides its answer's first token; earlier answers are forgotten.
+        """Reads one question into each row and chooses its answer's first token; earlier questions are dropped.
 
-        Every question draws the same numbers from `seed`, so that its answer does not depend on the others'.
+        Every question draws the same random numbers, from `seed`, so its answer does not depend on the other questions.
 
         Raises: ValueError for more questions than rows, an empty or too long one, ids beyond the vocabulary, or options
             out of range; TypeError for options that are no numbers.
         """
-        sampling = options.sampling(1, temperature, top_p, seed)
+        sampling = options.sampling(1, temperature, top_p, checks.whole(seed, "seed"))
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
             raise ValueError(
@@ -82,11 +81,11 @@ class Decoder:
                 f"{longest}: make a Decoder with a larger batch or tail"
             )
         replayed = self._replays and self.batch * longest <= _ROWS_OF_A_GRAPH
-        if replayed:  # one graph serves many lengths
+        if replayed:  # padded, so that one graph serves many lengths
             longest = min(-(-longest // 32) * 32, self.rows)
         rows = [*questions, *[questions[-1]] * (self.batch - len(questions))]
         padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows])
-        context_ids(self.model, padded.flatten())  # on a GPU an id beyond the vocabulary would end the process
+        context_ids(self.model, padded.flatten())  # a GPU would abort the process on an id beyond the vocabulary
         self._counts.copy_(torch.tensor([len(ids) for ids in rows]))
         self._tail.lengths.fill_(self._past)
         self._sampled = sampling.temperature > 0
@@ -94,22 +93,21 @@ class Decoder:
             self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(sampling.seed)))
             self._controls.copy_(torch.tensor([sampling.temperature, sampling.top_p], dtype=torch.float64))
             self._drawn.zero_()
-        if replayed:
-            if longest not in self._questions:
-                self._questions[longest] = torch.empty_like(padded, device=self.model.device)
-            self._questions[longest].copy_(padded)
-            self._run(self._questions[longest])
-        else:
+        if not replayed:
             self._advance(padded.to(self.model.device))
+            return
+        if longest not in self._questions:
+            self._questions[longest] = torch.empty_like(padded, device=self.model.device)
+        self._run(self._questions[longest].copy_(padded))
 
     def step(self) -> None:
-        """Feeds the tokens last decided (0 for NO_TOKEN) and decides the next; the host waits for nothing."""
+        """Feeds the last tokens (0 for NO_TOKEN) and chooses the next; the host does not wait."""
         self._run(self.tokens[:, None])
 
     def fetch(self) -> Callable[[], list[int]]:
-        """Starts copying the tokens last decided to the host; what it returns waits for them.
+        """Starts copying the last tokens to the host; the function returned waits for the copy and returns them.
 
-        They are read before two more fetches.
+        It must be called before two further fetches: there are two host buffers.
         """
         if self.model.device.type != "cuda":
             tokens = self.tokens.tolist()
@@ -129,7 +127,7 @@ class Decoder:
         return wait
 
     def _run(self, token_ids: Int64[Tensor, "B T"]) -> None:
-        """`_advance` over ids that stay in one place: on a GPU from a graph, captured at first use."""
+        """`_advance` of ids that keep their address: on a GPU from a graph, captured at first use."""
         if not self._replays:
             self._advance(token_ids)
             return
@@ -140,29 +138,13 @@ class Decoder:
 
     @torch.no_grad()
     def _advance(self, token_ids: Int64[Tensor, "B T"]) -> None:
-        """Appends T tokens of each question, of which `_counts` are its own, and decides the token after its last."""
+        """Appends T tokens to each tail, of which `_counts` are no padding if T > 1, and chooses the next tokens."""
         hidden = self._forward(token_ids)
         if token_ids.shape[1] == 1:
-            self._choose(hidden[:, 0])
-            self._tail.lengths.add_(1)
+            last, count = hidden[:, 0], 1
         else:
-            self._choose(hidden[torch.arange(self.batch, device=token_ids.device), self._counts - 1])
-            self._tail.lengths.add_(self._counts)
-
-    @torch.no_grad()
-    def hidden(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
-        """Returns the hidden states of T tokens of each row, read after the cache; earlier answers are forgotten."""
-        self._tail.lengths.fill_(self._past)
-        return self._forward(token_ids)
-
-    def _forward(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
-        reach = torch.arange(token_ids.shape[1], device=token_ids.device)
-        positions = self._start + self._tail.lengths[:, None].long() + reach
-        attend = decode_attend(self.model.config, self._layers, self._tail)
-        return forward(self.model, token_ids.clamp(min=0), positions, attend)
-
-    def _choose(self, hidden: Float[Tensor, "B M"]) -> None:
-        scores = logits(self.model, hidden)
+            last, count = hidden[torch.arange(self.batch, device=token_ids.device), self._counts - 1], self._counts
+        scores = logits(self.model, last)
         likeliest = scores.argmax(-1, keepdim=True)  # a NaN, if there is one
         top = scores.gather(-1, likeliest)
         if self._sampled:
@@ -172,6 +154,19 @@ class Decoder:
         else:
             chosen = likeliest[:, 0]
         self.tokens.copy_(torch.where(top[:, 0] > -torch.inf, chosen, NO_TOKEN))
+        self._tail.lengths.add_(count)
+
+    @torch.no_grad()
+    def hidden(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        """Returns the hidden states of T tokens in each row, right after the cache; earlier questions are dropped."""
+        self._tail.lengths.fill_(self._past)
+        return self._forward(token_ids)
+
+    def _forward(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        steps = torch.arange(token_ids.shape[1], device=token_ids.device)
+        positions = self._start + self._tail.lengths[:, None].long() + steps
+        attend = decode_attend(self.model.config, self._layers, self._tail)
+        return forward(self.model, token_ids.clamp(min=0), positions, attend)
 
 
 def sample(
@@ -183,41 +178,40 @@ def sample(
 ) -> Int64[Tensor, " B"]:
     """Returns a token of each row, drawn from softmax(scores / temperature) among the most likely that sum to top_p.
 
-    By inverting the cumulative probabilities at `draw`, uniform in [0, 1), so that nothing waits for the device. In
-    float64, in which no temperature above 0 makes a NaN of numbers, and sums tell any top_p below 1 from 1. Scores of
-    infinity share all of the probability. A row with NaN gives some token.
+    It inverts the cumulative probabilities at `draw`, uniform in [0, 1), so that the host does not wait for the device.
+    Sums are float64: no temperature above 0 turns finite scores into NaN, and a top_p just below 1 differs from 1.
+    Infinite scores share all of the probability. A row with NaN gives some token.
     """
     ordered, tokens = scores.sort(stable=True, dim=-1, descending=True)
     wide = ordered.double()
     below = torch.where(wide == wide[:, :1], 0.0, wide - wide[:, :1])
-    weights = torch.exp(below / temperature.double())  # 1 is the largest
+    weights = torch.exp(below / temperature.double())  # at most 1
     reached = weights.cumsum(-1)
     before = reached - weights
-    weights = weights.masked_fill(before >= top_p * reached[:, -1:], 0)  # nothing is before the first
+    weights = weights.masked_fill(before >= top_p * reached[:, -1:], 0)  # the first always stays
     reached = weights.cumsum(-1)
     place = (reached <= draw * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     return tokens.gather(1, place)[:, 0]
 
 
 def tail_bytes_per_token(model: Model) -> int:
-    """Returns the bytes that one token of one question takes in the tail of all layers."""
+    """Returns the bytes of one token of one question in the tails of all layers."""
     config = model.config
     return 2 * len(config.layers) * config.num_kv_heads * config.head_dim * model.dtype.itemsize
 
 
 def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Returns the replay of a CUDA graph of what `run` launches. Nothing is executed here.
+    """Returns a function that replays a CUDA graph of what `run` launches. Capturing executes nothing.
 
-    The memory of graphs that are gone is given back only when some allocation fails, and the allocator gives nothing
-    back during a capture. So if this one fails, it is given back here and the capture made again.
+    torch gives the memory of deleted graphs back to the driver when an allocation fails, but not during a capture. If
+    a capture runs out of memory, that memory is freed here and the capture is tried once more.
     """
     try:
         return _capture_once(run, device)
-    except RuntimeError as error:  # torch's own, or the driver's while it makes the graph, which has no type
+    except RuntimeError as error:  # torch's own, or the driver's, which has no type
         if "out of memory" not in str(error):
             raise
-    # what the failed capture held is gone with the exception
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # not in the except block, where the exception still holds the failed capture's tensors
     return _capture_once(run, device)
 
 
@@ -226,12 +220,12 @@ def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[],
     stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        # torch.cuda.graph would also collect garbage and empty the allocator's cache, which takes longer than this
-        graph.capture_begin(capture_error_mode="relaxed")  # a kernel may be compiled and loaded meanwhile
+        # torch.cuda.graph would also collect garbage and empty the allocator's cache, which is slower than the capture
+        graph.capture_begin(capture_error_mode="relaxed")  # kernels may be compiled and loaded during the capture
         try:
             run()
         except BaseException:
-            with suppress(RuntimeError):  # the end of a broken capture may fail too, which is not why
+            with suppress(RuntimeError):  # ending a broken capture may fail too; the first error is the cause
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -241,5 +235,5 @@ def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[],
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that all graphs of a device are captured on: cuBLAS keeps 32 MiB for each that it has ever seen."""
+    """The one stream for all captures on a device: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
     return torch.cuda.Stream(device)

@@ -17,9 +17,9 @@ from .models import Model
 class Answer:
     """An answer, without the stop token or stop text that ended it.
 
-    `token_ids` are the model's, up to the one in which the text ends: they decode to `text`, or to more of a stop text
-    that begins within the last of them. `stopped` is "stop" for a stop token or text, "length" for max_tokens or the
-    model's last position.
+    `token_ids` decode to `text`; if a stop text begins within the last token, they decode to `text` and the part of the
+    stop text in that token. `stopped` is "stop" for a stop token or text, "length" for max_tokens or the model's last
+    position.
     """
 
     text: str
@@ -71,29 +71,29 @@ def generate(
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> Answer | list[Answer]:
-    """Returns the answer to a query, or those to a list of queries, run as one batch. The cache is left as it was.
+    """Returns the answer to a query, or the answers to a list of queries, run as one batch. The cache is not changed.
 
     Args:
         temperature: 0 takes the most likely token; above, samples from softmax(logits / temperature).
         top_p: samples among the fewest of the most likely tokens whose probabilities sum to it.
-        seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so that
-            its answer does not depend on the others; None draws one.
+        seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so its
+            answer does not depend on the other questions. None draws a seed.
         stop: a text that ends an answer, or several, besides the model's stop tokens.
         template: False continues the context as plain text, with no chat markers after the query (cloze).
-        on_token: called with each piece of text as it is decided: on_token(piece) for one query,
+        on_token: called with each piece of text as soon as it is known: on_token(piece) for one query,
             on_token(piece, index) for a list.
-        decoder: one made for this model and cache, to be used again; None makes one for this call. A list of more
-            questions than a decoder takes, or than fit in memory, is answered in several batches.
+        decoder: a decoder made for this model and cache, to be used again; None makes one for this call. More questions
+            than a decoder takes, or than fit in memory, are answered in several batches.
 
     Raises: ValueError for a cache of another model, an empty query, options out of range, a decoder of another cache
         or too small, a question that does not fit in the model's length, or a model whose logits are not numbers;
-        TypeError for arguments of another kind; torch.OutOfMemoryError that says for what.
+        TypeError for arguments of another kind; torch.OutOfMemoryError that says what needed the memory.
     """
     check_kind(model, Model)
     check_pairs(cache)
     sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
     for text in sampling.stop:
-        prompts.encode_text(tokenizer_of(model), text)  # it says where a text has what no answer can
+        prompts.encode_text(tokenizer_of(model), text)  # raises for a text that no answer can contain
     check_fingerprint(model, cache.fingerprint)
     queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
@@ -109,11 +109,17 @@ def generate(
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token
     streams = [_Stream(tokenizer_of(model), sampling.stop, emit, n) for n in range(len(ids))]
     limit = min(sampling.max_tokens, room)
+    rows = max(map(len, ids)) + limit
     if decoder is None:
-        rows = max(map(len, ids)) + limit
         decoder = Decoder(model, cache, batch=_batch_that_fits(model, len(ids), rows), tail=rows)
-    else:
-        _check_decoder(decoder, model, cache, max(map(len, ids)) + limit)
+    check_kind(decoder, Decoder)
+    if decoder.model is not model or decoder.cache is not cache:
+        raise ValueError("expected a decoder made for this model and cache, got another's: kvzip.Decoder(model, cache)")
+    if decoder.rows < rows:
+        raise ValueError(
+            f"expected a decoder with room for {rows} tokens (the longest question and max_tokens), got "
+            f"{decoder.rows}: pass tail={rows} to Decoder, or lower max_tokens"
+        )
     answers: list[Answer] = []
     for start in range(0, len(ids), decoder.batch):
         group = slice(start, start + decoder.batch)
@@ -123,32 +129,21 @@ def generate(
 
 
 def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
-    """How many questions of `rows` tokens to answer at once: as many as leave a fifth of the free memory."""
+    """How many questions of `rows` tokens to answer at once: as many as fit in four fifths of the free memory."""
     free = free_bytes(model.device)
     if free is None:
         return questions
-    # reading a question holds activations of its tokens besides its tail; sampling up to eight wide numbers a logit
+    # a question needs its tail and activations to be read, and sampling up to eight float64 values per logit
     widest = 4 * (model.config.intermediate_size + model.config.hidden_size) * model.dtype.itemsize
     needed = rows * (tail_bytes_per_token(model) + widest) + 64 * model.config.vocab_size
     return max(1, min(questions, int(0.8 * free) // needed))
 
 
-def _check_decoder(decoder: Decoder, model: Model, cache: DenseCache | RaggedCache, rows: int) -> None:
-    check_kind(decoder, Decoder)
-    if decoder.model is not model or decoder.cache is not cache:
-        raise ValueError("expected a decoder made for this model and cache, got another's: kvzip.Decoder(model, cache)")
-    if decoder.rows < rows:
-        raise ValueError(
-            f"expected a decoder with room for {rows} tokens (the longest question and max_tokens), got "
-            f"{decoder.rows}: pass tail={rows} to Decoder, or lower max_tokens"
-        )
-
-
 def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:
     """Answers of the questions that the decoder has read.
 
-    On a GPU the next step is on its way before the host looks at the tokens of the last: one step is wasted when all
-    answers have ended, and the device never waits for the host.
+    On a GPU the next step is launched before the host looks at the last tokens, so that the device never waits for the
+    host; one step is wasted when all answers have ended.
     """
     answers: list[Answer | None] = [None] * len(streams)
     ahead = 1 if decoder.model.device.type == "cuda" else 0
@@ -169,16 +164,14 @@ def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...
                     "model overflowed, load it in bfloat16 or float32"
                 )
             answers[n] = streams[n].add(token, stop_ids)
-        if all(answer is not None for answer in answers):
+        if all(answers):
             break
-    return [
-        stream.finish("length") if answer is None else answer for answer, stream in zip(answers, streams, strict=True)
-    ]
+    return [answer or stream.finish("length") for answer, stream in zip(answers, streams, strict=True)]
 
 
 @dataclass
 class _Stream:
-    """One answer in the making: ids to text as they come, held back while a stop text or a character is unfinished."""
+    """One answer as it grows: ids become text, held back while a stop text or a character is incomplete."""
 
     tokenizer: prompts.Tokenizer
     stops: tuple[str, ...]
@@ -195,19 +188,21 @@ class _Stream:
         if token in stop_ids:
             return self.finish("stop")
         self.ids.append(token)
-        self._extend(final=False)
-        return self._stopped()
+        return self._read(final=False)
 
     def finish(self, reason: Literal["stop", "length"]) -> Answer:
-        """Ends the answer: what was held back is part of it."""
-        self._extend(final=True)
-        stopped = self._stopped()
-        if stopped is not None:
-            return stopped
+        """Ends the answer, with the text that was held back."""
+        stopped = self._read(final=True)
         self._send(len(self.text))
-        return Answer(self.text, self.ids, reason)
+        return stopped or Answer(self.text, self.ids, reason)
 
-    def _stopped(self) -> Answer | None:
+    def _read(self, *, final: bool) -> Answer | None:
+        """Decodes the new ids and sends the text; returns the answer if a stop text ends it."""
+        before = prompts.decode(self.tokenizer, self.ids[self.window : self.read])
+        now = prompts.decode(self.tokenizer, self.ids[self.window :])
+        if len(now) > len(before) and (final or not now.endswith("\ufffd")):
+            self.text += now[len(before) :]
+            self.window, self.read = self.read, len(self.ids)
         found = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]
         if found:
             self.text = self.text[: min(found)]
@@ -218,13 +213,6 @@ class _Stream:
         held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
         self._send(len(self.text) - held)
         return None
-
-    def _extend(self, *, final: bool) -> None:
-        before = prompts.decode(self.tokenizer, self.ids[self.window : self.read])
-        now = prompts.decode(self.tokenizer, self.ids[self.window :])
-        if len(now) > len(before) and (final or not now.endswith("\ufffd")):
-            self.text += now[len(before) :]
-            self.window, self.read = self.read, len(self.ids)
 
     def _send(self, upto: int) -> None:
         if self.emit is not None and upto > self.sent:

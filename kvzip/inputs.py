@@ -1,4 +1,4 @@
-"""Token ids of what a caller gives (contexts with their prefix, queries, what follows), and whether a model fits."""
+"""Token ids of a caller's texts (contexts, queries, text that follows), and checks that a model fits a cache."""
 
 import hashlib
 
@@ -12,13 +12,13 @@ from .display import visible_line
 from .models import Model
 from .options import Turn
 
-OPENING = 64  # characters of a context that its prefix may depend on
+OPENING = 64  # first characters of a context, on which the prefix's last token may depend
 
 
 def encode(model: Model, context: str | Int64[Tensor, " S"], turn: Turn) -> tuple[list[int], Int64[Tensor, " S"]]:
-    """Returns the ids in front of a context and the context's, of a text those of both as one text.
+    """Returns the ids of the prefix and of the context; of a text, as prefix and context are tokenized together.
 
-    Raises: as `prefix_ids` and `context_ids` do.
+    Raises: as `prefix_ids` and `context_ids`.
     """
     if isinstance(context, str) and strips(model, turn):
         context = context.lstrip()
@@ -27,14 +27,14 @@ def encode(model: Model, context: str | Int64[Tensor, " S"], turn: Turn) -> tupl
 
 
 def strips(model: Model, turn: Turn) -> bool:
-    """Returns whether the chat template drops white space at the beginning of a context."""
+    """Returns whether the chat template strips white space at the beginning of a context."""
     return turn.template and prompt_of(model, turn).strips
 
 
 def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str = "") -> Int64[Tensor, " S"]:
-    """Returns the token ids of a context on the CPU, of a text as it goes on behind `before` (see `prefix_text`).
+    """Returns the token ids of a context on the CPU; a text is tokenized as it follows `before` (see `prefix_text`).
 
-    Raises: ValueError for ids outside the vocabulary, and whatever `prompts.encode_text` refuses.
+    Raises: ValueError for ids outside the vocabulary, and for texts that `prompts.encode_text` refuses.
     """
     if isinstance(context, str):
         return torch.tensor(prompts.encode_context(tokenizer_of(model), context, before=before), dtype=torch.long)
@@ -71,12 +71,12 @@ def prompt_of(model: Model, turn: Turn | None = None) -> prompts.Prompt:
 
 
 def prefix_ids(model: Model, turn: Turn | None = None, *, context: str = "") -> list[int]:
-    """Returns the ids in front of a context: the chat template's, or BOS alone (if the tokenizer adds one).
+    """Returns the ids in front of a context: the chat template's, or only BOS (if the tokenizer adds one).
 
     Args:
-        context: how the context begins, which the prefix's last token may depend on (see `prompts.encode_prefix`).
+        context: the beginning of the context; the prefix's last token may depend on it (see `prompts.encode_prefix`).
 
-    Raises: ValueError for a model without a chat template.
+    Raises: ValueError if a template is asked for and the model has none.
     """
     turn = turn or Turn()
     if turn.template:
@@ -85,17 +85,17 @@ def prefix_ids(model: Model, turn: Turn | None = None, *, context: str = "") -> 
 
 
 def prefix_text(model: Model, turn: Turn) -> str:
-    """Returns the text whose ids `prefix_ids` are, spelled to be passed as `before`; empty without a template."""
+    """Returns the text of `prefix_ids`, to be passed as `before`; empty without a template."""
     return prompts.prefix_text(tokenizer_of(model), prompt_of(model, turn)) if turn.template else ""
 
 
 def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str], *, template: bool) -> list[list[int]]:
-    """Returns the ids that ask each query after what the cache holds, up to where its answer begins.
+    """Returns the ids that follow the cache's tokens to ask each query, up to where its answer begins.
 
-    With `template` the query goes into the user turn that is open at the end of the cache, a blank line after what the
-    turn holds already, and the turn is closed.
+    With `template` the query is appended to the user turn that is open at the end of the cache, after a blank line if
+    the turn has text already, and the turn is closed.
 
-    Raises: ValueError for a query without text, or a template where the cache has no chat prefix.
+    Raises: ValueError for a query without text, or template=True for a cache without a chat prefix.
     """
     tokenizer = tokenizer_of(model)
     for query in queries:
@@ -118,15 +118,15 @@ def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str],
 
 
 def following_ids(model: Model, cache: DenseCache | RaggedCache, text: str) -> list[int]:
-    """Returns the ids of a text that continues what a cache holds."""
+    """Returns the ids of a text that continues a cache's tokens."""
     tokenizer, held = tokenizer_of(model), cache.token_ids.tolist()
-    if cache.chat:  # the spaces at the end of a turn's opening come with what is said in it
+    if cache.chat:  # spaces at the end of a turn's opening are tokenized with the turn's text
         text = (prompts.turn_opened(tokenizer, prompt_of(model), held) or "") + text
     return prompts.encode_text(tokenizer, text, before=prompts.text_of(tokenizer, held))
 
 
 def check_length(model: Model, needed: int, what: str) -> None:
-    """Raises ValueError if `needed` positions are more than the model was made for."""
+    """Raises ValueError if `needed` positions exceed the model's length."""
     if needed > model.config.max_length:
         raise ValueError(
             f"expected at most {model.config.max_length} positions (the model's length), got {needed} ({what}): "

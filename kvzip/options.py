@@ -91,7 +91,6 @@ def scoring(scope: Any, method: Any, chunk: Any, hint: Any) -> Scoring:
 
 def budget(
     ratio: Any,
-    *,
     level: Any = "pair",
     budget: Any = None,
     threshold: Any = None,

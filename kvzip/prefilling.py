@@ -1,4 +1,4 @@
-"""Prefill: a context's tokens to a dense cache, in chunks."""
+"""Prefill: runs the model over a context in chunks and returns the dense cache."""
 
 import logging
 from collections.abc import Callable
@@ -30,18 +30,19 @@ def prefill(
     template: bool = True,
     progress: Progress | None = None,
 ) -> DenseCache:
-    """Returns the dense cache of a system prefix and the context, ready to be scored or asked.
+    """Returns the dense cache of the system prefix and the context, ready to be scored or asked.
 
     Args:
         context: text, or its token ids without any prefix.
-        chunk: tokens per forward pass; bounds the memory for activations, changes nothing else.
-        system: system message; None takes what the chat template renders by itself.
-        instruction: text that opens the user turn, before the context.
+        chunk: tokens per forward pass; bounds the memory for activations and does not change the result.
+        system: system message; None takes the chat template's default.
+        instruction: text at the beginning of the user turn, before the context.
         template: False puts only BOS (if the tokenizer adds one) in front, for base models.
         progress: called with (tokens done, tokens in all).
 
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, a model without a chat template
-        where one is asked for, or system and instruction without a template; torch.OutOfMemoryError that says for what.
+        unless template=False, or system or instruction without a template; torch.OutOfMemoryError that says what
+        needed the memory.
     Source: KVzip, arXiv 2505.23416.
     """
     check_kind(model, Model)
@@ -57,39 +58,23 @@ def prefill(
     if limit is not None and length > limit:
         logger.warning("%s positions are beyond the %s for which this model needs dual chunk attention", length, limit)
     size = dense_bytes(model, length)
-    with (
-        torch.no_grad(),
-        explain_out_of_memory(
-            f"{size:,} bytes for the pairs of {length} tokens, beside activations of {min(chunk, length)}",
-            "lower chunk, use 16-bit weights, or call prefill_compressed, which never holds the full cache",
-        ),
-    ):
+    needed = f"{size:,} bytes for the pairs of {length} tokens, beside activations of {min(chunk, length)}"
+    remedy = "lower chunk, use 16-bit weights, or call prefill_compressed, which never holds the full cache"
+    with explain_out_of_memory(needed, remedy):
         layers = new_layers(model.config, length, dtype=model.dtype, device=model.device)
         on_device = token_ids.to(model.device)
     for start in range(0, length, chunk):
         piece = on_device[start : start + chunk]
         positions = torch.arange(start, start + len(piece), device=model.device)
-        with (
-            torch.no_grad(),
-            explain_out_of_memory(
-                f"the activations of {len(piece)} tokens beside {size:,} bytes of pairs",
-                "lower chunk, use 16-bit weights, or call prefill_compressed, which never holds the full cache",
-            ),
-        ):
+        needed = f"the activations of {len(piece)} tokens beside {size:,} bytes of pairs"
+        with torch.no_grad(), explain_out_of_memory(needed, remedy):
             run_attention(model, piece[None], positions, prefill_attend(model.config, layers, start))
         if progress is not None:
             progress(start + len(piece), length)
-    return DenseCache(
-        layers=layers,
-        length=length,
-        start=len(prefix),
-        chat=bool(template),
-        token_ids=token_ids,
-        fingerprint=model.fingerprint,
-    )
+    return DenseCache(layers, length, len(prefix), bool(template), token_ids, model.fingerprint)
 
 
 def dense_bytes(model: Model, length: int) -> int:
-    """Returns the bytes of a dense cache of `length` tokens; window layers hold their window at most."""
+    """Returns the bytes of keys and values of a dense cache of `length` tokens; window layers hold at most a window."""
     rows = sum(length if spec.window is None else min(spec.window, length) for spec in model.config.layers)
     return 2 * rows * model.config.num_kv_heads * model.config.head_dim * model.dtype.itemsize

@@ -1,8 +1,9 @@
-"""Scoring: the model repeats its context, and each pair is scored by the largest attention it receives meanwhile."""
+"""Scoring: the model repeats its context, and a pair's score is the largest attention that the repeat pays to it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -11,16 +12,7 @@ from torch import Tensor
 
 from . import options, prompts
 from .attention import Formula, Sight, score_attend
-from .cache import (
-    DenseCache,
-    RaggedCache,
-    RaggedKV,
-    Scores,
-    WindowKV,
-    check_pairs,
-    explain_out_of_memory,
-    global_layers,
-)
+from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pairs, check_whole, explain_out_of_memory
 from .checks import check_kind
 from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
 from .models import Attend, Model, run_attention
@@ -28,7 +20,7 @@ from .options import Scoring
 from .prefilling import Progress
 
 Observe = Callable[[int, Tensor], None]
-PLAIN_POSTFIX = "\n\nAnswer: "  # between a repeat prompt and the repeat, where there is no chat template
+PLAIN_POSTFIX = "\n\nAnswer: "  # between the repeat prompt and the repeat, without a chat template
 
 
 def score(
@@ -41,37 +33,38 @@ def score(
     hint: int = 8,
     progress: Progress | None = None,
 ) -> DenseCache:
-    """Returns a cache of the same pairs with Scores attached; reads the pairs, writes nothing to them.
+    """Returns a cache of the same pairs with Scores attached. The pairs are not changed.
 
         score[l, h, e] = max over repeat rows r and query heads of head h of
                          softmax over [prefix, chunk of e, repeat up to r] of attn_scale * q_r . k, at key e
 
-    The context is repeated a chunk at a time: prompt, the last `hint` tokens of the previous chunk, the answer's
-    opening, then the chunk's own tokens. The repeat's positions start at `cache.length` for every chunk.
+    The context is repeated a chunk at a time. The input of a pass is the repeat prompt, the last `hint` tokens of the
+    previous chunk, the beginning of the assistant's turn, and the chunk's own tokens; its positions start at
+    `cache.length` for every chunk.
 
     Args:
-        scope: what the rows attend to while they are computed. "chunk": the prefix and the chunk being repeated, so
-            that the cost is linear in the context, and answers are as good or better (measured in docs/scoring.md).
-            "context": the whole cache, as in the paper.
-        method: "kvzip": the formula above. "kvzip+": with |W_O v| / |x_r| times the softmax weight, the size of what a
-            pair adds to the residual stream x_r that enters the layer, relative to it; W_O is the query head's part of
-            the output projection; without a prefix, protect the first token when compressing, an attention sink that
-            adds nothing. "logit": the logit itself, without the softmax.
+        scope: what the repeat attends to in the forward pass. "chunk": the prefix and the chunk being repeated; the
+            cost is linear in the context, and answers are as good or better (measured in docs/scoring.md). "context":
+            the whole cache, as in the paper.
+        method: "kvzip": the formula above. "kvzip+": the softmax weight times |W_O v| / |x_r|, the size of what a pair
+            adds to the residual stream x_r that enters the layer, relative to it; W_O is the query head's part of the
+            output projection. The first token is an attention sink that adds almost nothing: without a prefix, protect
+            it when compressing. "logit": the logit itself, without the softmax.
         chunk: context tokens per repeat pass.
-        hint: tokens of the previous chunk put before a repeat.
+        hint: tokens of the previous chunk quoted in the repeat prompt.
         progress: called with (context tokens done, context tokens in all).
 
-    Raises: ValueError for a cache of another model, or one too long to leave room for a repeat.
+    Raises: ValueError for a cache of another model, or one that leaves no room for a repeat in the model's length.
     Source: KVzip, arXiv 2505.23416, section 3, and appendix C.3 for "logit"; "kvzip+" is equation 3 of KVzap,
-    arXiv 2601.07891. Prompts as in the authors' code. The softmax is float32 and the scale the model's own, where
-    theirs is the model's dtype and 1/sqrt(D).
+    arXiv 2601.07891. Prompts as in the authors' code. Our softmax is in float32 with the model's own scale; theirs is
+    in the model's dtype with 1/sqrt(D).
     """
     check_kind(model, Model)
     check_kind(cache, DenseCache)
     scoring = options.scoring(scope, method, chunk, hint)
     check_pairs(cache)
     check_fingerprint(model, cache.fingerprint)
-    layers = global_layers(cache)
+    layers = cache.scored_layers
     if not layers:
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
@@ -92,71 +85,60 @@ def score_chunks(
     before: Int64[Tensor, " S"] | None = None,
     end: int = 0,
 ) -> Float32[Tensor, "L H E"]:
-    """Returns the scores of a dense cache's context, which may be the latest segment of a longer one.
+    """Returns the scores of a dense cache's context, which may be one segment of a longer context.
 
     Args:
-        neighbors: context tokens before a chunk that scope "chunk" attends to besides.
-        past: what is kept of the tokens before the segment, prefix included, which scope "context" attends to.
-        before: the ids of the segment's older tokens, prefix not included, so that the first repeat starts with the
-            last of them. None: there are none.
-        end: where the repeat's positions start, if that is beyond the older tokens and the cache.
+        neighbors: context tokens before a chunk that scope "chunk" attends to as well.
+        past: the compressed layers of the tokens before the segment, prefix included; scope "context" attends to them.
+        before: ids of the context tokens before the segment, of which the first repeat quotes the last. None: no such
+            tokens.
+        end: position where the repeats start, if larger than the number of tokens so far.
     """
+    check_whole(cache)
     start, here = cache.start, cache.length + (0 if before is None else len(before))
     formula, observe = formula_of(model, scoring)
-    shape = (len(global_layers(cache)), cache.heads, cache.length - start)
+    shape = (len(cache.scored_layers), cache.heads, cache.length - start)
     with explain_out_of_memory(f"{4 * math.prod(shape):,} bytes of scores", "free memory; the cache is as it was"):
         values = torch.empty(shape, dtype=torch.float32, device=model.device)
     sight = Sight(scoring.scope == "chunk", neighbors, gap=end > here, past=past)
-
-    def attend(first: int, stop: int) -> Attend:
-        where = {"start": start, "first": first, "stop": stop}
-        return score_attend(model.config, cache.layers, values, **where, sight=sight, formula=formula)
-
-    def told(stop: int) -> None:
-        if progress is not None:
-            progress(stop - start, shape[2])
-
-    passes = repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, before=before)
+    attend = partial(score_attend, model.config, cache.layers, values, start=start, sight=sight, formula=formula)
+    passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, before=before))
+    told = None if progress is None else lambda stop: progress(stop - start, shape[2])
     needed = f"beside {values.nbytes:,} bytes of scores"
     run_repeats(model, passes, max(here, end), attend, observe=observe, progress=told, needed=needed)
-    # a weight is exp(logit - log-sum-exp), both rounded: next to 1 it may come out a little above
+    # exp(logit - log-sum-exp) of a weight near 1 may exceed it: both are rounded
     return values.clamp_(max=1) if scoring.method == "kvzip" else values
 
 
 def run_repeats(
     model: Model,
-    passes: Iterable[tuple[int, int, Tensor]],
+    passes: list[tuple[int, int, Tensor]],
     position: int,
-    attend: Callable[[int, int], Attend],
+    attend: Callable[..., Attend],
     *,
     observe: Observe | None = None,
     progress: Callable[[int], None] | None = None,
     needed: str = "",
 ) -> None:
-    """Runs repeat passes (see `repeats`), all from one position on: attend(first, stop) is the strategy of each.
+    """Runs repeat passes (see `repeats`), each at positions from `position` on.
 
     Args:
+        attend: attend(first=..., stop=...) returns the strategy of the pass that repeats these tokens.
         observe: given to `models.run_attention`.
         progress: called with `stop` after each pass.
-        needed: what is held beside a pass, for the error where memory runs out.
+        needed: what is in memory besides a pass, for the error message if memory runs out.
 
     Raises: ValueError before the first pass if the longest goes beyond the model's length.
     """
-    passes = list(passes)
     sizes = [len(ids) for _, _, ids in passes]
     longest = max(sizes)
     check_length(model, position + longest, f"a cache of {position} and a repeat pass of {longest} tokens")
-    on_device = torch.cat([ids for _, _, ids in passes]).to(model.device)  # once: each copy waits for the device
+    on_device = torch.cat([ids for _, _, ids in passes]).to(model.device)  # one copy: each waits for the device
     for (first, stop, _), ids in zip(passes, on_device.split(sizes), strict=True):
         positions = torch.arange(position, position + len(ids), device=model.device)
-        with (
-            torch.no_grad(),
-            explain_out_of_memory(
-                f"the activations of a repeat pass of {len(ids)} tokens {needed}".rstrip(),
-                "lower chunk; the cache is as it was",
-            ),
-        ):
-            run_attention(model, ids[None], positions, attend(first, stop), observe=observe)
+        beside = f"the activations of a repeat pass of {len(ids)} tokens {needed}".rstrip()
+        with torch.no_grad(), explain_out_of_memory(beside, "lower chunk; the cache is as it was"):
+            run_attention(model, ids[None], positions, attend(first=first, stop=stop), observe=observe)
         if progress is not None:
             progress(stop)
 
@@ -172,7 +154,7 @@ def repeats(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yields (start, stop, input ids) of each repeat pass over the tokens from `begin`, by default the whole context.
 
-    `before` are the ids of a context that this one continues.
+    `before` holds the ids of context tokens that precede those of the cache.
 
     Raises: ValueError without a tokenizer.
     """
@@ -195,7 +177,7 @@ def repeats(
 
 
 def formula_of(model: Model, scoring: Scoring) -> tuple[Formula, Observe | None]:
-    """Returns the formula of a method, and what must observe the inputs of the layers for it."""
+    """Returns the formula of a method, and a function that must see each layer's input (for `run_attention`)."""
     if scoring.method != "kvzip+":
         return Formula(softmax=scoring.method != "logit"), None
     config = model.config

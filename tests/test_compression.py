@@ -1,5 +1,6 @@
 """Compression: exact counts, real eviction, what is kept whatever its score, and pruned attention's law."""
 
+import functools
 import gc
 import importlib
 import inspect
@@ -7,12 +8,10 @@ import itertools
 import pkgutil
 import sys
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,7 @@ from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
 from kvzip.options import Scoring
+from unchecked import unchecked
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
@@ -64,8 +64,8 @@ def kept(small):
 
 
 @given(ratio=st.floats(0.001, 1.0), level=st.sampled_from(["pair", "layer", "uniform", "head"]), ties=st.booleans())
-def test_counts_are_exact(plain, ratio, level, ties):
-    cache = scored(plain)
+def test_counts_are_exact(dense, ratio, level, ties):
+    cache = dense
     if ties:
         cache = replace(cache, scores=replace(cache.scores, values=(cache.scores.values * 4).round()))
     layers, heads, length = cache.scores.values.shape
@@ -87,30 +87,30 @@ def test_counts_are_exact(plain, ratio, level, ties):
 
 
 @given(a=st.floats(0.01, 1.0), b=st.floats(0.01, 1.0))
-def test_smaller_ratios_keep_a_subset(plain, a, b):
-    cache = scored(plain)
+def test_smaller_ratios_keep_a_subset(dense, a, b):
+    cache = dense
     less, more = (kept(kvzip.compress(cache, r)) for r in sorted((a, b)))
     assert (less <= more).all()
 
 
-def test_budget_is_tokens_per_head(plain):
-    cache = scored(plain)
+def test_budget_is_tokens_per_head(dense):
+    cache = dense
     layers, heads, length = cache.scores.values.shape
     assert kvzip.compress(cache, budget=7.3).kept == int(7.3 * layers * heads)
     assert kvzip.compress(cache, budget=10.0 * length).kept == cache.total
     assert (kept(kvzip.compress(cache, budget=5.0, level="uniform"))[:, :, cache.start :].sum(-1) == 5).all()
 
 
-def test_threshold_keeps_scores_at_and_above_it(plain):
-    cache = scored(plain)
+def test_threshold_keeps_scores_at_and_above_it(dense):
+    cache = dense
     value = cache.scores.values.flatten().sort().values[40].item()
     mask = kept(kvzip.compress(cache, threshold=value))[:, :, cache.start :]
     assert torch.equal(mask, cache.scores.values >= value)
 
 
 @given(span=st.tuples(st.integers(0, 20), st.integers(0, 20)).map(sorted), rows=st.integers(0, 9))
-def test_protected_and_minimum_rows_come_first(plain, span, rows):
-    cache = scored(plain)
+def test_protected_and_minimum_rows_come_first(dense, span, rows):
+    cache = dense
     values = cache.scores.values
     small = kvzip.compress(cache, 0.5, protect=[tuple(span)], min_rows=rows)
     mask = kept(small)[:, :, cache.start :]
@@ -187,11 +187,15 @@ def sorted_out(values, *, ratio=None, budget=None, threshold=None, level, protec
     return [[[(n, h, e) in keep for e in range(length)] for h in range(heads)] for n in range(layers)]
 
 
+@functools.cache
+def softcapped(softcap):
+    config = random_model.config(windows=(None, 6), attn_softcap=softcap)
+    return config, scored(random_model.make(config, dtype=torch.bfloat16))
+
+
 @given(ratio=st.floats(0.01, 1.0), tokens=st.integers(1, 4), softcap=st.sampled_from([None, 2.0]))
 def test_pruned_attention_equals_dense_attention_with_the_rest_masked(ratio, tokens, softcap):
-    config = random_model.config(windows=(None, 6), attn_softcap=softcap)
-    model = random_model.make(config, dtype=torch.bfloat16)
-    cache = scored(model)
+    config, cache = softcapped(softcap)
     small = kvzip.compress(cache, ratio)
     generator = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(2, n, tokens, 8, generator=generator).bfloat16() for n in (4, 2, 2))
@@ -245,26 +249,27 @@ def test_consume_frees_layers_one_after_the_other(model):
     assert torch.equal(small.context[0].k, want.context[0].k)
 
 
-def used_up(model, monkeypatch):
+def used_up(cache):
     """A cache that was consumed."""
-    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
     kvzip.compress(cache, 0.4, consume=True)
-    return cache
 
 
-def half_way(model, monkeypatch):
+def half_way(cache):
     """A cache that was being consumed when Ctrl-C came in its second layer."""
-    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
-    monkeypatch.setattr(kvzip.ops, "prune", failing(kvzip.ops.prune, [], 2, KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kvzip.ops, "prune", failing(kvzip.ops.prune, [], 2, KeyboardInterrupt))
         kvzip.compress(cache, 0.4, consume=True)
-    return cache
 
 
-def shortened(model, monkeypatch):
+def shortened(cache):
     """A cache that lacks its first layer, whoever took it."""
-    cache = kvzip.score(model, kvzip.prefill(model, TEXT))
     del cache.layers[0]
+
+
+@pytest.fixture(scope="module", params=[used_up, half_way, shortened], ids=lambda state: state.__name__)
+def consumed(request, dense):
+    cache = replace(dense, layers=list(dense.layers))
+    request.param(cache)
     return cache
 
 
@@ -297,6 +302,7 @@ def arguments_of(function, model, cache, path):
         "device": "cpu",
         "header": {},
         "pieces": {},
+        "token_texts": {},
         "scope": "chunk",
         "method": "kvzip",
         "chunk": 9,
@@ -316,13 +322,11 @@ def arguments_of(function, model, cache, path):
     return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
 
 
-@pytest.mark.parametrize("state", [used_up, half_way, shortened], ids=lambda state: state.__name__)
 @pytest.mark.parametrize("taker", sorted({*FOUND} - NO_PAIRS))
-def test_a_consumed_cache_is_refused_by_name_by_all_that_take_one(plain, state, taker, tmp_path, monkeypatch):
-    cache = state(plain, monkeypatch)
+def test_a_consumed_cache_is_refused_by_name_by_all_that_take_one(plain, consumed, taker, tmp_path):
     module, name = FOUND[taker]
     function = getattr(sys.modules[module], name)
-    arguments = arguments_of(function, plain, cache, tmp_path / "file")
+    arguments = arguments_of(function, plain, consumed, tmp_path / "file")
     with pytest.raises(
         ValueError, match=r"freed by compress\(consume=True\), [12] of 2 layers are gone: prefill again"
     ):
@@ -335,10 +339,9 @@ def test_all_that_take_a_cache_are_found():
     assert {*FOUND} > NO_PAIRS | named | {"cache.caches.nbytes", "interop.to_transformers", "decoding.Decoder"}
 
 
-def test_a_consumed_cache_stays_refused_whatever_is_replaced(plain, monkeypatch):
-    for state in (used_up, half_way, shortened):
-        with pytest.raises(ValueError, match="layers are gone"):
-            kvzip.compress(replace(state(plain, monkeypatch), scores=None), 0.4)
+def test_a_consumed_cache_stays_refused_whatever_is_replaced(consumed):
+    with pytest.raises(ValueError, match="layers are gone"):
+        kvzip.compress(replace(consumed, scores=None), 0.4)
 
 
 FAILURES = [(KeyboardInterrupt, KeyboardInterrupt), (torch.OutOfMemoryError, torch.OutOfMemoryError)]
@@ -359,10 +362,10 @@ def failing(function, calls, at, raised):
 @pytest.mark.parametrize(("raised", "seen"), FAILURES, ids=["Ctrl-C", "GPU", "host"])
 def test_consuming_that_fails_anywhere_leaves_a_cache_that_is_whole_or_says_it_is_not(raised, seen, bits):
     """At every call that packs: intact until a layer is freed, refused by name after."""
-    model = random_model.make(random_model.config(windows=(6, None, None, None)))
+    made = scored(random_model.make(random_model.config(windows=(6, None, None, None))))
     whole = gone = 0
     for at in itertools.count(1):
-        cache, calls = scored(model), []
+        cache, calls = replace(made, layers=list(made.layers)), []
         shared = replace(cache, scores=None)
         before = list(cache.layers)
         with pytest.MonkeyPatch.context() as patch:
@@ -389,10 +392,10 @@ def test_consuming_that_fails_anywhere_leaves_a_cache_that_is_whole_or_says_it_i
     assert (whole, gone, at) == (steps, 2 * steps, 3 * steps + 1)
 
 
-def test_consuming_may_be_interrupted_at_any_line(plain):
+def test_consuming_may_be_interrupted_at_any_line(dense):
     found = {"whole": 0, "gone": 0}
     for line in itertools.count(1, step=3):
-        cache = scored(plain)
+        cache = replace(dense, layers=list(dense.layers))
         before = list(cache.layers)
         if not interrupted(
             (compression, rows), line, lambda cache=cache: kvzip.compress(cache, 0.4, bits=8, consume=True)
@@ -404,12 +407,11 @@ def test_consuming_may_be_interrupted_at_any_line(plain):
     assert min(found.values()) > 5
 
 
-def test_the_largest_layer_is_packed_first(plain):
+def test_the_largest_layer_is_packed_first(dense):
     """What does not fit is then found while nothing is freed: a freed layer has room for its own pairs."""
-    cache = scored(plain)
-    values = cache.scores.values.clone()
+    values = dense.scores.values.clone()
     values[1] += 9
-    cache, sizes = replace(cache, scores=replace(cache.scores, values=values)), []
+    cache, sizes = replace(dense, layers=list(dense.layers), scores=replace(dense.scores, values=values)), []
     with pytest.MonkeyPatch.context() as patch:
         real = kvzip.ops.prune
         patch.setattr(kvzip.ops, "prune", lambda *a, total: sizes.append(total) or real(*a, total=total))
@@ -440,21 +442,13 @@ def test_what_cannot_be_packed_into_bits_is_found_before_anything_is_freed(plain
 def test_another_cache_is_named(plain):
     small = kvzip.compress(scored(plain), 0.5)
     for call in (lambda: kvzip.compress(small, 0.1), lambda: kvzip.score(plain, small)):
-        with jaxtyping_off(), pytest.raises(TypeError, match=r"expected a DenseCache.*got RaggedCache.*scores.shrink"):
+        with unchecked(), pytest.raises(TypeError, match=r"expected a DenseCache.*got RaggedCache.*scores.shrink"):
             call()
     with (
-        jaxtyping_off(),
+        unchecked(),
         pytest.raises(TypeError, match=r"expected a RaggedCache, got DenseCache: kvzip\.compress"),
     ):
         kvzip.scores.shrink(scored(plain), 0.1)
-
-
-@contextmanager
-def jaxtyping_off():
-    """As users have it: no check of types."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 def fifth(kind):
@@ -494,13 +488,13 @@ def test_numbers_may_be_of_any_type(dense, plain, kind):
 @pytest.mark.parametrize("name", ["ratio", "budget", "threshold", "min_rows", "sink", "recent", "bits"])
 def test_what_is_no_number_is_refused(dense, plain, name, bad):
     more = {} if name in ("ratio", "budget", "threshold") else {"ratio": 0.5, "level": "head"}
-    with jaxtyping_off(), pytest.raises(TypeError, match=f"expected {name} to be a (whole )?number, got .+: pass"):
+    with unchecked(), pytest.raises(TypeError, match=f"expected {name} to be a (whole )?number, got .+: pass"):
         kvzip.compress(dense, **more, **{name: bad})
     if name in ("ratio", "budget", "threshold"):
-        with jaxtyping_off(), pytest.raises(TypeError, match=f"expected {name} to be a number, got .+: pass"):
+        with unchecked(), pytest.raises(TypeError, match=f"expected {name} to be a number, got .+: pass"):
             kvzip.scores.shrink(kvzip.compress(dense, 0.5), **{name: bad})
     if name == "ratio":
-        with jaxtyping_off(), pytest.raises(TypeError, match=r"expected ratio to be a number, got .+: pass"):
+        with unchecked(), pytest.raises(TypeError, match=r"expected ratio to be a number, got .+: pass"):
             kvzip.fold(plain, kvzip.compress(dense, 0.5), bad)
 
 
@@ -552,8 +546,8 @@ def test_bad_input_is_named(plain):
 
 
 @pytest.mark.parametrize("spans", [(3, 9), [3, 9], [(3,)], [(3, 9, 12)], [(0.5, 2)]], ids=str)
-def test_spans_that_are_none_are_named(dense, spans, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no check of types
+@unchecked()
+def test_spans_that_are_none_are_named(dense, spans):
     with pytest.raises(ValueError, match=r"\(start, stop\) pairs of context tokens, got .*protect=\[\(0, 9\)\]"):
         kvzip.compress(dense, 0.5, protect=spans)
 

@@ -1,5 +1,6 @@
 """The decoder: used again, smaller than its questions, out of memory; and the host's attention against the op."""
 
+import functools
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from fractions import Fraction
@@ -19,6 +20,7 @@ from kvzip import decoding, generation, ops, options
 from kvzip.attention import decode_attend
 from kvzip.cache import Tail, all_ragged, explain_out_of_memory, free_bytes
 from kvzip.decoding import sample
+from unchecked import unchecked
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x", "Why is that so?", "And then?"]
@@ -36,10 +38,12 @@ def small(model):
 
 
 @pytest.fixture(scope="module")
+@unchecked()
 def alone(model, small):
     return [kvzip.generate(model, small, query, **OPTIONS) for query in QUERIES]
 
 
+@unchecked()
 def test_a_decoder_used_again_answers_the_same(model, small, alone):
     decoder = kvzip.Decoder(model, small, tail=80)
     for _ in range(2):
@@ -51,6 +55,7 @@ def test_a_decoder_used_again_answers_the_same(model, small, alone):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 7])
+@unchecked()
 def test_more_questions_than_rows_are_answered_in_several_batches(model, small, alone, batch):
     decoder = kvzip.Decoder(model, small, batch=batch, tail=80)
     pieces = [""] * len(QUERIES)
@@ -92,6 +97,13 @@ def test_a_decoder_must_fit(model, small):
         decoder.read([[1], [2]])
 
 
+@functools.cache
+def compressed(ratio, bits):
+    """A cache of a window layer and a global one, with its config."""
+    model = random_model.make(random_model.config(windows=(4, None), head_dim=16, attn_scale=0.25))
+    return model.config, kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), ratio, bits=bits)
+
+
 @given(
     tokens=st.sampled_from([1, 3]),
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=3),
@@ -100,8 +112,7 @@ def test_a_decoder_must_fit(model, small):
 )
 def test_attention_on_the_host_is_as_accurate_as_the_op(tokens, lengths, ratio, bits):
     """Ragged, full and empty heads, windows, tails of different lengths whose unset rows are NaN."""
-    model = random_model.make(random_model.config(windows=(4, None), head_dim=16, attn_scale=0.25))
-    cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), ratio, bits=bits)
+    config, cache = compressed(ratio, bits)
     context, shape = all_ragged(cache.context), (len(lengths), 2, 12, 16)
     generator = torch.Generator().manual_seed(len(lengths))
     rows = [torch.randn(shape, generator=generator) for _ in range(4)]
@@ -112,15 +123,14 @@ def test_attention_on_the_host_is_as_accurate_as_the_op(tokens, lengths, ratio, 
     def attend(dtype, softcap=None):
         """A softcap of nearly infinity takes the op."""
         tail = Tail(*(tuple(x.to(dtype) for x in rows[i : i + 2]) for i in (0, 2)), torch.tensor(lengths).int())
-        config = replace(model.config, attn_softcap=softcap)
         kv = [
             replace(kv, k=kv.k.to(dtype), v=kv.v.to(dtype)) if isinstance(kv.k, torch.Tensor) else kv for kv in context
         ]
-        run = decode_attend(config, kv, tail)
+        run = decode_attend(replace(config, attn_softcap=softcap), kv, tail)
         return [run(layer, *(x.to(dtype) for x in new)) for layer in (0, 1)]
 
     exact, plain = attend(torch.float64, softcap=1e9), attend(torch.float32, softcap=1e9)
-    plain[1] = merged_parts(context[1], rows, new, lengths, model.config.attn_scale)
+    plain[1] = merged_parts(context[1], rows, new, lengths, config.attn_scale)
     for got in zip(attend(torch.float32), exact, plain, strict=True):
         assert_as_accurate(*got)
 
@@ -150,7 +160,7 @@ def test_sampling_inverts_the_cumulative_probabilities(temperature, top_p):
     share = probabilities[kept] / probabilities[kept].sum()
     draws = (torch.arange(2000) + 0.5) / 2000
     options = {"temperature": torch.tensor(temperature), "top_p": torch.tensor(top_p)}
-    tokens = torch.stack([sample(scores, draw[None], **options)[0] for draw in draws])
+    tokens = torch.vmap(lambda draw: sample(scores, draw[None], **options)[0])(draws)
     for token, expected in zip(kept, share.tolist(), strict=True):
         assert abs(float((tokens == token).float().mean()) - expected) <= 1 / 2000
     assert set(tokens.tolist()) <= set(kept)
@@ -212,6 +222,7 @@ def test_all_tokens_can_be_drawn_from_many():
     assert int(last) == 149_999
 
 
+@unchecked()
 def test_a_temperature_of_nearly_nothing_is_greedy(model, small, alone):
     for temperature in (5e-324, 1e-45, 1e-30):
         assert kvzip.generate(model, small, QUERIES, temperature=temperature, seed=1, **OPTIONS) == alone

@@ -15,6 +15,7 @@ import kvzip
 import random_model
 from kvzip import generation, prompts
 from kvzip.evals.comparison import answer_probabilities
+from unchecked import unchecked
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x"]
@@ -61,18 +62,18 @@ def test_greedy_decoding_equals_a_forward_pass_over_everything(model):
 
 
 @given(ratio=st.sampled_from([0.2, 0.7, 1.0]), template=st.booleans())
+@unchecked()
 def test_a_batch_answers_as_each_question_alone(model, dense, ratio, template):
     small = kvzip.compress(dense, ratio)
     together = kvzip.generate(model, small, QUERIES, max_tokens=12, template=template)
     assert together == [kvzip.generate(model, small, q, max_tokens=12, template=template) for q in QUERIES]
 
 
+@unchecked()
 def test_ratio_one_answers_as_the_full_cache(model, dense):
-    whole = kvzip.compress(dense, 1.0)
-    assert kvzip.generate(model, whole, QUERIES, max_tokens=30) == kvzip.generate(model, dense, QUERIES, max_tokens=30)
-    assert kvzip.generate(model, kvzip.compress(dense, 0.1), QUERIES, max_tokens=30) != kvzip.generate(
-        model, dense, QUERIES, max_tokens=30
-    )
+    whole, tenth = (kvzip.compress(dense, ratio) for ratio in (1.0, 0.1))
+    full, same, other = (kvzip.generate(model, cache, QUERIES, max_tokens=30) for cache in (dense, whole, tenth))
+    assert same == full != other
 
 
 def test_the_cache_is_left_as_it_was(model, dense):
@@ -93,6 +94,7 @@ def test_stop_tokens_end_an_answer(model, dense):
     assert answer.token_ids == ids[: ids.index(ids[4])] and answer.stopped == "stop"
 
 
+@unchecked()
 def test_stop_texts_cut_the_answer_and_the_stream(model, dense):
     free = replace(model, stop_ids=())
     text = kvzip.generate(free, dense, "Who?", max_tokens=40).text
@@ -103,6 +105,7 @@ def test_stop_texts_cut_the_answer_and_the_stream(model, dense):
     assert answer.text == text[: text.index(stop)] == "".join(pieces) and answer.stopped == "stop"
 
 
+@unchecked()
 def test_one_stop_text_is_a_list_of_one(model, dense):
     free = replace(model, stop_ids=())
     text = kvzip.generate(free, dense, "Who?", max_tokens=40).text
@@ -220,6 +223,7 @@ def test_streams_add_up_to_the_answers(model, dense):
     assert answer.text == model.tokenizer.control.decode(answer.token_ids)
 
 
+@unchecked()
 def test_sampling_depends_on_the_seed_alone(model, dense):
     def sample(query, **options):
         return kvzip.generate(model, dense, query, max_tokens=12, temperature=1.0, **options)

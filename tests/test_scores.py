@@ -164,11 +164,15 @@ def test_scores_are_tied_to_their_model_and_tokens(model, cache, tmp_path):
         scores_of.load(path, cache)
 
 
+@pytest.fixture(scope="module")
+def several(model, cache):
+    return [cache.scores, *(kvzip.score(model, cache, chunk=n, scope="context").scores for n in (40, 71))]
+
+
 @given(st.permutations(range(3)))
-def test_combined_scores_are_the_largest_in_any_order(model, cache, order):
-    found = [cache.scores, *(kvzip.score(model, cache, chunk=n, scope="context").scores for n in (40, 71))]
-    both = scores_of.combine(*(found[n] for n in order))
-    assert torch.equal(both.values, torch.stack([one.values for one in found]).amax(0))
+def test_combined_scores_are_the_largest_in_any_order(cache, several, order):
+    both = scores_of.combine(*(several[n] for n in order))
+    assert torch.equal(both.values, torch.stack([one.values for one in several]).amax(0))
     assert torch.equal(scores_of.combine(both, both).values, both.values)
     assert same_fields(scores_of.combine(cache.scores), cache.scores)
     assert (both.layers, both.start, both.stop) == (cache.scores.layers, cache.scores.start, cache.scores.stop)

@@ -1,4 +1,4 @@
-"""The attend strategies, which join the transformer to a cache: prefill, score, segment, decode."""
+"""The `attend` functions that join the forward pass to a cache, one for each stage: prefill, score, segment, decode."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from .dense import causal_attention, window_attention
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
-    """Returns the strategy that appends: rows length:length+T of each dense layer are written, window layers replaced.
+    """Returns the strategy that writes T new tokens to rows length:length+T of each dense layer, in place.
 
-    `layers` must have room for them; see `new_layers`.
+    Window layers are replaced in the list. The dense layers must have room; see `new_layers`.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,12 +48,12 @@ def new_layers(
 
 @dataclass(frozen=True)
 class Sight:
-    """What the rows of a repeat pass attend to, besides the repeat itself up to their own place.
+    """What the tokens of a repeat pass attend to, besides the earlier tokens of the same pass.
 
-    The whole cache or, if `local`, the prefix, the chunk that is repeated and the `neighbors` tokens before it. Window
-    layers see the last tokens of the cache or, where there is a `gap` of positions between it and the repeat, nothing.
-    Where the cache is a segment of a longer context, `past` is what is kept of the tokens before it, the prefix
-    included; only a row that is not `local` attends to it.
+    local: True for the prefix, the chunk being repeated and `neighbors` tokens before it; False for the whole cache.
+    gap: positions are missing between the cache and the repeat, so that window layers do not attend to the cache.
+    past: the compressed layers of the tokens before the cache, prefix included, if the cache is a segment of a longer
+        context. They are attended to unless `local`.
     """
 
     local: bool
@@ -64,7 +64,7 @@ class Sight:
 
 @dataclass(frozen=True)
 class Formula:
-    """How attention becomes scores: `softmax` and the factors of rows and keys are those of `ops.score`."""
+    """How attention becomes scores: with `softmax`, and weighted by `factors`, both as in `ops.score`."""
 
     softmax: bool = True
     factors: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -82,10 +82,10 @@ def score_attend(
     sight: Sight,
     formula: Formula,
 ) -> Attend:
-    """Returns the strategy of a repeat pass over a dense cache: it writes nothing to the cache and fills `values`.
+    """Returns the strategy of a repeat pass over a dense cache, which fills a part of `values` and changes no pair.
 
-    Each global layer's keys of tokens first:stop are scored into values[l, :, first-start:stop-start], l counting
-    global layers; the first `start` tokens are the prefix.
+    In each global layer the keys of tokens first:stop are scored into values[l, :, first-start:stop-start], where l
+    counts global layers and the first `start` tokens are the prefix.
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
@@ -97,8 +97,7 @@ def score_attend(
             return window_attention(q, k, v, window, config)
         near = max(start, first - sight.neighbors)
         if sight.local:
-            seen = (slice(start), slice(near, stop))
-            past_k, past_v = ([x[:, :, part] for part in seen] for x in (kv.k, kv.v))
+            past_k, past_v = ([x[:, :, :start], x[:, :, near:stop]] for x in (kv.k, kv.v))
             out, lse = causal_attention(q, past_k, past_v, k, v, config)
         elif layer == len(config.layers) - 1:
             pass  # the last layer's output is unused
@@ -106,11 +105,11 @@ def score_attend(
             out, _ = causal_attention(q, [kv.k], [kv.v], k, v, config)
         else:
             out, _ = _after_ragged(q, sight.past[layer], kv.k[:, :, start:], kv.v[:, :, start:], k, v, config)
-        exact = sight.local and near == first and formula.softmax  # the rows saw what the softmax is over
-        values[scored[layer], :, first - start : stop - start] = score_rows(
-            config, formula, layer, q, k, kv.k[0, :, :start], (kv.k[0, :, first:stop], kv.v[0, :, first:stop]),
-            lse=lse[0] if exact and lse is not None else None,
-        )  # fmt: skip
+        if near != first or not formula.softmax:
+            lse = None  # not the sum of the softmax: the pass attended to more, or there is no softmax
+        prefix, chunk = kv.k[0, :, :start], (kv.k[0, :, first:stop], kv.v[0, :, first:stop])
+        scores = score_rows(config, formula, layer, q, k, prefix, chunk, lse=None if lse is None else lse[0])
+        values[scored[layer], :, first - start : stop - start] = scores
         return out
 
     return attend
@@ -127,11 +126,12 @@ def score_rows(
     *,
     lse: Float[Tensor, "Hq T"] | None = None,
 ) -> Float[Tensor, "H C"]:
-    """Returns the scores that one repeat pass gives the keys of a chunk; `k` are the keys of the repeat itself.
+    """Returns the scores that one repeat pass gives the keys of a chunk.
 
     Args:
-        chunk: keys and values.
-        lse: log-sum-exp of each row's logits over prefix, chunk and repeat, if it is known already.
+        k: keys of the repeat itself.
+        chunk: keys and values of the chunk.
+        lse: log-sum-exp of each query's logits over prefix, chunk and repeat, if already known.
     """
     rows, keys = (None, None) if formula.factors is None else formula.factors(layer, chunk[1])
     return ops.score(
@@ -157,12 +157,14 @@ def segment_attend(
     done: int,
     position: int,
 ) -> Attend:
-    """Returns the strategy that prefills a segment of a context whose earlier tokens are compressed already.
+    """Returns the strategy that prefills a segment of a context whose earlier tokens are already compressed.
 
-    T new tokens attend to `past`, to the `done` tokens of the segment before them and causally to themselves. They
-    become rows start+done:start+done+T of each dense layer. Its first `start` rows, the prefix, are not read: they are
-    in `past`. A window layer, which holds the last of all earlier tokens, is replaced. `position` is that of the first
-    new token.
+    T new tokens attend to `past`, to the first `done` tokens of the segment and causally to themselves. They are
+    written to rows start+done:start+done+T of each dense layer. The first `start` rows, the prefix, are not read here:
+    `past` has them. Window layers hold the last tokens of the whole context so far, and are replaced.
+
+    Args:
+        position: position of the first new token in the whole context.
     """
     append = prefill_attend(config, layers, position)
 
@@ -180,30 +182,21 @@ def segment_attend(
 
 
 def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) -> Attend:
-    """Returns the strategy that answers: T new tokens go to the tail, and attend to the context and to it.
+    """Returns the strategy of answering: T new tokens are appended to the tail, and attend to the context and the tail.
 
-    The B questions share the frozen context (see `cache.all_ragged`). `tail.lengths` is not advanced here. Nothing
-    waits for the device.
+    The B questions share the frozen context (see `cache.all_ragged`). The caller advances `tail.lengths`. The host does
+    not wait for the device.
     """
-
-    seen = tail.lengths
+    scale, softcap, seen = config.attn_scale, config.attn_softcap, tail.lengths
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nonlocal seen
         if layer == 0:
-            seen = tail.lengths + k.shape[2]  # rows that the last new token sees: the same in every layer
+            seen = tail.lengths + k.shape[2]  # rows that the last new token attends to, the same in every layer
         ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
-        kv = context[layer]
+        kv, window, own = context[layer], config.layers[layer].window, (tail.k[layer], tail.v[layer], seen)
         return ops.decode(
-            q,
-            kv.k,
-            kv.v,
-            kv.offsets,
-            scale=config.attn_scale,
-            softcap=config.attn_softcap,
-            window=config.layers[layer].window,
-            schedule=kv.schedule,
-            tail=(tail.k[layer], tail.v[layer], seen),
+            q, kv.k, kv.v, kv.offsets, scale=scale, softcap=softcap, window=window, schedule=kv.schedule, tail=own
         )[0]
 
     return attend
@@ -212,7 +205,7 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
 def _after_ragged(
     q: Tensor, past: RaggedKV | WindowKV, dense_k: Tensor, dense_v: Tensor, k: Tensor, v: Tensor, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
-    """`causal_attention` with ragged heads in front of the dense past."""
+    """`causal_attention` with a ragged layer in front of the dense past."""
     assert isinstance(past, RaggedKV)
     scale, softcap = config.attn_scale, config.attn_softcap
     out, lse = ops.decode(q, past.k, past.v, past.offsets, scale=scale, softcap=softcap, schedule=past.schedule)

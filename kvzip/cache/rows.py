@@ -1,4 +1,4 @@
-"""Rows of ragged heads: whose they are, what they hold, and layers made of fewer or more of them."""
+"""Rows of ragged layers: which head owns each, which tokens they hold, and layers with fewer or more of them."""
 
 import itertools
 from dataclasses import replace
@@ -17,13 +17,13 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def owners(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
-    """Returns the head of each of `rows` rows. Nothing waits for the device."""
+    """Returns the head that owns each of `rows` rows. The host does not wait for the device."""
     heads = torch.arange(len(offsets) - 1, device=offsets.device)
     return heads.repeat_interleave(offsets.diff(), output_size=rows)
 
 
 def first_rows(layer: RaggedKV, count: int) -> Int64[Tensor, "H n"]:
-    """Returns the indices of the first `count` rows of every head: those of the prefix."""
+    """Returns the indices of the first `count` rows of every head; with count=start, those of the prefix."""
     return layer.offsets[:-1, None].long() + torch.arange(count, device=layer.offsets.device)
 
 
@@ -52,9 +52,9 @@ def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
 def ranked(
     values: Float32[Tensor, "*L H E"], spans: tuple[tuple[int, int], ...] = (), *, first: int = 0
 ) -> Float32[Tensor, "*L H E"]:
-    """Returns the order in which pairs stay: their scores, infinite in the protected spans of context tokens only.
+    """Returns the ranks by which pairs are kept: their scores, made infinite in protected spans and finite elsewhere.
 
-    `first` is the context token that the values begin with.
+    Spans count context tokens; the values begin with context token `first`.
     """
     ranks = values.clamp(max=LARGEST)
     for begin, end in spans:
@@ -63,7 +63,7 @@ def ranked(
 
 
 def of_rows(layer: RaggedKV, ranks: Float32[Tensor, "H E"], start: int) -> Float32[Tensor, " N"]:
-    """Returns the rank of each row by its head and token, infinite for the rows of the prefix."""
+    """Returns the rank of each row, looked up by its head and token; infinite for rows of the prefix."""
     rows = torch.full(layer.positions.shape, torch.inf, device=layer.positions.device)
     own = layer.positions >= start
     heads = owners(layer.offsets, len(layer.positions))
@@ -79,19 +79,16 @@ def pack(
     *,
     bits: int | None = None,
 ) -> RaggedKV:
-    """Returns the layer of the tokens to keep, counts[h] of head h, quantized to `bits` if given."""
+    """Returns the ragged layer of the tokens to keep, counts[h] of them for head h, quantized to `bits` if given."""
     bounds = [0, *itertools.accumulate(counts)]
     k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
     schedule = ops.decode_schedule(offsets, bounds=bounds)
-    if bits is None:
-        return RaggedKV(k, v, offsets, positions, schedule)
-    return RaggedKV(
-        ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits), offsets, positions, schedule
-    )
+    rows = (k, v) if bits is None else (ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits))
+    return RaggedKV(*rows, offsets, positions, schedule)
 
 
 def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
-    """Returns the layer of some of its rows."""
+    """Returns a layer with only the rows marked in `keep`."""
     counts = torch.bincount(owners(layer.offsets, len(keep))[keep], minlength=layer.heads)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     k, v = (x[keep] if isinstance(x, Tensor) else ops.take_rows(x, keep) for x in (layer.k, layer.v))
@@ -99,9 +96,9 @@ def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
 
 
 def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
-    """Returns the layer with the rows of `more`, which are not quantized, after its own in each head.
+    """Returns a layer whose heads have their own rows first, then those of `more`, which are not quantized.
 
-    Where the layer is quantized they become so too, in its way.
+    If the layer is quantized, the new rows are too, with the same bits, groups and channels.
     """
     old = torch.arange(len(layer.positions), device=layer.offsets.device)
     old += more.offsets[owners(layer.offsets, len(layer.positions))]
@@ -121,8 +118,6 @@ def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
         z = ops.quantize(y, bits=x.bits, group=x.group, offsets=whose, channels=x.channels)
         return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
 
+    k, v, positions = rows(layer.k, more.k), rows(layer.v, more.v), put(layer.positions, more.positions)
     offsets = layer.offsets + more.offsets
-    return RaggedKV(
-        rows(layer.k, more.k), rows(layer.v, more.v), offsets, put(layer.positions, more.positions),
-        ops.decode_schedule(offsets),
-    )  # fmt: skip
+    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets))
