@@ -62,11 +62,6 @@ def staging(device: str | torch.device) -> Tensor | None:
     return None if kind == "cpu" else torch.empty(4, _BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
 
 
-def outline(file: OpenFile, name: str) -> Tensor:
-    """Returns a tensor's shape and dtype as a tensor on torch's meta device. Nothing is read."""
-    return torch.empty(file.tensors[name].shape, dtype=DTYPES[file.tensors[name].dtype], device="meta")
-
-
 def write_file(
     path: str | Path,
     tensors: Mapping[str, Tensor],
