@@ -16,20 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from .cache import (
-    DenseCache,
-    RaggedCache,
-    encode_levels,
-    full_nbytes,
-    nbytes,
-)
+from .cache import DenseCache, RaggedCache, encode_levels, full_nbytes, nbytes
 from .cache.reading import open_cache, read_cache, read_texts
 from .cache.rows import kept_mask
 from .display import visible_line
 from .files import schema
 from .files.writing import whole_file
+from .options import LEVELS
 
-LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
 _SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
 
 

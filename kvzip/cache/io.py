@@ -73,8 +73,9 @@ def save(
         reason = foreign(cache.fingerprint, model.fingerprint)
         if reason:
             raise ValueError(f"expected the model that made the cache, got another: {reason}")
+        directory = Path(model.source).expanduser()
         header["model"] = {
-            "source": _absolute(model.source),
+            "source": str(directory.resolve()) if directory.is_dir() else model.source,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_length": model.max_length,
             "rope": model.rope,
@@ -116,7 +117,6 @@ def load_cache(
         positions do not fit together, or the model; torch.OutOfMemoryError; what torch raises for a device that is not
         there.
     """
-    check_path(path, "path")
     if model is not None and not isinstance(model, BelongsTo):
         raise TypeError(f"expected a model that kvzip.load made, got {type(model).__name__}: kvzip.open(path) loads it")
     with open_cache(path) as file:
@@ -132,12 +132,6 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
     """
     with open_cache(path) as file:
         return read_texts(file)
-
-
-def _absolute(source: str) -> str:
-    """Where a model can be found from any directory."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.is_dir() else source
 
 
 def _texts(tokenizer: Any, token_ids: Tensor) -> dict[str, Tensor]:
@@ -174,11 +168,11 @@ def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[st
             tensors |= {f"tail.{name}.{n}": x for n, x in enumerate(getattr(cache.tail, name))}
     if cache.scores is not None:
         header["scores"] = {f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name != "values"}
-        if score_bits == 8:
-            header["scores"]["bits"] = 8
-            tensors["scores.codes"], tensors["scores.levels"] = encode_levels(cache.scores.values)
-        else:
+        if score_bits == 32:
             tensors["scores.values"] = cache.scores.values
+        else:
+            header["scores"]["bits"] = score_bits
+            tensors["scores.codes"], tensors["scores.levels"] = encode_levels(cache.scores.values)
     return tensors, header
 
 

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
 SPARE = 0.1  # of the memory, for activations and what else runs
+_MEMORY = "For a model: memory to fill, as 24GB [default: what is free here]."
+
+
+def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
+    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
+        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
+    if size == 0:
+        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
+    return size
 
 
 @command(
@@ -29,12 +43,7 @@ SPARE = 0.1  # of the memory, for activations and what else runs
     """,
 )
 @click.argument("source", metavar="FILE|MODEL")
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    callback=lambda ctx, option, value: _bytes(ctx, option, value),
-    help="For a model: memory to fill, as 24GB [default: what is free here].",
-)
+@click.option("--memory", metavar="SIZE", callback=_bytes, help=_MEMORY)
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def info(source: str, memory: int | None, as_json: bool) -> None:
     """Say what a file holds, or how much fits in memory.
@@ -46,15 +55,10 @@ def info(source: str, memory: int | None, as_json: bool) -> None:
     if path.is_file() or (path.suffix == ".kvz" and not path.is_dir()):
         if memory is not None:
             raise click.UsageError("--memory is for a model: what a file takes in memory is said without it")
-        facts = file_facts(path)
-        show = _show_file
+        facts, show = file_facts(path), _show_file
     else:
-        facts = model_facts(source, memory)
-        show = _show_model
-    if as_json:
-        put_json(facts)
-    else:
-        show(facts)
+        facts, show = model_facts(source, memory), _show_model
+    (put_json if as_json else show)(facts)
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -130,7 +134,8 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     where = "given" if memory else torch.cuda.get_device_name() if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
     windows = [spec.window for spec in config.layers if spec.window is not None]
-    pairs = config.num_kv_heads * (len(config.layers) - len(windows))
+    global_layers = len(config.layers) - len(windows)
+    pairs = config.num_kv_heads * global_layers
     fixed = sum(windows) * config.num_kv_heads * pair_bytes(config, None)
     room = None if memory is None else int((1 - SPARE) * memory) - weights - fixed
     fits = []
@@ -146,7 +151,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
         "model": source,
         "family": config.family,
         "layers": len(config.layers),
-        "global_layers": len(config.layers) - len(windows),
+        "global_layers": global_layers,
         "window": max(windows, default=None),
         "query_heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
@@ -171,19 +176,6 @@ def pair_bytes(config: "ModelConfig", bits: int | None) -> int:
         return 2 * 2 * config.head_dim
     row = quantize(torch.zeros(1, config.head_dim, dtype=torch.bfloat16), bits=bits)
     return 2 * (row.codes.nbytes + row.scale.nbytes + row.zero.nbytes)
-
-
-def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
-    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
-        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
-    if size == 0:
-        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
-    return size
 
 
 def _show_file(facts: dict[str, Any]) -> None:
@@ -224,25 +216,22 @@ def _show_file(facts: dict[str, Any]) -> None:
 def _show_model(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    window = (
-        f", {facts['layers'] - facts['global_layers']} with a window of {facts['window']:,}" if facts["window"] else ""
-    )
+    window = windows = ""
+    if facts["window"]:
+        window = f", {facts['layers'] - facts['global_layers']} with a window of {facts['window']:,}"
+        windows = f", {size(facts['window_bytes'])} for windows"
     echo(f"{short(facts['model'])}: {facts['family']}, {facts['layers']} layers{window}")
     echo(f"heads    {facts['query_heads']} query, {facts['kv_heads']} key-value of width {facts['head_dim']}")
     echo(f"length   {facts['max_length']:,} positions")
     echo(f"weights  {size(facts['weight_bytes'])} in bfloat16")
-    echo(
-        f"cache    {size(facts['bytes_per_token'])} for each token"
-        + (f", {size(facts['window_bytes'])} for windows" if facts["window"] else "")
-    )
+    echo(f"cache    {size(facts['bytes_per_token'])} for each token{windows}")
     if facts["memory_bytes"] is None:
         return
     title = f"tokens that fit in {size(facts['memory_bytes'])} ({facts['memory']}), {SPARE:.0%} left free"
     table = Table("kept", "16 bits", "8 bits", "4 bits", box=None, pad_edge=False)
     for row in facts["fits"]:
-        cells = [row[f"{bits}_bits"]["tokens"] for bits in (16, 8, 4)]
-        table.add_row(
-            "all" if row["ratio"] == 1 else f"{row['ratio']:.0%}", *("-" if n is None else f"{n:,}" for n in cells)
-        )
+        tokens = [row[f"{bits}_bits"]["tokens"] for bits in (16, 8, 4)]
+        kept = "all" if row["ratio"] == 1 else f"{row['ratio']:.0%}"
+        table.add_row(kept, *("-" if n is None else f"{n:,}" for n in tokens))
     put("", title, table)
     echo("\nCompressing holds the full cache first (row all), unless it is done with --segment.")

@@ -18,7 +18,7 @@ from ..display import visible_line
 from .damage import Damaged, Refused, refusing, require
 from .schema import VERSION, check_header
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}  # bytes of a value, by dtype
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}  # bytes of a value, by dtype
 _LIMIT = 1 << 24  # bytes of a header: JSON takes some twenty times as much when it is parsed
 _AXES, _LONGEST = 8, 1 << 40  # of a tensor's shape
 _NONE = "0" * 16  # stands for a checksum that is not known yet
@@ -99,7 +99,7 @@ def encode_head(
     table: dict[str, Any] = {"__metadata__": {"checksum": _NONE, "kvzip": text}}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + math.prod(shape) * SIZES[dtype]
+        begin, end = end, end + math.prod(shape) * _SIZES[dtype]
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -175,13 +175,11 @@ def _read_head(name: str, raw: FileIO) -> tuple[dict[str, Any], dict[str, Place]
     except (Damaged, KeyError, TypeError, ValueError) as error:
         raise Refused(f"expected a file written by kvzip.save, got {name} without its header: name another") from error
     if major != VERSION[0]:
-        remedy = "read it with the version of kvzip that wrote it"
-        if major < VERSION[0]:
-            remedy = "made by an older kvzip, compress the document again"
+        old, new = "made by an older kvzip, compress the document again", "read it with the version of kvzip that wrote it"
+        remedy = old if major < VERSION[0] else new
         raise Refused(f"expected version {VERSION[0]}.x, got {major}.{minor} in {name}: {remedy}")
-    found = metadata.get("checksum")
-    if not isinstance(found, str) or len(found) != len(_NONE):
-        raise Damaged("its header has no checksum")
+    found = str(metadata.get("checksum"))
+    require(len(found) == len(_NONE), "its header has no checksum")
     blank = head.replace(found.encode(), _NONE.encode(), 1)
     require(digest(blank) == found, "its header differs from its checksum")
     tensors = _places(table, 8 + len(head), os.fstat(raw.fileno()).st_size)
@@ -197,11 +195,10 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
     for name, entry in table.items():
         require(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name} is {entry!r}")
         dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        known = dtype in SIZES and isinstance(shape, list) and len(shape) <= _AXES
-        if not known or not all(type(n) is int and 0 <= n < _LONGEST for n in shape):
-            raise Damaged(f"shape and dtype of {name}")
+        known = dtype in _SIZES and isinstance(shape, list) and len(shape) <= _AXES
+        require(known and all(type(n) is int and 0 <= n < _LONGEST for n in shape), f"shape and dtype of {name}")
         whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
-        require(whole and offsets[1] - offsets[0] == math.prod(shape) * SIZES[dtype], f"the place of {name}")
+        require(whole and offsets[1] - offsets[0] == math.prod(shape) * _SIZES[dtype], f"the place of {name}")
         places[name] = Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
     end = begin
     for place in sorted(places.values(), key=lambda place: (place.start, place.stop)):
