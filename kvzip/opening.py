@@ -66,15 +66,13 @@ def read(
     if isinstance(model, Model):
         return model, read_cache(file, model=model, device=loading.device)
     source, made = maker_of(file)
-    dtype = loading.dtype or made.dtype
-    known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    loaded = load(
-        find(file) if model is None else model,
-        device=loading.device,
-        rope=made.rope if loading.rope is None else loading.rope,
-        max_length=made.max_length if loading.max_length is None else loading.max_length,
-        **known,
-    )
+    options: dict[str, Any] = {"device": loading.device}
+    for name in ("rope", "max_length", "dtype"):
+        given = getattr(loading, name)
+        options[name] = getattr(made, name) if given is None else given
+    if options["dtype"] is None:
+        del options["dtype"]
+    loaded = load(find(file) if model is None else model, **options)
     if model is None and source is not None:
         loaded = replace(loaded, source=source)
     reason = foreign(file.header["fingerprint"], loaded.fingerprint)

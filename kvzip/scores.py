@@ -6,6 +6,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -64,9 +65,7 @@ def combine(*scores: Scores) -> Scores:
                 f"expected scores {list(first.values.shape)} of tokens {first.start} to {first.stop}, got "
                 f"{list(other.values.shape)} of {other.start} to {other.stop}: combine scores of one cache"
             )
-    values = first.values
-    for other in scores[1:]:
-        values = torch.maximum(values, other.values.to(values.device))
+    values = reduce(torch.maximum, [one.values.to(first.values.device) for one in scores])
     source = f"max({', '.join(dict.fromkeys(one.source for one in scores))})"
     return replace(first, values=values, source=source if len(scores) > 1 else first.source)
 

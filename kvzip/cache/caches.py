@@ -191,19 +191,9 @@ def ragged_of(
     cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, total: int, method: str
 ) -> RaggedCache:
     """Returns the ragged cache of a cache's context, of whose `total` pairs `kept` are in these layers; no tail."""
-    return RaggedCache(
-        context=context,
-        tail=None,
-        context_length=cache.context_length,
-        start=cache.start,
-        chat=cache.chat,
-        token_ids=cache.token_ids,
-        fingerprint=cache.fingerprint,
-        kept=kept,
-        total=total,
-        scores=cache.scores,
-        method=method,
-    )
+    shared = ("context_length", "start", "chat", "token_ids", "fingerprint", "scores")
+    own: dict[str, Any] = {name: getattr(cache, name) for name in shared}
+    return RaggedCache(context=context, tail=None, kept=kept, total=total, method=method, **own)
 
 
 def roomy_tail(cache: RaggedCache, batch: int, rows: int, *, dtype: torch.dtype) -> Tail:

@@ -147,21 +147,11 @@ def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[st
     """The tensors and the header of a cache, as `files.schema` says what they mean."""
     layers = [_describe_layer(f"layers.{n}", layer) for n, layer in enumerate(cache.context)]
     tensors = {"token_ids": cache.token_ids} | {name: x for held, _ in layers for name, x in held.items()}
-    header = {
-        "cache": type(cache).__name__,
-        "fingerprint": cache.fingerprint,
-        "length": cache.context_length,
-        "start": cache.start,
-        "chat": cache.chat,
-        "tokens": len(cache.token_ids),
-        "kept": cache.kept,
-        "total": cache.total,
-        "ratio": ratio_of(cache.kept, cache.total),
-        "method": cache.method,
-        "layers": [spec for _, spec in layers],
-        "tail": cache.tail is not None,
-        "scores": None,
-    }
+    header: dict[str, Any] = {"cache": type(cache).__name__, "fingerprint": cache.fingerprint}
+    header |= {"length": cache.context_length, "start": cache.start, "chat": cache.chat, "tokens": len(cache.token_ids)}
+    header |= {"kept": cache.kept, "total": cache.total, "ratio": ratio_of(cache.kept, cache.total)}
+    header |= {"method": cache.method, "layers": [spec for _, spec in layers], "tail": cache.tail is not None}
+    header["scores"] = None
     if cache.tail is not None:
         tensors["tail.lengths"] = cache.tail.lengths
         for name in ("k", "v"):

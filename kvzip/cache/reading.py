@@ -231,8 +231,8 @@ class _Reader:
             return self.take(name, {"rows": count}, of="RaggedKV")
         codes = self.take(f"{name}.codes", {"rows": count})
         width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
-        even = bits == 8 or group % 2 == 0
-        require(group > 0 and even and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
+        whole = group > 0 and width > 0 and width % group == 0 and (bits == 8 or group % 2 == 0)
+        require(whole, f"{name} of {bits} bits in groups of {group}")
         scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group})
         zero = self.take(f"{name}.zero", like=scale)
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,9 +13,6 @@ from .outcome import whole_heads_line, windows_line
 from .output import echo, put, put_json, size
 from .plumbing import command
 from .sources import check_ours, find_model, short
-
-if TYPE_CHECKING:
-    from ..models import ModelConfig
 
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
 SPARE = 0.1  # of the memory, for activations and what else runs
@@ -86,15 +83,13 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
     header, cache = file.header, read_cache(file, pairs=False)
     heads = schema.entry(header, "note").get("heads")  # anyone may have written a note
     start, length = cache.start, cache.context_length
-    layers = []
+    layers: list[dict[str, Any]] = [{"layer": n, "kept": 1.0} for n in range(len(cache.context))]
     for n, layer in enumerate(cache.context):
         if isinstance(layer, RaggedKV):
             rows = (layer.offsets.diff() - start).tolist()
-            layers.append({"layer": n, "heads": rows, "kept": sum(rows) / max(1, len(rows) * (length - start))})
+            layers[n] = {"layer": n, "heads": rows, "kept": sum(rows) / max(1, len(rows) * (length - start))}
         elif isinstance(layer, WindowKV):
-            layers.append({"layer": n, "window": length - layer.start})
-        else:
-            layers.append({"layer": n, "kept": 1.0})
+            layers[n] = {"layer": n, "window": length - layer.start}
     return {
         "tokens": length,
         "prefix_tokens": start,
@@ -126,6 +121,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     from ..models import empty_weights, translate_config
     from ..models.files import read_json
     from ..models.weights import named_tensors
+    from ..ops import quantize
 
     config = translate_config(read_json(directory / "config.json"))
     meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
@@ -135,47 +131,28 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     memory = memory or free_bytes(device)
     windows = [spec.window for spec in config.layers if spec.window is not None]
     global_layers = len(config.layers) - len(windows)
+    row = torch.zeros(1, config.head_dim, dtype=torch.bfloat16)
+    pair_bytes: dict[int | None, int] = {None: 2 * row.nbytes}  # of a key and its value, by bits
+    for bits in (8, 4):
+        packed = quantize(row, bits=bits)
+        pair_bytes[bits] = 2 * (packed.codes.nbytes + packed.scale.nbytes + packed.zero.nbytes)
     pairs = config.num_kv_heads * global_layers
-    fixed = sum(windows) * config.num_kv_heads * pair_bytes(config, None)
+    fixed = sum(windows) * config.num_kv_heads * pair_bytes[None]
     room = None if memory is None else int((1 - SPARE) * memory) - weights - fixed
     fits = []
     for ratio in RATIOS:
-        row: dict[str, Any] = {"ratio": ratio}
-        for bits in (None, 8, 4):
+        fit: dict[str, Any] = {"ratio": ratio}
+        for bits, size_bytes in pair_bytes.items():
             # a compressed pair has its position beside it, 4 bytes
-            a_token = ratio * pairs * (pair_bytes(config, bits) + (4 if ratio < 1 or bits else 0))
+            a_token = ratio * pairs * (size_bytes + (4 if ratio < 1 or bits else 0))
             tokens = None if room is None or not pairs else max(0, int(room / a_token))
-            row[f"{bits or 16}_bits"] = {"bytes_per_token": a_token, "tokens": tokens}
-        fits.append(row)
-    return {
-        "model": source,
-        "family": config.family,
-        "layers": len(config.layers),
-        "global_layers": global_layers,
-        "window": max(windows, default=None),
-        "query_heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_length": config.max_length,
-        "weight_bytes": weights,
-        "window_bytes": fixed,
-        "bytes_per_token": pairs * pair_bytes(config, None),
-        "memory_bytes": memory,
-        "memory": where,
-        "fits": fits,
-    }
-
-
-def pair_bytes(config: "ModelConfig", bits: int | None) -> int:
-    """Returns the bytes of one key and its value, in bfloat16 or packed."""
-    import torch
-
-    from ..ops import quantize
-
-    if bits is None:
-        return 2 * 2 * config.head_dim
-    row = quantize(torch.zeros(1, config.head_dim, dtype=torch.bfloat16), bits=bits)
-    return 2 * (row.codes.nbytes + row.scale.nbytes + row.zero.nbytes)
+            fit[f"{bits or 16}_bits"] = {"bytes_per_token": a_token, "tokens": tokens}
+        fits.append(fit)
+    facts = {"model": source, "family": config.family, "layers": len(config.layers), "global_layers": global_layers}
+    facts |= {"window": max(windows, default=None), "query_heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    facts |= {"head_dim": config.head_dim, "max_length": config.max_length, "weight_bytes": weights}
+    facts |= {"window_bytes": fixed, "bytes_per_token": pairs * pair_bytes[None]}
+    return facts | {"memory_bytes": memory, "memory": where, "fits": fits}
 
 
 def _show_file(facts: dict[str, Any]) -> None:

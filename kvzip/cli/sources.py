@@ -203,8 +203,3 @@ def short(source: str) -> str:
     """Returns a source as people call it: the last part of a path, a hub id whole."""
     path = Path(source)
     return path.resolve().name if path.is_dir() else source
-
-
-def title_of(path: Path, header: dict[str, Any]) -> str:
-    """Returns what a file's document is called."""
-    return str(header.get("note", {}).get("title") or path.name)

@@ -175,11 +175,12 @@ def _read_head(name: str, raw: FileIO) -> tuple[dict[str, Any], dict[str, Place]
     except (Damaged, KeyError, TypeError, ValueError) as error:
         raise Refused(f"expected a file written by kvzip.save, got {name} without its header: name another") from error
     if major != VERSION[0]:
-        old, new = "made by an older kvzip, compress the document again", "read it with the version of kvzip that wrote it"
-        remedy = old if major < VERSION[0] else new
+        remedy = "read it with the version of kvzip that wrote it"
+        if major < VERSION[0]:
+            remedy = "made by an older kvzip, compress the document again"
         raise Refused(f"expected version {VERSION[0]}.x, got {major}.{minor} in {name}: {remedy}")
-    found = str(metadata.get("checksum"))
-    require(len(found) == len(_NONE), "its header has no checksum")
+    found = metadata.get("checksum")
+    require(isinstance(found, str) and len(found) == len(_NONE), "its header has no checksum")
     blank = head.replace(found.encode(), _NONE.encode(), 1)
     require(digest(blank) == found, "its header differs from its checksum")
     tensors = _places(table, 8 + len(head), os.fstat(raw.fileno()).st_size)
@@ -211,7 +212,9 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
 def _object(text: str) -> dict[str, Any]:
     """A JSON object. Raises Damaged for other text, keys that are there twice, and numbers that JSON has not."""
     try:
-        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant)
+        value = json.loads(
+            text, object_pairs_hook=_pairs, parse_constant=lambda x: require(False, f"{x} in its header")
+        )
     except RecursionError as error:
         raise Damaged("a header too deep to read") from error
     require(isinstance(value, dict), "its header is no object")
@@ -221,7 +224,3 @@ def _object(text: str) -> dict[str, Any]:
 def _pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
     require(len(dict(found)) == len(found), "a key that is there twice")
     return dict(found)
-
-
-def _constant(name: str) -> None:
-    raise Damaged(f"{name} in its header")

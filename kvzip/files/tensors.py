@@ -46,7 +46,10 @@ def read_tensor(
     file.raw.seek(place.start)
     if scratch is None:
         read = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        sums = [file.helper.submit(_sums, block) for block in _read_blocks(file, read.numpy())]
+        sums = []
+        for block in _blocks(read.numpy()):  # which is summed while the next one is read
+            fill(file.raw, block.data)
+            sums.append(file.helper.submit(_sums, block))
         found = read.view(dtype).view(place.shape).to(device) if len(read) else None
     else:
         found = torch.empty(place.shape, dtype=dtype, device=device)
@@ -92,13 +95,6 @@ def write_file(
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
-
-
-def _read_blocks(file: OpenFile, buffer: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields each block of a buffer when it is read: it is summed while the next one is read."""
-    for block in _blocks(buffer):
-        fill(file.raw, block.data)
-        yield block
 
 
 def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:
