@@ -1,4 +1,4 @@
-"""A cache file and the model that made it, together. A file is data: it does not choose what is fetched."""
+"""Opens a cache file together with the model that made it. Nothing is fetched because a file names it."""
 
 import shlex
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The two caches: dense, as prefill leaves it, and ragged, a frozen context with what follows it."""
+"""The two caches: dense, as prefill returns it, and ragged, a frozen context and its tail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,7 +15,7 @@ from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_h
 
 
 class Cache:
-    """What caches of both kinds tell in the same words: `context` has one entry a layer, and the rest follows from it.
+    """The facts that both kinds of cache share. `context` has one entry a layer; most others follow from it.
 
     The first `start` tokens are the system prefix: always kept, never scored. `kept` and `total` count evictable pairs,
     those of the scored layers, all heads and the context's tokens. `method` says how pairs were chosen, "" if all are
@@ -36,7 +36,7 @@ class Cache:
 
     def __repr__(self) -> str:
         assert isinstance(self, (DenseCache, RaggedCache))
-        name, layers = type(self).__name__, self.context
+        name, layers = type(self).__name__, self.layers if isinstance(self, DenseCache) else self.context
         if not layers or any(layer is None for layer in layers):  # freed, or about to be
             return f"{name}({len(self.token_ids):,} tokens, consumed)"
         tensors, k, scores = tensors_of(self), layers[0].k, self.scores
@@ -98,7 +98,7 @@ class DenseCache(Cache):
 
     @property
     def tail(self) -> None:
-        """What follows the context: nothing."""
+        """Always None: nothing follows the context."""
         return None
 
     @property

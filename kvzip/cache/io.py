@@ -22,7 +22,7 @@ from .reading import BelongsTo, open_cache, read_cache, read_texts
 
 @runtime_checkable
 class Origin(BelongsTo, Protocol):
-    """What `save` asks of a model that a file shall name."""
+    """What `save` needs from a model to name it in a file."""
 
     @property
     def source(self) -> str: ...

@@ -14,7 +14,7 @@ from ..ops import DecodeSchedule, Quantized, decode_schedule
 
 
 class Layer:
-    """What the pairs of a layer have in common, in every form. Rows are as many as tokens or, ragged, as are kept."""
+    """What every form of a layer has: a row of k and v for each token or, ragged, for each kept pair."""
 
     k: Any
     v: Any

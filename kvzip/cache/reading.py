@@ -23,7 +23,7 @@ from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV
 
 @runtime_checkable
 class BelongsTo(Protocol):
-    """What `load_cache` asks of a model."""
+    """What `load_cache` needs from a model."""
 
     @property
     def config(self) -> Any: ...
@@ -37,7 +37,7 @@ class BelongsTo(Protocol):
 
 @contextmanager
 def open_cache(path: str | Path) -> Iterator[OpenFile]:
-    """Gives a file that `save` wrote, open, its header checked. Raises as `read_header` does, and for other kinds."""
+    """Opens a cache's file and checks its header. Raises as `read_header` does, and ValueError for other kinds."""
     check_path(path, "path")
     with open_file(path) as file:
         check_content(file)
@@ -115,7 +115,7 @@ class _Reader:
     def take(
         self, name: str, sizes: Mapping[str, int] | None = None, *, of: str = "", like: Tensor | None = None
     ) -> Tensor:
-        """The tensor of that name, if it is as the schema says; or it is not read.
+        """The tensor of that name, checked against the schema before it is read.
 
         Args:
             sizes: of axes, by their names in the schema; others may have any size.

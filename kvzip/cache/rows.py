@@ -52,7 +52,7 @@ def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
 def ranked(
     values: Float32[Tensor, "*L H E"], spans: tuple[tuple[int, int], ...] = (), *, first: int = 0
 ) -> Float32[Tensor, "*L H E"]:
-    """Returns the order in which pairs stay: their scores, infinite in the protected spans of context tokens only.
+    """Returns the ranks that pairs are chosen by: scores, infinite in protected spans of context tokens only.
 
     `first` is the context token that the values begin with.
     """

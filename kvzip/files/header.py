@@ -47,7 +47,7 @@ class OpenFile:
 
 @contextmanager
 def open_file(path: str | Path) -> Iterator[OpenFile]:
-    """Gives a file that `tensors.write_file` wrote, open. It is opened once, so that all that is read is of one file.
+    """Opens a file that `tensors.write_file` wrote, once: header and tensors come from the same file.
 
     Raises: FileNotFoundError; OSError for one that may not be read; ValueError for a directory or a device, and a file
         that is damaged, not kvzip's, or of another major version.
@@ -73,7 +73,7 @@ def peek(path: str | Path) -> dict[str, Any]:
 
 
 def is_something_else(file: BinaryIO | FileIO) -> bool:
-    """Returns whether an open file does not begin as all of ours do. One that ends before that shows is damaged."""
+    """Returns whether an open file does not begin as ours do. One that is too short to tell counts as damaged."""
     start = file.read(9) or b""
     file.seek(0)
     return len(start) == 9 and start[8:] != b"{"  # where the header of every safetensors file begins
@@ -82,7 +82,7 @@ def is_something_else(file: BinaryIO | FileIO) -> bool:
 def encode_head(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], header: Mapping[str, Any], checksums: Mapping[str, str] | None
 ) -> bytes:
-    """Returns the first bytes of a file, as many whatever the checksums.
+    """Returns the head of a file, which is as long without the checksums as with them.
 
     Args:
         tensors: the dtype and shape of each, in the order in which they follow.
