@@ -1,8 +1,8 @@
-"""A cache file and the model that made it, together. A file is data: it does not choose what is fetched."""
+"""Opens a cache file together with the model that made it. Nothing is fetched because a file names it."""
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,6 @@ from .hub import Loading, resolve
 from .models import Model, load
 
 _LONGEST = 4096  # characters of a source, as of a path
-
-
-@dataclass(frozen=True)
-class Maker:
-    """What a file says of the model that made it: `load`'s arguments, None where it says nothing."""
-
-    source: str | None
-    dtype: torch.dtype | None
-    max_length: int | None
-    rope: dict[str, Any] | None
 
 
 def open(
@@ -55,14 +45,13 @@ def open(
     Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names
         none, a loaded model with options to load one, and whatever `load_cache` and `load` refuse; OSError.
     """
-    check_path(path, "path")
     if isinstance(model, Model):
-        given = {"dtype": dtype, "rope": rope, "max_length": max_length}
-        names = [name for name, value in given.items() if value is not None]
-        if names:
+        options = {"dtype": dtype, "rope": rope, "max_length": max_length}
+        given = ", ".join(name for name, value in options.items() if value is not None)
+        if given:
             raise ValueError(
-                f"expected a loaded model, or how to load one, got a Model and {', '.join(names)}: pass "
-                f"model=model.source, or load the model with {', '.join(names)}"
+                f"expected a loaded model, or how to load one, got a Model and {given}: pass "
+                f"model=model.source, or load the model with {given}"
             )
     elif model is not None:
         check_path(model, "model")
@@ -76,24 +65,20 @@ def read(
     """Returns the model and the cache of a file that `cache.reading.open_cache` opened, as `open` does."""
     if isinstance(model, Model):
         return model, read_cache(file, model=model, device=loading.device)
-    made = maker_of(file)
-    dtype = loading.dtype or made.dtype
-    known: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    loaded = load(
-        find(file) if model is None else model,
-        device=loading.device,
-        rope=made.rope if loading.rope is None else loading.rope,
-        max_length=made.max_length if loading.max_length is None else loading.max_length,
-        **known,
-    )
-    if model is None and made.source is not None:
-        loaded = replace(loaded, source=made.source)
+    source, made = maker_of(file)
+    options: dict[str, Any] = {"device": loading.device}
+    for name in ("rope", "max_length", "dtype"):
+        given = getattr(loading, name)
+        options[name] = getattr(made, name) if given is None else given
+    if options["dtype"] is None:
+        del options["dtype"]
+    loaded = load(find(file) if model is None else model, **options)
+    if model is None and source is not None:
+        loaded = replace(loaded, source=source)
     reason = foreign(file.header["fingerprint"], loaded.fingerprint)
     if reason:
-        raise ValueError(
-            f"expected the model that made {visible_line(file.path.name)}, {_called(made.source, made.dtype)}, got "
-            f"{_called(loaded.source, loaded.dtype)}: {reason}"
-        )
+        wanted, got = _called(source, made.dtype), _called(loaded.source, loaded.dtype)
+        raise ValueError(f"expected the model that made {visible_line(file.path.name)}, {wanted}, got {got}: {reason}")
     return loaded, read_cache(file, model=loaded)
 
 
@@ -102,7 +87,7 @@ def find(file: OpenFile) -> Path:
 
     Raises: FileNotFoundError if it does not; ValueError if the file names none.
     """
-    name, source = visible_line(file.path.name), maker_of(file).source
+    name, (source, _) = visible_line(file.path.name), maker_of(file)
     if source is None:
         raise ValueError(f"expected {name} to say which model made it, got none: pass --model (in Python model=)")
     try:
@@ -115,22 +100,21 @@ def find(file: OpenFile) -> Path:
         ) from error
 
 
-def maker_of(file: OpenFile) -> Maker:
-    """Returns what a cache file says of its model. Raises ValueError for a source that no caller would pass."""
+def maker_of(file: OpenFile) -> tuple[str | None, Loading]:
+    """Returns the source of the model that made a cache file, and how it was loaded; None where the file says nothing.
+
+    Raises: ValueError for a source that no caller would pass.
+    """
     told = entry(file.header, "model")
     source = told.get("source")
     fits = source is None or (0 < len(source) <= _LONGEST and source[:2] not in ("//", "\\\\"))
     with refusing(file.path):
         require(fits, f"a model from {source!r}")
-    dtype = told.get("dtype") or dtype_of(file.header["fingerprint"])
-    return Maker(source, None if dtype is None else getattr(torch, dtype), told.get("max_length"), told.get("rope"))
+    dtype = getattr(torch, told.get("dtype") or dtype_of(file.header["fingerprint"]) or "", None)
+    return source, Loading(dtype, max_length=told.get("max_length"), rope=told.get("rope"))
 
 
-def _called(source: str | None, dtype: torch.dtype | None) -> str:
+def _called(source: str | None, dtype: torch.dtype | str | None) -> str:
     """A model as people call it: a directory by its name."""
-    name = (
-        "another model"
-        if source is None
-        else visible_line(Path(source).name if Path(source).is_dir() else source, limit=300)
-    )
-    return name if dtype is None else f"{name} in {str(dtype).removeprefix('torch.')}"
+    name = "another model" if source is None else Path(source).name if Path(source).is_dir() else source
+    return visible_line(name, limit=300) + (f" in {str(dtype).removeprefix('torch.')}" if dtype else "")

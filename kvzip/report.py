@@ -16,20 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from .cache import (
-    DenseCache,
-    RaggedCache,
-    encode_levels,
-    full_nbytes,
-    nbytes,
-)
+from .cache import DenseCache, RaggedCache, encode_levels, full_nbytes, nbytes
 from .cache.reading import open_cache, read_cache, read_texts
 from .cache.rows import kept_mask
 from .display import visible_line
 from .files import schema
 from .files.writing import whole_file
+from .options import LEVELS
 
-LEVELS = ("pair", "layer", "uniform", "head")  # of `compress`; what a page shares its budget by
 _SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
 
 
@@ -73,23 +67,21 @@ def describe(
         raise ValueError("expected a cache with global layers, got sliding windows in all: nothing is ever dropped")
     texts, places = _texts(cache.token_ids.tolist(), token_texts)
     note, origin = (schema.entry(header, name) for name in ("note", "model"))
-    level = header.get("method", "").rpartition("/")[2]
+    method, source = header.get("method", ""), origin.get("source", "")
+    level = method.rpartition("/")[2]
     facts: dict[str, Any] = {
         "title": next((str(note[key]) for key in ("title", "document") if note.get(key)), ""),
         "format": ".".join(map(str, header["version"])),
         "library": str(header.get("library", "")),
-        "model": _name(origin.get("source", "")),
+        "model": Path(source).name if Path(source).is_absolute() else source,
         "dtype": origin.get("dtype", ""),
-        "method": header.get("method", ""),
+        "method": method,
         "level": level if level in LEVELS else "pair",
         "bits": schema.bits_of(header),
         "layers": list(cache.scored_layers),
         "windows": len(cache.context) - len(cache.scored_layers),
-        "heads": cache.heads,
-        "start": cache.start,
         "length": cache.context_length,
-        "kept": cache.kept,
-        "total": cache.total,
+        **{name: getattr(cache, name) for name in ("heads", "start", "kept", "total")},
         "fullBytes": full_nbytes(cache),
         "cacheBytes": nbytes(cache),
         "note": list(_flat({key: value for key, value in note.items() if key not in _SHOWN})),
@@ -118,11 +110,6 @@ def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterat
         packed = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode("ascii")
         yield f'<script type="text/plain" id="{name}">{packed}</script>\n'
     yield after
-
-
-def _name(source: str) -> str:
-    """A model's source as a reader elsewhere knows it: of a directory here, its name."""
-    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _texts(ids: list[int], token_texts: Mapping[int, bytes]) -> tuple[list[str], list[int]]:

@@ -1,4 +1,4 @@
-"""The two caches: dense, as prefill leaves it, and ragged, a frozen context with what follows it."""
+"""The two caches: dense, as prefill returns it, and ragged, a frozen context and its tail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,7 +15,7 @@ from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_h
 
 
 class Cache:
-    """What caches of both kinds tell in the same words: `context` has one entry a layer, and the rest follows from it.
+    """The facts that both kinds of cache share. `context` has one entry a layer; most others follow from it.
 
     The first `start` tokens are the system prefix: always kept, never scored. `kept` and `total` count evictable pairs,
     those of the scored layers, all heads and the context's tokens. `method` says how pairs were chosen, "" if all are
@@ -35,7 +35,19 @@ class Cache:
     method: Any
 
     def __repr__(self) -> str:
-        return _described(self)
+        assert isinstance(self, (DenseCache, RaggedCache))
+        name, layers = type(self).__name__, self.layers if isinstance(self, DenseCache) else self.context
+        if not layers or any(layer is None for layer in layers):  # freed, or about to be
+            return f"{name}({len(self.token_ids):,} tokens, consumed)"
+        tensors, k, scores = tensors_of(self), layers[0].k, self.scores
+        share = f" ({self.kept / self.total:.1%})" if self.total else ""
+        rows = f"{k.bits} bits" if isinstance(k, Quantized) else str(k.dtype).removeprefix("torch.")
+        device = next((x.device for x in tensors if x is not self.token_ids and not x.is_meta), "cpu")
+        parts = [f"{len(self.token_ids):,} tokens", f"{self.kept:,} of {self.total:,} pairs{share}"]
+        parts += [f"{nbytes(self) / 1e6:,.2f} MB", rows, str(device)]
+        parts += ["keys and values left in the file"] if any(x.is_meta for x in tensors) else []
+        parts += [visible_line(f"scored by {scores.source}")] if scores is not None else []
+        return f"{name}({', '.join(parts)})"
 
     @property
     def scored_layers(self) -> tuple[int, ...]:
@@ -86,7 +98,7 @@ class DenseCache(Cache):
 
     @property
     def tail(self) -> None:
-        """What follows the context: nothing."""
+        """Always None: nothing follows the context."""
         return None
 
     @property
@@ -172,28 +184,16 @@ def as_ragged(cache: DenseCache | RaggedCache) -> RaggedCache:
     check_cache(cache)
     if isinstance(cache, RaggedCache):
         return cache
-    views = iter(full_heads([layer for layer in cache.layers if isinstance(layer, DenseKV)], start=0))
-    context = tuple(next(views) if isinstance(layer, DenseKV) else layer for layer in cache.layers)
-    return ragged_of(cache, context, kept=cache.kept, total=cache.total, method="")
+    return ragged_of(cache, full_heads(cache.context, DenseKV), kept=cache.kept, total=cache.total, method="")
 
 
 def ragged_of(
     cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, total: int, method: str
 ) -> RaggedCache:
     """Returns the ragged cache of a cache's context, of whose `total` pairs `kept` are in these layers; no tail."""
-    return RaggedCache(
-        context=context,
-        tail=None,
-        context_length=cache.context_length,
-        start=cache.start,
-        chat=cache.chat,
-        token_ids=cache.token_ids,
-        fingerprint=cache.fingerprint,
-        kept=kept,
-        total=total,
-        scores=cache.scores,
-        method=method,
-    )
+    shared = ("context_length", "start", "chat", "token_ids", "fingerprint", "scores")
+    own: dict[str, Any] = {name: getattr(cache, name) for name in shared}
+    return RaggedCache(context=context, tail=None, kept=kept, total=total, method=method, **own)
 
 
 def roomy_tail(cache: RaggedCache, batch: int, rows: int, *, dtype: torch.dtype) -> Tail:
@@ -236,21 +236,3 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor], skip: type | Non
     if is_dataclass(value) and not isinstance(value, type) and not (skip and isinstance(value, skip)):
         return replace(value, **{f.name: map_tensors(getattr(value, f.name), change, skip) for f in fields(value)})
     return value
-
-
-def _described(cache: Any) -> str:
-    """What a cache is in one line, whatever state it is in: tokens, pairs kept, bytes, dtype, device."""
-    name, layers = type(cache).__name__, cache.context
-    if not layers or any(layer is None for layer in layers):  # freed, or about to be
-        return f"{name}({len(cache.token_ids):,} tokens, consumed)"
-    tensors = tensors_of(cache)
-    parts = [f"{len(cache.token_ids):,} tokens", f"{cache.kept:,} of {cache.total:,} pairs"]
-    if cache.total:
-        parts[-1] += f" ({cache.kept / cache.total:.1%})"
-    pairs = next(x for layer in layers for x in (layer.k, layer.v))
-    rows = f"{pairs.bits} bits" if isinstance(pairs, Quantized) else str(pairs.dtype).removeprefix("torch.")
-    device = next((str(x.device) for x in tensors if x is not cache.token_ids and not x.is_meta), "cpu")
-    parts += [f"{nbytes(cache) / 1e6:,.2f} MB", rows, device]
-    parts += ["keys and values left in the file"] if any(x.is_meta for x in tensors) else []
-    parts += [visible_line(f"scored by {cache.scores.source}")] if cache.scores is not None else []
-    return f"{name}({', '.join(parts)})"

@@ -22,7 +22,7 @@ from .reading import BelongsTo, open_cache, read_cache, read_texts
 
 @runtime_checkable
 class Origin(BelongsTo, Protocol):
-    """What `save` asks of a model that a file shall name."""
+    """What `save` needs from a model to name it in a file."""
 
     @property
     def source(self) -> str: ...
@@ -73,8 +73,9 @@ def save(
         reason = foreign(cache.fingerprint, model.fingerprint)
         if reason:
             raise ValueError(f"expected the model that made the cache, got another: {reason}")
+        directory = Path(model.source).expanduser()
         header["model"] = {
-            "source": _absolute(model.source),
+            "source": str(directory.resolve()) if directory.is_dir() else model.source,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_length": model.max_length,
             "rope": model.rope,
@@ -116,7 +117,6 @@ def load_cache(
         positions do not fit together, or the model; torch.OutOfMemoryError; what torch raises for a device that is not
         there.
     """
-    check_path(path, "path")
     if model is not None and not isinstance(model, BelongsTo):
         raise TypeError(f"expected a model that kvzip.load made, got {type(model).__name__}: kvzip.open(path) loads it")
     with open_cache(path) as file:
@@ -134,12 +134,6 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
         return read_texts(file)
 
 
-def _absolute(source: str) -> str:
-    """Where a model can be found from any directory."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.is_dir() else source
-
-
 def _texts(tokenizer: Any, token_ids: Tensor) -> dict[str, Tensor]:
     """The text of each different token: ids ascending, and their bytes one after the other between offsets."""
     ids = token_ids.unique()
@@ -153,32 +147,22 @@ def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[st
     """The tensors and the header of a cache, as `files.schema` says what they mean."""
     layers = [_describe_layer(f"layers.{n}", layer) for n, layer in enumerate(cache.context)]
     tensors = {"token_ids": cache.token_ids} | {name: x for held, _ in layers for name, x in held.items()}
-    header = {
-        "cache": type(cache).__name__,
-        "fingerprint": cache.fingerprint,
-        "length": cache.context_length,
-        "start": cache.start,
-        "chat": cache.chat,
-        "tokens": len(cache.token_ids),
-        "kept": cache.kept,
-        "total": cache.total,
-        "ratio": ratio_of(cache.kept, cache.total),
-        "method": cache.method,
-        "layers": [spec for _, spec in layers],
-        "tail": cache.tail is not None,
-        "scores": None,
-    }
+    header: dict[str, Any] = {"cache": type(cache).__name__, "fingerprint": cache.fingerprint}
+    header |= {"length": cache.context_length, "start": cache.start, "chat": cache.chat, "tokens": len(cache.token_ids)}
+    header |= {"kept": cache.kept, "total": cache.total, "ratio": ratio_of(cache.kept, cache.total)}
+    header |= {"method": cache.method, "layers": [spec for _, spec in layers], "tail": cache.tail is not None}
+    header["scores"] = None
     if cache.tail is not None:
         tensors["tail.lengths"] = cache.tail.lengths
         for name in ("k", "v"):
             tensors |= {f"tail.{name}.{n}": x for n, x in enumerate(getattr(cache.tail, name))}
     if cache.scores is not None:
         header["scores"] = {f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name != "values"}
-        if score_bits == 8:
-            header["scores"]["bits"] = 8
-            tensors["scores.codes"], tensors["scores.levels"] = encode_levels(cache.scores.values)
-        else:
+        if score_bits == 32:
             tensors["scores.values"] = cache.scores.values
+        else:
+            header["scores"]["bits"] = score_bits
+            tensors["scores.codes"], tensors["scores.levels"] = encode_levels(cache.scores.values)
     return tensors, header
 
 

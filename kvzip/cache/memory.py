@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..files.schema import dtype_of
 from ..ops import decode_schedule
 from .caches import DenseCache, RaggedCache, check_cache, check_pairs, map_tensors, tensors_of
 from .parts import RaggedKV, WindowKV
@@ -17,25 +18,18 @@ C = TypeVar("C", DenseCache, RaggedCache)
 
 
 def full_nbytes(cache: DenseCache | RaggedCache) -> int | None:
-    """Returns `nbytes` of the dense cache of this cache's context; None if rows are packed, from an unknown dtype."""
-    check_cache(cache)
-    size, length = _element_size(cache), cache.context_length
-    if size is None:
-        return None
-    rows = [x.k.shape[2] if isinstance(x, WindowKV) else length for x in cache.context]
-    pairs = sum(2 * x.heads * x.width * size * n for x, n in zip(cache.context, rows, strict=True))
-    return pairs + length * cache.token_ids.element_size()
+    """Returns `nbytes` of the dense cache of this cache's context; None if the model's dtype is not known.
 
-
-def _element_size(cache: DenseCache | RaggedCache) -> int | None:
-    """Returns the bytes of a number of the model's keys and values; None if it cannot be known.
-
-    Rows that are packed no longer say it; window layers, the tail, or the end of the fingerprint do.
+    Layers that are not packed and the tail are in that dtype; if there are none, the fingerprint ends in it.
     """
-    rows = [x.k for x in cache.context] + ([] if cache.tail is None else [cache.tail.k[0]])
-    plain = next((x.element_size() for x in rows if isinstance(x, Tensor)), None)
-    named = getattr(torch, cache.fingerprint.rpartition("-")[2], None)
-    return named.itemsize if plain is None and isinstance(named, torch.dtype) else plain
+    check_cache(cache)
+    length, tail = cache.context_length, () if cache.tail is None else cache.tail.k
+    plain = [x.dtype for x in (*(layer.k for layer in cache.context), *tail) if isinstance(x, Tensor)]
+    dtype = plain[0] if plain else getattr(torch, dtype_of(cache.fingerprint) or "", None)
+    if dtype is None:
+        return None
+    rows = [x.heads * x.width * (x.k.shape[2] if isinstance(x, WindowKV) else length) for x in cache.context]
+    return 2 * dtype.itemsize * sum(rows) + length * cache.token_ids.element_size()
 
 
 def to(cache: C, device: torch.device | str) -> C:
@@ -44,16 +38,13 @@ def to(cache: C, device: torch.device | str) -> C:
     Raises: ValueError if the cache was consumed, or loaded with `pairs=False`.
     """
     check_pairs(cache)
-    first = next(iter(tensors_of(cache.context)))
-    if first.device == torch.empty(0, device=device).device:
+    if tensors_of(cache.context)[0].device == torch.empty(0, device=device).device:
         return cache
     moved = map_tensors(cache, lambda tensor: tensor.to(device))
-    changes: dict[str, Any] = {"token_ids": cache.token_ids}
     if isinstance(cache, RaggedCache):  # a schedule is for the SMs of one device
-        changes["context"] = tuple(
-            replace(x, schedule=decode_schedule(x.offsets)) if isinstance(x, RaggedKV) else x for x in moved.context
-        )
-    return replace(moved, **changes)
+        own = [replace(x, schedule=decode_schedule(x.offsets)) if isinstance(x, RaggedKV) else x for x in moved.context]
+        moved = replace(moved, context=tuple(own))
+    return replace(moved, token_ids=cache.token_ids)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ from ..ops import DecodeSchedule, Quantized, decode_schedule
 
 
 class Layer:
-    """What the pairs of a layer have in common, in every form. Rows are as many as tokens or, ragged, as are kept."""
+    """What every form of a layer has: a row of k and v for each token or, ragged, for each kept pair."""
 
     k: Any
     v: Any
@@ -103,25 +103,28 @@ class Scores:
         return f"Scores({layers} layers of {heads} heads, {tokens:,} tokens, by {visible_line(self.source)}, {where})"
 
 
-def full_heads(layers: Sequence[DenseKV] | Sequence[WindowKV], *, start: int) -> list[RaggedKV]:
-    """Returns layers of equal shape, whose first row is token `start`, seen as ragged ones. No pair is copied."""
-    if not layers:
-        return []
-    heads, rows = layers[0].k.shape[1:3]
-    device = layers[0].device
+def full_heads(layers: Sequence[Layer], kind: type[DenseKV] | type[WindowKV]) -> tuple[Any, ...]:
+    """Returns layers with those of one kind, which are of equal shape, seen as ragged ones. No pair is copied."""
+    whole = [layer for layer in layers if isinstance(layer, kind)]
+    if not whole:
+        return tuple(layers)
+    heads, rows = whole[0].k.shape[1:3]
+    start = whole[0].start if isinstance(whole[0], WindowKV) else 0
     bounds = [rows * head for head in range(heads + 1)]
-    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
-    positions = torch.arange(start, start + rows, dtype=torch.int32, device=device).repeat(heads)
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=whole[0].device)
+    positions = torch.arange(start, start + rows, dtype=torch.int32, device=whole[0].device).repeat(heads)
     schedule = decode_schedule(offsets, bounds=bounds)
-    flat = [[rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v)] for layer in layers]
-    return [RaggedKV(k, v, offsets, positions, schedule) for k, v in flat]
+
+    def seen(layer: Layer) -> RaggedKV:
+        k, v = (rearrange(x, "1 h s d -> (h s) d") for x in (layer.k, layer.v))
+        return RaggedKV(k, v, offsets, positions, schedule)
+
+    return tuple(seen(layer) if isinstance(layer, kind) else layer for layer in layers)
 
 
 def all_ragged(context: Sequence[RaggedKV | WindowKV]) -> tuple[RaggedKV, ...]:
     """Returns a context with its window layers seen as ragged ones, as decoding reads them."""
-    windows = [layer for layer in context if isinstance(layer, WindowKV)]
-    views = iter(full_heads(windows, start=windows[0].start if windows else 0))
-    return tuple(next(views) if isinstance(layer, WindowKV) else layer for layer in context)
+    return full_heads(context, WindowKV)
 
 
 def empty_tail(context: Sequence[RaggedKV | WindowKV], batch: int, rows: int, *, dtype: torch.dtype) -> Tail:

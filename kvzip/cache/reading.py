@@ -14,7 +14,7 @@ from ..display import visible_line
 from ..files import schema
 from ..files.damage import Damaged, refusing, require
 from ..files.header import OpenFile, open_file
-from ..files.tensors import DTYPES, outline, read_tensor, staging
+from ..files.tensors import DTYPES, read_tensor, staging
 from ..ops import Channels, Quantized, decode_schedule
 from .caches import DenseCache, RaggedCache
 from .levels import LEVELS
@@ -23,7 +23,7 @@ from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV
 
 @runtime_checkable
 class BelongsTo(Protocol):
-    """What `load_cache` asks of a model."""
+    """What `load_cache` needs from a model."""
 
     @property
     def config(self) -> Any: ...
@@ -37,7 +37,7 @@ class BelongsTo(Protocol):
 
 @contextmanager
 def open_cache(path: str | Path) -> Iterator[OpenFile]:
-    """Gives a file that `save` wrote, open, its header checked. Raises as `read_header` does, and for other kinds."""
+    """Opens a cache's file and checks its header. Raises as `read_header` does, and ValueError for other kinds."""
     check_path(path, "path")
     with open_file(path) as file:
         check_content(file)
@@ -115,7 +115,7 @@ class _Reader:
     def take(
         self, name: str, sizes: Mapping[str, int] | None = None, *, of: str = "", like: Tensor | None = None
     ) -> Tensor:
-        """The tensor of that name, if it is as the schema says; or it is not read.
+        """The tensor of that name, checked against the schema before it is read.
 
         Args:
             sizes: of axes, by their names in the schema; others may have any size.
@@ -123,24 +123,20 @@ class _Reader:
             like: a tensor of the same shape and dtype.
         """
         require(name in self.file.tensors, f"no tensor {name}")
-        place, entry = self.file.tensors[name], schema.tensor_entry(name, of)
-        wanted = [axis if isinstance(axis, int) else (sizes or {}).get(axis) for axis in entry.shape]
-        fits = len(place.shape) == len(wanted)
-        fits = fits and all(n in (None, m) for n, m in zip(wanted, place.shape, strict=True))
-        fits = fits and (like is None or (place.shape, DTYPES[place.dtype]) == (tuple(like.shape), like.dtype))
-        shown = f"{name} of shape {list(place.shape)} and {DTYPES[place.dtype]}"
-        require(fits and place.dtype in entry.dtypes, shown)
-        if entry.pairs and not self.pairs_too:
-            return outline(self.file, name)
-        on_host = name == "token_ids" or name.startswith("pieces.")
-        return read_tensor(
-            self.file, name, "cpu" if on_host else self.device, scratch=None if on_host else self.scratch
-        )
+        place = self.file.tensors[name]
+        shape, dtype = place.shape, DTYPES[place.dtype]
+        fits = schema.fits(name, of, place.dtype, shape, sizes or {})
+        fits = fits and (like is None or (shape, dtype) == (tuple(like.shape), like.dtype))
+        require(fits, f"{name} of shape {list(shape)} and {dtype}")
+        if not self.pairs_too and {"k", "v"} & {*name.split(".")}:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        if name == "token_ids" or name.startswith("pieces."):
+            return read_tensor(self.file, name)
+        return read_tensor(self.file, name, self.device, scratch=self.scratch)
 
     def cache(self) -> DenseCache | RaggedCache:
-        header = self.header
+        header, token_ids = self.header, self.token_ids()
         length, start = header["length"], header["start"]
-        token_ids = self.token_ids()
         self.texts(token_ids)
         layers: list[Any] = [self.layer(f"layers.{n}", spec) for n, spec in enumerate(header["layers"])]
         require(len(layers) > 0, "no layers")
@@ -152,22 +148,22 @@ class _Reader:
         require(len(windows) <= 1, "windows of different lengths")
         common: dict[str, Any] = {name: header[name] for name in ("start", "chat", "fingerprint")}
         common |= {"token_ids": token_ids, "scores": self.scores(layers)}
-        kinds, dense = {type(layer) for layer in layers}, header["cache"] == "DenseCache"
-        if dense:
+        kinds = {type(layer) for layer in layers}
+        if header["cache"] == "DenseCache":
             require(not header["tail"], "a tail in a dense cache")
             require(RaggedKV not in kinds, "ragged layers in a dense cache")
             cache: DenseCache | RaggedCache = DenseCache(layers=layers, length=length, **common)
-            pairs = cache.total
+            after, rows, pairs = 0, cache.total, cache.total
         else:
             require(DenseKV not in kinds, "dense layers in a ragged cache")
             tail = self.tail(layers) if header["tail"] else None
             more = {name: header[name] for name in ("kept", "total", "method")}
             cache = RaggedCache(context=tuple(layers), tail=tail, context_length=length, **common, **more)
-            pairs = (length - start) * len(cache.scored_layers) * cache.heads
-        after = int(cache.tail.lengths[0]) if cache.tail is not None else 0
+            after = int(tail.lengths[0]) if tail is not None else 0
+            ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
+            rows = sum(len(layer.positions) - start * layer.heads for layer in ragged)
+            pairs = (length - start) * len(ragged) * cache.heads
         require(len(token_ids) == length + after, "token ids and lengths differ")
-        ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
-        rows = pairs if dense else sum(len(layer.positions) - start * layer.heads for layer in ragged)
         kept, total = header["kept"], header["total"]
         require((rows, pairs) == (kept, total), f"{rows} of {pairs} pairs, {kept} of {total} by the header")
         return cache
@@ -200,9 +196,8 @@ class _Reader:
         v = self.take(f"{name}.v", of=kind, like=k)
         if kind == "DenseKV":
             return DenseKV(k, v)
-        first = spec.get("start")
-        if first is None or first + k.shape[2] != length:
-            raise Damaged(f"the window of {name} does not end at token {length}")
+        first = length - k.shape[2]
+        require(spec.get("start") == first, f"the window of {name} does not end at token {length}")
         return WindowKV(k, v, first)
 
     def ragged(self, name: str, spec: dict[str, Any]) -> RaggedKV:
@@ -213,8 +208,8 @@ class _Reader:
             if not isinstance(k, Quantized):
                 raise Damaged(f"channels of {name}, which is not quantized")
             k = replace(k, channels=self.channels(f"{name}.k", {"H": len(offsets) - 1, "D": k.width}))
-        widths = {x.shape[-1] if isinstance(x, Tensor) else x.width for x in (k, v)}
-        require(len(widths) == 1, f"k and v of {name} differ in width")
+        widths = [x.shape[-1] if isinstance(x, Tensor) else x.width for x in (k, v)]
+        require(widths[0] == widths[1], f"k and v of {name} differ in width")
         require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
         require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
         if len(positions):
@@ -236,8 +231,8 @@ class _Reader:
             return self.take(name, {"rows": count}, of="RaggedKV")
         codes = self.take(f"{name}.codes", {"rows": count})
         width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
-        even = bits == 8 or group % 2 == 0
-        require(group > 0 and even and width > 0 and width % group == 0, f"{name} of {bits} bits in groups of {group}")
+        whole = group > 0 and width > 0 and width % group == 0 and (bits == 8 or group % 2 == 0)
+        require(whole, f"{name} of {bits} bits in groups of {group}")
         scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group})
         zero = self.take(f"{name}.zero", like=scale)
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())

@@ -18,7 +18,7 @@ from .ask import answer_options, follow
 from .compress import RATIO, SUFFIX
 from .output import echo, hint, say, size, stages
 from .plumbing import FileName, check_text, command, explain, stdin_lines
-from .sources import model_options, open_cache, title_of
+from .sources import model_options, open_cache
 from .targets import check_target, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def chat(file: Path, answering: dict[str, Any], model: str | None, loading: Load
 
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     talk = Talk(loaded, {"1": [cache]}, "1", header.get("note", {}))
-    hint(f"{title_of(file, header)}, {cache.context_length:,} tokens: ask, or /help")
+    hint(f"{header['note'].get('title') or file.name}, {cache.context_length:,} tokens: ask, or /help")
     for line in _lines():
         stopped = "stopped; nothing has changed"
         try:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,11 +14,22 @@ from .output import echo, put, put_json, size
 from .plumbing import command
 from .sources import check_ours, find_model, short
 
-if TYPE_CHECKING:
-    from ..models import ModelConfig
-
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
 SPARE = 0.1  # of the memory, for activations and what else runs
+_MEMORY = "For a model: memory to fill, as 24GB [default: what is free here]."
+
+
+def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
+    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
+        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
+    if size == 0:
+        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
+    return size
 
 
 @command(
@@ -29,12 +40,7 @@ SPARE = 0.1  # of the memory, for activations and what else runs
     """,
 )
 @click.argument("source", metavar="FILE|MODEL")
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    callback=lambda ctx, option, value: _bytes(ctx, option, value),
-    help="For a model: memory to fill, as 24GB [default: what is free here].",
-)
+@click.option("--memory", metavar="SIZE", callback=_bytes, help=_MEMORY)
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def info(source: str, memory: int | None, as_json: bool) -> None:
     """Say what a file holds, or how much fits in memory.
@@ -46,15 +52,10 @@ def info(source: str, memory: int | None, as_json: bool) -> None:
     if path.is_file() or (path.suffix == ".kvz" and not path.is_dir()):
         if memory is not None:
             raise click.UsageError("--memory is for a model: what a file takes in memory is said without it")
-        facts = file_facts(path)
-        show = _show_file
+        facts, show = file_facts(path), _show_file
     else:
-        facts = model_facts(source, memory)
-        show = _show_model
-    if as_json:
-        put_json(facts)
-    else:
-        show(facts)
+        facts, show = model_facts(source, memory), _show_model
+    (put_json if as_json else show)(facts)
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -82,15 +83,13 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
     header, cache = file.header, read_cache(file, pairs=False)
     heads = schema.entry(header, "note").get("heads")  # anyone may have written a note
     start, length = cache.start, cache.context_length
-    layers = []
+    layers: list[dict[str, Any]] = [{"layer": n, "kept": 1.0} for n in range(len(cache.context))]
     for n, layer in enumerate(cache.context):
         if isinstance(layer, RaggedKV):
             rows = (layer.offsets.diff() - start).tolist()
-            layers.append({"layer": n, "heads": rows, "kept": sum(rows) / max(1, len(rows) * (length - start))})
+            layers[n] = {"layer": n, "heads": rows, "kept": sum(rows) / max(1, len(rows) * (length - start))}
         elif isinstance(layer, WindowKV):
-            layers.append({"layer": n, "window": length - layer.start})
-        else:
-            layers.append({"layer": n, "kept": 1.0})
+            layers[n] = {"layer": n, "window": length - layer.start}
     return {
         "tokens": length,
         "prefix_tokens": start,
@@ -122,6 +121,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     from ..models import empty_weights, translate_config
     from ..models.files import read_json
     from ..models.weights import named_tensors
+    from ..ops import quantize
 
     config = translate_config(read_json(directory / "config.json"))
     meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
@@ -130,60 +130,29 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     where = "given" if memory else torch.cuda.get_device_name() if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
     windows = [spec.window for spec in config.layers if spec.window is not None]
-    pairs = config.num_kv_heads * (len(config.layers) - len(windows))
-    fixed = sum(windows) * config.num_kv_heads * pair_bytes(config, None)
+    global_layers = len(config.layers) - len(windows)
+    row = torch.zeros(1, config.head_dim, dtype=torch.bfloat16)
+    pair_bytes: dict[int | None, int] = {None: 2 * row.nbytes}  # of a key and its value, by bits
+    for bits in (8, 4):
+        packed = quantize(row, bits=bits)
+        pair_bytes[bits] = 2 * (packed.codes.nbytes + packed.scale.nbytes + packed.zero.nbytes)
+    pairs = config.num_kv_heads * global_layers
+    fixed = sum(windows) * config.num_kv_heads * pair_bytes[None]
     room = None if memory is None else int((1 - SPARE) * memory) - weights - fixed
     fits = []
     for ratio in RATIOS:
-        row: dict[str, Any] = {"ratio": ratio}
-        for bits in (None, 8, 4):
+        fit: dict[str, Any] = {"ratio": ratio}
+        for bits, size_bytes in pair_bytes.items():
             # a compressed pair has its position beside it, 4 bytes
-            a_token = ratio * pairs * (pair_bytes(config, bits) + (4 if ratio < 1 or bits else 0))
+            a_token = ratio * pairs * (size_bytes + (4 if ratio < 1 or bits else 0))
             tokens = None if room is None or not pairs else max(0, int(room / a_token))
-            row[f"{bits or 16}_bits"] = {"bytes_per_token": a_token, "tokens": tokens}
-        fits.append(row)
-    return {
-        "model": source,
-        "family": config.family,
-        "layers": len(config.layers),
-        "global_layers": len(config.layers) - len(windows),
-        "window": max(windows, default=None),
-        "query_heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_length": config.max_length,
-        "weight_bytes": weights,
-        "window_bytes": fixed,
-        "bytes_per_token": pairs * pair_bytes(config, None),
-        "memory_bytes": memory,
-        "memory": where,
-        "fits": fits,
-    }
-
-
-def pair_bytes(config: "ModelConfig", bits: int | None) -> int:
-    """Returns the bytes of one key and its value, in bfloat16 or packed."""
-    import torch
-
-    from ..ops import quantize
-
-    if bits is None:
-        return 2 * 2 * config.head_dim
-    row = quantize(torch.zeros(1, config.head_dim, dtype=torch.bfloat16), bits=bits)
-    return 2 * (row.codes.nbytes + row.scale.nbytes + row.zero.nbytes)
-
-
-def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
-    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
-        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
-    if size == 0:
-        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
-    return size
+            fit[f"{bits or 16}_bits"] = {"bytes_per_token": a_token, "tokens": tokens}
+        fits.append(fit)
+    facts = {"model": source, "family": config.family, "layers": len(config.layers), "global_layers": global_layers}
+    facts |= {"window": max(windows, default=None), "query_heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    facts |= {"head_dim": config.head_dim, "max_length": config.max_length, "weight_bytes": weights}
+    facts |= {"window_bytes": fixed, "bytes_per_token": pairs * pair_bytes[None]}
+    return facts | {"memory_bytes": memory, "memory": where, "fits": fits}
 
 
 def _show_file(facts: dict[str, Any]) -> None:
@@ -224,25 +193,22 @@ def _show_file(facts: dict[str, Any]) -> None:
 def _show_model(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    window = (
-        f", {facts['layers'] - facts['global_layers']} with a window of {facts['window']:,}" if facts["window"] else ""
-    )
+    window = windows = ""
+    if facts["window"]:
+        window = f", {facts['layers'] - facts['global_layers']} with a window of {facts['window']:,}"
+        windows = f", {size(facts['window_bytes'])} for windows"
     echo(f"{short(facts['model'])}: {facts['family']}, {facts['layers']} layers{window}")
     echo(f"heads    {facts['query_heads']} query, {facts['kv_heads']} key-value of width {facts['head_dim']}")
     echo(f"length   {facts['max_length']:,} positions")
     echo(f"weights  {size(facts['weight_bytes'])} in bfloat16")
-    echo(
-        f"cache    {size(facts['bytes_per_token'])} for each token"
-        + (f", {size(facts['window_bytes'])} for windows" if facts["window"] else "")
-    )
+    echo(f"cache    {size(facts['bytes_per_token'])} for each token{windows}")
     if facts["memory_bytes"] is None:
         return
     title = f"tokens that fit in {size(facts['memory_bytes'])} ({facts['memory']}), {SPARE:.0%} left free"
     table = Table("kept", "16 bits", "8 bits", "4 bits", box=None, pad_edge=False)
     for row in facts["fits"]:
-        cells = [row[f"{bits}_bits"]["tokens"] for bits in (16, 8, 4)]
-        table.add_row(
-            "all" if row["ratio"] == 1 else f"{row['ratio']:.0%}", *("-" if n is None else f"{n:,}" for n in cells)
-        )
+        tokens = [row[f"{bits}_bits"]["tokens"] for bits in (16, 8, 4)]
+        kept = "all" if row["ratio"] == 1 else f"{row['ratio']:.0%}"
+        table.add_row(kept, *("-" if n is None else f"{n:,}" for n in tokens))
     put("", title, table)
     echo("\nCompressing holds the full cache first (row all), unless it is done with --segment.")

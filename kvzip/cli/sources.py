@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ from ..hub import Loading, config_of, resolve, shipped_name, shipped_scores
 from .output import Stage, say
 
 if TYPE_CHECKING:
-    import torch
-
     from ..cache import DenseCache, RaggedCache
     from ..models import Model
 
@@ -32,27 +30,17 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
         required: False for a command that opens a file, which says what made it: the options replace what it says.
         about: what a model that is not required is for, where there is no file.
     """
-    given = "" if required or about else " In place of the one that the file names."
+    of_file = not (required or about)
+    which = "Directory in Hugging Face format, hub id or alias."
+    which += " In place of the one that the file names." if of_file else ""
+    dtype = "In place of the file's." if of_file else "Of weights and cache [default: bfloat16]."
+    device = "cpu, cuda, cuda:1 [default: a GPU if there is one]."
+    length = "Positions, in place of the model's own limit; more make sense only with --rope."
     options = [
-        click.option(
-            "-m",
-            "--model",
-            required=required,
-            help=about + "Directory in Hugging Face format, hub id or alias." + given,
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            help="Of weights and cache [default: bfloat16]." if required or about else "In place of the file's.",
-        ),
-        click.option(
-            "--device", metavar="DEVICE", callback=_device, help="cpu, cuda, cuda:1 [default: a GPU if there is one]."
-        ),
-        click.option(
-            "--max-length",
-            type=click.IntRange(min=1),
-            help="Positions, in place of the model's own limit; more make sense only with --rope.",
-        ),
+        click.option("-m", "--model", required=required, help=about + which),
+        click.option("--dtype", type=click.Choice(DTYPES), help=dtype),
+        click.option("--device", metavar="DEVICE", callback=_device, help=device),
+        click.option("--max-length", type=click.IntRange(min=1), help=length),
         click.option("--rope", metavar="JSON", callback=_json, help="RoPE scaling in place of the config's."),
     ]
 
@@ -100,12 +88,10 @@ def load_model(stage: Stage, model: str, *, directory: Path, loading: Loading) -
         warn_of_length(directory, loading.max_length, rope=loading.rope)
     from .. import models
 
-    _check_device(loading.device)
-    dtype = _dtype_of(loading)
+    loading = _checked(loading)
     stage(f"loading {short(model)}")
-    load = models.load if dtype is None else partial(models.load, dtype=dtype)
-    loaded = load(directory, device=loading.device, max_length=loading.max_length, rope=loading.rope)
-    return replace(loaded, source=model)
+    options = {name: value for name, value in vars(loading).items() if value is not None}
+    return replace(models.load(directory, **options), source=model)
 
 
 def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
@@ -113,7 +99,11 @@ def find_model(model: str, *, only: Sequence[str] | None = None) -> Path:
 
     Raises: as `load` does for a wrong name.
     """
-    quiet_hub()
+    if not sys.stderr.isatty():  # the hub shows its progress on a terminal only, as everything here does
+        with suppress(ImportError):
+            from huggingface_hub.utils import disable_progress_bars  # pyright: ignore[reportMissingImports]
+
+            disable_progress_bars()
     directory = resolve(model) if only is None else resolve(model, only=only)
     config_of(directory)
     return directory
@@ -144,21 +134,14 @@ def warn_of_length(directory: Path, positions: int, *, rope: Mapping[str, Any] |
         )
 
 
-def _check_device(device: "torch.device | str | None") -> None:
+def _checked(loading: Loading) -> Loading:
+    """The options with torch's dtype. Raises ValueError for a device that is not there."""
     import torch
 
-    if device in (None, "cpu"):
-        return
-    kind, _, number = str(device).partition(":")
     known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    if kind != "cuda" or f"cuda:{number or 0}" not in known:
-        raise ValueError(f"expected a device of {', '.join(known)}, got {device}: torch finds no other here")
-
-
-def _dtype_of(loading: Loading) -> "torch.dtype | None":
-    import torch
-
-    return getattr(torch, loading.dtype) if isinstance(loading.dtype, str) else loading.dtype
+    if loading.device not in (None, *known, *(name.partition(":")[0] for name in known)):
+        raise ValueError(f"expected a device of {', '.join(known)}, got {loading.device}: torch finds no other here")
+    return replace(loading, dtype=getattr(torch, loading.dtype) if isinstance(loading.dtype, str) else loading.dtype)
 
 
 def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
@@ -170,16 +153,6 @@ def check_ours(path: Path, *, made_by: str = "kvzip compress") -> None:
     with path.open("rb") as file:
         if is_something_else(file):
             raise ValueError(f"expected a file that kvzip wrote, got {path} that is none: {made_by} makes one")
-
-
-def quiet_hub() -> None:
-    """Lets the hub show its progress on a terminal only, as everything here does."""
-    if sys.stderr.isatty():
-        return
-    with suppress(ImportError):
-        from huggingface_hub.utils import disable_progress_bars  # pyright: ignore[reportMissingImports]
-
-        disable_progress_bars()
 
 
 def open_cache(
@@ -196,12 +169,11 @@ def open_cache(
     from .. import opening
     from ..cache.reading import open_cache as opened
 
-    _check_device(loading.device)
-    loading = replace(loading, dtype=_dtype_of(loading))
+    loading = _checked(loading)
     stage(f"opening {path.name}")
     with opened(path) as file:
         if loading.max_length is not None:
-            rope = loading.rope or opening.maker_of(file).rope
+            rope = loading.rope or opening.maker_of(file)[1].rope
             warn_of_length(given or opening.find(file), loading.max_length, rope=rope)
         loaded, cache = opening.read(file, model=model, loading=loading)
         return loaded, cache, file.header
@@ -219,21 +191,15 @@ def find_heads(source: str) -> Path:
         check_ours(path, made_by="kvzip heads make")
         return path
     shipped = shipped_scores()
-    found = shipped.get(shipped_name(source))
-    if found is None:
+    if (name := shipped_name(source)) not in shipped:
+        known = ", ".join(shipped)
         raise ValueError(
-            f"expected a file of head scores or one of the names {', '.join(shipped)}, got {source}: "
-            "kvzip heads make writes one"
+            f"expected a file of head scores or one of the names {known}, got {source}: kvzip heads make writes one"
         )
-    return found
+    return shipped[name]
 
 
 def short(source: str) -> str:
     """Returns a source as people call it: the last part of a path, a hub id whole."""
     path = Path(source)
     return path.resolve().name if path.is_dir() else source
-
-
-def title_of(path: Path, header: dict[str, Any]) -> str:
-    """Returns what a file's document is called."""
-    return str(header.get("note", {}).get("title") or path.name)

@@ -58,8 +58,10 @@ def check_target(
     check_writable(path, suffix=".partial")  # as the checkpoint of `compress --segment` ends
     if not replaceable or force is None:
         return ""
-    held = what_is_in(path)
-    if not force and not _confirmed(f"{path}{held} is there already. Replace it?"):
+    held = _what_is_in(path)
+    question = visible_line(f"{path}{held} is there already. Replace it?")
+    asked = sys.stdin.isatty() and sys.stderr.isatty()  # where somebody can be asked
+    if not force and not (asked and click.confirm(question, err=True)):
         raise ValueError(f"expected a name that is free, got {path}{held}: it is left as it is; {how} to replace it")
     return held
 
@@ -70,13 +72,8 @@ def say_replaced(path: Path, held: str) -> None:
         say(f"replaced {path}{held}")
 
 
-def _confirmed(question: str) -> bool:
-    """Whether a person says yes; False where nobody can be asked."""
-    return sys.stdin.isatty() and sys.stderr.isatty() and click.confirm(visible_line(question), err=True)
-
-
-def what_is_in(path: Path) -> str:
-    """Returns what a file that may be lost holds, in brackets: document, model, ratio and size, as far as it says."""
+def _what_is_in(path: Path) -> str:
+    """What a file that may be lost holds, in brackets: document, model, ratio and size, as far as it says."""
     header = peek(path)
     source, kept, total = schema.entry(header, "model").get("source"), header.get("kept"), header.get("total")
     parts = [

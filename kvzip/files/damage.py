@@ -1,4 +1,4 @@
-"""What is wrong with a file: found anywhere while it is read, told in one error that names the file."""
+"""Errors about a damaged file: raised anywhere while it is read, reported as one ValueError that names it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from ..display import visible_line
 
 
 class Damaged(Exception):
-    """What does not fit together in a file."""
+    """Parts of a file do not fit together; the text says which."""
 
 
 class Refused(Exception):
-    """What is wrong with a whole file, in the words of the error that says so."""
+    """A file cannot be read at all; the text is the whole message of the error."""
 
 
 def require(condition: bool, reason: str) -> None:
@@ -23,7 +23,7 @@ def require(condition: bool, reason: str) -> None:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Raises ValueError that names the file for whatever does not fit together within."""
+    """Turns whatever goes wrong within, because of what the file holds, into a ValueError that names the file."""
     try:
         yield
     except Refused as error:

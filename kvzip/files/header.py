@@ -18,7 +18,7 @@ from ..display import visible_line
 from .damage import Damaged, Refused, refusing, require
 from .schema import VERSION, check_header
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}  # bytes of a value, by dtype
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}  # bytes of a value, by dtype
 _LIMIT = 1 << 24  # bytes of a header: JSON takes some twenty times as much when it is parsed
 _AXES, _LONGEST = 8, 1 << 40  # of a tensor's shape
 _NONE = "0" * 16  # stands for a checksum that is not known yet
@@ -47,7 +47,7 @@ class OpenFile:
 
 @contextmanager
 def open_file(path: str | Path) -> Iterator[OpenFile]:
-    """Gives a file that `tensors.write_file` wrote, open. It is opened once, so that all that is read is of one file.
+    """Opens a file that `tensors.write_file` wrote, once: header and tensors come from the same file.
 
     Raises: FileNotFoundError; OSError for one that may not be read; ValueError for a directory or a device, and a file
         that is damaged, not kvzip's, or of another major version.
@@ -73,7 +73,7 @@ def peek(path: str | Path) -> dict[str, Any]:
 
 
 def is_something_else(file: BinaryIO | FileIO) -> bool:
-    """Returns whether an open file does not begin as all of ours do. One that ends before that shows is damaged."""
+    """Returns whether an open file does not begin as ours do. One that is too short to tell counts as damaged."""
     start = file.read(9) or b""
     file.seek(0)
     return len(start) == 9 and start[8:] != b"{"  # where the header of every safetensors file begins
@@ -82,7 +82,7 @@ def is_something_else(file: BinaryIO | FileIO) -> bool:
 def encode_head(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], header: Mapping[str, Any], checksums: Mapping[str, str] | None
 ) -> bytes:
-    """Returns the first bytes of a file, as many whatever the checksums.
+    """Returns the head of a file, which is as long without the checksums as with them.
 
     Args:
         tensors: the dtype and shape of each, in the order in which they follow.
@@ -99,7 +99,7 @@ def encode_head(
     table: dict[str, Any] = {"__metadata__": {"checksum": _NONE, "kvzip": text}}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + math.prod(shape) * SIZES[dtype]
+        begin, end = end, end + math.prod(shape) * _SIZES[dtype]
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -180,8 +180,7 @@ def _read_head(name: str, raw: FileIO) -> tuple[dict[str, Any], dict[str, Place]
             remedy = "made by an older kvzip, compress the document again"
         raise Refused(f"expected version {VERSION[0]}.x, got {major}.{minor} in {name}: {remedy}")
     found = metadata.get("checksum")
-    if not isinstance(found, str) or len(found) != len(_NONE):
-        raise Damaged("its header has no checksum")
+    require(isinstance(found, str) and len(found) == len(_NONE), "its header has no checksum")
     blank = head.replace(found.encode(), _NONE.encode(), 1)
     require(digest(blank) == found, "its header differs from its checksum")
     tensors = _places(table, 8 + len(head), os.fstat(raw.fileno()).st_size)
@@ -197,11 +196,10 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
     for name, entry in table.items():
         require(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name} is {entry!r}")
         dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        known = dtype in SIZES and isinstance(shape, list) and len(shape) <= _AXES
-        if not known or not all(type(n) is int and 0 <= n < _LONGEST for n in shape):
-            raise Damaged(f"shape and dtype of {name}")
+        known = dtype in _SIZES and isinstance(shape, list) and len(shape) <= _AXES
+        require(known and all(type(n) is int and 0 <= n < _LONGEST for n in shape), f"shape and dtype of {name}")
         whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
-        require(whole and offsets[1] - offsets[0] == math.prod(shape) * SIZES[dtype], f"the place of {name}")
+        require(whole and offsets[1] - offsets[0] == math.prod(shape) * _SIZES[dtype], f"the place of {name}")
         places[name] = Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
     end = begin
     for place in sorted(places.values(), key=lambda place: (place.start, place.stop)):
@@ -214,7 +212,9 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
 def _object(text: str) -> dict[str, Any]:
     """A JSON object. Raises Damaged for other text, keys that are there twice, and numbers that JSON has not."""
     try:
-        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant)
+        value = json.loads(
+            text, object_pairs_hook=_pairs, parse_constant=lambda x: require(False, f"{x} in its header")
+        )
     except RecursionError as error:
         raise Damaged("a header too deep to read") from error
     require(isinstance(value, dict), "its header is no object")
@@ -224,7 +224,3 @@ def _object(text: str) -> dict[str, Any]:
 def _pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
     require(len(dict(found)) == len(found), "a key that is there twice")
     return dict(found)
-
-
-def _constant(name: str) -> None:
-    raise Damaged(f"{name} in its header")

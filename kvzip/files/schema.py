@@ -6,7 +6,7 @@ docs/file_format.md are these, which a test compares. Tensors are named after th
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,8 @@ from ..display import visible_line
 from .damage import require
 
 VERSION = (3, 0)  # of the format: another major version cannot be read, a newer minor one can
-CACHES = ("RaggedCache", "DenseCache")
 OTHERS = {"Scores": "kvzip.scores.load", "HeadScores": "kvzip.head_scores.load"}  # what reads files without pairs
-FLOAT = ("BF16", "F16", "F32", "F64")  # the model's dtype
-DTYPES = ("bfloat16", "float16", "float32", "float64")  # the same, as torch calls them
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # of a model, as torch calls them
 
 _TYPES = {
     "text": lambda value: type(value) is str,
@@ -33,201 +31,131 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Entries of a header that have one type and are explained together; optional ones may be null or not there."""
+    """Entries of a header that have one type and are explained together; optional ones may be null or missing."""
 
-    names: tuple[str, ...]
+    names: str
     type: str
     about: str
-    optional: bool = False
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Tensors of one dtype and shape. An axis is a size, or the name of one.
+class Stored:
+    """A tensor. `float` is any dtype of a model, an axis a size or its name, `of` a kind of layer if kinds differ."""
 
-    `of` is the kind of layer that has them, where kinds differ. `pairs` says that they are keys and values, which
-    `load_cache(pairs=False)` leaves in the file.
-    """
-
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    shape: tuple[int | str, ...]
+    name: str
+    dtype: str
+    axes: str
     about: str
     of: str = ""
-    pairs: bool = False
 
 
 FILE = (
-    Entry(("version",), "list", "`[major, minor]` of the format, now `[3, 0]`"),
-    Entry(("library",), "text", "version of kvzip that wrote it"),
-    Entry(
-        ("cache",),
-        "text",
-        "`RaggedCache` (compressed), `DenseCache` (every pair), `Scores` or `HeadScores` (no pairs, see below)",
-    ),
-    Entry(("checksums",), "object", "16 hex digits for each tensor, by its name, see below"),
-    Entry(("note",), "object", "anything the caller gave; the command line puts the title, documents and times here"),
+    Entry("version", "list", "`[major, minor]` of the format, now `[3, 0]`"),
+    Entry("library", "text", "version of kvzip that wrote it"),
+    Entry("cache", "text", "`RaggedCache` (compressed), `DenseCache` (all pairs), `Scores` or `HeadScores` (no pairs)"),
+    Entry("checksums", "object", "16 hex digits for each tensor, by its name, see below"),
+    Entry("note", "object", "anything the caller gave; the command line puts title, documents and times here"),
 )
 """What every file has."""
 
 CACHE = (
-    Entry(
-        ("fingerprint",),
-        "text",
-        "hex digest of what the model computes (shape, RoPE, samples of each stored tensor), a dash, and its dtype",
-    ),
-    Entry(("length",), "count", "tokens of the context, prefix included; the next token's position is `tokens`"),
-    Entry(
-        ("start",), "count", "tokens of the prefix, which are the first rows of every head; window layers are excepted"
-    ),
-    Entry(("chat",), "flag", "whether the prefix is a chat template's, with the user turn open"),
-    Entry(("tokens",), "count", "`length` and the tokens of the tail"),
-    Entry(("kept", "total"), "count", "evictable pairs held, and before compression"),
-    Entry(("ratio",), "number", "`kept / total`; 1 if there are none"),
-    Entry(("method",), "text", "how pairs were chosen, as `kvzip-chunk/pair`; empty: all are held"),
-    Entry(("layers",), "list", "an object for each layer, see below"),
-    Entry(("tail",), "flag", "whether there are turns after the context"),
-    Entry(("scores",), "object", "of the scores that are attached, see below", optional=True),
-    Entry(("model",), "object", "of the model, if `save` was given it, see below", optional=True),
-    Entry(("pieces",), "count", "number of different tokens whose text is in the file", optional=True),
+    Entry("fingerprint", "text", "digest of shape, RoPE and samples of each tensor of the model, a dash, its dtype"),
+    Entry("length", "count", "tokens of the context, prefix included; the next token's position is `tokens`"),
+    Entry("start", "count", "tokens of the prefix, which are the first rows of every head, but for window layers"),
+    Entry("chat", "flag", "whether the prefix is a chat template's, with the user turn open"),
+    Entry("tokens", "count", "`length` and the tokens of the tail"),
+    Entry("kept, total", "count", "evictable pairs held, and before compression"),
+    Entry("ratio", "number", "`kept / total`; 1 if there are none"),
+    Entry("method", "text", "how pairs were chosen, as `kvzip-chunk/pair`; empty: all are held"),
+    Entry("layers", "list", "an object for each layer, see below"),
+    Entry("tail", "flag", "whether there are turns after the context"),
+    Entry("scores", "object, optional", "of the scores that are attached, see below"),
+    Entry("model", "object, optional", "of the model, if `save` was given it, see below"),
+    Entry("pieces", "count, optional", "number of different tokens whose text is in the file"),
 )
 
 LAYER = (
-    Entry(("kind",), "text", "`RaggedKV`, `DenseKV` or `WindowKV`"),
-    Entry(("start",), "count", "`WindowKV`: the token of its first row", optional=True),
-    Entry(
-        ("bits", "group"), "count", "of quantized rows: 4 or 8 bits, and how many values share a scale", optional=True
-    ),
-    Entry(("channels",), "flag", "whether keys have `center` and `spread` too, see the tensors", optional=True),
+    Entry("kind", "text", "`RaggedKV`, `DenseKV` or `WindowKV`"),
+    Entry("start", "count, optional", "`WindowKV`: the token of its first row"),
+    Entry("bits, group", "count, optional", "of quantized rows: 4 or 8 bits, and how many values share a scale"),
+    Entry("channels", "flag, optional", "whether keys have `center` and `spread` too, see the tensors"),
 )
 """What an object of `layers` has."""
 
 SCORES = (
-    Entry(("layers",), "list", "the scored layers: those without a window"),
-    Entry(("start", "stop"), "count", "the tokens that are scored, from `start` to before `stop`"),
-    Entry(("source",), "text", "the method that gave the scores"),
-    Entry(("bits",), "count", "8 where each score is in 8 bits", optional=True),
+    Entry("layers", "list", "the scored layers: those without a window"),
+    Entry("start, stop", "count", "the tokens that are scored, from `start` to before `stop`"),
+    Entry("source", "text", "the method that gave the scores"),
+    Entry("bits", "count, optional", "8 where each score is in 8 bits"),
 )
 """What the object `scores` has."""
 
 MODEL = (
-    Entry(("source",), "text", "a directory by its absolute path, or a name on the hub"),
-    Entry(("dtype",), "dtype", "of its weights and its cache"),
-    Entry(("max_length",), "length", "as `kvzip.load` was given it", optional=True),
-    Entry(("rope",), "object", "as `kvzip.load` was given it", optional=True),
+    Entry("source", "text", "a directory by its absolute path, or a name on the hub"),
+    Entry("dtype", "dtype", "of its weights and its cache"),
+    Entry("max_length", "length, optional", "as `kvzip.load` was given it"),
+    Entry("rope", "object, optional", "as `kvzip.load` was given it"),
 )
 """What the object `model` has."""
 
 SCORES_FILE = (
-    Entry(("fingerprint",), "text", "of the model, as in a cache"),
-    Entry(("tokens",), "text", "SHA-256 of the token ids before `stop`"),
+    Entry("fingerprint", "text", "of the model, as in a cache"),
+    Entry("tokens", "text", "SHA-256 of the token ids before `stop`"),
     *SCORES[:3],
 )
 
 HEAD_SCORES_FILE = (
-    Entry(("fingerprint",), "text", "the model's `identity`, without RoPE scaling and dtype; empty if unknown"),
-    Entry(("family",), "text", "of the model's architecture"),
-    Entry(("method",), "text", "how the scores were made"),
-    Entry(("layers",), "list", "the scored layers"),
-    Entry(("sink", "recent"), "count", "first and last tokens that dropped heads keep in DuoAttention"),
-    Entry(("sources",), "list", "a name, a number of tokens and a SHA-256 of the ids for each text"),
+    Entry("fingerprint", "text", "the model's `identity`, without RoPE scaling and dtype; empty if unknown"),
+    Entry("family", "text", "of the model's architecture"),
+    Entry("method", "text", "how the scores were made"),
+    Entry("layers", "list", "the scored layers"),
+    Entry("sink, recent", "count", "first and last tokens that dropped heads keep in DuoAttention"),
+    Entry("sources", "list", "a name, a number of tokens and a SHA-256 of the ids for each text"),
 )
+
+KINDS = {"RaggedCache": CACHE, "DenseCache": CACHE, "Scores": SCORES_FILE, "HeadScores": HEAD_SCORES_FILE}
+"""What a file has beside `FILE`, by its entry `cache`."""
 
 TENSORS = (
-    TensorEntry(("token_ids",), ("I64",), ("tokens",), "all tokens, those of the tail too"),
-    TensorEntry(
-        ("layers.N.k", "layers.N.v"),
-        FLOAT,
-        ("rows", "D"),
-        "the rows of head 0, then of head 1, ...; each oldest first",
-        of="RaggedKV",
-        pairs=True,
-    ),
-    TensorEntry(
-        ("layers.N.k", "layers.N.v"), FLOAT, (1, "H", "length", "D"), "a row for each token", of="DenseKV", pairs=True
-    ),
-    TensorEntry(
-        ("layers.N.k", "layers.N.v"),
-        FLOAT,
-        (1, "H", "W", "D"),
-        "tokens `start` to `length` of a layer with a sliding window",
-        of="WindowKV",
-        pairs=True,
-    ),
-    TensorEntry(
-        ("layers.N.offsets",), ("I32",), ("H + 1",), "of `RaggedKV`: head h owns rows `offsets[h]` to `offsets[h + 1]`"
-    ),
-    TensorEntry(
-        ("layers.N.positions",), ("I32",), ("rows",), "of `RaggedKV`: the token of each row, ascending within a head"
-    ),
-    TensorEntry(
-        ("layers.N.k.codes", "layers.N.v.codes"),
-        ("U8",),
-        ("rows", "D * bits / 8"),
-        "quantized rows, in place of `layers.N.k` and `layers.N.v`; see below for 4 bits",
-        pairs=True,
-    ),
-    TensorEntry(
-        ("layers.N.k.scale", "layers.N.k.zero", "layers.N.v.scale", "layers.N.v.zero"),
-        ("F16", "F32"),
-        ("rows", "D / group"),
-        "value d of a row is `zero + scale * code`, with those of its group, `d // group`",
-        pairs=True,
-    ),
-    TensorEntry(
-        ("layers.N.k.center", "layers.N.k.spread"),
-        ("F32",),
-        ("H", "D"),
-        "with `channels`: a key of head h is `center[h] + spread[h] * x`, where x is what scale and zero give",
-        pairs=True,
-    ),
-    TensorEntry(
-        ("tail.k.N", "tail.v.N"),
-        FLOAT,
-        (1, "H", "R", "D"),
-        "of every layer, windows too; rows at and beyond `tail.lengths` mean nothing",
-        pairs=True,
-    ),
-    TensorEntry(("tail.lengths",), ("I32",), (1,), "tokens of the tail"),
-    TensorEntry(
-        ("scores.values",),
-        ("F32",),
-        ("L", "H", "length - start"),
-        "one for each evictable pair, removed ones too; the larger is kept first",
-    ),
-    TensorEntry(
-        ("scores.codes",),
-        ("U8",),
-        ("L", "H", "length - start"),
-        "in place of `scores.values` in 8 bits: a score is `levels[code]`",
-    ),
-    TensorEntry(
-        ("scores.levels",), ("F32",), ("K",), "the values that scores in 8 bits may have, ascending, at most 256"
-    ),
-    TensorEntry(("pieces.ids",), ("I64",), ("P",), "the different token ids, ascending"),
-    TensorEntry(
-        ("pieces.offsets",),
-        ("I64",),
-        ("P + 1",),
-        "the UTF-8 of `ids[i]` is `bytes[offsets[i]:offsets[i + 1]]`; it may begin or end within a character",
-    ),
-    TensorEntry(("pieces.bytes",), ("U8",), ("bytes",), "the texts of all of them, one after the other"),
+    Stored("token_ids", "i64", "tokens", "all tokens, those of the tail too"),
+    Stored("layers.N.X", "float", "rows, D", "the rows of head 0, then of head 1, ...; each oldest first", "RaggedKV"),
+    Stored("layers.N.X", "float", "1, H, length, D", "a row for each token", "DenseKV"),
+    Stored("layers.N.X", "float", "1, H, W, D", "tokens `start` to `length`, of a layer with a window", "WindowKV"),
+    Stored("layers.N.offsets", "i32", "H + 1", "of `RaggedKV`: head h owns rows `offsets[h]` to `offsets[h + 1]`"),
+    Stored("layers.N.positions", "i32", "rows", "of `RaggedKV`: the token of each row, ascending within a head"),
+    Stored("layers.N.X.codes", "u8", "rows, D * bits / 8", "quantized rows in place of `layers.N.X`, see below"),
+    Stored("layers.N.X.scale", "f16 or f32", "rows, D / group", "value d: `zero + scale * code` of group `d // group`"),
+    Stored("layers.N.X.zero", "f16 or f32", "rows, D / group", "the value of code 0 in each group"),
+    Stored("layers.N.X.center", "f32", "H, D", "with `channels`: a key of head h is `center[h] + spread[h] * x`"),
+    Stored("layers.N.X.spread", "f32", "H, D", "with `channels`: the factor of x, which is what scale and zero give"),
+    Stored("tail.X.N", "float", "1, H, R, D", "of every layer, windows too; rows from `tail.lengths` on mean nothing"),
+    Stored("tail.lengths", "i32", "1", "tokens of the tail"),
+    Stored("scores.values", "f32", "L, H, length - start", "of each evictable pair, removed ones too; larger stay"),
+    Stored("scores.codes", "u8", "L, H, length - start", "in place of `scores.values`: a score is `levels[code]`"),
+    Stored("scores.levels", "f32", "K", "the values that scores in 8 bits may have, ascending, at most 256"),
+    Stored("pieces.ids", "i64", "P", "the different token ids, ascending"),
+    Stored("pieces.offsets", "i64", "P + 1", "the UTF-8 of `ids[i]` is `bytes[offsets[i]:offsets[i + 1]]`"),
+    Stored("pieces.bytes", "u8", "bytes", "the UTF-8 of all of them; one may begin or end within a character"),
 )
-"""The tensors of a cache's file. N numbers a layer."""
+"""The tensors of a cache's file. N numbers a layer, X is k or v."""
 
-_BY_NAME = {(name, entry.of): entry for entry in TENSORS for name in entry.names}
+_BY_NAME = {(entry.name, entry.of): entry for entry in TENSORS}
 
 
-def tensor_entry(name: str, of: str = "") -> TensorEntry:
-    """Returns what a tensor of a cache's file must be, `of` a kind of layer where kinds differ."""
-    return _BY_NAME[re.sub(r"\.\d+(?=\.|$)", ".N", name), of]
+def fits(name: str, of: str, dtype: str, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    """Returns whether a tensor of a cache's file is as the table says; axes without a size may have any."""
+    entry = _BY_NAME[re.sub(r"\.[kv]\b", ".X", re.sub(r"\.\d+\b", ".N", name)), of]
+    axes = entry.axes.split(", ")
+    dtypes = ("BF16", "F16", "F32", "F64") if entry.dtype == "float" else entry.dtype.upper().split(" OR ")
+    wanted = [{"1": 1, **sizes}.get(axis) for axis in axes]
+    fitting = len(shape) == len(axes) and all(n in (None, m) for n, m in zip(wanted, shape, strict=True))
+    return fitting and dtype in dtypes
 
 
 def check_header(header: Mapping[str, Any]) -> None:
     """Raises Damaged if an entry has another type than it must, or entries contradict each other."""
     _check(header, FILE)
-    kind = header["cache"]
-    _check(header, {"Scores": SCORES_FILE, "HeadScores": HEAD_SCORES_FILE}.get(kind, CACHE if is_cache(header) else ()))
+    _check(header, KINDS.get(header["cache"], ()))
     if not is_cache(header):
         return
     require(header["start"] <= header["length"] <= header["tokens"], "start, length and tokens in another order")
@@ -242,7 +170,7 @@ def check_header(header: Mapping[str, Any]) -> None:
 
 def is_cache(header: Mapping[str, Any]) -> bool:
     """Returns whether a file of this header holds pairs."""
-    return header["cache"] in CACHES
+    return KINDS.get(header["cache"]) is CACHE
 
 
 def ratio_of(kept: int, total: int) -> float:
@@ -270,21 +198,21 @@ def dtype_of(fingerprint: str) -> str | None:
 def foreign(found: str, expected: str) -> str:
     """Returns why something of one fingerprint does not belong to a model of another; empty if it does.
 
-    A model in another dtype is told from another model.
+    The same model in another dtype has a reason of its own.
     """
     if found == expected:
         return ""
-    theirs = dtype_of(found)
-    (identity, _, _), (own, _, ours) = (x.rpartition("-") for x in (found, expected))
-    if identity and identity == own and theirs:
+    (identity, _, theirs), (own, _, ours) = (x.rpartition("-") for x in (found, expected))
+    if identity and identity == own and theirs in DTYPES:
         return f"its pairs are {theirs}, the model is {ours}: load the model in {theirs}"
-    return (
-        f"its fingerprint is {visible_line(found, limit=300)!r}, the model's {expected!r}: take the model that made it"
-    )
+    shown = visible_line(found, limit=300)
+    return f"its fingerprint is {shown!r}, the model's {expected!r}: take the model that made it"
 
 
 def _check(values: Mapping[str, Any], entries: tuple[Entry, ...]) -> None:
     for one in entries:
-        for name in one.names:
+        kind, _, optional = one.type.partition(", ")
+        for name in one.names.split(", "):
             value = values.get(name)
-            require((one.optional and value is None) or _TYPES[one.type](value), f"{name} is {value!r}")
+            if value is not None or not optional:
+                require(_TYPES[kind](value), f"{name} is {value!r}")

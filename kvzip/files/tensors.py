@@ -41,30 +41,24 @@ def read_tensor(
     Args:
         scratch: what `staging` gave, through which bytes go to another device.
     """
-    place = file.tensors[name]
-    dtype = DTYPES[place.dtype]
+    place, sums = file.tensors[name], []
     file.raw.seek(place.start)
-    if scratch is None:
-        read = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        sums = [file.helper.submit(_sums, block) for block in _read_blocks(file, read.numpy())]
-        found = read.view(dtype).view(place.shape).to(device) if len(read) else None
-    else:
-        found = torch.empty(place.shape, dtype=dtype, device=device)
+    found = torch.empty(place.shape, dtype=DTYPES[place.dtype], device="cpu" if scratch is None else device)
+    if scratch is not None:
         sums = _read_through(file, found, scratch)
+    elif found.numel():
+        for block in _blocks(found.view(-1).view(torch.uint8).numpy()):
+            fill(file.raw, block.data)
+            sums.append(file.helper.submit(_sums, block))  # while the next block is read
     total = digest(b"".join(future.result() for future in sums))
     require(total == file.header["checksums"][name], f"{name} differs from its checksum")
-    return torch.empty(place.shape, dtype=dtype, device=device) if found is None else found
+    return found.to(device)
 
 
 def staging(device: str | torch.device) -> Tensor | None:
     """Returns memory through which `read_tensor` reads tensors that go to another device than the CPU."""
     kind = torch.device(device).type
     return None if kind == "cpu" else torch.empty(4, _BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
-
-
-def outline(file: OpenFile, name: str) -> Tensor:
-    """Returns a tensor's shape and dtype as a tensor on torch's meta device. Nothing is read."""
-    return torch.empty(file.tensors[name].shape, dtype=DTYPES[file.tensors[name].dtype], device="meta")
 
 
 def write_file(
@@ -83,7 +77,7 @@ def write_file(
     check_mapping(note, "note")
     path = Path(path)
     check_target(path, overwrite=overwrite)
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # each aligned, for who maps it
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned where mapped
     entries = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered.items()}
     header = {**header, "version": VERSION, "library": LIBRARY, "note": dict(note or {})}
     size = len(encode_head(entries, header, None))
@@ -97,13 +91,6 @@ def write_file(
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
-
-
-def _read_blocks(file: OpenFile, buffer: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields each block of a buffer when it is read: it is summed while the next one is read."""
-    for block in _blocks(buffer):
-        fill(file.raw, block.data)
-        yield block
 
 
 def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:

@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..display import visible_line
@@ -23,15 +23,12 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> None:
     """Raises FileExistsError if a file is there that must not be replaced: any, or with `overwrite` any but kvzip's."""
     replaceable, name = is_replaceable(path), visible_line(Path(path).name)
     if replaceable is False:
-        raise FileExistsError(
-            f"expected a new file to write, or one of kvzip's, got {name}, which kvzip did not "
-            "write: it is left as it is, choose another name"
-        )
-    if replaceable and not overwrite:
-        raise FileExistsError(
-            f"expected a new file to write, got {name}, which is there: pass overwrite=True to "
-            "replace it, or choose another name"
-        )
+        wanted, why = ", or one of kvzip's", "which kvzip did not write: it is left as it is, choose another name"
+    elif replaceable and not overwrite:
+        wanted, why = "", "which is there: pass overwrite=True to replace it, or choose another name"
+    else:
+        return
+    raise FileExistsError(f"expected a new file to write{wanted}, got {name}, {why}")
 
 
 def check_writable(path: str | Path, *, kind: str | None = None, suffix: str = "") -> None:
@@ -67,13 +64,14 @@ def whole_file(path: str | Path, *, overwrite: bool | None = None) -> Iterator[P
         yield partial
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
-        if overwrite is None or not _link(partial, path):
-            if overwrite is not None:
-                check_target(path, overwrite=overwrite)
-            os.replace(partial, path)
-    except BaseException:
+        if overwrite is not None:
+            with suppress(OSError):  # a file is there, or the file system has no hard links
+                os.link(partial, path)
+                return
+            check_target(path, overwrite=overwrite)
+        os.replace(partial, path)
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def _create_beside(path: Path) -> Path:
@@ -81,13 +79,3 @@ def _create_beside(path: Path) -> Path:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return partial
-
-
-def _link(partial: Path, path: Path) -> bool:
-    """Gives the file its name if no file has it, and returns whether that was so."""
-    try:
-        os.link(partial, path)
-    except OSError:  # a file is there, or the file system has no hard links
-        return False
-    os.unlink(partial)
-    return True
