@@ -51,10 +51,10 @@ def decode(
     Raises: ValueError if shapes, dtypes or devices do not fit together.
     """
     _check(q, k, v, offsets, softcap, window, tail)
-    if use_triton(q):
-        from kvzip.ops.triton.decode import decode_triton as run
-    elif host_takes(q, softcap=softcap, window=window) and not is_forced():
+    if host_takes(q, softcap=softcap, window=window) and not is_forced():
         run = decode_host
+    elif use_triton(q):
+        from kvzip.ops.triton.decode import decode_triton as run
     else:
         run = _reference_in_blocks
     return run(q, k, v, offsets, scale=scale, softcap=softcap, window=window, schedule=schedule, tail=tail)
@@ -151,7 +151,7 @@ def _check(
     tail: TailTensors | None,
 ) -> None:
     queries, query_heads, _, width = q.shape
-    heads = len(offsets) - 1
+    dtype, device, heads = q.dtype, q.device, offsets.shape[0] - 1
     if heads < 1 or query_heads % heads:
         raise ValueError(
             f"expected query heads in equal groups over {heads} KV heads, got q of shape {list(q.shape)} and "
@@ -159,32 +159,32 @@ def _check(
         )
     for name, x in (("k", k), ("v", v)):
         if isinstance(x, Quantized):
-            got = x.codes.shape[1] * 8 // x.bits
-            devices = {x.codes.device, x.scale.device, x.zero.device}
+            got, devices = x.width, {x.codes.device, x.scale.device, x.zero.device}
             if x.channels is not None:
                 shape = list(x.channels.center.shape)
                 if name == "v" or shape != [heads, width] or x.channels.spread.device not in devices:
                     raise ValueError(f"expected channels of keys alone, [H={heads}, D={width}], got {shape} of {name}")
         else:
             got, devices = x.shape[1], {x.device}
-            if x.dtype != q.dtype:
-                raise ValueError(f"expected {name} of q's dtype {q.dtype}, got {x.dtype}: convert one of them")
+            if x.dtype != dtype:
+                raise ValueError(f"expected {name} of q's dtype {dtype}, got {x.dtype}: convert one of them")
         if got != width:
             raise ValueError(f"expected {name} of width D={width} like q, got {got}: they are from different models")
-        if devices | {offsets.device} != {q.device}:
-            raise ValueError(f"expected {name} and offsets on {q.device} like q, got {devices}, {offsets.device}")
+        if devices != {device} or offsets.device != device:
+            raise ValueError(f"expected {name} and offsets on {device} like q, got {devices}, {offsets.device}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
     if window is not None and window < 0:
         raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
     if tail is None:
         return
-    for name, x in (("k", tail[0]), ("v", tail[1])):
-        shape = (queries, heads, tail[0].shape[2], width)
-        if x.shape != shape or x.dtype != q.dtype or x.device != q.device:
+    tail_k, tail_v, lengths = tail
+    shape = (queries, heads, tail_k.shape[2], width)
+    for name, x in (("k", tail_k), ("v", tail_v)):
+        if x.shape != shape or x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"expected the tail's {name} of shape [B={queries}, H={heads}, R, D={width}], {q.dtype} on {q.device}, "
+                f"expected the tail's {name} of shape [B={queries}, H={heads}, R, D={width}], {dtype} on {device}, "
                 f"got {list(x.shape)}, {x.dtype} on {x.device}: it must fit q and offsets"
             )
-    if tail[2].shape != (queries,):
-        raise ValueError(f"expected {queries} tail lengths, one per question, got {list(tail[2].shape)}")
+    if lengths.shape != (queries,):
+        raise ValueError(f"expected {queries} tail lengths, one per question, got {list(lengths.shape)}")
