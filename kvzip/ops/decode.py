@@ -61,23 +61,16 @@ def decode(
 
 
 def _reference_in_blocks(
-    q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "N D"] | Quantized,
-    v: Float[Tensor, "N D"] | Quantized,
-    offsets: Int32[Tensor, " H1"],
-    *,
-    window: int | None = None,
-    tail: TailTensors | None = None,
-    **options: Any,
+    q: Float[Tensor, "B Hq T D"], *context: Any, tail: TailTensors | None, **options: Any
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
-    """`decode_reference` over blocks of tokens, for it holds their logits."""
-    if q.shape[2] <= _TOKENS_AT_ONCE or (tail is None and window is not None):  # places follow from T without a tail
-        return decode_reference(q, k, v, offsets, window=window, tail=tail, **options)
+    """`decode_reference` over blocks of tokens, because it holds the logits of all its tokens."""
+    if tail is None and options["window"] is not None:  # places follow from T: tokens stay together
+        return decode_reference(q, *context, tail=None, **options)
     parts, after = [], q.shape[2]
     for rows in q.split(_TOKENS_AT_ONCE, dim=2):
         after -= rows.shape[2]
         own = None if tail is None else (*tail[:2], tail[2] - after)
-        parts.append(decode_reference(rows, k, v, offsets, window=window, tail=own, **options))
+        parts.append(decode_reference(rows, *context, tail=own, **options))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
@@ -102,14 +95,12 @@ def decode_reference(
     ago = torch.arange(tokens - 1, -1, -1, device=q.device)  # T - 1 - t
     lengths = torch.ones(queries, dtype=torch.int32, device=q.device) if tail is None else tail[2]
     place = (lengths[:, None] - 1 - ago)[:, None, :, None]  # [B 1 T 1]
-    v_t = None
     rows = 0 if tail is None else min(max(lengths.tolist(), default=0), tail[0].shape[2])
     outs, lses = [], []
     for h, q_h in enumerate(heads):
         n = bounds[h + 1] - bounds[h]
         k_h, v_h = (_rows(x, bounds[h], bounds[h + 1], h, dtype) for x in (k, v))
-        logits = q_h.flatten(0, 2) @ k_h.T
-        logits = logits.unflatten(0, q_h.shape[:3])  # [B G T n]
+        logits = (q_h.flatten(0, 2) @ k_h.T).unflatten(0, q_h.shape[:3])  # [B G T n]
         distance = place + n - torch.arange(n, device=q.device)
         seen = (distance >= 0) | (window is None)
         if tail is not None:
@@ -127,7 +118,7 @@ def decode_reference(
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
-        outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
+        outs.append(out if tail is None else out + weights[..., n:] @ v_t)
         lses.append(lse)
     return torch.stack(outs, 1).flatten(1, 2).to(q.dtype), torch.stack(lses, 1).flatten(1, 2)
 
