@@ -86,7 +86,8 @@ def _context(
     scale: float,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """Attention to the rows of each head alone, all heads at once where they are equally long."""
-    heads, sizes = len(spans), {"b": q.shape[0], "t": q.shape[2]}
+    queries, _, tokens, _ = q.shape
+    heads = len(spans)
     rows = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
     if count:
         k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, -count:] for x in (k, v))
@@ -98,8 +99,8 @@ def _context(
             if start < stop:
                 keys, values = (x[None, None, start:stop] for x in (k, v))
                 out[:, h : h + 1], lse[:, h : h + 1] = sdpa(rows[:, h : h + 1], keys, values, scale=scale)
-    out = rearrange(out, "1 h (b g t) d -> b (h g) t d", **sizes)
-    return out, rearrange(lse, "1 h (b g t) -> b (h g) t", **sizes)
+    out = rearrange(out, "1 h (b g t) d -> b (h g) t d", b=queries, t=tokens)
+    return out, rearrange(lse, "1 h (b g t) -> b (h g) t", b=queries, t=tokens)
 
 
 def _one(

@@ -21,12 +21,13 @@ VALUES = st.one_of(
     st.floats(width=32, allow_nan=False),
 )
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7))
+FEW_HEADS = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 7))  # the interpreter runs each by itself
 RATIOS = st.floats(0.0, 1.0, exclude_min=True)
 
 
 @st.composite
-def scores_of(draw, values=VALUES) -> Tensor:
-    shape = draw(SHAPES)
+def scores_of(draw, values=VALUES, shapes=SHAPES) -> Tensor:
+    shape = draw(shapes)
     size = shape[0] * shape[1] * shape[2]
     return torch.tensor(draw(st.lists(values, min_size=size, max_size=size)), dtype=torch.float32).view(shape)
 
@@ -79,7 +80,7 @@ def test_order_of_layers_does_not_matter_without_ties(scores, data):
     assert torch.equal(select(scores, ratio=0.4)[order], select(scores[order], ratio=0.4))
 
 
-@given(scores=scores_of(), ratio=RATIOS)
+@given(scores=scores_of(shapes=FEW_HEADS), ratio=RATIOS)
 def test_uniform_keeps_the_same_number_in_each_head(scores, ratio):
     count = int(ratio * scores.shape[2])
     keep = select_uniform(scores, ratio=ratio)

@@ -25,6 +25,8 @@ from kvzip.ops.triton.decode_rows import rows_split
 from kvzip.ops.types import DecodeSchedule, Quantized, Splits, TailTensors
 
 _TAIL_ROWS = 256  # rows of a tail in one split, times the programs that share them
+# Integers that change from call to call: a kernel specialized to one of them would be compiled anew.
+_VARYING = ["window", "rows", "heads", "count", "row_blocks", "tail_splits", "tail_blocks", "tail_rows", "capacity"]
 
 
 class Launch(NamedTuple):
@@ -172,19 +174,7 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
     return x.codes.view(torch.int16), x.scale.contiguous(), x.zero.contiguous(), x.bits, x.group
 
 
-@triton.jit(
-    do_not_specialize=[
-        "window",
-        "rows",
-        "heads",
-        "count",
-        "row_blocks",
-        "tail_splits",
-        "tail_blocks",
-        "tail_rows",
-        "capacity",
-    ]
-)
+@triton.jit(do_not_specialize=_VARYING)
 @no_type_check
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
