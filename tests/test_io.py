@@ -337,7 +337,7 @@ def test_out_of_memory_is_no_fault_of_the_file(caches, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_goes_to_another_device_but_for_its_tokens(caches, kind):
-    """On torch's meta device, which has shapes and no values: heads are cut anew, for the processors of the device."""
+    """On torch's meta device, which has shapes and no values: heads are cut anew, for the SMs of the device."""
     cache = caches[kind]
     assert kvzip.to(cache, "cpu") is cache
 

@@ -51,33 +51,26 @@ def decode(
     Raises: ValueError if shapes, dtypes or devices do not fit together.
     """
     _check(q, k, v, offsets, softcap, window, tail)
-    if use_triton(q):
-        from kvzip.ops.triton.decode import decode_triton as run
-    elif host_takes(q, softcap=softcap, window=window) and not is_forced():
+    if host_takes(q, softcap=softcap, window=window) and not is_forced():
         run = decode_host
+    elif use_triton(q):
+        from kvzip.ops.triton.decode import decode_triton as run
     else:
         run = _reference_in_blocks
     return run(q, k, v, offsets, scale=scale, softcap=softcap, window=window, schedule=schedule, tail=tail)
 
 
 def _reference_in_blocks(
-    q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "N D"] | Quantized,
-    v: Float[Tensor, "N D"] | Quantized,
-    offsets: Int32[Tensor, " H1"],
-    *,
-    window: int | None = None,
-    tail: TailTensors | None = None,
-    **options: Any,
+    q: Float[Tensor, "B Hq T D"], *context: Any, tail: TailTensors | None, **options: Any
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
-    """`decode_reference` over blocks of tokens, for it holds their logits."""
-    if q.shape[2] <= _TOKENS_AT_ONCE or (tail is None and window is not None):  # places follow from T without a tail
-        return decode_reference(q, k, v, offsets, window=window, tail=tail, **options)
+    """`decode_reference` over blocks of tokens, because it holds the logits of all its tokens."""
+    if tail is None and options["window"] is not None:  # places follow from T: tokens stay together
+        return decode_reference(q, *context, tail=None, **options)
     parts, after = [], q.shape[2]
     for rows in q.split(_TOKENS_AT_ONCE, dim=2):
         after -= rows.shape[2]
         own = None if tail is None else (*tail[:2], tail[2] - after)
-        parts.append(decode_reference(rows, k, v, offsets, window=window, tail=own, **options))
+        parts.append(decode_reference(rows, *context, tail=own, **options))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
@@ -102,14 +95,12 @@ def decode_reference(
     ago = torch.arange(tokens - 1, -1, -1, device=q.device)  # T - 1 - t
     lengths = torch.ones(queries, dtype=torch.int32, device=q.device) if tail is None else tail[2]
     place = (lengths[:, None] - 1 - ago)[:, None, :, None]  # [B 1 T 1]
-    v_t = None
     rows = 0 if tail is None else min(max(lengths.tolist(), default=0), tail[0].shape[2])
-    outs, lses = [], []
+    v_t, outs, lses = None, [], []
     for h, q_h in enumerate(heads):
         n = bounds[h + 1] - bounds[h]
         k_h, v_h = (_rows(x, bounds[h], bounds[h + 1], h, dtype) for x in (k, v))
-        logits = q_h.flatten(0, 2) @ k_h.T
-        logits = logits.unflatten(0, q_h.shape[:3])  # [B G T n]
+        logits = (q_h.flatten(0, 2) @ k_h.T).unflatten(0, q_h.shape[:3])  # [B G T n]
         distance = place + n - torch.arange(n, device=q.device)
         seen = (distance >= 0) | (window is None)
         if tail is not None:
@@ -151,7 +142,7 @@ def _check(
     tail: TailTensors | None,
 ) -> None:
     queries, query_heads, _, width = q.shape
-    heads = len(offsets) - 1
+    dtype, device, heads = q.dtype, q.device, offsets.shape[0] - 1
     if heads < 1 or query_heads % heads:
         raise ValueError(
             f"expected query heads in equal groups over {heads} KV heads, got q of shape {list(q.shape)} and "
@@ -159,32 +150,32 @@ def _check(
         )
     for name, x in (("k", k), ("v", v)):
         if isinstance(x, Quantized):
-            got = x.codes.shape[1] * 8 // x.bits
-            devices = {x.codes.device, x.scale.device, x.zero.device}
+            got, devices = x.width, {x.codes.device, x.scale.device, x.zero.device}
             if x.channels is not None:
                 shape = list(x.channels.center.shape)
                 if name == "v" or shape != [heads, width] or x.channels.spread.device not in devices:
                     raise ValueError(f"expected channels of keys alone, [H={heads}, D={width}], got {shape} of {name}")
         else:
             got, devices = x.shape[1], {x.device}
-            if x.dtype != q.dtype:
-                raise ValueError(f"expected {name} of q's dtype {q.dtype}, got {x.dtype}: convert one of them")
+            if x.dtype != dtype:
+                raise ValueError(f"expected {name} of q's dtype {dtype}, got {x.dtype}: convert one of them")
         if got != width:
             raise ValueError(f"expected {name} of width D={width} like q, got {got}: they are from different models")
-        if devices | {offsets.device} != {q.device}:
-            raise ValueError(f"expected {name} and offsets on {q.device} like q, got {devices}, {offsets.device}")
+        if devices != {device} or offsets.device != device:
+            raise ValueError(f"expected {name} and offsets on {device} like q, got {devices}, {offsets.device}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
     if window is not None and window < 0:
         raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
     if tail is None:
         return
-    for name, x in (("k", tail[0]), ("v", tail[1])):
-        shape = (queries, heads, tail[0].shape[2], width)
-        if x.shape != shape or x.dtype != q.dtype or x.device != q.device:
+    tail_k, tail_v, lengths = tail
+    shape = (queries, heads, tail_k.shape[2], width)
+    for name, x in (("k", tail_k), ("v", tail_v)):
+        if x.shape != shape or x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"expected the tail's {name} of shape [B={queries}, H={heads}, R, D={width}], {q.dtype} on {q.device}, "
+                f"expected the tail's {name} of shape [B={queries}, H={heads}, R, D={width}], {dtype} on {device}, "
                 f"got {list(x.shape)}, {x.dtype} on {x.device}: it must fit q and offsets"
             )
-    if tail[2].shape != (queries,):
-        raise ValueError(f"expected {queries} tail lengths, one per question, got {list(tail[2].shape)}")
+    if lengths.shape != (queries,):
+        raise ValueError(f"expected {queries} tail lengths, one per question, got {list(lengths.shape)}")

@@ -5,7 +5,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 WORTH_PLANNING = 2048 * 16384  # rows x keys
-_FEW_KEYS = 64  # more than a vector register of any CPU holds; only with fewer is `_with_nan` needed
+_FEW_KEYS = 64  # more than a vector register of any CPU holds
 
 
 def sdpa(
@@ -39,22 +39,14 @@ def sdpa(
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         if mask is None and k.shape[2] < _FEW_KEYS and bool((lse == 0).any()):
-            out, lse = _with_nan(out, lse, q, k, causal=causal)
+            # With fewer keys than a vector register holds, a query with a NaN logit gets an output and an lse of 0.
+            logits = q @ k.mT
+            lost = (lse == 0) & (logits.tril() if causal else logits).isnan().any(-1)
+            out, lse = out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
     if causal:
         return out, lse
     out = rearrange(out, "b h (g t) d -> b (h g) t d", t=tokens)
     return out, rearrange(lse, "b h (g t) -> b (h g) t", t=tokens)
-
-
-def _with_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Puts NaN back where torch lost it.
-
-    On a CPU it gives a query with a NaN logit an output and an lse of 0 if there are fewer keys than a vector register
-    holds. For attention without a mask.
-    """
-    logits = q @ k.mT
-    lost = (lse == 0) & (logits.tril() if causal else logits).isnan().any(-1)
-    return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 def host_takes(q: Float[Tensor, "B Hq T D"], *, softcap: float | None, window: int | None) -> bool:
     """Whether `decode_host` can do it: on a CPU, without a softcap, and with a window for one token of one question."""
     one = q.shape[0] == q.shape[2] == 1
-    return q.device.type == "cpu" and q.numel() > 0 and softcap is None and (window is None or one)
+    return q.is_cpu and softcap is None and (window is None or one) and q.numel() > 0
 
 
 def decode_host(
@@ -36,31 +36,45 @@ def decode_host(
     Context and tail are computed apart and merged. Quantized rows are restored first.
     """
     bounds = offsets.tolist()
-    k, v = (x if isinstance(x, Tensor) else dequantize(x, dtype=q.dtype, offsets=offsets) for x in (k, v))
+    k, v = (dequantize(x, dtype=q.dtype, offsets=offsets) if isinstance(x, Quantized) else x for x in (k, v))
     if tail is None:
-        return _context(q, k, v, _spans(bounds, None if window is None else max(0, window - 1)), scale)
-    tokens, lengths = q.shape[2], tail[2].tolist()
-    longest = min(max(lengths), tail[0].shape[2])
-    first = 0 if window is None else min(max(0, lengths[0] - window), longest)
-    spans = _spans(
-        bounds, None if window is None else max(0, window - lengths[0])
-    )  # what the tail leaves of the window
+        return _context(q, k, v, *_spans(bounds, None if window is None else max(0, window - 1)), scale)
+    tail_k, tail_v, ends = tail
+    tokens, lengths = q.shape[2], ends.tolist()
+    longest = min(max(lengths), tail_k.shape[2])
+    if window is None:
+        first, left = 0, None
+    else:  # the tail is seen from row `first` on, and leaves `left` rows of each head
+        first, left = min(max(0, lengths[0] - window), longest), max(0, window - lengths[0])
+    spans, count = _spans(bounds, left)
     if first == longest:
-        return _context(q, k, v, spans, scale)
-    keys, values = (x[:, :, first:longest] for x in tail[:2])
+        return _context(q, k, v, spans, count, scale)
     if q.shape[0] == tokens == 1 and q.dtype == torch.float32:
-        return _one(q[0, :, 0], k, v, spans, keys[0], values[0], scale)
-    seen, last = None, tail[2][:, None] - tokens + torch.arange(tokens)  # [B T], the last row that a token sees
+        return _one(q, k, v, spans, count, tail_k[0, :, first:longest], tail_v[0, :, first:longest], scale)
+    keys, values = tail_k[:, :, first:longest], tail_v[:, :, first:longest]
+    seen, last = None, ends[:, None] - tokens + torch.arange(tokens)  # [B T], the last row that a token sees
     if tokens > 1 or len(set(lengths)) > 1:
         seen = (torch.arange(longest) <= last[..., None])[:, None]  # [B 1 T rows]
     if len(set(lengths)) > 1:  # unset rows are zeroed: NaN survives masking
-        written = (torch.arange(longest) < tail[2][:, None])[:, None, :, None]
+        written = (torch.arange(longest) < ends[:, None])[:, None, :, None]
         keys, values = (x.masked_fill(~written, 0) for x in (keys, values))
     out, lse = sdpa(q, keys, values, scale=scale, mask=seen)
     if min(lengths) < tokens:
         nothing = (last < 0)[:, None]
         out, lse = out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
-    return merge_reference(*_context(q, k, v, spans, scale), out, lse)
+    return merge_reference(*_context(q, k, v, spans, count, scale), out, lse)
+
+
+def _spans(bounds: list[int], window: int | None) -> tuple[list[tuple[int, int]], int]:
+    """The last `window` rows of each head, from the first to the one after the last; how many if all are equally long.
+
+    The number is 0 where heads differ in length.
+    """
+    spans = list(itertools.pairwise(bounds))
+    even = len({stop - start for start, stop in spans}) == 1
+    if window is not None:
+        spans = [(max(start, stop - window), stop) for start, stop in spans]
+    return spans, spans[0][1] - spans[0][0] if even else 0
 
 
 def _context(
@@ -68,12 +82,13 @@ def _context(
     k: Float[Tensor, "N D"],
     v: Float[Tensor, "N D"],
     spans: list[tuple[int, int]],
+    count: int,
     scale: float,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """Attention to the rows of each head alone, all heads at once where they are equally long."""
-    heads, sizes = len(spans), {"b": q.shape[0], "t": q.shape[2]}
+    queries, _, tokens, _ = q.shape
+    heads = len(spans)
     rows = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
-    count = _uniform(spans, len(k))
     if count:
         k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, -count:] for x in (k, v))
         out, lse = sdpa(rows, k, v, scale=scale)
@@ -84,56 +99,46 @@ def _context(
             if start < stop:
                 keys, values = (x[None, None, start:stop] for x in (k, v))
                 out[:, h : h + 1], lse[:, h : h + 1] = sdpa(rows[:, h : h + 1], keys, values, scale=scale)
-    out = rearrange(out, "1 h (b g t) d -> b (h g) t d", **sizes)
-    return out, rearrange(lse, "1 h (b g t) -> b (h g) t", **sizes)
+    out = rearrange(out, "1 h (b g t) d -> b (h g) t d", b=queries, t=tokens)
+    return out, rearrange(lse, "1 h (b g t) -> b (h g) t", b=queries, t=tokens)
 
 
 def _one(
-    q: Float[Tensor, "Hq D"],
+    q: Float[Tensor, "1 Hq 1 D"],
     k: Float[Tensor, "N D"],
     v: Float[Tensor, "N D"],
     spans: list[tuple[int, int]],
+    count: int,
     tail_k: Float[Tensor, "H t D"],
     tail_v: Float[Tensor, "H t D"],
     scale: float,
 ) -> tuple[Float[Tensor, "1 Hq 1 D"], Float[Tensor, "1 Hq 1"]]:
     """One token of one question, by products: torch gives each head of fused attention one thread only.
 
-    The largest weight is exp(largest logit - lse), which gives the log-sum-exp without another pass of exponentials.
+    One softmax serves all heads: logits are those of the tail, then those of the context, and -inf after the rows of a
+    shorter head. The largest weight is exp(largest logit - lse), so two maxima give the log-sum-exp.
     """
-    heads = len(spans)
-    rows = (q * scale).view(heads, -1, q.shape[1])
-    own = torch.bmm(rows, tail_k.mT)
-    count = _uniform(spans, len(k))
+    heads, reach, width = tail_k.shape
+    rows = (q * scale).reshape(heads, -1, width)
+    logits = torch.bmm(rows, tail_k.mT)
     if count:
-        k, v = (x.view(heads, -1, x.shape[1])[:, -count:] for x in (k, v))
-        logits = torch.cat([torch.bmm(rows, k.mT), own], dim=2)
-        weights = logits.softmax(2)
-        out = torch.baddbmm(torch.bmm(weights[:, :, count:], tail_v), weights[:, :, :count], v)
-        peak, top = logits.amax(2), weights.amax(2)
+        k, v = k.view(heads, -1, width), v.view(heads, -1, width)
+        if count < k.shape[1]:
+            k, v = k[:, -count:], v[:, -count:]
+        logits = torch.cat([logits, torch.bmm(rows, k.mT)], dim=2)
     else:
-        out = torch.empty_like(rows)
-        peak, top = torch.empty_like(rows[:, :, 0]), torch.empty_like(rows[:, :, 0])
-        parts = zip(spans, rows, own, tail_v, out, peak, top, strict=True)
-        for (start, stop), rows_h, own_h, tail_h, out_h, peak_h, top_h in parts:
-            logits = torch.cat([torch.mm(rows_h, k[start:stop].T), own_h], dim=1)
-            weights = logits.softmax(1)
-            before, after = weights.split([stop - start, own_h.shape[1]], dim=1)
-            torch.addmm(torch.mm(after, tail_h), before, v[start:stop], out=out_h)
-            torch.amax(logits, 1, out=peak_h)
-            torch.amax(weights, 1, out=top_h)
-    return out.view(1, -1, 1, q.shape[1]), peak.sub_(top.log_()).view(1, -1, 1)
-
-
-def _spans(bounds: list[int], window: int | None) -> list[tuple[int, int]]:
-    """First row and row after the last of what is seen of each head: its last `window` rows."""
-    return [
-        (start if window is None else max(start, stop - window), stop) for start, stop in itertools.pairwise(bounds)
-    ]
-
-
-def _uniform(spans: list[tuple[int, int]], rows: int) -> int:
-    """How many rows of each head are seen if all heads are equally long, else 0."""
-    each = rows // len(spans)
-    even = all(stop == (h + 1) * each for h, (_, stop) in enumerate(spans))
-    return spans[0][1] - spans[0][0] if even else 0
+        longest = max(stop - start for start, stop in spans)
+        own, logits = logits, rows.new_full((*rows.shape[:2], reach + longest), -torch.inf)
+        logits[:, :, :reach] = own
+        for rows_h, logits_h, (start, stop) in zip(rows.unbind(), logits.unbind(), spans, strict=True):
+            torch.mm(rows_h, k[start:stop].T, out=logits_h[:, reach : reach + stop - start])
+    weights = logits.softmax(2)
+    lse = logits.amax(2).sub_(weights.amax(2).log_())
+    own, weights = weights.tensor_split((reach,), dim=2)
+    out = torch.bmm(own, tail_v)
+    if count:
+        out.baddbmm_(weights, v)
+    else:
+        for out_h, weights_h, (start, stop) in zip(out.unbind(), weights.unbind(), spans, strict=True):
+            out_h.addmm_(weights_h[:, : stop - start], v[start:stop])
+    return out.view(1, -1, 1, width), lse.view(1, -1, 1)

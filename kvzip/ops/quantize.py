@@ -161,8 +161,10 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
     scale = highest / steps - zero / steps
     small = (highest > zero) & (highest - zero < SMALL)  # quotients are rounded to whole LEASTs
     scale = scale.where(~small, scale + LEAST)
-    if x.dtype != torch.float32 and _half_holds(scale, zero, last):
-        scale, zero = scale.half(), zero.half()
+    if x.dtype != torch.float32:
+        lost = (scale.half().float() - scale).abs() * last
+        if ((zero.half().float() == zero) & (lost <= scale * 0.5)).all():
+            scale, zero = scale.half(), zero.half()
     part = _part(zero)[..., None]
     codes = (groups * part - zero.float()[..., None] * part) / (scale.float()[..., None] * part)
     codes = codes.where(scale[..., None] > 0, 0.0)
@@ -182,11 +184,6 @@ def dequantize_reference(q: Quantized, *, dtype: torch.dtype = torch.float32) ->
 def _part(zero: Float[Tensor, "N Q"]) -> Float32[Tensor, "N Q"]:
     """What a group's numbers are multiplied by, so that no difference in it is beyond float32: 1, or 1/2."""
     return torch.where(zero.float() < DEEP, 0.5, 1.0)
-
-
-def _half_holds(scale: Float[Tensor, "N Q"], zero: Float[Tensor, "N Q"], last: int) -> bool:
-    lost = (scale.half().float() - scale).abs() * last
-    return bool(((zero.half().float() == zero) & (lost <= scale * 0.5)).all())
 
 
 def _check(x: Tensor, bits: int, group: int) -> None:

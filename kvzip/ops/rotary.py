@@ -63,27 +63,16 @@ def rotary_reference(
     eps: float = 0.0,
     offset: int = 0,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-    q, k, v = _split(qkv, cos.shape[-1], kv_heads)
+    heads = qkv.unflatten(2, (-1, cos.shape[-1])).transpose(1, 2)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if cos.ndim == 3:  # positions differ by question: [B T D] beside [B H T D]
         cos, sin = cos[:, None], sin[:, None]
-    if (
-        q_norm is None or k_norm is None
-    ):  # q and k are neighbours in memory: rotating both at once takes half as many operations
-        both = _split(qkv, cos.shape[-1], 0)[0][:, :-kv_heads]
-        q, k = _rotate(both, cos, sin).split([q.shape[1], kv_heads], dim=1)
+    if q_norm is None or k_norm is None:  # q and k are neighbours in memory: both at once are half as many operations
+        q, k = _rotate(heads[:, :-kv_heads], cos, sin).split([q.shape[1], kv_heads], dim=1)
         return q, k, v
     q = rms_norm_reference(q, q_norm, eps=eps, offset=offset)
     k = rms_norm_reference(k, k_norm, eps=eps, offset=offset)
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
-
-
-def _split(
-    qkv: Float[Tensor, "B T W"], width: int, kv_heads: int
-) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-    """Returns views of the queries, keys and values in a product of all three."""
-    heads = qkv.unflatten(2, (-1, width)).transpose(1, 2)
-    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    return q, k, v
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

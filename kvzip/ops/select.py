@@ -40,15 +40,13 @@ def select_count(scores: Scores, *, count: int, nan: Int32[Tensor, " 1"] | None 
     if not 0 <= count <= total:
         raise ValueError(f"expected 0 <= count <= {total} (the number of scores), got {count}: ask for fewer")
     _check_devices(layers, nan)
-    flag = _flag(layers) if nan is None else nan
-    if layers and use_triton(layers[0]):
-        from kvzip.ops.triton.select import select_count_triton as run
-    else:
-        run = select_count_reference
-    mask = run(scores, count=count, nan=flag)
-    if nan is None:
-        _raise_on_nan(flag)
-    return mask
+    if isinstance(scores, Tensor):
+        return _select_rows(scores.reshape(1, -1), count, nan).view(scores.shape)
+    if not layers:
+        return []
+    flat = torch.cat([layer.reshape(-1) for layer in layers])
+    parts = _select_rows(flat[None], count, nan)[0].split([layer.numel() for layer in layers])
+    return [part.view(layer.shape) for part, layer in zip(parts, layers, strict=True)]
 
 
 def select_uniform(
@@ -72,45 +70,31 @@ def select_uniform_count(
     if not 0 <= count <= scores.shape[-1]:
         raise ValueError(f"expected 0 <= count <= {scores.shape[-1]} (scores of a head), got {count}: ask for fewer")
     _check_devices([scores], nan)
-    flag = _flag([scores]) if nan is None else nan
+    return _select_rows(scores.flatten(0, 1), count, nan).view(scores.shape)
+
+
+def _select_rows(scores: Float32[Tensor, "P n"], count: int, nan: Int32[Tensor, " 1"] | None) -> Bool[Tensor, "P n"]:
+    """Marks the `count` highest scores of each row."""
+    flag = torch.zeros(1, dtype=torch.int32, device=scores.device) if nan is None else nan
     if use_triton(scores):
-        from kvzip.ops.triton.select import select_uniform_count_triton as run
+        from kvzip.ops.triton.select import select_rows_triton as run
     else:
-        run = select_uniform_count_reference
+        run = select_rows_reference
     mask = run(scores, count=count, nan=flag)
-    if nan is None:
-        _raise_on_nan(flag)
+    if nan is None and flag.item():
+        raise ValueError("expected scores without NaN, got at least one: the forward pass that made them overflowed")
     return mask
 
 
-def select_count_reference(scores: Scores, *, count: int, nan: Int32[Tensor, " 1"] | None = None) -> Mask:
-    layers = _layers(scores)
-    flat = torch.cat([layer.reshape(-1) for layer in layers]) if layers else torch.empty(0)
-    keep = _keep_highest(_ordered(flat, nan), count)
-    if isinstance(scores, Tensor):
-        return keep.view(scores.shape)
-    parts = keep.split([layer.numel() for layer in layers])
-    return [part.view(layer.shape) for part, layer in zip(parts, layers, strict=True)]
-
-
-def select_uniform_count_reference(
-    scores: Float32[Tensor, "L H E"], *, count: int, nan: Int32[Tensor, " 1"] | None = None
-) -> Bool[Tensor, "L H E"]:
-    return _keep_highest(_ordered(scores, nan), count)
-
-
-def _keep_highest(scores: Float32[Tensor, "*heads E"], count: int) -> Bool[Tensor, "*heads E"]:
-    """The `count` highest of the last axis. A stable sort leaves equal scores in index order."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)
-
-
-def _ordered(scores: Float32[Tensor, "*shape"], nan: Int32[Tensor, " 1"] | None) -> Float32[Tensor, "*shape"]:
-    """The scores with NaN as -inf (and the flag set) and -0.0 as 0.0, which is what adding 0.0 does."""
+def select_rows_reference(
+    scores: Float32[Tensor, "P n"], *, count: int, nan: Int32[Tensor, " 1"] | None = None
+) -> Bool[Tensor, "P n"]:
+    """NaN counts as -inf and sets `nan`; adding 0.0 makes -0.0 equal 0.0; a stable sort keeps ties in index order."""
     missing = scores.isnan()
     if nan is not None:
         nan |= missing.any()
-    return scores.masked_fill(missing, -torch.inf) + 0.0
+    order = (scores.masked_fill(missing, -torch.inf) + 0.0).sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)
 
 
 def _layers(scores: Scores) -> Sequence[Tensor]:
@@ -119,10 +103,6 @@ def _layers(scores: Scores) -> Sequence[Tensor]:
 
 def _total(scores: Scores) -> int:
     return sum(layer.numel() for layer in _layers(scores))
-
-
-def _flag(layers: Sequence[Tensor]) -> Int32[Tensor, " 1"]:
-    return torch.zeros(1, dtype=torch.int32, device=layers[0].device if layers else None)
 
 
 def _checked(ratio: float) -> float:
@@ -136,8 +116,3 @@ def _check_devices(layers: Sequence[Tensor], nan: Tensor | None) -> None:
     if len(devices) > 1:
         found = sorted(map(str, devices))
         raise ValueError(f"expected all scores and `nan` on one device, got {found}: move them together")
-
-
-def _raise_on_nan(flag: Tensor) -> None:
-    if flag.item():
-        raise ValueError("expected scores without NaN, got at least one: the forward pass that made them overflowed")

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kvzip.ops.host_decode import decode_host, host_takes
 
 DECODE = importlib.import_module("kvzip.ops.decode")  # `kvzip.ops.decode` is the function
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = ("decode_{}", "append_{}_", "linear_{}", "rms_norm_{}", "rotary_{}")  # functions, {} being the backend
 HOST = SHAPES | {"softcap": st.none()}
 
 
@@ -60,7 +62,7 @@ def test_a_nan_comes_out_and_stays_in_its_question(where, T, dtype):
 
 @pytest.mark.parametrize("tail", [0, 700])
 def test_many_tokens_go_through_the_reference_in_blocks(tail, monkeypatch):
-    inputs = make(2, 1, 2, 1, 1100, 8, [5, 9], tail, torch.float64, device="cpu")
+    inputs = make(2, 1, 2, 1, 1100, 8, [5, 9], tail, torch.float32, device="cpu")
     if tail:
         inputs["tail"] = (*(x.nan_to_num(0.0) for x in inputs["tail"][:2]), torch.full_like(inputs["tail"][2], tail))
     head, rest = split(inputs)
@@ -68,33 +70,49 @@ def test_many_tokens_go_through_the_reference_in_blocks(tail, monkeypatch):
     monkeypatch.setattr(DECODE, "decode_reference", lambda q, *a, **o: sizes.append(q.shape[2]) or run(q, *a, **o))
     got = decode(*head, **rest, scale=0.4, softcap=2.0)
     assert sizes == [512, 512, 76]
-    for x, y in zip(got, run(*head, **rest, scale=0.4, softcap=2.0), strict=True):
-        assert torch.allclose(x, y, equal_nan=True)
+    plain = run(*head, **rest, scale=0.4, softcap=2.0)
+    head, rest = split({name: widen(x, inputs["offsets"]) for name, x in inputs.items()})
+    exact = run(*head, **rest, scale=0.4, softcap=2.0)
+    for actual, truth, baseline in zip(got, exact, plain, strict=True):
+        assert_as_accurate(actual, truth, baseline)
 
 
-def forced(monkeypatch, backend: str) -> list[str]:
-    """Forces a backend, and returns the list that its decodings will be counted in."""
-    calls = []
-    module = DECODE if backend == "reference" else importlib.import_module("kvzip.ops.triton.decode")
-    run = getattr(module, f"decode_{backend}")
-    monkeypatch.setattr(module, f"decode_{backend}", lambda *a, **o: calls.append(backend) or run(*a, **o))
+def counting(calls: Counter[str], op: str, run):
+    def counted(*args, **options):
+        calls[op] += 1
+        return run(*args, **options)
+
+    return counted
+
+
+def forced(monkeypatch, backend: str) -> Counter[str]:
+    """Forces a backend, and returns the calls of its functions, which are counted from now on by op."""
+    calls: Counter[str] = Counter()
+    folder = "kvzip.ops" if backend == "reference" else "kvzip.ops.triton"
+    for op in OPS:
+        file = "norm" if op.startswith("rms") else op.split("_")[0]
+        module, name = importlib.import_module(f"{folder}.{file}"), op.format(backend)
+        monkeypatch.setattr(module, name, counting(calls, op, getattr(module, name)))
     monkeypatch.setattr(DECODE, "decode_host", lambda *a, **o: pytest.fail("the host's decoding was not forced"))
     monkeypatch.setenv("KVZIP_BACKEND", backend)
     return calls
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_forced_backend_decodes_every_layer_of_every_token(backend, monkeypatch):
+def test_a_forced_backend_runs_every_op_of_every_layer_and_token(backend, monkeypatch):
     if backend == "triton":
         pytest.importorskip("triton")
     config = random_model.config(head_dim=16, windows=(6, None))
     model = random_model.make(config)
     cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, "Call me Ishmael. Some years ago")), 0.5)
-    free = kvzip.generate(model, cache, "Who?", max_tokens=4)
+    free = kvzip.generate(model, cache, "Who?", max_tokens=2, template=False)
     calls = forced(monkeypatch, backend)
-    answer = kvzip.generate(model, cache, "Who?", max_tokens=4)
+    answer = kvzip.generate(model, cache, "Who?", max_tokens=2, template=False)
     assert answer.token_ids == free.token_ids
-    assert len(calls) >= len(config.layers) * len(free.token_ids)
+    passes = len(free.token_ids)  # at least: one a token
+    least = {"decode_{}": 1, "append_{}_": 1, "rotary_{}": 1, "linear_{}": 4}  # of each layer and pass
+    assert all(calls[name] >= times * len(config.layers) * passes for name, times in least.items()), calls
+    assert calls["rms_norm_{}"] >= passes
 
 
 def test_a_forced_reference_decodes_what_is_folded_and_streamed(monkeypatch):
@@ -103,7 +121,7 @@ def test_a_forced_reference_decodes_what_is_folded_and_streamed(monkeypatch):
     free = kvzip.prefill_compressed(model, document, ratio=0.5, segment=80)
     calls = forced(monkeypatch, "reference")
     cache = kvzip.prefill_compressed(model, document, ratio=0.5, segment=80)
-    assert calls
+    assert calls["decode_{}"]
     assert [kv.offsets.tolist() for kv in cache.context] == [kv.offsets.tolist() for kv in free.context]
     for step in (
         lambda: kvzip.extend(model, cache, "More of it."),
@@ -112,4 +130,4 @@ def test_a_forced_reference_decodes_what_is_folded_and_streamed(monkeypatch):
     ):
         calls.clear()
         step()
-        assert calls
+        assert calls["decode_{}"]

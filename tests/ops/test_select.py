@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvzip.ops.triton.select as steps
-from kvzip.ops.select import (
-    select,
-    select_count,
-    select_count_reference,
-    select_uniform,
-    select_uniform_count,
-    select_uniform_count_reference,
-)
+from kvzip.ops.select import select, select_count, select_rows_reference, select_uniform, select_uniform_count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VALUES = st.one_of(
@@ -28,12 +21,13 @@ VALUES = st.one_of(
     st.floats(width=32, allow_nan=False),
 )
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7))
+FEW_HEADS = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 7))  # the interpreter runs each by itself
 RATIOS = st.floats(0.0, 1.0, exclude_min=True)
 
 
 @st.composite
-def scores_of(draw, values=VALUES) -> Tensor:
-    shape = draw(SHAPES)
+def scores_of(draw, values=VALUES, shapes=SHAPES) -> Tensor:
+    shape = draw(shapes)
     size = shape[0] * shape[1] * shape[2]
     return torch.tensor(draw(st.lists(values, min_size=size, max_size=size)), dtype=torch.float32).view(shape)
 
@@ -54,6 +48,11 @@ def brute(scores: Tensor, count: int) -> Tensor:
     return keep.view(scores.shape)
 
 
+def at_once(run, scores: Tensor, count: int) -> Tensor:
+    """`run` over all scores as one row."""
+    return run(scores.reshape(1, -1), count=count).view(scores.shape)
+
+
 @given(scores=scores_of(), share=st.floats(0, 1))
 def test_keeps_exactly_the_highest_and_ties_by_index(scores, share):
     count = round(share * scores.numel())
@@ -63,7 +62,7 @@ def test_keeps_exactly_the_highest_and_ties_by_index(scores, share):
 @given(scores=scores_of(), share=st.floats(0, 1))
 def test_kernel_equals_definition(scores, share):
     count = round(share * scores.numel())
-    keep = steps.select_count_triton(scores.to(DEVICE), count=count)
+    keep = at_once(steps.select_rows_triton, scores.to(DEVICE), count)
     assert torch.equal(keep.cpu(), brute(scores, count))
 
 
@@ -81,11 +80,11 @@ def test_order_of_layers_does_not_matter_without_ties(scores, data):
     assert torch.equal(select(scores, ratio=0.4)[order], select(scores[order], ratio=0.4))
 
 
-@given(scores=scores_of(), ratio=RATIOS)
+@given(scores=scores_of(shapes=FEW_HEADS), ratio=RATIOS)
 def test_uniform_keeps_the_same_number_in_each_head(scores, ratio):
     count = int(ratio * scores.shape[2])
     keep = select_uniform(scores, ratio=ratio)
-    by_kernel = steps.select_uniform_count_triton(scores.to(DEVICE), count=count).cpu()
+    by_kernel = steps.select_rows_triton(scores.flatten(0, 1).to(DEVICE), count=count).cpu().view(scores.shape)
     expected = torch.stack([brute(head, count) for head in scores.flatten(0, 1)]).view(scores.shape)
     assert torch.equal(keep, expected)
     assert torch.equal(by_kernel, expected)
@@ -168,8 +167,8 @@ def test_kernel_equals_reference_over_several_blocks(kind):
     elif kind == "sample misleads":
         scores.view(-1)[:: steps.sample_step(1, scores.numel() * 100)] += 100
     for count in (1, 7000, scores.numel()):
-        keep = steps.select_count_triton(scores.to(DEVICE), count=count).cpu()
-        assert torch.equal(keep, select_count_reference(scores, count=count))
+        keep = at_once(steps.select_rows_triton, scores.to(DEVICE), count).cpu()
+        assert torch.equal(keep, at_once(select_rows_reference, scores, count))
 
 
 def test_a_wrong_guess_costs_rounds_and_not_exactness():
@@ -181,7 +180,7 @@ def test_a_wrong_guess_costs_rounds_and_not_exactness():
             steps.narrow_(state, steps.histogram(scores, state), count=900, total=3000)
         keep, ties = steps.mark(scores, state)
         steps.settle_(keep, scores, state, ties, ties.cumsum(1) - ties, count=900)
-        assert torch.equal(keep.cpu(), select_count_reference(scores.cpu()[None], count=900)[0])
+        assert torch.equal(keep.cpu(), select_rows_reference(scores.cpu(), count=900))
 
 
 def select_sharded(shards: list[Tensor], count: int) -> list[Tensor]:
@@ -212,25 +211,21 @@ def test_sharded_by_heads_equals_unsharded(kind, heads):
     shards = [shard.contiguous() for shard in scores.split(heads, dim=1)]
     for count in (1, 2000):
         kept = torch.cat(select_sharded(shards, count), dim=1)
-        assert torch.equal(kept.cpu(), select_count_reference(scores.cpu(), count=count))
+        assert torch.equal(kept.cpu(), at_once(select_rows_reference, scores.cpu(), count))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_fit(capability):
     kernels = compile_launches(
         "import torch\n"
-        "from kvzip.ops.triton.select import select_count_triton\n"
+        "from kvzip.ops.triton.select import select_rows_triton\n"
         "nan = torch.zeros(1, dtype=torch.int32)\n"
-        "select_count_triton(torch.zeros(1, 2, 2**17), count=5, nan=nan)\n"
-        "select_count_triton(torch.zeros(1, 2, 1001), count=5)",
+        "select_rows_triton(torch.zeros(1, 2**18), count=5, nan=nan)\n"
+        "select_rows_triton(torch.zeros(1, 2002), count=5)",
         capability=capability,
     )
-    assert {kernel.name for kernel in kernels} >= {
-        "_histogram_kernel",
-        "_narrow_kernel",
-        "_mark_kernel",
-        "_settle_kernel",
-    }
+    names = {"_histogram_kernel", "_narrow_kernel", "_mark_kernel", "_settle_kernel"}
+    assert {kernel.name for kernel in kernels} >= names
     assert_fits(kernels, capability=capability)
 
 
@@ -250,9 +245,9 @@ def test_full_size_equals_reference(kind, shape):
     for ratio in (0.001, 0.3, 0.9, 1.0):
         count = int(ratio * scores.numel())
         keep = select(scores, ratio=ratio)
-        assert torch.equal(keep, select_count_reference(scores, count=count)), (kind, ratio)
+        assert torch.equal(keep, at_once(select_rows_reference, scores, count)), (kind, ratio)
         assert keep.sum() == count
-    keep = select_uniform_count_reference(scores, count=int(0.3 * shape[2]))
+    keep = select_rows_reference(scores.flatten(0, 1), count=int(0.3 * shape[2])).view(shape)
     assert torch.equal(select_uniform(scores, ratio=0.3), keep)
 
 
@@ -279,7 +274,7 @@ def test_replays_in_a_graph():
         keep = select(scores, ratio=0.3, nan=flag)
     scores.copy_(torch.rand(4, 2, 9000, device="cuda"))
     graph.replay()
-    assert torch.equal(keep, select_count_reference(scores, count=int(0.3 * scores.numel())))
+    assert torch.equal(keep, at_once(select_rows_reference, scores, int(0.3 * scores.numel())))
 
 
 def test_a_float32_ratio_is_widened_before_it_is_multiplied(monkeypatch):

@@ -25,6 +25,8 @@ from kvzip.ops.triton.decode_rows import rows_split
 from kvzip.ops.types import DecodeSchedule, Quantized, Splits, TailTensors
 
 _TAIL_ROWS = 256  # rows of a tail in one split, times the programs that share them
+# Integers that change from call to call: a kernel specialized to one of them would be compiled anew.
+_VARYING = ["window", "rows", "heads", "count", "row_blocks", "tail_splits", "tail_blocks", "tail_rows", "capacity"]
 
 
 class Launch(NamedTuple):
@@ -86,41 +88,6 @@ def decode_triton(
     Reads each context byte once for up to 128 rows (questions x tokens x group; 32 where rows are quantized, the rest
     from L2): 2 N D values and 4 rows N D operations. What it takes and what was tried: docs/tuning.md.
     """
-    rows = q[:, 0, :, 0].numel() * (q.shape[1] // (len(offsets) - 1))
-    overlap = overlaps_launches(q)  # as Hopper does, and nothing before it
-    bits = k.bits if isinstance(k, Quantized) else 16
-    config = launch_config(q.shape[3], rows, q.dtype, bits, hopper=overlap or interpreted())
-    schedule = decode_schedule(offsets) if schedule is None else schedule
-    splits = choose_cut(schedule, config, rows)
-    return launch(q, k, v, offsets, scale, softcap, window, splits, tail, config, overlap)
-
-
-def choose_cut(schedule: DecodeSchedule, config: Launch, rows: int) -> Splits:
-    """The longest splits that still make enough programs: four per SM, or twice as many as run at once if that is more.
-
-    If none do, the shortest splits that `config.per_sm` allows. `DecodeSchedule.cuts` begins with eight splits per SM,
-    and each cut after it has half as many.
-    """
-    cuts = schedule.cuts[4 - config.per_sm.bit_length() :]
-    programs = max(4, 2 * config.per_sm) * schedule.sms
-    enough = [cut for cut in cuts if len(cut.bounds) * triton.cdiv(rows, config.block_m) >= programs]
-    return enough[-1] if enough else cuts[0]
-
-
-def launch(
-    q: Tensor,
-    k: Tensor | Quantized,
-    v: Tensor | Quantized,
-    offsets: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    splits: Splits,
-    tail: TailTensors | None,
-    config: Launch,
-    overlap: bool,
-) -> tuple[Tensor, Tensor]:
-    """`decode` with everything chosen: what benchmarks vary."""
     queries, query_heads, tokens, width = q.shape
     heads = len(offsets) - 1
     group = query_heads // heads
@@ -133,6 +100,9 @@ def launch(
     v_codes, v_scale, v_zero, v_bits, v_group = _parts(v)
     if (bits, k_group) != (v_bits, v_group):
         raise ValueError(f"expected k and v packed alike, got {bits} bits by {k_group} and {v_bits} bits by {v_group}")
+    overlap = overlaps_launches(q)  # as Hopper does, and nothing before it
+    config = launch_config(width, rows, q.dtype, bits, hopper=overlap or interpreted())
+    splits = choose_cut(decode_schedule(offsets) if schedule is None else schedule, config, rows)
     tail_k, tail_v, lengths = (q, q, offsets) if tail is None else tail
     channels = k.channels if isinstance(k, Quantized) else None
     center, spread = (k_scale, k_scale) if channels is None else (channels.center, channels.spread)
@@ -181,6 +151,18 @@ def launch(
     return out, lse
 
 
+def choose_cut(schedule: DecodeSchedule, config: Launch, rows: int) -> Splits:
+    """The longest splits that still make enough programs: four per SM, or twice as many as run at once if that is more.
+
+    If none do, the shortest splits that `config.per_sm` allows. `DecodeSchedule.cuts` begins with eight splits per SM,
+    and each cut after it has half as many.
+    """
+    cuts = schedule.cuts[4 - config.per_sm.bit_length() :]
+    programs = max(4, 2 * config.per_sm) * schedule.sms
+    enough = [cut for cut in cuts if len(cut.bounds) * triton.cdiv(rows, config.block_m) >= programs]
+    return enough[-1] if enough else cuts[0]
+
+
 def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Data, scales, zeros, bits and group of a context; codes as 16-bit words, which matrix loads can transpose."""
     if not isinstance(x, Quantized):
@@ -192,19 +174,7 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor, int, int]:
     return x.codes.view(torch.int16), x.scale.contiguous(), x.zero.contiguous(), x.bits, x.group
 
 
-@triton.jit(
-    do_not_specialize=[
-        "window",
-        "rows",
-        "heads",
-        "count",
-        "row_blocks",
-        "tail_splits",
-        "tail_blocks",
-        "tail_rows",
-        "capacity",
-    ]
-)
+@triton.jit(do_not_specialize=_VARYING)
 @no_type_check
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,

@@ -48,31 +48,19 @@ def linear_triton(
     there a residual is added within the product, in float32. Measured: docs/tuning.md.
     """
     check_dtype(x)
-    rows = x.numel() // x.shape[-1] if x.numel() else 0
-    if rows == 1 and weight.is_contiguous():
-        return launch(x, weight, bias, norm, gate, residual, launch_config(weight.shape[0], weight.shape[1]))
-    if norm is not None:
-        x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
-    if residual is not None and bias is None and gate is None:
-        flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
-        return flat.view(residual.shape)
-    out = F.linear(x, weight, bias)
-    if gate is not None:
-        out = gated(out, gate)
-    return out if residual is None else residual + out
-
-
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Norm | None,
-    gate: str | None,
-    residual: Tensor | None,
-    config: Launch,
-) -> Tensor:
-    """`linear` of one row with everything chosen: what benchmarks vary."""
     N, K = weight.shape
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    if rows != 1 or not weight.is_contiguous():
+        if norm is not None:
+            x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+        if residual is not None and bias is None and gate is None:
+            flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
+            return flat.view(residual.shape)
+        out = F.linear(x, weight, bias)
+        if gate is not None:
+            out = gated(out, gate)
+        return out if residual is None else residual + out
+    config = launch_config(N, K)
     N = N if gate is None else N // 2
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)

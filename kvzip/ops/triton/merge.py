@@ -19,10 +19,7 @@ def merge_triton(
 ) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
     """`merge` in one pass: reads a and b once, writes once."""
     width = a.shape[-1]
-    out, lse = (
-        torch.empty(a.shape, dtype=a.dtype, device=a.device),
-        torch.empty_like(lse_a, memory_format=torch.contiguous_format),
-    )
+    out, lse = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, lse_a))
     a, lse_a, b, lse_b = (x.contiguous() for x in (a, lse_a, b, lse_b))
     if out.numel():
         block = 16
