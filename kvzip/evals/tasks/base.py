@@ -78,6 +78,11 @@ class Task:
     about: str
 
 
+def each(make: Callable[[Request, int], Example]) -> Callable[[Request], Iterator[Example]]:
+    """Returns what yields as many examples as are requested, the n-th of them `make(request, n)`."""
+    return lambda request: (make(request, n) for n in range(request.examples))
+
+
 def draws(request: Request, task: str, example: int) -> random.Random:
     """Returns the random numbers of one example."""
     return random.Random(f"{request.seed} {task} {example}")

@@ -58,6 +58,12 @@ DEEDS = (
 )
 
 
+def city_deeds(rng: random.Random, count: int) -> dict[str, str]:
+    """Returns `count` different cities, or as many as there are deeds, each with a deed of its own."""
+    count = min(count, len(DEEDS))
+    return dict(zip(rng.sample(CITIES, count), rng.sample(DEEDS, count), strict=True))
+
+
 def pairs(rng: random.Random, count: int) -> list[str]:
     """Returns `count` different words such as "quiet-harbor"."""
     picks = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
