@@ -86,7 +86,7 @@ def h2o(model: Model, cache: DenseCache) -> DenseCache:
 def pyramidkv(model: Model, cache: DenseCache) -> DenseCache:
     """Returns SnapKV's order in each head, moved so that level "pair" keeps a pyramid: many pairs below, few above.
 
-    Each head keeps the last 32 tokens; what each layer keeps of the others is in `orders.pyramid`.
+    Each head keeps the last 32 tokens; what each layer keeps of the others is in `orders.pyramidal`.
 
     Source: PyramidKV, arXiv 2406.02069, section 4, with beta = 20 as in its authors' code. The observation window is
     SnapKV's 32 so that the two differ in nothing else; the paper has 8. L counts global layers. Above half of the pairs

@@ -10,12 +10,14 @@ from typing import Any, SupportsFloat
 from .. import checks, machine
 from ..cache import DenseCache, RaggedCache, nbytes
 from ..generation import Answer
+from ..inputs import tokenizer_of
 from ..models import Model
+from ..prompts import encode_text
 from ..scoring import score
 from .asking import Gold, agreement, ask, gold, prefill_example
 from .methods import METHODS, Method
 from .metrics import GOLD, evaluate
-from .plan import FULL, Job, Plan, Step, check_names, counter, digest, form_of, jobs
+from .plan import FULL, Job, Plan, Step, check_names, digest, jobs
 from .results import append, check_growing, check_place, mend, places, read
 from .tasks import Example, Request
 
@@ -72,8 +74,12 @@ def run_eval(
     stop = float("inf") if limit_s is None else time.monotonic() + limit_s
     kept = tuple(checks.number(ratio, "ratio", finite=False) for ratio in ratios)
     names = tuple(check_names(tasks, methods, kept, form, available))
-    request = Request(count, questions, 0, seed, data, counter(model))
-    plan = Plan(names, tuple(methods), kept, form_of(model, form), request, available, max_tokens, batch)
+    tokenizer = tokenizer_of(model)
+    if form == "chat" and model.template is None:
+        raise ValueError("expected a model with a chat template for form 'chat', got none: ask in form 'cloze'")
+    form = form or ("cloze" if model.template is None else "chat")
+    request = Request(count, questions, 0, seed, data, lambda text: len(encode_text(tokenizer, text)))
+    plan = Plan(names, tuple(methods), kept, form, request, available, max_tokens, batch)
     return _run(model, plan, out, machine.commit() if commit is None else commit, stop, progress)
 
 
@@ -90,7 +96,7 @@ def _run(model: Model, plan: Plan, out: Path, commit: str, stop: float, progress
     finished = total - sum(len(numbers) for own in left for numbers in own.values())
     if finished == total:
         return True
-    facts = describe(model, commit) | plan.facts
+    facts = describe(model, plan, commit)
     run = digest([facts, time.time_ns()])
     known = places(out)
     written = set(known.values())
@@ -183,8 +189,8 @@ def answer_lines(
     return lines
 
 
-def describe(model: Model, commit: str) -> dict[str, Any]:
-    """Returns what answers depend on besides the questions: model, commit, versions, device, and the date."""
+def describe(model: Model, plan: Plan, commit: str) -> dict[str, Any]:
+    """Returns what answers depend on: model, commit, versions and device, and what made the questions; and the date."""
     return {
         "commit": commit,
         "model": Path(model.source).name,
@@ -193,4 +199,9 @@ def describe(model: Model, commit: str) -> dict[str, Any]:
         "device": machine.device_name(model.device),
         "versions": machine.versions(),
         "date": machine.now(),
+        "form": plan.form,
+        "seed": plan.request.seed,
+        "count": plan.request.examples,
+        "questions": plan.request.questions,
+        "max_tokens": plan.max_tokens,
     }
