@@ -8,12 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import prompts
-from ..cache import DenseCache, RaggedCache, check_pairs
+from ..cache import DenseCache, RaggedCache
 from ..cache.rows import kept_mask
-from ..checks import check_kind
 from ..decoding import Decoder
 from ..generation import Answer, generate, query_ids
-from ..inputs import check_fingerprint, check_length, context_ids, tokenizer_of
+from ..inputs import check_length, context_ids, tokenizer_of
 from ..models import Model, logits
 from ..ops import select
 from ..prefilling import prefill
@@ -81,9 +80,6 @@ def answer_logits(
     Raises: ValueError for a cache of another model, ids beyond the vocabulary, or more positions than the model was
         made for.
     """
-    check_kind(model, Model)
-    check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
     rows = [[*question, *answer] for question, answer in zip(asked, answers, strict=True)]
     longest, used = max(map(len, rows)), len(cache.token_ids)
     check_length(model, used + longest, f"a cache of {used} tokens, and {longest} of a question and its answer")

@@ -16,6 +16,7 @@ from ..inputs import check_fingerprint, tokenizer_of
 from ..machine import timed
 from ..models import Model
 from ..prefilling import prefill
+from ..prompts import Tokenizer
 from .asking import answer_logits
 from .methods import METHODS, Method
 
@@ -132,8 +133,13 @@ def compare(
     pairs = []
     for number, query in enumerate(questions, start=1):
         step(f"answering {number} of {len(questions)}")
-        said = answer(full, query), answer(small, query)
-        pairs.append(_pair(model, (full, small), query, said, template=template))
+        (own, full_s), (other, small_s) = answer(full, query), answer(small, query)
+        said, ids = (query, own, other, full_s, small_s), own.token_ids
+        if not ids:
+            pairs.append(AnswerPair(*said, (), None, None, None))
+            continue
+        p = [answer_probabilities(model, cache, query, ids, template=template) for cache in (full, small)]
+        pairs.append(AnswerPair(*said, *_moved(tokenizer_of(model), *p, ids)))
     return Comparison(
         model=model.source,
         method=method,
@@ -166,52 +172,33 @@ def answer_probabilities(
     if not isinstance(query, str):
         raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
     asked = query_ids(model, cache, [query], template=template)
-    return answer_logits(model, cache, asked, [_answer_ids(answer_ids)])[0].softmax(-1)
+    if not isinstance(answer_ids, Iterable) or getattr(answer_ids, "shape", None) == ():
+        raise TypeError(f"expected answer_ids to be a list of token ids, got {type(answer_ids).__name__}: pass a list")
+    answer = [checks.whole(each, "a token id", least=0) for each in answer_ids]
+    return answer_logits(model, cache, asked, [answer])[0].softmax(-1)
 
 
-def _answer_ids(ids: Sequence[int]) -> list[int]:
-    if not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
-        raise TypeError(f"expected answer_ids to be a list of token ids, got {type(ids).__name__}: pass a list")
-    return [checks.whole(each, "a token id", least=0) for each in ids]
-
-
-def _pair(
-    model: Model,
-    caches: tuple[DenseCache, RaggedCache],
-    query: str,
-    said: tuple[tuple[Answer, float], tuple[Answer, float]],
-    *,
-    template: bool,
-) -> AnswerPair:
-    """The answers to one question from the full and the compressed cache, `said` with their seconds, and what moved."""
-    (full, full_s), (small, small_s) = said
-    ids = full.token_ids
-    if not ids:
-        return AnswerPair(query, full, small, full_s, small_s, (), None, None, None)
-    p_full, p_small = (answer_probabilities(model, cache, query, ids, template=template) for cache in caches)
-    apart = (
-        (p_small - p_full).gather(1, torch.tensor(ids, device=model.device)[:, None]),
-        _lead(p_small, p_full.argmax(-1)) - _lead(p_full, p_full.argmax(-1)),
-        p_small - p_full,
-    )
-    spreads = (Spread(float(x.min()), float(x.abs().mean()), float(x.max())) for x in apart)
-    return AnswerPair(query, full, small, full_s, small_s, _changes(model, p_full, p_small), *spreads)
-
-
-def _changes(model: Model, p_full: Float[Tensor, "T V"], p_small: Float[Tensor, "T V"]) -> tuple[Change, ...]:
+def _moved(
+    tokenizer: Tokenizer, p_full: Float[Tensor, "T V"], p_small: Float[Tensor, "T V"], ids: list[int]
+) -> tuple[tuple[Change, ...], Spread, Spread, Spread]:
+    """The last four fields of `AnswerPair` for a full cache's answer of these ids."""
     first, second = p_full.argmax(-1), p_small.argmax(-1)
-    tokenizer = tokenizer_of(model)
-    return tuple(
+    text = lambda token: tokenizer.control.decode([token], skip_special_tokens=False)  # noqa: E731
+    changes = tuple(
         Change(
             position=at,
-            full=tokenizer.control.decode([a], skip_special_tokens=False),
-            small=tokenizer.control.decode([b], skip_special_tokens=False),
+            full=text(a),
+            small=text(b),
             full_p=(float(p_full[at, a]), float(p_full[at, b])),
             small_p=(float(p_small[at, a]), float(p_small[at, b])),
         )
         for at, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True))
         if a != b
     )
+    own = torch.tensor(ids, device=p_full.device)[:, None]
+    apart = (p_small - p_full).gather(1, own), _lead(p_small, first) - _lead(p_full, first), p_small - p_full
+    p_answer, margin, p = (Spread(float(x.min()), float(x.abs().mean()), float(x.max())) for x in apart)
+    return changes, p_answer, margin, p
 
 
 def _lead(p: Float[Tensor, "T V"], token: Tensor) -> Float[Tensor, " T"]:

@@ -21,16 +21,16 @@ def render(comparison: Comparison) -> RenderableType:
     No text of the document, the questions or the answers steers the terminal (see `display`).
     """
     c = comparison
-    full_mb, small_mb = (f"{count / 1e6:.3g}" for count in (c.full_bytes, c.small_bytes))
-    verdict = f"{unchanged(c)} of {len(c.answers)} answers unchanged; {full_mb} -> {small_mb} MB"
+    full_mb, small_mb = c.full_bytes / 1e6, c.small_bytes / 1e6
+    verdict = f"{unchanged(c)} of {len(c.answers)} answers unchanged; {full_mb:.3g} -> {small_mb:.3g} MB"
     name = visible_line(Path(c.model).name if Path(c.model).is_dir() else c.model)
     about = f"{name}: {c.tokens:,} tokens, {c.method} keeps {c.kept:,} of {c.total:,} pairs ({c.kept / c.total:.1%})"
     sizes = Table("", "full", "compressed", box=None, pad_edge=False)
-    sizes.add_row("cache, MB", f"{c.full_bytes / 1e6:.2f}", f"{c.small_bytes / 1e6:.2f}")
+    sizes.add_row("cache, MB", f"{full_mb:.2f}", f"{small_mb:.2f}")
     sizes.add_row("reading the document, s", f"{c.prefill_s:.2f}", "the same")
     sizes.add_row("scoring and packing, s", "", f"{c.score_s:.2f} + {c.compress_s:.2f}")
-    answering = [sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)]
-    sizes.add_row("answering, s", *(f"{seconds:.2f}" for seconds in answering))
+    full_s, small_s = sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)
+    sizes.add_row("answering, s", f"{full_s:.2f}", f"{small_s:.2f}")
     legend = (
         "Points are hundredths of a probability, compressed minus full, over the tokens of the full cache's answer: "
         "+5 is from 40% to 45%."
@@ -45,11 +45,7 @@ def _render_pair(pair: AnswerPair) -> Group:
     if not same:
         texts.add_row("compressed", Text(visible(pair.small.text)))
     parts: list[RenderableType] = [Text("\n" + visible(pair.query), "bold"), texts]
-    spreads = {
-        "p of its tokens": pair.p_answer,
-        "lead over the next": pair.margin,
-        "p of any token": pair.p,
-    }
+    spreads = {"p of its tokens": pair.p_answer, "lead over the next": pair.margin, "p of any token": pair.p}
     moved = Table("moved", "lowest, points", "highest, points", "mean size, points", box=None, pad_edge=False)
     for name, spread in spreads.items():
         if spread is not None:
