@@ -138,8 +138,8 @@ def compare(
         if not ids:
             pairs.append(AnswerPair(*said, (), None, None, None))
             continue
-        p = [answer_probabilities(model, cache, query, ids, template=template) for cache in (full, small)]
-        pairs.append(AnswerPair(*said, *_moved(tokenizer_of(model), *p, ids)))
+        p_full, p_small = (answer_probabilities(model, cache, query, ids, template=template) for cache in (full, small))
+        pairs.append(AnswerPair(*said, *_moved(tokenizer_of(model), p_full, p_small, ids)))
     return Comparison(
         model=model.source,
         method=method,

@@ -1,4 +1,4 @@
-"""Methods under one interface: each gives every pair of a dense cache a score, without having seen a question."""
+"""Methods with one interface: each scores every pair of a dense cache and sees no question."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -176,7 +176,7 @@ def random_scores(model: Model, cache: DenseCache) -> DenseCache:
     return _attach(model, cache, values.to(model.device), "random")
 
 
-_SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
+SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
     "kvzip": lambda model, cache: score(model, cache, scope="context"),
     "kvzip-chunk": lambda model, cache: score(model, cache, scope="chunk"),
     "kvzip+": lambda model, cache: score(model, cache, scope="context", method="kvzip+"),
@@ -191,9 +191,7 @@ _SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
     "random": random_scores,
 }
 
-METHODS: dict[str, Method] = {
-    name: Method(name, _SCORERS[name], level, cite) for name, (level, cite) in CATALOG.items()
-}
+METHODS = {name: Method(name, SCORERS[name], level, cite) for name, (level, cite) in CATALOG.items()}
 
 
 def snapkv_values(

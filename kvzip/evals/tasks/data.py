@@ -30,7 +30,7 @@ PARAGRAPHS = {  # files, of which the first that is there is read, the words of 
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 TOPIC = "USER: I would like to discuss the topic of"
 OPTION = re.compile(r"^[ \t]*\(([A-Z])\).*$", re.MULTILINE)
-_HUB_SCBENCH = "Jang-Hyun/SCBench-preprocessed"
+SCBENCH_HUB = "Jang-Hyun/SCBench-preprocessed"
 SQUAD_CONTEXTS = 101
 REPORTS = "leval_gov_report_summ"
 
@@ -199,16 +199,12 @@ def _row(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError:
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("context"), str) or not _paired(row):
+    fields = row if isinstance(row, dict) else {}
+    asked, answers = (fields.get(key, []) for key in ("question", "answers"))
+    lists = isinstance(asked, list) and isinstance(answers, list) and len(asked) == len(answers)
+    if not lists or not all(isinstance(text, str) for text in (fields.get("context"), *asked, *answers)):
         raise ValueError(f"expected {_LAYOUT} with as many answers as questions in {where}, got {line[:80]!r}")
-    return row
-
-
-def _paired(row: Row) -> bool:
-    """Whether questions and answers, if there are any, are texts and as many."""
-    lists = [row.get(key, []) for key in ("question", "answers")]
-    texts = all(isinstance(own, list) and all(isinstance(text, str) for text in own) for own in lists)
-    return texts and len(lists[0]) == len(lists[1])
+    return fields
 
 
 def _hub_rows(name: str) -> list[Row]:
@@ -233,8 +229,7 @@ def _hub_rows(name: str) -> list[Row]:
     if name == "hotpotqa":
         return [_hotpot_row(row) for row in load_dataset("hotpotqa/hotpot_qa", "distractor", split="validation")]
     if name.startswith("scbench_"):
-        table = load_dataset(_HUB_SCBENCH, data_files=f"{name}.parquet", split="train")
-        return [_scbench_row(row) for row in table]
+        return [_scbench_row(row) for row in load_dataset(SCBENCH_HUB, data_files=f"{name}.parquet", split="train")]
     raise ValueError(f"expected a task whose data is on the hub, got {name}: pass data=, a directory with {name}.jsonl")
 
 
@@ -246,12 +241,8 @@ def _gsm_row(row: Row) -> Row:
 def _hotpot_row(row: Row) -> Row:
     paragraphs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
     documents = [f"{title}\n{''.join(sentences)}" for title, sentences in paragraphs]
-    return {
-        "context": "\n\n".join(documents),
-        "documents": documents,
-        "question": [row["question"]],
-        "answers": [row["answer"]],
-    }
+    asked = {"question": [row["question"]], "answers": [row["answer"]]}
+    return {"context": "\n\n".join(documents), "documents": documents, **asked}
 
 
 def _scbench_row(row: Row) -> Row:
