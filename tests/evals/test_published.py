@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import evaluation, quality, studies  # noqa: E402
-from benchmarks.evaluation import PLANS, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
+from benchmarks.evaluation import Piece, collect, pieces_of  # noqa: E402
 from benchmarks.harness import between  # noqa: E402
+from benchmarks.plans import PLANS, Asked, Plan  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TASK = Asked("math_find@300", "chat", 1, 3, 4)
