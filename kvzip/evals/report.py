@@ -188,7 +188,7 @@ def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
                 low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
                 axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
         axis.set(title=task, xlabel="fraction of pairs kept", ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
-    return _png(_with_legend(figure, axes))
+    return _png_with_legend(figure, axes)
 
 
 def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
@@ -202,7 +202,7 @@ def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
     axes[0].axhline(100, color="black", linestyle="--", label=FULL)
     top = max(110.0, *(value for points in lines.values() for _, value in points))
     axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
-    return _png(_with_legend(figure, axes))
+    return _png_with_legend(figure, axes)
 
 
 def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
@@ -260,14 +260,14 @@ def _canvas(rows: int, columns: int, title: str, *, size: tuple[float, float] = 
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:
-    """The figure with one legend for all its axes, those without a line hidden."""
+def _png_with_legend(figure: Any, axes: Sequence[Any]) -> bytes:
+    """The picture of a figure with one legend for all its axes, those without a line hidden."""
     handles: dict[str, Any] = {}
     for axis in axes:
         axis.set_visible(axis.has_data())
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
-    return figure
+    return _png(figure)
 
 
 def _png(figure: Any) -> bytes:

@@ -37,23 +37,23 @@ def fitting(
 
     Raises: ValueError if there are not enough, or one is too long.
     """
-    count = _most(known, build, request)
+
+    def most() -> int:
+        """How many functions fit, if those known were repeated without end."""
+        return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
+
+    count = most()
     if count > len(known):
         others = list(other_functions())
         rng.shuffle(others)
         known = known + others
-        count = _most(known, build, request)
+        count = most()
     if count <= len(known):
         return known[:count]
     raise ValueError(
         f"expected a length of at most {request.count(build(known))} tokens for this task, got {request.length}: "
         "the standard library has no more functions"
     )
-
-
-def _most(known: list[Function], build: Callable[[list[Function]], str], request: Request) -> int:
-    """How many functions fit, if those known were repeated without end."""
-    return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
 
 
 @cache
