@@ -26,8 +26,8 @@ SNAPKV_WINDOW = 32
 class Method:
     """A way to score pairs. `level` is where its budget is shared (see `compress`), `cite` where it comes from.
 
-    `pack(model, scored, ratio)` makes the cache of a ratio where a method is more than scores, as with other bits;
-    without it that is `compress(scored, ratio, level=level)`.
+    A method that does more than score, such as quantizing, makes the cache of a ratio by `pack(model, scored, ratio)`;
+    others by `compress(scored, ratio, level=level)`.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Results as a file of JSON lines that a killed run leaves usable, and their summary.
+"""Results as a file of JSON lines, which stays usable after a run was killed, and their summary.
 
-A line is one of three kinds: "run" says what made the lines that name it, "question" what was asked, "answer" one
-answer to it. Lines are only ever added; questions are known by a digest of all that makes them. Files whose names end
-with .gz are read alike; they are written whole.
+There are three kinds of lines: a "run" says what made the lines that name it, a "question" what was asked, an "answer"
+is one answer to it. Lines are only ever added. The id of a question is a digest of everything that makes it. Files
+whose names end with .gz are read too; adding to one writes it anew.
 """
 
 import gzip
@@ -36,7 +36,7 @@ class Answered:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no two answers of a file share."""
+        """Identifies the answer: no two answers of a file have the same key."""
         return (self.run["fingerprint"], self.run["form"], self.question["id"], self.method, self.ratio)
 
 

@@ -1,4 +1,4 @@
-"""The harness: contexts prefilled once, scored once by each method, every question answered at every ratio."""
+"""The harness: prefills a context once, scores it once by each method, and answers every question at every ratio."""
 
 import logging
 import time
@@ -48,9 +48,9 @@ def run_eval(
 ) -> bool:
     """Answers every question of the tasks by every method at every ratio, and adds a line for each answer to `out`.
 
-    Each context is prefilled once and scored once by each method; at each ratio the cache is really compressed and the
-    questions are answered from what is left, as a batch. What `out` already has is not done again, so a killed run goes
-    on where it stopped. Returns whether all is done.
+    Each context is prefilled once and scored once by each method. At each ratio the cache is compressed, and the
+    questions are answered in batches from the pairs that are left. Answers that `out` already has are not repeated: a
+    killed run goes on where it stopped. Returns whether all is done.
 
     Args:
         tasks: names such as "squad", "kv@4096" (with a length in tokens), or groups such as "ruler" (see `tasks`).
@@ -59,7 +59,7 @@ def run_eval(
         ratios: fractions of pairs kept, 0 < ratio <= 1.
         form: "chat" asks through the chat template; "cloze" lets a base model continue a plain text; None takes the
             chat where the model has a template.
-        count: contexts of a task, at most; what is made of them is in `Request.examples`.
+        count: contexts of a task, at most (see `Request.examples`).
         questions: questions about a context, at most.
         data: directory of JSONL files with the data of tasks that need some, or "hub".
         batch: questions answered at once.
@@ -68,7 +68,7 @@ def run_eval(
         commit: written down in place of the commit of the checkout that this file is in.
 
     Raises: ValueError for an unknown task, method, form or ratio, a context that is too long for the model, a question
-        that its metric cannot mark, or one that is another than `out` has in its place; nothing is answered then.
+        that its metric cannot mark, or one that differs from what `out` has in its place. Nothing is answered then.
     """
     check_growing(out)
     stop = float("inf") if limit_s is None else time.monotonic() + limit_s
@@ -126,9 +126,9 @@ def _run(model: Model, plan: Plan, out: Path, commit: str, stop: float, progress
 def caches(
     model: Model, example: Example, steps: Sequence[Step], plan: Plan
 ) -> Iterator[tuple[Step, DenseCache | RaggedCache, float | None]]:
-    """Yields each step with its cache; prefills once, scores once for each run of a method.
+    """Yields each step with its cache, and if likelihoods are asked for its `agreement` with KVzip's choice, else None.
 
-    With them comes the `agreement` with KVzip's own choice, where likelihoods are asked for, else None.
+    The context is prefilled once and scored once by each method.
     """
     dense = prefill_example(model, example, form=plan.form)
     paper = None
@@ -143,7 +143,7 @@ def caches(
 
 
 def question_lines(job: Job, run: str) -> list[dict[str, Any]]:
-    """Returns the lines that say what a job's questions are."""
+    """Returns a line for each question of a job."""
     return [
         {
             "kind": "question",
