@@ -119,6 +119,7 @@ def compare(
         compress and generate raise.
     Source: the comparison script of the authors' implementation.
     """
+    check_kind(model, Model)
     if not isinstance(method, str) or method not in available:
         raise ValueError(f"expected a method among {sorted(available)}, got {method!r}: pass one of them")
     how, ratio = available[method], checks.kept_ratio(ratio)
