@@ -5,10 +5,11 @@
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
-A piece of work is one task by one method, answered into a file of its own under WORK; processes take the next piece
-when they are done with one. What is there is not done again, so the same command goes on after a limit (exit code 75)
-or a kill, also on another machine that WORK was carried to. Once a model's pieces are all there, their lines are added
-to a file of `benchmarks/results/`, each once. One task and method alone: `kvzip eval run`.
+`plans.py` says what is asked. A piece of work is one task by one method; its answers go to a file of its own under
+WORK. A process that is done with a piece takes the next one. Finished work is not repeated: the same command goes on
+after a time limit (exit code 75) or a kill, also on another machine that WORK was copied to. When all pieces of a model
+are done, their lines are added to a file of `benchmarks/results/`, each once. For one task and method use
+`kvzip eval run`.
 """
 
 import argparse
@@ -26,35 +27,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import quality, studies
+from benchmarks import quality
 from benchmarks.harness import DOCS, RESULTS, write_between
+from benchmarks.plans import ALL, FILES, KNOWN, PLANS, Asked, Plan
 from kvzip.cli.evaluate import UNFINISHED
-from kvzip.evals.methods import METHODS
 from kvzip.evals.plan import FULL
 from kvzip.evals.results import append, content_of, group, mend, read
 from kvzip.evals.run import run_eval
-
-RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A task and how it is asked: the form, contexts, questions about each, tokens of an answer."""
-
-    task: str
-    form: str
-    count: int
-    questions: int
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is asked of one model."""
-
-    methods: tuple[str, ...]
-    ratios: tuple[float, ...]
-    tasks: tuple[Asked, ...]
 
 
 @dataclass(frozen=True)
@@ -71,142 +50,8 @@ class Piece:
     def name(self) -> str:
         asked = self.asked
         sizes = f"{asked.count}x{asked.questions}x{asked.max_tokens}"
-        ratios = f".{self.ratios[0]:g}" if self.kind == "bits" else ""  # one method at 0.6 is in a plan of its own
+        ratios = f".{self.ratios[0]:g}" if self.kind == "bits" else ""  # two plans of bits share a method
         return f"{self.model.name}.{asked.task}.{asked.form}.{sizes}.{self.method}{ratios}"
-
-
-FEW = (FULL, "kvzip", "kvzip-chunk", "snapkv", "random")
-TOPIC = Asked("topic", "chat", 20, 5, 32)
-NEEDLES = Asked("needles", "cloze", 4, 11, 32)
-UUIDS = (  # 128 tokens, as a Qwen repeats the UUID that it is asked for first
-    Asked("kv@4096", "chat", 10, 10, 128),
-    Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128),
-)
-TEXTS = (Asked("ruler_qa_1@4096", "chat", 10, 10, 32), Asked("squad@2000", "chat", 10, 12, 48))
-BASE_NEEDLES = Asked("needles@2000", "cloze", 6, 11, 32)
-BASE_KEYS = Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64)
-BASE_KV = Asked("kv@2000", "cloze", 12, 20, 64)
-BASE_SQUAD = Asked("squad@1000", "cloze", 10, 12, 48)
-BASE = (Asked("needles@700", "cloze", 6, 11, 32), BASE_NEEDLES, BASE_KEYS, BASE_SQUAD)
-
-PLANS = {
-    "qwen2.5-coder-1.5b-instruct": Plan(
-        (FULL, *METHODS),
-        RATIOS,
-        (
-            TOPIC,
-            Asked("many_shot@9000", "chat", 6, 20, 64),
-            NEEDLES,
-            *UUIDS,
-            Asked("ruler_niah_multikey_2@4096", "chat", 10, 10, 64),
-            Asked("multihop@4096", "chat", 10, 10, 64),
-            *TEXTS,
-        ),
-    ),
-    "qwen2.5-coder-0.5b-instruct": Plan(
-        FEW,
-        (0.3,),
-        (
-            TOPIC,
-            Asked("many_shot@9000", "chat", 5, 20, 64),
-            NEEDLES,
-            *UUIDS,
-            Asked("ruler_niah_multikey_2@4096", "chat", 5, 20, 64),
-            Asked("multihop@4096", "chat", 5, 20, 64),
-            *TEXTS,
-        ),
-    ),
-    "gemma-3-270m": Plan(
-        FEW,
-        (0.3,),
-        (
-            Asked("topic", "cloze", 20, 5, 32),
-            Asked("many_shot@9000", "cloze", 6, 20, 32),
-            BASE_KV,
-            Asked("multihop@2000", "cloze", 12, 20, 64),
-            *BASE,
-        ),
-    ),
-    "smollm2-135m-instruct": Plan(
-        FEW,
-        (0.3,),
-        (
-            Asked("topic@5500", "cloze", 20, 5, 32),
-            Asked("many_shot@5500", "cloze", 6, 20, 32),
-            Asked("kv@1000", "cloze", 12, 20, 64),
-            Asked("multihop@1000", "cloze", 12, 20, 64),
-            *BASE,
-        ),
-    ),
-}
-"""By the name of a model's directory. The tasks with the longest contexts come first: they take longest."""
-CHUNKS = ("chunk-500", "chunk-125", "context-125")
-OTHERS = (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", *CHUNKS)
-STUDIES = {
-    "qwen2.5-coder-1.5b-instruct": (
-        Plan(tuple(studies.STUDY), (0.1, 0.2, 0.3, 0.5), UUIDS),
-        Plan(CHUNKS, (0.1, 0.2, 0.3, 0.5), (NEEDLES, *TEXTS)),
-    ),
-    "gemma-3-270m": (
-        Plan((*OTHERS, "lookups"), (0.3, 0.5, 0.7, 0.9), (BASE_KV,)),
-        Plan(OTHERS, (0.3, 0.5, 0.7, 0.9), (BASE_NEEDLES, BASE_SQUAD, BASE_KEYS)),
-    ),
-}
-"""What is asked besides to find out why something is lost."""
-
-
-def scoring_plans(form: str, tokens: int, count: int, questions: int = 100, methods: Sequence[str] = ()) -> list[Plan]:
-    """Likelihoods at all ratios, of streams at a few, and answers at two."""
-    gold, short = (Asked(f"{task}@{tokens}", form, count, questions, 16) for task in ("gold", "short"))
-    methods, streams = tuple(methods or studies.SCORING), tuple(studies.STREAMS)
-    tenths = tuple(n / 10 for n in range(1, 10))
-    return [
-        Plan((FULL, *methods), tenths, (gold,)),
-        Plan(streams, (0.1, 0.2, 0.3, 0.5), (gold,)),
-        Plan((FULL, *methods, *streams), (0.1, 0.3), (short,)),
-    ]
-
-
-def bits_plans(form: str, tokens: int, count: int) -> list[Plan]:
-    """Likelihoods and answers of pairs in 16, 8 and 4 bits, and of whole heads."""
-    asked = tuple(Asked(f"{task}@{tokens}", form, count, 50, 16) for task in ("gold", "short"))
-    ratios = (1.0, 0.5, 0.3)
-    bits = Plan((FULL, *studies.BITS), ratios, asked)
-    return [bits, Plan(("16 bits", *studies.HEADS), (0.6,), asked)]
-
-
-LONG = ("context", "chunk", "chunk:512", "chunk:8192")
-SCORINGS = {
-    **{
-        f"qwen2.5-coder-{size}-instruct": (
-            *scoring_plans("chat", 5_000, count),
-            *scoring_plans("chat", 20_000, 1, 200, LONG),
-        )
-        for size, count in (("1.5b", 2), ("0.5b", 1))
-    },
-    "gemma-3-270m": scoring_plans("cloze", 5_000, 2),
-    "smollm2-135m-instruct": scoring_plans("cloze", 5_000, 3),
-}
-BITS = {
-    **{f"qwen2.5-coder-{size}-instruct": bits_plans("chat", 4_000, 3) for size in ("1.5b", "0.5b")},
-    "gemma-3-270m": bits_plans("cloze", 2_000, 4),
-    "smollm2-135m-instruct": bits_plans("cloze", 1_500, 4),
-}
-ALL = {"eval": {name: (plan,) for name, plan in PLANS.items()}, "study": STUDIES, "scoring": SCORINGS, "bits": BITS}
-"""Plans by what is asked."""
-KNOWN = {
-    "eval": METHODS,
-    "study": METHODS | studies.STUDY,
-    "scoring": studies.SCORING | studies.STREAMS,
-    "bits": studies.BITS | studies.HEADS,
-}
-"""And the methods that their names stand for."""
-FILES = {
-    "eval": "eval-{}.jsonl.gz",
-    "study": "study-{}.jsonl.gz",
-    "scoring": "scoring-quality.jsonl.gz",
-    "bits": "quality-bits.jsonl.gz",
-}
 
 
 def main() -> int:
@@ -295,15 +140,18 @@ def worker(
     commit: str | None,
     share: float,
 ) -> None:
-    """Takes pieces, of which `taken` are, until there are none or time is up; keeps a model while pieces are of it.
+    """Answers one piece after the other until none is left or time is up; loads a model only when it changes.
 
-    `share` of the GPU's memory is its own.
+    Args:
+        taken: a counter, shared by all workers, of the pieces that were begun.
+        said: a queue for the name and the outcome of each piece.
+        share: the fraction of the GPU's memory that this worker may use.
     """
     import torch
 
     import kvzip
 
-    if torch.cuda.is_available():  # who reaches the limit gives back what graphs of earlier caches held
+    if torch.cuda.is_available():  # at this limit torch frees what graphs of earlier caches held, and tries again
         torch.cuda.set_per_process_memory_fraction(share)
     logging.getLogger("kvzip").setLevel(logging.WARNING)
     stop = time.monotonic() + seconds
@@ -364,7 +212,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def identity(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes a line another one: a second answer to a question by the same method at the same ratio is not."""
+    """Returns what two lines share if the second repeats the first, as two answers by a method at a ratio do."""
     if line["kind"] == "answer":
         return line["question"], line["method"], line["ratio"]
     return line["kind"], line["run"] if line["kind"] == "run" else line["id"]

@@ -102,8 +102,8 @@ def in_turns(calls: Mapping[str, Callable[[], float]], rounds: int, *, warm: int
 def time_variants(variants: dict[str, Variant], *, rounds: int = 30, budget_ms: float = 1500) -> dict[str, dict]:
     """Returns the median, 10th and 90th percentile in microseconds of a call of each variant on the GPU.
 
-    Variants take turns in every round, each from a CUDA graph if it can be captured. Calls over more inputs than the
-    L2 holds find it cold.
+    Variants take turns in every round, each from a CUDA graph if it can be captured. The L2 is cold for a variant whose
+    calls rotate over more input than it holds.
     """
     ready = {}
     for name, calls in variants.items():
@@ -142,7 +142,7 @@ def time_variants(variants: dict[str, Variant], *, rounds: int = 30, budget_ms: 
 
 
 def release() -> None:
-    """Gives the memory of what is gone back to the GPU."""
+    """Frees the GPU memory of deleted tensors."""
     gc.collect()
     torch.cuda.empty_cache()
 

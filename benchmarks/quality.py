@@ -37,7 +37,7 @@ def by_table(answers: Iterable[Answered]) -> dict[tuple[str, str], list[Answered
 
 
 def parts_of(answers: Sequence[Answered]) -> tuple[list[Answered], list[Answered]]:
-    """The answers that were given to the model, and those that it gave."""
+    """The likelihoods of reference answers, and the answers that the model gave."""
     gold = [answer for answer in answers if answer.measured]
     return gold, [answer for answer in answers if not answer.measured]
 
@@ -113,7 +113,7 @@ def bits_table(tables: dict[tuple[str, str], list[Answered]]) -> str:
 
 
 def heads_table(tables: dict[tuple[str, str], list[Answered]]) -> str:
-    """The same of pairs, of whole heads, and of heads with the ends of dropped ones."""
+    """Bytes, answers and likelihood of pairs, of whole heads, and of heads where dropped ones keep their ends."""
     lines = ["| model | pairs at 0.6 | heads at 0.6 | and 16 first, 64 latest tokens of dropped heads |"]
     lines.append("| --- | ---: | ---: | ---: |")
     for (model, _), own in tables.items():
@@ -123,7 +123,7 @@ def heads_table(tables: dict[tuple[str, str], list[Answered]]) -> str:
 
 
 def in_short(answers: Sequence[Answered], method: str, ratio: float) -> tuple[str, str, str]:
-    """Bytes of the full cache's, percent of answers that contain the gold text, and log-likelihood gained."""
+    """Bytes as a share of the full cache's, percent of answers with the gold text, and log-likelihood gained."""
     own = [answer for answer in answers if answer.method == FULL or (answer.method, answer.ratio) == (method, ratio)]
     gold, short = parts_of(own)
     (gained,) = differences(by_measure(gold, "loglik"), method=method, base=FULL, contexts=False)

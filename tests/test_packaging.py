@@ -73,7 +73,8 @@ def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
         for pattern in ("*.py", "py.typed", "data/*.html", "data/head_scores/*.safetensors")
         for path in (ROOT / "kvzip").rglob(pattern)
     }
-    assert {"kvzip/py.typed", "kvzip/data/report.html", "kvzip/data/head_scores/gemma-3-270m.safetensors"} <= package
+    data = {"report.html", "words.json", "head_scores/gemma-3-270m.safetensors"}
+    assert {"kvzip/py.typed", *(f"kvzip/data/{name}" for name in data)} <= package
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         licenses = {Path(name).name: archive.read(name) for name in archive.namelist() if "/licenses/" in name}

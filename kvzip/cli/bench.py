@@ -68,8 +68,7 @@ def bench(
     after a warm-up. With NAME, a benchmark of the checkout, which gets the ARGUMENTS; with nothing, a list of those.
     """
     if model is None:
-        _run_script(name, arguments)
-        return
+        return _run_script(name, arguments)
     if name is not None:
         raise click.UsageError(f"expected a model or the name of a benchmark, got both: -m {model} and {name}")
     with stages() as stage:
@@ -83,7 +82,8 @@ def bench(
 def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...], answer: int) -> dict[str, Any]:
     """Returns the seconds of each step on this machine, and the bytes of the full cache and of each compressed one.
 
-    An answer's first token is timed with the reading of the question; the others are the difference to it, by number.
+    The time of an answer's first token includes reading the question. That of each other token is the rest of the time
+    of a longer answer, divided by their number.
 
     Raises: ValueError for more tokens than the model takes.
     """
@@ -92,7 +92,6 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
     import torch
 
     from .. import compression, prefilling, scoring
-    from ..cache import nbytes
     from ..machine import timed
 
     endless = replace(model, stop_ids=())  # so that every answer has the same length
@@ -110,12 +109,11 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
     progress = stage("scoring pairs")
     scored, score_s = timed(model.device, lambda: scoring.score(model, dense, progress=progress))
     stage("answering from all pairs")
-    rows = [{"ratio": 1.0, "compress_s": 0.0, "cache_bytes": nbytes(dense)} | _answering(endless, dense, answer)]
+    rows = [{"ratio": 1.0, "compress_s": 0.0} | _answering(endless, dense, answer)]
     for ratio in ratios:
         stage(f"answering from {ratio:.0%}")
         small, compress_s = timed(model.device, lambda ratio=ratio: compression.compress(scored, ratio))
-        row = {"ratio": ratio, "compress_s": compress_s, "cache_bytes": nbytes(small)}
-        rows.append(row | _answering(endless, small, answer))
+        rows.append({"ratio": ratio, "compress_s": compress_s} | _answering(endless, small, answer))
     on_gpu = model.device.type == "cuda"
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -139,21 +137,22 @@ def document_ids(model: "Model", tokens: int) -> "Tensor":
 
 
 def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, float]:
+    from ..cache import nbytes
     from ..decoding import Decoder
     from ..generation import generate, query_ids
     from ..machine import timed
 
-    chat = cache.chat
-    (asked,) = query_ids(model, cache, [QUESTION], template=chat)
+    (asked,) = query_ids(model, cache, [QUESTION], template=cache.chat)
     decoder = Decoder(model, cache, tail=len(asked) + tokens + 1)
 
     def seconds(count: int) -> float:
-        made: dict[str, Any] = {"max_tokens": count, "template": chat, "decoder": decoder}
-        return timed(model.device, lambda: generate(model, cache, QUESTION, **made))[1]
+        ask = lambda: generate(model, cache, QUESTION, max_tokens=count, template=cache.chat, decoder=decoder)  # noqa: E731
+        return timed(model.device, ask)[1]
 
     seconds(2)  # captures graphs, compiles kernels
     first = seconds(1)
-    return {"first_token_s": first, "token_s": max(0.0, seconds(tokens + 1) - first) / tokens}
+    token_s = max(0.0, seconds(tokens + 1) - first) / tokens
+    return {"cache_bytes": nbytes(cache), "first_token_s": first, "token_s": token_s}
 
 
 def _show(facts: dict[str, Any]) -> None:

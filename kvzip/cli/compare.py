@@ -56,8 +56,8 @@ def compare(
         raise click.UsageError("expected questions with text in them, got an empty one")
     text, _ = documents.read([document])
     directory = find_model(model)
-    from ..evals import compare as compared
-    from ..evals.comparison_table import render, unchanged
+    from ..evals.comparison import compare as compared
+    from ..evals.comparison import render, unchanged
 
     with stages() as stage:
         loaded = load_model(stage, model, directory=directory, loading=loading)

@@ -5,7 +5,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +15,6 @@ from ..display import visible_line
 from ..hub import Loading
 from .output import echo, put, put_json, say, stages
 from .plumbing import FileName, Group, ListCommand, positive, resuming
-from .ratios import ratios_of
 from .sources import find_model, load_model, model_options
 from .targets import check_target, force_option, is_page, say_replaced, unwritten
 
@@ -21,6 +22,8 @@ UNFINISHED = 75
 """Exit code of an evaluation whose time limit left work for the next run."""
 
 
+RESUMES = "answers so far are in {}: the same command goes on from there"
+_FIRST = b'{"kind": "run"'  # of a file of results
 RESULTS = Path("kvzip-eval.jsonl")
 PAGE = Path("kvzip-eval")
 
@@ -103,29 +106,15 @@ def _ratios(ctx: click.Context, option: click.Parameter, words: Sequence[str]) -
 @click.option("--max-tokens", type=positive, help="Tokens of an answer, if fewer than its task says.")
 @click.option(
     "--limit",
+    "limit_s",
     type=float,
     metavar="SECONDS",
     help=f"Begin no further batch after so long; exits with {UNFINISHED} if work is left.",
 )
 @click.option("--commit", help="Commit to write down, where git cannot be asked.")
-def run(
-    model: str,
-    loading: Loading,
-    tasks: tuple[str, ...],
-    methods: tuple[str, ...],
-    ratios: tuple[float, ...],
-    out: Path,
-    form: str | None,
-    count: int,
-    questions: int,
-    seed: int,
-    data: str | None,
-    batch: int,
-    max_tokens: int | None,
-    limit: float | None,
-    commit: str | None,
-) -> None:
+def run(model: str, loading: Loading, out: Path, **asked: Any) -> None:
     """Answer the questions of tasks, by methods, at ratios."""
+    # the other options have the names of `run_eval`'s arguments
     directory = find_model(model)
     check_target(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
     from ..evals import run_eval
@@ -133,7 +122,7 @@ def run(
     from ..evals.results import check_growing
 
     check_growing(out)
-    check_names(tasks, methods, ratios, form)  # now, not after a model was loaded
+    check_names(*(asked[key] for key in ("tasks", "methods", "ratios", "form")))  # before the model is loaded
     logging.getLogger("kvzip.evals").setLevel(logging.INFO)
     with resuming(lambda: RESUMES.format(out) if out.exists() else unwritten(out)), stages() as stage:
         loaded = load_model(stage, model, directory=directory, loading=loading)
@@ -143,27 +132,9 @@ def run(
             bar(finished, total)
             line(finished, total, what)
 
-        done = run_eval(
-            loaded,
-            tasks=tasks,
-            out=out,
-            methods=methods,
-            ratios=ratios,
-            form=form,
-            count=count,
-            questions=questions,
-            seed=seed,
-            data=data,
-            batch=batch,
-            max_tokens=max_tokens,
-            limit_s=limit,
-            commit=commit,
-            progress=shown,
-        )
-    echo(
-        f"{visible_line(str(out))}: "
-        + ("all answered" if done else "stopped at the time limit, the same command goes on")
-    )
+        done = run_eval(loaded, out=out, progress=shown, **asked)
+    outcome = "all answered" if done else "stopped at the time limit, the same command goes on"
+    echo(f"{visible_line(str(out))}: {outcome}")
     if not done:
         raise click.exceptions.Exit(UNFINISHED)
 
@@ -186,15 +157,53 @@ def _line_of_progress(*, every_s: float = 30.0) -> Callable[[int, int, str], Non
     return progress
 
 
+def ratios_of(words: Sequence[str]) -> tuple[float, ...]:
+    """Returns ratios, each once and ascending, of words such as "0.3", "0.1:0.5:0.1" (a range), or "0.1 ... 1.0".
+
+    The dots go on in the step of the two ratios before them, or in tenths where there is only one.
+
+    Raises: ValueError for a word that is none of these, or a ratio outside (0, 1].
+    """
+    found: list[Fraction] = []
+    dots = False
+    for word in words:
+        if word in ("...", "\u2026") and found and not dots:
+            dots = True
+            continue
+        try:
+            first, last, step = _range(word, found, dots)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"expected ratios such as 0.3, 0.1:0.5:0.1 or 0.1 ... 1.0, got {' '.join(words)!r}"
+            ) from error
+        found += [first + n * step for n in range(int((last - first) / step) + 1)]
+        dots = False
+    if dots or not all(0 < ratio <= 1 for ratio in found):
+        raise ValueError(
+            f"expected ratios in (0, 1], the fraction of pairs that is KEPT, got {' '.join(words)!r}: 0.3 keeps 30%"
+        )
+    return tuple(sorted({float(ratio) for ratio in found}))
+
+
+def _range(word: str, before: list[Fraction], dots: bool) -> tuple[Fraction, Fraction, Fraction]:
+    """First, last and step of the ratios that a word adds to those before it; in fractions, as 3 * 0.1 is not 0.3."""
+    if ":" in word:
+        first, last, step = map(Fraction, word.split(":"))
+    elif dots:
+        step = before[-1] - before[-2] if len(before) > 1 else Fraction(1, 10)
+        first, last = before[-1] + step, Fraction(word)
+    else:
+        first, last, step = Fraction(word), Fraction(word), Fraction(1)
+    if step <= 0 or first > last:
+        raise ValueError
+    return first, last, step
+
+
 def _is_results(path: Path) -> bool:
     """Whether a file is one that `run` may go on with."""
     with path.open("rb") as file:
         start = file.read(len(_FIRST))
     return _FIRST.startswith(start)  # a killed run may have written less than a line
-
-
-RESUMES = "answers so far are in {}: the same command goes on from there"
-_FIRST = b'{"kind": "run"'
 
 
 @evaluate.command(

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import prompts
-from ..cache import DenseCache, RaggedCache, RaggedKV, check_pairs
-from ..checks import check_kind
+from ..cache import DenseCache, RaggedCache
+from ..cache.rows import kept_mask
 from ..decoding import Decoder
 from ..generation import Answer, generate, query_ids
-from ..inputs import check_fingerprint, check_length, context_ids, tokenizer_of
+from ..inputs import check_length, context_ids, tokenizer_of
 from ..models import Model, logits
 from ..ops import select
 from ..prefilling import prefill
@@ -59,7 +59,6 @@ def ask(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Quest
 
 def gold(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str) -> list[Gold]:
     """Returns how likely the first reference answer to each question is, all in one pass."""
-    check_pairs(cache)
     asked = query_ids(model, cache, _texts(questions, form), template=form == "chat")
     space = "" if form == "chat" else " "
     wanted = [prompts.encode_text(tokenizer_of(model), space + question.answers[0]) for question in questions]
@@ -81,9 +80,6 @@ def answer_logits(
     Raises: ValueError for a cache of another model, ids beyond the vocabulary, or more positions than the model was
         made for.
     """
-    check_kind(model, Model)
-    check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
     rows = [[*question, *answer] for question, answer in zip(asked, answers, strict=True)]
     longest, used = max(map(len, rows)), len(cache.token_ids)
     check_length(model, used + longest, f"a cache of {used} tokens, and {longest} of a question and its answer")
@@ -96,18 +92,11 @@ def answer_logits(
 
 
 def agreement(cache: DenseCache | RaggedCache, values: Float[Tensor, "L H E"], ratio: float) -> float:
-    """Returns the share of the pairs with the highest scores that this cache keeps: of as many as `ratio` keeps."""
-    check_pairs(cache)
-    if isinstance(cache, DenseCache):
-        return 1.0
+    """Returns which share of the pairs with the highest scores, as many as `ratio` keeps, is in this cache."""
     wanted = select(values, ratio=ratio)
     assert isinstance(wanted, Tensor)
-    held = torch.zeros_like(wanted)
-    for kept, layer in zip(held, (layer for layer in cache.context if isinstance(layer, RaggedKV)), strict=True):
-        head = torch.repeat_interleave(layer.offsets.diff().long())
-        own = layer.positions >= cache.start
-        kept[head[own], layer.positions[own].long() - cache.start] = True
-    return ((held & wanted).sum() / wanted.sum()).item()
+    wanted = wanted.cpu()
+    return ((kept_mask(cache) & wanted).sum() / wanted.sum()).item()
 
 
 def _texts(questions: Sequence[Question], form: str) -> list[str]:

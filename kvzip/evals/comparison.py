@@ -2,20 +2,26 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import SupportsFloat
 
 import torch
 from jaxtyping import Float
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .. import checks
 from ..cache import DenseCache, RaggedCache, check_pairs, nbytes
 from ..checks import check_kind, check_texts
+from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
 from ..inputs import check_fingerprint, tokenizer_of
 from ..machine import timed
 from ..models import Model
 from ..prefilling import prefill
+from ..prompts import Tokenizer
 from .asking import answer_logits
 from .methods import METHODS, Method
 
@@ -133,8 +139,13 @@ def compare(
     pairs = []
     for number, query in enumerate(questions, start=1):
         step(f"answering {number} of {len(questions)}")
-        said = answer(full, query), answer(small, query)
-        pairs.append(_pair(model, (full, small), query, said, template=template))
+        (own, full_s), (other, small_s) = answer(full, query), answer(small, query)
+        said, ids = (query, own, other, full_s, small_s), own.token_ids
+        if not ids:
+            pairs.append(AnswerPair(*said, (), None, None, None))
+            continue
+        p_full, p_small = (answer_probabilities(model, cache, query, ids, template=template) for cache in (full, small))
+        pairs.append(AnswerPair(*said, *_moved(tokenizer_of(model), p_full, p_small, ids)))
     return Comparison(
         model=model.source,
         method=method,
@@ -167,55 +178,100 @@ def answer_probabilities(
     if not isinstance(query, str):
         raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
     asked = query_ids(model, cache, [query], template=template)
-    return answer_logits(model, cache, asked, [_answer_ids(answer_ids)])[0].softmax(-1)
+    if not isinstance(answer_ids, Iterable) or getattr(answer_ids, "shape", None) == ():
+        raise TypeError(f"expected answer_ids to be a list of token ids, got {type(answer_ids).__name__}: pass a list")
+    answer = [checks.whole(each, "a token id", least=0) for each in answer_ids]
+    return answer_logits(model, cache, asked, [answer])[0].softmax(-1)
 
 
-def _answer_ids(ids: Sequence[int]) -> list[int]:
-    if not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
-        raise TypeError(f"expected answer_ids to be a list of token ids, got {type(ids).__name__}: pass a list")
-    return [checks.whole(each, "a token id", least=0) for each in ids]
+def unchanged(comparison: Comparison) -> int:
+    """Returns how many questions have the same answer from both caches."""
+    return sum(pair.full.text == pair.small.text for pair in comparison.answers)
 
 
-def _pair(
-    model: Model,
-    caches: tuple[DenseCache, RaggedCache],
-    query: str,
-    said: tuple[tuple[Answer, float], tuple[Answer, float]],
-    *,
-    template: bool,
-) -> AnswerPair:
-    """The answers to one question from the full and the compressed cache, `said` with their seconds, and what moved."""
-    (full, full_s), (small, small_s) = said
-    ids = full.token_ids
-    if not ids:
-        return AnswerPair(query, full, small, full_s, small_s, (), None, None, None)
-    p_full, p_small = (answer_probabilities(model, cache, query, ids, template=template) for cache in caches)
-    apart = (
-        (p_small - p_full).gather(1, torch.tensor(ids, device=model.device)[:, None]),
-        _lead(p_small, p_full.argmax(-1)) - _lead(p_full, p_full.argmax(-1)),
-        p_small - p_full,
+def render(comparison: Comparison) -> RenderableType:
+    """Returns the comparison for a terminal: a line that says it all, sizes and times, then each question.
+
+    No text of the document, the questions or the answers steers the terminal (see `display`).
+    """
+    c = comparison
+    full_mb, small_mb = c.full_bytes / 1e6, c.small_bytes / 1e6
+    verdict = f"{unchanged(c)} of {len(c.answers)} answers unchanged; {full_mb:.3g} -> {small_mb:.3g} MB"
+    name = visible_line(Path(c.model).name if Path(c.model).is_dir() else c.model)
+    about = f"{name}: {c.tokens:,} tokens, {c.method} keeps {c.kept:,} of {c.total:,} pairs ({c.kept / c.total:.1%})"
+    sizes = Table("", "full", "compressed", box=None, pad_edge=False)
+    sizes.add_row("cache, MB", f"{full_mb:.2f}", f"{small_mb:.2f}")
+    sizes.add_row("reading the document, s", f"{c.prefill_s:.2f}", "the same")
+    sizes.add_row("scoring and packing, s", "", f"{c.score_s:.2f} + {c.compress_s:.2f}")
+    full_s, small_s = sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)
+    sizes.add_row("answering, s", f"{full_s:.2f}", f"{small_s:.2f}")
+    legend = (
+        "Points are hundredths of a probability, compressed minus full, over the tokens of the full cache's answer: "
+        "+5 is from 40% to 45%."
     )
-    spreads = (Spread(float(x.min()), float(x.abs().mean()), float(x.max())) for x in apart)
-    return AnswerPair(query, full, small, full_s, small_s, _changes(model, p_full, p_small), *spreads)
+    return Group(Text(verdict, "bold"), Text(about), "", sizes, *map(_render_pair, c.answers), "", Text(legend))
 
 
-def _changes(model: Model, p_full: Float[Tensor, "T V"], p_small: Float[Tensor, "T V"]) -> tuple[Change, ...]:
+def _moved(
+    tokenizer: Tokenizer, p_full: Float[Tensor, "T V"], p_small: Float[Tensor, "T V"], ids: list[int]
+) -> tuple[tuple[Change, ...], Spread, Spread, Spread]:
+    """The last four fields of `AnswerPair` for a full cache's answer of these ids."""
     first, second = p_full.argmax(-1), p_small.argmax(-1)
-    tokenizer = tokenizer_of(model)
-    return tuple(
+    text = lambda token: tokenizer.control.decode([token], skip_special_tokens=False)  # noqa: E731
+    changes = tuple(
         Change(
             position=at,
-            full=tokenizer.control.decode([a], skip_special_tokens=False),
-            small=tokenizer.control.decode([b], skip_special_tokens=False),
+            full=text(a),
+            small=text(b),
             full_p=(float(p_full[at, a]), float(p_full[at, b])),
             small_p=(float(p_small[at, a]), float(p_small[at, b])),
         )
         for at, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True))
         if a != b
     )
+    own = torch.tensor(ids, device=p_full.device)[:, None]
+    apart = (p_small - p_full).gather(1, own), _lead(p_small, first) - _lead(p_full, first), p_small - p_full
+    p_answer, margin, p = (Spread(float(x.min()), float(x.abs().mean()), float(x.max())) for x in apart)
+    return changes, p_answer, margin, p
 
 
 def _lead(p: Float[Tensor, "T V"], token: Tensor) -> Float[Tensor, " T"]:
     """How far the probability of a token is above the highest of the others."""
     own = p.gather(1, token[:, None])
     return (own - p.scatter(1, token[:, None], -1.0).amax(-1, keepdim=True))[:, 0]
+
+
+def _render_pair(pair: AnswerPair) -> Group:
+    same = pair.full.text == pair.small.text
+    texts = Table(show_header=False)
+    texts.add_row("both" if same else "full", Text(visible(pair.full.text)))
+    if not same:
+        texts.add_row("compressed", Text(visible(pair.small.text)))
+    parts: list[RenderableType] = [Text("\n" + visible(pair.query), "bold"), texts]
+    spreads = {"p of its tokens": pair.p_answer, "lead over the next": pair.margin, "p of any token": pair.p}
+    moved = Table("moved", "lowest, points", "highest, points", "mean size, points", box=None, pad_edge=False)
+    for name, spread in spreads.items():
+        if spread is not None:
+            moved.add_row(name, _points(spread.low), _points(spread.high), _points(spread.mean_abs).removeprefix("+"))
+    if moved.row_count:
+        parts += ["", moved]
+    if pair.changes:
+        heads = ("token", "full says", "full, %", "compressed, %", "compressed says", "full, %", "compressed, %")
+        changes = Table(*heads, box=None, pad_edge=False)
+        for change in pair.changes:
+            (own, others), (own_small, others_small) = change.full_p, change.small_p
+            first = (_quoted(change.full), f"{own:.1%}"[:-1], f"{own_small:.1%}"[:-1])
+            second = (_quoted(change.small), f"{others:.1%}"[:-1], f"{others_small:.1%}"[:-1])
+            changes.add_row(str(change.position), *first, *second)
+        parts += ["", changes]
+    return Group(*parts)
+
+
+def _points(difference: float) -> str:
+    """A difference of probabilities in hundredths, as +22.4; what rounds to nothing is said to be small."""
+    points = 100 * difference
+    return "0" if not points else f"{'-' if points < 0 else '+'}<0.1" if abs(points) < 0.05 else f"{points:+.1f}"
+
+
+def _quoted(token: str) -> Text:
+    return Text(visible_line(repr(token)))

@@ -1,4 +1,4 @@
-"""Methods under one interface: each gives every pair of a dense cache a score, without having seen a question."""
+"""Methods with one interface: each scores every pair of a dense cache and sees no question."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,8 +26,8 @@ SNAPKV_WINDOW = 32
 class Method:
     """A way to score pairs. `level` is where its budget is shared (see `compress`), `cite` where it comes from.
 
-    `pack(model, scored, ratio)` makes the cache of a ratio where a method is more than scores, as with other bits;
-    without it that is `compress(scored, ratio, level=level)`.
+    A method that does more than score, such as quantizing, makes the cache of a ratio by `pack(model, scored, ratio)`;
+    others by `compress(scored, ratio, level=level)`.
     """
 
     name: str
@@ -86,7 +86,7 @@ def h2o(model: Model, cache: DenseCache) -> DenseCache:
 def pyramidkv(model: Model, cache: DenseCache) -> DenseCache:
     """Returns SnapKV's order in each head, moved so that level "pair" keeps a pyramid: many pairs below, few above.
 
-    Each head keeps the last 32 tokens; what each layer keeps of the others is in `orders.pyramid`.
+    Each head keeps the last 32 tokens; what each layer keeps of the others is in `orders.pyramidal`.
 
     Source: PyramidKV, arXiv 2406.02069, section 4, with beta = 20 as in its authors' code. The observation window is
     SnapKV's 32 so that the two differ in nothing else; the paper has 8. L counts global layers. Above half of the pairs
@@ -176,7 +176,7 @@ def random_scores(model: Model, cache: DenseCache) -> DenseCache:
     return _attach(model, cache, values.to(model.device), "random")
 
 
-_SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
+SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
     "kvzip": lambda model, cache: score(model, cache, scope="context"),
     "kvzip-chunk": lambda model, cache: score(model, cache, scope="chunk"),
     "kvzip+": lambda model, cache: score(model, cache, scope="context", method="kvzip+"),
@@ -191,9 +191,7 @@ _SCORERS: dict[str, Callable[[Model, DenseCache], DenseCache]] = {
     "random": random_scores,
 }
 
-METHODS: dict[str, Method] = {
-    name: Method(name, _SCORERS[name], level, cite) for name, (level, cite) in CATALOG.items()
-}
+METHODS = {name: Method(name, SCORERS[name], level, cite) for name, (level, cite) in CATALOG.items()}
 
 
 def snapkv_values(

@@ -1,7 +1,7 @@
-"""Metrics: a prediction and a reference to a number from 0 to 1, as the authors' evaluation computes them.
+"""Metrics: how well a prediction matches a reference, from 0 to 1, as the authors' evaluation computes it.
 
-Every metric is a function (prediction, reference, choices) -> float. `choices` are the options or functions that the
-reference is one of; most metrics do not read them. An empty prediction scores 0 in all of them.
+Every metric is a function (prediction, reference, choices) -> float. `choices` are the options or functions among which
+the reference is; most metrics ignore them. An empty prediction scores 0 in all metrics.
 
 Source: KVzip, arXiv 2505.23416, and the rules of its evaluation (SCBench, arXiv 2412.10319; RULER, arXiv 2404.06654;
 RepoQA, arXiv 2406.06025). Where we differ, the function says so.
@@ -34,9 +34,10 @@ def evaluate(metric: str, prediction: str, answers: Sequence[str], choices: Sequ
 
     Raises: ValueError for an unknown metric.
     """
-    score = _named(metric)
+    if metric not in METRICS:
+        raise ValueError(f"expected a metric of {sorted([GOLD, *METRICS])}, got {metric!r}")
     prediction = prediction.strip().removesuffix("</s>").strip()
-    return max(score(prediction, answer, choices) for answer in answers) if prediction else 0.0
+    return max(METRICS[metric](prediction, answer, choices) for answer in answers) if prediction else 0.0
 
 
 def check_metric(metric: str, answers: Sequence[str], choices: Sequence[str] = ()) -> None:
@@ -148,8 +149,8 @@ def rouge_l(prediction: str, reference: str, choices: Sequence[str] = ()) -> flo
 def repoqa(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
     """1 if the function in the prediction is closest to the reference among all choices, with a BLEU of at least 0.8.
 
-    The function is what `extract_code` finds; the authors parse with tree-sitter. They also leave empty predictions
-    out of the mean, which inflates it; here they score 0.
+    The function is what `extract_code` finds; the authors parse with tree-sitter. They leave empty predictions out of
+    the mean, which raises it; here they score 0.
     """
     code = extract_code(prediction)
     own = bleu(code, reference)
@@ -167,8 +168,8 @@ def extract_code(text: str) -> str:
 def bleu(prediction: str, reference: str) -> float:
     """Returns BLEU-4 of words split at white space, counts of 0 smoothed by method 4 of Chen and Cherry (2014).
 
-    As `sentence_bleu` of nltk does it: the k-th n-gram order without a match counts ln(length) / (5 * 2^k) matches. A
-    prediction of one word is 0 here, where nltk's is below 0.02.
+    It is `sentence_bleu` of nltk: the k-th n-gram order without a match counts as ln(length) / (5 * 2^k) matches. A
+    prediction of one word scores 0 here, below 0.02 in nltk.
     """
     predicted, expected = prediction.split(), reference.split()
     if not predicted or not set(predicted) & set(expected):
@@ -191,12 +192,6 @@ METRICS: dict[str, Metric] = {
     metric.__name__: metric
     for metric in (include, first_line, exact, fraction, ruler, part, gsm, option, token_f1, qa, rouge_l, repoqa)
 }
-
-
-def _named(metric: str) -> Metric:
-    if metric not in METRICS:
-        raise ValueError(f"expected a metric of {sorted([GOLD, *METRICS])}, got {metric!r}")
-    return METRICS[metric]
 
 
 def _parenthesized(text: str) -> str:

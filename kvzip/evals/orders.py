@@ -39,11 +39,12 @@ def _taken_in(heaviest: list[int]) -> list[int]:
 
 
 def pyramidal(values: Float32[Tensor, "L H E"], *, window: int, beta: float = 20.0) -> Float32[Tensor, "L H E"]:
-    """Returns the order in which layers hold what PyramidKV gives them where a fraction r of all pairs is kept.
+    """Returns the order in which layers hold what PyramidKV gives them when a fraction r of all pairs is kept.
 
-    The last `window` of each head's E pairs are kept by all and keep their values, which are above 0. Of the E - window
-    others, layer l of L holds the fraction `pyramid(r, l, L)`. A pair of rank j among them has the value -r at which
-    its layer's fraction reaches (j + 1/2) / (E - window).
+    Every head keeps its last `window` pairs: their values stay, which are above 0. Of the other E - window pairs, the
+    first layer holds the fraction (2 - 1/beta) r and the last one r / beta, with equal steps between. Where the first
+    would exceed 1, the fractions go from 1 down to 2 r - 1. A pair of rank j among the others has the value -r at
+    which its layer's fraction reaches (j + 1/2) / (E - window).
     """
     layers, _, evictable = values.shape
     others = evictable - min(window, evictable)
@@ -55,19 +56,6 @@ def pyramidal(values: Float32[Tensor, "L H E"], *, window: int, beta: float = 20
     turn = 1 / (2 - 1 / beta)  # the ratio at which the first layer is full
     needed = torch.where(fraction <= turn * slope, fraction / slope, 1 - (1 - fraction) / (2 * depth).clamp(min=1e-9))
     return torch.cat([-needed.float(), values[..., others:]], dim=-1)
-
-
-def pyramid(ratio: float, layer: int, layers: int, *, beta: float = 20.0) -> float:
-    """Returns the fraction of the pairs of `layer` that PyramidKV keeps where it keeps `ratio` of all.
-
-    From (2 - 1/beta) ratio in the first layer down to ratio / beta in the last in equal steps or, where the first would
-    exceed 1, from 1 to 2 ratio - 1. Both fractions are of the pairs outside the window.
-    """
-    depth = layer / (layers - 1) if layers > 1 else 0.5
-    first, last = ratio * (2 - 1 / beta), ratio / beta
-    if first > 1:
-        first, last = 1.0, 2 * ratio - 1
-    return first + depth * (last - first)
 
 
 def adaptive(values: Float32[Tensor, "L H E"], *, alpha: float = 0.2) -> Float32[Tensor, "L H E"]:

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from .. import prompts
-from ..inputs import tokenizer_of
 from ..models import Model
 from .methods import METHODS, Method
 from .metrics import GOLD, check_metric
@@ -41,13 +39,6 @@ class Plan:
         """Every method at every ratio, each once."""
         methods, ratios = dict.fromkeys(self.methods), dict.fromkeys(self.ratios)
         return [(method, ratio) for method in methods for ratio in ((1.0,) if method == FULL else ratios)]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What made the questions, as a run's line says it."""
-        request = self.request
-        made = {"form": self.form, "seed": request.seed, "count": request.examples, "questions": request.questions}
-        return {**made, "max_tokens": self.max_tokens}
 
 
 @dataclass(frozen=True)
@@ -98,14 +89,6 @@ def check_names(
     return expand(list(tasks))
 
 
-def form_of(model: Model, form: str | None) -> str:
-    """Returns the form that questions are asked in. Raises ValueError for a chat without a template."""
-    form = form or ("chat" if model.template is not None else "cloze")
-    if form == "chat" and model.template is None:
-        raise ValueError("expected a model with a chat template for form 'chat', got none: ask in form 'cloze'")
-    return form
-
-
 def jobs(model: Model, task: str, request: Request, *, max_tokens: int | None = None) -> list[Job]:
     """Returns the contexts of a task with the ids of their questions, each question checked against its metric.
 
@@ -128,12 +111,6 @@ def jobs(model: Model, task: str, request: Request, *, max_tokens: int | None = 
         ids = tuple(digest([task, number, context, n, asdict(q)]) for n, q in enumerate(example.questions))
         found.append(Job(task, number, example, context, ids, tokens))
     return found
-
-
-def counter(model: Model) -> Callable[[str], int]:
-    """Returns what counts a text's tokens."""
-    tokenizer = tokenizer_of(model)
-    return lambda text: len(prompts.encode_text(tokenizer, text))
 
 
 def digest(value: Any) -> str:

@@ -12,6 +12,7 @@ from .results import Answered, Summary, by_measure, differences, group, label, r
 
 NEEDLES = ("needle", "needles")
 MEAN = "mean of tasks, relative to the full cache"
+PROVENANCE = ("commit", "torch", "dtype", "device", "seed", "date")
 FEW_LINES = 4
 """At most so many lines of a plot have their intervals shaded."""
 _MARKERS = "osD^vP*Xh<>p"
@@ -73,14 +74,14 @@ def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
     nats, is a further column, and the score is how many of them greedy decoding gives.
     """
     methods = [method for (method,) in group(answers, "method")]
-    apart: dict[tuple[Any, ...], Summary] = {}
-    for other in (FULL, base):
-        for method in methods:
-            if other in methods and method not in (other, FULL):
-                for difference in differences(answers, method=method, base=other):
-                    task, ratio = difference.group
-                    apart[task, method, ratio, other] = difference
     keys = ("label", "method", "ratio")
+    apart = {
+        (*row.group, other): row
+        for other in (FULL, base)
+        for method in methods
+        if method not in (other, FULL)
+        for row in differences(answers, method=method, base=other, keys=keys)
+    }
     nats = {row.group: row.mean for row in summarize(by_measure(answers, "loglik"), *keys)}
     lines = [
         f"| task | method | kept | score | 95% interval | questions (contexts) | less {FULL} | less {base} |"
@@ -132,14 +133,15 @@ def page(text: str, pictures: Sequence[tuple[str, bytes]]) -> str:
         for name, png in pictures
     ]
     for line in text.split("\n"):
-        if line.startswith("| task"):
-            body.append("</table><p></p><table>")
-        cells = [_bold(html.escape(cell.strip())) for cell in line.strip("|").split("|")]
         if line.startswith("|---"):
             continue
+        if line.startswith("| task"):
+            body.append("</table><p></p><table>")
         if line.startswith("|"):
+            cells = (html.escape(cell.strip()) for cell in line.strip("|").split("|"))
+            cells = (f"<b>{cell[2:-2]}</b>" if cell.startswith("**") else cell for cell in cells)
             body.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
-        elif line.startswith("## ") or line.startswith("### "):
+        elif line.startswith(("## ", "### ")):
             level = line.index(" ")
             body.append(f"</table><h{level}>{html.escape(line[level + 1 :])}</h{level}><table>")
         elif line:
@@ -156,15 +158,9 @@ def page(text: str, pictures: Sequence[tuple[str, bytes]]) -> str:
 def provenance(answers: Sequence[Answered]) -> str:
     """Returns a line that says what made the answers: commits, versions, devices, seeds and dates."""
     runs = [own[0].run for own in group(answers, "run").values()]
-    parts = {
-        "commit": {run["commit"] for run in runs},
-        "torch": {str(run["versions"]["torch"]) for run in runs},
-        "dtype": {run["dtype"] for run in runs},
-        "device": {run["device"] for run in runs},
-        "seed": {str(run["seed"]) for run in runs},
-        "date": {run["date"][:10] for run in runs},
-    }
-    return "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in parts.items())
+    runs = [{**run, "torch": run["versions"]["torch"], "date": run["date"][:10]} for run in runs]
+    parts = {name: sorted({str(run[name]) for run in runs}) for name in PROVENANCE}
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in parts.items())
 
 
 def _difference(difference: Summary | None) -> str:
@@ -174,10 +170,6 @@ def _difference(difference: Summary | None) -> str:
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
-def _bold(cell: str) -> str:
-    return f"<b>{cell[2:-2]}</b>" if cell.startswith("**") else cell
-
-
 def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
     tasks = [task for (task,) in group(answers, "label")]
     columns = min(4, len(tasks))
@@ -185,17 +177,18 @@ def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
     styles = _styles(answers)
     for axis, task in zip(axes, tasks, strict=False):
         own = [answer for answer in answers if label(answer) == task]
-        for (method,), rows in _by_method(summarize(own, "method", "ratio")).items():
+        for (method,), asked in group(sorted(own, key=lambda answer: answer.ratio), "method").items():
+            rows = summarize(asked, "ratio")
             if method == FULL:
                 axis.axhline(100 * rows[0].mean, color="black", linestyle="--", label=FULL)
                 continue
-            ratios, means = [row.group[1] for row in rows], [100 * row.mean for row in rows]
+            ratios, means = [row.group[0] for row in rows], [100 * row.mean for row in rows]
             axis.plot(ratios, means, label=method, markersize=4, **styles[method])
             if len(styles) <= FEW_LINES:
                 low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
                 axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
         axis.set(title=task, xlabel="fraction of pairs kept", ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
-    return _png(_with_legend(figure, axes))
+    return _png_with_legend(figure, axes)
 
 
 def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
@@ -209,7 +202,7 @@ def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
     axes[0].axhline(100, color="black", linestyle="--", label=FULL)
     top = max(110.0, *(value for points in lines.values() for _, value in points))
     axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
-    return _png(_with_legend(figure, axes))
+    return _png_with_legend(figure, axes)
 
 
 def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
@@ -244,13 +237,6 @@ def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
     return _png(figure)
 
 
-def _by_method(rows: Sequence[Summary]) -> dict[tuple[Any, ...], list[Summary]]:
-    found: dict[tuple[Any, ...], list[Summary]] = {}
-    for row in sorted(rows, key=lambda row: row.group[1]):
-        found.setdefault(row.group[:1], []).append(row)
-    return found
-
-
 def _styles(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
     """The same color and marker for a method in every plot."""
     methods = [method for (method,) in group(answers, "method") if method != FULL]
@@ -274,14 +260,14 @@ def _canvas(rows: int, columns: int, title: str, *, size: tuple[float, float] = 
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:
-    """The figure with one legend for all its axes, those without a line hidden."""
+def _png_with_legend(figure: Any, axes: Sequence[Any]) -> bytes:
+    """The picture of a figure with one legend for all its axes, those without a line hidden."""
     handles: dict[str, Any] = {}
     for axis in axes:
         axis.set_visible(axis.has_data())
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
-    return figure
+    return _png(figure)
 
 
 def _png(figure: Any) -> bytes:

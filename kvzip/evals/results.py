@@ -1,13 +1,12 @@
-"""Results as a file of JSON lines that a killed run leaves usable, and their summary.
+"""Results as a file of JSON lines, which stays usable after a run was killed, and their summary.
 
-A line is one of three kinds: "run" says what made the lines that name it, "question" what was asked, "answer" one
-answer to it. Lines are only ever added; questions are known by a digest of all that makes them. Files whose names end
-with .gz are read alike; they are written whole.
+There are three kinds of lines: a "run" says what made the lines that name it, a "question" what was asked, an "answer"
+is one answer to it. Lines are only ever added. The id of a question is a digest of everything that makes it. Files
+whose names end with .gz are read too; adding to one writes it anew.
 """
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..files.writing import whole_file
 
 RESAMPLES = 2000
 
@@ -35,7 +36,7 @@ class Answered:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no two answers of a file share."""
+        """Identifies the answer: no two answers of a file have the same key."""
         return (self.run["fingerprint"], self.run["form"], self.question["id"], self.method, self.ratio)
 
 
@@ -59,12 +60,8 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
             file.write(text)
         return
     before = content_of(path) if path.exists() else b""
-    scratch = path.with_name(f".{path.name}.new")
-    try:
+    with whole_file(path) as scratch:
         scratch.write_bytes(gzip.compress(before + text.encode(), mtime=0))
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def content_of(path: Path) -> bytes:
@@ -127,33 +124,32 @@ def read(*paths: Path) -> list[Answered]:
     Raises: ValueError for a line that is no JSON object of a known kind, that names a run or question which is not
     there, or an answer that is there twice.
     """
-    found: list[Answered] = []
-    for path in paths:
-        found += _read(path)[1]
-    seen: set[tuple[Any, ...]] = set()
-    for answer in found:
-        if answer.key in seen:
+    found: dict[tuple[Any, ...], Answered] = {}
+    for answer in (answer for path in paths for answer in _read(path)[1]):
+        if found.setdefault(answer.key, answer) is not answer:
             raise ValueError(
                 f"expected one answer of {answer.method} at {answer.ratio} to question {answer.question['id']}, got "
                 "two: the same results are given twice"
             )
-        seen.add(answer.key)
-    return found
+    return list(found.values())
 
 
 def group(answers: Iterable[Answered], *keys: str) -> dict[tuple[Any, ...], list[Answered]]:
     """Returns the answers by their values of keys, which are fields of an answer, its question or its run.
 
-    A key that a question lacks is looked up in its facts; one that is nowhere is None. "label" is `label`.
+    "label" is `label`. A key that is none of these is looked up in the facts of the question; if it is not there
+    either, its value is None.
     """
     groups: dict[tuple[Any, ...], list[Answered]] = {}
     for answer in answers:
-        groups.setdefault(tuple(_value(answer, key) for key in keys), []).append(answer)
+        known = {**answer.question["facts"], **answer.run, **answer.question, "label": label(answer)}
+        known |= {"method": answer.method, "ratio": answer.ratio, "kept": answer.kept}
+        groups.setdefault(tuple(known.get(key) for key in keys), []).append(answer)
     return groups
 
 
 def label(answer: Answered) -> str:
-    """Returns the name of the task, with the part of it where it mixes several."""
+    """Returns the name of the task, with the kind of the question if the task mixes several kinds."""
     part = answer.question["facts"].get("subtask")
     return answer.question["task"] + (f" ({part})" if part else "")
 
@@ -171,7 +167,20 @@ def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0, contexts: 
     about other contexts. Sources: Efron and Tibshirani 1993, chapter 13; the authors of KVzip, arXiv 2505.23416,
     average over contexts too.
     """
-    return [_summary(own, answers, seed, contexts) for own, answers in group(answers, *keys).items()]
+    found = []
+    for own, members in group(answers, *keys).items():
+        by_context: dict[tuple[str, str], list[float]] = {}
+        for answer in members:
+            place = answer.run["fingerprint"], answer.question["context"]
+            by_context.setdefault(place, []).append(answer.score)
+        if contexts and len(by_context) > 1:
+            units = np.array([sum(scores) / len(scores) for scores in by_context.values()])
+        else:
+            units = np.array([answer.score for answer in members])
+        picks = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
+        low, high = np.quantile(units[picks].mean(1), [0.025, 0.975])
+        found.append(Summary(own, float(units.mean()), float(low), float(high), len(members), len(by_context)))
+    return found
 
 
 def differences(
@@ -200,43 +209,6 @@ def differences(
     return summarize(paired, *keys, seed=seed, contexts=contexts)
 
 
-def _summary(own: tuple[Any, ...], answers: Sequence[Answered], seed: int, over_contexts: bool) -> Summary:
-    contexts: dict[tuple[str, str], list[float]] = {}
-    for answer in answers:
-        contexts.setdefault((answer.run["fingerprint"], answer.question["context"]), []).append(answer.score)
-    if over_contexts and len(contexts) > 1:
-        units = np.array([sum(scores) / len(scores) for scores in contexts.values()])
-    else:
-        units = np.array([answer.score for answer in answers])
-    picks = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
-    low, high = np.quantile(units[picks].mean(1), [0.025, 0.975])
-    return Summary(own, float(units.mean()), float(low), float(high), len(answers), len(contexts))
-
-
-def _value(answer: Answered, key: str) -> Any:
-    if key == "label":
-        return label(answer)
-    if key in ("method", "ratio", "kept"):
-        return getattr(answer, key)
-    for source in (answer.question, answer.run, answer.question["facts"]):
-        if key in source:
-            return source[key]
-    return None
-
-
-def _answered(line: Mapping[str, Any], runs: Mapping[str, Any], questions: Mapping[str, Any]) -> Answered:
-    return Answered(
-        run=runs[line["run"]],
-        question=questions[line["question"]],
-        method=line["method"],
-        ratio=float(line["ratio"]),
-        kept=float(line["kept"]),
-        score=float(line["score"]),
-        prediction=line.get("prediction", ""),
-        measured={name: float(line[name]) for name in ("loglik", "bytes", "agreement") if name in line},
-    )
-
-
 def _read(path: Path) -> tuple[dict[tuple[Any, ...], str], list[Answered]]:
     runs: dict[str, Any] = {}
     questions: dict[str, Any] = {}
@@ -252,7 +224,17 @@ def _read(path: Path) -> tuple[dict[tuple[Any, ...], str], list[Answered]]:
                 questions[line["id"]] = line
                 check_place(known, runs[line["run"]], line)
             elif line["kind"] == "answer":
-                found.append(_answered(line, runs, questions))
+                answer = Answered(
+                    run=runs[line["run"]],
+                    question=questions[line["question"]],
+                    method=line["method"],
+                    ratio=float(line["ratio"]),
+                    kept=float(line["kept"]),
+                    score=float(line["score"]),
+                    prediction=line.get("prediction", ""),
+                    measured={name: float(line[name]) for name in ("loglik", "bytes", "agreement") if name in line},
+                )
+                found.append(answer)
             else:
                 raise KeyError(line["kind"])
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The harness: contexts prefilled once, scored once by each method, every question answered at every ratio."""
+"""The harness: prefills a context once, scores it once by each method, and answers every question at every ratio."""
 
 import logging
 import time
@@ -10,12 +10,14 @@ from typing import Any, SupportsFloat
 from .. import checks, machine
 from ..cache import DenseCache, RaggedCache, nbytes
 from ..generation import Answer
+from ..inputs import tokenizer_of
 from ..models import Model
+from ..prompts import encode_text
 from ..scoring import score
 from .asking import Gold, agreement, ask, gold, prefill_example
 from .methods import METHODS, Method
 from .metrics import GOLD, evaluate
-from .plan import FULL, Job, Plan, Step, check_names, counter, digest, form_of, jobs
+from .plan import FULL, Job, Plan, Step, check_names, digest, jobs
 from .results import append, check_growing, check_place, mend, places, read
 from .tasks import Example, Request
 
@@ -46,9 +48,9 @@ def run_eval(
 ) -> bool:
     """Answers every question of the tasks by every method at every ratio, and adds a line for each answer to `out`.
 
-    Each context is prefilled once and scored once by each method; at each ratio the cache is really compressed and the
-    questions are answered from what is left, as a batch. What `out` already has is not done again, so a killed run goes
-    on where it stopped. Returns whether all is done.
+    Each context is prefilled once and scored once by each method. At each ratio the cache is compressed, and the
+    questions are answered in batches from the pairs that are left. Answers that `out` already has are not repeated: a
+    killed run goes on where it stopped. Returns whether all is done.
 
     Args:
         tasks: names such as "squad", "kv@4096" (with a length in tokens), or groups such as "ruler" (see `tasks`).
@@ -57,7 +59,7 @@ def run_eval(
         ratios: fractions of pairs kept, 0 < ratio <= 1.
         form: "chat" asks through the chat template; "cloze" lets a base model continue a plain text; None takes the
             chat where the model has a template.
-        count: contexts of a task, at most; what is made of them is in `Request.examples`.
+        count: contexts of a task, at most (see `Request.examples`).
         questions: questions about a context, at most.
         data: directory of JSONL files with the data of tasks that need some, or "hub".
         batch: questions answered at once.
@@ -66,14 +68,18 @@ def run_eval(
         commit: written down in place of the commit of the checkout that this file is in.
 
     Raises: ValueError for an unknown task, method, form or ratio, a context that is too long for the model, a question
-        that its metric cannot mark, or one that is another than `out` has in its place; nothing is answered then.
+        that its metric cannot mark, or one that differs from what `out` has in its place. Nothing is answered then.
     """
     check_growing(out)
     stop = float("inf") if limit_s is None else time.monotonic() + limit_s
     kept = tuple(checks.number(ratio, "ratio", finite=False) for ratio in ratios)
     names = tuple(check_names(tasks, methods, kept, form, available))
-    request = Request(count, questions, 0, seed, data, counter(model))
-    plan = Plan(names, tuple(methods), kept, form_of(model, form), request, available, max_tokens, batch)
+    tokenizer = tokenizer_of(model)
+    if form == "chat" and model.template is None:
+        raise ValueError("expected a model with a chat template for form 'chat', got none: ask in form 'cloze'")
+    form = form or ("cloze" if model.template is None else "chat")
+    request = Request(count, questions, 0, seed, data, lambda text: len(encode_text(tokenizer, text)))
+    plan = Plan(names, tuple(methods), kept, form, request, available, max_tokens, batch)
     return _run(model, plan, out, machine.commit() if commit is None else commit, stop, progress)
 
 
@@ -90,7 +96,7 @@ def _run(model: Model, plan: Plan, out: Path, commit: str, stop: float, progress
     finished = total - sum(len(numbers) for own in left for numbers in own.values())
     if finished == total:
         return True
-    facts = describe(model, commit) | plan.facts
+    facts = describe(model, plan, commit)
     run = digest([facts, time.time_ns()])
     known = places(out)
     written = set(known.values())
@@ -120,9 +126,9 @@ def _run(model: Model, plan: Plan, out: Path, commit: str, stop: float, progress
 def caches(
     model: Model, example: Example, steps: Sequence[Step], plan: Plan
 ) -> Iterator[tuple[Step, DenseCache | RaggedCache, float | None]]:
-    """Yields each step with its cache; prefills once, scores once for each run of a method.
+    """Yields each step with its cache, and if likelihoods are asked for its `agreement` with KVzip's choice, else None.
 
-    With them comes the `agreement` with KVzip's own choice, where likelihoods are asked for, else None.
+    The context is prefilled once and scored once by each method.
     """
     dense = prefill_example(model, example, form=plan.form)
     paper = None
@@ -137,7 +143,7 @@ def caches(
 
 
 def question_lines(job: Job, run: str) -> list[dict[str, Any]]:
-    """Returns the lines that say what a job's questions are."""
+    """Returns a line for each question of a job."""
     return [
         {
             "kind": "question",
@@ -183,8 +189,8 @@ def answer_lines(
     return lines
 
 
-def describe(model: Model, commit: str) -> dict[str, Any]:
-    """Returns what answers depend on besides the questions: model, commit, versions, device, and the date."""
+def describe(model: Model, plan: Plan, commit: str) -> dict[str, Any]:
+    """Returns what answers depend on: model, commit, versions and device, and what made the questions; and the date."""
     return {
         "commit": commit,
         "model": Path(model.source).name,
@@ -193,4 +199,9 @@ def describe(model: Model, commit: str) -> dict[str, Any]:
         "device": machine.device_name(model.device),
         "versions": machine.versions(),
         "date": machine.now(),
+        "form": plan.form,
+        "seed": plan.request.seed,
+        "count": plan.request.examples,
+        "questions": plan.request.questions,
+        "max_tokens": plan.max_tokens,
     }

@@ -19,8 +19,9 @@ from kvzip.evals.comparison import (
     Spread,
     answer_probabilities,
     compare,
+    render,
+    unchanged,
 )
-from kvzip.evals.comparison_table import render, unchanged
 
 TEXT = "jade acid beach hide fig " * 10
 QUERIES = ["who?", "what is it?", "bk"]

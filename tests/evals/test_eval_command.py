@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 import kvzip.evals
 from kvzip.cli import evaluate, main
-from kvzip.cli.ratios import ratios_of
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_lists_may_be_typed_in_every_usual_way(taken: dict[str, Any], line: str)
     ],
 )
 def test_ratios_worked_by_hand(words: str, ratios: list[float]) -> None:
-    assert list(ratios_of(words.split())) == ratios
+    assert list(evaluate.ratios_of(words.split())) == ratios
 
 
 @pytest.mark.parametrize(

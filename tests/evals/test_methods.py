@@ -13,7 +13,7 @@ import random_model
 from kvzip.cache import DenseKV
 from kvzip.evals.methods import METHODS, SNAPKV_WINDOW, expected_values, snapkv_values
 from kvzip.evals.observed import accumulated_attention
-from kvzip.evals.orders import adaptive, pyramid, recent_and_heavy
+from kvzip.evals.orders import adaptive, recent_and_heavy
 from kvzip.models import run_attention
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then the dog jumps over the fox, twice."
@@ -125,6 +125,15 @@ def test_h2o_sums_the_query_heads_of_a_head(model):
     cache = kvzip.prefill(model, TEXT)
     sums = torch.stack([w.sum(1)[:, cache.start :].reshape(2, 2, -1).sum(1) for *_, w in dense(model, cache.token_ids)])
     assert torch.equal(METHODS["h2o"].score(model, cache).scores.values, recent_and_heavy(sums.float()))
+
+
+def pyramid(ratio: float, layer: int, layers: int, beta: float = 20.0) -> float:
+    """The fraction of the pairs of `layer`, outside the window, that PyramidKV keeps where it keeps `ratio` of all."""
+    depth = layer / (layers - 1) if layers > 1 else 0.5
+    first, last = ratio * (2 - 1 / beta), ratio / beta
+    if first > 1:
+        first, last = 1.0, 2 * ratio - 1
+    return first + depth * (last - first)
 
 
 def test_pyramid_worked_by_hand():

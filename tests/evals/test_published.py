@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -21,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import evaluation, quality, studies  # noqa: E402
-from benchmarks.evaluation import PLANS, Asked, Piece, Plan, collect, pieces_of  # noqa: E402
+from benchmarks.evaluation import Piece, collect, pieces_of  # noqa: E402
 from benchmarks.harness import between  # noqa: E402
+from benchmarks.plans import PLANS, Asked, Plan  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TASK = Asked("math_find@300", "chat", 1, 3, 4)
@@ -40,7 +42,8 @@ def test_plans_name_what_there_is_and_every_piece_has_its_own_file(kind: str) ->
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_results_hold_every_answer_of_the_plan(name: str) -> None:
+def test_the_results_hold_every_answer_of_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types of 59,000 lines take 20 s to check
     plan = PLANS[name]
     answers = group(read(RESULTS / f"eval-{name}.jsonl.gz"), "task", "method", "ratio")
     for asked in plan.tasks:
@@ -113,6 +116,7 @@ def test_lookups_are_the_largest_weights_of_each_lookup(monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_tables_of_scopes_and_bits_are_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.setattr(quality, "plot", lambda tables, path: None)
     for page in ("scoring.md", "concepts.md"):
         shutil.copy(ROOT / "docs" / page, tmp_path)
@@ -141,7 +145,8 @@ def test_methods_of_studies_keep_what_they_are_asked_to() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
+def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     shutil.copy(ROOT / "docs" / "evals.md", tmp_path)
     evaluation.render(RESULTS, tmp_path)
     assert (tmp_path / "evals.md").read_text(encoding="utf-8") == (ROOT / "docs" / "evals.md").read_text(

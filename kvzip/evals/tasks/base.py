@@ -38,8 +38,7 @@ class Question:
 class Example:
     """A context and the questions asked about it, all after it was compressed.
 
-    `instruction` stands in front of the context, nothing with "": with None, a general one in a chat and none in cloze
-    form.
+    `instruction` goes before the context; "" is none. None is a general instruction in a chat, and none in cloze form.
     """
 
     context: str
@@ -55,7 +54,7 @@ class Request:
         examples: contexts, at most; a task with less data gives fewer.
         questions: questions about one context, at most.
         length: tokens of a context. Generated contexts are as long as fits, contexts of a data set at most so long.
-        seed: of everything drawn; example i is the same whatever `examples` is.
+        seed: of everything drawn; example i is the same for any number of examples.
         data: a directory of JSONL files, "hub" for the Hugging Face hub, None for tasks that need no data.
         count: the number of tokens of a text.
     """
@@ -78,6 +77,11 @@ class Task:
     about: str
 
 
+def each(make: Callable[[Request, int], Example]) -> Callable[[Request], Iterator[Example]]:
+    """Returns what yields as many examples as are requested, the n-th of them `make(request, n)`."""
+    return lambda request: (make(request, n) for n in range(request.examples))
+
+
 def draws(request: Request, task: str, example: int) -> random.Random:
     """Returns the random numbers of one example."""
     return random.Random(f"{request.seed} {task} {example}")
@@ -86,7 +90,7 @@ def draws(request: Request, task: str, example: int) -> random.Random:
 def fit(build: Callable[[int], str], length: int, count: Callable[[str], int], *, start: int = 8) -> int:
     """Returns the largest n for which `build(n)` has at most `length` tokens.
 
-    Longer n must give longer texts. The next n is guessed from the tokens per unit a few times, then halfway.
+    A larger n must give a longer text. The first guesses use the tokens per unit, later ones halve the interval.
 
     Raises: ValueError if `build(1)` is too long.
     """

@@ -8,7 +8,6 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,21 @@ Row = dict[str, Any]
 
 _LAYOUT = '{"context": "...", "question": ["..."], "answers": ["..."]}'
 
-FEW_WORDS = " Answer with a few words of the text."
 GSM_INSTRUCTION = "Given the context, answer to the following reasoning question."
 GSM_QUERY = (
     "Reason and answer the question. You must say the answer in the last sentence beginning with 'The answer is'. Q: "
 )
 GSM_TOKENS = 72  # the authors leave out shorter contexts
+PARAGRAPHS = {  # files, of which the first that is there is read, the words of a question, the instruction
+    "squad": (("squad_paragraph",), "Q: {}", None),
+    "gold": (("squad_article", "squad_paragraph"), "{} Answer with a few words of the text.", ""),
+}
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 TOPIC = "USER: I would like to discuss the topic of"
 OPTION = re.compile(r"^[ \t]*\(([A-Z])\).*$", re.MULTILINE)
-_HUB_SCBENCH = "Jang-Hyun/SCBench-preprocessed"
+SCBENCH_HUB = "Jang-Hyun/SCBench-preprocessed"
 SQUAD_CONTEXTS = 101
+REPORTS = "leval_gov_report_summ"
 
 
 def rows(data: str | None, *names: str) -> list[Row]:
@@ -53,29 +56,22 @@ def rows(data: str | None, *names: str) -> list[Row]:
     return [_row(line, f"line {number} of {found}") for number, line in lines if line.strip()]
 
 
-def squad(request: Request) -> Iterator[Example]:
-    """SQuAD paragraphs: one a context, as the authors do, or as many as fit in a given length."""
-    found = [row for row in rows(request.data, "squad_paragraph") if row["context"].strip()]
-    for n, group in enumerate(_joined(request, found)):
-        asked = [
-            Question(f"Q: {q}", f"Question: {q}\nAnswer:", (a,), "include", 256)
-            for row in group
-            for q, a in zip(row["question"], row["answers"], strict=True)
-        ]
-        yield Example("\n\n".join(row["context"] for row in group), _some(request, asked, draws(request, "squad", n)))
+def paragraphs(name: str, metric: str, max_tokens: int) -> Callable[[Request], Iterator[Example]]:
+    """Returns a task of SQuAD paragraphs, joined while they fit in the length; a length of 0 takes one a context."""
+    files, query, instruction = PARAGRAPHS[name]
 
+    def make(request: Request) -> Iterator[Example]:
+        found = [row for row in rows(request.data, *files) if row["context"].strip()]
+        for n, group in enumerate(_joined(request, found)):
+            asked = [
+                Question(query.format(q), f"Question: {q}\nAnswer:", (a,), metric, max_tokens)
+                for row in group
+                for q, a in zip(row["question"], row["answers"], strict=True)
+            ]
+            context = "\n\n".join(row["context"] for row in group)
+            yield Example(context, _some(request, asked, draws(request, name, n)), instruction)
 
-def gold(request: Request, metric: str = GOLD) -> Iterator[Example]:
-    """Contexts of SQuAD joined to a length, no instruction; each question asks for a few words of the text."""
-    found = [row for row in rows(request.data, "squad_article", "squad_paragraph") if row["context"].strip()]
-    for n, group in enumerate(_joined(request, found)):
-        asked = [
-            Question(f"{q}{FEW_WORDS}", f"Question: {q}\nAnswer:", (a,), metric, 16)
-            for row in group
-            for q, a in zip(row["question"], row["answers"], strict=True)
-        ]
-        chosen = _some(request, asked, draws(request, "gold", n))
-        yield Example("\n\n".join(row["context"] for row in group), chosen, instruction="")
+    return make
 
 
 def gsm8k(request: Request) -> Iterator[Example]:
@@ -88,32 +84,29 @@ def gsm8k(request: Request) -> Iterator[Example]:
         yield Example(row["context"], (question,), instruction=GSM_INSTRUCTION)
 
 
-def many_shot(request: Request) -> Iterator[Example]:
-    """BIG-Bench-Hard with solved examples as the context and further ones as questions."""
+def whole_rows(name: str, file: str, ask: Callable[[str, str], Question]) -> Callable[[Request], Iterator[Example]]:
+    """Returns a task whose contexts are the rows of a file that fit in the length, unchanged."""
 
-    def ask(question: str, answer: str) -> Question:
-        return Question(f"Q: {question}", f"Q: {question}\nA:", (option_line(question, answer),), "option")
+    def make(request: Request) -> Iterator[Example]:
+        for n, row in enumerate(_short(request, rows(request.data, file))[: request.examples]):
+            asked = [ask(q, a) for q, a in zip(row["question"], row["answers"], strict=True)]
+            yield Example(row["context"], _some(request, asked, draws(request, name, n)))
 
-    yield from _plain(request, rows(request.data, "bbh_manyshot"), ask, "many_shot")
-
-
-def quality(request: Request) -> Iterator[Example]:
-    """QuALITY of L-Eval: multiple choice about stories and articles of 3,000 to 7,000 words."""
-
-    def ask(question: str, answer: str) -> Question:
-        question = re.sub(r"\n[ \t]+", "\n", question)
-        return Question(f"Q: {question}", f"Question: {question}\nAnswer:", (answer,), "option")
-
-    yield from _plain(request, rows(request.data, "leval_quality"), ask, "quality")
+    return make
 
 
-def summary(request: Request) -> Iterator[Example]:
-    """Government reports of L-Eval, to be summarized."""
+def summary(query: str, answer: str) -> Question:
+    """Returns the question for a summary of the context."""
+    return Question(f"Q: {query}", "Summary:", (answer,), "rouge_l", 256, cloze_stop=("\n\n",))
 
-    def ask(question: str, answer: str) -> Question:
-        return Question(f"Q: {question}", "Summary:", (answer,), "rouge_l", 256, cloze_stop=("\n\n",))
 
-    yield from _plain(request, rows(request.data, "leval_gov_report_summ"), ask, "summary")
+def _solved(query: str, answer: str) -> Question:
+    return Question(f"Q: {query}", f"Q: {query}\nA:", (option_line(query, answer),), "option")
+
+
+def _story(query: str, answer: str) -> Question:
+    query = re.sub(r"\n[ \t]+", "\n", query)
+    return Question(f"Q: {query}", f"Question: {query}\nAnswer:", (answer,), "option")
 
 
 def topic(request: Request) -> Iterator[Example]:
@@ -144,13 +137,24 @@ def topic(request: Request) -> Iterator[Example]:
 def scbench(name: str, metric: str, max_tokens: int) -> Callable[[Request], Iterator[Example]]:
     """Returns a task of the preprocessed SCBench data; `task` lists of the mixed ones choose each question's metric."""
 
+    def ask(kind: str, query: str, answer: str, functions: list[str]) -> Question:
+        how = next((how for word, how in _MIXED.items() if word in kind), "") if metric == "mixed" else metric
+        if not how:
+            raise ValueError(f"expected a task of {', '.join(_MIXED)} in each question of a mixed set, got {kind!r}")
+        return Question(
+            f"Q: {query}",
+            f"Question: {query}\nAnswer:",
+            (option_line(query, answer) if how == "option" else answer,),
+            how,
+            max_tokens,
+            choices=tuple(functions) if how == "repoqa" else (),
+            facts={"subtask": kind} if metric == "mixed" else {},
+        )
+
     def make(request: Request) -> Iterator[Example]:
         for row in _short(request, rows(request.data, name))[: request.examples]:
-            kinds = row.get("task") or [name] * len(row["question"])
-            asked = [
-                _scbench_question(kind, q, a, metric, max_tokens, tuple(row["answers"]))
-                for kind, q, a in zip(kinds, row["question"], row["answers"], strict=True)
-            ]
+            kinds, answers = row.get("task") or [name] * len(row["question"]), row["answers"]
+            asked = [ask(*own, answers) for own in zip(kinds, row["question"], answers, strict=True)]
             yield Example(row["context"], tuple(asked[: request.questions]))
 
     return make
@@ -161,27 +165,6 @@ def option_line(question: str, answer: str) -> str:
     letter = answer.strip().strip("()")
     lines = [line.group(0).strip() for line in OPTION.finditer(question) if line.group(1) == letter]
     return lines[0] if lines else answer
-
-
-def _scbench_question(
-    kind: str, query: str, answer: str, metric: str, max_tokens: int, functions: tuple[str, ...]
-) -> Question:
-    facts = {"subtask": kind} if metric == "mixed" else {}
-    if metric == "mixed":
-        metric = next((how for word, how in _MIXED.items() if word in kind), "")
-        if not metric:
-            raise ValueError(f"expected a task of {', '.join(_MIXED)} in each question of a mixed set, got {kind!r}")
-    answer = option_line(query, answer) if metric == "option" else answer
-    choices = functions if metric == "repoqa" else ()
-    cloze = f"Question: {query}\nAnswer:"
-    return Question(f"Q: {query}", cloze, (answer,), metric, max_tokens, choices=choices, facts=facts)
-
-
-def _plain(request: Request, found: Sequence[Row], ask: Callable[[str, str], Question], name: str) -> Iterator[Example]:
-    """The rows as they are, those that fit in the length."""
-    for n, row in enumerate(_short(request, found)[: request.examples]):
-        asked = [ask(q, a) for q, a in zip(row["question"], row["answers"], strict=True)]
-        yield Example(row["context"], _some(request, asked, draws(request, name, n)))
 
 
 def _short(request: Request, found: Sequence[Row]) -> list[Row]:
@@ -216,16 +199,12 @@ def _row(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError:
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("context"), str) or not _paired(row):
+    fields = row if isinstance(row, dict) else {}
+    asked, answers = (fields.get(key, []) for key in ("question", "answers"))
+    lists = isinstance(asked, list) and isinstance(answers, list) and len(asked) == len(answers)
+    if not lists or not all(isinstance(text, str) for text in (fields.get("context"), *asked, *answers)):
         raise ValueError(f"expected {_LAYOUT} with as many answers as questions in {where}, got {line[:80]!r}")
-    return row
-
-
-def _paired(row: Row) -> bool:
-    """Whether questions and answers, if there are any, are texts and as many."""
-    lists = [row.get(key, []) for key in ("question", "answers")]
-    texts = all(isinstance(own, list) and all(isinstance(text, str) for text in own) for own in lists)
-    return texts and len(lists[0]) == len(lists[1])
+    return fields
 
 
 def _hub_rows(name: str) -> list[Row]:
@@ -250,8 +229,7 @@ def _hub_rows(name: str) -> list[Row]:
     if name == "hotpotqa":
         return [_hotpot_row(row) for row in load_dataset("hotpotqa/hotpot_qa", "distractor", split="validation")]
     if name.startswith("scbench_"):
-        table = load_dataset(_HUB_SCBENCH, data_files=f"{name}.parquet", split="train")
-        return [_scbench_row(row) for row in table]
+        return [_scbench_row(row) for row in load_dataset(SCBENCH_HUB, data_files=f"{name}.parquet", split="train")]
     raise ValueError(f"expected a task whose data is on the hub, got {name}: pass data=, a directory with {name}.jsonl")
 
 
@@ -263,12 +241,8 @@ def _gsm_row(row: Row) -> Row:
 def _hotpot_row(row: Row) -> Row:
     paragraphs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
     documents = [f"{title}\n{''.join(sentences)}" for title, sentences in paragraphs]
-    return {
-        "context": "\n\n".join(documents),
-        "documents": documents,
-        "question": [row["question"]],
-        "answers": [row["answer"]],
-    }
+    asked = {"question": [row["question"]], "answers": [row["answer"]]}
+    return {"context": "\n\n".join(documents), "documents": documents, **asked}
 
 
 def _scbench_row(row: Row) -> Row:
@@ -297,13 +271,20 @@ SIZES = {"": "its own data", "_tiny": "8K tokens", "_short": "20K tokens", "_mid
 """The authors' shortened sets."""
 
 TASKS = (
-    Task("squad", squad, 0, "SQuAD paragraphs, one a context, or joined to the length"),
-    Task("gold", gold, 0, "likelihood of the reference answers to questions about SQuAD"),
-    Task("short", partial(gold, metric="part"), 0, "the questions of gold, answered in at most 16 tokens"),
+    Task("squad", paragraphs("squad", "include", 256), 0, "SQuAD paragraphs, one a context, or joined to the length"),
+    Task("gold", paragraphs("gold", GOLD, 16), 0, "likelihood of the reference answers to questions about SQuAD"),
+    Task("short", paragraphs("gold", "part", 16), 0, "the questions of gold, answered in at most 16 tokens"),
     Task("gsm8k", gsm8k, 100_000, "GSM8K, all but the last sentence as context"),
-    Task("many_shot", many_shot, 100_000, "BIG-Bench-Hard with 20 or 100 solved examples (ICL.ManyShot)"),
-    Task("quality", quality, 100_000, "QuALITY, multiple choice (En.MultiChoice)"),
-    Task("summary", summary, 100_000, "government reports, ROUGE-L (En.Summary)"),
+    Task(
+        "many_shot",
+        whole_rows("many_shot", "bbh_manyshot", _solved),
+        100_000,
+        "BIG-Bench-Hard with 20 or 100 solved examples (ICL.ManyShot)",
+    ),
+    Task(
+        "quality", whole_rows("quality", "leval_quality", _story), 100_000, "QuALITY, multiple choice (En.MultiChoice)"
+    ),
+    Task("summary", whole_rows("summary", REPORTS, summary), 100_000, "government reports, ROUGE-L (En.Summary)"),
     Task("topic", topic, 100_000, "first topics of a long conversation (L-Eval)"),
     *(
         Task(f"scbench_{name}{size}", scbench(f"scbench_{name}{size}", *how), 125_000, f"SCBench {name}, {about}")

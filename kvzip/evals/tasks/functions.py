@@ -24,6 +24,8 @@ MODULES = _MODULES.split()
 _STDLIB = Path(sysconfig.get_path("stdlib"))
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "encodings"}
 
+_BLOCKS = (ast.stmt, ast.ExceptHandler, ast.match_case)  # expressions hold no functions with docstrings
+
 Function = tuple[str, str]
 """A function's code without its docstring, and the docstring."""
 
@@ -35,12 +37,17 @@ def fitting(
 
     Raises: ValueError if there are not enough, or one is too long.
     """
-    count = _most(known, build, request)
+
+    def most() -> int:
+        """How many functions fit, if those known were repeated without end."""
+        return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
+
+    count = most()
     if count > len(known):
         others = list(other_functions())
         rng.shuffle(others)
         known = known + others
-        count = _most(known, build, request)
+        count = most()
     if count <= len(known):
         return known[:count]
     raise ValueError(
@@ -49,48 +56,41 @@ def fitting(
     )
 
 
-def _most(known: list[Function], build: Callable[[list[Function]], str], request: Request) -> int:
-    """How many functions fit, if those known were repeated without end."""
-    return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
-
-
 @cache
 def library_functions() -> tuple[Function, ...]:
     """Returns the documented functions of 4 to 40 lines of common modules of Python's standard library."""
-    paths = [_STDLIB / f"{module}.py" for module in MODULES]
-    return tuple(_functions([path for path in paths if path.exists()]).values())
+    return tuple(_functions(_common()).values())
 
 
 @cache
 def other_functions() -> tuple[Function, ...]:
     """Returns such functions of the library's other modules, but for tests and those with a name that is known."""
     paths = [path for path in sorted(_STDLIB.rglob("*.py")) if not set(path.relative_to(_STDLIB).parts) & _LEFT_OUT]
-    known = _functions([path for name in MODULES if (path := _STDLIB / f"{name}.py").exists()])
+    known = _functions(_common())
     return tuple(function for name, function in _functions(paths).items() if name not in known)
 
 
+def _common() -> list[Path]:
+    return [path for module in MODULES if (path := _STDLIB / f"{module}.py").exists()]
+
+
 def _functions(paths: Sequence[Path]) -> dict[str, Function]:
-    """The functions in files by their names, the first of each."""
+    """The documented functions in files by their names, the first of each."""
     found: dict[str, Function] = {}
     for path in paths:
         source = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                function = _without_docstring(source, node)
-                if function is not None:
-                    found.setdefault(node.name, function)
+        lines = source.split("\n")
+        nodes: list[ast.AST] = [ast.parse(source)]
+        for node in nodes:  # which grow: breadth first
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, _BLOCKS)]
+            if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
+                continue
+            doc = ast.get_docstring(node)
+            if doc is None:
+                continue
+            about = " ".join(doc.split("\n\n")[0].split()).replace(node.name, "it")
+            code = lines[node.lineno - 1 : node.body[0].lineno - 1] + lines[node.body[0].end_lineno : node.end_lineno]
+            if len(about) >= DOC_LETTERS and len(code) in CODE_LINES:
+                text = "\n".join(line[node.col_offset :] for line in code if line[node.col_offset :].strip())
+                found.setdefault(node.name, (text, about))
     return found
-
-
-def _without_docstring(source: str, node: ast.FunctionDef) -> Function | None:
-    doc = ast.get_docstring(node)
-    if doc is None or len(node.body) < 2:
-        return None
-    about = " ".join(doc.split("\n\n")[0].split()).replace(node.name, "it")
-    lines = source.split("\n")
-    head, end = node.body[0].lineno - 1, node.body[0].end_lineno
-    code = lines[node.lineno - 1 : head] + lines[end : node.end_lineno]
-    code = [line[node.col_offset :] for line in code]
-    if len(about) < DOC_LETTERS or len(code) not in CODE_LINES:
-        return None
-    return "\n".join(line for line in code if line.strip()), about

@@ -2,11 +2,11 @@
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from .base import Example, Question, Request, Task, draws, fit, insert
 from .data import rows
-from .words import CITIES, DEEDS
+from .words import city_deeds
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 LENGTHS = (500, 2000, 8000)
@@ -37,20 +37,12 @@ def needle(request: Request) -> Iterator[Example]:
     """
     wanted = min(request.examples, len(DEPTHS))
     depths = [DEPTHS[round(i * (len(DEPTHS) - 1) / max(1, wanted - 1))] for i in range(wanted)]
+    sentences = essay_sentences(request.data, draws(request, "needle", 0))
     for length in (request.length,) if request.length else LENGTHS:
-        sentences = essay_sentences(request.data, draws(request, "needle", 0))
         for depth in depths:
             context = hide(sentences, [f"\n{NEEDLE}\n"], [depth], request, length)
             context = context.replace(f" \n{NEEDLE}", f"\n{NEEDLE}").strip()
-            question = Question(
-                "Q: Based on the content of the book, the best thing to do in San Francisco is: ",
-                "The best thing to do in San Francisco is",
-                (ANSWER,),
-                "include",
-                32,
-                facts={"length": length, "depth": depth},
-            )
-            yield Example(context, (question,))
+            yield Example(context, (_question("San Francisco", ANSWER, length, depth),))
 
 
 def needles(request: Request) -> Iterator[Example]:
@@ -62,20 +54,26 @@ def needles(request: Request) -> Iterator[Example]:
         for n in range(request.examples):
             rng = draws(request, f"needles {length}", n)
             sentences = essay_sentences(request.data, rng)
-            cities, deeds = rng.sample(CITIES, len(DEPTHS)), rng.sample(DEEDS, len(DEPTHS))
-            lines = [f"The best thing to do in {city} is {deed}." for city, deed in zip(cities, deeds, strict=True)]
-            asked = [
-                Question(
-                    f"Q: Based on the content of the book, the best thing to do in {city} is: ",
-                    f"The best thing to do in {city} is",
-                    (deed,),
-                    "include",
-                    32,
-                    facts={"length": length, "depth": depth},
-                )
-                for city, deed, depth in zip(cities, deeds, DEPTHS, strict=True)
-            ]
-            yield Example(hide(sentences, lines, DEPTHS, request, length), tuple(asked[: request.questions]))
+            deeds = city_deeds(rng, len(DEPTHS))
+            asked = [_question(*own, length, depth) for own, depth in zip(deeds.items(), DEPTHS, strict=True)]
+            context = hide(sentences, needle_lines(deeds), DEPTHS, request, length)
+            yield Example(context, tuple(asked[: request.questions]))
+
+
+def needle_lines(deeds: Mapping[str, str]) -> list[str]:
+    """Returns a line to hide for each city, which says what to do there."""
+    return [f"The best thing to do in {city} is {deed}." for city, deed in deeds.items()]
+
+
+def _question(city: str, answer: str, length: int, depth: int) -> Question:
+    return Question(
+        f"Q: Based on the content of the book, the best thing to do in {city} is: ",
+        f"The best thing to do in {city} is",
+        (answer,),
+        "include",
+        32,
+        facts={"length": length, "depth": depth},
+    )
 
 
 def hide(sentences: Sequence[str], lines: Sequence[str], depths: Sequence[int], request: Request, length: int) -> str:

@@ -9,8 +9,9 @@ import math
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from .base import Example, Question, Request, Task, draws, fit, spread
+from .base import Example, Question, Request, Task, draws, each, fit, spread
 from .data import Row, rows
 from .haystack import NOISE, essay_sentences, first_of
 from .synthetic import variable_example
@@ -46,18 +47,9 @@ NIAH = {
 _DRAW = {"words": lambda rng: pairs(rng, 1)[0], "numbers": number, "uuids": random_uuid}
 
 
-def niah(name: str) -> Callable[[Request], Iterator[Example]]:
-    """Returns the needle task of that name."""
+def niah(name: str, request: Request, n: int) -> Example:
+    """An example of the needle task of that name."""
     kind = NIAH[name]
-
-    def make(request: Request) -> Iterator[Example]:
-        for n in range(request.examples):
-            yield _niah_example(kind, request, name, n)
-
-    return make
-
-
-def _niah_example(kind: Needles, request: Request, name: str, n: int) -> Example:
     hidden = draws(request, f"{name} needles", n)
     sentences = essay_sentences(request.data, hidden) if kind.haystack == "essay" else [NOISE]
     seed = f"{request.seed} {name} {n}"
@@ -65,24 +57,23 @@ def _niah_example(kind: Needles, request: Request, name: str, n: int) -> Example
     def needles(count: int) -> list[tuple[str, list[str]]]:
         rng = draws(request, seed, n)
         found: dict[str, list[str]] = {}
-        while len(found) < count:
+        while len(found) < (count if kind.haystack == "needles" else kind.keys):
             found.setdefault(_DRAW[kind.key](rng), [_DRAW[kind.value](rng) for _ in range(kind.values)])
         return list(found.items())
 
     def build(count: int) -> str:
-        all_are_needles = kind.haystack == "needles"
         lines = [
             f"One of the special magic {kind.value} for {key} is: {value}."
-            for key, values in needles(count if all_are_needles else kind.keys)
+            for key, values in needles(count)
             for value in values
         ]
-        if all_are_needles:
+        if kind.haystack == "needles":
             return "\n".join(lines)
         joint = "\n" if kind.haystack == "noise" else " "
         return spread(first_of(sentences, count), lines, draws(request, f"{seed} places", n), joint=joint)
 
     count = fit(build, request.length, request.count)
-    found = needles(count if kind.haystack == "needles" else kind.keys)
+    found = needles(count)
     hidden.shuffle(found)
     groups = [found[i : i + kind.asked] for i in range(0, len(found), kind.asked)]
     questions = tuple(_niah_question(kind, group) for group in groups[: request.questions])
@@ -104,69 +95,64 @@ def _niah_question(kind: Needles, group: list[tuple[str, list[str]]]) -> Questio
     return Question(f"Q: {ask}", cloze, (", ".join(values),), "ruler", 128)
 
 
-def vt(request: Request) -> Iterator[Example]:
+def vt(request: Request, n: int) -> Example:
     """One chain of five variables among noise."""
-    for n in range(request.examples):
-        yield variable_example(request, draws(request, "ruler_vt", n), chains=1, metric="ruler")
+    return variable_example(request, draws(request, "ruler_vt", n), chains=1, metric="ruler")
 
 
-def cwe(request: Request) -> Iterator[Example]:
+def cwe(request: Request, n: int) -> Example:
     """Common words: ten words occur thirty times each, the others three times."""
-    for n in range(request.examples):
 
-        def words(rare: int, n: int = n) -> list[str]:
-            return plain_words(draws(request, "cwe", n), COMMON_WORDS + rare)
+    def build(rare: int) -> str:
+        known = plain_words(draws(request, "cwe", n), COMMON_WORDS + rare)
+        listed = known[:COMMON_WORDS] * COMMON_TIMES + known[COMMON_WORDS:] * RARE_TIMES
+        draws(request, "cwe order", n).shuffle(listed)
+        return " ".join(f"{i + 1}. {word}" for i, word in enumerate(listed))
 
-        def build(rare: int, n: int = n) -> str:
-            known = words(rare)
-            listed = known[:COMMON_WORDS] * COMMON_TIMES + known[COMMON_WORDS:] * RARE_TIMES
-            draws(request, "cwe order", n).shuffle(listed)
-            return " ".join(f"{i + 1}. {word}" for i, word in enumerate(listed))
-
-        rare = fit(build, request.length, request.count)
-        ask = "What are the 10 most common words in the above list?"
-        question = Question(
-            f"Q: {ask}",
-            f"Question: {ask} Answer: The top 10 words that appear most often in the list are:",
-            (", ".join(words(rare)[:COMMON_WORDS]),),
-            "ruler",
-            120,
-        )
-        instruction = (
-            "Below is a numbered list of words. In these words, some appear more often than others. "
-            "Memorize the ones that appear most often."
-        )
-        yield Example(build(rare), (question,), instruction)
+    rare = fit(build, request.length, request.count)
+    common = plain_words(draws(request, "cwe", n), COMMON_WORDS + rare)[:COMMON_WORDS]
+    ask = "What are the 10 most common words in the above list?"
+    question = Question(
+        f"Q: {ask}",
+        f"Question: {ask} Answer: The top 10 words that appear most often in the list are:",
+        (", ".join(common),),
+        "ruler",
+        120,
+    )
+    instruction = (
+        "Below is a numbered list of words. In these words, some appear more often than others. "
+        "Memorize the ones that appear most often."
+    )
+    return Example(build(rare), (question,), instruction)
 
 
-def fwe(request: Request) -> Iterator[Example]:
+def fwe(request: Request, n: int) -> Example:
     """Frequent words: coded words as often as Zipf's law with exponent 2 says, asked for the first three."""
     weights = [1 / rank**ZIPF for rank in range(1, CODED_WORDS + 1)]
-    share = [weight / math.fsum(weights) for weight in weights]
-    for n in range(request.examples):
-        rng = draws(request, "fwe", n)
-        coded = ["...", *(letters(rng, 6, string.ascii_lowercase) for _ in range(CODED_WORDS - 1))]
+    total = math.fsum(weights)
+    rng = draws(request, "fwe", n)
+    coded = ["...", *(letters(rng, 6, string.ascii_lowercase) for _ in range(CODED_WORDS - 1))]
 
-        def build(count: int, coded: list[str] = coded, n: int = n) -> str:
-            # the most frequent word is dots, which are not asked for
-            listed = [word for word, part in zip(coded, share, strict=True) for _ in range(round(count * part))]
-            draws(request, "fwe order", n).shuffle(listed)
-            return " ".join(listed)
+    def build(count: int) -> str:
+        # the most frequent word is dots, which are not asked for
+        times = [round(count * (weight / total)) for weight in weights]
+        listed = [word for word, own in zip(coded, times, strict=True) for _ in range(own)]
+        draws(request, "fwe order", n).shuffle(listed)
+        return " ".join(listed)
 
-        ask = "What are the three most frequently appeared words in the above coded text?"
-        question = Question(
-            f"Q: Do not provide any explanation. Please ignore the dots '....'. {ask}",
-            f"Question: {ask} Answer: According to the coded text above, the three most frequently appeared words are:",
-            (", ".join(coded[1:4]),),
-            "ruler",
-            50,
-        )
-        instruction = (
-            "Read the following coded text and track the frequency of each coded word. "
-            "Find the three most frequently appeared coded words."
-        )
-        count = fit(build, request.length, request.count, start=64)
-        yield Example(build(count), (question,), instruction)
+    ask = "What are the three most frequently appeared words in the above coded text?"
+    question = Question(
+        f"Q: Do not provide any explanation. Please ignore the dots '....'. {ask}",
+        f"Question: {ask} Answer: According to the coded text above, the three most frequently appeared words are:",
+        (", ".join(coded[1:4]),),
+        "ruler",
+        50,
+    )
+    instruction = (
+        "Read the following coded text and track the frequency of each coded word. "
+        "Find the three most frequently appeared coded words."
+    )
+    return Example(build(fit(build, request.length, request.count, start=64)), (question,), instruction)
 
 
 def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
@@ -182,7 +168,8 @@ def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
             draws(request, name, n).shuffle(order)
 
             def build(count: int, order: list[Row] = order, n: int = n) -> str:
-                shown = [text for row in first_rows(order, count) for text in row.get("documents", [row["context"]])]
+                shown = [text for row in order[:count] for text in row.get("documents", [row["context"]])]
+                shown += ["(none)"] * (count - len(order))  # what is beyond the data must count as too long
                 draws(request, f"{name} order", n).shuffle(shown)
                 return "\n\n".join(f"Document {i + 1}:\n{text}" for i, text in enumerate(shown))
 
@@ -193,14 +180,9 @@ def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
                     f"{len(order)} rows, got {request.length}"
                 )
             asked = [
-                Question(
-                    f"Q: {row['question'][0]}",
-                    f"Question: {row['question'][0]} Answer:",
-                    tuple(row["answers"][:1]),
-                    "part",
-                    32,
-                )
+                Question(f"Q: {text}", f"Question: {text} Answer:", tuple(row["answers"][:1]), "part", 32)
                 for row in order[: min(count, request.questions)]
+                for text in [row["question"][0]]
             ]
             instruction = (
                 "Answer the question based on the given documents. Only give me the answer and do not output any "
@@ -211,16 +193,14 @@ def documents(name: str, file: str) -> Callable[[Request], Iterator[Example]]:
     return make
 
 
-def first_rows(order: list[Row], count: int) -> list[Row]:
-    """Returns the first `count` rows, then empty documents: what is beyond the data must count as too long."""
-    return order[:count] + [{"context": "(none)"}] * (count - len(order))
-
-
 TASKS = (
-    *(Task(f"ruler_{name}", niah(name), 4096, f"RULER, {kind.haystack} haystack") for name, kind in NIAH.items()),
-    Task("ruler_vt", vt, 4096, "RULER, variable tracking"),
-    Task("ruler_cwe", cwe, 4096, "RULER, common words"),
-    Task("ruler_fwe", fwe, 4096, "RULER, frequent words"),
+    *(
+        Task(f"ruler_{name}", each(partial(niah, name)), 4096, f"RULER, {kind.haystack} haystack")
+        for name, kind in NIAH.items()
+    ),
+    Task("ruler_vt", each(vt), 4096, "RULER, variable tracking"),
+    Task("ruler_cwe", each(cwe), 4096, "RULER, common words"),
+    Task("ruler_fwe", each(fwe), 4096, "RULER, frequent words"),
     Task("ruler_qa_1", documents("qa_1", "squad_paragraph"), 4096, "RULER, questions about SQuAD paragraphs"),
     Task("ruler_qa_2", documents("qa_2", "hotpotqa"), 4096, "RULER, questions about HotpotQA documents"),
 )

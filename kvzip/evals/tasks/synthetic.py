@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from .base import Example, Question, Request, Task, draws, fit, insert, spread
-from .data import rows
+from .base import Example, Question, Request, Task, draws, each, fit, insert, spread
+from .data import REPORTS, rows, summary
 from .functions import Function, fitting, library_functions
-from .haystack import NOISE
-from .words import CITIES, DEEDS, letters, random_uuid
+from .haystack import NOISE, needle_lines
+from .words import city_deeds, letters, random_uuid
 
 HOPS = 4
 CHAIN_TOKENS = 200  # of context for each chain of variables, so that most of it is noise
@@ -24,65 +24,58 @@ LARGEST_NUMBER = 100_000
 CODE_INSTRUCTION = "Below are functions of a code repository."
 
 
-def kv(request: Request) -> Iterator[Example]:
+def kv(request: Request, n: int) -> Example:
     """Retr.KV: a JSON object of UUIDs, asked for the values of some keys."""
-    for n in range(request.examples):
 
-        def pairs_of(count: int, n: int = n) -> list[tuple[str, str]]:
-            rng = draws(request, "kv", n)
-            return [(random_uuid(rng), random_uuid(rng)) for _ in range(count)]
+    def pairs_of(count: int) -> list[tuple[str, str]]:
+        rng = draws(request, "kv", n)
+        return [(random_uuid(rng), random_uuid(rng)) for _ in range(count)]
 
-        def build(count: int) -> str:
-            return "{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs_of(count)) + "}"
+    def build(count: int) -> str:
+        return "{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs_of(count)) + "}"
 
-        count = fit(build, request.length, request.count)
-        rng = draws(request, "kv questions", n)
-        asked = [_kv_question(*pair) for pair in rng.sample(pairs_of(count), min(request.questions, count))]
-        yield Example(build(count), tuple(asked), "Extract the value of the specified key in the JSON object below.")
+    count = fit(build, request.length, request.count)
+    rng = draws(request, "kv questions", n)
+    asked = [_kv_question(*pair) for pair in rng.sample(pairs_of(count), min(request.questions, count))]
+    return Example(build(count), tuple(asked), "Extract the value of the specified key in the JSON object below.")
 
 
-def prefix_suffix(request: Request) -> Iterator[Example]:
+def prefix_suffix(request: Request, n: int) -> Example:
     """Retr.Prefix-Suffix: a list of strings, asked for the one with a prefix and a suffix.
 
     Half of the others share either the prefix or the suffix of a string that is asked for.
     """
     alphabet = string.ascii_lowercase + string.digits
-    for n in range(request.examples):
-        rng = draws(request, "prefix_suffix questions", n)
-        targets = [letters(rng, STRING_LETTERS, alphabet) for _ in range(request.questions)]
+    rng = draws(request, "prefix_suffix questions", n)
+    targets = [letters(rng, STRING_LETTERS, alphabet) for _ in range(request.questions)]
 
-        def strings(count: int, n: int = n, targets: list[str] = targets) -> list[str]:
-            rng, made = draws(request, "prefix_suffix", n), list(targets[:count])
-            for i in range(count - len(made)):
-                text, target = letters(rng, STRING_LETTERS, alphabet), targets[i % len(targets)]
-                shared = [target[:END_LETTERS] + text[END_LETTERS:], text[:-END_LETTERS] + target[-END_LETTERS:]]
-                made.append([text, text, *shared][i // len(targets) % 4])
-            return made
+    def build(count: int) -> str:
+        rng, made = draws(request, "prefix_suffix", n), targets[:count]
+        for i in range(count - len(made)):
+            text, target = letters(rng, STRING_LETTERS, alphabet), targets[i % len(targets)]
+            shared = [target[:END_LETTERS] + text[END_LETTERS:], text[:-END_LETTERS] + target[-END_LETTERS:]]
+            made.append([text, text, *shared][i // len(targets) % 4])
+        draws(request, "prefix_suffix order", n).shuffle(made)
+        return "\n".join(made)
 
-        def build(count: int, n: int = n) -> str:
-            made = strings(count)
-            draws(request, "prefix_suffix order", n).shuffle(made)
-            return "\n".join(made)
-
-        count = fit(build, request.length, request.count)
-        asked = [
-            Question(
-                f"Q: Which string in the list starts with {s[:END_LETTERS]} and ends with {s[-END_LETTERS:]}? "
-                "Give only the string.",
-                f"The string that starts with {s[:END_LETTERS]} and ends with {s[-END_LETTERS:]} is",
-                (s,),
-                "include",
-            )
-            for s in targets[:count]
-        ]
-        yield Example(build(count), tuple(asked), "Below is a list of strings. Remember them.")
+    count = fit(build, request.length, request.count)
+    asked = [
+        Question(
+            f"Q: Which string in the list starts with {s[:END_LETTERS]} and ends with {s[-END_LETTERS:]}? "
+            "Give only the string.",
+            f"The string that starts with {s[:END_LETTERS]} and ends with {s[-END_LETTERS:]} is",
+            (s,),
+            "include",
+        )
+        for s in targets[:count]
+    ]
+    return Example(build(count), tuple(asked), "Below is a list of strings. Remember them.")
 
 
-def multihop(request: Request) -> Iterator[Example]:
+def multihop(request: Request, n: int) -> Example:
     """Retr.MultiHop: chains of variable assignments among noise, asked for all variables with a value."""
     chains = max(1, min(request.questions, request.length // CHAIN_TOKENS))
-    for n in range(request.examples):
-        yield variable_example(request, draws(request, "multihop", n), chains=chains, metric="fraction")
+    return variable_example(request, draws(request, "multihop", n), chains=chains, metric="fraction")
 
 
 def variable_example(request: Request, rng: random.Random, *, chains: int, metric: str) -> Example:
@@ -90,20 +83,17 @@ def variable_example(request: Request, rng: random.Random, *, chains: int, metri
 
     Source: variable tracking of RULER, arXiv 2404.06654.
     """
-    count = chains * (HOPS + 1)
-    names: list[str] = []
-    while len(names) < count:
-        name = letters(rng, 5, string.ascii_uppercase)
-        names += [name] if name not in names else []
+    names: dict[str, None] = {}
+    while len(names) < chains * (HOPS + 1):
+        names[letters(rng, 5, string.ascii_uppercase)] = None
     values = rng.sample(range(10_000, 100_000), chains)
-    chain = [names[c * (HOPS + 1) : (c + 1) * (HOPS + 1)] for c in range(chains)]
-    lines = [
-        [f"VAR {own[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in pairwise(own))]
+    chain = [list(names)[c * (HOPS + 1) : (c + 1) * (HOPS + 1)] for c in range(chains)]
+    left = [
+        iter([f"VAR {own[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in pairwise(own))])
         for own, value in zip(chain, values, strict=True)
     ]
     order = [c for c in range(chains) for _ in range(HOPS + 1)]
     rng.shuffle(order)
-    left = [iter(own) for own in lines]
     mixed = [next(left[c]) for c in order]  # the order within a chain stays
     seed = rng.getrandbits(64)
 
@@ -125,89 +115,81 @@ def variable_example(request: Request, rng: random.Random, *, chains: int, metri
     return Example(build(fit(build, request.length, request.count)), tuple(asked), instruction)
 
 
-def math_find(request: Request) -> Iterator[Example]:
+def math_find(request: Request, n: int) -> Example:
     """Math.Find: a list of numbers, asked for the largest, the smallest, the next to them, and the median."""
     kinds = ("largest", "smallest", "second largest", "second smallest", "third largest", "third smallest", "median")
-    for n in range(request.examples):
 
-        def numbers(count: int, n: int = n) -> list[int]:
-            rng = draws(request, "math_find", n)
-            return [rng.randrange(LARGEST_NUMBER) for _ in range(count)]
+    def numbers(count: int) -> list[int]:
+        rng = draws(request, "math_find", n)
+        return [rng.randrange(LARGEST_NUMBER) for _ in range(count)]
 
-        def build(count: int) -> str:
-            return ", ".join(map(str, numbers(count)))
+    def build(count: int) -> str:
+        return ", ".join(map(str, numbers(count)))
 
-        # an odd count has one median, and a drawn number twice is the second largest too
-        count = fit(build, request.length, request.count)
-        count -= 1 - count % 2
-        if count < len(kinds):
-            raise ValueError(f"expected a length in which {len(kinds)} numbers fit, got {request.length}")
-        order = sorted(numbers(count))
-        found = [order[i] for i in (-1, 0, -2, 1, -3, 2, count // 2)]
-        asked = [
-            Question(
-                f"Q: What is the {kind} number in the list? Give only the number.",
-                f"The {kind} number in the list is",
-                (str(value),),
-                "exact",
-                32,
-                cloze_stop=("\n", ".", ","),
-            )
-            for kind, value in zip(kinds, found, strict=True)
-        ]
-        yield Example(build(count), tuple(asked[: request.questions]), "Below is a list of numbers.")
+    # an odd count has one median, and a drawn number twice is the second largest too
+    count = fit(build, request.length, request.count)
+    count -= 1 - count % 2
+    if count < len(kinds):
+        raise ValueError(f"expected a length in which {len(kinds)} numbers fit, got {request.length}")
+    order = sorted(numbers(count))
+    found = [order[i] for i in (-1, 0, -2, 1, -3, 2, count // 2)]
+    asked = [
+        Question(
+            f"Q: What is the {kind} number in the list? Give only the number.",
+            f"The {kind} number in the list is",
+            (str(value),),
+            "exact",
+            32,
+            cloze_stop=("\n", ".", ","),
+        )
+        for kind, value in zip(kinds, found, strict=True)
+    ]
+    return Example(build(count), tuple(asked[: request.questions]), "Below is a list of numbers.")
 
 
-def repoqa(request: Request) -> Iterator[Example]:
+def repoqa(request: Request, n: int) -> Example:
     """Code.RepoQA: functions without their docstrings, asked for the one that a docstring describes."""
-    for n in range(request.examples):
-        known = list(library_functions())
-        draws(request, "repoqa", n).shuffle(known)
-        shown = fitting(known, _code, request, draws(request, "more functions", n))
-        asked = draws(request, "repoqa questions", n).sample(shown, min(request.questions, len(shown)))
-        yield Example(_code(shown), tuple(_function_question(f, shown) for f in asked), CODE_INSTRUCTION)
+    known = list(library_functions())
+    draws(request, "repoqa", n).shuffle(known)
+    shown = fitting(known, _code, request, draws(request, "more functions", n))
+    asked = draws(request, "repoqa questions", n).sample(shown, min(request.questions, len(shown)))
+    return Example(_code(shown), tuple(_function_question(f, shown) for f in asked), CODE_INSTRUCTION)
 
 
 def sum_needles(request: Request) -> Iterator[Example]:
     """Mix.Sum+NIAH: a government report with needles in it, asked for its summary and, in turn, the needles."""
-    reports = [r for r in rows(request.data, "leval_gov_report_summ") if request.count(r["context"]) <= request.length]
+    reports = [row for row in rows(request.data, REPORTS) if request.count(row["context"]) <= request.length]
     if not reports:
         raise ValueError(f"expected a length in which a report fits, got {request.length}: they have 3,000 tokens up")
     for n, row in enumerate(reports[: request.examples]):
         rng = draws(request, "sum_needles", n)
-        count = max(1, request.questions - 1)
-        cities, deeds = rng.sample(CITIES, min(count, len(DEEDS))), rng.sample(DEEDS, min(count, len(DEEDS)))
-        lines = [f"The best thing to do in {city} is {deed}." for city, deed in zip(cities, deeds, strict=True)]
-        asked = [
-            Question(f"Q: {row['question'][0]}", "Summary:", (row["answers"][0],), "rouge_l", 256, cloze_stop=("\n\n",))
-        ]
-        for city, deed in zip(cities, deeds, strict=True):
+        deeds = city_deeds(rng, max(1, request.questions - 1))
+        asked = [summary(row["question"][0], row["answers"][0])]
+        for city, deed in deeds.items():
             text = f"The best thing to do in {city} is"
             asked.append(Question(f"Q: {text}: ", text, (deed,), "include", 32))
-        kinds = ["summary"] + ["needle"] * len(lines)
-        context = spread(row["context"].split("\n"), lines, rng, joint="\n")
-        yield Example(context, _labelled(asked, kinds))
+        context = spread(row["context"].split("\n"), needle_lines(deeds), rng, joint="\n")
+        yield Example(context, _labelled(asked, ["summary"] + ["needle"] * len(deeds)))
 
 
-def repoqa_kv(request: Request) -> Iterator[Example]:
+def repoqa_kv(request: Request, n: int) -> Example:
     """Mix.RepoQA+KV: functions with key-value pairs between them, asked for either in turn."""
-    for n in range(request.examples):
-        rng = draws(request, "repoqa_kv", n)
-        known = list(library_functions())
-        rng.shuffle(known)
-        half = max(1, request.questions // 2)
-        pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(half)]
-        lines = [f'# "{key}": "{value}"' for key, value in pairs]
+    rng = draws(request, "repoqa_kv", n)
+    known = list(library_functions())
+    rng.shuffle(known)
+    half = max(1, request.questions // 2)
+    pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(half)]
+    lines = [f'# "{key}": "{value}"' for key, value in pairs]
 
-        def build(functions: list[Function], lines: list[str] = lines) -> str:
-            places = [i * len(functions) // len(lines) for i in range(len(lines))]
-            return insert([code for code, _ in functions], lines, places, joint="\n\n")
+    def build(functions: list[Function]) -> str:
+        places = [i * len(functions) // len(lines) for i in range(len(lines))]
+        return insert([code for code, _ in functions], lines, places, joint="\n\n")
 
-        shown = fitting(known, build, request, draws(request, "more functions", n))
-        asked = [_function_question(f, shown) for f in rng.sample(shown, min(half, len(shown)))]
-        kinds = ["repoqa"] * len(asked) + ["kv"] * len(pairs)
-        asked += [_kv_question(*pair) for pair in pairs]
-        yield Example(build(shown), _labelled(asked, kinds)[: request.questions], CODE_INSTRUCTION)
+    shown = fitting(known, build, request, draws(request, "more functions", n))
+    asked = [_function_question(f, shown) for f in rng.sample(shown, min(half, len(shown)))]
+    kinds = ["repoqa"] * len(asked) + ["kv"] * len(pairs)
+    asked += [_kv_question(*pair) for pair in pairs]
+    return Example(build(shown), _labelled(asked, kinds)[: request.questions], CODE_INSTRUCTION)
 
 
 def _code(functions: list[Function]) -> str:
@@ -237,11 +219,11 @@ def _labelled(asked: list[Question], kinds: list[str]) -> tuple[Question, ...]:
 
 
 TASKS = (
-    Task("kv", kv, 4096, "JSON of UUIDs (Retr.KV)"),
-    Task("prefix_suffix", prefix_suffix, 4096, "strings by prefix and suffix (Retr.Prefix-Suffix)"),
-    Task("multihop", multihop, 4096, "chains of variables (Retr.MultiHop)"),
-    Task("math_find", math_find, 4096, "largest, smallest, ... of numbers (Math.Find)"),
-    Task("repoqa", repoqa, 4096, "functions by their description (Code.RepoQA)"),
+    Task("kv", each(kv), 4096, "JSON of UUIDs (Retr.KV)"),
+    Task("prefix_suffix", each(prefix_suffix), 4096, "strings by prefix and suffix (Retr.Prefix-Suffix)"),
+    Task("multihop", each(multihop), 4096, "chains of variables (Retr.MultiHop)"),
+    Task("math_find", each(math_find), 4096, "largest, smallest, ... of numbers (Math.Find)"),
+    Task("repoqa", each(repoqa), 4096, "functions by their description (Code.RepoQA)"),
     Task("sum_needles", sum_needles, 100_000, "report summaries and needles (Mix.Sum+NIAH)"),
-    Task("repoqa_kv", repoqa_kv, 4096, "functions and key-value pairs (Mix.RepoQA+KV)"),
+    Task("repoqa_kv", each(repoqa_kv), 4096, "functions and key-value pairs (Mix.RepoQA+KV)"),
 )

@@ -1,0 +1,155 @@
+"""What the published evaluation asks of each model, see `evaluation.py`: its tasks, methods and ratios."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import studies
+from kvzip.evals.methods import METHODS
+from kvzip.evals.plan import FULL
+
+RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task and how it is asked: the form, contexts, questions about each, tokens of an answer."""
+
+    task: str
+    form: str
+    count: int
+    questions: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of one model."""
+
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    tasks: tuple[Asked, ...]
+
+
+FEW = (FULL, "kvzip", "kvzip-chunk", "snapkv", "random")
+TOPIC = Asked("topic", "chat", 20, 5, 32)
+NEEDLES = Asked("needles", "cloze", 4, 11, 32)
+UUIDS = (  # 128 tokens, as a Qwen repeats the UUID that it is asked for first
+    Asked("kv@4096", "chat", 10, 10, 128),
+    Asked("ruler_niah_multikey_3@4096", "chat", 10, 10, 128),
+)
+TEXTS = (Asked("ruler_qa_1@4096", "chat", 10, 10, 32), Asked("squad@2000", "chat", 10, 12, 48))
+BASE_NEEDLES = Asked("needles@2000", "cloze", 6, 11, 32)
+BASE_KEYS = Asked("ruler_niah_multikey_1@2000", "cloze", 12, 20, 64)
+BASE_KV = Asked("kv@2000", "cloze", 12, 20, 64)
+BASE_SQUAD = Asked("squad@1000", "cloze", 10, 12, 48)
+BASE = (Asked("needles@700", "cloze", 6, 11, 32), BASE_NEEDLES, BASE_KEYS, BASE_SQUAD)
+
+
+def instructed(shots: int, lookups: int, questions: int) -> tuple[Asked, ...]:
+    """The tasks of a model with a chat template; the longest contexts, which take longest, come first."""
+    return (
+        TOPIC,
+        Asked("many_shot@9000", "chat", shots, 20, 64),
+        NEEDLES,
+        *UUIDS,
+        Asked("ruler_niah_multikey_2@4096", "chat", lookups, questions, 64),
+        Asked("multihop@4096", "chat", lookups, questions, 64),
+        *TEXTS,
+    )
+
+
+PLANS = {
+    "qwen2.5-coder-1.5b-instruct": Plan((FULL, *METHODS), RATIOS, instructed(6, 10, 10)),
+    "qwen2.5-coder-0.5b-instruct": Plan(FEW, (0.3,), instructed(5, 5, 20)),
+    "gemma-3-270m": Plan(
+        FEW,
+        (0.3,),
+        (
+            Asked("topic", "cloze", 20, 5, 32),
+            Asked("many_shot@9000", "cloze", 6, 20, 32),
+            BASE_KV,
+            Asked("multihop@2000", "cloze", 12, 20, 64),
+            *BASE,
+        ),
+    ),
+    "smollm2-135m-instruct": Plan(
+        FEW,
+        (0.3,),
+        (
+            Asked("topic@5500", "cloze", 20, 5, 32),
+            Asked("many_shot@5500", "cloze", 6, 20, 32),
+            Asked("kv@1000", "cloze", 12, 20, 64),
+            Asked("multihop@1000", "cloze", 12, 20, 64),
+            *BASE,
+        ),
+    ),
+}
+"""By the name of a model's directory."""
+CHUNKS = ("chunk-500", "chunk-125", "context-125")
+OTHERS = (FULL, "kvzip-chunk", "kvzip+", "snapkv", "adakv", "expected-attention", "random", *CHUNKS)
+STUDIES = {
+    "qwen2.5-coder-1.5b-instruct": (
+        Plan(tuple(studies.STUDY), (0.1, 0.2, 0.3, 0.5), UUIDS),
+        Plan(CHUNKS, (0.1, 0.2, 0.3, 0.5), (NEEDLES, *TEXTS)),
+    ),
+    "gemma-3-270m": (
+        Plan((*OTHERS, "lookups"), (0.3, 0.5, 0.7, 0.9), (BASE_KV,)),
+        Plan(OTHERS, (0.3, 0.5, 0.7, 0.9), (BASE_NEEDLES, BASE_SQUAD, BASE_KEYS)),
+    ),
+}
+"""What is asked in addition, to find out why something is lost."""
+
+
+def scoring_plans(form: str, tokens: int, count: int, questions: int = 100, methods: Sequence[str] = ()) -> list[Plan]:
+    """Likelihoods of all methods at nine ratios and of streams at four, and answers of both at two."""
+    gold, short = (Asked(f"{task}@{tokens}", form, count, questions, 16) for task in ("gold", "short"))
+    methods, streams = tuple(methods or studies.SCORING), tuple(studies.STREAMS)
+    tenths = tuple(n / 10 for n in range(1, 10))
+    return [
+        Plan((FULL, *methods), tenths, (gold,)),
+        Plan(streams, (0.1, 0.2, 0.3, 0.5), (gold,)),
+        Plan((FULL, *methods, *streams), (0.1, 0.3), (short,)),
+    ]
+
+
+def bits_plans(form: str, tokens: int, count: int) -> list[Plan]:
+    """Likelihoods and answers of pairs in 16, 8 and 4 bits, and of whole heads."""
+    asked = tuple(Asked(f"{task}@{tokens}", form, count, 50, 16) for task in ("gold", "short"))
+    ratios = (1.0, 0.5, 0.3)
+    bits = Plan((FULL, *studies.BITS), ratios, asked)
+    return [bits, Plan(("16 bits", *studies.HEADS), (0.6,), asked)]
+
+
+LONG = ("context", "chunk", "chunk:512", "chunk:8192")
+SCORINGS = {
+    **{
+        f"qwen2.5-coder-{size}-instruct": (
+            *scoring_plans("chat", 5_000, count),
+            *scoring_plans("chat", 20_000, 1, 200, LONG),
+        )
+        for size, count in (("1.5b", 2), ("0.5b", 1))
+    },
+    "gemma-3-270m": scoring_plans("cloze", 5_000, 2),
+    "smollm2-135m-instruct": scoring_plans("cloze", 5_000, 3),
+}
+BITS = {
+    **{f"qwen2.5-coder-{size}-instruct": bits_plans("chat", 4_000, 3) for size in ("1.5b", "0.5b")},
+    "gemma-3-270m": bits_plans("cloze", 2_000, 4),
+    "smollm2-135m-instruct": bits_plans("cloze", 1_500, 4),
+}
+ALL = {"eval": {name: (plan,) for name, plan in PLANS.items()}, "study": STUDIES, "scoring": SCORINGS, "bits": BITS}
+"""The plans of each kind of evaluation, by model."""
+KNOWN = {
+    "eval": METHODS,
+    "study": METHODS | studies.STUDY,
+    "scoring": studies.SCORING | studies.STREAMS,
+    "bits": studies.BITS | studies.HEADS,
+}
+"""The methods of each kind, by name."""
+FILES = {
+    "eval": "eval-{}.jsonl.gz",
+    "study": "study-{}.jsonl.gz",
+    "scoring": "scoring-quality.jsonl.gz",
+    "bits": "quality-bits.jsonl.gz",
+}
+"""The results of each kind; {} is the name of the model."""
