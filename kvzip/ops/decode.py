@@ -95,6 +95,7 @@ def decode_reference(
     ago = torch.arange(tokens - 1, -1, -1, device=q.device)  # T - 1 - t
     lengths = torch.ones(queries, dtype=torch.int32, device=q.device) if tail is None else tail[2]
     place = (lengths[:, None] - 1 - ago)[:, None, :, None]  # [B 1 T 1]
+    v_t = None
     rows = 0 if tail is None else min(max(lengths.tolist(), default=0), tail[0].shape[2])
     outs, lses = [], []
     for h, q_h in enumerate(heads):
@@ -118,7 +119,7 @@ def decode_reference(
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
-        outs.append(out if tail is None else out + weights[..., n:] @ v_t)
+        outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
         lses.append(lse)
     return torch.stack(outs, 1).flatten(1, 2).to(q.dtype), torch.stack(lses, 1).flatten(1, 2)
 
