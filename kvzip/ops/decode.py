@@ -95,6 +95,7 @@ def decode_reference(
     ago = torch.arange(tokens - 1, -1, -1, device=q.device)  # T - 1 - t
     lengths = torch.ones(queries, dtype=torch.int32, device=q.device) if tail is None else tail[2]
     place = (lengths[:, None] - 1 - ago)[:, None, :, None]  # [B 1 T 1]
+    v_t = None
     rows = 0 if tail is None else min(max(lengths.tolist(), default=0), tail[0].shape[2])
     v_t, outs, lses = None, [], []
     for h, q_h in enumerate(heads):
