@@ -70,7 +70,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
     package = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "py.typed", "data/*.html", "data/head_scores/*.safetensors")
+        for pattern in ("*.py", "py.typed", "data/*.html", "data/*.json", "data/head_scores/*.safetensors")
         for path in (ROOT / "kvzip").rglob(pattern)
     }
     data = {"report.html", "words.json", "head_scores/gemma-3-270m.safetensors"}

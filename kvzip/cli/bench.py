@@ -136,7 +136,7 @@ def document_ids(model: "Model", tokens: int) -> "Tensor":
     return context_ids(model, "{" + ",\n ".join(lines))[:tokens]
 
 
-def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, float]:
+def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, int | float]:
     from ..cache import nbytes
     from ..decoding import Decoder
     from ..generation import generate, query_ids
