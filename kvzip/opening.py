@@ -66,13 +66,13 @@ def read(
     if isinstance(model, Model):
         return model, read_cache(file, model=model, device=loading.device)
     source, made = maker_of(file)
-    options: dict[str, Any] = {"device": loading.device}
-    for name in ("rope", "max_length", "dtype"):
-        given = getattr(loading, name)
-        options[name] = getattr(made, name) if given is None else given
-    if options["dtype"] is None:
-        del options["dtype"]
-    loaded = load(find(file) if model is None else model, **options)
+    told = (made, loading)  # what the file says, and what is given in its place
+    dtype, rope, max_length = (
+        next((x for own in reversed(told) if (x := getattr(own, name)) is not None), None)
+        for name in ("dtype", "rope", "max_length")
+    )
+    source_of = find(file) if model is None else model
+    loaded = load(source_of, dtype=dtype or torch.bfloat16, device=loading.device, rope=rope, max_length=max_length)
     if model is None and source is not None:
         loaded = replace(loaded, source=source)
     reason = foreign(file.header["fingerprint"], loaded.fingerprint)

@@ -1,4 +1,4 @@
-"""A thousand of random operations on a handful of caches, beside a plain account of what each should hold.
+"""A thousand random operations on a handful of caches, beside a plain account of what each should hold.
 
 The account (`plain_cache.Held`) is dicts of rows and a list of token ids. It selects by sorting in Python and attends
 head by head. Rows that an operation computes are compared with the account's own within rounding and then taken over,

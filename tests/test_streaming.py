@@ -308,7 +308,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, tmp_p
 def test_an_interruption_while_a_segment_is_packed_loses_nothing(at, tmp_path, monkeypatch):
     model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
     want = kvzip.prefill_compressed(model, LONG, 0.3, segment=80)
-    gather, calls = segments._gather, []
+    gather, calls = segments.gather, []
 
     def interrupted(*arguments):
         calls.append(0)
@@ -316,7 +316,7 @@ def test_an_interruption_while_a_segment_is_packed_loses_nothing(at, tmp_path, m
             raise KeyboardInterrupt
         return gather(*arguments)
 
-    monkeypatch.setattr(segments, "_gather", interrupted)
+    monkeypatch.setattr(segments, "gather", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kvzip.prefill_compressed(model, LONG, 0.3, segment=80, checkpoint=path)
     assert load_cache(path).context_length == want.start + 80 * (1 + at // 4)
@@ -549,7 +549,7 @@ STREAMING = (prefill, plan, segments, checkpoints, pieces)
 SHORT = {"context": LONG[:120], "ratio": 0.3, "segment": 50, "template": False}
 STEPS = (
     *("begin", "extend", "run_attention", "score_chunks", "_choose", "select_count", "pack_", "save"),
-    *("_gather", "decode_schedule", "cache_of", "cat", "tensor", "of_rows", "ranked"),
+    *("gather", "decode_schedule", "cache_of", "cat", "tensor", "of_rows", "ranked"),
 )
 
 
@@ -627,7 +627,7 @@ def test_an_interruption_as_the_checkpoint_is_removed_loses_nothing(states, tmp_
 def test_memory_that_stays_out_loses_no_finished_segment(done, states, tmp_path):
     """Everything that packs fails from some call on, also while the checkpoint is written."""
     model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
-    names = ("_gather", "decode_schedule", "cat", "select_count", "run_attention")
+    names = ("gather", "decode_schedule", "cat", "select_count", "run_attention")
     at, seen = 0, set()
     while True:
         if done:
@@ -656,14 +656,14 @@ def test_the_states_that_interruptions_leave_go_on_to_the_same_end(states, tmp_p
 def test_packing_frees_more_than_it_takes(monkeypatch):
     """What the keys or the values of a layer are gathered from is gone before the next: the first is the peak."""
     model = random_model.make(random_model.config(windows=(None, None, None)))
-    held, gather = [], segments._gather
+    held, gather = [], segments.gather
 
     def weighed(*arguments):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_of(8)}
         held.append(sum(storage.nbytes() for storage in storages.values()))
         return gather(*arguments)
 
-    monkeypatch.setattr(segments, "_gather", weighed)
+    monkeypatch.setattr(segments, "gather", weighed)
     kvzip.prefill_compressed(model, LONG, 0.3, segment=100)
     assert len(held) == 18 and all(a > b for n in (0, 6, 12) for a, b in pairwise(held[n : n + 6]))
 

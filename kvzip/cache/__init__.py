@@ -4,9 +4,9 @@ from ..files.header import is_kvzip_file
 from ..files.writing import check_target, whole_file
 from .caches import DenseCache, RaggedCache, as_ragged, check_cache, check_pairs, check_whole, global_layers, nbytes
 from .io import load_cache, read_header, read_pieces, save
-from .levels import encode_levels
 from .memory import explain_out_of_memory, free_bytes, full_nbytes, to
 from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, all_ragged, empty_tail, grow_tail
+from .score_codes import encode_levels
 
 __all__ = [
     "DenseCache",

@@ -15,9 +15,9 @@ from ..files.tensors import write_file
 from ..ops import Quantized
 from ..prompts import token_bytes
 from .caches import DenseCache, RaggedCache, check_pairs
-from .levels import encode_levels
 from .parts import DenseKV, RaggedKV, Scores, WindowKV
 from .reading import BelongsTo, open_cache, read_cache, read_texts
+from .score_codes import encode_levels
 
 
 @runtime_checkable

@@ -17,8 +17,8 @@ from ..files.header import OpenFile, open_file
 from ..files.tensors import DTYPES, read_tensor, staging
 from ..ops import Channels, Quantized, decode_schedule
 from .caches import DenseCache, RaggedCache
-from .levels import LEVELS
 from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV
+from .score_codes import MOST
 
 
 @runtime_checkable
@@ -265,7 +265,7 @@ class _Reader:
             values = self.take("scores.values", sizes)
         else:
             codes, levels = self.take("scores.codes", sizes), self.take("scores.levels")
-            require(0 < len(levels) <= LEVELS and not bool(levels.isnan().any()), f"{len(levels)} levels of scores")
+            require(0 < len(levels) <= MOST and not bool(levels.isnan().any()), f"{len(levels)} levels of scores")
             require(bool((levels.diff() > 0).all()), "levels of scores that do not ascend")
             require(not codes.numel() or int(codes.max()) < len(levels), "scores above the highest level")
             values = torch.stack([levels[layer.int()] for layer in codes])

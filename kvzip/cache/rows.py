@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -121,3 +122,22 @@ def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
     k, v, positions = rows(layer.k, more.k), rows(layer.v, more.v), put(layer.positions, more.positions)
     offsets = layer.offsets + more.offsets
     return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets))
+
+
+def interleave(held: Tensor, new: Any, sizes: list[int]) -> list[Tensor]:
+    """Returns what belongs to the rows that a head held, then what belongs to its new ones, new[h], head after head.
+
+    `sizes` are the numbers of rows in that order.
+    """
+    return [part for pair in zip(held.split(sizes[::2]), new, strict=True) for part in pair]
+
+
+def gather(
+    parts: tuple[Float[Tensor, "N D"], Float[Tensor, "H S D"]], rows: list[Tensor], sizes: list[int]
+) -> Float[Tensor, "M D"]:
+    """Returns the rows with these indices: of each head those that it held, then its new ones (see `interleave`)."""
+    held, new = parts
+    out = held.new_empty(sum(map(len, rows)), held.shape[1])
+    for part, index, place in zip(interleave(held, new, sizes), rows, out.split([len(r) for r in rows]), strict=True):
+        torch.index_select(part, 0, index, out=place)
+    return out

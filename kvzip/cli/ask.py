@@ -14,7 +14,7 @@ import click
 from ..display import visible
 from ..hub import Loading
 from .output import echo, hint, put_json, stages
-from .plumbing import FileName, check_text, command, finite, positive, stdin_lines
+from .plumbing import FileName, check_utf8, command, finite, positive, stdin_lines
 from .sources import model_options, open_cache, short
 
 
@@ -106,7 +106,7 @@ def ask(
     itself, and none changes the file.
     """
     lines = [line.strip() for q in questions for line in (stdin_lines() if q == "-" else [q])]
-    asked = [check_text(line) for line in lines if line]
+    asked = [check_utf8(line) for line in lines if line]
     if not asked:
         raise click.UsageError("expected a question, got none with text in it")
     begun = time.monotonic()

@@ -17,9 +17,9 @@ from ..hub import Loading
 from .ask import Answering, answer_options, follow
 from .compress import RATIO, SUFFIX
 from .output import echo, hint, say, size, stages
-from .plumbing import FileName, check_text, command, explain, stdin_lines
+from .plumbing import FileName, check_utf8, command, explain, stdin_lines
 from .sources import model_options, open_cache
-from .targets import check_target, is_kvzip_file, say_replaced
+from .targets import check_output, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
     from ..cache import RaggedCache
@@ -61,7 +61,7 @@ def chat(file: Path, answering: Answering, model: str | None, loading: Loading) 
     for line in _lines():
         stopped = "stopped; nothing has changed"
         try:
-            check_text(line)
+            check_utf8(line)
             if line.startswith("/"):
                 name, _, argument = line[1:].partition(" ")
                 if name in ("quit", "exit"):
@@ -187,7 +187,7 @@ def _save(talk: Talk, argument: str) -> None:
         raise ValueError(f"expected a file to write, got {got}: /save talk{SUFFIX}")
     force, path = "--force" in words, Path(names[0])
     how = f"/save --force {shlex.quote(names[0])}"
-    held = check_target(path, kind="file of kvzip", ours=is_kvzip_file, force=force, how=how)
+    held = check_output(path, kind="file of kvzip", ours=is_kvzip_file, force=force, how=how)
     save(talk.states[-1], path, note=talk.note, model=talk.model, score_bits=8, overwrite=bool(held))
     say_replaced(path, held)
     echo(f"{visible_line(str(path))}, {size(path.stat().st_size)}")

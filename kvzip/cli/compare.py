@@ -8,7 +8,7 @@ from ..hub import Loading
 from . import documents
 from .ask import follow
 from .output import put, put_json, stages
-from .plumbing import Ratio, check_text, command, positive
+from .plumbing import Ratio, check_utf8, command, positive
 from .sources import find_model, load_model, model_options
 
 
@@ -51,7 +51,7 @@ def compare(
     what is saved; then memory and times, and for each question the answers, how far probabilities moved, and the tokens
     that changed.
     """
-    asked = [check_text(question.strip()) for question in questions]
+    asked = [check_utf8(question.strip()) for question in questions]
     if not all(asked):
         raise click.UsageError("expected questions with text in them, got an empty one")
     text, _ = documents.read([document])

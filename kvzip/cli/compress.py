@@ -12,7 +12,7 @@ from . import documents
 from .output import echo, hint, put_json, say, size, stages
 from .plumbing import FileName, Ratio, command, finite, positive, resuming
 from .sources import find_heads, find_model, load_model, made_for, model_options
-from .targets import check_target, force_option, is_kvzip_file, say_replaced
+from .targets import check_output, force_option, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
     from ..cache import RaggedCache
@@ -127,7 +127,7 @@ def compress(
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     scores = None if heads is None else find_heads(heads)
-    held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
+    held = check_output(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     text, named = documents.read(documents_)
     directory = find_model(model)
     positions = made_for(directory, rope=loading.rope)

@@ -16,7 +16,7 @@ from ..hub import Loading
 from .output import echo, put, put_json, say, stages
 from .plumbing import FileName, Group, ListCommand, positive, resuming
 from .sources import find_model, load_model, model_options
-from .targets import check_target, force_option, is_page, say_replaced, unwritten
+from .targets import check_output, force_option, is_page, say_replaced, unwritten
 
 UNFINISHED = 75
 """Exit code of an evaluation whose time limit left work for the next run."""
@@ -116,7 +116,7 @@ def run(model: str, loading: Loading, out: Path, **asked: Any) -> None:
     """Answer the questions of tasks, by methods, at ratios."""
     # the other options have the names of `run_eval`'s arguments
     directory = find_model(model)
-    check_target(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
+    check_output(out, kind="file of results", ours=_is_results)  # a run goes on with it, and replaces nothing
     from ..evals import run_eval
     from ..evals.plan import check_names
     from ..evals.results import check_growing
@@ -224,12 +224,12 @@ def report(results: tuple[Path, ...], out: Path, force: bool) -> None:
             raise FileNotFoundError(f"expected a file of results, got no file {path}: kvzip eval run writes one")
     held = ""
     if out.is_dir():
-        check_target(out / "table.md", kind="report")
-        held = check_target(
+        check_output(out / "table.md", kind="report")
+        held = check_output(
             out / "index.html", kind="report", ours=lambda path: is_page(path, by="kvzip eval"), force=force
         )
     else:
-        check_target(out, kind="report", ours=lambda path: False)
+        check_output(out, kind="report", ours=lambda path: False)
     from ..evals import write_report
 
     scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
@@ -238,7 +238,7 @@ def report(results: tuple[Path, ...], out: Path, force: bool) -> None:
         out.mkdir(exist_ok=True)
         if not held:
             for path in made:
-                check_target(out / path.name, kind="report", ours=lambda path: False)
+                check_output(out / path.name, kind="report", ours=lambda path: False)
         for path in made:
             echo(visible_line(str(path.replace(out / path.name))))
     say_replaced(out / "index.html", held)

@@ -13,7 +13,7 @@ from . import documents
 from .output import echo, put, put_json, stages
 from .plumbing import FileName, Group, positive, resuming
 from .sources import find_heads, find_model, load_model, model_options, short
-from .targets import check_target, force_option, is_kvzip_file, say_replaced, unwritten
+from .targets import check_output, force_option, is_kvzip_file, say_replaced, unwritten
 
 
 @click.group(
@@ -46,7 +46,7 @@ def make(
 
     A head's score is the largest that it gets in any of them.
     """
-    held = check_target(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
+    held = check_output(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
     texts = [documents.read([source]) for source in documents_]
     directory = find_model(model)
     from .. import head_scores

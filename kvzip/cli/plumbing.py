@@ -215,13 +215,13 @@ def explain(error: Exception) -> str:
 def stdin_lines() -> Iterator[str]:
     """Yields the lines of standard input as they come, without what ends them.
 
-    A line that is not UTF-8 keeps its bytes as surrogates, see `check_text`.
+    A line that is not UTF-8 keeps its bytes as surrogates, see `check_utf8`.
     """
     for line in sys.stdin.buffer:
         yield line.decode("utf-8", "surrogateescape").strip()
 
 
-def check_text(text: str) -> str:
+def check_utf8(text: str) -> str:
     """Returns a text that came from a person or a pipe. Raises ValueError for one that was not UTF-8."""
     try:
         text.encode()

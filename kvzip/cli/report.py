@@ -8,7 +8,7 @@ from ..display import visible_line
 from .output import echo, size
 from .plumbing import FileName, command, resuming
 from .sources import check_ours
-from .targets import check_target, force_option, is_page, say_replaced, unwritten
+from .targets import check_output, force_option, is_page, say_replaced, unwritten
 
 
 @command(
@@ -31,7 +31,7 @@ def report(file: Path, output: Path | None, force: bool) -> None:
         check_ours(file)
         from ..report import write_report
 
-        held = check_target(output, kind="page of kvzip", ours=is_page, force=force)
+        held = check_output(output, kind="page of kvzip", ours=is_page, force=force)
         write_report(file, output)
     say_replaced(output, held)
     echo(f"{visible_line(str(output))}, {size(output.stat().st_size)}")

@@ -24,7 +24,7 @@ def force_option(kind: str = "file") -> Callable[[Callable[..., Any]], Callable[
     return click.option("--force", is_flag=True, help=f"Replace a {kind} of kvzip that is there already.")
 
 
-def check_target(
+def check_output(
     path: Path,
     *,
     kind: str | None = None,
@@ -67,7 +67,7 @@ def check_target(
 
 
 def say_replaced(path: Path, held: str) -> None:
-    """Says what was in a file that has been replaced, if there was one: `held` is what `check_target` returned."""
+    """Says what was in a file that has been replaced, if there was one: `held` is what `check_output` returned."""
     if held:
         say(f"replaced {path}{held}")
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 from .. import ops
 from ..attention import new_layers, prefill_attend, segment_attend
 from ..cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
 from ..cache.caches import map_tensors
-from ..cache.rows import first_rows, of_rows, ranked
+from ..cache.rows import first_rows, gather, interleave, of_rows, ranked
 from ..models import Model, run_attention
 from ..scoring import score_chunks
 from .plan import Plan, check_share, count_protected
@@ -96,7 +96,7 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     positions = torch.arange(plan.start + done, plan.start + stop, dtype=torch.int32, device=values.device)
     for n, (keep, sizes, rank) in zip(segment.scored_layers, chosen, strict=True):
         held, new = run.context[n], context[n]
-        rows = torch.cat(_merge(held.positions, [positions] * held.heads, sizes))[keep]
+        rows = torch.cat(interleave(held.positions, [positions] * held.heads, sizes))[keep]
         k, v = (held.k, new.k[0, :, plan.start :]), (held.v, new.v[0, :, plan.start :])
         context[n], ranks[n] = Unpacked(k, v, keep, sizes, rows), rank
     return Run(context, ranks, torch.cat([run.token_ids, ids]), kept, (*run.scores, values.cpu()))
@@ -135,17 +135,12 @@ def _choose(
     for (layer, rank), new in zip(held, fresh, strict=True):
         old = torch.full_like(rank, torch.inf) if plan.share == "segment" else rank
         parts.append([n for rows in layer.offsets.diff().tolist() for n in (rows, fresh.shape[2])])
-        merged.append(torch.cat(_merge(old, new, parts[-1]))[None])
+        merged.append(torch.cat(interleave(old, new, parts[-1]))[None])
     nan = torch.zeros(1, dtype=torch.int32, device=fresh.device)
     keep = ops.select_count(merged, count=count, nan=nan)
     if nan.item():
         raise ValueError("expected scores without NaN, got some: the model overflowed, use bfloat16 or float32")
     return [(mask[0], sizes, merged.pop(0)[mask]) for mask, sizes in zip(keep, parts, strict=True)]  # pop frees memory
-
-
-def _merge(held: Tensor, new: Any, sizes: list[int]) -> list[Tensor]:
-    """What belongs to the rows that a head held, then what belongs to the segment's, new[h], head after head."""
-    return [part for pair in zip(held.split(sizes[::2]), new, strict=True) for part in pair]
 
 
 def pack_(run: Run) -> None:
@@ -169,26 +164,15 @@ def _steps(layer: Unpacked) -> Iterator[Unpacked | RaggedKV]:
     """
     rows = [mask.nonzero()[:, 0] for mask in layer.keep.split(layer.sizes)]
     if isinstance(layer.k, tuple):
-        layer = replace(layer, k=_gather(layer.k, rows, layer.sizes))
+        layer = replace(layer, k=gather(layer.k, rows, layer.sizes))
         yield layer
     if isinstance(layer.v, tuple):
-        layer = replace(layer, v=_gather(layer.v, rows, layer.sizes))
+        layer = replace(layer, v=gather(layer.v, rows, layer.sizes))
         yield layer
     counts = [len(old) + len(new) for old, new in zip(rows[::2], rows[1::2], strict=True)]
     bounds = [0, *itertools.accumulate(counts)]
     offsets = layer.positions.new_tensor(bounds)
     yield RaggedKV(layer.k, layer.v, offsets, layer.positions, ops.decode_schedule(offsets, bounds=bounds))
-
-
-def _gather(
-    parts: tuple[Float[Tensor, "N D"], Float[Tensor, "H S D"]], rows: list[Tensor], sizes: list[int]
-) -> Float[Tensor, "M D"]:
-    """Of each head the held rows that stay, then the segment's that stay."""
-    held, new = parts
-    out = held.new_empty(sum(map(len, rows)), held.shape[1])
-    for part, index, place in zip(_merge(held, new, sizes), rows, out.split([len(r) for r in rows]), strict=True):
-        torch.index_select(part, 0, index, out=place)
-    return out
 
 
 def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-LEVELS = 256
+MOST = 256
 _SAMPLE = 1 << 20  # scores that levels are chosen from; more would move a level by less than 0.1% of the pairs
 
 
@@ -30,8 +30,8 @@ def encode_levels(values: Float32[Tensor, "L H E"]) -> tuple[UInt8[Tensor, "L H 
         return values.to(torch.uint8), values.new_zeros(1)
     sample = torch.cat([flat[:: max(1, len(flat) // _SAMPLE)], flat.amin()[None], flat.amax()[None]]).sort().values
     levels = sample.unique_consecutive()
-    if len(levels) > LEVELS:
-        ranks = torch.arange(LEVELS, device=flat.device) * (len(sample) - 1) // (LEVELS - 1)
+    if len(levels) > MOST:
+        ranks = torch.arange(MOST, device=flat.device) * (len(sample) - 1) // (MOST - 1)
         levels = sample[ranks].unique_consecutive()
     inner = levels[1:].contiguous()  # every score is at least the lowest
     codes = [torch.bucketize(layer, inner, right=True, out_int32=True).to(torch.uint8) for layer in values]
