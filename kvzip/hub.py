@@ -1,6 +1,6 @@
 """Where a model and its head scores are, and how it is to be loaded.
 
-Without torch, so that a wrong name is known at once.
+It does not import torch, so that a wrong name is reported at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parent / "data" / "head_scores"
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded, in place of what `load` does by itself, or of what a cache file says of its model."""
+    """How to load a model. None takes the default of `load`, or what a cache file says of its model."""
 
     dtype: "torch.dtype | str | None" = None
     device: "torch.device | str | None" = None
