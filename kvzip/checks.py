@@ -88,7 +88,7 @@ def check_text_or_ids(value: Any, name: str) -> None:
 
 
 def check_texts(value: Any, name: str) -> list[str]:
-    """Returns a text as a list of one, several as a list of them. Raises TypeError for anything else."""
+    """Returns one text or several as a list. Raises TypeError for anything else."""
     one = isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable)
     one = one or getattr(value, "shape", None) == ()  # a zero-dimensional array cannot be iterated
     texts: list[Any] = [value] if one else list(value)

@@ -137,8 +137,8 @@ def fold(
     """Returns a cache whose context includes the tail: int(ratio * L * H * n) pairs of its n tokens, the highest scored
     over all layers and heads, are packed behind the rows of their heads. Rows of the old context do not change.
 
-    The pairs are scored as by `kvzip.score` with scope "context": the model repeats the tail, attends to context and
-    tail meanwhile, and a pair's score is its largest weight in a softmax over prefix, chunk and repeat. There is no
+    The pairs are scored as by `kvzip.score` with scope "context": the model repeats the tail, attending to context and
+    tail, and a pair's score is its largest weight in a softmax over prefix, chunk and repeat. There is no
     other scope, because turns refer to their context, and attending to a compressed one costs little. At ratio 1
     nothing is scored, and the answers are those of `cache`. Window layers then hold the last tokens, new rows of a
     quantized context are quantized too, and `kept` and `total` count the tail's pairs too. `fold` may be called again
@@ -187,7 +187,7 @@ def fold(
 
 
 def _keep(model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring) -> Bool[Tensor, "L H E"]:
-    """Which pairs of the tail are kept. Repeat passes write to a copy of the tail, each over the rows of the one before."""
+    """Which pairs of the tail are kept. Repeat passes write to a copy of the tail, each over the rows before it."""
     config, begin, used = model.config, cache.context_length, len(cache.token_ids)
     shape = (len(cache.scored_layers), cache.heads, used - begin)
     if ratio == 1 or not cache.scored_layers:

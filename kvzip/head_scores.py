@@ -95,7 +95,7 @@ def make(
         template, scope, chunk: as in `prefill` and `score`.
         progress: called with (tokens done, tokens in all); each context token counts twice, read and repeated.
 
-    Raises: ValueError for no text, an empty one, other names than texts, NaN scores, and whatever `prefill` and
+    Raises: ValueError for no text, an empty one, a wrong number of names, NaN scores, and whatever `prefill` and
         `score` refuse.
     Source: KVzip, arXiv 2505.23416, section 4.2: the largest score over one book of 88,000 tokens, and over several
     such files where there are any.

@@ -52,10 +52,10 @@ def config_of(directory: Path) -> Path:
 
 
 def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only: bool = False) -> Path:
-    """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
+    """Returns the local directory of a source. For a hub id or an alias, the files that match `only` are downloaded.
 
     Args:
-        local_only: fetch nothing; a hub id must be in the hub's cache on this machine.
+        local_only: download nothing; a hub id must be in the hub's cache on this machine.
 
     Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
     """

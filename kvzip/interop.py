@@ -27,7 +27,7 @@ def from_transformers(
 ) -> DenseCache:
     """Returns a DynamicCache of the same weights as a dense cache, to be scored, compressed, extended or asked.
 
-    Tensors are shared where device and layout allow; Transformers replaces its own when it decodes further.
+    Tensors are shared where device and layout allow; decoding in Transformers replaces its own and leaves ours.
 
     Args:
         cache: a `transformers.DynamicCache` of one sequence, made with or without a config.

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides its inputs: the machine, versions and the commit; and seconds on a device."""
+"""The machine, versions and commit that a measurement depends on, and a timer that waits for the GPU."""
 
 import datetime
 import platform

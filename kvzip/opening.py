@@ -34,11 +34,11 @@ def open(
 
         model, cache = kvzip.open("contract.kvz")
 
-    The model that the file names is taken if it is a directory here or in the hub's cache. It is never
-    downloaded: opening a file must not cause network requests.
+    The model that the file names is used if it is a directory here or in the hub's cache. It is never downloaded:
+    opening a file must not cause network requests.
 
     Args:
-        model: a model, or the source of one (fetched if need be), in place of the one that the file names.
+        model: a model, or the source of one (downloaded if needed), in place of the one that the file names.
         dtype, rope, max_length: as for `load`, in place of the file's; the cache must be of the model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
 

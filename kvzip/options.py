@@ -17,7 +17,7 @@ LEVELS = ("pair", "layer", "uniform", "head")
 
 @dataclass(frozen=True)
 class Turn:
-    """What stands in front of a context: system message and instruction, or without a template at most BOS."""
+    """What is put in front of a context: system message and instruction, or without a template at most BOS."""
 
     system: str | None = None
     instruction: str | None = None
@@ -68,7 +68,7 @@ class Sampling:
 
 
 def turn(system: Any, instruction: Any, template: Any) -> Turn:
-    """Returns a Turn. Raises TypeError for what is no text, ValueError for texts without a template."""
+    """Returns a Turn. Raises TypeError for texts that are not str, ValueError for texts without a template."""
     check_text(system, "system")
     check_text(instruction, "instruction")
     if not template and (system is not None or instruction is not None):

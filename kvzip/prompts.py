@@ -192,7 +192,7 @@ def encode_control(tokenizer: Tokenizer, text: str, *, before: str = "") -> list
 def encode_turn(tokenizer: Tokenizer, text: str, after: str, *, before: str = "") -> list[int]:
     """Returns the ids of the caller's text and of what the template writes after it, as `encode_text` does.
 
-    If a token would span `before` and the text, the text is encoded behind a neutral character instead: a
+    If a token would span `before` and the text, the text is encoded behind a neutral character instead, because a
     tokenizer might put a space in front of a text encoded alone.
     """
     check_text(text)

@@ -123,7 +123,7 @@ def shrink(
 def save(
     cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> None:
-    """Writes a cache's scores without its pairs, 4 bytes a pair, with what ties them to its model and tokens.
+    """Writes a cache's scores without its pairs, 4 bytes a pair, with digests of its model and tokens.
 
     Args:
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -145,7 +145,7 @@ def save(
 def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
     """Returns the scores of a file that `save` wrote, on the device of the cache that they must belong to.
 
-    Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
+    Raises: FileNotFoundError; ValueError for a damaged file, one without scores, or those of another model or tokens.
     """
     check_path(path, "path")
     layers, shape, span = _place(cache)

@@ -104,7 +104,7 @@ class Scores:
 
 
 def full_heads(layers: Sequence[Layer], kind: type[DenseKV] | type[WindowKV]) -> tuple[Any, ...]:
-    """Returns layers with those of one kind, all of one shape, as ragged layers of every row. No pair is copied."""
+    """Returns layers, those of one kind (of one shape) as ragged layers that keep every row. No pair is copied."""
     whole = [layer for layer in layers if isinstance(layer, kind)]
     if not whole:
         return tuple(layers)

@@ -210,7 +210,7 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A JSON object. Raises Damaged for other text, keys that are there twice, NaN and infinities."""
+    """A JSON object. Raises Damaged for other text, duplicate keys, NaN and infinities."""
     try:
         value = json.loads(
             text, object_pairs_hook=_pairs, parse_constant=lambda x: require(False, f"{x} in its header")

@@ -79,7 +79,7 @@ def prefill_compressed(
 
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, more protected
         pairs than the ratio keeps (of a segment, with share "segment"), a checkpoint of other arguments or another
-        context, a file that is none; TypeError for pieces of mixed kinds and for what is no number; OSError for a
+        context, another kind of file; TypeError for pieces of mixed kinds and for what is no number; OSError for a
         checkpoint that cannot be written; torch.OutOfMemoryError that says what for.
     """
     check_kind(model, Model)

@@ -42,7 +42,7 @@ class Run:
     """The state between two segments.
 
     context: the layers. After `extend`, those without a window are Unpacked until `pack_` has packed them.
-    ranks[i]: the score of each row of layer i, infinite for the prefix's and those protected; None for window layers.
+    ranks[i]: the score of each row of layer i, infinite for prefix and protected rows; None for window layers.
     kept: how many pairs are held, without the prefix's and those of window layers.
     scores: of all context tokens so far, by segment, on the host.
     """
