@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from .output import echo, hint, put_json, stages
 from .plumbing import FileName, check_text, command, finite, positive, stdin_lines
 from .sources import model_options, open_cache, short
 
-_ANSWERING = ("max_tokens", "temperature", "top_p", "seed", "stop")
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are chosen and where they end, by the names of `kvzip.generate`."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +60,7 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def collected(**given: Any) -> Any:
-        return function(answering={name: given.pop(name) for name in _ANSWERING}, **given)
+        return function(answering=Answering(*(given.pop(field.name) for field in fields(Answering))), **given)
 
     for option in reversed(options):
         collected = option(collected)
@@ -85,7 +95,7 @@ def _stops(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) 
 def ask(
     file: Path,
     questions: tuple[str, ...],
-    answering: dict[str, Any],
+    answering: Answering,
     model: str | None,
     loading: Loading,
     as_json: bool,
@@ -107,7 +117,7 @@ def ask(
     load_s, begun = time.monotonic() - begun, time.monotonic()
     with _shown(asked, as_json) as (on_token, finish):
         queries = [follow(q, chat=cache.chat) for q in asked]
-        answers = generate(loaded, cache, queries, template=cache.chat, on_token=on_token, **answering)
+        answers = generate(loaded, cache, queries, template=cache.chat, on_token=on_token, **vars(answering))
         finish([answer.text for answer in answers])
     answer_s = time.monotonic() - begun
     tokens = sum(len(answer.token_ids) for answer in answers)

@@ -14,7 +14,7 @@ import click
 
 from ..display import visible_line
 from ..hub import Loading
-from .ask import answer_options, follow
+from .ask import Answering, answer_options, follow
 from .compress import RATIO, SUFFIX
 from .output import echo, hint, say, size, stages
 from .plumbing import FileName, check_text, command, explain, stdin_lines
@@ -44,7 +44,7 @@ class Talk:
 @click.argument("file", type=FileName())
 @answer_options
 @model_options(required=False)
-def chat(file: Path, answering: dict[str, Any], model: str | None, loading: Loading) -> None:
+def chat(file: Path, answering: Answering, model: str | None, loading: Loading) -> None:
     """Talk about a compressed file.
 
     Each question sees those before it. /help lists the commands. Lines may also come from a pipe. The file does not
@@ -74,7 +74,7 @@ def chat(file: Path, answering: dict[str, Any], model: str | None, loading: Load
             stopped = "stopped; this turn is forgotten"
             show = partial(echo, nl=False)
             query = follow(line, chat=cache.chat)
-            _, state = ask(loaded, talk.states[-1], query, template=cache.chat, on_token=show, **answering)
+            _, state = ask(loaded, talk.states[-1], query, template=cache.chat, on_token=show, **vars(answering))
             echo()
             talk.states.append(state)
         except (KeyboardInterrupt, click.Abort):  # Abort: Ctrl-C or Ctrl-D where a yes or a no is asked for
