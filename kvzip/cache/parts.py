@@ -109,10 +109,10 @@ def full_heads(layers: Sequence[Layer], kind: type[DenseKV] | type[WindowKV]) ->
     if not whole:
         return tuple(layers)
     heads, rows = whole[0].k.shape[1:3]
-    start = whole[0].start if isinstance(whole[0], WindowKV) else 0
+    first = whole[0].start if isinstance(whole[0], WindowKV) else 0
     bounds = [rows * head for head in range(heads + 1)]
     offsets = torch.tensor(bounds, dtype=torch.int32, device=whole[0].device)
-    positions = torch.arange(start, start + rows, dtype=torch.int32, device=whole[0].device).repeat(heads)
+    positions = torch.arange(first, first + rows, dtype=torch.int32, device=whole[0].device).repeat(heads)
     schedule = decode_schedule(offsets, bounds=bounds)
 
     def seen(layer: Layer) -> RaggedKV:

@@ -139,4 +139,4 @@ def _sums(block: np.ndarray) -> bytes:
 
 
 def _blocks(buffer: np.ndarray) -> Iterator[np.ndarray]:
-    return (buffer[start : start + _BLOCK] for start in range(0, len(buffer), _BLOCK))
+    return (buffer[at : at + _BLOCK] for at in range(0, len(buffer), _BLOCK))
