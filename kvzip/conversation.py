@@ -158,22 +158,22 @@ def fold(
     scoring = options.scoring("context", method, chunk, hint)
     check_fingerprint(model, cache.fingerprint)
     cache, ratio = as_ragged(cache), checks.kept_ratio(ratio, of="the tail")
-    tail, start, stop = cache.tail, cache.context_length, len(cache.token_ids)
-    if tail is None or start == stop:
+    tail, begin, stop = cache.tail, cache.context_length, len(cache.token_ids)
+    if tail is None or begin == stop:
         return replace(cache, tail=None)
     keep = _keep(model, cache, tail, ratio, scoring)
     counts = keep.sum(-1).tolist()
     context: list[RaggedKV | WindowKV] = []
     scored = iter(zip(keep, counts, strict=True))
     for layer, k, v, spec in zip(cache.context, tail.k, tail.v, model.config.layers, strict=True):
-        k, v = k[:, :, : stop - start], v[:, :, : stop - start]
+        k, v = k[:, :, : stop - begin], v[:, :, : stop - begin]
         if isinstance(layer, WindowKV):
             assert spec.window is not None
             last_k, last_v = (torch.cat(x, dim=2)[:, :, -spec.window :].clone() for x in ((layer.k, k), (layer.v, v)))
             context.append(WindowKV(last_k, last_v, stop - last_k.shape[2]))
         else:
             more = pack(k[0], v[0], *next(scored))
-            context.append(join(layer, replace(more, positions=more.positions + start)))
+            context.append(join(layer, replace(more, positions=more.positions + begin)))
     return replace(
         cache,
         context=tuple(context),
