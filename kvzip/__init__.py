@@ -1,4 +1,4 @@
-"""kvzip: prefill a document once, keep the pairs that matter for any question, answer many questions from the rest."""
+"""kvzip: prefill a document once, drop the KV pairs that no question needs, answer many questions from the others."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,7 +71,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a module, imported when it is first asked for: torch takes seconds, `kvzip --help` does not."""
+    """Returns a public name or a module, imported at first use, so that `kvzip --help` does not wait for torch."""
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None and (name.startswith("_") or find_spec(f"{__name__}.{name}") is None):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What public functions are given, checked at the door: each error says what was expected, what came, what to do."""
+"""Checks of the arguments of public functions: each error says what was expected, what came and what to do."""
 
 import math
 import numbers
@@ -50,7 +50,7 @@ def check_path(value: Any, name: str) -> None:
 
 
 def check_mapping(value: Any, name: str) -> None:
-    """Raises TypeError unless value is None or has values by names."""
+    """Raises TypeError unless value is None or a mapping with str keys."""
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
         raise TypeError(
             f"expected {name} to be a dict of values by their names, got {_shown(value)}: pass one, or None"
@@ -64,7 +64,7 @@ def check_text(value: Any, name: str) -> None:
 
 
 def check_dtype(value: Any) -> None:
-    """Raises TypeError unless value is a dtype of real numbers that can be calculated with: of 16 bits or more."""
+    """Raises TypeError unless value is a floating dtype of 16 bits or more."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
         raise TypeError(
             f"expected dtype to be a floating type of 16 bits or more, got {_shown(value)}: pass torch.bfloat16"
@@ -72,7 +72,7 @@ def check_dtype(value: Any) -> None:
 
 
 def check_values(values: Any, name: str) -> None:
-    """Raises TypeError unless the values of scores are what files of them hold."""
+    """Raises TypeError unless the values of scores are in float32, as files hold them."""
     if not isinstance(values, Tensor) or values.dtype != torch.float32:
         raise TypeError(f"expected {name} in float32, got {_shown(values)}: pass values.float()")
 
@@ -88,9 +88,9 @@ def check_text_or_ids(value: Any, name: str) -> None:
 
 
 def check_texts(value: Any, name: str) -> list[str]:
-    """Returns a text as a list of one, several as a list of them. Raises TypeError for anything else."""
+    """Returns one text or several as a list. Raises TypeError for anything else."""
     one = isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable)
-    one = one or getattr(value, "shape", None) == ()  # an array without axes has no items
+    one = one or getattr(value, "shape", None) == ()  # a zero-dimensional array cannot be iterated
     texts: list[Any] = [value] if one else list(value)
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
@@ -101,7 +101,7 @@ def check_texts(value: Any, name: str) -> list[str]:
 def whole(value: Any, name: str, *, least: int | None = None) -> int:
     """Returns a whole number of any type as a Python int.
 
-    Raises: TypeError for what is no whole number, 3.0, "3" and True among it; ValueError for less than `least`.
+    Raises: TypeError for anything else (also 3.0, "3" and True); ValueError for less than `least`.
     """
     bound = "" if least is None else f" of {least} or more"
     try:
@@ -116,7 +116,7 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
 def number(value: Any, name: str, *, finite: bool = True) -> float:
     """Returns a number of any type as the Python float nearest to it.
 
-    Raises: TypeError for what is no number, "0.3" and True among it; ValueError for NaN and infinities if `finite`.
+    Raises: TypeError for anything else (also "0.3" and True); ValueError for NaN and infinities if `finite`.
     """
     plain = _plain(value)
     if not isinstance(plain, (numbers.Real, Decimal)):
@@ -134,9 +134,9 @@ def number(value: Any, name: str, *, finite: bool = True) -> float:
 
 
 def kept_ratio(value: Any, *, of: str = "pairs") -> float:
-    """Returns a ratio of any type as a Python float, so that int(ratio * total) is the float64 product for all of them.
+    """Returns a ratio of any numeric type as a Python float, so that int(ratio * total) is computed in float64.
 
-    A float32 of 0.3 is 0.30000001192092896 then, a Fraction the float64 nearest to it.
+    A float32 0.3 becomes 0.30000001192092896, a Fraction the nearest float64.
 
     Raises: TypeError for what is no number; ValueError unless 0 < ratio <= 1.
     """
@@ -144,17 +144,17 @@ def kept_ratio(value: Any, *, of: str = "pairs") -> float:
 
 
 def _plain(value: Any) -> Any:
-    """The number in a scalar of numpy or a tensor without axes; None, which is no number, for bools and arrays."""
+    """The number in a numpy scalar or a zero-dimensional tensor; None for bools and arrays; other values unchanged."""
     if hasattr(value, "shape"):
         try:
             value = value.item() if value.shape == () else None
-        except RuntimeError:  # a tensor whose value is not there
+        except RuntimeError:  # a meta tensor has no value
             return None
     return None if isinstance(value, bool) else value
 
 
 def _shown(value: Any) -> str:
-    """What came, in a few characters."""
+    """A short description of a value, for errors."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if value is None:

@@ -32,8 +32,8 @@ def compress(
     """Returns a cache that holds only the highest scored pairs of the context; the rest are gone.
 
     The system prefix and window layers are always kept and do not count. Protected and minimum rows are taken first,
-    the rest by score, equal scores in index order. Numbers may be of any type (numpy's, Fraction, Decimal, a tensor
-    without axes); they are converted to Python's.
+    the rest by score, equal scores in index order. Numbers may be of any type (numpy's, Fraction, Decimal, a
+    zero-dimensional tensor); they are converted to Python's.
 
     Args:
         ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
@@ -46,8 +46,8 @@ def compress(
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
         sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
-            heads do; level "head" only. The prefix is always kept and not part of `sink`; DuoAttention counts it there.
-            The recent tokens are fixed: they do not move on while a question is answered.
+            heads do; level "head" only. The prefix is always kept and not counted in `sink`; DuoAttention counts it.
+            `recent` counts from the end of the context: it does not slide while a question is answered.
         bits: 8 or 4 quantizes the kept keys and values, prefix included, to that many bits (see `ops.quantize`); window
             layers and the tail stay as they are.
         consume: frees each dense layer once it is packed. Using `cache` afterwards, or another that shares its pairs,
@@ -56,7 +56,7 @@ def compress(
     Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget and threshold is given,
         if more rows are protected than the budget allows, or if kept pairs to quantize are not finite; TypeError for
         what is no number; torch.OutOfMemoryError that says what needed the memory, and whether the cache is intact.
-    Source: KVzip, arXiv 2505.23416. The authors' code keeps strictly more than a threshold, which loses ties.
+    Source: KVzip, arXiv 2505.23416. The authors' code keeps only scores strictly above its threshold, which drops ties.
     """
     check_whole(cache)
     if cache.scores is None:
@@ -116,7 +116,7 @@ def _keep(scores: Scores, budget: Budget) -> tuple[Bool[Tensor, "L H E"], list[l
     if budget.sink or budget.recent:
         token, tokens = torch.arange(keep.shape[2], device=keep.device), keep.shape[2]
         keep = keep | (token < min(budget.sink, tokens)) | (token >= tokens - min(budget.recent, tokens))
-    *counts, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # the one wait for the device
+    *counts, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # one copy, as each waits for the device
     if overflowed:
         raise ValueError(
             "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
@@ -169,8 +169,8 @@ def _pack(
 ) -> tuple[RaggedKV | WindowKV, ...]:
     """Packs the kept pairs of each layer behind its prefix; head h of scored layer l keeps counts[l][h] of them.
 
-    With `consume` each layer is freed once it is packed. All layers leave the cache before the first is packed, so that
-    an interrupted cache is either whole or known to be consumed; they return if none was freed. The largest layer is
+    With `consume` each layer is freed once it is packed. The cache's list is emptied before the first layer is packed,
+    and filled again if an error comes before one is freed: a cache is whole or known to be consumed. The largest is
     packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
     """
     layers: list[Any] = list(cache.layers)
@@ -182,7 +182,7 @@ def _pack(
     needed = max(sizes) if consume else sum(sizes)
     explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
     remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True")
-    if consume:  # checked while every layer is still there
+    if consume:  # before the list is emptied, so that these errors leave the cache intact
         free = free_bytes(cache.device)
         if free is not None and free < needed:
             raise torch.OutOfMemoryError(
@@ -210,7 +210,7 @@ def _pack(
 
 
 def _check_finite(cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"]) -> None:
-    """Raises ValueError for a kept pair that is not finite: no scale fits it. One pass, one wait for the device."""
+    """Raises ValueError for a kept pair with inf or NaN, which no scale can represent. One wait if there is none."""
     layers = [cache.layers[n] for n in cache.scored_layers]
     ends = torch.stack([torch.stack(x.aminmax()) for layer in layers for x in (layer.k, layer.v)])
     for n in set((~ends.isfinite()).any(1).nonzero()[:, 0].floor_divide(2).tolist()):

@@ -32,12 +32,12 @@ FOLDED = "+fold"  # at the end of a cache's method: some pairs of folded turns w
 def extend(
     model: Model, cache: DenseCache | RaggedCache, text: str | Int64[Tensor, " S"], *, chunk: int = 2_000
 ) -> RaggedCache:
-    """Returns a cache with the text's tokens, unchanged, added to its tail.
+    """Returns a cache with the tokens of a text appended to its tail, without any template around them.
 
     The context is shared with `cache`, the tail is a copy.
 
     Args:
-        text: text, in which control tokens are plain text, or token ids.
+        text: a text, in which the strings of control tokens are encoded as plain text, or token ids.
         chunk: tokens per forward pass; bounds the memory for activations and does not change the result.
 
     Raises: ValueError for a cache of another model, an empty text, or more positions than the model was made for.
@@ -54,12 +54,12 @@ def extend(
     used = len(cache.token_ids)
     check_length(model, used + len(ids), f"a cache of {used} and {len(ids)} new tokens")
     tail, context = roomy_tail(cache, 1, len(ids), dtype=model.dtype), all_ragged(cache.context)
-    for piece in ids.to(model.device).split(chunk):
-        positions = torch.arange(used, used + len(piece), device=model.device)
+    for part in ids.to(model.device).split(chunk):
+        positions = torch.arange(used, used + len(part), device=model.device)
         with torch.no_grad():
-            run_attention(model, piece[None], positions, decode_attend(model.config, context, tail))
-        tail = replace(tail, lengths=tail.lengths + len(piece))
-        used += len(piece)
+            run_attention(model, part[None], positions, decode_attend(model.config, context, tail))
+        tail = replace(tail, lengths=tail.lengths + len(part))
+        used += len(part)
     return replace(cache, tail=tail, token_ids=torch.cat([cache.token_ids, ids]))
 
 
@@ -90,8 +90,8 @@ def ask(
 
     Arguments and answer are those of `generate`. The new tail holds the turns as the chat template renders them: the
     query, all tokens of the answer and the end of its turn, whatever ended the answer. A stop text is not in it, except
-    for a part within the answer's last token. The turn is read again in one forward pass, which costs about one step
-    of decoding. With template=False query and answer are plain text that continues the context.
+    for a part within the answer's last token. The turn is prefilled again in one forward pass, which costs about one
+    step of decoding. With template=False query and answer are plain text that continues the context.
 
     Raises: as `generate`; ValueError also if the end of the turn would not fit in the model's length.
     """
@@ -137,11 +137,11 @@ def fold(
     """Returns a cache whose context includes the tail: int(ratio * L * H * n) pairs of its n tokens, the highest scored
     over all layers and heads, are packed behind the rows of their heads. Rows of the old context do not change.
 
-    The pairs are scored as by `kvzip.score` with scope "context": the model repeats the tail, attends to context and
-    tail meanwhile, and a pair's score is its largest weight in a softmax over prefix, chunk and repeat. There is no
+    The pairs are scored as by `kvzip.score` with scope "context": the model repeats the tail, attending to context and
+    tail, and a pair's score is its largest weight in a softmax over prefix, chunk and repeat. There is no
     other scope, because turns refer to their context, and attending to a compressed one costs little. At ratio 1
-    nothing is scored, and the answers are those of `cache`. Window layers move on to the last tokens, new rows of a
-    quantized context are quantized alike, and `kept` and `total` count the tail's pairs too. `fold` may be called again
+    nothing is scored, and the answers are those of `cache`. Window layers then hold the last tokens, new rows of a
+    quantized context are quantized too, and `kept` and `total` count the tail's pairs too. `fold` may be called again
     after further turns.
 
     Args:
@@ -158,22 +158,22 @@ def fold(
     scoring = options.scoring("context", method, chunk, hint)
     check_fingerprint(model, cache.fingerprint)
     cache, ratio = as_ragged(cache), checks.kept_ratio(ratio, of="the tail")
-    tail, start, stop = cache.tail, cache.context_length, len(cache.token_ids)
-    if tail is None or start == stop:
+    tail, begin, stop = cache.tail, cache.context_length, len(cache.token_ids)
+    if tail is None or begin == stop:
         return replace(cache, tail=None)
     keep = _keep(model, cache, tail, ratio, scoring)
     counts = keep.sum(-1).tolist()
     context: list[RaggedKV | WindowKV] = []
     scored = iter(zip(keep, counts, strict=True))
     for layer, k, v, spec in zip(cache.context, tail.k, tail.v, model.config.layers, strict=True):
-        k, v = k[:, :, : stop - start], v[:, :, : stop - start]
+        k, v = k[:, :, : stop - begin], v[:, :, : stop - begin]
         if isinstance(layer, WindowKV):
             assert spec.window is not None
             last_k, last_v = (torch.cat(x, dim=2)[:, :, -spec.window :].clone() for x in ((layer.k, k), (layer.v, v)))
             context.append(WindowKV(last_k, last_v, stop - last_k.shape[2]))
         else:
             more = pack(k[0], v[0], *next(scored))
-            context.append(join(layer, replace(more, positions=more.positions + start)))
+            context.append(join(layer, replace(more, positions=more.positions + begin)))
     return replace(
         cache,
         context=tuple(context),
@@ -187,7 +187,7 @@ def fold(
 
 
 def _keep(model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring) -> Bool[Tensor, "L H E"]:
-    """Which pairs of the tail are kept. Repeat passes append to a copy of the tail, and overwrite each other there."""
+    """Which pairs of the tail are kept. Repeat passes write to a copy of the tail, each over the rows before it."""
     config, begin, used = model.config, cache.context_length, len(cache.token_ids)
     shape = (len(cache.scored_layers), cache.heads, used - begin)
     if ratio == 1 or not cache.scored_layers:

@@ -18,15 +18,15 @@ from .inputs import check_fingerprint, context_ids
 from .models import Model, forward, logits
 
 NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf
-_ROWS_OF_A_GRAPH = 4096  # questions x tokens; beyond that matmuls take the time, not kernel launches
+_ROWS_OF_A_GRAPH = 4096  # questions x tokens; larger passes are bound by matmuls, not by launches
 
 
 class Decoder:
     """Answers up to `batch` questions at a time over a frozen cache; `generate` makes one, or is given one.
 
-    It owns the tails of the questions and, on a GPU, CUDA graphs of reading questions and of one step. The graphs are
-    captured at first use and replayed after that, so that a decoder used again starts at once. The cache is shared and
-    never written; its own tail, if any, is copied to the beginning of each question's.
+    It owns the tails of the questions and, on a GPU, CUDA graphs of the questions' prefill and of one decoding step.
+    They are captured at first use and replayed later, so that a decoder used again starts at once. The cache is shared
+    and never written; its own tail, if any, is copied to the beginning of each question's.
 
     Args:
         batch: questions at once.
@@ -66,7 +66,7 @@ class Decoder:
     def read(
         self, questions: Sequence[Sequence[int]], *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> None:
-        """Reads one question into each row and chooses its answer's first token; earlier questions are dropped.
+        """Prefills one question in each row and chooses its answer's first token; earlier questions are dropped.
 
         Every question draws the same random numbers, from `seed`, so its answer does not depend on the other questions.
 
@@ -107,7 +107,7 @@ class Decoder:
     def fetch(self) -> Callable[[], list[int]]:
         """Starts copying the last tokens to the host; the function returned waits for the copy and returns them.
 
-        It must be called before two further fetches: there are two host buffers.
+        Call that function before fetching twice more: there are two host buffers.
         """
         if self.model.device.type != "cuda":
             tokens = self.tokens.tolist()
@@ -127,7 +127,7 @@ class Decoder:
         return wait
 
     def _run(self, token_ids: Int64[Tensor, "B T"]) -> None:
-        """`_advance` of ids that keep their address: on a GPU from a graph, captured at first use."""
+        """Runs `_advance`, on a GPU as a CUDA graph captured at first use; the ids must keep their address."""
         if not self._replays:
             self._advance(token_ids)
             return
@@ -138,14 +138,14 @@ class Decoder:
 
     @torch.no_grad()
     def _advance(self, token_ids: Int64[Tensor, "B T"]) -> None:
-        """Appends T tokens to each tail, of which `_counts` are no padding if T > 1, and chooses the next tokens."""
+        """Appends T tokens to each tail (if T > 1 the first `_counts`, the rest is padding) and chooses the next."""
         hidden = self._forward(token_ids)
         if token_ids.shape[1] == 1:
             last, count = hidden[:, 0], 1
         else:
             last, count = hidden[torch.arange(self.batch, device=token_ids.device), self._counts - 1], self._counts
         scores = logits(self.model, last)
-        likeliest = scores.argmax(-1, keepdim=True)  # a NaN, if there is one
+        likeliest = scores.argmax(-1, keepdim=True)  # argmax returns a NaN if there is one
         top = scores.gather(-1, likeliest)
         if self._sampled:
             draw = self._draws.gather(0, self._drawn.clamp(max=self.rows - 1))
@@ -180,7 +180,7 @@ def sample(
 
     It inverts the cumulative probabilities at `draw`, uniform in [0, 1), so that the host does not wait for the device.
     Sums are float64: no temperature above 0 turns finite scores into NaN, and a top_p just below 1 differs from 1.
-    Infinite scores share all of the probability. A row with NaN gives some token.
+    Infinite scores share all of the probability. A row with NaN gives an arbitrary token.
     """
     ordered, tokens = scores.sort(stable=True, dim=-1, descending=True)
     wide = ordered.double()
@@ -208,7 +208,7 @@ def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None
     """
     try:
         return _capture_once(run, device)
-    except RuntimeError as error:  # torch's own, or the driver's, which has no type
+    except RuntimeError as error:  # torch's OutOfMemoryError, or a driver error without a type of its own
         if "out of memory" not in str(error):
             raise
     torch.cuda.empty_cache()  # not in the except block, where the exception still holds the failed capture's tensors

@@ -121,8 +121,8 @@ def generate(
             f"{decoder.rows}: pass tail={rows} to Decoder, or lower max_tokens"
         )
     answers: list[Answer] = []
-    for start in range(0, len(ids), decoder.batch):
-        group = slice(start, start + decoder.batch)
+    for first in range(0, len(ids), decoder.batch):
+        group = slice(first, first + decoder.batch)
         decoder.read(ids[group], temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
         answers += _decode(decoder, streams[group], model.stop_ids, limit)
     return answers[0] if isinstance(query, str) else answers

@@ -95,7 +95,7 @@ def make(
         template, scope, chunk: as in `prefill` and `score`.
         progress: called with (tokens done, tokens in all); each context token counts twice, read and repeated.
 
-    Raises: ValueError for no text, an empty one, other names than texts, NaN scores, and whatever `prefill` and
+    Raises: ValueError for no text, an empty one, a wrong number of names, NaN scores, and whatever `prefill` and
         `score` refuse.
     Source: KVzip, arXiv 2505.23416, section 4.2: the largest score over one book of 88,000 tokens, and over several
     such files where there are any.
@@ -115,7 +115,7 @@ def make(
     tell = progress or (lambda done, total: None)
 
     def stage(before: int, tokens: int) -> Progress:
-        """Progress of one stage as progress of the whole. A stage may count a prefix too, so its rest is subtracted."""
+        """A stage's callback, told in tokens of the whole. It counts what is left: a stage may count a prefix too."""
         return lambda now, of: tell(before + max(0, tokens - (of - now)), total)
 
     found = []
@@ -124,7 +124,7 @@ def make(
         cache = score(model, cache, scope=scope, chunk=chunk, progress=stage(done + len(ids), len(ids)))
         assert cache.scores is not None
         values, layers, method = cache.scores.values.amax(-1), cache.scores.layers, cache.scores.source
-        _check_numbers(values)  # a NaN is the largest of any
+        _check_numbers(values)  # amax keeps a NaN
         source = Source(name, len(ids), digest_of(ids))
         found.append(HeadScores(values, layers, model.identity, model.config.family, method, (source,)))
         done += 2 * len(ids)
@@ -158,12 +158,11 @@ def combine(*scores: HeadScores) -> HeadScores:
 
 
 def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
-    """Returns a cache of the same pairs in which every token of a head has the head's score. No pass, no memory.
+    """Returns a cache of the same pairs in which every token of a head has the head's score, as an expanded view.
 
     `compress(cache, 0.6, level="head", sink=..., recent=...)` then keeps whole heads. Without a prefix in front of the
-    context (template=False) dropped heads need a few `sink` tokens, or they lose what they attend to by default. Only
-    layers and heads are checked, because the scores of a model serve its fine-tunes; `load(path, model=model)` checks
-    the model.
+    context (template=False) pass a few `sink` tokens: dropped heads need an attention sink. Only layers and heads
+    are checked, because the scores of a model serve its fine-tunes; `load(path, model=model)` checks the model.
 
     Raises: ValueError for scores of other layers or heads, or a cache that was consumed.
     """

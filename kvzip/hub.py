@@ -1,6 +1,6 @@
 """Where a model and its head scores are, and how it is to be loaded.
 
-Without torch, so that a wrong name is known at once.
+It does not import torch, so that a wrong name is reported at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parent / "data" / "head_scores"
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded, in place of what `load` does by itself, or of what a cache file says of its model."""
+    """How to load a model. None takes the default of `load`, or what a cache file says of its model."""
 
     dtype: "torch.dtype | str | None" = None
     device: "torch.device | str | None" = None
@@ -52,10 +52,10 @@ def config_of(directory: Path) -> Path:
 
 
 def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only: bool = False) -> Path:
-    """Returns the local directory of a source, the files `only` fetched from the hub if it is a hub id or an alias.
+    """Returns the local directory of a source. For a hub id or an alias, the files that match `only` are downloaded.
 
     Args:
-        local_only: fetch nothing; a hub id must be in the hub's cache on this machine.
+        local_only: download nothing; a hub id must be in the hub's cache on this machine.
 
     Raises: FileNotFoundError, ValueError or ImportError that says what a source may be.
     """

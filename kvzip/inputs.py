@@ -16,7 +16,7 @@ OPENING = 64  # first characters of a context, on which the prefix's last token 
 
 
 def encode(model: Model, context: str | Int64[Tensor, " S"], turn: Turn) -> tuple[list[int], Int64[Tensor, " S"]]:
-    """Returns the ids of the prefix and of the context; of a text, as prefix and context are tokenized together.
+    """Returns the ids of the prefix and of the context; a text is tokenized together with the prefix.
 
     Raises: as `prefix_ids` and `context_ids`.
     """
@@ -48,7 +48,7 @@ def context_ids(model: Model, context: str | Int64[Tensor, " S"], *, before: str
 
 
 def digest_of(ids: Int64[Tensor, " S"]) -> str:
-    """Returns the SHA-256 of token ids, by which files tell the tokens that they belong to."""
+    """Returns the SHA-256 of token ids, which files store to identify the tokens that they belong to."""
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 

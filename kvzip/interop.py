@@ -1,7 +1,7 @@
-"""Caches to and from Transformers (the extra `transformers`): a context that it prefilled, and a uniform one back.
+"""Converts caches from Transformers (a prefilled context) and to it (dense or uniform); needs the extra `transformers`.
 
-Both keep rotated keys in the same layout, so tensors go over as they are. A window layer of Transformers holds one row
-less than ours, window - 1, which is all that a later token sees.
+Both keep rotated keys in the same layout, so tensors need no conversion. A window layer of Transformers holds one row
+less than ours, window - 1, all that the next token attends to.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def from_transformers(
 ) -> DenseCache:
     """Returns a DynamicCache of the same weights as a dense cache, to be scored, compressed, extended or asked.
 
-    Tensors are shared where device and layout allow; Transformers replaces its own as it decodes on.
+    Tensors are shared where device and layout allow; decoding in Transformers replaces its own and leaves ours.
 
     Args:
         cache: a `transformers.DynamicCache` of one sequence, made with or without a config.
@@ -85,14 +85,14 @@ def from_transformers(
 def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCache":
     """Returns a DynamicCache of the same pairs, tail included. `cache` is dense, or compressed with level="uniform".
 
-    Its rows say nothing of their positions, so Transformers counts rows where it should count tokens. Tell it the
-    positions of what comes next, `length` being len(cache.token_ids) and `ids` [1, T] what is asked:
+    A DynamicCache stores no positions, so Transformers takes the number of rows for that of tokens. Pass it the
+    positions of the new tokens `ids` [1, T], with length = len(cache.token_ids):
 
         positions = torch.arange(length, length + T)[None]
         seen = torch.ones(1, length + T, dtype=torch.long)
         theirs.generate(ids, cache=converted, position_ids=positions, attention_mask=seen)
 
-    (`past_key_values=` in versions that call it so.) The same `position_ids` serve a plain forward pass. Quantized rows
+    (Some versions call it `past_key_values=`.) The same `position_ids` serve a plain forward pass. Quantized rows
     are dequantized to the model's dtype. The pairs are copied.
 
     Raises: ValueError for a cache of another model, or with heads that differ in length.
@@ -123,7 +123,7 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
 
 
 def _layer(model: Model, index: int, layer: Any, length: int) -> DenseKV | WindowKV:
-    """One layer of Transformers as ours, checked."""
+    """Checks one layer of a Transformers cache and returns it as ours."""
     config, window = model.config, model.config.layers[index].window
     rows: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
     found = [list(x.shape) if isinstance(x, Tensor) else None for x in rows]
@@ -149,7 +149,7 @@ def _layer(model: Model, index: int, layer: Any, length: int) -> DenseKV | Windo
 def _rows(
     cache: RaggedCache, kv: RaggedKV | WindowKV, index: int, name: str, dtype: torch.dtype
 ) -> Float[Tensor, "1 H S D"]:
-    """Keys or values of one uniform layer, its tail behind."""
+    """Keys or values of one uniform layer, followed by those of its tail."""
     rows = getattr(kv, name)
     if isinstance(kv, RaggedKV):
         rows = rows if isinstance(rows, Tensor) else ops.dequantize(rows, dtype=dtype, offsets=kv.offsets)

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides its inputs: the machine, versions and the commit; and seconds on a device."""
+"""The machine, versions and commit that a measurement depends on, and a timer that waits for the GPU."""
 
 import datetime
 import platform
@@ -16,11 +16,11 @@ R = TypeVar("R")
 
 def timed(device: torch.device, run: Callable[[], R]) -> tuple[R, float]:
     """Returns what `run` returns and the seconds that it took, work queued on the GPU included."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    return result, time.perf_counter() - began
 
 
 def device_name(device: torch.device) -> str:

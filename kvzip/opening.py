@@ -1,4 +1,4 @@
-"""Opens a cache file together with the model that made it. Nothing is fetched because a file names it."""
+"""Opens a cache file together with the model that made it. A model that only the file names is never downloaded."""
 
 import shlex
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from .files.schema import dtype_of, entry, foreign
 from .hub import Loading, resolve
 from .models import Model, load
 
-_LONGEST = 4096  # characters of a source, as of a path
+_LONGEST = 4096  # characters of a source: the limit of a path on Linux
 
 
 def open(
@@ -34,11 +34,11 @@ def open(
 
         model, cache = kvzip.open("contract.kvz")
 
-    The model that the file names is taken if it is a directory here or in the hub's cache. It is never fetched: what a
-    file says must not make anyone ask a server.
+    The model that the file names is used if it is a directory here or in the hub's cache. It is never downloaded:
+    opening a file must not cause network requests.
 
     Args:
-        model: a model, or the source of one (fetched if need be), in place of the one that the file names.
+        model: a model, or the source of one (downloaded if needed), in place of the one that the file names.
         dtype, rope, max_length: as for `load`, in place of the file's; the cache must be of the model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
 
@@ -103,7 +103,7 @@ def find(file: OpenFile) -> Path:
 def maker_of(file: OpenFile) -> tuple[str | None, Loading]:
     """Returns the source of the model that made a cache file, and how it was loaded; None where the file says nothing.
 
-    Raises: ValueError for a source that no caller would pass.
+    Raises: ValueError for a source that is empty, too long or a network path.
     """
     told = entry(file.header, "model")
     source = told.get("source")
@@ -115,6 +115,6 @@ def maker_of(file: OpenFile) -> tuple[str | None, Loading]:
 
 
 def _called(source: str | None, dtype: torch.dtype | str | None) -> str:
-    """A model as people call it: a directory by its name."""
+    """A model's name for errors: that of its directory, or its source."""
     name = "another model" if source is None else Path(source).name if Path(source).is_dir() else source
     return visible_line(name, limit=300) + (f" in {str(dtype).removeprefix('torch.')}" if dtype else "")

@@ -1,6 +1,6 @@
-"""Options that travel together. A public function builds each once, checked; what is below takes the whole object.
+"""Options that travel together. A public function builds and checks each once; functions below it take the object.
 
-The functions take Any: whatever a caller gives reaches their own checks.
+The functions take Any, so that their own checks report a wrong type.
 """
 
 import math
@@ -17,7 +17,7 @@ LEVELS = ("pair", "layer", "uniform", "head")
 
 @dataclass(frozen=True)
 class Turn:
-    """What stands in front of a context: system message and instruction, or without a template at most BOS."""
+    """What is put in front of a context: system message and instruction, or without a template at most BOS."""
 
     system: str | None = None
     instruction: str | None = None
@@ -35,7 +35,7 @@ class Scoring:
 
     @property
     def source(self) -> str:
-        """The name of the scores that this gives."""
+        """The name that is stored with the scores."""
         return f"{self.method}-{self.scope}"
 
 
@@ -43,7 +43,7 @@ class Scoring:
 class Budget:
     """How many pairs stay, where the budget is shared, and which stay whatever their score: see `kvzip.compress`.
 
-    Exactly one of ratio, budget and threshold is there.
+    Exactly one of ratio, budget and threshold is set.
     """
 
     ratio: float | None = None
@@ -68,7 +68,7 @@ class Sampling:
 
 
 def turn(system: Any, instruction: Any, template: Any) -> Turn:
-    """Returns a Turn. Raises TypeError for what is no text, ValueError for texts without a template."""
+    """Returns a Turn. Raises TypeError for texts that are not str, ValueError for texts without a template."""
     check_text(system, "system")
     check_text(instruction, "instruction")
     if not template and (system is not None or instruction is not None):
@@ -111,7 +111,7 @@ def budget(
         )
     if level not in LEVELS:
         raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}: pass one of them")
-    tokens = None if budget is None else checks.number(budget, "budget", finite=False)  # infinitely many are all
+    tokens = None if budget is None else checks.number(budget, "budget", finite=False)  # infinity keeps all
     if tokens is not None and not tokens > 0:
         raise ValueError(f"expected a budget above 0 tokens per head, got {tokens}: budget=1000 keeps as many")
     if threshold is not None and level != "pair":
@@ -133,7 +133,7 @@ def budget(
 
 
 def spans(protect: Any) -> tuple[tuple[int, int], ...]:
-    """Returns (start, stop) spans of context tokens as ints. Raises TypeError and ValueError for what is none."""
+    """Returns (start, stop) spans of context tokens as ints. Raises TypeError or ValueError for anything else."""
     try:
         listed = list(protect)
     except TypeError:
@@ -154,7 +154,7 @@ def spans(protect: Any) -> tuple[tuple[int, int], ...]:
 
 
 def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> None:
-    """Raises ValueError for a protected span that is not within a context of so many tokens, None if not known."""
+    """Raises ValueError for a protected span outside of a context of `tokens` tokens; None: length unknown."""
     for first, stop in protect:
         if not 0 <= first <= stop or (tokens is not None and stop > tokens):
             within = "0 and up" if tokens is None else f"[0, {tokens}]"
@@ -165,7 +165,7 @@ def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> Non
 
 
 def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = ()) -> Sampling:
-    """Returns Sampling options, with a seed that is drawn if there is none.
+    """Returns Sampling options, with a random seed if none is given.
 
     Raises: TypeError for what is no number or no text; ValueError for options out of range.
     """

@@ -63,14 +63,14 @@ def prefill(
     with explain_out_of_memory(needed, remedy):
         layers = new_layers(model.config, length, dtype=model.dtype, device=model.device)
         on_device = token_ids.to(model.device)
-    for start in range(0, length, chunk):
-        piece = on_device[start : start + chunk]
-        positions = torch.arange(start, start + len(piece), device=model.device)
-        needed = f"the activations of {len(piece)} tokens beside {size:,} bytes of pairs"
+    for done in range(0, length, chunk):
+        part = on_device[done : done + chunk]
+        positions = torch.arange(done, done + len(part), device=model.device)
+        needed = f"the activations of {len(part)} tokens beside {size:,} bytes of pairs"
         with torch.no_grad(), explain_out_of_memory(needed, remedy):
-            run_attention(model, piece[None], positions, prefill_attend(model.config, layers, start))
+            run_attention(model, part[None], positions, prefill_attend(model.config, layers, done))
         if progress is not None:
-            progress(start + len(piece), length)
+            progress(done + len(part), length)
     return DenseCache(layers, length, len(prefix), bool(template), token_ids, model.fingerprint)
 
 

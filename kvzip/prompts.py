@@ -1,7 +1,6 @@
 """Prompts as data: chat templates split around the context, the repeat prompts, text to ids and back.
 
-Text is text: in a document or a query the string of a control token is encoded as plain characters.
-Only a template writes control tokens.
+The string of a control token in a document or a query is encoded as plain text: only a template writes control tokens.
 """
 
 import json
@@ -45,8 +44,8 @@ __all__ = [
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_NEXT = "\n\nRepeat the part of the previous context exactly, starting with "
 
-_LEFT = 16  # tokens that may change how what follows them is encoded
-_BLOCK, _AROUND, _TRIES = 1 << 16, 64, 16  # of encode_pieces: characters, characters, places
+_LEFT = 16  # tokens in front of a text that may change how it is encoded
+_BLOCK, _AROUND, _TRIES = 1 << 16, 64, 16  # encode_pieces: characters of a block, around a cut; cuts tried
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Tokenizer:
 
     `control` spells control tokens as the checkpoint does. `text` is the same vocabulary, but spells each control token
     between two copies of `mark`, random characters of Unicode's private use that no document can know. `control_text`
-    spells a template's text that way; joined to the caller's text as it is, both are encoded as one text.
+    spells a template's text that way, so that it can be joined to the caller's text and both encoded as one.
 
     `names` matches the control tokens as a template writes them. `bos_ids` come in front of a text without a template.
     `rows` is the number of rows of the embedding, where that is less than the number of tokens.
@@ -193,8 +192,8 @@ def encode_control(tokenizer: Tokenizer, text: str, *, before: str = "") -> list
 def encode_turn(tokenizer: Tokenizer, text: str, after: str, *, before: str = "") -> list[int]:
     """Returns the ids of the caller's text and of what the template writes after it, as `encode_text` does.
 
-    If a token would span `before` and the text, the text is encoded behind a neutral character instead: alone, a
-    tokenizer might put a space in front of it, as at the beginning of a text.
+    If a token would span `before` and the text, the text is encoded behind a neutral character instead, because a
+    tokenizer might put a space in front of a text encoded alone.
     """
     check_text(text)
     text += control_text(tokenizer, after)
@@ -234,7 +233,7 @@ def prefix_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
 
 
 def turn_opened(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> str | None:
-    """Returns the spaces that `turn_close` left out, if `ids` end with the text that it returns; else None."""
+    """Returns the spaces that `turn_close` left out, if `ids` end with its text; else None."""
     if not prompt.separator:
         return None
     closed = encode_control(tokenizer, turn_close(prompt))
@@ -286,9 +285,9 @@ def _split_ids(tokenizer: Tokenizer, text: str, *, stop: int) -> tuple[list[int]
     return ids[:count], ids[count:], count < len(ids) and spans[count][0] < stop
 
 
-def _safe_cut(tokenizer: Tokenizer, text: str, start: int) -> int | None:
-    """The last place after `start` where the text may be cut, as far as the text behind it shows; else None."""
-    places = [m.start() for m in re.finditer(r"(?<=\S)\s", text[:-_AROUND]) if m.start() > start]
+def _safe_cut(tokenizer: Tokenizer, text: str, begin: int) -> int | None:
+    """The last place after `begin` where a cut does not change the tokens before it; None if there is none yet."""
+    places = [m.start() for m in re.finditer(r"(?<=\S)\s", text[:-_AROUND]) if m.start() > begin]
     for cut in places[: -_TRIES - 1 : -1]:
         before = text[max(0, cut - _AROUND) : cut]
         alone, longer = (

@@ -1,4 +1,4 @@
-"""What a ratio may be, and what is said of one that is out of range. Without torch: the command line asks first."""
+"""The check of a ratio. It does not import torch, so that the command line can check before loading it."""
 
 
 def check_ratio(ratio: float, *, got: str | None = None, of: str = "pairs") -> float:

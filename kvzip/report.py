@@ -24,7 +24,7 @@ from .files import schema
 from .files.writing import whole_file
 from .options import LEVELS
 
-_SHOWN = ("title", "document", "model")  # of a note, otherwise or in another place
+_SHOWN = ("title", "document", "model")  # entries of a note that the page shows elsewhere
 
 
 def write_report(file: Path, out: Path) -> None:
@@ -32,7 +32,7 @@ def write_report(file: Path, out: Path) -> None:
 
     It shows the document with each token shaded by the fraction of layers and heads that keep its pair, a map of the
     fractions by layer and head, the distribution of the scores, sizes, and what the file's note says. Where the file
-    has scores, a slider keeps another fraction of them, at the level that the file was compressed at, in 8 bits (see
+    has scores, a slider shows what another ratio would keep, at the file's level, by scores in 8 bits (see
     `cache.encode_levels`), without protected or minimum rows. Text needs a file saved with `model`; otherwise tokens
     are shown by their ids.
 
@@ -43,7 +43,7 @@ def write_report(file: Path, out: Path) -> None:
     facts, arrays = describe(opened.header, cache, token_texts)
     facts |= {"file": visible_line(file.name), "fileBytes": file.stat().st_size}
     facts["title"] = facts["title"] or visible_line(file.stem)
-    # a note may hold halves of characters, which are no UTF-8; their escapes are JSON
+    # a note may hold lone surrogates, which UTF-8 cannot encode: they are escaped as in JSON
     with whole_file(out) as partial, open(partial, "wb") as written:
         written.writelines(part.encode("utf-8", "backslashreplace") for part in render(facts, arrays))
 
@@ -100,7 +100,7 @@ def describe(
 
 
 def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """Yields the page of what `describe` returns, in parts. No text of a document can end the block that it is in."""
+    """Yields the page of what `describe` returns, in parts. `<` is escaped, so that no text ends its script block."""
     page = resources.files("kvzip").joinpath("data/report.html").read_text(encoding="utf-8")
     before, after = page.split("<!-- data -->")
     yield before.replace("<!-- title -->", html.escape(facts["title"]))
@@ -113,7 +113,7 @@ def render(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterat
 
 
 def _texts(ids: list[int], token_texts: Mapping[int, bytes]) -> tuple[list[str], list[int]]:
-    """The different texts of tokens, and which one each token shows: a character is shown by its last token."""
+    """The different texts of tokens, and which one each token shows; a split character goes to its last token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     places: dict[str, int] = {}
     order = []
@@ -124,7 +124,7 @@ def _texts(ids: list[int], token_texts: Mapping[int, bytes]) -> tuple[list[str],
 
 
 def _flat(note: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of a note, nested ones by "outer name"."""
+    """The entries of a note; a nested one is named by its keys, joined by spaces."""
     for key, value in note.items():
         name = f"{path} {key}".strip()
         if isinstance(value, Mapping):

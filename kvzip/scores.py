@@ -47,8 +47,8 @@ def attach(cache: DenseCache, scores: Scores) -> DenseCache:
 def combine(*scores: Scores) -> Scores:
     """Returns the largest of several scores of the same pairs, pair by pair.
 
-    What any of several repeats, chunk sizes or hints finds important stays important. The scores must be of one scale:
-    of one method, or made so by the caller.
+    A pair that matters by any of several repeats, chunk sizes or hints still matters. All scores must be on one scale:
+    from one method, or rescaled by the caller.
 
     Raises: ValueError for none, or scores of other layers, heads or tokens; TypeError unless they are float32.
     """
@@ -88,7 +88,7 @@ def shrink(
         ratio: fraction of ALL evictable pairs that is kept, at most what the cache holds.
         budget: tokens per head on average, in place of a ratio.
         threshold: keeps what the cache holds with score >= threshold, in place of a ratio.
-        protect: spans of context tokens, as in `compress`, of which all that the cache holds stays.
+        protect: spans of context tokens, as in `compress`; all their pairs that the cache holds stay.
 
     Raises: ValueError for a cache without scores, more than it holds, fewer than are protected, and arguments that
         `compress` refuses; TypeError for a dense cache.
@@ -123,7 +123,7 @@ def shrink(
 def save(
     cache: DenseCache | RaggedCache, path: str | Path, *, note: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> None:
-    """Writes a cache's scores without its pairs, 4 bytes a pair, with what ties them to its model and tokens.
+    """Writes a cache's scores without its pairs, 4 bytes a pair, with digests of its model and tokens.
 
     Args:
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -145,7 +145,7 @@ def save(
 def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
     """Returns the scores of a file that `save` wrote, on the device of the cache that they must belong to.
 
-    Raises: FileNotFoundError; ValueError for another file, a damaged one, or scores of another model or other tokens.
+    Raises: FileNotFoundError; ValueError for a damaged file, one without scores, or those of another model or tokens.
     """
     check_path(path, "path")
     layers, shape, span = _place(cache)

@@ -46,8 +46,8 @@ def score(
         scope: what the repeat attends to in the forward pass. "chunk": the prefix and the chunk being repeated; the
             cost is linear in the context, and answers are as good or better (measured in docs/scoring.md). "context":
             the whole cache, as in the paper.
-        method: "kvzip": the formula above. "kvzip+": the softmax weight times |W_O v| / |x_r|, the size of what a pair
-            adds to the residual stream x_r that enters the layer, relative to it; W_O is the query head's part of the
+        method: "kvzip": the formula above. "kvzip+": the softmax weight times |W_O v| / |x_r|, the norm of what a pair
+            adds to the residual stream relative to x_r, the layer's input; W_O is the query head's part of the
             output projection. The first token is an attention sink that adds almost nothing: without a prefix, protect
             it when compressing. "logit": the logit itself, without the softmax.
         chunk: context tokens per repeat pass.
@@ -90,8 +90,8 @@ def score_chunks(
     Args:
         neighbors: context tokens before a chunk that scope "chunk" attends to as well.
         past: the compressed layers of the tokens before the segment, prefix included; scope "context" attends to them.
-        before: ids of the context tokens before the segment, of which the first repeat quotes the last. None: no such
-            tokens.
+        before: ids of the context tokens before the segment, whose last `hint` the first repeat quotes; None if there
+            are none.
         end: position where the repeats start, if larger than the number of tokens so far.
     """
     check_whole(cache)
@@ -106,7 +106,7 @@ def score_chunks(
     told = None if progress is None else lambda stop: progress(stop - start, shape[2])
     needed = f"beside {values.nbytes:,} bytes of scores"
     run_repeats(model, passes, max(here, end), attend, observe=observe, progress=told, needed=needed)
-    # exp(logit - log-sum-exp) of a weight near 1 may exceed it: both are rounded
+    # rounding may make exp(logit - log-sum-exp) exceed 1
     return values.clamp_(max=1) if scoring.method == "kvzip" else values
 
 
@@ -133,7 +133,7 @@ def run_repeats(
     sizes = [len(ids) for _, _, ids in passes]
     longest = max(sizes)
     check_length(model, position + longest, f"a cache of {position} and a repeat pass of {longest} tokens")
-    on_device = torch.cat([ids for _, _, ids in passes]).to(model.device)  # one copy: each waits for the device
+    on_device = torch.cat([ids for _, _, ids in passes]).to(model.device)  # one copy for all, as each copy waits
     for (first, stop, _), ids in zip(passes, on_device.split(sizes), strict=True):
         positions = torch.arange(position, position + len(ids), device=model.device)
         beside = f"the activations of a repeat pass of {len(ids)} tokens {needed}".rstrip()
@@ -152,7 +152,7 @@ def repeats(
     begin: int | None = None,
     before: Int64[Tensor, " S"] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, input ids) of each repeat pass over the tokens from `begin`, by default the whole context.
+    """Yields (first, stop, input ids) of each repeat pass over the tokens from `begin`, by default the whole context.
 
     `before` holds the ids of context tokens that precede those of the cache.
 
@@ -166,13 +166,13 @@ def repeats(
     ids, first = context_ids(model, cache.token_ids), cache.start if begin is None else begin
     older = ids[cache.start : first] if before is None else torch.cat([before, ids[cache.start : first]])
     known, end = older[max(0, len(older) - hint) :], prompts.text_of(tokenizer, ids.tolist())
-    for start in range(first, len(ids), chunk):
-        stop = min(start + chunk, len(ids))
-        continued = len(older) > 0 or start > first
+    for at in range(first, len(ids), chunk):
+        stop = min(at + chunk, len(ids))
+        continued = len(older) > 0 or at > first
         ask = prompts.encode_text(tokenizer, prompts.REPEAT_NEXT if continued else prompts.REPEAT_FIRST, before=end)
         ask += known.tolist() if continued else []
         ask += encode(tokenizer, postfix, before=prompts.text_of(tokenizer, ask))
-        yield start, stop, torch.cat([torch.tensor(ask, dtype=torch.long), ids[start:stop]])
+        yield at, stop, torch.cat([torch.tensor(ask, dtype=torch.long), ids[at:stop]])
         known = ids[max(cache.start, stop - hint) : stop]
 
 

@@ -19,7 +19,7 @@ _ODD = f"{_CONTEXT} \"<&>'\\\n\n{_NEXT}"  # characters that a template may escap
 PINNED_DATE = datetime.date(2024, 7, 26)
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: `_rendered` keeps what each writes
+@dataclass(frozen=True, eq=False)  # hashed by identity, for the cache of `_rendered`
 class ChatTemplate:
     """A checkpoint's jinja chat template, its named tokens, and variables for it (`enable_thinking`, `date_string`)."""
 
@@ -34,7 +34,7 @@ class Prompt:
 
     `prefix_parts` alternate between the template's text and the caller's (system, instruction). `separator` stands
     between an answer and the next query: it closes one turn and opens another; None for a template of one turn.
-    `strips`: the template removes white space around a message, so a context loses it at its beginning.
+    `strips`: the template strips white space around a message, and so at the beginning of a context.
     """
 
     prefix_parts: tuple[str, ...]
@@ -105,9 +105,9 @@ def check_text(text: str) -> None:
 
 @lru_cache(maxsize=16)
 def _rendered(template: ChatTemplate, with_system: bool) -> tuple[Prompt, bool]:
-    """A prompt without the caller's texts, split where the system message goes, and whether that one is stripped.
+    """A prompt without the caller's texts, split where the system message goes, and whether that message is stripped.
 
-    The template runs on marks in place of the texts, and on padded marks, which show whether it strips them.
+    The template runs on marks in place of the texts, and on marks within white space, to see whether it strips them.
     """
 
     def written(system: str, user: str, *later: tuple[str, str]) -> str:
@@ -192,7 +192,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """jinja's, without names that begin with an underscore."""
+    """jinja's namespace, which refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **named: Any) -> None:
         Namespace.__init__(*args, **named)

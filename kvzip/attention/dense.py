@@ -1,4 +1,4 @@
-"""Attention over dense keys and values: causal, in a window, with a softcap; by torch's own fused kernels."""
+"""Attention over dense keys and values: causal, sliding-window, with softcap; by torch's fused kernels if they can."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .. import ops
 from ..models import ModelConfig
 from ..ops.fused import WORTH_PLANNING, flash, has_flash, sdpa
 
-_TOKENS_AT_ONCE = 512  # whose logits, or partial results, are held in memory
+_TOKENS_AT_ONCE = 512  # query tokens of one decode call, which bounds the memory of its logits
 
 
 def causal_attention(
@@ -25,8 +25,8 @@ def causal_attention(
 ) -> tuple[Float[Tensor, "1 Hq T D"], Float[Tensor, "1 Hq T"]]:
     """Returns attention of T new tokens to all parts of the past and causally to themselves, with its log-sum-exp.
 
-    Past and self are computed apart and merged, so there is never a mask of T x S; a short past goes to one kernel with
-    the new tokens.
+    Past and new tokens are computed separately and merged by log-sum-exp, so no T x S mask is built. A short past is
+    concatenated with the new tokens instead, for one kernel.
     """
     tokens, past = q.shape[2], sum(part.shape[2] for part in past_k)
     few = 0 < past <= 4 * tokens and tokens * past < WORTH_PLANNING
@@ -48,8 +48,8 @@ def window_attention(
 ) -> Float[Tensor, "1 Hq T D"]:
     """Returns attention of the last T of S tokens, each to the last `window` up to itself.
 
-    The cost is T x window, whatever S is. Where no library kernel has the window, queries go in blocks that see one
-    band of keys each.
+    The cost is T x window, whatever S is. Without a library kernel for windows, queries are computed in blocks, each
+    against one band of keys.
     """
     if has_flash(q) and config.attn_softcap is None:
         reach = q.shape[2] + window - 1
@@ -91,15 +91,15 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, config: ModelConfig) -
 def _softcapped(
     q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
-    """`causal_attention` with a softcap, which no library kernel has: the decode op, in blocks of rows."""
+    """`causal_attention` with a softcap, which no library kernel has: by the decode op, in blocks of queries."""
     heads, length = past_k.shape[1:3]
     keys, values = (rearrange(x, "1 h s d -> (h s) d") for x in (past_k, past_v))
     offsets = torch.arange(heads + 1, dtype=torch.int32, device=q.device) * length
     parts = []
-    for start in range(0, q.shape[2], _TOKENS_AT_ONCE):
-        rows = q[:, :, start : start + _TOKENS_AT_ONCE]
-        seen = torch.tensor([start + rows.shape[2]], dtype=torch.int32, device=q.device)
-        tail = (k[:, :, : start + rows.shape[2]], v[:, :, : start + rows.shape[2]], seen)
+    for first in range(0, q.shape[2], _TOKENS_AT_ONCE):
+        rows = q[:, :, first : first + _TOKENS_AT_ONCE]
+        seen = torch.tensor([first + rows.shape[2]], dtype=torch.int32, device=q.device)
+        tail = (k[:, :, : first + rows.shape[2]], v[:, :, : first + rows.shape[2]], seen)
         parts.append(
             ops.decode(rows, keys, values, offsets, scale=config.attn_scale, softcap=config.attn_softcap, tail=tail)
         )

@@ -37,7 +37,7 @@ def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length
 def new_layers(
     config: ModelConfig, length: int, *, dtype: torch.dtype, device: torch.device
 ) -> list[DenseKV | WindowKV]:
-    """Returns layers for `prefill_attend` with exactly `length` rows reserved; window layers start empty."""
+    """Returns layers for `prefill_attend` with exactly `length` rows reserved; window layers are empty at first."""
     layers: list[DenseKV | WindowKV] = []
     for spec in config.layers:
         shape = (1, config.num_kv_heads, length if spec.window is None else 0, config.head_dim)
@@ -106,7 +106,7 @@ def score_attend(
         else:
             out, _ = _after_ragged(q, sight.past[layer], kv.k[:, :, start:], kv.v[:, :, start:], k, v, config)
         if near != first or not formula.softmax:
-            lse = None  # not the sum of the softmax: the pass attended to more, or there is no softmax
+            lse = None  # not the formula's: the pass attended to more keys, or there is no softmax
         prefix, chunk = kv.k[0, :, :start], (kv.k[0, :, first:stop], kv.v[0, :, first:stop])
         scores = score_rows(config, formula, layer, q, k, prefix, chunk, lse=None if lse is None else lse[0])
         values[scored[layer], :, first - start : stop - start] = scores
@@ -182,7 +182,7 @@ def segment_attend(
 
 
 def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) -> Attend:
-    """Returns the strategy of answering: T new tokens are appended to the tail, and attend to the context and the tail.
+    """Returns the strategy of decoding: T new tokens are appended to the tail, and attend to the context and the tail.
 
     The B questions share the frozen context (see `cache.all_ragged`). The caller advances `tail.lengths`. The host does
     not wait for the device.

@@ -15,7 +15,7 @@ from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_h
 
 
 class Cache:
-    """The facts that both kinds of cache share. `context` has one entry a layer; most others follow from it.
+    """The fields that both kinds of cache share. `context` has one entry for each layer.
 
     The first `start` tokens are the system prefix: always kept, never scored. `kept` and `total` count evictable pairs,
     those of the scored layers, all heads and the context's tokens. `method` says how pairs were chosen, "" if all are
@@ -68,7 +68,7 @@ class Cache:
 
 @dataclass(frozen=True, repr=False)
 class DenseCache(Cache):
-    """A prefilled context, every pair of it.
+    """A prefilled context with all of its pairs.
 
     `layers` is a list because `compress(consume=True)` empties it, for every cache that shares it; `layer_count` says
     how many there are in a whole cache (see `check_whole`).
@@ -93,7 +93,7 @@ class DenseCache(Cache):
 
     @property
     def context_length(self) -> int:
-        """Tokens of prefix and context: all."""
+        """Tokens of prefix and context."""
         return self.length
 
     @property
@@ -177,7 +177,7 @@ def global_layers(cache: DenseCache) -> tuple[int, ...]:
 
 
 def as_ragged(cache: DenseCache | RaggedCache) -> RaggedCache:
-    """Returns the dense cache seen as a ragged one with all heads full, a ragged one as it is. No pair is copied.
+    """Returns a dense cache as a ragged one that keeps every row, a ragged one as it is. No pair is copied.
 
     Raises: ValueError if the cache was consumed.
     """
@@ -190,7 +190,7 @@ def as_ragged(cache: DenseCache | RaggedCache) -> RaggedCache:
 def ragged_of(
     cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, total: int, method: str
 ) -> RaggedCache:
-    """Returns the ragged cache of a cache's context, of whose `total` pairs `kept` are in these layers; no tail."""
+    """Returns a ragged cache of these layers, without a tail; its other fields are those of `cache`."""
     shared = ("context_length", "start", "chat", "token_ids", "fingerprint", "scores")
     own: dict[str, Any] = {name: getattr(cache, name) for name in shared}
     return RaggedCache(context=context, tail=None, kept=kept, total=total, method=method, **own)
@@ -206,16 +206,15 @@ def roomy_tail(cache: RaggedCache, batch: int, rows: int, *, dtype: torch.dtype)
 def nbytes(cache: DenseCache | RaggedCache) -> int:
     """Returns the bytes of allocated storage that hold pairs and metadata, reserved rows included, each once.
 
-    A cache loaded with `pairs=False` counts what it would take with them. The prefix, window layers, the tail and token
-    ids are counted, each of which is there before and after compression; attached Scores are not: they are
-    `cache.scores.values.nbytes`.
+    A cache loaded with `pairs=False` counts as if it had them. The prefix, window layers, the tail and token ids, which
+    remain after compression, are counted; attached Scores (`cache.scores.values.nbytes`) are not.
 
     Raises: ValueError if the cache was consumed.
     """
     check_cache(cache)
     storages = {}
     for tensor in tensors_of(cache):
-        storage = tensor.untyped_storage()  # on torch's meta device all lie at 0 and none is shared
+        storage = tensor.untyped_storage()  # meta tensors all have address 0 and share nothing
         storages[id(tensor) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
@@ -228,7 +227,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor], skip: type | None = None) -> Any:
-    """Returns a cache, or a part of one, with `change` of each of its tensors, but for those in a `skip`."""
+    """Returns a cache, or a part of one, with `change` applied to each tensor, except within a `skip`."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (list, tuple)):

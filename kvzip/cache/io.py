@@ -51,7 +51,7 @@ def save(
         note: anything that JSON can hold, for the header.
         model: the cache's own. The header then says under "model" where it came from (a local directory by its
             absolute path) and with which dtype, max_length and rope it was loaded, and the file holds the text of each
-            token, so that it can be read without it.
+            token, so that it can be shown without the model.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 values (`levels.encode_levels`), a quarter of the bytes.
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -90,7 +90,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """Returns what a file says of itself, without reading its pairs.
 
     Raises: FileNotFoundError; OSError for a file that may not be read; ValueError for one that is damaged, not kvzip's,
-        of another major version, or no file; for entries of a cache's header that have another type than they must.
+        of another major version, or not a regular file, and for header entries of a wrong type.
     """
     check_path(path, "path")
     with open_file(path) as file:
@@ -109,8 +109,8 @@ def load_cache(
     Args:
         model: the model that it must belong to, if given.
         device: where its tensors go; None takes the model's, or the CPU.
-        pairs: False leaves the keys and values in the file: they have their shapes and dtypes, on torch's meta device.
-            Lengths, offsets, positions, token ids and scores are read, which say what is kept of what.
+        pairs: False leaves the keys and values in the file and gives meta tensors of their shapes and dtypes. Lengths,
+            offsets, positions, token ids and scores are read: they say which pairs are kept.
 
     Raises: FileNotFoundError; OSError for a file that may not be read; ValueError for a file of another model or dtype,
         of another major version, with a tensor that differs from its checksum, or whose lengths, offsets, dtypes or
@@ -144,7 +144,7 @@ def _texts(tokenizer: Any, token_ids: Tensor) -> dict[str, Tensor]:
 
 
 def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a cache, as `files.schema` says what they mean."""
+    """The tensors and the header of a cache, as `files.schema` defines them."""
     layers = [_describe_layer(f"layers.{n}", layer) for n, layer in enumerate(cache.context)]
     tensors = {"token_ids": cache.token_ids} | {name: x for held, _ in layers for name, x in held.items()}
     header: dict[str, Any] = {"cache": type(cache).__name__, "fingerprint": cache.fingerprint}

@@ -1,4 +1,4 @@
-"""Where a cache is, what its context would take uncompressed, and what to say when memory runs out."""
+"""Moving a cache between devices, its uncompressed size, free memory, and the error when memory runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ C = TypeVar("C", DenseCache, RaggedCache)
 def full_nbytes(cache: DenseCache | RaggedCache) -> int | None:
     """Returns `nbytes` of the dense cache of this cache's context; None if the model's dtype is not known.
 
-    Layers that are not packed and the tail are in that dtype; if there are none, the fingerprint ends in it.
+    The dtype is that of layers that are not quantized, or of the tail; without any, the fingerprint ends in it.
     """
     check_cache(cache)
     length, tail = cache.context_length, () if cache.tail is None else cache.tail.k
@@ -50,7 +50,7 @@ def to(cache: C, device: torch.device | str) -> C:
 def free_bytes(device: torch.device) -> int | None:
     """Returns the bytes that can still be allocated on a device, None where that cannot be known.
 
-    On a GPU the free ones and those that torch holds and does not use; on the host what Linux calls available.
+    On a GPU free memory and the unused part of torch's allocator; on the host MemAvailable of Linux.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -26,12 +26,12 @@ class Layer:
 
     @property
     def width(self) -> int:
-        """The values of a key, D."""
+        """The head width, D."""
         return self.k.shape[-1] if isinstance(self.k, Tensor) else self.k.width
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is; the meta device where its keys and values were left in a file."""
+        """Where the layer is; the meta device if its keys and values were left in a file."""
         return self.k.device if isinstance(self.k, Tensor) else self.k.codes.device
 
 
@@ -45,7 +45,7 @@ class DenseKV(Layer):
 
 @dataclass(frozen=True)
 class WindowKV(Layer):
-    """One sliding layer: its last tokens only, `start` the position of the first. Never scored, never pruned."""
+    """One sliding-window layer: its last tokens only, `start` the position of the first. Never scored, never pruned."""
 
     k: Float[Tensor, "1 H W D"]
     v: Float[Tensor, "1 H W D"]
@@ -75,7 +75,7 @@ class RaggedKV(Layer):
 class Tail:
     """Tokens after a frozen context, per layer [B H R D] with R rows reserved for each of B questions.
 
-    lengths[b] rows of question b are set. Rows at and beyond that are unset memory.
+    The first lengths[b] rows of question b are set; the rows after them are uninitialized memory.
     """
 
     k: tuple[Float[Tensor, "B H R D"], ...]
@@ -104,15 +104,15 @@ class Scores:
 
 
 def full_heads(layers: Sequence[Layer], kind: type[DenseKV] | type[WindowKV]) -> tuple[Any, ...]:
-    """Returns layers with those of one kind, which are of equal shape, seen as ragged ones. No pair is copied."""
+    """Returns layers, those of one kind (of one shape) as ragged layers that keep every row. No pair is copied."""
     whole = [layer for layer in layers if isinstance(layer, kind)]
     if not whole:
         return tuple(layers)
     heads, rows = whole[0].k.shape[1:3]
-    start = whole[0].start if isinstance(whole[0], WindowKV) else 0
+    first = whole[0].start if isinstance(whole[0], WindowKV) else 0
     bounds = [rows * head for head in range(heads + 1)]
     offsets = torch.tensor(bounds, dtype=torch.int32, device=whole[0].device)
-    positions = torch.arange(start, start + rows, dtype=torch.int32, device=whole[0].device).repeat(heads)
+    positions = torch.arange(first, first + rows, dtype=torch.int32, device=whole[0].device).repeat(heads)
     schedule = decode_schedule(offsets, bounds=bounds)
 
     def seen(layer: Layer) -> RaggedKV:
@@ -123,7 +123,7 @@ def full_heads(layers: Sequence[Layer], kind: type[DenseKV] | type[WindowKV]) ->
 
 
 def all_ragged(context: Sequence[RaggedKV | WindowKV]) -> tuple[RaggedKV, ...]:
-    """Returns a context with its window layers seen as ragged ones, as decoding reads them."""
+    """Returns a context with its window layers as ragged ones, the form that decoding reads."""
     return full_heads(context, WindowKV)
 
 

@@ -66,7 +66,7 @@ def read_cache(
             raise ValueError(f"expected a cache of this model, got {visible_line(file.path.name)} of another: {reason}")
     if device is None:
         device = "cpu" if model is None else model.device
-    torch.empty(0, device=device)  # a device that is not there is no fault of the file
+    torch.empty(0, device=device)  # outside of `refusing`: a missing device is not damage of the file
     with refusing(file.path):
         cache = _Reader(file, str(device), pairs, staging(device)).cache()
         if model is not None:
@@ -82,7 +82,7 @@ def read_texts(file: OpenFile) -> dict[int, bytes]:
 
 
 def _check_fits(cache: DenseCache | RaggedCache, model: BelongsTo) -> None:
-    """Raises Damaged unless the model can read the cache: anyone can write its fingerprint into a file."""
+    """Raises Damaged unless the model can read the cache. The fingerprint proves nothing: anyone can write it."""
     config, layers, length = model.config, cache.context, cache.context_length
     windows = [spec.window is not None for spec in config.layers]
     require([isinstance(layer, WindowKV) for layer in layers] == windows, "other layers than the model's")
@@ -215,10 +215,10 @@ class _Reader:
         if len(positions):
             inside = int(positions.min()) >= 0 and int(positions.max()) < length
             require(inside, f"positions of {name} outside of {length} tokens")
-            starts = torch.zeros(len(positions) + 1, dtype=torch.bool, device=offsets.device)
-            starts[offsets.long()] = True
-            require(bool((starts[1:-1] | (positions.diff() > 0)).all()), f"positions of {name} out of order")
-        if start:  # kernels find the prefix by its place: every head begins with it
+            firsts = torch.zeros(len(positions) + 1, dtype=torch.bool, device=offsets.device)
+            firsts[offsets.long()] = True
+            require(bool((firsts[1:-1] | (positions.diff() > 0)).all()), f"positions of {name} out of order")
+        if start:  # kernels take the first `start` rows of a head for the prefix
             require(int(offsets.diff().min()) >= start, f"a head of {name} without the {start} tokens of the prefix")
             prefix = torch.arange(start, dtype=torch.int32, device=offsets.device)
             whole = positions[offsets[:-1, None] + prefix] == prefix

@@ -1,6 +1,6 @@
-"""Scores in 8 bits: at most 256 values that stand for them, and which of these each score has.
+"""Scores quantized to 8 bits: a table of at most 256 values, the levels, and an index into it for each score.
 
-They are called levels, as in a quantizer; they have nothing to do with the level that `compress` shares a budget at.
+They are the levels of a quantizer, and have nothing to do with the level at which `compress` shares a budget.
 """
 
 import torch
@@ -16,10 +16,10 @@ def encode_levels(values: Float32[Tensor, "L H E"]) -> tuple[UInt8[Tensor, "L H 
 
         levels[codes] <= values, and values < levels[codes + 1] where there is such a level
 
-    Scores keep their order, but those with the same code become equal. About as many scores have each code, so that at
+    Scores keep their order, but those with the same code become equal. Levels are quantiles of the scores, so that at
     any ratio, selecting by codes differs from selecting by scores in less than 1/256 of the pairs (0.4%). Scores of at
-    most 256 different values, such as those that were in 8 bits before, come back exactly. Of more than a million
-    scores a sample is searched for these values, so that a rare one may be missed.
+    most 256 different values, such as scores loaded from 8 bits, are kept exactly. Of more than a million scores only
+    a sample is searched for these values, which may miss a rare one.
 
     Raises: ValueError for NaN.
     """

@@ -1,4 +1,4 @@
 """Files of kvzip: tensors and a JSON header in the safetensors format, written whole or not at all, checked when read.
 
-Only `tensors` needs torch: the rest answers before it is loaded.
+Only `tensors` imports torch, so that a header is read without waiting for it.
 """

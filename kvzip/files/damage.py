@@ -23,7 +23,7 @@ def require(condition: bool, reason: str) -> None:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong within, because of what the file holds, into a ValueError that names the file."""
+    """Turns errors within that the file's content causes into a ValueError that names the file."""
     try:
         yield
     except Refused as error:

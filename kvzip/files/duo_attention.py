@@ -1,4 +1,4 @@
-"""Head scores as DuoAttention keeps them: a table with a row for each layer, and what the other heads keep."""
+"""Head scores in DuoAttention's format: a table with a row for each layer, and the tokens that dropped heads keep."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from ..display import visible_line
 from .writing import whole_file
 
 TABLE, CONFIG = "full_attention_heads.tsv", "config.json"
-SIZES = ("sink_size", "recent_size")  # all that the config has
+SIZES = ("sink_size", "recent_size")  # the only keys of the config
 
 
 def write(directory: Path, rows: list[list[float]], sizes: tuple[int, int], *, overwrite: bool) -> None:
@@ -22,13 +22,13 @@ def write(directory: Path, rows: list[list[float]], sizes: tuple[int, int], *, o
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(dict(zip(SIZES, sizes, strict=True)), indent=4) + "\n"
     table = "".join("\t".join(f"{value:.18e}" for value in row) + "\n" for row in rows)
-    for name, text in ((CONFIG, config), (TABLE, table)):  # the config says that the table is DuoAttention's
+    for name, text in ((CONFIG, config), (TABLE, table)):  # config first: `_check_target` knows ours by it
         with whole_file(directory / name, overwrite=None if overwrite else False) as partial:
             partial.write_text(text, encoding="ascii")
 
 
 def read(directory: Path) -> tuple[list[list[float]], list[int]]:
-    """Returns the rows of the table and the sizes. Raises FileNotFoundError; ValueError for what is not understood."""
+    """Returns the rows of the table and the sizes. Raises FileNotFoundError; ValueError for files of another form."""
     for name in (TABLE, CONFIG):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"expected {TABLE} and {CONFIG} in {directory}, got no {name}")

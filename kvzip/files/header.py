@@ -1,4 +1,4 @@
-"""The head of a file, read once for all who ask: where each tensor lies, and the JSON header of kvzip."""
+"""The head of a file: where each tensor lies and kvzip's JSON header, written, read and checked."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ from .damage import Damaged, Refused, refusing, require
 from .schema import VERSION, check_header
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}  # bytes of a value, by dtype
-_LIMIT = 1 << 24  # bytes of a header: JSON takes some twenty times as much when it is parsed
-_AXES, _LONGEST = 8, 1 << 40  # of a tensor's shape
-_NONE = "0" * 16  # stands for a checksum that is not known yet
+_LIMIT = 1 << 24  # bytes of a header; once parsed, JSON takes about twenty times as much
+_AXES, _LONGEST = 8, 1 << 40  # limits of a shape: number of axes, and length of one
+_NONE = "0" * 16  # placeholder of a checksum, as long as one
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OpenFile:
     header: dict[str, Any]
     tensors: dict[str, Place]
     raw: FileIO
-    helper: ThreadPoolExecutor  # one thread
+    helper: ThreadPoolExecutor  # one thread, which computes checksums
 
 
 @contextmanager
@@ -73,19 +73,19 @@ def peek(path: str | Path) -> dict[str, Any]:
 
 
 def is_something_else(file: BinaryIO | FileIO) -> bool:
-    """Returns whether an open file does not begin as ours do. One that is too short to tell counts as damaged."""
-    start = file.read(9) or b""
+    """Returns whether an open file does not begin as safetensors files do. A shorter one counts as damaged instead."""
+    begin = file.read(9) or b""
     file.seek(0)
-    return len(start) == 9 and start[8:] != b"{"  # where the header of every safetensors file begins
+    return len(begin) == 9 and begin[8:] != b"{"  # byte 8 begins the JSON header
 
 
 def encode_head(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], header: Mapping[str, Any], checksums: Mapping[str, str] | None
 ) -> bytes:
-    """Returns the head of a file, which is as long without the checksums as with them.
+    """Returns the head of a file. Its length is the same with and without checksums.
 
     Args:
-        tensors: the dtype and shape of each, in the order in which they follow.
+        tensors: the dtype and shape of each, in the order of their data.
         checksums: of each tensor; None if they are not known yet.
 
     Raises: TypeError for a header that JSON cannot hold; ValueError for one that is too long.
@@ -123,13 +123,13 @@ def fill(raw: FileIO, view: memoryview) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[FileIO]:
-    """A regular file, open. A pipe has no end that a reader could wait for, and opening a device may start it."""
+    """Opens a regular file, and no other: reading a pipe may never end, and opening a device may start it."""
     name = visible_line(path.name)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"expected a cache file, got no file {visible_line(str(path))}") from error
-    if stat.S_ISREG(mode):  # another file may take its place before it is open: it is opened without waiting
+    if stat.S_ISREG(mode):  # a pipe may replace it before it is open, hence O_NONBLOCK and a second check
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         with FileIO(os.open(path, flags)) as raw:
             mode = os.fstat(raw.fileno()).st_mode
@@ -142,9 +142,9 @@ def _opened(path: Path) -> Iterator[FileIO]:
 
 def _head_of(raw: FileIO) -> bytes:
     """The bytes of the header."""
-    start = raw.read(8) or b""
-    require(len(start) == 8, "it has no header")
-    (size,) = struct.unpack("<Q", start)
+    length = raw.read(8) or b""
+    require(len(length) == 8, "it has no header")
+    (size,) = struct.unpack("<Q", length)
     require(size <= _LIMIT, f"a header of {size} bytes, more than {_LIMIT}")
     require(size <= os.fstat(raw.fileno()).st_size - 8, "it ends within its header")
     head = bytearray(size)
@@ -153,7 +153,7 @@ def _head_of(raw: FileIO) -> bytes:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What a safetensors file has beside its tensors; {} for any other file."""
+    """The `__metadata__` of a safetensors file; {} for any other file."""
     try:
         with _opened(path) as raw:
             metadata = _object(_head_of(raw).decode()).get("__metadata__")
@@ -191,7 +191,7 @@ def _read_head(name: str, raw: FileIO) -> tuple[dict[str, Any], dict[str, Place]
 
 
 def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
-    """Where each tensor lies. Raises Damaged unless together they are all that follows the header, each once."""
+    """Where each tensor lies. Raises Damaged unless they fill the rest of the file without gaps or overlaps."""
     places = {}
     for name, entry in table.items():
         require(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name} is {entry!r}")
@@ -210,7 +210,7 @@ def _places(table: dict[str, Any], begin: int, size: int) -> dict[str, Place]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A JSON object. Raises Damaged for other text, keys that are there twice, and numbers that JSON has not."""
+    """A JSON object. Raises Damaged for other text, duplicate keys, NaN and infinities."""
     try:
         value = json.loads(
             text, object_pairs_hook=_pairs, parse_constant=lambda x: require(False, f"{x} in its header")

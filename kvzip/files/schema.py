@@ -1,7 +1,7 @@
-"""What files of kvzip hold, written once: each entry of their header and each tensor, its type and what it means.
+"""The schema of kvzip's files: each entry of their header and each tensor, its type and what it means.
 
-Reading asks it what to accept, `kvzip info` and `kvzip report` ask it what a header says, and the tables of
-docs/file_format.md are these, which a test compares. Tensors are named after the fields that hold them
+Files are checked against it when read, `kvzip info` and `kvzip report` read headers by it, and a test compares the
+tables of docs/file_format.md with it. Tensors are named after the fields that hold them
 (`layers.3.k`, `tail.k.3`, `scores.values`); everything else is one JSON object in the file's metadata under "kvzip".
 """
 
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor. `float` is any dtype of a model, an axis a size or its name, `of` a kind of layer if kinds differ."""
+    """A tensor. dtype "float" is any of DTYPES; axes are sizes or names; `of` is the kind of layer if kinds differ."""
 
     name: str
     dtype: str
@@ -184,7 +184,7 @@ def bits_of(header: Mapping[str, Any]) -> int | None:
 
 
 def entry(header: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns an entry that is an object, as `note` and `model` are, of a header that may be unchecked; {} if not."""
+    """Returns a header's entry that should be an object, such as `note`; {} if it is missing or of another type."""
     value = header.get(name)
     return value if isinstance(value, dict) else {}
 
@@ -196,9 +196,9 @@ def dtype_of(fingerprint: str) -> str | None:
 
 
 def foreign(found: str, expected: str) -> str:
-    """Returns why something of one fingerprint does not belong to a model of another; empty if it does.
+    """Returns why something of fingerprint `found` does not belong to the model of `expected`; empty if it does.
 
-    The same model in another dtype has a reason of its own.
+    If only the dtype differs, the reason says so.
     """
     if found == expected:
         return ""

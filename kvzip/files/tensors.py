@@ -29,7 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ROW = 509  # words of 8 bytes, whose columns are summed: a prime, so that ranges that change places change columns
+_ROW = 509  # 8-byte words of a row, whose columns are summed; prime, so that swapped ranges end in other columns
 _BLOCK = 1024 * 8 * _ROW  # bytes
 
 
@@ -39,7 +39,7 @@ def read_tensor(
     """Returns a tensor of an open file, in memory of its own. Raises Damaged if it is not what was written.
 
     Args:
-        scratch: what `staging` gave, through which bytes go to another device.
+        scratch: the buffer that `staging` gave for another device than the CPU.
     """
     place, sums = file.tensors[name], []
     file.raw.seek(place.start)
@@ -56,7 +56,7 @@ def read_tensor(
 
 
 def staging(device: str | torch.device) -> Tensor | None:
-    """Returns memory through which `read_tensor` reads tensors that go to another device than the CPU."""
+    """Returns the buffer through which `read_tensor` reads tensors to another device; None for the CPU."""
     kind = torch.device(device).type
     return None if kind == "cpu" else torch.empty(4, _BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
 
@@ -77,7 +77,7 @@ def write_file(
     check_mapping(note, "note")
     path = Path(path)
     check_target(path, overwrite=overwrite)
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned where mapped
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # widest first: aligned
     entries = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered.items()}
     header = {**header, "version": VERSION, "library": LIBRARY, "note": dict(note or {})}
     size = len(encode_head(entries, header, None))
@@ -90,7 +90,7 @@ def write_file(
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
+        raise OSError(error.errno, error.strerror, str(path)) from error  # errors of a full disk name no file
 
 
 def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:
@@ -128,7 +128,7 @@ def _write(out: BinaryIO, tensor: Tensor) -> str:
 def _sums(block: np.ndarray) -> bytes:
     """The sums of 8-byte words over the columns of rows of 509, modulo 2**64; zeros fill the last row.
 
-    Any change within one word is seen, and words that are exchanged, but for those at a multiple of 4,072 bytes. A
+    They show any change within one word, and swapped words unless a multiple of 4,072 bytes apart. A
     cryptographic digest of all bytes would take ten times as long.
     """
     whole = len(block) // (8 * _ROW) * 8 * _ROW
@@ -139,4 +139,4 @@ def _sums(block: np.ndarray) -> bytes:
 
 
 def _blocks(buffer: np.ndarray) -> Iterator[np.ndarray]:
-    return (buffer[start : start + _BLOCK] for start in range(0, len(buffer), _BLOCK))
+    return (buffer[at : at + _BLOCK] for at in range(0, len(buffer), _BLOCK))

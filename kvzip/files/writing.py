@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all: what may be replaced, whether a place can be written, and the writing."""
+"""Writing a file whole or not at all: which files may be replaced, whether a path can be written, and the write."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ from .header import is_kvzip_file
 
 
 def is_replaceable(path: str | Path, ours: Callable[[Path], bool] = is_kvzip_file) -> bool | None:
-    """Returns whether what is at a path may be replaced, if its owner wants that; None if nothing is there.
+    """Returns whether what is at a path may be replaced, if the caller asks for that; None if nothing is there.
 
     The one rule, for the library and the command line: only a regular file, or a link to one, that is ours.
     """
@@ -36,7 +36,7 @@ def check_writable(path: str | Path, *, kind: str | None = None, suffix: str = "
 
     Args:
         kind: what the file is, for the error.
-        suffix: what a longer name beside it, that will be written too, ends in.
+        suffix: the end of a longer file name that will be written beside it too.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -51,7 +51,7 @@ def check_writable(path: str | Path, *, kind: str | None = None, suffix: str = "
 
 @contextmanager
 def whole_file(path: str | Path, *, overwrite: bool | None = None) -> Iterator[Path]:
-    """Gives an empty file beside `path` to write to, which takes its place at the end, or is deleted on an error.
+    """Yields an empty file beside `path` to write to, which replaces it at the end, or is deleted on an error.
 
     Its mode is what the process's umask leaves of 0666, as of any new file.
 

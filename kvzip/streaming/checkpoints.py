@@ -1,4 +1,4 @@
-"""The file of a run that was interrupted: where it may be, what it holds, and whether a run may go on from it."""
+"""Checkpoints of `prefill_compressed`: where one may be, what it holds, and whether a run may resume it."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from .plan import Plan, note_of
 
 
 def is_begun(path: Path) -> bool:
-    """Whether there is a checkpoint to go on from.
+    """Whether there is a checkpoint to resume.
 
     Raises: OSError now, not after hours of work, where no file can be written; ValueError for another kind of file.
     """
     check_writable(path, kind="checkpoint")
-    if not os.path.lexists(path):  # not `exists`: `save` refuses a link to nothing, so it is refused here already
+    if not os.path.lexists(path):  # not `exists`: `save` would refuse a dangling link, so it is refused now
         return False
     if not path.is_file():
         raise ValueError(f"expected a file for the checkpoint, got {path}, which is none: name a file")
@@ -38,7 +38,7 @@ def read(model: Model, path: Path, plan: Plan) -> RaggedCache:
 
     Raises: ValueError if the file is no checkpoint, or that of a run with other settings.
     """
-    with open_file(path) as file:  # once: settings and pairs are of one file, even if another replaces it meanwhile
+    with open_file(path) as file:  # opened once: settings and pairs are of one file, even if it is replaced meanwhile
         _check_settings(path, file.header["note"], note_of(plan))
         check_content(file)
         cache = read_cache(file, model=model)

@@ -1,4 +1,4 @@
-"""A context as its caller passes it, whole or in pieces of text or ids, becomes segments of ids."""
+"""Turns a context, passed whole or in pieces of text or ids, into segments of ids."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ def opening_of(context: str | Tensor | Pieces, *, strips: bool) -> tuple[Any, st
 def ids_of(
     model: Model, context: str | Tensor | Pieces, *, before: str
 ) -> tuple[Iterator[Int64[Tensor, " S"]], int | None]:
-    """The ids of a context, piece by piece, and how many they are: None if only the last piece tells."""
+    """The ids of a context, piece by piece, and their number; None if it is unknown before the last piece."""
     if isinstance(context, (str, Tensor)):
         ids = context_ids(model, context, before=before)
         return iter([ids]), len(ids)
@@ -66,9 +66,9 @@ def _all(pieces: Iterator[Any], kind: type) -> Iterator[Any]:
 def segments_of(
     pieces: Iterator[Int64[Tensor, " S"]], size: int, done: Int64[Tensor, " S"]
 ) -> Iterator[Int64[Tensor, " S"]]:
-    """Yields segments of `size` tokens, the last of fewer, of the tokens that follow those that a checkpoint has done.
+    """Yields segments of `size` tokens (the last may be shorter) of the tokens after `done`, those of the checkpoint.
 
-    Raises: ValueError if the pieces do not begin with the tokens that are done, or go on where the done ones ended.
+    Raises: ValueError if the pieces do not begin with `done`, or go on after a `done` whose last segment was shorter.
     """
     held: list[Tensor] = []
     count, position = 0, 0

@@ -1,4 +1,4 @@
-"""The settings of a run, and what follows from them: how many pairs stay, and whether what is protected fits."""
+"""The settings of a streamed prefill, how many pairs they keep, and whether the protected ones fit."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from ..options import Scoring
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides which pairs stay. `prefix` are the ids in front of the context, `expected` its tokens if known."""
+    """What decides which pairs stay. `prefix`: ids in front of the context; `expected`: its tokens, if known."""
 
     ratio: float
     segment: int
@@ -25,7 +25,7 @@ class Plan:
         return len(self.prefix)
 
     def budget(self, heads: int, tokens: int) -> int:
-        """How many pairs of `heads` heads, those of all scored layers, stay of the first context tokens."""
+        """How many pairs stay of the first `tokens` context tokens; `heads` counts those of all scored layers."""
         whole = self.expected if self.share == "final" and self.expected is not None else tokens
         return int(self.ratio * (heads * whole))
 
@@ -37,9 +37,9 @@ def note_of(plan: Plan) -> dict[str, Any]:
     return {**first, **scoring, "template": plan.template, "prefix": list(plan.prefix), "expected": plan.expected}
 
 
-def count_protected(plan: Plan, start: int, stop: int) -> int:
-    """How many of the context tokens start:stop are protected."""
-    count, end = 0, start
+def count_protected(plan: Plan, begin: int, stop: int) -> int:
+    """How many of the context tokens begin:stop are protected."""
+    count, end = 0, begin
     for first, last in sorted(plan.protect):
         first, last = max(first, end), min(last, stop)
         count, end = count + max(0, last - first), max(end, last)
@@ -47,7 +47,7 @@ def count_protected(plan: Plan, start: int, stop: int) -> int:
 
 
 def check_protected(plan: Plan, heads: int, tokens: int) -> None:
-    """Raises ValueError if more is protected than stays of a context of so many tokens, or of one of its segments."""
+    """Raises ValueError if more is protected than is kept of `tokens` context tokens, or of one segment of them."""
     if plan.share == "segment":
         for begin in range(0, tokens, plan.segment):
             check_share(plan, heads, begin, min(begin + plan.segment, tokens))

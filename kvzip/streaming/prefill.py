@@ -55,17 +55,17 @@ def prefill_compressed(
             the ids of the whole text, see `prompts.encode_pieces`.
         ratio: fraction of evictable pairs KEPT, 0 < ratio <= 1.
         segment: context tokens that are held uncompressed at a time.
-        share: how segments share what is kept. "segment": each keeps its own int(ratio * pairs), so that none is ever
+        share: how segments share the budget. "segment": each keeps its own int(ratio * pairs), so that none is ever
             dropped later. "running": after each segment the highest scored of all held and new pairs stay,
             int(ratio * pairs so far). "final": as "running" with int(ratio * all pairs) from the start, so that the
-            highest scored of the whole context stay and early segments are compressed late; the length must be
-            known, which it is not for pieces.
+            highest scored of the whole context stay and early segments are compressed late. It needs the length, so
+            the context must not come in pieces.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, that stay in all layers and heads,
             as in `compress`, even while the budget of the segments so far is smaller. In a context in pieces, whose end
             is unknown, a span may reach further than there are tokens.
         length: context tokens to expect where pieces do not tell. A repeat's positions start where the context ends, as
             in `score` (a question will come there). Without a length, or with one that is too small, they start at the
-            segment's end, which keeps other pairs: a guess is better than none.
+            segment's end, which keeps other pairs: an estimate is better than none.
         scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
@@ -79,7 +79,7 @@ def prefill_compressed(
 
     Raises: ValueError for an empty context, one beyond `model.config.max_length`, options out of range, more protected
         pairs than the ratio keeps (of a segment, with share "segment"), a checkpoint of other arguments or another
-        context, a file that is none; TypeError for pieces of mixed kinds and for what is no number; OSError for a
+        context, another kind of file; TypeError for pieces of mixed kinds and for what is no number; OSError for a
         checkpoint that cannot be written; torch.OutOfMemoryError that says what for.
     """
     check_kind(model, Model)
@@ -128,7 +128,7 @@ def _run(
     save_every: int | None,
     told: Callable[[int, int | None], None] | None,
 ) -> RaggedCache:
-    """Takes in one segment after the other. `tokens`: how many the context has, None if that is not known.
+    """Processes one segment after the other. `tokens`: how many the context has, None if that is not known.
 
     The state changes in one step, where `run` is assigned. So wherever an interruption comes, `run` is the state before
     or after a whole segment, and that is what the checkpoint gets.
@@ -140,7 +140,7 @@ def _run(
 
     def write() -> None:
         nonlocal saved
-        # a file that is gone (the last step removes it) holds nothing: an interruption then writes it again
+        # a missing file holds nothing: an interruption after the last step removed it writes it again
         if path is not None and len(run.token_ids) > (saved if path.exists() else plan.start):
             save(cache_of(model, run, plan), path, note=note_of(plan), overwrite=True)
             saved = len(run.token_ids)
@@ -173,7 +173,7 @@ def _run(
     except BaseException as error:
         try:
             write()
-        except Exception as failure:  # the error that ended the run is the one to see
+        except Exception as failure:  # logged, so that the error that ended the run is raised
             logger.error("%s could not be written and is as it was before: %s", path, failure)
         else:
             if isinstance(error, torch.OutOfMemoryError) and path is not None and path.exists():

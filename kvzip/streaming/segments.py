@@ -1,4 +1,4 @@
-"""What is held between two segments of a context, and how a segment is taken in: read, scored, chosen, packed."""
+"""The state between two segments of a context, and the steps of a segment: prefill, score, choose rows, pack."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ _PASS = 4_000  # tokens of a segment per forward pass, which bounds the memory f
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A layer that has taken in a segment. Its rows are, head after head, those that it held and the segment's.
+    """A layer after a segment, before packing. Its rows are, head after head, those held before and the segment's.
 
-    k, v: a pair (held [N D], the segment's [H S D]) until the rows that stay are gathered from it into one tensor.
+    k, v: a tuple (held [N D], the segment's [H S D]) until the rows that stay are gathered from it into one tensor.
     keep: which rows stay. sizes[2h] rows of head h were held, sizes[2h + 1] are the segment's.
     positions: the tokens of the rows that stay.
     """
@@ -39,10 +39,10 @@ class Unpacked:
 
 @dataclass(frozen=True)
 class Run:
-    """What is held between two segments.
+    """The state between two segments.
 
     context: the layers. After `extend`, those without a window are Unpacked until `pack_` has packed them.
-    ranks[i]: the score of each row of layer i, infinite for the prefix's and those protected; None for window layers.
+    ranks[i]: the score of each row of layer i, infinite for prefix and protected rows; None for window layers.
     kept: how many pairs are held, without the prefix's and those of window layers.
     scores: of all context tokens so far, by segment, on the host.
     """
@@ -55,7 +55,7 @@ class Run:
 
 
 def begin(model: Model, plan: Plan) -> Run:
-    """The run before its first segment, which holds the prefix alone."""
+    """The run before its first segment: only the prefix is held."""
     prefix = torch.tensor(plan.prefix, dtype=torch.long)
     layers = new_layers(model.config, plan.start, dtype=model.dtype, device=model.device)
     if plan.start:
@@ -67,7 +67,7 @@ def begin(model: Model, plan: Plan) -> Run:
 
 
 def run_of(cache: RaggedCache, plan: Plan) -> Run:
-    """The run whose state a cache holds."""
+    """The run that continues from a cache."""
     none = torch.empty(len(cache.scored_layers), cache.heads, 0)
     values = none if cache.scores is None else cache.scores.values.cpu()
     scored = iter(values)
@@ -79,7 +79,7 @@ def run_of(cache: RaggedCache, plan: Plan) -> Run:
 
 
 def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
-    """Returns the run after one more segment: read, scored, and its rows that stay chosen. `pack_` drops the others."""
+    """Returns the run after one more segment, with the rows that stay chosen but not packed (see `pack_`)."""
     done = len(run.token_ids) - plan.start
     stop = done + len(ids)
     segment = _prefill(model, run, ids, plan)
@@ -160,7 +160,7 @@ def pack_(run: Run) -> None:
 def _steps(layer: Unpacked) -> Iterator[Unpacked | RaggedKV]:
     """Yields the layer with its keys gathered, then with its values gathered, then packed.
 
-    The caller drops each when the next comes, which frees what was gathered from.
+    The caller drops each for the next, which frees the tensors it was gathered from.
     """
     rows = [mask.nonzero()[:, 0] for mask in layer.keep.split(layer.sizes)]
     if isinstance(layer.k, tuple):
@@ -178,7 +178,7 @@ def _steps(layer: Unpacked) -> Iterator[Unpacked | RaggedKV]:
 def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
     """The cache of the segments so far.
 
-    Layers that an interruption left unpacked are packed on the host, since the device may be full: enough for a file.
+    Layers that an interruption left unpacked are packed on the host, where saving needs them: the device may be full.
     """
     context, source = list(run.context), plan.scoring.source
     for n, layer in enumerate(context):
