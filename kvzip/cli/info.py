@@ -81,7 +81,7 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
     from ..cache.reading import read_cache
 
     header, cache = file.header, read_cache(file, pairs=False)
-    heads = schema.entry(header, "note").get("heads")  # anyone may have written a note
+    heads = schema.entry(header, "note").get("heads")  # a note is not checked
     start, length = cache.start, cache.context_length
     layers: list[dict[str, Any]] = [{"layer": n, "kept": 1.0} for n in range(len(cache.context))]
     for n, layer in enumerate(cache.context):
