@@ -15,7 +15,7 @@ from .plumbing import command
 from .sources import check_ours, find_model, short
 
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
-SPARE = 0.1  # of the memory, for activations and what else runs
+SPARE = 0.1  # of the memory, for activations and other processes
 _MEMORY = "For a model: memory to fill, as 24GB [default: what is free here]."
 
 

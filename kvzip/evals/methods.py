@@ -84,7 +84,7 @@ def h2o(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def pyramidkv(model: Model, cache: DenseCache) -> DenseCache:
-    """Returns SnapKV's order in each head, moved so that level "pair" keeps a pyramid: many pairs below, few above.
+    """Returns SnapKV's order in each head, shifted by layer: level "pair" keeps many pairs in low layers, few in high.
 
     Each head keeps the last 32 tokens; what each layer keeps of the others is in `orders.pyramidal`.
 

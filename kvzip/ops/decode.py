@@ -42,7 +42,7 @@ def decode(
         window: sees only rows at distance 0 <= distance < window. The rows of each head are then consecutive
             tokens that end right before the tail: with p = lengths[b] - 1 - (T - 1 - t) the query's own place,
             tail row j is at distance p - j and row i of a head of n rows at distance p + n - i. Without a tail
-            the last query stands right after the context, p = -(T - 1 - t).
+            the last query is right after the context, p = -(T - 1 - t).
         schedule: from `decode_schedule`; None makes one, which waits for the device: meant for tests.
         tail: (k, v, lengths), k and v any view with a contiguous last axis. lengths[b] counts the rows that the
             last query of question b sees, its own included. Rows beyond may hold anything, NaN too.

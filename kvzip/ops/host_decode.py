@@ -33,7 +33,7 @@ def decode_host(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` for what `host_takes` accepts, by far fewer torch calls than the reference; it stores no large logits.
 
-    Context and tail are computed apart and merged. Quantized rows are restored first.
+    Attention to context and tail is computed separately and merged. Quantized rows are dequantized first.
     """
     bounds = offsets.tolist()
     k, v = (dequantize(x, dtype=q.dtype, offsets=offsets) if isinstance(x, Quantized) else x for x in (k, v))

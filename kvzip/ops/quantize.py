@@ -24,7 +24,7 @@ def quantize(
     """Returns x quantized to `bits` bits, asymmetric: code 0 is a group's least value, the last code its greatest.
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
-    scale and zero as they are stored. Restored values are then within half a step (scale / 2) of x, up to float32's
+    scale and zero as they are stored. Dequantized values are then within half a step (scale / 2) of x, up to float32's
     rounding, and rows of one value are exact. Finite rows stay finite: a subnormal
     scale is rounded up, and a group whose max - min overflows float32 is computed from halves of its values.
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values of new tokens: taken out of one product, normed by head in some models, and rotated."""
+"""Queries, keys and values of new tokens: split from one product, normalized per head in some models, and rotated."""
 
 import torch
 from jaxtyping import Float

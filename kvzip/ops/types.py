@@ -27,7 +27,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Channels:
-    """What the D channels of each of H heads have in common: x = center[h] + spread[h] * rest.
+    """Center and spread of the D channels of each of H heads: x = center[h] + spread[h] * rest.
 
     Channels of keys differ by orders of magnitude, and a few are far from 0 in every row: without this those few would
     set the scale of the whole row, which in 4 bits has 16 steps. Spreads are powers of two: their products are exact.
