@@ -268,7 +268,7 @@ def _render_pair(pair: AnswerPair) -> Group:
 
 
 def _points(difference: float) -> str:
-    """A difference of probabilities in hundredths, as +22.4; what rounds to nothing is said to be small."""
+    """A difference of probabilities in hundredths, as +22.4; one that rounds to 0 is shown as +<0.1 or -<0.1."""
     points = 100 * difference
     return "0" if not points else f"{'-' if points < 0 else '+'}<0.1" if abs(points) < 0.05 else f"{points:+.1f}"
 

@@ -25,8 +25,8 @@ def quantize(
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
     scale and zero as they are stored. Dequantized values are then within half a step (scale / 2) of x, up to float32's
-    rounding, and rows of one value are exact. Finite rows stay finite: a subnormal
-    scale is rounded up, and a group whose max - min overflows float32 is computed from halves of its values.
+    rounding, and rows of one value are exact. Finite rows stay finite: a subnormal scale is rounded up, and a group
+    whose max - min overflows float32 is computed from halves of its values.
 
     Scales and zeros are float16 if all zeros are exact in it and no scale's rounding moves its group's greatest value
     by more than half a step; otherwise, and for float32 rows, they are float32. The choice waits for the device.

@@ -44,8 +44,8 @@ def linear_triton(
 
     One row is one launch that reads every weight once (N K values, 2 N K operations) and fuses the rest: x times the
     norm's weight is multiplied by W, and the norm's factor is applied to the sums. The next kernel may start early
-    and prefetch its weights to L2 (programmatic dependent launch). More rows go to cuBLAS
-    between fused elementwise kernels; there the product adds a residual, in float32. Measured: docs/tuning.md.
+    and prefetch its weights to L2 (programmatic dependent launch). More rows go to cuBLAS,
+    between fused elementwise kernels; there the product adds the residual, in float32. Measured: docs/tuning.md.
     """
     check_dtype(x)
     N, K = weight.shape
