@@ -26,7 +26,7 @@ Variant = list[Callable[[], object]]
 
 
 def facts(commit: str | None) -> dict[str, str | None]:
-    """Returns what a GPU's figure depends on besides its inputs."""
+    """Returns what a time on this GPU depends on besides its inputs."""
     versions = machine.versions()
     return {
         "gpu": torch.cuda.get_device_name(),
@@ -47,10 +47,10 @@ def commit_of(given: str | None) -> str:
 
 
 def test_or_exit(*arguments: str, workers: int = 1) -> None:
-    """Runs tests, and exits if one fails: nothing is timed on red."""
+    """Runs tests, and exits if one fails, so that nothing wrong is timed."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *arguments]
     environment = dict(os.environ)
-    if workers > 1:  # whose references would each take all cores
+    if workers > 1:  # references would take all cores in each
         command += ["-n", str(workers)]
         environment["OMP_NUM_THREADS"] = "1"
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:

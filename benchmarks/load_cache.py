@@ -4,8 +4,8 @@
 
 The cache is ragged, of Llama-3.1-8B's heads in bfloat16, its file warm in the page cache. It runs the tests of
 `load_cache` first and times nothing if one fails; exits with 1 if loading takes more than 1.3 times as long as reading.
-Variants take turns: "read" reads the whole file into memory that is already there, "read anew" into new memory, which
-loading to a CPU needs too; "load" returns the cache, checked.
+Variants take turns: "read" reads the whole file into memory that is allocated already, "read anew" into new memory, as
+loading to a CPU does; "load" returns the cache, checked.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def random_model(
     """Returns a model of a published shape with normally distributed weights; it never stops by itself.
 
     Args:
-        layers: the first so many only.
+        layers: how many, counted from the first; None takes all.
         max_length: in place of the config's.
     """
     config = translate_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))

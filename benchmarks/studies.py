@@ -1,11 +1,11 @@
-"""Methods of `evaluation.py` besides those of the package: what is asked to find out what a choice in a method costs.
+"""Further methods of `evaluation.py`, which measure what single choices in a method cost.
 
-STUDY asks whether the choice of pairs loses random keys and values, or their number. "chunk-N" and "context-N" repeat N
-tokens at a time. "lookups" has what no method may know: it asks for every key of the context, with the right answer,
-and scores a pair by the largest attention that it receives meanwhile.
+STUDY asks why random keys and values are lost: wrong pairs, or too few? "chunk-N" and "context-N" repeat N tokens at a
+time. "lookups" is an oracle: it asks for every key of the context, with the right answer, and scores a pair by the
+largest attention that it receives meanwhile.
 
 SCORING has the ways of scoring: "context" and "chunk" are the scopes, with ":N" of another chunk size; "chunk+near"
-has the chunk before it in sight; "logit" and "kvzip+" are methods in scope chunk; "positions" places the repeat at the
+also attends to the chunk before; "logit" and "kvzip+" are methods in scope chunk; "positions" places the repeat at the
 end of its chunk; "stream-segment", "stream-running" and "stream-final" are shares of `prefill_compressed` in segments
 of 2,000 tokens, "stream-unknown" is "running" with the length unknown.
 
@@ -91,7 +91,7 @@ def repeated(name: str, scope: str, chunk: int = CHUNK, method: str = "kvzip") -
 
 
 def near(model: Model, cache: DenseCache) -> DenseCache:
-    """Scope chunk with the chunk before each in sight."""
+    """Scope chunk, in which each chunk's repeat also attends to the chunk before it."""
     values = score_chunks(model, cache, Scoring(chunk=CHUNK), neighbors=CHUNK)
     return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "chunk+near"))
 
@@ -105,7 +105,7 @@ def positions(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def streamed(share: str | None) -> Callable[[Model, DenseCache, float], RaggedCache]:
-    """What reads the context again, a segment at a time; with None its length is unknown."""
+    """A `pack` that reads the context again in segments, by a `share`; None is "running" with unknown length."""
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
         ids = cache.token_ids[cache.start :]

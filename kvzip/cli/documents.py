@@ -20,7 +20,7 @@ SKIPPED = ("__pycache__", "node_modules", "venv", "build", "dist")
 def read(sources: Sequence[str]) -> tuple[str, str]:
     """Returns the text of documents and its title.
 
-    One file is its text. Several, or a directory, are one context in which the path stands before each file's text.
+    One file is its text. Several, or a directory, are one context in which each file's text follows its path.
     Files of a directory that are neither text nor PDFs are left out; standard error says which.
 
     Args:

@@ -15,7 +15,7 @@ from .plumbing import command
 from .sources import check_ours, find_model, short
 
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
-SPARE = 0.1  # of the memory, for activations and what else runs
+SPARE = 0.1  # of the memory, for activations and other processes
 _MEMORY = "For a model: memory to fill, as 24GB [default: what is free here]."
 
 
@@ -81,7 +81,7 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
     from ..cache.reading import read_cache
 
     header, cache = file.header, read_cache(file, pairs=False)
-    heads = schema.entry(header, "note").get("heads")  # anyone may have written a note
+    heads = schema.entry(header, "note").get("heads")  # a note is not checked
     start, length = cache.start, cache.context_length
     layers: list[dict[str, Any]] = [{"layer": n, "kept": 1.0} for n in range(len(cache.context))]
     for n, layer in enumerate(cache.context):

@@ -117,7 +117,7 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
         heads, ends = scores.values.numel(), {"sink": scores.sink, "recent": scores.recent}
         whole = _whole_heads(scores, tokens, budget)
         note = {"heads": {"whole": whole, "heads": heads, **ends}}
-        # the middle between this many heads and one more, so that no rounding makes it one less
+        # half a head more than are kept, so that rounding cannot make it one less
         budget = replace(budget, ratio=min(1.0, (whole + 0.5) / heads), budget=None, level="head", **ends)
     full_bytes = prefilling.dense_bytes(model, start + tokens) + 8 * (start + tokens)  # and the ids, as in `nbytes`
     _check_memory(model, full_bytes, tokens)

@@ -62,7 +62,7 @@ def put(*renderables: Any) -> None:
 
 @contextmanager
 def stages() -> Iterator[Stage]:
-    """Yields what begins a line of progress in place of the last; nothing is shown where stderr is no terminal."""
+    """Yields a `Stage` whose progress line replaces the last one; nothing is shown where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

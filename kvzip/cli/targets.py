@@ -1,4 +1,4 @@
-"""Where a file may be written, and what is in one that is there already. Without torch, so that a no is quick."""
+"""Where a file may be written, and what is in one that is there already. Without torch, so that a refusal is quick."""
 
 import errno
 import shutil

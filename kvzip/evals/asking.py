@@ -44,7 +44,7 @@ def prefill_example(model: Model, example: Example, *, form: str) -> DenseCache:
 def ask(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str) -> list[Answer]:
     """Returns the greedy answers to questions with the same max_tokens and stop texts, as one batch.
 
-    A continuation that begins with its stop text, as some models put an answer on a new line, goes on after it, once.
+    A continuation that begins with its stop text, as some models begin a new line, is continued once after it.
     """
     limit, stop = questions[0].max_tokens, questions[0].cloze_stop
     texts = _texts(questions, form)
@@ -73,9 +73,9 @@ def gold(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Ques
 def answer_logits(
     model: Model, cache: DenseCache | RaggedCache, asked: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[Float[Tensor, "T V"]]:
-    """Returns the logits where each of the T tokens of an answer stands, float32, for questions and their answers.
+    """Returns float32 logits for each question's answer, at the position of each of its T tokens.
 
-    Each question is read with its answer after the cache, its tail included, which is left as it was.
+    Question and answer are read after the cache and its tail; the cache is not changed.
 
     Raises: ValueError for a cache of another model, ids beyond the vocabulary, or more positions than the model was
         made for.

@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """The greedy answers to one question from both caches, and how the full cache's answer looks to the other.
+    """The greedy answers to one question from both caches, and how likely both find the full cache's answer.
 
     Differences are over the tokens of the full cache's answer: `p_answer` of the probability of each, `margin` of the
     lead of the full cache's most likely token over the next, `p` of the probabilities of all tokens of the vocabulary.
@@ -165,9 +165,9 @@ def compare(
 def answer_probabilities(
     model: Model, cache: DenseCache | RaggedCache, query: str, answer_ids: Sequence[int], *, template: bool = True
 ) -> Float[Tensor, "T V"]:
-    """Returns the probabilities of each token of the vocabulary where each of T answer tokens stands, float32.
+    """Returns float32 probabilities of all tokens of the vocabulary, at the position of each of T answer tokens.
 
-    The question and the answer are read in one pass after the cache, its tail included, which is left as it was.
+    Question and answer are read in one pass after the cache and its tail; the cache is not changed.
 
     Raises: ValueError for a cache of another model, an empty query, ids beyond the vocabulary, or more positions than
         the model was made for; TypeError for arguments of another kind.
@@ -268,7 +268,7 @@ def _render_pair(pair: AnswerPair) -> Group:
 
 
 def _points(difference: float) -> str:
-    """A difference of probabilities in hundredths, as +22.4; what rounds to nothing is said to be small."""
+    """A difference of probabilities in hundredths, as +22.4; one that rounds to 0 is shown as +<0.1 or -<0.1."""
     points = 100 * difference
     return "0" if not points else f"{'-' if points < 0 else '+'}<0.1" if abs(points) < 0.05 else f"{points:+.1f}"
 

@@ -54,7 +54,7 @@ def heads(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def snapkv(model: Model, cache: DenseCache) -> DenseCache:
-    """Returns the mean attention that the last 32 context tokens pay to each pair before them; they come first.
+    """Returns the mean attention from the last 32 context tokens to each earlier pair; those 32 are always first.
 
         score[l, h, e] = mean over query heads of head h of
                          max over the 7 tokens around e of (mean over the last 32 rows of the softmax weight)
@@ -69,14 +69,14 @@ def snapkv(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def h2o(model: Model, cache: DenseCache) -> DenseCache:
-    """Returns an order in which any budget holds half recent tokens and half heavy hitters.
+    """Returns scores by which any budget keeps half recent tokens and half heavy hitters.
 
     A heavy hitter is a pair that receives much attention, summed over all queries and over the query heads of its head.
     A budget of n pairs a head holds its n/2 most recent tokens and the n/2 heaviest of the others.
 
     Source: H2O, arXiv 2306.14048, algorithm 1 with its equal halves. It evicts at each step, so that later queries see
-    the remaining pairs only; here, as when its authors compress a prompt, the whole context is read first. The weights
-    are summed as they are made, [Hq 64 S] at a time.
+    the remaining pairs only; here, as when its authors compress a prompt, the whole context is read first. Weights
+    are summed in blocks of [Hq 64 S].
     """
     sums = accumulated_attention(model, cache, first=0)[..., cache.start :]
     values = reduce(sums, "l (h g) e -> l h e", "sum", h=model.config.num_kv_heads)
@@ -84,7 +84,7 @@ def h2o(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def pyramidkv(model: Model, cache: DenseCache) -> DenseCache:
-    """Returns SnapKV's order in each head, moved so that level "pair" keeps a pyramid: many pairs below, few above.
+    """Returns SnapKV's order in each head, shifted by layer: level "pair" keeps many pairs in low layers, few in high.
 
     Each head keeps the last 32 tokens; what each layer keeps of the others is in `orders.pyramidal`.
 
@@ -96,7 +96,7 @@ def pyramidkv(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def adakv(model: Model, cache: DenseCache) -> DenseCache:
-    """Returns SnapKV's scores in the order in which AdaKV takes pairs of a layer, see `adaptive`.
+    """Returns SnapKV's scores, reordered so that the heads of a layer keep AdaKV's budgets: `orders.adaptive`.
 
     Source: AdaKV, arXiv 2407.11550, on SnapKV's scores (Ada-SnapKV), with its safeguard alpha = 0.2.
     """
@@ -128,14 +128,14 @@ def key_norm(model: Model, cache: DenseCache) -> DenseCache:
 
 
 def expected_attention(model: Model, cache: DenseCache, *, future: int = 512, epsilon: float = 0.01) -> DenseCache:
-    """Returns AdaKV's order of the attention that queries like the context's pay from the `future` next positions.
+    """Returns the attention expected of queries like the context's at the next `future` positions, by AdaKV's budgets.
 
         score[l, h, e] = |v_e| * (epsilon + mean over query heads of head h of softmax over e of
                                             (scale * m . k_e + scale^2 / 2 * k_e' C k_e))
 
     m and C are the mean and covariance of the queries before rotation, rotated by the average rotation of the next
     positions: exp(scale * m.k + ...) is the mean of exp(scale * q.k) for a normal q. The first 4 tokens of the sequence
-    are left out of all three and always kept. What each head of a layer holds is AdaKV's, see `adaptive`.
+    are left out of all three and always kept. Each head of a layer keeps AdaKV's budget: `orders.adaptive`.
 
     Source: Expected Attention, arXiv 2510.00636, with the settings of its authors' evaluation in kvpress (512 next
     positions, epsilon 0.01, AdaKV). The paper weighs with |W_o v|, its code, as here, with |v|. The queries are

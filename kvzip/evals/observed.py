@@ -1,4 +1,4 @@
-"""What the tokens of a context attend to, and their queries, which a cache does not hold: one more pass over them."""
+"""Attention weights and queries of a context's tokens. A cache holds neither: another forward pass computes them."""
 
 from collections.abc import Callable
 
@@ -74,7 +74,7 @@ def query_statistics(
 
 
 def _replay(model: Model, cache: DenseCache, first: int, see: See) -> None:
-    """Computes the queries of tokens first: on, which a cache does not hold, and shows them.
+    """Computes the queries of tokens first: on, which a cache does not hold, and calls `see` with them.
 
     Where there are window layers, whose cache lacks what the first of these tokens saw, the context is read from its
     beginning; `see` is then called for earlier tokens too.
@@ -107,7 +107,7 @@ def _replay(model: Model, cache: DenseCache, first: int, see: See) -> None:
 def rotate(
     x: Float64[Tensor, "*b D"], cos: Float64[Tensor, "*c D"], sin: Float64[Tensor, "*c D"]
 ) -> Float64[Tensor, "*b D"]:
-    """x turned as RoPE does, and back with -sin; also by means over positions, which no longer are rotations."""
+    """RoPE's rotation of x, its inverse with -sin. cos and sin may be means over positions, which do not rotate."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 

@@ -1,7 +1,7 @@
 """How a paper shares its budget among heads or layers, as an order of the pairs.
 
-Wherever the kept sets of a rule are nested, `compress` keeps what the rule would at any ratio if the value of a pair is
-minus the budget at which the rule takes it in.
+If what a rule keeps only grows with the budget, a pair's value is minus the smallest budget at which the rule keeps it;
+`compress` then keeps what the rule does at any ratio.
 """
 
 from itertools import islice
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def recent_and_heavy(values: Float32[Tensor, "L H E"]) -> Float32[Tensor, "L H E"]:
-    """Returns the order in which each head's set grows that holds as many of its last as of the highest others.
+    """Returns values by which each head keeps as many of its last tokens as of the highest others, at any budget.
 
     The sets are nested: a token that becomes a recent one makes room for the next heaviest.
     """
@@ -23,7 +23,7 @@ def recent_and_heavy(values: Float32[Tensor, "L H E"]) -> Float32[Tensor, "L H E
 
 
 def _taken_in(heaviest: list[int]) -> list[int]:
-    """Token indices in the order in which one head takes them in, from those with the heaviest first."""
+    """Token indices in the order in which one head adds them, from all of them with the heaviest first."""
     order: list[int] = []
     taken = [False] * len(heaviest)
     heavy = iter(heaviest)
@@ -39,7 +39,7 @@ def _taken_in(heaviest: list[int]) -> list[int]:
 
 
 def pyramidal(values: Float32[Tensor, "L H E"], *, window: int, beta: float = 20.0) -> Float32[Tensor, "L H E"]:
-    """Returns the order in which layers hold what PyramidKV gives them when a fraction r of all pairs is kept.
+    """Returns values by which layers keep what PyramidKV gives them when a fraction r of all pairs is kept.
 
     Every head keeps its last `window` pairs: their values stay, which are above 0. Of the other E - window pairs, the
     first layer holds the fraction (2 - 1/beta) r and the last one r / beta, with equal steps between. Where the first
@@ -59,7 +59,7 @@ def pyramidal(values: Float32[Tensor, "L H E"], *, window: int, beta: float = 20
 
 
 def adaptive(values: Float32[Tensor, "L H E"], *, alpha: float = 0.2) -> Float32[Tensor, "L H E"]:
-    """Returns the order of each layer's pairs in which its heads hold what AdaKV gives them at any budget.
+    """Returns values by which the heads of a layer keep what AdaKV gives them, at any budget of the layer.
 
     At m pairs in a layer of H heads, of which c_h(m) of the m highest belong to head h, that head holds its
 
@@ -89,5 +89,5 @@ def _adaptive_layer(values: Float32[Tensor, "H E"], alpha: float) -> Float32[Ten
 
 
 def rank(values: Float[Tensor, "*b E"]) -> Int64[Tensor, "*b E"]:
-    """How many of the last axis come before each value, the highest first and equal ones in index order."""
+    """The rank of each value along the last axis: 0 for the highest, equal ones in index order."""
     return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -105,7 +105,7 @@ def places(path: Path) -> dict[tuple[Any, ...], str]:
 def check_place(known: dict[tuple[Any, ...], str], run: Mapping[str, Any], question: Mapping[str, Any]) -> None:
     """Adds a question's place to the known ones.
 
-    A place is a number within an example of a task, for a model and the settings that its run made examples with.
+    A place is a question's number within an example of a task, for a model and the settings of its run.
 
     Raises: ValueError if another question is known in that place.
     """

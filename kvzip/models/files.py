@@ -1,4 +1,4 @@
-"""The files of an HF directory: JSON that is sound or refused by name, and which safetensors files hold the weights."""
+"""The files of an HF directory: JSON, checked when read, and which safetensors files hold the weights."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"expected {path.name} to be a file, got something else: fetch it again")
     unfit = False
 
-    def parsed(text: str) -> float:  # of every number that is no integer; NaN and Infinity are no JSON, but Python's
+    def parsed(text: str) -> float:  # for non-integers; Python reads NaN and Infinity, JSON has neither
         nonlocal unfit
         value = float(text)
         unfit |= not math.isfinite(value)
@@ -56,12 +56,12 @@ def _unfit(value: Any) -> Iterator[tuple[str, float]]:
 def weight_files(directory: Path, named: Any = None) -> list[Path]:
     """Returns the safetensors files that hold the weights, in order of their names, as Transformers chooses them.
 
-    `model.safetensors` before what `model.safetensors.index.json` lists; any other file is no part of the checkpoint
-    (Mistral's consolidated weights, adapters). Names are checked, not what they link to: the hub's own cache is made
-    of links.
+    `model.safetensors` is preferred to what `model.safetensors.index.json` lists; other files (adapters, Mistral's
+    consolidated weights) are not part of the checkpoint. Names are checked but not link targets, as the hub's cache
+    consists of links.
 
     Args:
-        named: `transformers_weights` of config.json, which names one of both in their place.
+        named: `transformers_weights` of config.json: the weights or index file to read instead of those two.
 
     Raises: FileNotFoundError that names what is missing; ValueError that names file and key for an index that is not
         understood, or a name that leaves the directory.

@@ -58,7 +58,7 @@ def translate_gemma3_text(raw: Mapping[str, Any], rope: Mapping[str, Any] | None
 def translate_gemma3(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None) -> ModelConfig:
     """Returns the ModelConfig of the text part of a multimodal Gemma 3 `config.json`.
 
-    Only `tie_word_embeddings` is read beside `text_config`, and only there: the head belongs to the whole model.
+    `tie_word_embeddings` is read beside `text_config`, never inside it: the LM head belongs to the whole model.
     """
     text = fields.read_mapping(raw, "text_config")
     fields.reject(text, quantization_config=(None,), is_causal=(None, True))

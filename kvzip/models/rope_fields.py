@@ -31,8 +31,8 @@ def shared_rope(
 ) -> dict[str, Parameters]:
     """Returns the RoPE parameters of each layer type, in a family whose layer types share one set by default.
 
-    If the config has both, `rope_scaling` is read and `rope_parameters` is not. A `rope_theta` inside either counts
-    before one beside it.
+    If the config has both, `rope_scaling` is read and `rope_parameters` is not. A `rope_theta` inside either
+    is preferred to one beside it.
 
     Args:
         rope: replaces the config's scaling (`load(rope=)`). The config's base stays unless `rope` has one.

@@ -1,4 +1,4 @@
-"""The one forward pass. The caller's `attend` gets q, k and v; no cache is known here."""
+"""The one forward pass. The caller's `attend` gets q, k and v; nothing here knows about caches."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def run_attention(
     *,
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Calls `attend` in every layer as `forward` does, and stops there in the last one, whose output is unused.
+    """Runs `forward` up to the last layer's `attend`, whose result is not used: no hidden states are returned.
 
     `observe(layer, hidden [B T M])` is called with the input of each layer before its `attend` is.
     """
@@ -141,7 +141,7 @@ def _mlp(hidden: Tensor, layer: LayerWeights, config: ModelConfig) -> Tensor:
 def _add(
     hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Tensor | None, config: ModelConfig
 ) -> Tensor:
-    """hidden + W x, the product normed first in the families that do."""
+    """hidden + W x, with the product normed first in families that have a post-norm."""
     if post_norm is None:
         return ops.linear(x, weight, bias, residual=hidden)
     out = ops.linear(x, weight, bias)

@@ -102,7 +102,7 @@ def read_vocabulary(
 
 def stop_ids(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
     """Returns every token that ends an answer: those of generation_config.json and of config.json, the tokenizer's end
-    of sequence, and what the chat template puts behind an answer.
+    of sequence, and what the chat template puts after an answer.
 
     Transformers takes only the first file that names one. Some fine-tunes keep the generation_config.json of their base
     model, and there an answer would run past the end of its turn.

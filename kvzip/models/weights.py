@@ -19,7 +19,7 @@ SKIPPED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 WRAPPERS = ("language_model.model.", "model.language_model.", "language_model.", "model.")
-"""What stands in front of the decoder's tensor names, in the spellings that checkpoints use."""
+"""Prefixes of the decoder's tensor names, in the spellings that checkpoints use."""
 
 
 @dataclass(frozen=True)

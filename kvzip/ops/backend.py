@@ -29,5 +29,5 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def is_forced() -> bool:
-    """Whether KVZIP_BACKEND names the implementation, so that nothing faster may stand in for the reference."""
+    """Whether KVZIP_BACKEND names the implementation: then no faster one replaces the reference."""
     return bool(os.environ.get("KVZIP_BACKEND"))

@@ -35,18 +35,17 @@ def decode(
         rows 0 <= j < lengths[b] - (T - 1 - t) of its own tail,
 
     with logits scale * q.k, or softcap * tanh(scale * q.k / softcap). A row that sees nothing gives 0 and -inf.
+    The log-sum-exp is float32, or float64 where the inputs are.
 
     Args:
         offsets: H + 1 of them, from 0 to N, never decreasing; on CUDA they are not read on the host.
         window: sees only rows at distance 0 <= distance < window. The rows of each head are then consecutive
             tokens that end right before the tail: with p = lengths[b] - 1 - (T - 1 - t) the query's own place,
             tail row j is at distance p - j and row i of a head of n rows at distance p + n - i. Without a tail
-            the last query stands right after the context, p = -(T - 1 - t).
+            the last query is right after the context, p = -(T - 1 - t).
         schedule: from `decode_schedule`; None makes one, which waits for the device: meant for tests.
         tail: (k, v, lengths), k and v any view with a contiguous last axis. lengths[b] counts the rows that the
             last query of question b sees, its own included. Rows beyond may hold anything, NaN too.
-
-    The log-sum-exp is float32, or float64 where the inputs are.
 
     Raises: ValueError if shapes, dtypes or devices do not fit together.
     """
@@ -64,7 +63,7 @@ def _reference_in_blocks(
     q: Float[Tensor, "B Hq T D"], *context: Any, tail: TailTensors | None, **options: Any
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode_reference` over blocks of tokens, because it holds the logits of all its tokens."""
-    if tail is None and options["window"] is not None:  # places follow from T: tokens stay together
+    if tail is None and options["window"] is not None:  # positions are counted back from the last token: no blocks
         return decode_reference(q, *context, tail=None, **options)
     parts, after = [], q.shape[2]
     for rows in q.split(_TOKENS_AT_ONCE, dim=2):

@@ -1,4 +1,4 @@
-"""Decoding on a CPU: torch's fused attention, a head at a time, or products where they are faster."""
+"""Decoding on a CPU: torch's fused attention, one head at a time, or matrix products where they are faster."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 
 
 def host_takes(q: Float[Tensor, "B Hq T D"], *, softcap: float | None, window: int | None) -> bool:
-    """Whether `decode_host` can do it: on a CPU, without a softcap, and with a window for one token of one question."""
+    """Whether `decode_host` can run: q on a CPU and not empty, no softcap, and a window only where B = T = 1."""
     one = q.shape[0] == q.shape[2] == 1
     return q.is_cpu and softcap is None and (window is None or one) and q.numel() > 0
 
@@ -31,9 +31,9 @@ def decode_host(
     schedule: DecodeSchedule | None = None,
     tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
-    """`decode` of what `host_takes`, in a few calls where the reference takes dozens; no logits of many rows are held.
+    """`decode` for what `host_takes` accepts, by far fewer torch calls than the reference; it stores no large logits.
 
-    Context and tail are computed apart and merged. Quantized rows are restored first.
+    Attention to context and tail is computed separately and merged. Quantized rows are dequantized first.
     """
     bounds = offsets.tolist()
     k, v = (dequantize(x, dtype=q.dtype, offsets=offsets) if isinstance(x, Quantized) else x for x in (k, v))
@@ -44,7 +44,7 @@ def decode_host(
     longest = min(max(lengths), tail_k.shape[2])
     if window is None:
         first, left = 0, None
-    else:  # the tail is seen from row `first` on, and leaves `left` rows of each head
+    else:  # the window covers the tail from row `first` on, and the last `left` rows of each head
         first, left = min(max(0, lengths[0] - window), longest), max(0, window - lengths[0])
     spans, count = _spans(bounds, left)
     if first == longest:
@@ -66,9 +66,9 @@ def decode_host(
 
 
 def _spans(bounds: list[int], window: int | None) -> tuple[list[tuple[int, int]], int]:
-    """The last `window` rows of each head, from the first to the one after the last; how many if all are equally long.
+    """Returns (first row, row after the last) of each head's last `window` rows, and how many they are.
 
-    The number is 0 where heads differ in length.
+    The number is that of every head; it is 0 where heads differ in length.
     """
     spans = list(itertools.pairwise(bounds))
     even = len({stop - start for start, stop in spans}) == 1
@@ -85,7 +85,7 @@ def _context(
     count: int,
     scale: float,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
-    """Attention to the rows of each head alone, all heads at once where they are equally long."""
+    """Attention to the context alone, without the tail; one call for all heads where they are equally long."""
     queries, _, tokens, _ = q.shape
     heads = len(spans)
     rows = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
@@ -113,10 +113,10 @@ def _one(
     tail_v: Float[Tensor, "H t D"],
     scale: float,
 ) -> tuple[Float[Tensor, "1 Hq 1 D"], Float[Tensor, "1 Hq 1"]]:
-    """One token of one question, by products: torch gives each head of fused attention one thread only.
+    """One token of one question by matrix products: torch's fused attention uses only one thread a head.
 
-    One softmax serves all heads: logits are those of the tail, then those of the context, and -inf after the rows of a
-    shorter head. The largest weight is exp(largest logit - lse), so two maxima give the log-sum-exp.
+    All heads share one softmax over [tail, context], with -inf after the rows of a shorter head. As the largest weight
+    is exp(largest logit - lse), the log-sum-exp is the largest logit minus the logarithm of the largest weight.
     """
     heads, reach, width = tail_k.shape
     rows = (q * scale).reshape(heads, -1, width)

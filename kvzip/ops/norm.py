@@ -18,7 +18,8 @@ def rms_norm(
     """Returns x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis, plus `residual` if there is one.
 
     Args:
-        offset: 1 for Gemma, which stores weights minus one, and casts after multiplying by them; 0 for the others.
+        offset: 1 for Gemma, whose checkpoints store the weights minus 1 and which casts to x's dtype after the product
+            with them; 0 for the others.
 
     Raises: ValueError if shapes do not fit together.
     Source: arXiv 1910.07467.

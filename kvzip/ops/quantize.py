@@ -10,7 +10,7 @@ from kvzip.ops.backend import use_triton
 from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
-_ROWS_AT_ONCE = 1 << 18  # of float32 held while channels are taken out
+_ROWS_AT_ONCE = 1 << 18  # rows whose rest is computed in float32 at a time
 
 
 def quantize(
@@ -24,26 +24,24 @@ def quantize(
     """Returns x quantized to `bits` bits, asymmetric: code 0 is a group's least value, the last code its greatest.
 
     zero = min, scale = (max - min) / (2**bits - 1), code = floor((x - zero) / scale + 1/2), all in float32 with the
-    scale and zero as they are stored. Restored values are then within half a step (scale / 2) of x, up to float32's
-    rounding, and rows of one value are exact. All that is finite can be packed and stays finite: a scale below the
-    least normal number is rounded up, and where a group spans more than float32 holds, differences are those of halves.
+    scale and zero as they are stored. Dequantized values are then within half a step (scale / 2) of x, up to float32's
+    rounding, and rows of one value are exact. Finite rows stay finite: a subnormal scale is rounded up, and a group
+    whose max - min overflows float32 is computed from halves of its values.
 
-    Scale and zero are float16 where that loses nothing that matters: every zero exact, and no scale so small that
-    rounding it moves the group's greatest value by more than half a step. Otherwise, and for float32 rows, all are
-    float32. Choosing waits for the device.
+    Scales and zeros are float16 if all zeros are exact in it and no scale's rounding moves its group's greatest value
+    by more than half a step; otherwise, and for float32 rows, they are float32. The choice waits for the device.
 
     Args:
         bits: 8 or 4.
         group: values that share a scale, min(128, D) if not given.
-        offsets: rows offsets[h]:offsets[h + 1] are those of head h, whose channels are taken out first: the rest,
-            rounded to float16 unless x is float32, is what is packed; to float32 where float16 does not hold a row that
-            lies far from those that were measured.
-        channels: of these heads, from other rows of theirs, out of which a rest beyond float32 is clipped to it; None
-            measures them, as mean and largest distance from it of up to 256 rows spread over each head.
+        offsets: rows offsets[h]:offsets[h + 1] are those of head h. What is packed is then their rest (see `Channels`),
+            rounded to float16, or to float32 if x is float32 or a rest overflows float16.
+        channels: of these heads, measured on other rows of theirs; a rest beyond float32 is then clipped. None measures
+            them: the mean, and the largest distance from it, of up to 256 rows spread over each head.
 
     Raises: ValueError if bits is neither, D is not divisible by group, x is not finite, 4 bits meet an odd group, or
         there are channels without offsets; TypeError for a float64 x.
-    Source: per-channel scales of keys as in KIVI, arXiv 2402.02750, here of a whole head and folded into the query.
+    Source: per-channel scales of keys as in KIVI, arXiv 2402.02750, here one per head, multiplied into the query.
     """
     group = min(128, x.shape[1]) if group is None else group
     _check(x, bits, group)
@@ -66,10 +64,10 @@ def quantize(
 def dequantize(
     q: Quantized, *, dtype: torch.dtype = torch.float32, offsets: Int32[Tensor, " H1"] | None = None
 ) -> Float[Tensor, "N D"]:
-    """Returns the values of quantized rows, computed in float32 and rounded once to dtype, within its range.
+    """Returns the values of quantized rows, computed in float32, clamped to dtype's range and rounded once.
 
     Args:
-        offsets: of the heads whose rows they are; needed where `q` has channels.
+        offsets: of the heads that own the rows; needed where `q` has channels.
 
     Raises: ValueError for channels without offsets.
     """
@@ -84,12 +82,12 @@ def dequantize(
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
-    """Returns some of the rows, by an index, a mask or a slice, with the channels that all of them have."""
+    """Returns some of the rows, by an index, a mask or a slice, with unchanged channels."""
     return replace(q, codes=q.codes[rows], scale=q.scale[rows], zero=q.zero[rows])
 
 
 def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
-    """Returns center and spread of each head's channels, and waits for nothing; a head without rows has 0 and 1.
+    """Returns center and spread of each head's channels, without a host sync; a head without rows has 0 and 1.
 
     The spread is the power of two nearest to the largest distance from the center, 1 where that is 0 or not finite.
     """
@@ -97,7 +95,7 @@ def measure_channels(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> 
     if len(x) == 0:
         return Channels(*(x.new_full((heads, width), value, dtype=torch.float32) for value in (0.0, 1.0)))
     counts = offsets.diff().long()[:, None]
-    rows = offsets[:-1, None] + torch.arange(_SAMPLE, device=x.device) * counts // _SAMPLE  # short heads: some twice
+    rows = offsets[:-1, None] + torch.arange(_SAMPLE, device=x.device) * counts // _SAMPLE  # a short head repeats rows
     sample = x[rows.clamp(max=len(x) - 1)].float()  # [H _SAMPLE D]
     center = sample.mean(1).masked_fill(counts == 0, 0)
     power = (sample - center[:, None]).abs().amax(1).log2().round().clamp(-60, 60)
@@ -112,7 +110,7 @@ def _rest(
     dtype: torch.dtype,
     wide: torch.dtype = torch.float32,
 ) -> Float[Tensor, "N D"]:
-    """What is left of the rows without their heads' channels, computed in `wide`; float64 is clipped to float32."""
+    """(x - center) / spread of each row's head, computed in `wide`; with float64 clipped to float32's range."""
     rest = torch.empty_like(x, dtype=dtype)
     for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, _heads(offsets, len(x)))), strict=True):
         part = (rows.to(wide) - channels.center[head]) / channels.spread[head]
@@ -121,7 +119,7 @@ def _rest(
 
 
 def _widen(channels: Channels, x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
-    """The channels with spreads that bring all rows, not just those measured, well within float32."""
+    """The channels with spreads large enough for the rest of every row, not only the measured ones, to fit float32."""
     head = _heads(offsets, len(x))
     apart = (x.double() - channels.center[head]).abs()
     farthest = apart.new_zeros(channels.spread.shape).scatter_reduce_(0, head[:, None].expand_as(x), apart, "amax")
@@ -157,9 +155,9 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
     if not groups.isfinite().all():
         raise ValueError(NOT_FINITE)
     zero, highest = groups.amin(dim=2), groups.amax(dim=2)
-    steps = torch.full_like(zero, last)  # a tensor: by a number, CUDA multiplies with its rounded reciprocal
+    steps = torch.full_like(zero, last)  # a tensor: CUDA divides by a number with its rounded reciprocal
     scale = highest / steps - zero / steps
-    small = (highest > zero) & (highest - zero < SMALL)  # quotients are rounded to whole LEASTs
+    small = (highest > zero) & (highest - zero < SMALL)  # subnormal quotients are multiples of LEAST
     scale = scale.where(~small, scale + LEAST)
     if x.dtype != torch.float32:
         lost = (scale.half().float() - scale).abs() * last
@@ -182,7 +180,7 @@ def dequantize_reference(q: Quantized, *, dtype: torch.dtype = torch.float32) ->
 
 
 def _part(zero: Float[Tensor, "N Q"]) -> Float32[Tensor, "N Q"]:
-    """What a group's numbers are multiplied by, so that no difference in it is beyond float32: 1, or 1/2."""
+    """The factor on a group's values that keeps their differences within float32: 1, or 1/2."""
     return torch.where(zero.float() < DEEP, 0.5, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values of new tokens: taken out of one product, normed by head in some models, and rotated."""
+"""Queries, keys and values of new tokens: split from one product, normalized per head in some models, and rotated."""
 
 import torch
 from jaxtyping import Float
@@ -22,14 +22,13 @@ def rotary(
     """Returns q and k, rotated by position, and v, out of W = (Hq + 2 H) D values a token.
 
     The pair (x[i], x[i + D/2]) of a head turns by its angle: x * cos + [-x[D/2:], x[:D/2]] * sin.
+    v is a view of qkv.
 
     Args:
         cos, sin: [T D] for all questions or [B T D]; both halves of D are alike.
         kv_heads: H; what is left of W are the query heads.
         q_norm, k_norm: weights of an RMSNorm of each head before the rotation (`eps` and `offset` as in `rms_norm`);
             both or none.
-
-    v is a view of qkv.
 
     Raises: ValueError if shapes do not fit together.
     Source: RoPE, arXiv 2104.09864.

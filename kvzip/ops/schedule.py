@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvzip.ops.types import DecodeSchedule, Splits
 
-_TILE = 64  # rows that a kernel takes at a time: a split that ends within a tile costs a whole one
+_TILE = 64  # rows that a kernel takes at a time: a partly filled tile costs as much as a full one
 _SHORTEST = 2  # tiles of a split; below this, merging partial results costs more than a longer loop
 
 
@@ -28,7 +28,7 @@ def decode_schedule(
     targets = [8 * processors, 4 * processors, 2 * processors, processors]
     while targets[-1] // 2 >= len(bounds):
         targets.append(targets[-1] // 2)
-    targets.append(0)  # every head whole
+    targets.append(0)  # one split per head
     lists = [values for target in targets for values in _cut(bounds, target)]
     # one copy to the device for all; kernels want tables that start at multiples of 16 bytes
     flat = [x for values in lists for x in (*values, *[0] * (-len(values) % 4))]
@@ -40,7 +40,7 @@ def decode_schedule(
 
 
 def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
-    """Cuts heads into the shortest equal splits of whole tiles of which there are at most `target`, or one per head.
+    """Cuts heads into equal splits of whole tiles, as short as `target` splits in all allow; at least one per head.
 
     Returns (head, first row, row after the last) of one split after the other, and each head's first split.
     """

@@ -20,20 +20,20 @@ def score(
     key_weight: Float[Tensor, "Hq C"] | None = None,
     softmax: bool = True,
 ) -> Float[Tensor, "H C"]:
-    """Returns, for each key of the chunk, the largest attention weight that any row of its group gives it.
+    """Returns, for each key of the chunk, the largest attention weight that any query row of its KV head gives it.
 
-        weight[r, i] = softmax over [sink, chunk, self up to r] of scale * q_r.k    at chunk key i
-        score[h, i]  = max over query heads r of head h, and time, of weight[r, i] * row_weight[r] * key_weight[r, i]
+        weight[r, i] = softmax over [k_sink, k, k_self up to r] of scale * q_r.k    at key i of k
+        score[h, i]  = max over the rows r of head h's query heads of weight[r, i] * row_weight[r] * key_weight[r, i]
 
     with softcap * tanh(. / softcap) around the logits when a softcap is given. Float32, or float64 for float64 inputs.
 
     Args:
         k: keys of the chunk that the queries repeat.
-        k_sink: keys that every row sees besides; A may be 0.
-        k_self: keys of the rows themselves, seen causally.
-        lse: natural log-sum-exp of each row's logits over what it is to be normalised by. Given, k_sink and k_self
-            are not read, and one pass over the chunk is enough; None computes it over [sink, chunk, causal self].
-            Infinity is what flash attention writes for a row with NaN, and counts as that.
+        k_sink: keys of the prefix, which every row sees too; A may be 0.
+        k_self: keys of the T repeated tokens themselves, seen causally.
+        lse: natural log-sum-exp by which each row's weights are normalized. With it one pass over k is enough, and
+            k_sink and k_self are not read; None computes it over [k_sink, k, causal k_self].
+            Infinity counts as NaN: flash attention writes it for a row with NaN.
         row_weight, key_weight: non-negative factors of KVzip+.
         softmax: False returns the largest logit itself, softcapped, which may be negative: one pass over the chunk that
             reads neither k_sink nor k_self.
@@ -93,7 +93,7 @@ def score_reference(
             total = lse[head].to(dtype).masked_fill(lse[head] == torch.inf, torch.nan)
         if row_weight is not None:
             total = total - row_weight[head].to(dtype).log()
-        highest = (to_chunk - total[:, None]).amax(dim=0).exp()  # exp never changes which row is largest
+        highest = (to_chunk - total[:, None]).amax(dim=0).exp()  # exp is monotonic: it may follow the maximum
         if key_weight is not None:
             highest = highest * key_weight[head].to(dtype)
         best[h] = torch.maximum(best[h], highest)

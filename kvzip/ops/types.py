@@ -27,10 +27,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Channels:
-    """What the D channels of each of H heads have in common: x = center[h] + spread[h] * rest.
+    """Center and spread of the D channels of each of H heads: x = center[h] + spread[h] * rest.
 
-    Channels of keys differ in size by orders of magnitude, and a few are far from 0 in every row: without this, most of
-    the 16 steps of a row in 4 bits would go to those few. Spreads are powers of two, so multiplying by one is exact.
+    Channels of keys differ by orders of magnitude, and a few are far from 0 in every row: without this those few would
+    set the scale of the whole row, which in 4 bits has 16 steps. Spreads are powers of two: their products are exact.
     """
 
     center: Float32[Tensor, "H D"]
@@ -75,7 +75,7 @@ class DecodeSchedule:
     """Several ways to cut the same heads, the shortest splits first.
 
     A few query rows need many short splits to fill the device; many rows fill it with a few long ones, and every
-    split costs a partial result per row. Which way is taken depends on shapes only, never on values.
+    split costs a partial result per row. Which cut is taken depends on shapes only, never on values.
     """
 
     cuts: tuple[Splits, ...]  # at most eight splits per SM, four, two, one, a half, ..., whole heads

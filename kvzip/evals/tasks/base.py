@@ -78,7 +78,7 @@ class Task:
 
 
 def each(make: Callable[[Request, int], Example]) -> Callable[[Request], Iterator[Example]]:
-    """Returns what yields as many examples as are requested, the n-th of them `make(request, n)`."""
+    """Returns a generator of the requested number of examples, the n-th of them `make(request, n)`."""
     return lambda request: (make(request, n) for n in range(request.examples))
 
 

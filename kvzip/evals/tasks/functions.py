@@ -39,7 +39,7 @@ def fitting(
     """
 
     def most() -> int:
-        """How many functions fit, if those known were repeated without end."""
+        """How many functions fit, estimated by repeating the known ones without end."""
         return fit(lambda n: build([known[i % len(known)] for i in range(n)]), request.length, request.count)
 
     count = most()

@@ -44,7 +44,7 @@ def overlaps_launches(x: Tensor) -> bool:
 
 
 def launch_options(overlap: bool) -> dict[str, bool]:
-    """Options of a launch with programmatic dependent launch: the kernel may start early, and must then wait."""
+    """Launch options for programmatic dependent launch: the kernel may start early, and calls `await_launch`."""
     return {"launch_pdl": True} if overlap else {}
 
 
@@ -75,8 +75,8 @@ def check_rows(**tensors: Tensor) -> None:
 def await_launch(OVERLAP: tl.constexpr):
     """Lets the next kernel start early, then waits until all that the one before wrote is there.
 
-    Every kernel launched with `launch_options(True)` calls it before it reads or writes what others write, so that
-    one behind it may count on everything in front.
+    Every kernel launched with `launch_options(True)` calls it before it touches memory that other kernels write. So
+    when it returns, all earlier kernels have finished, not only the last one.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -86,7 +86,7 @@ def await_launch(OVERLAP: tl.constexpr):
 @triton.jit
 @no_type_check
 def exp2(x, EXACT: tl.constexpr):
-    """2 ** x; EXACT to half an ulp (Taylor series of degree 7 around whole numbers), else the device's, good to two."""
+    """2 ** x; EXACT: within half an ulp (Taylor series of degree 7 around integers), else the device's, within two."""
     if EXACT:
         least = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
         whole = tl.floor(least + 0.5)
@@ -119,7 +119,7 @@ def tanh(x):
 @triton.jit
 @no_type_check
 def product(a, b):
-    """a @ b.T in float32 sums; float32 rows in sums of 32 products, then of those sums: one long chain rounds more."""
+    """a @ b.T with float32 sums; for float32 rows by partial sums of 32 products, as one long sum rounds more."""
     M: tl.constexpr = a.shape[0]
     N: tl.constexpr = b.shape[0]
     D: tl.constexpr = a.shape[1]
@@ -134,9 +134,9 @@ def product(a, b):
 @triton.jit
 @no_type_check
 def add_product(total, a, b):
-    """total + a @ b; in float32 the product is summed apart, for its chain of additions would round at total's size."""
+    """total + a @ b; float32 products are summed before total is added, or each would round at total's magnitude."""
     if a.dtype == tl.float32:
-        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)  # a plain sum is folded into the product
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)  # `+` would be fused into the dot
     else:
         return tl.dot(a, b, total)
 

@@ -24,21 +24,21 @@ from kvzip.ops.triton.decode_quantized import prefetch_rows, quantized_split
 from kvzip.ops.triton.decode_rows import rows_split
 from kvzip.ops.types import DecodeSchedule, Quantized, Splits, TailTensors
 
-_TAIL_ROWS = 256  # rows of a tail in one split, times the programs that share them
+_TAIL_ROWS = 256  # rows of a tail in one split, for each block of query rows
 # Integers that change from call to call: a kernel specialized to one of them would be compiled anew.
 _VARYING = ["window", "rows", "heads", "count", "row_blocks", "tail_splits", "tail_blocks", "tail_rows", "capacity"]
 
 
 class Launch(NamedTuple):
-    """Sizes of one launch: rows and keys of a tile, warps of a program, stages of its load pipeline, programs."""
+    """Sizes of one launch: query rows and keys of a tile, warps of a program, stages of its load pipeline."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     per_sm: int = 2  # programs that run at once on an SM: 1, 2, 4 or 8
-    early: bool = False  # whether programs ask for their first rows while the kernel in front still runs
-    reserve: int = 0  # bytes of shared memory beyond what tiles take, so that no more programs run at once
+    early: bool = False  # start by programmatic dependent launch and prefetch the first rows to L2
+    reserve: int = 0  # bytes of unused shared memory, which keep an SM to `per_sm` programs
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
@@ -56,10 +56,10 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         if rows <= 8:
             few = (padded and bits == 8) or (D > 64 and not hopper and (padded or bits == 4))  # 64 keys would spill
             reserve = {8: 8 * 1024, 4: 25 * 1024}[bits] if D == 128 else 0
-            # few rows: keys are the rows of products, four programs on an SM hide the loads; reserving keeps it at four
+            # keys are the rows (M) of the products: 8 query rows need no padding; four programs an SM hide the loads
             return Launch(8, 32 if few else keys, 2, 3, 4, early=bits == 8 or D == 128, reserve=reserve)
         if D <= 64 and bits == 4 and rows > 16 and hopper:
-            return Launch(32, 64, 4, 3)  # 32 keys take 4% less time, and spill with Triton 3.9
+            return Launch(32, 64, 4, 3)  # 32 keys spill with Triton 3.9
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)
     if rows <= 16:
         if D == 128 and hopper:
@@ -85,8 +85,8 @@ def decode_triton(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` by two launches whose sizes follow from shapes and the schedule alone.
 
-    Reads each context byte once for up to 128 rows (questions x tokens x group; 32 where rows are quantized, the rest
-    from L2): 2 N D values and 4 rows N D operations. What it takes and what was tried: docs/tuning.md.
+    Reads each context byte from memory once for up to 128 query rows (questions x tokens x group; 32 if the context is
+    quantized), more rows from L2: 2 N D values and 4 rows N D operations. Measured: docs/tuning.md.
     """
     queries, query_heads, tokens, width = q.shape
     heads = len(offsets) - 1
@@ -100,7 +100,7 @@ def decode_triton(
     v_codes, v_scale, v_zero, v_bits, v_group = _parts(v)
     if (bits, k_group) != (v_bits, v_group):
         raise ValueError(f"expected k and v packed alike, got {bits} bits by {k_group} and {v_bits} bits by {v_group}")
-    overlap = overlaps_launches(q)  # as Hopper does, and nothing before it
+    overlap = overlaps_launches(q)  # from Hopper on
     config = launch_config(width, rows, q.dtype, bits, hopper=overlap or interpreted())
     splits = choose_cut(decode_schedule(offsets) if schedule is None else schedule, config, rows)
     tail_k, tail_v, lengths = (q, q, offsets) if tail is None else tail
@@ -113,7 +113,7 @@ def decode_triton(
     early = overlap and config.early
     count, row_blocks = len(splits.bounds), triton.cdiv(rows, config.block_m)
     capacity = 0 if tail is None else tail_k.shape[2]
-    # A tile of a tail has as many bytes as one of the context, and the products of 16-bit rows at least 16 rows.
+    # Tail tiles have as many bytes as context tiles; products of 16-bit rows need at least 16 query rows.
     tail_m = config.block_m if compute == tl.float32 else max(config.block_m, 16)
     tail_n = max(config.block_n * bits // 16, 16)
     tail_blocks = triton.cdiv(tokens * group, tail_m)
@@ -132,13 +132,13 @@ def decode_triton(
             rows, tokens, heads, count, row_blocks, tail_splits, tail_blocks, tail_rows, capacity,
             G=group, D=width, BITS=bits, GROUP=k_group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             TAIL_M=tail_m, TAIL_N=tail_n, SOFTCAP=softcap is not None, WINDOW=window is not None,
-            TAIL=tail_splits > 0 or window is None,  # read with a window only: one kernel less to compile
+            TAIL=tail_splits > 0 or window is None,  # matters with a window only; else one variant to compile
             COMPUTE=compute, CODE_COMPUTE=tl.float16 if packed else compute, PACKED=packed, OVERLAP=overlap,
             CHANNELS=channels is not None, EARLY=early, SHORT=len(k_codes) < config.block_n,
             RESERVED=shared_memory(config.reserve if early else 0),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_options(early),
         )  # fmt: skip
-    # One step of the loop takes all partial results of a row, unless heads are very unequal.
+    # One loop step combines all partial results of a row, unless heads are very unequal.
     block_p = min(max(16, triton.next_power_of_2(2 * (count // heads + tail_splits))), 128)
     block_d = min(32, triton.next_power_of_2(width))
     _combine_kernel[(rows, heads, triton.cdiv(width, block_d))](
@@ -277,7 +277,7 @@ def _combine_kernel(
 ):  # fmt: skip
     """One program: one row of one head, its partial results weighted by their log-sum-exp.
 
-    CENTERED: scale * q . center is still to be added to those of the context.
+    CENTERED: scale * q . center is added here to the log-sum-exp of the context's parts.
     """
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     row, head = tl.program_id(0), tl.program_id(1)
@@ -312,7 +312,7 @@ def _combine_kernel(
         weight = exp2((lse - floor) * LOG2_E, EXACT)
         live = (i < context_splits + tail_splits)[:, None] & (d < D)[None, :]
         part = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=live, other=0)
-        part = tl.where((lse != float("-inf"))[:, None], part, 0)  # unset where nothing was seen
+        part = tl.where((lse != float("-inf"))[:, None], part, 0)  # a split without visible keys leaves it unset
         decay = exp2((peak - floor) * LOG2_E, EXACT)
         acc = acc * decay + tl.sum(weight[:, None] * part, 0)
         total = total * decay + tl.sum(weight, 0)

@@ -1,6 +1,6 @@
-"""Attention over one split of a head whose rows are quantized in 8 or 4 bits, with keys as rows of the products.
+"""Attention over one split of a head whose rows are quantized in 8 or 4 bits, keys being rows (M) of the products.
 
-Query rows are columns: 8 of them need no padding to 16, which halves products and softmax. Tuning: docs/tuning.md.
+Query rows are columns (N), where 8 need no padding to 16: half the products and softmax. Tuning: docs/tuning.md.
 """
 
 from typing import no_type_check
@@ -14,7 +14,7 @@ from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, load_rows, 
 @triton.jit
 @no_type_check
 def prefetch_rows(ptr, start, stop, stride, BYTES: tl.constexpr):
-    """Asks for the first BYTES of rows start:stop to be brought to the L2. Reads nothing: it may run before a wait."""
+    """Prefetches the first BYTES of rows start:stop to L2. It uses no value, so it may run before `await_launch`."""
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     at = start.to(tl.int64) * stride * SIZE + 64 * tl.arange(0, BYTES // 64)
     address = ptr.to(tl.int64) + tl.minimum(at, (stop.to(tl.int64) * stride - 1) * SIZE)
@@ -27,8 +27,8 @@ def prefetch_rows(ptr, start, stop, stride, BYTES: tl.constexpr):
 def _codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
     """Code PART of each 16-bit word, times 2 ** -24, or 2 ** -20 for the high half of a byte.
 
-    PACKED takes two words at a time: the bits of a code alone are a float16 below the least normal one, and the
-    tensor cores multiply those exactly, so one instruction makes two operands.
+    PACKED converts two words by one instruction: the bits of a code, read as float16, are a subnormal number, which
+    tensor cores multiply exactly.
     """
     if not PACKED:
         SHIFT: tl.constexpr = 8 * PART if BITS == 8 else 8 * (PART // 2) + 4 - 4 * (PART % 2)
@@ -169,10 +169,10 @@ def quantized_split(
     DEFER: tl.constexpr = BLOCK_M <= 16
     w = tl.arange(0, BLOCK_W)
     n = tl.arange(0, BLOCK_N)
-    # Without MASKED all tiles are whole: the last of a split starts earlier, and counts only keys that are new in it.
+    # Without MASKED all tiles are full: the last one starts earlier, and keys that an earlier tile had are masked.
     limit = stop if MASKED else tl.maximum(stop - BLOCK_N, 0)
     at = tl.minimum(start, limit)
-    # Steps are too narrow for asynchronous copies: they are loaded by hand, a tile before use.
+    # Steps are too narrow for asynchronous copies, so they are loaded here, one tile ahead.
     next_k, next_k_zero = _steps(k_scale_ptr, k_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
     next_v, next_v_zero = _steps(v_scale_ptr, v_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
     first_step = tl.load(v_scale_ptr + (at + tl.zeros([], tl.int64)) * Q)
@@ -181,7 +181,7 @@ def quantized_split(
     b, t, g = (m // G // tokens).to(tl.int64), m // G % tokens, m % G
     q_row = q_ptr + b * stride_qb + (head * G + g).to(tl.int64) * stride_qh + t.to(tl.int64) * stride_qt
 
-    # Float16 holds all rows once their largest finite value is near 2 ** 10: a power of two takes it there.
+    # q is scaled by a power of two that brings its largest finite value near 2 ** 10, so that float16 holds it.
     d = tl.arange(0, BLOCK_W * EACH)
     whole = tl.load(q_row[None, :] + d[:, None], mask=(d < D)[:, None] & (m < row_stop)[None, :], other=0)
     whole = whole.to(tl.float32)
@@ -214,8 +214,8 @@ def quantized_split(
     else:
         total = tl.zeros([BLOCK_M], tl.float32)
     shift = total
-    # Weights times steps go to the tensor cores in 16 bits. The power of two of the largest step of a key, over that
-    # of the split's first key (1 if that has none), joins its logit, so that they stay near 1 whatever the steps are.
+    # Weights times steps are 16-bit operands of the tensor cores. To keep them near 1 for any steps, the exponent of a
+    # key's largest step, relative to that of the split's first key (0 if its step is 0), moves into the key's logit.
     common = tl.where(first_step == 0, 0, tl.minimum(_exponent(first_step.to(tl.float32)), 60))
     for begin in range(start, stop, BLOCK_N):
         at = tl.minimum(begin, limit)

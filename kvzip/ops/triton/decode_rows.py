@@ -1,4 +1,4 @@
-"""Attention of rows of 16 or 32 bits over one split of a head or of a tail, with query rows as rows of the products."""
+"""Attention of rows of 16 or 32 bits over one split of a head or of a tail, queries being rows (M) of the products."""
 
 from typing import no_type_check
 
@@ -65,14 +65,14 @@ def _step(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     BANDED: tl.constexpr, COMPUTE: tl.constexpr, DEFER: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys at:at + BLOCK_N into the softmax. MASKED: only those before stop; BANDED: low <= key < high."""
+    """Adds keys at:at + BLOCK_N to the running softmax. MASKED: only those before stop; BANDED: low <= key < high."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     start = at + tl.zeros([], tl.int64)
     bound = stop - at
     k = load_rows(k_ptr + start * stride_kn, n, d, stride_kn, bound, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     x = product(q, k.to(COMPUTE))  # [BLOCK_M, BLOCK_N]
-    # From here x is in units that `unit` brings to logarithms of base 2.
+    # From here x * unit is the logit in base 2.
     if SOFTCAP:
         unit = LOG2_E
         x = tanh(x * (scale / softcap)) * softcap

@@ -15,7 +15,7 @@ from kvzip.ops.types import Norm
 
 
 class Launch(NamedTuple):
-    """Sizes of one launch: outputs and inputs of a tile, warps, loads in flight, inputs a row fetched ahead."""
+    """Sizes of one launch: outputs and inputs of a tile, warps, loads in flight, inputs of each row prefetched."""
 
     block_n: int
     block_k: int
@@ -42,10 +42,10 @@ def linear_triton(
 ) -> Float[Tensor, "*b M"]:
     """`linear`: norm(x) W^T + bias, gated, plus residual.
 
-    One row is one launch that reads every weight once (N K values, 2 N K operations) and does the rest on the way:
-    the norm's factor is applied after the product, whose inputs are then x times the norm's weight. The next kernel
-    may start early and fetch its weights to L2 meanwhile. More rows go to cuBLAS, between fused elementwise kernels;
-    there a residual is added within the product, in float32. Measured: docs/tuning.md.
+    One row is one launch that reads every weight once (N K values, 2 N K operations) and fuses the rest: x times the
+    norm's weight is multiplied by W, and the norm's factor is applied to the sums. The next kernel may start early
+    and prefetch its weights to L2 (programmatic dependent launch). More rows go to cuBLAS,
+    between fused elementwise kernels; there the product adds the residual, in float32. Measured: docs/tuning.md.
     """
     check_dtype(x)
     N, K = weight.shape
@@ -103,7 +103,7 @@ def _activate(x, GATE: tl.constexpr):
 @triton.jit
 @no_type_check
 def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK_A: tl.constexpr):
-    """Asks the L2 cache for the first AHEAD values of each row, 128 bytes at a time."""
+    """Prefetches the first AHEAD values of each row to L2, 128 bytes at a time."""
     a = tl.minimum(tl.arange(0, BLOCK_A) * 64, AHEAD - 1)
     at += tl.minimum(n, last).to(tl.int64)[:, None] * K + a[None, :]
     tl.inline_asm_elementwise(

@@ -22,7 +22,7 @@ BLOCK_S = 4096  # columns of the mask that one program counts and places
 
 def launch_config(D: int) -> tuple[int, int]:
     """Packed rows of one copying program and its warps. Tuned on an H100, 2026-11-24: docs/tuning.md."""
-    return max(8, 4096 // triton.next_power_of_2(D)), 4  # 16 to 128 rows of width 128, and 8 warps, are within 2%
+    return max(8, 4096 // triton.next_power_of_2(D)), 4  # 4096 values of k and of v per program
 
 
 def prune_triton(

@@ -2,11 +2,11 @@
 
 For each group of a row: zero = min, scale = max / last - min / last with last = 2**bits - 1 (so that the difference
 cannot overflow), code = floor((x - zero) / scale + 1/2). Divisions are correctly rounded and nothing is fused, so the
-codes are those of the reference bit for bit. Extreme groups are halved as there, which only
-float32 scales need.
+codes are those of the reference bit for bit. Groups whose span overflows float32 are halved as there,
+which only float32 scales need.
 
-The first pass stores float16 scales and reports whether they hold; only where they do not is a second pass made with
-float32. Bytes: x read and the quantized rows written once, plus 2 * 2 bytes a group. Measured: docs/tuning.md.
+The first pass stores float16 scales and flags those that are too coarse; then a second pass stores float32
+scales. Bytes: x read and the quantized rows written once, plus 2 * 2 bytes a group. Measured: docs/tuning.md.
 """
 
 from typing import no_type_check
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from kvzip.ops.types import DEEP, LEAST, NOT_FINITE, SMALL, Quantized
 
-INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # places of the flags
+INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # indices of the flags
 
 
 def launch_config(group: int) -> tuple[int, int]:
     """Rows of one program and its warps. Tuned on an H100, 2026-11-24: docs/tuning.md."""
-    return max(1, 2048 // triton.next_power_of_2(group)), 4  # 32 rows are alike; 64 rows, 2 or 8 warps are slower
+    return max(1, 2048 // triton.next_power_of_2(group)), 4  # 2048 values per program
 
 
 def quantize_triton(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:
@@ -56,7 +56,7 @@ def dequantize_triton(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Fl
 
 
 def _quantize(x: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Quantized, bool, bool]:
-    """The codes, with scales of the given dtype; whether a value was not finite, and whether the scales do not hold."""
+    """The codes, with scales of the given dtype; whether a value was not finite, and whether `dtype` is too coarse."""
     N, D = x.shape
     codes = torch.empty(N, D * bits // 8, dtype=torch.uint8, device=x.device)
     scale, zero = (torch.empty(N, D // group, dtype=dtype, device=x.device) for _ in range(2))

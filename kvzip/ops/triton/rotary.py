@@ -54,7 +54,7 @@ def _rotary_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_H heads of one token. `table_rows` of the tables belong to each question, 0 to all."""
+    """One program: BLOCK_H heads of one token. `table_rows`: rows of cos and sin per question, 0 if shared."""
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
     b, t = row // tokens, row % tokens

@@ -12,7 +12,7 @@ from kvzip.ops.triton.common import LOG2_E, check_rows, compute_dtype, load_rows
 
 
 class Launch(NamedTuple):
-    """Sizes of a launch: the tile that stays in a program, the tile that walks past it, warps, pipeline stages."""
+    """Sizes of a launch: the tile that a program holds, the tile that it loops over, warps, pipeline stages."""
 
     stay: int
     walk: int
@@ -21,7 +21,7 @@ class Launch(NamedTuple):
 
 
 def launch_config(D: int, dtype: torch.dtype, softcap: bool = False) -> tuple[Launch, Launch]:
-    """Launches of the log-sum-exp (rows stay, keys walk) and of the maximum (keys stay, rows walk).
+    """Launches of the log-sum-exp (holds rows, loops over keys) and of the maximum (holds keys, loops over rows).
 
     Tuned on an H100, 2026-11-24: docs/tuning.md.
     """
@@ -29,8 +29,7 @@ def launch_config(D: int, dtype: torch.dtype, softcap: bool = False) -> tuple[La
         return Launch(16, 16 if D <= 128 else 8, 8, 2), Launch(16, 16, 8, 2)
     if D > 128:  # wide rows: fewer stages fit in shared memory
         return Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)
-    # Walking by 128 keys or with 4 warps, the first takes both together from 205 us to 261 or 237; 8 warps take the
-    # second from 67 to 76.
+    # the first is slower with 128 keys or 4 warps, the second with 8 warps if it has no softcap
     return Launch(128, 64, 8, 3), Launch(128, 64, 8 if softcap else 4, 3)
 
 
@@ -49,8 +48,8 @@ def score_triton(
 ) -> Float[Tensor, "H C"]:
     """`score` in two launches, or one where the log-sum-exp is given; neither waits on the host.
 
-    2 Hq T D (A + C + T / 2) operations for the log-sum-exp and 2 Hq T D C for the maximum; keys stay in L2, and nothing
-    [rows, keys] is stored. The exponential is outside the maximum, so it is taken once a key. Measured: docs/tuning.md.
+    2 Hq T D (A + C + T / 2) operations for the log-sum-exp and 2 Hq T D C for the maximum; keys come from L2, and no
+    [rows, keys] matrix is stored. exp is monotonic, so it follows the maximum: one a key. Measured: docs/tuning.md.
     """
     query_heads, rows, width = q.shape
     normalizer, largest = launch_config(width, q.dtype, softcap is not None)
@@ -62,7 +61,7 @@ def score_triton(
     if q.numel() == 0 or chunk == 0:
         return best
     if not softmax:
-        best.view(torch.int32).bitwise_xor_(0x7FFFFFFF)  # see the kernel's end
+        best.view(torch.int32).bitwise_xor_(0x7FFFFFFF)  # as the kernel stores negative floats
         lse = best
     elif lse is None:
         lse = torch.empty((query_heads, rows), dtype=torch.float32, device=q.device)
@@ -107,7 +106,7 @@ def _fold(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys at:at + BLOCK_N into the running sum; MASKED: those before count, CAUSAL: those up to a row's time."""
+    """Adds keys at:at + BLOCK_N to the log-sum-exp; MASKED: only before count, CAUSAL: only up to a row's time."""
     n = tl.arange(0, BLOCK_N)
     start = at + tl.zeros([], tl.int64)
     k = load_rows(k_ptr + start * stride, n, tl.arange(0, BLOCK_D), stride, count - at, MASKED, D, BLOCK_D)
@@ -215,8 +214,8 @@ def _largest_kernel(
     weight = tl.max(best, 1)
     if SOFTMAX:
         weight = tl.exp2(weight * LOG2_E)
-    # Bits of floats order as the floats do if they are not negative, NaN above all; for negative ones, all bits but the
-    # sign are flipped.
+    # atomic_max needs bits that sort as the floats do: those of non-negative floats do, NaN highest; of negative ones
+    # all bits but the sign are flipped.
     broken = tl.max((best != best).to(tl.int32), 1) > 0
     bits = tl.where(broken, 0x7FC00000, weight.to(tl.int32, bitcast=True))
     if not SOFTMAX:

@@ -4,10 +4,10 @@ A score's key is its float bits mapped to uint32 so that keys order as scores do
 count-th highest key is found in rounds: count the keys of the range by 2**13 bins, and those above it; the bin that
 holds the count-th is the next range. The first round looks at a sample and guesses a range around the rank. A later
 round that finds the rank outside turns to the part above or below, so a bad guess costs time and never exactness.
-Four rounds after the guess always suffice to reach one key. Two usually do: then the others return at once.
+At most four rounds after the guess leave a single key, usually two; the launches after that return at once.
 
 Each step is a function over [P, n], P problems of n scores: `select` is one problem, `select_uniform` one for each
-head. Heads split over devices take the same steps. They add up the histograms before `narrow_`, and count the ties in
+head. Heads divided over devices take the same steps: they add up the histograms before `narrow_`, and count the ties in
 front of a block over all parts:
 
     state = begin(P, device)
@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 BINS = tl.constexpr(2**13)
-COLUMNS = tl.constexpr(128)  # of the histogram when it is searched, first by rows
-BLOCK, WARPS = 4096, 8  # scores of one program, and its warps; half and twice as many of both take 3% longer
+COLUMNS = tl.constexpr(128)  # bins of a row: the histogram is searched by rows first, then in one row
+BLOCK, WARPS = 4096, 8  # scores of one program, and its warps: docs/tuning.md
 FULL_ROUNDS = 4
 BELOW, BEYOND, ABOVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # columns of a state, see `begin`
 
@@ -53,7 +53,7 @@ def select_rows_triton(
 def begin(problems: int, device: torch.device) -> Int64[Tensor, "P 3"]:
     """The state of P selections before the first round.
 
-    Its columns: how many keys are excluded below the range, how many beyond it, how many scores lie above it.
+    Its columns: how many keys below the range are excluded, how many above it, how many scores lie above it.
     """
     return torch.zeros(problems, 3, dtype=torch.int64, device=device)
 
@@ -104,7 +104,7 @@ def narrow_(
 def mark(
     scores: Float32[Tensor, "P n"], state: Int64[Tensor, "P 3"]
 ) -> tuple[Bool[Tensor, "P n"], Int64[Tensor, "P blocks"]]:
-    """The scores above the key that the state has come to, and how many in each block equal it.
+    """Marks the scores above the key that the rounds found, and counts those equal to it in each block.
 
     The state may be one row expanded to P parts of a problem.
     """
@@ -190,7 +190,7 @@ def _histogram_kernel(
         return
     bins = ((keys - low.to(tl.uint32)) >> _shift(low, high).to(tl.uint32)).to(tl.int32)
     if number > BLOCK // 16:
-        # Equal scores would queue up at one address: the block's first and last bins are counted before they are added.
+        # Atomics of many equal scores would serialize on one bin: the lowest and highest bin are summed first.
         first = tl.min(tl.where(inside, bins, BINS))
         last = tl.max(tl.where(inside, bins, -1))
         in_first = tl.sum((inside & (bins == first)).to(tl.int32))
@@ -231,7 +231,7 @@ def _narrow_kernel(state_ptr, counts_ptr, count, total, GUESS: tl.constexpr):
         tl.store(state_ptr + ABOVE, above + inside)
     else:
         bin, over = _find(counts_ptr, rows, count - above)
-        low += tl.minimum(bin, (high - low) >> shift) << shift  # a count of 0 finds the last bin, used or not
+        low += tl.minimum(bin, (high - low) >> shift) << shift  # for a count of 0 the last bin, beyond the range or not
         high = tl.minimum(high, low + (1 << shift.to(tl.int64)) - 1)
         tl.store(state_ptr + BELOW, low)
         tl.store(state_ptr + BEYOND, 0xFFFFFFFF - high)
@@ -241,7 +241,7 @@ def _narrow_kernel(state_ptr, counts_ptr, count, total, GUESS: tl.constexpr):
 @triton.jit
 @no_type_check
 def _find(counts_ptr, rows, wanted):
-    """The last bin that has `wanted` counts from it on, and how many counts are beyond it."""
+    """The last bin such that it and the bins above hold `wanted` counts, and the counts of the bins above."""
     row = tl.sum((rows >= wanted).to(tl.int64)) - 1
     over = tl.max(tl.where(tl.arange(0, BINS // COLUMNS) > row, rows, 0))
     columns = tl.arange(0, COLUMNS)
