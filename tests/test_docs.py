@@ -311,6 +311,14 @@ def test_the_map_names_every_room_and_no_other() -> None:
     files = {path.relative_to(ROOT / "kvzip").parts[0] for path in (ROOT / "kvzip").rglob("*.py")}
     rooms = {name for name in files if not name.startswith("__")}
     assert not rooms - {name.removeprefix("kvzip/").split("/")[0] for name in named}, "rooms that are not on the page"
+    picture = re.search(r"```text\n(.*?)```", page, re.DOTALL)
+    assert picture is not None
+    modules = {path.stem for path in (ROOT / "kvzip").rglob("*.py")} | rooms
+    drawn = re.findall(r"(?<=-> )\w+|\w+(?= ->)", picture[1])
+    assert len(drawn) > 8 and set(drawn) <= modules, "stages of the picture"
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "kvzip").rglob("*.py"))
+    words = {word for word in re.findall(r"`([A-Za-z_]+)(?:\(.*?\))?`", page) if word not in modules}
+    assert words and not [word for word in words if not re.search(rf"(def|class) {word}\b|\b{word} = ", source)]
 
 
 def exists(name: str) -> bool:
