@@ -104,6 +104,7 @@ def budget(
     Raises: ValueError unless exactly one of ratio, budget and threshold is given, and in range; TypeError for what is
         no number.
     """
+    threshold = None if threshold is None else checks.number(threshold, "threshold")
     if sum(x is not None for x in (ratio, budget, threshold)) != 1:
         raise ValueError(
             f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "
@@ -125,7 +126,7 @@ def budget(
         None if ratio is None else checks.kept_ratio(ratio),
         level,
         tokens,
-        None if threshold is None else checks.number(threshold, "threshold"),
+        threshold,
         spans(protect),
         checks.whole(min_rows, "min_rows"),
         *ends,

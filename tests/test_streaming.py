@@ -707,6 +707,7 @@ def test_a_checkpoint_that_cannot_be_written_hides_no_error_and_leaves_the_older
 @pytest.mark.parametrize(
     ("place", "error", "message"),
     [
+        ("", ValueError, "expected a file for the checkpoint, got .*, which is none: name a file"),
         (
             "none/state.kvz",
             FileNotFoundError,

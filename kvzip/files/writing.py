@@ -43,7 +43,7 @@ def check_writable(path: str | Path, *, kind: str | None = None, suffix: str = "
         what = f"the {kind} {path.name}" if kind else path.name
         raise FileNotFoundError(f"expected a directory to write {what} in, got no {path.parent}: make it first")
     try:
-        os.unlink(_create_beside(path.with_name(path.name + suffix)))
+        os.unlink(_create_beside(path.parent / (path.name + suffix)))
     except OSError as error:
         reason = f"expected a {kind} that can be written, got {error.strerror!r}: name a file elsewhere"
         raise type(error)(error.errno, reason if kind else error.strerror, str(path)) from error
@@ -76,6 +76,6 @@ def whole_file(path: str | Path, *, overwrite: bool | None = None) -> Iterator[P
 
 def _create_beside(path: Path) -> Path:
     """Makes an empty hidden file in the same directory, under a name that no other process has."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    partial = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return partial
