@@ -4,7 +4,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-WORTH_PLANNING = 2048 * 16384  # rows x keys
+WORTH_PLANNING = 2048 * 16384  # rows x keys from which cuDNN's kernels, faster than flash's, are planned for
 _FEW_KEYS = 64  # more than a vector register of any CPU holds
 
 
@@ -13,10 +13,7 @@ def sdpa(
 ) -> tuple[Tensor, Tensor]:
     """Returns attention of all rows of q, and its log-sum-exp [B Hq T].
 
-    A mask [B 1 T S] of what is seen is for the CPU.
-
-    cuDNN's kernels are about twice as fast as flash's on an H100, but planning for a new shape takes them 50 ms of the
-    host's time.
+    A mask [B 1 T S] of what is seen is for the CPU. Why cuDNN is for large shapes only: docs/tuning.md.
     """
     aten = torch.ops.aten
     if has_flash(q):

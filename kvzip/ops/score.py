@@ -22,17 +22,17 @@ def score(
 ) -> Float[Tensor, "H C"]:
     """Returns, for each key of the chunk, the largest attention weight that any row of its group gives it.
 
-        weight[r, i] = softmax over [sink, chunk, self up to r] of scale * q_r.k    at chunk key i
+        weight[r, i] = softmax over [prefix, chunk, self up to r] of scale * q_r.k    at chunk key i
         score[h, i]  = max over query heads r of head h, and time, of weight[r, i] * row_weight[r] * key_weight[r, i]
 
     with softcap * tanh(. / softcap) around the logits when a softcap is given. Float32, or float64 for float64 inputs.
 
     Args:
         k: keys of the chunk that the queries repeat.
-        k_sink: keys that every row sees besides; A may be 0.
+        k_sink: keys of the prefix, A tokens that every row sees besides; A may be 0.
         k_self: keys of the rows themselves, seen causally.
         lse: natural log-sum-exp of each row's logits over what it is to be normalised by. Given, k_sink and k_self
-            are not read, and one pass over the chunk is enough; None computes it over [sink, chunk, causal self].
+            are not read, and one pass over the chunk is enough; None computes it over [prefix, chunk, causal self].
             Infinity is what flash attention writes for a row with NaN, and counts as that.
         row_weight, key_weight: non-negative factors of KVzip+.
         softmax: False returns the largest logit itself, softcapped, which may be negative: one pass over the chunk that
