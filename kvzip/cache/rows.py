@@ -6,21 +6,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from .. import ops
-from ..ops import Quantized
+from ..ops.types import LARGEST, Quantized, owners
 from .caches import DenseCache, RaggedCache, check_cache
 from .parts import RaggedKV
-
-LARGEST = torch.finfo(torch.float32).max
-
-
-def owners(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
-    """Returns the head that owns each of `rows` rows. The host does not wait for the device."""
-    heads = torch.arange(len(offsets) - 1, device=offsets.device)
-    return heads.repeat_interleave(offsets.diff(), output_size=rows)
 
 
 def first_rows(layer: RaggedKV, count: int) -> Int64[Tensor, "H n"]:

@@ -94,7 +94,6 @@ def decode_reference(
     ago = torch.arange(tokens - 1, -1, -1, device=q.device)  # T - 1 - t
     lengths = torch.ones(queries, dtype=torch.int32, device=q.device) if tail is None else tail[2]
     place = (lengths[:, None] - 1 - ago)[:, None, :, None]  # [B 1 T 1]
-    v_t = None
     rows = 0 if tail is None else min(max(lengths.tolist(), default=0), tail[0].shape[2])
     v_t, outs, lses = None, [], []
     for h, q_h in enumerate(heads):
@@ -124,11 +123,11 @@ def decode_reference(
 
 
 def _rows(
-    x: Float[Tensor, "N D"] | Quantized, start: int, stop: int, head: int, dtype: torch.dtype
+    x: Float[Tensor, "N D"] | Quantized, begin: int, stop: int, head: int, dtype: torch.dtype
 ) -> Float[Tensor, "n D"]:
     if isinstance(x, Tensor):
-        return x[start:stop].to(dtype)
-    rows = dequantize(replace(take_rows(x, slice(start, stop)), channels=None), dtype=dtype)
+        return x[begin:stop].to(dtype)
+    rows = dequantize(replace(take_rows(x, slice(begin, stop)), channels=None), dtype=dtype)
     return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 

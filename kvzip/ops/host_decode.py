@@ -71,9 +71,9 @@ def _spans(bounds: list[int], window: int | None) -> tuple[list[tuple[int, int]]
     The number is that of every head; it is 0 where heads differ in length.
     """
     spans = list(itertools.pairwise(bounds))
-    even = len({stop - start for start, stop in spans}) == 1
+    even = len({stop - begin for begin, stop in spans}) == 1
     if window is not None:
-        spans = [(max(start, stop - window), stop) for start, stop in spans]
+        spans = [(max(begin, stop - window), stop) for begin, stop in spans]
     return spans, spans[0][1] - spans[0][0] if even else 0
 
 
@@ -95,9 +95,9 @@ def _context(
     else:
         out = torch.zeros_like(rows)
         lse = torch.full(rows.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-        for h, (start, stop) in enumerate(spans):
-            if start < stop:
-                keys, values = (x[None, None, start:stop] for x in (k, v))
+        for h, (begin, stop) in enumerate(spans):
+            if begin < stop:
+                keys, values = (x[None, None, begin:stop] for x in (k, v))
                 out[:, h : h + 1], lse[:, h : h + 1] = sdpa(rows[:, h : h + 1], keys, values, scale=scale)
     out = rearrange(out, "1 h (b g t) d -> b (h g) t d", b=queries, t=tokens)
     return out, rearrange(lse, "1 h (b g t) -> b (h g) t", b=queries, t=tokens)
@@ -127,11 +127,11 @@ def _one(
             k, v = k[:, -count:], v[:, -count:]
         logits = torch.cat([logits, torch.bmm(rows, k.mT)], dim=2)
     else:
-        longest = max(stop - start for start, stop in spans)
+        longest = max(stop - begin for begin, stop in spans)
         own, logits = logits, rows.new_full((*rows.shape[:2], reach + longest), -torch.inf)
         logits[:, :, :reach] = own
-        for rows_h, logits_h, (start, stop) in zip(rows.unbind(), logits.unbind(), spans, strict=True):
-            torch.mm(rows_h, k[start:stop].T, out=logits_h[:, reach : reach + stop - start])
+        for rows_h, logits_h, (begin, stop) in zip(rows.unbind(), logits.unbind(), spans, strict=True):
+            torch.mm(rows_h, k[begin:stop].T, out=logits_h[:, reach : reach + stop - begin])
     weights = logits.softmax(2)
     lse = logits.amax(2).sub_(weights.amax(2).log_())
     own, weights = weights.tensor_split((reach,), dim=2)
@@ -139,6 +139,6 @@ def _one(
     if count:
         out.baddbmm_(weights, v)
     else:
-        for out_h, weights_h, (start, stop) in zip(out.unbind(), weights.unbind(), spans, strict=True):
-            out_h.addmm_(weights_h[:, : stop - start], v[start:stop])
+        for out_h, weights_h, (begin, stop) in zip(out.unbind(), weights.unbind(), spans, strict=True):
+            out_h.addmm_(weights_h[:, : stop - begin], v[begin:stop])
     return out.view(1, -1, 1, width), lse.view(1, -1, 1)

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
-from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized
+from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, owners
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
 _ROWS_AT_ONCE = 1 << 18  # rows whose rest is computed in float32 at a time
@@ -75,7 +75,7 @@ def dequantize(
         return _unpack(q, dtype)
     if offsets is None:
         raise ValueError("expected offsets, got none: the rows have channels, and offsets say which head's")
-    head = _heads(offsets, len(q.codes))
+    head = owners(offsets, len(q.codes))
     rest = _unpack(q, torch.float32)
     most = torch.finfo(dtype).max
     return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).clamp_(-most, most).to(dtype)
@@ -112,7 +112,7 @@ def _rest(
 ) -> Float[Tensor, "N D"]:
     """(x - center) / spread of each row's head, computed in `wide`; with float64 clipped to float32's range."""
     rest = torch.empty_like(x, dtype=dtype)
-    for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, _heads(offsets, len(x)))), strict=True):
+    for out, rows, head in zip(*(t.split(_ROWS_AT_ONCE) for t in (rest, x, owners(offsets, len(x)))), strict=True):
         part = (rows.to(wide) - channels.center[head]) / channels.spread[head]
         out.copy_(part.clamp_(-LARGEST, LARGEST) if wide == torch.float64 else part)
     return rest
@@ -120,16 +120,11 @@ def _rest(
 
 def _widen(channels: Channels, x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:
     """The channels with spreads large enough for the rest of every row, not only the measured ones, to fit float32."""
-    head = _heads(offsets, len(x))
+    head = owners(offsets, len(x))
     apart = (x.double() - channels.center[head]).abs()
     farthest = apart.new_zeros(channels.spread.shape).scatter_reduce_(0, head[:, None].expand_as(x), apart, "amax")
     least = torch.exp2((farthest.log2() - 120).ceil().clamp(min=-60)).float()
     return replace(channels, spread=torch.maximum(channels.spread, least))
-
-
-def _heads(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
-    """The head of each row."""
-    return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
 
 
 def _pack(x: Float[Tensor, "N D"], bits: int, group: int) -> Quantized:

@@ -21,11 +21,11 @@ def decode_schedule(
         processors: SMs (streaming multiprocessors) to fill; None asks the device of `offsets`, and takes 8 on a CPU.
         bounds: the values of `offsets` where the host knows them; None reads them, which waits for the device.
     """
-    if processors is None:
-        cuda = offsets.is_cuda
-        processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if cuda else 8
+    sms = processors
+    if sms is None:
+        sms = torch.cuda.get_device_properties(offsets.device).multi_processor_count if offsets.is_cuda else 8
     bounds = offsets.tolist() if bounds is None else bounds
-    targets = [8 * processors, 4 * processors, 2 * processors, processors]
+    targets = [8 * sms, 4 * sms, 2 * sms, sms]
     while targets[-1] // 2 >= len(bounds):
         targets.append(targets[-1] // 2)
     targets.append(0)  # one split per head
@@ -36,7 +36,7 @@ def decode_schedule(
     padded = torch.tensor(flat, dtype=torch.int32).to(offsets.device).split(sizes)
     tables = [table[: len(values)] for table, values in zip(padded, lists, strict=True)]
     cuts = zip(tables[::2], tables[1::2], strict=True)
-    return DecodeSchedule(tuple(Splits(table.view(-1, 3), first) for table, first in cuts), processors)
+    return DecodeSchedule(tuple(Splits(table.view(-1, 3), first) for table, first in cuts), sms)
 
 
 def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
@@ -44,7 +44,7 @@ def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
 
     Returns (head, first row, row after the last) of one split after the other, and each head's first split.
     """
-    tiles = [-(-(stop - start) // _TILE) for start, stop in itertools.pairwise(bounds)]
+    tiles = [-(-(stop - begin) // _TILE) for begin, stop in itertools.pairwise(bounds)]
     target = max(target, sum(n > 0 for n in tiles))
     low, high = _SHORTEST, max(_SHORTEST, *tiles)
     while low < high:

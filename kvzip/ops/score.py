@@ -22,7 +22,7 @@ def score(
 ) -> Float[Tensor, "H C"]:
     """Returns, for each key of the chunk, the largest attention weight that any query row of its KV head gives it.
 
-        weight[r, i] = softmax over [k_sink, k, k_self up to r] of scale * q_r.k    at key i of k
+        weight[r, i] = softmax over [prefix, k, k_self up to r] of scale * q_r.k    at key i of k
         score[h, i]  = max over the rows r of head h's query heads of weight[r, i] * row_weight[r] * key_weight[r, i]
 
     with softcap * tanh(. / softcap) around the logits when a softcap is given. Float32, or float64 for float64 inputs.
@@ -32,7 +32,7 @@ def score(
         k_sink: keys of the prefix, which every row sees too; A may be 0.
         k_self: keys of the T repeated tokens themselves, seen causally.
         lse: natural log-sum-exp by which each row's weights are normalized. With it one pass over k is enough, and
-            k_sink and k_self are not read; None computes it over [k_sink, k, causal k_self].
+            k_sink and k_self are not read; None computes it over [prefix, k, causal k_self].
             Infinity counts as NaN: flash attention writes it for a row with NaN.
         row_weight, key_weight: non-negative factors of KVzip+.
         softmax: False returns the largest logit itself, softcapped, which may be negative: one pass over the chunk that

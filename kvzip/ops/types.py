@@ -1,9 +1,9 @@
-"""The data that ops take and give, and the numbers that a reference and its kernel share."""
+"""The data that ops take and give, the owners of ragged rows, and numbers that a reference and its kernel share."""
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
 from torch import Tensor
 
 TailTensors = tuple[Float[Tensor, "B H R D"], Float[Tensor, "B H R D"], Int32[Tensor, " B"]]
@@ -80,6 +80,11 @@ class DecodeSchedule:
 
     cuts: tuple[Splits, ...]  # at most eight splits per SM, four, two, one, a half, ..., whole heads
     sms: int
+
+
+def owners(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
+    """Returns the head that owns each of `rows` rows. The host does not wait for the device."""
+    return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
 
 
 # Of `quantize`, whose reference and kernel give the same bits:

@@ -23,7 +23,7 @@ def append_triton_(
     if k.numel() == 0:
         return
     overlap = overlaps_launches(k)
-    block_t = 1 if tokens == 1 else 16
+    block_t = 1 if tokens == 1 else 16  # decoding writes one row a head
     block_d = triton.next_power_of_2(width)
     _append_kernel[(batch * heads, triton.cdiv(tokens, block_t))](
         tail_k, tail_v, lengths, k, v, *tail_k.stride()[:3], *tail_v.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -50,24 +50,24 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     if dtype == torch.float32:  # products in plain float32: no tensor cores
         half = padded and bits < 16 and not hopper  # eight warps would spill
         stages = 1 if D <= 64 and bits == 8 else 2  # two would spill
-        return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)
+        return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:
         if rows <= 8:
             few = (padded and bits == 8) or (D > 64 and not hopper and (padded or bits == 4))  # 64 keys would spill
-            reserve = {8: 8 * 1024, 4: 25 * 1024}[bits] if D == 128 else 0
-            # keys are the rows (M) of the products: 8 query rows need no padding; four programs an SM hide the loads
+            reserve = {8: 8 * 1024, 4: 25 * 1024}[bits] if D == 128 else 0  # keeps it at four programs on an SM
+            # few rows: keys are the rows of products, and four programs on an SM hide the loads
             return Launch(8, 32 if few else keys, 2, 3, 4, early=bits == 8 or D == 128, reserve=reserve)
         if D <= 64 and bits == 4 and rows > 16 and hopper:
-            return Launch(32, 64, 4, 3)  # 32 keys spill with Triton 3.9
-        return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)
+            return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
+        return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
             return Launch(16, keys, 4, 4, early=True)  # two programs with four stages fill an SM
-        return Launch(16, keys if hopper or not padded else 32, 4, 3)
+        return Launch(16, keys if hopper or not padded else 32, 4, 3)  # 64 padded keys would spill before Hopper
     if rows <= 64:
         block = 32 if rows <= 32 else 64
-        return Launch(block, keys, 4 if D <= 128 and (hopper or block == 32) else 8, 3)
+        return Launch(block, keys, 4 if D <= 128 and (hopper or block == 32) else 8, 3)  # 4 warps would spill elsewhere
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
 
@@ -198,12 +198,12 @@ def _decode_kernel(
         split = program // row_blocks
         row = program % row_blocks * BLOCK_M
         head = tl.load(bounds_ptr + split * 3)
-        start = tl.load(bounds_ptr + split * 3 + 1)
+        begin = tl.load(bounds_ptr + split * 3 + 1)
         stop = tl.load(bounds_ptr + split * 3 + 2)
         if EARLY:
             TWO_TILES: tl.constexpr = triton.next_power_of_2(2 * BLOCK_N * D * BITS // 8)
-            prefetch_rows(k_ptr, start, stop, stride_kn, TWO_TILES)
-            prefetch_rows(v_ptr, start, stop, stride_vn, TWO_TILES)
+            prefetch_rows(k_ptr, begin, stop, stride_kn, TWO_TILES)
+            prefetch_rows(v_ptr, begin, stop, stride_vn, TWO_TILES)
             tl.extra.cuda.gdc_wait()
         low = tl.zeros([BLOCK_M], tl.int32)
         high = low
@@ -217,13 +217,13 @@ def _decode_kernel(
             here = tl.load(offsets_ptr + head + 1) + place
             low = here - window + 1
             high = here + 1
-            start = tl.maximum(start, tl.min(low, 0))
-            stop = tl.maximum(start, tl.minimum(stop, tl.max(high, 0)))
+            begin = tl.maximum(begin, tl.min(low, 0))
+            stop = tl.maximum(begin, tl.minimum(stop, tl.max(high, 0)))
         if BITS == 16:
             rows_split(
                 q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
                 stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
-                head, row, rows, split, start, stop, low, high, rows, tokens,
+                head, row, rows, split, begin, stop, low, high, rows, tokens,
                 G, D, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, COMPUTE,
             )  # fmt: skip
         else:
@@ -231,7 +231,7 @@ def _decode_kernel(
                 q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
                 part_ptr, part_lse_ptr,
                 stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
-                head, row, rows, split, start, stop, low, high, rows, tokens,
+                head, row, rows, split, begin, stop, low, high, rows, tokens,
                 G, D, BITS, GROUP, BLOCK_M, BLOCK_N, SOFTCAP, WINDOW, CODE_COMPUTE, PACKED, SHORT, CHANNELS,
             )  # fmt: skip
     else:
@@ -249,17 +249,17 @@ def _decode_kernel(
         position = length - tokens + r // G % tokens
         first = position - window + 1 if WINDOW else position * 0
         after = position + 1
-        start = tl.maximum(split * tail_rows, tl.min(first, 0))
+        begin = tl.maximum(split * tail_rows, tl.min(first, 0))
         stop = tl.minimum(split * tail_rows + tail_rows, tl.minimum(length, tl.max(after, 0)))
         slot = count + head * tail_splits + split
-        if start < stop:
+        if begin < stop:
             key_head = question.to(tl.int64)
             tail_k = tail_k_ptr + key_head * stride_tkb + head.to(tl.int64) * stride_tkh
             tail_v = tail_v_ptr + key_head * stride_tvb + head.to(tl.int64) * stride_tvh
             rows_split(
                 q_ptr, tail_k, tail_v, part_ptr, part_lse_ptr,
                 stride_qb, stride_qh, stride_qt, stride_tkr, stride_tvr, scale, softcap,
-                head, row, row_stop, slot, start, stop, first, after, rows, tokens,
+                head, row, row_stop, slot, begin, stop, first, after, rows, tokens,
                 G, D, TAIL_M, TAIL_N, SOFTCAP, True, COMPUTE,
             )  # fmt: skip
         else:

@@ -13,10 +13,10 @@ from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, load_rows, 
 
 @triton.jit
 @no_type_check
-def prefetch_rows(ptr, start, stop, stride, BYTES: tl.constexpr):
-    """Prefetches the first BYTES of rows start:stop to L2. It uses no value, so it may run before `await_launch`."""
+def prefetch_rows(ptr, begin, stop, stride, BYTES: tl.constexpr):
+    """Prefetches the first BYTES of rows begin:stop to L2. It uses no value, so it may run before `await_launch`."""
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    at = start.to(tl.int64) * stride * SIZE + 64 * tl.arange(0, BYTES // 64)
+    at = begin.to(tl.int64) * stride * SIZE + 64 * tl.arange(0, BYTES // 64)
     address = ptr.to(tl.int64) + tl.minimum(at, (stop.to(tl.int64) * stride - 1) * SIZE)
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
@@ -146,12 +146,12 @@ def quantized_split(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, center_ptr, spread_ptr,
     part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
-    head, row, row_stop, slot, start, stop, low, high, rows, tokens,
+    head, row, row_stop, slot, begin, stop, low, high, rows, tokens,
     G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, BANDED: tl.constexpr, COMPUTE: tl.constexpr,
     PACKED: tl.constexpr, MASKED: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the attention of rows row:row_stop over keys start:stop of one head to slot of the partial results.
+    """Writes the attention of rows row:row_stop over keys begin:stop of one head to slot of the partial results.
 
     The logit of a row q and a key with codes c is scale * (step * (q . (c - half)) + (zero + half * step) * sum(q)),
     and weights p give sum(p * step * c) + sum(p * zero). With CHANNELS q is multiplied by its head's spread before
@@ -171,7 +171,7 @@ def quantized_split(
     n = tl.arange(0, BLOCK_N)
     # Without MASKED all tiles are full: the last one starts earlier, and keys that an earlier tile had are masked.
     limit = stop if MASKED else tl.maximum(stop - BLOCK_N, 0)
-    at = tl.minimum(start, limit)
+    at = tl.minimum(begin, limit)
     # Steps are too narrow for asynchronous copies, so they are loaded here, one tile ahead.
     next_k, next_k_zero = _steps(k_scale_ptr, k_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
     next_v, next_v_zero = _steps(v_scale_ptr, v_zero_ptr, at, stop, 0, Q, MASKED, BLOCK_N)
@@ -217,8 +217,8 @@ def quantized_split(
     # Weights times steps are 16-bit operands of the tensor cores. To keep them near 1 for any steps, the exponent of a
     # key's largest step, relative to that of the split's first key (0 if its step is 0), moves into the key's logit.
     common = tl.where(first_step == 0, 0, tl.minimum(_exponent(first_step.to(tl.float32)), 60))
-    for begin in range(start, stop, BLOCK_N):
-        at = tl.minimum(begin, limit)
+    for new in range(begin, stop, BLOCK_N):
+        at = tl.minimum(new, limit)
         key = at + n
         bound = stop - at
         here = at + tl.zeros([], tl.int64)
@@ -226,7 +226,7 @@ def quantized_split(
         v = _load_transposed(v_ptr + here * stride_vn, n, w, stride_vn, bound, MASKED, W, BLOCK_W)  # [BLOCK_W, BLOCK_N]
         k_step, k_zero = next_k.to(tl.float32), next_k_zero.to(tl.float32)
         v_step, v_zero = next_v.to(tl.float32), next_v_zero.to(tl.float32)
-        after = tl.minimum(begin + BLOCK_N, limit)
+        after = tl.minimum(new + BLOCK_N, limit)
         next_k, next_k_zero = _steps(k_scale_ptr, k_zero_ptr, after, stop, 0, Q, MASKED, BLOCK_N)
         next_v, next_v_zero = _steps(v_scale_ptr, v_zero_ptr, after, stop, 0, Q, MASKED, BLOCK_N)
         largest = v_step
@@ -237,7 +237,7 @@ def quantized_split(
         above = tl.minimum(tl.maximum(exponent - common, -126), 126)
         up = ((127 - exponent) << 23).to(tl.float32, bitcast=True)  # 2 ** -exponent
         down = ((127 - above) << 23).to(tl.float32, bitcast=True)  # 2 ** -above
-        bias = tl.where((key >= begin) & (key < stop), above.to(tl.float32), float("-inf"))[:, None]
+        bias = tl.where((key >= new) & (key < stop), above.to(tl.float32), float("-inf"))[:, None]
 
         x = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(Q):

@@ -13,11 +13,11 @@ from kvzip.ops.triton.common import LOG2_E, add_product, exp2, load_rows, produc
 def rows_split(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
-    head, row, row_stop, slot, start, stop, low, high, rows, tokens,
+    head, row, row_stop, slot, begin, stop, low, high, rows, tokens,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
     BANDED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the attention of rows row:row_stop over keys start:stop of one head to slot of the partial results.
+    """Writes the attention of rows row:row_stop over keys begin:stop of one head to slot of the partial results.
 
     BANDED: row i sees low[i] <= key < high[i] only.
     """
@@ -36,12 +36,12 @@ def rows_split(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if BANDED:
-        for at in range(start, stop, BLOCK_N):
+        for at in range(begin, stop, BLOCK_N):
             acc, peak, total = _step(acc, peak, total, q, at, stop, low, high, scale, softcap, k_ptr, v_ptr, stride_kn,
                                      stride_vn, D, BLOCK_D, BLOCK_N, SOFTCAP, True, True, COMPUTE, DEFER)  # fmt: skip
     else:
-        full = start + (stop - start) // BLOCK_N * BLOCK_N
-        for at in range(start, full, BLOCK_N):
+        full = begin + (stop - begin) // BLOCK_N * BLOCK_N
+        for at in range(begin, full, BLOCK_N):
             acc, peak, total = _step(acc, peak, total, q, at, stop, low, high, scale, softcap, k_ptr, v_ptr, stride_kn,
                                      stride_vn, D, BLOCK_D, BLOCK_N, SOFTCAP, False, False, COMPUTE, DEFER)  # fmt: skip
         if full < stop:
@@ -68,9 +68,9 @@ def _step(
     """Adds keys at:at + BLOCK_N to the running softmax. MASKED: only those before stop; BANDED: low <= key < high."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    start = at + tl.zeros([], tl.int64)
+    here = at + tl.zeros([], tl.int64)
     bound = stop - at
-    k = load_rows(k_ptr + start * stride_kn, n, d, stride_kn, bound, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    k = load_rows(k_ptr + here * stride_kn, n, d, stride_kn, bound, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     x = product(q, k.to(COMPUTE))  # [BLOCK_M, BLOCK_N]
     # From here x * unit is the logit in base 2.
     if SOFTCAP:
@@ -95,6 +95,6 @@ def _step(
         total = total * decay[:, None] + p
     else:
         total = total * decay + tl.sum(p, 1)
-    v = load_rows(v_ptr + start * stride_vn, n, d, stride_vn, bound, MASKED, D, BLOCK_D)
+    v = load_rows(v_ptr + here * stride_vn, n, d, stride_vn, bound, MASKED, D, BLOCK_D)
     acc = add_product(acc * decay[:, None], p.to(COMPUTE), v.to(COMPUTE))
     return acc, new_peak, total

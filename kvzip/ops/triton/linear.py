@@ -28,7 +28,7 @@ def launch_config(N: int, K: int) -> Launch:
     """The launch for one row, N outputs and K inputs. Tuned on an H100, 2026-11-24: docs/tuning.md."""
     if K >= 8192:
         return Launch(8, 1024, 8, 3, 1024)  # long rows: more outputs share what is read of x
-    return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # small programs balance better
+    return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
 
 
 def linear_triton(

@@ -47,11 +47,11 @@ def _norm_kernel(
     N: tl.constexpr, BLOCK_N: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BLOCK_N)
-    start = tl.program_id(0).to(tl.int64) * N
+    begin = tl.program_id(0).to(tl.int64) * N
     weight = tl.load(weight_ptr + n, mask=n < N, other=0).to(tl.float32)  # [BLOCK_N]
     await_launch(OVERLAP)
-    x = tl.load(x_ptr + start + n, mask=n < N, other=0).to(tl.float32)  # [BLOCK_N]
+    x = tl.load(x_ptr + begin + n, mask=n < N, other=0).to(tl.float32)  # [BLOCK_N]
     out = x * (1 / tl.sqrt_rn(tl.sum(x * x, 0) / N + eps)) * (offset + weight)
     if RESIDUAL:
-        out += tl.load(residual_ptr + start + n, mask=n < N, other=0).to(tl.float32)
-    tl.store(out_ptr + start + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
+        out += tl.load(residual_ptr + begin + n, mask=n < N, other=0).to(tl.float32)
+    tl.store(out_ptr + begin + n, out.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -22,7 +22,7 @@ BLOCK_S = 4096  # columns of the mask that one program counts and places
 
 def launch_config(D: int) -> tuple[int, int]:
     """Packed rows of one copying program and its warps. Tuned on an H100, 2026-11-24: docs/tuning.md."""
-    return max(8, 4096 // triton.next_power_of_2(D)), 4  # 4096 values of k and of v per program
+    return max(8, 4096 // triton.next_power_of_2(D)), 4  # the sizes that were tried take as long
 
 
 def prune_triton(
@@ -79,8 +79,8 @@ def _place_kernel(
 ):
     pid = tl.program_id(0)
     before = 0
-    for start in range(0, pid, BLOCK_S):
-        others = start + tl.arange(0, BLOCK_S)
+    for first in range(0, pid, BLOCK_S):
+        others = first + tl.arange(0, BLOCK_S)
         before += tl.sum(tl.load(counts_ptr + others, mask=others < pid, other=0))
     kept = _kept(mask_ptr, pid // blocks, pid % blocks, S, stride_mh, stride_ms, BLOCK_S)
     last = before + tl.cumsum(kept)  # [BLOCK_S]

@@ -35,7 +35,7 @@ def rotary_triton(
     k = torch.empty((batch, kv_heads, tokens, width), dtype=qkv.dtype, device=qkv.device)
     if qkv.numel():
         overlap = overlaps_launches(qkv)
-        block_h = 4 if batch * tokens < 64 else 16
+        block_h = 4 if batch * tokens < 64 else 16  # few tokens: more programs
         block_d = triton.next_power_of_2(width // 2)
         _rotary_kernel[(batch * tokens, triton.cdiv(heads + kv_heads, block_h))](
             qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, q, k,

@@ -25,12 +25,11 @@ def launch_config(D: int, dtype: torch.dtype, softcap: bool = False) -> tuple[La
 
     Tuned on an H100, 2026-11-24: docs/tuning.md.
     """
-    if dtype == torch.float32:  # no tensor cores: small tiles
+    if dtype == torch.float32:  # no tensor cores: small tiles, which do not spill
         return Launch(16, 16 if D <= 128 else 8, 8, 2), Launch(16, 16, 8, 2)
     if D > 128:  # wide rows: fewer stages fit in shared memory
         return Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)
-    # the first is slower with 128 keys or 4 warps, the second with 8 warps if it has no softcap
-    return Launch(128, 64, 8, 3), Launch(128, 64, 8 if softcap else 4, 3)
+    return Launch(128, 64, 8, 3), Launch(128, 64, 8 if softcap else 4, 3)  # fastest; with a softcap 4 warps would spill
 
 
 def score_triton(
@@ -108,8 +107,8 @@ def _fold(
 ):  # fmt: skip
     """Adds keys at:at + BLOCK_N to the log-sum-exp; MASKED: only before count, CAUSAL: only up to a row's time."""
     n = tl.arange(0, BLOCK_N)
-    start = at + tl.zeros([], tl.int64)
-    k = load_rows(k_ptr + start * stride, n, tl.arange(0, BLOCK_D), stride, count - at, MASKED, D, BLOCK_D)
+    here = at + tl.zeros([], tl.int64)
+    k = load_rows(k_ptr + here * stride, n, tl.arange(0, BLOCK_D), stride, count - at, MASKED, D, BLOCK_D)
     x = _logits(q, k.to(COMPUTE), scale, softcap, SOFTCAP)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         x = tl.where((n < count - at)[None, :], x, float("-inf"))
@@ -122,12 +121,12 @@ def _fold(
     return new_peak, total
 
 
-@triton.jit(do_not_specialize=["rows", "chunk", "sink"])
+@triton.jit(do_not_specialize=["rows", "chunk", "prefix"])
 @no_type_check
 def _normalizer_kernel(
-    q_ptr, k_ptr, k_sink_ptr, k_self_ptr, lse_ptr,
+    q_ptr, k_ptr, k_prefix_ptr, k_self_ptr, lse_ptr,
     stride_qh, stride_qt, stride_kh, stride_kc, stride_ah, stride_aa, stride_sh, stride_st,
-    scale, softcap, rows, chunk, sink,
+    scale, softcap, rows, chunk, prefix,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -145,9 +144,9 @@ def _normalizer_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for part in tl.static_range(2):
-        base = k_sink_ptr + head * stride_ah if part == 0 else k_ptr + head * stride_kh
+        base = k_prefix_ptr + head * stride_ah if part == 0 else k_ptr + head * stride_kh
         stride = stride_aa if part == 0 else stride_kc
-        count = sink if part == 0 else chunk
+        count = prefix if part == 0 else chunk
         full = count // BLOCK_N * BLOCK_N
         for at in range(0, full, BLOCK_N):
             peak, total = _fold(peak, total, q, base, stride, at, count, time, scale, softcap,
@@ -194,11 +193,11 @@ def _largest_kernel(
     begin = tl.program_id(2) * share
     for step in range(begin, tl.minimum(begin + share, steps), 1):
         query_head = head * G + step // each
-        start = step % each * BLOCK_M
-        live = m < rows - start
-        at_q = q_ptr + query_head * stride_qh + (start + tl.zeros([], tl.int64)) * stride_qt
-        q = load_rows(at_q, m, d, stride_qt, rows - start, True, D, BLOCK_D)
-        place = query_head * rows + start + m
+        first = step % each * BLOCK_M
+        live = m < rows - first
+        at_q = q_ptr + query_head * stride_qh + (first + tl.zeros([], tl.int64)) * stride_qt
+        q = load_rows(at_q, m, d, stride_qt, rows - first, True, D, BLOCK_D)
+        place = query_head * rows + first + m
         if SOFTMAX:
             base = tl.load(lse_ptr + place, mask=live, other=float("inf")).to(tl.float32)
             base = tl.where(live & (base == float("inf")), float("nan"), base)
