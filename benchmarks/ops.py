@@ -53,7 +53,7 @@ def main() -> None:
         parser.error("no CUDA device: timings need one")
     tests = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in options.only]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
-    facts = harness.facts(options.commit)
+    facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
     lines = show([floor_line(name, value) for name, value in floors.items()])
     record(options.results, lines, facts, show=False)
