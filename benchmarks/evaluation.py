@@ -5,11 +5,10 @@
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
-`plans.py` says what is asked. The work is cut into one task by one method; the answers of each go to a file of its own under
-WORK. A process that is done with one takes the next. Finished work is not repeated: the same command goes on after a
-time limit (exit code 75) or a kill, also on another machine that WORK was copied to. When all work of a model is done,
-its lines are added to a file of `benchmarks/results/`, each once. For one task and method use
-`kvzip eval run`.
+`plans.py` says what is asked. One work is one task by one method; its answers go to a file of its own under WORK. A
+process that is done with one takes the next. Finished work is not repeated: the same command goes on after a time limit
+(exit code 75) or a kill, also on another machine that WORK was copied to. When all work of a model is done, its lines
+are added to a file of `benchmarks/results/`, each once. For one task and method use `kvzip eval run`.
 """
 
 import argparse
