@@ -10,9 +10,9 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import kvzip
 from benchmarks import harness
 from benchmarks.shapes import with_scores
-from kvzip import machine
+from kvzip.machine import timed
 
 RESULTS = harness.RESULTS / "cpu.jsonl"
+CPU = torch.device("cpu")
 QUESTION = list(range(1000, 1012))
 
 
@@ -36,9 +37,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    facts = {"model": options.model.name, "tokens": options.tokens, **harness.facts("cpu", options.commit)}
     model = kvzip.load(options.model, dtype=torch.float32, device="cpu")
     model = replace(model, stop_ids=())
     ids = torch.randint(1000, 30_000, (options.tokens,), generator=torch.Generator().manual_seed(0))
@@ -50,14 +53,6 @@ def main() -> None:
     if not options.no_transformers:
         variants["transformers, full cache"] = theirs(options.model, cache.token_ids, options.steps)
     times = harness.in_turns(variants, options.rounds)
-    facts = {
-        "model": options.model.name,
-        "tokens": options.tokens,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "cpu": machine.device_name(torch.device("cpu")),
-        "date": machine.now(),
-    }
     for name, found in times.items():
         line = {"what": name, "ms": statistics.median(found), "least_ms": min(found), "most_ms": max(found)}
         print(f"{name:26} {line['ms']:7.1f} ms/token ({line['least_ms']:.1f} to {line['most_ms']:.1f})", flush=True)
@@ -68,13 +63,14 @@ def ours(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, steps:
     """Milliseconds a step, the question read before the clock starts."""
     decoder = kvzip.Decoder(model, cache, tail=steps + 64)
 
-    def run() -> float:
-        decoder.read([QUESTION])
-        begin = time.perf_counter()
+    def answer() -> None:
         for _ in range(steps):
             decoder.step()
             decoder.fetch()()
-        return 1e3 * (time.perf_counter() - begin) / steps
+
+    def run() -> float:
+        decoder.read([QUESTION])
+        return 1e3 * timed(CPU, answer)[1] / steps
 
     return run
 
@@ -89,12 +85,8 @@ def theirs(directory: Path, token_ids: torch.Tensor, steps: int) -> Callable[[],
     prompt = torch.cat([token_ids, torch.tensor(QUESTION)])[None]
 
     def answer(count: int) -> float:
-        cache = copy.deepcopy(past)
-        begin = time.perf_counter()
-        model.generate(
-            prompt, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )
-        return time.perf_counter() - begin
+        greedy = partial(model.generate, prompt, do_sample=False, pad_token_id=0, past_key_values=copy.deepcopy(past))
+        return timed(CPU, partial(greedy, max_new_tokens=count, min_new_tokens=count))[1]
 
     return lambda: 1e3 * (answer(steps + 1) - answer(1)) / steps
 

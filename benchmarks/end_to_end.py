@@ -14,10 +14,10 @@ import itertools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import kvzip  # noqa: E402
 from accuracy import assert_as_accurate  # noqa: E402
 from benchmarks import harness  # noqa: E402
-from benchmarks.harness import ROOT, release, seconds  # noqa: E402
+from benchmarks.harness import ROOT, release  # noqa: E402
 from benchmarks.shapes import random_model, shapes, with_scores  # noqa: E402
 from kvzip.attention import decode_attend  # noqa: E402
 from kvzip.cache import all_ragged, empty_tail  # noqa: E402
+from kvzip.machine import clock, timed  # noqa: E402
 from kvzip.models import Model, forward, logits  # noqa: E402
 
 RESULTS = harness.RESULTS / "end-to-end.jsonl"
@@ -61,7 +62,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these figures need one")
-    facts = harness.facts(options.commit)
+    facts = harness.facts("cuda", options.commit)
     names = [str(options.model)] if options.model else options.shape
     for name in names:
         if "check" in options.only and not options.model:
@@ -82,18 +83,15 @@ def main() -> None:
 def measure(model: Model, tokens: int, parts: list[str]) -> Iterator[dict[str, Any]]:
     """Yields one figure after the other, each as a dict with `what` and its values."""
     ids = torch.randint(256, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    times = []
+    read, times = partial(kvzip.prefill, model, ids), []
     if "prefill" in parts:  # the first plans kernels for shapes that it has not seen
-        cold = seconds(lambda: kvzip.prefill(model, ids))
-        times = [seconds(lambda: kvzip.prefill(model, ids))]
+        cold, *times = (timed(model.device, read)[1] for _ in range(2))
     release()
     weights = torch.cuda.memory_allocated()
     if "memory" in parts:
         torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        cache = kvzip.prefill(model, ids)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        cache, read_s = timed(model.device, read)
+        times.append(read_s)
         dense_bytes = kvzip.nbytes(cache)
         scored = kvzip.score(model, cache, scope="chunk")
         small = kvzip.compress(scored, 0.3, consume=True)
@@ -102,10 +100,8 @@ def measure(model: Model, tokens: int, parts: list[str]) -> Iterator[dict[str, A
         yield {"what": "memory", "peak_gib": peak / 2**30, "full_gb": dense_bytes / 1e9, "kept_gb": kept_bytes / 1e9}
         del scored, small, cache
         release()
-    begin = time.perf_counter()
-    cache = kvzip.prefill(model, ids)
-    torch.cuda.synchronize()
-    times.append(time.perf_counter() - begin)
+    cache, read_s = timed(model.device, read)
+    times.append(read_s)
     if "prefill" in parts:
         yield {"what": "prefill", "s": statistics.median(times), "spread_s": max(times) - min(times), "first_s": cold}
     cache = with_scores(cache, model)
@@ -166,7 +162,7 @@ def question_ms(model: Model, cache: kvzip.DenseCache | kvzip.RaggedCache) -> di
         decoder.fetch()()
 
     read()
-    times = [1e3 * seconds(read) for _ in range(7)]
+    times = [1e3 * timed(model.device, read)[1] for _ in range(7)]
     return {"question_tokens": QUESTION, "ms": statistics.median(times), "spread_ms": max(times) - min(times)}
 
 
@@ -174,20 +170,17 @@ def first_token_ms(model: Model, cache: kvzip.DenseCache) -> dict[str, float]:
     """Milliseconds from `compress` called to the first token, and with the graph captured, kernels warm."""
     times = []
     for _ in range(4):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock(model.device)
         small = kvzip.compress(cache, 0.3)
-        torch.cuda.synchronize()
-        packed = time.perf_counter()
+        packed = clock(model.device)
         decoder = kvzip.Decoder(model, small, batch=1, tail=256)
         decoder.read(questions(1))
         decoder.fetch()()
-        first = time.perf_counter()
+        first = clock(model.device)
         decoder.step()
         decoder.step()
         decoder.fetch()()
-        torch.cuda.synchronize()
-        times.append([1e3 * (t - start) for t in (packed, first, time.perf_counter())])
+        times.append([1e3 * (t - start) for t in (packed, first, clock(model.device))])
         del small, decoder
     packed, first, captured = (statistics.median(column[1:]) for column in zip(*times, strict=True))
     return {"compress_ms": packed, "ms": first, "with_graph_and_two_steps_ms": captured}

@@ -5,11 +5,10 @@
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
-`plans.py` says what is asked. A piece of work is one task by one method; its answers go to a file of its own under
-WORK. A process that is done with a piece takes the next one. Finished work is not repeated: the same command goes on
-after a time limit (exit code 75) or a kill, also on another machine that WORK was copied to. When all pieces of a model
-are done, their lines are added to a file of `benchmarks/results/`, each once. For one task and method use
-`kvzip eval run`.
+`plans.py` says what is asked. One work is one task by one method; its answers go to a file of its own under WORK. A
+process that is done with one takes the next. Finished work is not repeated: the same command goes on after a time limit
+(exit code 75) or a kill, also on another machine that WORK was copied to. When all work of a model is done, its lines
+are added to a file of `benchmarks/results/`, each once. For one task and method use `kvzip eval run`.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from kvzip.evals.run import run_eval
 
 
 @dataclass(frozen=True)
-class Piece:
+class Work:
     """One task of one model by one method."""
 
     model: Path
@@ -58,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, help=f"directories named {', '.join(PLANS)}")
     parser.add_argument("--data", help="directory of JSONL files")
-    parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the pieces")
+    parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the answers until all are there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
     for kind in ("study", "scoring", "bits"):
         parser.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help="these methods instead")
@@ -79,42 +78,44 @@ def main() -> int:
             parser.error(f"expected directories named {', '.join(ALL[kind])}, got {model}")
     stop = time.monotonic() + options.limit
     options.work.mkdir(parents=True, exist_ok=True)
-    pieces = [
-        piece
+    planned = [
+        work
         for model in options.models
         for plan in ALL[kind][model.name]
-        for piece in pieces_of(model, plan, kind)
-        if (not options.tasks or piece.asked.task in options.tasks)
-        and (not options.methods or piece.method in options.methods)
+        for work in work_of(model, plan, kind)
+        if (not options.tasks or work.asked.task in options.tasks)
+        and (not options.methods or work.method in options.methods)
     ]
-    waiting = [piece for piece in pieces if not (options.work / f"{piece.name}.done").exists()]
+    waiting = [work for work in planned if not (options.work / f"{work.name}.done").exists()]
     failed = work_off(waiting, options.work, options.workers, options.data, stop, options.commit)
-    done = [piece for piece in pieces if (options.work / f"{piece.name}.done").exists()]
-    print(f"{len(done)} of {len(pieces)} pieces are done", flush=True)
+    done = [work for work in planned if (options.work / f"{work.name}.done").exists()]
+    print(f"{len(done)} of {len(planned)} are done", flush=True)
     for model in options.models:
-        own = [piece for piece in pieces if piece.model == model]
+        own = [work for work in planned if work.model == model]
         if set(own) <= set(done):
-            collect([options.work / f"{p.name}.jsonl" for p in own], options.results / FILES[kind].format(model.name))
-    return failed or (0 if len(done) == len(pieces) else UNFINISHED)
+            collect(
+                [options.work / f"{work.name}.jsonl" for work in own], options.results / FILES[kind].format(model.name)
+            )
+    return failed or (0 if len(done) == len(planned) else UNFINISHED)
 
 
-def pieces_of(model: Path, plan: Plan, kind: str = "eval") -> list[Piece]:
+def work_of(model: Path, plan: Plan, kind: str = "eval") -> list[Work]:
     """Every task by every method, the methods of a task one after the other."""
     return [
-        Piece(model, asked, method, (1.0,) if method == FULL else plan.ratios, kind)
+        Work(model, asked, method, (1.0,) if method == FULL else plan.ratios, kind)
         for asked in plan.tasks
         for method in plan.methods
     ]
 
 
 def work_off(
-    pieces: Sequence[Piece], work: Path, workers: int, data: str | None, stop: float, commit: str | None
+    waiting: Sequence[Work], directory: Path, workers: int, data: str | None, stop: float, commit: str | None
 ) -> int:
-    """Answers pieces in `workers` processes until all are done or it is time to stop; returns how many failed."""
+    """Does the work in `workers` processes until all are done or it is time to stop; returns how many failed."""
     context = multiprocessing.get_context("spawn")
     taken, said = context.Value("i", 0), context.Queue()
-    arguments = (list(pieces), taken, said, work, data, stop - time.monotonic(), commit, 0.95 / workers)
-    processes = [context.Process(target=worker, args=arguments) for _ in range(min(workers, len(pieces)))]
+    arguments = (list(waiting), taken, said, directory, data, stop - time.monotonic(), commit, 0.95 / workers)
+    processes = [context.Process(target=worker, args=arguments) for _ in range(min(workers, len(waiting)))]
     for process in processes:
         process.start()
     begun, ended, failed = time.monotonic(), 0, 0
@@ -125,26 +126,26 @@ def work_off(
             continue
         ended, failed = ended + (outcome == "done"), failed + (outcome == "failed")
         passed = time.monotonic() - begun
-        left = f"{passed / ended * (len(pieces) - ended) / 60:.1f} min left" if ended else ""
-        print(f"{passed:5.0f} s  {name}: {outcome}, {ended} of {len(pieces)}, {left}", flush=True)
+        left = f"{passed / ended * (len(waiting) - ended) / 60:.1f} min left" if ended else ""
+        print(f"{passed:5.0f} s  {name}: {outcome}, {ended} of {len(waiting)}, {left}", flush=True)
     return failed + sum(process.exitcode != 0 for process in processes)
 
 
 def worker(
-    pieces: list[Piece],
+    waiting: list[Work],
     taken: Any,
     said: Any,
-    work: Path,
+    directory: Path,
     data: str | None,
     seconds: float,
     commit: str | None,
     share: float,
 ) -> None:
-    """Answers one piece after the other until none is left or time is up; loads a model only when it changes.
+    """Does one work after the other until none is left or time is up; loads a model only when it changes.
 
     Args:
-        taken: a counter, shared by all workers, of the pieces that were begun.
-        said: a queue for the name and the outcome of each piece.
+        taken: a counter, shared by all workers, of the work that was begun.
+        said: a queue for the name and the outcome of each work.
         share: the fraction of the GPU's memory that this worker may use.
     """
     import torch
@@ -160,36 +161,36 @@ def worker(
         with taken.get_lock():
             number = taken.value
             taken.value += 1
-        if number >= len(pieces):
+        if number >= len(waiting):
             return
-        piece = pieces[number]
+        work = waiting[number]
         try:
-            if source != piece.model:
+            if source != work.model:
                 model = None
-                source, model = piece.model, kvzip.load(piece.model)
+                source, model = work.model, kvzip.load(work.model)
             assert model is not None
-            asked = piece.asked
+            asked = work.asked
             done = run_eval(
                 model,
                 tasks=[asked.task],
-                out=work / f"{piece.name}.jsonl",
-                methods=[piece.method],
-                ratios=piece.ratios,
+                out=directory / f"{work.name}.jsonl",
+                methods=[work.method],
+                ratios=work.ratios,
                 form=asked.form,
                 count=asked.count,
                 questions=asked.questions,
                 data=data,
                 max_tokens=asked.max_tokens,
-                available=KNOWN[piece.kind],
+                available=KNOWN[work.kind],
                 limit_s=stop - time.monotonic(),
                 commit=commit,
             )
             if done:
-                (work / f"{piece.name}.done").touch()
-            said.put((piece.name, "done" if done else "stopped"))
+                (directory / f"{work.name}.done").touch()
+            said.put((work.name, "done" if done else "stopped"))
         except Exception:
             traceback.print_exc()
-            said.put((piece.name, "failed"))
+            said.put((work.name, "failed"))
 
 
 def collect(files: Iterable[Path], out: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,18 @@ Variant = list[Callable[[], object]]
 """The same call over several inputs, to be rotated."""
 
 
-def facts(commit: str | None) -> dict[str, str | None]:
-    """Returns what a time on this GPU depends on besides its inputs."""
-    versions = machine.versions()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": machine.driver(),
-        "torch": versions["torch"],
-        "triton": versions["triton"],
-        "commit": commit_of(commit),
-        "date": machine.now(),
-    }
-
-
-def commit_of(given: str | None) -> str:
-    """Returns the commit to write down; exits where none is given and git cannot be asked."""
-    commit = given or machine.commit()
+def facts(device: str, commit: str | None) -> dict[str, str | int | None]:
+    """Returns what a figure depends on besides its inputs; exits where no commit is given and git cannot be asked."""
+    commit = commit or machine.commit()
     if not commit:
         sys.exit("expected a git checkout to read the commit from: pass --commit")
-    return commit
+    name, versions = machine.device_name(torch.device(device)), machine.versions()
+    when = {"torch": versions["torch"], "commit": commit, "date": machine.now()}
+    if torch.device(device).type != "cuda":
+        return {"cpu": name, "threads": torch.get_num_threads(), **when}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {"gpu": name, "driver": driver, "triton": versions["triton"], **when}
 
 
 def test_or_exit(*arguments: str, workers: int = 1) -> None:
@@ -70,22 +62,6 @@ def read_lines(results: Path) -> list[dict[str, Any]]:
     """Returns the lines of results; `line` of each is its number."""
     text = results.read_text(encoding="utf-8")
     return [{**json.loads(line), "line": number} for number, line in enumerate(text.splitlines(), start=1)]
-
-
-def clock() -> float:
-    """Returns the time in seconds once the GPU, if there is one, has done all that was asked of it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Returns how long a call takes; what it returns is kept until then."""
-    start = clock()
-    kept = run()
-    elapsed = clock() - start
-    del kept
-    return elapsed
 
 
 def in_turns(calls: Mapping[str, Callable[[], float]], rounds: int, *, warm: int = 0) -> dict[str, list[float]]:

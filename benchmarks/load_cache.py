@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kvzip
 from benchmarks import harness
-from kvzip import machine
-from kvzip.cache import RaggedKV
+from kvzip.cache.rows import pack
+from kvzip.machine import timed
 
 RESULTS = harness.RESULTS / "load-cache.jsonl"
 LAYERS, HEADS, WIDTH = 16, 8, 128
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the file")
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     options = parser.parse_args()
+    facts = {"gpu": "none"} | harness.facts("cpu", options.commit) | harness.facts(options.device, options.commit)
     harness.test_or_exit("-k", "bit_for_bit", str(harness.ROOT / "tests" / "test_io.py"))
     cache, slow = ragged_cache(options.gib), False
     for directory in options.directory:
@@ -46,8 +47,10 @@ def main() -> int:
             kvzip.save(cache, path)
             size = path.stat().st_size
             calls = variants(path, options.device)
-            timed = {name: lambda call=call: harness.seconds(call) for name, call in calls.items()}
-            seconds = harness.in_turns(timed, ROUNDS, warm=1)
+            times = {
+                name: lambda call=call: timed(torch.device(options.device), call)[1] for name, call in calls.items()
+            }
+            seconds = harness.in_turns(times, ROUNDS, warm=1)
         read = statistics.median(seconds["read anew" if options.device == "cpu" else "read"])
         for name, found in seconds.items():
             median = statistics.median(found)
@@ -60,29 +63,26 @@ def main() -> int:
                 "most_ms": round(max(found) * 1e3, 2),
                 "of_read": round(median / read, 3),
             }
-            harness.record(RESULTS, [line], facts(options))
+            harness.record(RESULTS, [line], facts)
     return int(slow)
 
 
 def ragged_cache(gib: float) -> kvzip.RaggedCache:
     """A cache of about `gib` GiB whose heads differ in length."""
     rows = int(gib * 2**30) // (LAYERS * WIDTH * 2 * 2)
-    weights = torch.arange(1, HEADS + 1)
-    offsets = torch.cat([torch.zeros(1), weights.cumsum(0) / weights.sum() * rows]).int()
-    positions = torch.cat([torch.arange(int(n)) for n in offsets.diff()]).int()
-    schedule = kvzip.ops.decode_schedule(offsets)
-    k = torch.randn(rows, WIDTH).bfloat16()
-    layers = [RaggedKV(k.clone(), k.clone(), offsets, positions, schedule) for _ in range(LAYERS)]
-    length = int(offsets.diff().max())
+    counts = [rows * head // sum(range(HEADS + 1)) for head in range(1, HEADS + 1)]
+    length = counts[-1]
+    k = torch.randn(HEADS, length, WIDTH).bfloat16()
+    layer = pack(k, k, torch.arange(length) < torch.tensor(counts)[:, None], counts)
     return kvzip.RaggedCache(
-        context=tuple(layers),
+        context=(layer,) * LAYERS,
         tail=None,
         context_length=length,
         start=0,
         chat=True,
         token_ids=torch.zeros(length, dtype=torch.long),
         fingerprint="none",
-        kept=LAYERS * len(positions),
+        kept=LAYERS * sum(counts),
         total=LAYERS * HEADS * length,
     )
 
@@ -108,17 +108,6 @@ def variants(path: Path, device: str) -> dict[str, Callable[[], object]]:
 def file_system(directory: Path) -> str:
     command = ["stat", "--file-system", "--format=%T", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def facts(options: argparse.Namespace) -> dict[str, str | int]:
-    return {
-        "gpu": torch.cuda.get_device_name() if options.device != "cpu" else "none",
-        "cpu": machine.device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": harness.commit_of(options.commit),
-        "date": machine.now(),
-    }
 
 
 if __name__ == "__main__":

@@ -53,15 +53,15 @@ def main() -> None:
         parser.error("no CUDA device: timings need one")
     tests = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in options.only]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
-    facts = harness.facts(options.commit)
+    facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
-    lines = show([floor_line(name, value) for name, value in floors.items()])
-    record(options.results, lines, facts, show=False)
+    lines = [{"op": "floor", "case": what, "variant": unit, "value": round(n, 3)} for (what, unit), n in floors.items()]
+    record(options.results, show(lines), facts, show=False)
     for op in options.only:
         for case, variants, least in BENCHMARKS[op](options):
             least_us = max(
-                least.get("bytes", 0) / floors["copy TB/s" if least.get("copies") else "read TB/s"] / 1e6,
-                least.get("products", 0) / floors["product TFLOP/s"] / 1e6,
+                least.get("bytes", 0) / floors["copy" if least.get("copies") else "read", "TB/s"] / 1e6,
+                least.get("products", 0) / floors["product", "TFLOP/s"] / 1e6,
             )
             lines = [
                 {"op": op, "case": case, "variant": name, **figures, "floor_us": round(least_us, 2)}
@@ -72,7 +72,7 @@ def main() -> None:
             torch.cuda.empty_cache()
 
 
-def measure_floors() -> dict[str, float]:
+def measure_floors() -> dict[tuple[str, str], float]:
     """The bandwidths and the rate that this device reaches; of two ways to copy the faster one counts."""
     source, target = torch.randn(2**29, device="cuda"), torch.empty(2**29, device="cuda")
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -85,15 +85,10 @@ def measure_floors() -> dict[str, float]:
     us = {name: figures["median_us"] for name, figures in time_variants(calls).items()}
     size = source.nbytes
     return {
-        "copy TB/s": 2 * size / min(us["copy"], us["copy by a kernel"]) / 1e6,
-        "read TB/s": size / us["read"] / 1e6,
-        "product TFLOP/s": 2 * 8192**3 / us["product"] / 1e6,
+        ("copy", "TB/s"): 2 * size / min(us["copy"], us["copy by a kernel"]) / 1e6,
+        ("read", "TB/s"): size / us["read"] / 1e6,
+        ("product", "TFLOP/s"): 2 * 8192**3 / us["product"] / 1e6,
     }
-
-
-def floor_line(name: str, value: float) -> dict:
-    what, unit = name.split()
-    return {"op": "floor", "case": what, "variant": unit, "value": round(value, 3)}
 
 
 def show(lines: list[dict]) -> list[dict]:
@@ -120,11 +115,10 @@ def bench_select(options: argparse.Namespace):
         },
         least,
     )
-    layers = list(scores)
-    yield "32 layers in a list", {"kvzip": [lambda: ops.select(layers, ratio=0.3, nan=flag)]}, least
     equal, rounded = torch.full_like(scores, 0.5), scores.bfloat16().float()
-    yield "all equal", {"kvzip": [lambda: ops.select(equal, ratio=0.3, nan=flag)]}, least
-    yield "many ties (bf16 values)", {"kvzip": [lambda: ops.select(rounded, ratio=0.3, nan=flag)]}, least
+    others = {"32 layers in a list": list(scores), "all equal": equal, "many ties (bf16 values)": rounded}
+    for name, given in others.items():
+        yield name, {"kvzip": [lambda given=given: ops.select(given, ratio=0.3, nan=flag)]}, least
     yield "uniform, 256 heads", {"kvzip": [lambda: ops.select_uniform(scores, ratio=0.3, nan=flag)]}, least
 
 
@@ -211,12 +205,11 @@ def decode_case(
         if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
             k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
         caches.append((k, v))
-    if bits is not None:
-        size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
     variants: dict[str, Variant] = {
         "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
     }
     if bits is not None:
+        size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
         plain = [  # two are cold too
             (ops.dequantize(k, dtype=torch.bfloat16, offsets=offsets), ops.dequantize(v, dtype=torch.bfloat16))
             for k, v in caches[:2]

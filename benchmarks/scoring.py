@@ -11,6 +11,7 @@ Random weights of a published shape. Each figure is one JSON line appended to be
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -21,8 +22,9 @@ import torch
 
 import kvzip
 from benchmarks import harness
-from benchmarks.harness import clock, release
+from benchmarks.harness import release
 from benchmarks.shapes import random_model
+from kvzip.machine import clock, timed
 from kvzip.streaming import checkpoints, prefill, segments
 
 RESULTS = harness.RESULTS / "scoring.jsonl"
@@ -48,14 +50,12 @@ def ids_of(count):
 
 
 def say(arguments, **line):
-    harness.record(arguments.results, [{"shape": arguments.shape, **line}], harness.facts(arguments.commit))
+    harness.record(arguments.results, [{"shape": arguments.shape, **line}], harness.facts("cuda", arguments.commit))
 
 
 def score_part(model, arguments):
     for tokens in arguments.lengths:
-        begin = clock()
-        cache = kvzip.prefill(model, ids_of(tokens))
-        prefill_s = clock() - begin
+        cache, prefill_s = timed(model.device, partial(kvzip.prefill, model, ids_of(tokens)))
         for scope in ("chunk", "context"):
             warm = kvzip.prefill(model, ids_of(4_500), progress=None)
             kvzip.score(model, warm, scope=scope)  # compiles, and plans the shapes of all but the past
@@ -64,9 +64,8 @@ def score_part(model, arguments):
             for _ in range(arguments.repeats if scope == "chunk" or tokens < 50_000 else 1):
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-                begin = clock()
-                scored = kvzip.score(model, cache, scope=scope)
-                times.append(clock() - begin)
+                scored, score_s = timed(model.device, partial(kvzip.score, model, cache, scope=scope))
+                times.append(score_s)
                 peak = torch.cuda.max_memory_allocated() - before
             say(
                 arguments,
@@ -101,22 +100,20 @@ def stream_part(model, arguments):
     ids = ids_of(arguments.tokens)
     stages, last = {}, [None]
 
-    def timed(name, function):
+    def noted(stage, function):
         def run(*args, **kwargs):
-            begin = clock()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                stages[name] = stages.get(name, 0.0) + clock() - begin
+            result, s = timed(model.device, partial(function, *args, **kwargs))
+            stages[stage] = stages.get(stage, 0.0) + s
+            return result
 
         return run
 
     # a synchronisation on each side of a stage: three a segment
     for module, name, stage in STAGES:
-        setattr(module, name, timed(stage, getattr(module, name)))
+        setattr(module, name, noted(stage, getattr(module, name)))
 
     def progress(done, total):
-        now = clock()
+        now = clock(model.device)
         if last[0] is not None and (done // 16_000) % 8 == 0:
             say(
                 arguments,
@@ -134,7 +131,7 @@ def stream_part(model, arguments):
     stages.clear()
     release()
     torch.cuda.reset_peak_memory_stats()
-    begin = clock()
+    begin = clock(model.device)
     full = 131_072 * arguments.tokens
     allowed = arguments.ratio * full + 16_000 * 131_072 + 2 * 2**30
     try:
@@ -144,19 +141,16 @@ def stream_part(model, arguments):
             arguments,
             what="stream stopped",
             tokens=arguments.upto,
-            s=clock() - begin,
+            s=clock(model.device) - begin,
             **stages,
             peak_gib=(torch.cuda.max_memory_allocated() - weights) / 2**30,
             allowed_gib=allowed / 2**30,
         )
         return
-    total_s = clock() - begin
+    total_s = clock(model.device) - begin
     peak = torch.cuda.max_memory_allocated() - weights
-    begin = clock()
-    answer = kvzip.generate(model, cache, "What is it about?", max_tokens=16)
-    first_s = clock() - begin
-    begin = clock()
-    again = kvzip.generate(model, cache, "What is it about?", max_tokens=16)
+    ask = partial(kvzip.generate, model, cache, "What is it about?", max_tokens=16)
+    (answer, first_s), (again, again_s) = timed(model.device, ask), timed(model.device, ask)
     say(
         arguments,
         what="stream",
@@ -171,7 +165,7 @@ def stream_part(model, arguments):
         peak_gib=peak / 2**30,
         allowed_gib=allowed / 2**30,
         decode_16_first_s=first_s,
-        decode_16_s=clock() - begin,
+        decode_16_s=again_s,
         answer=len(answer.token_ids),
         same=answer == again,
         finite=all(bool(kv.k.isfinite().all()) for kv in cache.context),

@@ -16,22 +16,29 @@ R = TypeVar("R")
 
 def timed(device: torch.device, run: Callable[[], R]) -> tuple[R, float]:
     """Returns what `run` returns and the seconds that it took, work queued on the GPU included."""
+<<<<<<< HEAD
     began = time.perf_counter()
+=======
+    start = clock(device)
+>>>>>>> slim-4
     result = run()
+    return result, clock(device) - start
+
+
+def clock(device: torch.device) -> float:
+    """Returns the time in seconds once the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+<<<<<<< HEAD
     return result, time.perf_counter() - began
+=======
+    return time.perf_counter()
+>>>>>>> slim-4
 
 
 def device_name(device: torch.device) -> str:
     """Returns the name of a GPU, or the processor's."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def driver() -> str:
-    """Returns the version of the GPU driver. Raises OSError without nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def versions() -> dict[str, str | None]:

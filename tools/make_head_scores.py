@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 
 import kvzip
-from kvzip import head_scores
+from kvzip import head_scores, machine
 from kvzip.hub import SHIPPED
 from kvzip.inputs import context_ids
 
@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SHIPPED, help="directory of the file")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    dtype = arguments.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     model = kvzip.load(arguments.model, dtype=getattr(torch, dtype))
     code = f"source code of CPython {platform.python_version()}"
     kinds = {"essays by Paul Graham": essays(arguments.essays), code: modules()}
@@ -55,8 +54,8 @@ def main() -> None:
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    note = {"model": arguments.model.name, "dtype": dtype, "template": chat, "torch": torch.__version__}
-    note["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    note = {"model": arguments.model.name, "dtype": dtype, "template": chat}
+    note |= {"torch": machine.versions()["torch"], "device": machine.device_name(model.device)}
     head_scores.save(scores, arguments.out / f"{arguments.model.name}.safetensors", note=note, overwrite=True)
 
 

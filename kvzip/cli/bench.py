@@ -3,7 +3,7 @@
 import random
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,15 @@ def bench(
     if name is not None:
         raise click.UsageError(f"expected a model or the name of a benchmark, got both: -m {model} and {name}")
     with stages() as stage:
-        begun = time.perf_counter()
-        loaded = load_model(stage, model, directory=find_model(model), loading=loading)
-        load_s = time.perf_counter() - begun
-        facts = {"model": loaded.source, "load_s": load_s} | measure(stage, loaded, tokens, ratios, max_tokens)
+        directory = find_model(model)
+        load = lambda: load_model(stage, model, directory=directory, loading=loading)  # noqa: E731
+        facts = measure(stage, load, tokens, ratios, max_tokens)
     put_json(facts) if as_json else _show(facts)
 
 
-def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...], answer: int) -> dict[str, Any]:
+def measure(
+    stage: Stage, load: Callable[[], "Model"], tokens: int, ratios: tuple[float, ...], answer: int
+) -> dict[str, Any]:
     """Returns the seconds of each step on this machine, and the bytes of the full cache and of each compressed one.
 
     The time of an answer's first token includes reading the question. That of each other token is the rest of the time
@@ -92,8 +93,9 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
     import torch
 
     from .. import compression, prefilling, scoring
-    from ..machine import timed
+    from ..machine import device_name, timed, versions
 
+    model, load_s = timed(torch.device("cpu"), load)
     endless = replace(model, stop_ids=())  # so that every answer has the same length
     chat = model.template is not None
     if tokens > model.config.max_length:
@@ -116,9 +118,11 @@ def measure(stage: Stage, model: "Model", tokens: int, ratios: tuple[float, ...]
         rows.append({"ratio": ratio, "compress_s": compress_s} | _answering(endless, small, answer))
     on_gpu = model.device.type == "cuda"
     return {
+        "model": model.source,
+        "load_s": load_s,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        "device": device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": versions()["torch"],
         "tokens": dense.length,
         "prefill_s": prefill_s,
         "score_s": score_s,

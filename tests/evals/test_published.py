@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import evaluation, quality, studies  # noqa: E402
-from benchmarks.evaluation import Piece, collect, pieces_of  # noqa: E402
+from benchmarks.evaluation import Work, collect, work_of  # noqa: E402
 from benchmarks.harness import between  # noqa: E402
 from benchmarks.plans import PLANS, Asked, Plan  # noqa: E402
 
@@ -31,13 +31,13 @@ TASK = Asked("math_find@300", "chat", 1, 3, 4)
 
 
 @pytest.mark.parametrize("kind", evaluation.ALL)
-def test_plans_name_what_there_is_and_every_piece_has_its_own_file(kind: str) -> None:
+def test_plans_name_what_there_is_and_all_work_has_its_own_file(kind: str) -> None:
     for model, plans in evaluation.ALL[kind].items():
         for plan in plans:
             for asked in plan.tasks:
                 known = evaluation.KNOWN[kind]
                 assert check_names([asked.task], plan.methods, plan.ratios, asked.form, known) == [asked.task]
-        names = [piece.name for plan in plans for piece in pieces_of(Path(model), plan, kind)]
+        names = [work.name for plan in plans for work in work_of(Path(model), plan, kind)]
         assert len(set(names)) == len(names) == sum(len(plan.tasks) * len(plan.methods) for plan in plans)
 
 
@@ -57,29 +57,29 @@ def test_the_results_hold_every_answer_of_the_plan(name: str, monkeypatch: pytes
                     assert all(abs(answer.kept - ratio) < 2e-3 for answer in own)
 
 
-def worker(pieces: list[Piece], work: Path, seconds: float = 600) -> list[tuple[str, str]]:
-    """What a worker says of the pieces that it takes."""
+def worker(waiting: list[Work], directory: Path, seconds: float = 600) -> list[tuple[str, str]]:
+    """What a worker says of the work that it takes."""
     said: Any = queue.Queue()
-    evaluation.worker(pieces, multiprocessing.Value("i", 0), said, work, None, seconds, "c0ffee", 0.9)
+    evaluation.worker(waiting, multiprocessing.Value("i", 0), said, directory, None, seconds, "c0ffee", 0.9)
     return [said.get() for _ in range(said.qsize())]
 
 
-def test_a_worker_takes_one_piece_after_the_other_and_says_which_failed(
+def test_a_worker_takes_one_work_after_the_other_and_says_which_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
     model = random_model.make(random_model.config())
     monkeypatch.setattr(kvzip, "load", lambda source: loaded.append(source) or model)
     good, bad = Plan(("full", "random"), (0.3, 0.5), (TASK,)), Plan(("full",), (), (Asked("squad", "chat", 1, 1, 4),))
-    pieces = pieces_of(Path("m"), bad) + pieces_of(Path("m"), good)
-    assert [outcome for _, outcome in worker(pieces, tmp_path)] == ["failed", "done", "done"]
+    planned = work_of(Path("m"), bad) + work_of(Path("m"), good)
+    assert [outcome for _, outcome in worker(planned, tmp_path)] == ["failed", "done", "done"]
     assert loaded == [Path("m")]
-    assert {path.name for path in tmp_path.glob("*.done")} == {f"{piece.name}.done" for piece in pieces[1:]}
+    assert {path.name for path in tmp_path.glob("*.done")} == {f"{work.name}.done" for work in planned[1:]}
     assert len(read(*tmp_path.glob("*.jsonl"))) == 3 * (1 + 2)
-    assert worker(pieces[1:], tmp_path, seconds=0) == []
+    assert worker(planned[1:], tmp_path, seconds=0) == []
 
     out = tmp_path / "new" / "eval-m.jsonl"
-    files = [tmp_path / f"{piece.name}.jsonl" for piece in pieces[1:]]
+    files = [tmp_path / f"{work.name}.jsonl" for work in planned[1:]]
     for _ in range(2):
         collect(files, out)
         lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
