@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,26 @@ def model() -> Any:
     import random_model  # which imports kvzip: not before jaxtyping's import hook stands
 
     return random_model.make(random_model.config(windows=(None, 6, None)))
+
+
+@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
+def two_layers(request: pytest.FixtureRequest) -> Any:
+    """A small random model of two layers, without windows or with one."""
+    import random_model
+
+    return random_model.make(random_model.config(windows=request.param))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The directory of the examples' model, SmolLM2; its tests are left out where it cannot be had."""
+    import museum
+    import small_models
+
+    try:
+        return small_models.model_dir(museum.DEFAULT_MODEL)
+    except small_models.Unavailable as missing:
+        pytest.skip(f"left out, {museum.DEFAULT_MODEL} cannot be had here: {missing}")
 
 
 @pytest.fixture(scope="module")

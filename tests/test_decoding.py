@@ -27,9 +27,9 @@ QUERIES = ["Who?", "How long ago was it, precisely?", "x", "Why is that so?", "A
 OPTIONS = {"max_tokens": 9}
 
 
-@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
-def model(request):
-    return replace(random_model.make(random_model.config(windows=request.param)), stop_ids=())
+@pytest.fixture(scope="module")
+def model(two_layers):
+    return replace(two_layers, stop_ids=())
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import many_questions
 import museum
 import quickstart
 import save_and_reload
-import small_models
 import streaming
 import transformers_cache
 
@@ -25,12 +24,8 @@ FIRST = (
 
 
 @pytest.fixture(scope="module")
-def model() -> kvzip.Model:
-    try:
-        small_models.model_dir(museum.DEFAULT_MODEL)
-    except small_models.Unavailable as missing:
-        pytest.skip(f"left out, {museum.DEFAULT_MODEL} cannot be had here: {missing}")
-    return museum.load(None)
+def model(smollm2: Path) -> kvzip.Model:
+    return museum.load(str(smollm2))
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 QUERIES = ["Who?", "How long ago was it, precisely?", "x"]
 
 
-@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
-def model(request):
-    return random_model.make(random_model.config(windows=request.param))
+@pytest.fixture(scope="module")
+def model(two_layers):
+    return two_layers
 
 
 @pytest.fixture(scope="module")

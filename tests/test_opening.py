@@ -11,18 +11,12 @@ import torch
 from click.testing import CliRunner
 
 import kvzip
-import random_model
 from kvzip import opening
 from kvzip.cli import main
 from kvzip.hub import Loading
 from rewritten import rewrite
 
 TEXT = "Happy families are all alike."
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config())
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The oracle is held to Transformers itself: what it computes where both can say the same thing."""
+"""The oracle is held to Transformers itself: what it computes where both can say the same thing.
+
+Not by `assert_as_accurate`: Transformers rounds norms, rotations and softmax to float32, so gives no float64 truth.
+"""
 
 import pytest
 import torch

@@ -15,11 +15,6 @@ from kvzip.scoring import repeats, score_chunks
 TEXT = "The quick brown fox jumps over the lazy dog, twice."
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config(windows=(None, 6)))
-
-
 def test_scoring_writes_nothing_and_scores_the_context_only(model):
     cache = kvzip.prefill(model, TEXT)
     before = [(kv.k.clone(), kv.v.clone()) for kv in cache.layers]
@@ -28,7 +23,7 @@ def test_scoring_writes_nothing_and_scores_the_context_only(model):
     for kv, (k, v) in zip(cache.layers, before, strict=True):
         assert torch.equal(kv.k, k) and torch.equal(kv.v, v)
     scores = scored.scores
-    assert scores.values.shape == (1, 2, len(TEXT)) and scores.layers == (0,)
+    assert scores.values.shape == (2, 2, len(TEXT)) and scores.layers == (0, 2)
     assert (scores.start, scores.stop) == (cache.start, cache.length)
     assert ((scores.values > 0) & (scores.values <= 1)).all()
 
@@ -95,12 +90,12 @@ def test_progress_counts_context_tokens(model):
 
 def test_bad_input_is_named(model):
     cache = kvzip.prefill(model, TEXT)
-    other = random_model.make(random_model.config(windows=(None, 6)), seed=1)
+    other = random_model.make(model.config, seed=1)
     with pytest.raises(ValueError, match=r"cache of this model.*got one of another"):
         kvzip.score(other, cache)
     with pytest.raises(ValueError, match=r"scope 'context' or 'chunk', got 'all'"):
         kvzip.score(model, cache, scope="all")
-    tight = random_model.make(random_model.config(windows=(None, 6), max_length=cache.length + 40))
+    tight = random_model.make(dataclasses.replace(model.config, max_length=cache.length + 40))
     with pytest.raises(ValueError, match=rf"a cache of {cache.length} and a repeat pass of"):
         kvzip.score(tight, kvzip.prefill(tight, TEXT))
     windows_only = random_model.make(random_model.config(windows=(4, 6)))

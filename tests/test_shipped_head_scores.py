@@ -1,21 +1,17 @@
 """The head scores that come with the library, on real weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import kvzip
-import museum
-import small_models
 from kvzip import head_scores
 
 
 @pytest.fixture(scope="module")
-def model() -> kvzip.Model:
-    try:
-        path = small_models.model_dir(museum.DEFAULT_MODEL)
-    except small_models.Unavailable as missing:
-        pytest.skip(f"left out, {museum.DEFAULT_MODEL} cannot be had here: {missing}")
-    return kvzip.load(path, dtype=torch.float32)
+def model(smollm2: Path) -> kvzip.Model:
+    return kvzip.load(smollm2, dtype=torch.float32)
 
 
 def test_a_model_finds_its_own_scores_by_its_weights(model: kvzip.Model) -> None:

@@ -27,9 +27,9 @@ TEXT = "jade acid beach hide fig " * 10
 QUERIES = ["who?", "what is it?", "bk"]
 
 
-@pytest.fixture(scope="module", params=[(None, None), (5, None)], ids=["global", "window"])
-def model(request: pytest.FixtureRequest) -> kvzip.Model:
-    return random_model.make(random_model.config(windows=request.param))
+@pytest.fixture(scope="module")
+def model(two_layers: kvzip.Model) -> kvzip.Model:
+    return two_layers
 
 
 @pytest.fixture(scope="module")

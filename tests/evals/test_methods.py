@@ -25,11 +25,6 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model.make(random_model.config())
-
-
 def dense(model, token_ids):
     """Queries [Hq S D], keys [H S D] and weights [Hq S S] of every layer, with masks and all, in float64."""
     config, found = model.config, []

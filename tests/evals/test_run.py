@@ -32,11 +32,6 @@ TASK = "math_find@300"
 SEEN = ("full", "kvzip", "random")
 
 
-@pytest.fixture(scope="module")
-def model() -> kvzip.Model:
-    return random_model.make(random_model.config())
-
-
 def shuffled(model: kvzip.Model, cache: kvzip.DenseCache) -> kvzip.DenseCache:
     """KVzip's own scores, each given to some other pair."""
     scored = kvzip.score(model, cache)
