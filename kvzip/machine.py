@@ -16,11 +16,7 @@ R = TypeVar("R")
 
 def timed(device: torch.device, run: Callable[[], R]) -> tuple[R, float]:
     """Returns what `run` returns and the seconds that it took, work queued on the GPU included."""
-<<<<<<< HEAD
-    began = time.perf_counter()
-=======
     start = clock(device)
->>>>>>> slim-4
     result = run()
     return result, clock(device) - start
 
@@ -29,11 +25,7 @@ def clock(device: torch.device) -> float:
     """Returns the time in seconds once the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-<<<<<<< HEAD
-    return result, time.perf_counter() - began
-=======
     return time.perf_counter()
->>>>>>> slim-4
 
 
 def device_name(device: torch.device) -> str:
