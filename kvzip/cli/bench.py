@@ -104,8 +104,7 @@ def measure(
             "lower --tokens, or pass RoPE scaling (--rope, and --max-length)"
         )
     ids = document_ids(model, tokens)
-    warm = prefilling.prefill(model, ids[:64], template=chat)
-    scoring.score(model, warm)
+    scoring.score(model, prefilling.prefill(model, ids[:64], template=chat))  # warms up
     progress = stage("reading the document")
     dense, prefill_s = timed(model.device, lambda: prefilling.prefill(model, ids, template=chat, progress=progress))
     progress = stage("scoring pairs")
@@ -153,10 +152,8 @@ def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -
         ask = lambda: generate(model, cache, QUESTION, max_tokens=count, template=cache.chat, decoder=decoder)  # noqa: E731
         return timed(model.device, ask)[1]
 
-    seconds(2)  # captures graphs, compiles kernels
-    first = seconds(1)
-    token_s = max(0.0, seconds(tokens + 1) - first) / tokens
-    return {"cache_bytes": nbytes(cache), "first_token_s": first, "token_s": token_s}
+    _, first, longer = map(seconds, (2, 1, tokens + 1))  # captures graphs and compiles kernels first
+    return {"cache_bytes": nbytes(cache), "first_token_s": first, "token_s": max(0.0, longer - first) / tokens}
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -184,15 +181,14 @@ def _run_script(name: str | None, arguments: tuple[str, ...]) -> None:
         raise FileNotFoundError(
             f"expected -m MODEL to time, or a checkout of kvzip to run its benchmarks, got no {directory}"
         )
-    found = {
-        path.stem: path for path in sorted(directory.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")
-    }
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.py"))}
+    found = {stem: text for stem, text in texts.items() if "__main__" in text}
     if name is None:
-        for stem, path in found.items():
-            first = path.read_text(encoding="utf-8").lstrip().split("\n", 1)[0].strip('"')
-            echo(f"{stem:18}{first}")
+        for stem, text in found.items():
+            echo(f"{stem:18}" + text.lstrip().split("\n", 1)[0].strip('"'))
         return
     if name not in found:
         raise click.UsageError(f"expected a benchmark of {', '.join(found)}, got {name}")
-    say(f"{sys.executable} {found[name]} {' '.join(arguments)}".rstrip())
-    raise click.exceptions.Exit(subprocess.run([sys.executable, str(found[name]), *arguments], check=False).returncode)
+    run = [sys.executable, str(directory / f"{name}.py"), *arguments]
+    say(" ".join(run))
+    raise click.exceptions.Exit(subprocess.run(run, check=False).returncode)
