@@ -172,7 +172,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
@@ -243,7 +243,6 @@ def test_a_nan_comes_out_and_stays_in_its_question(where, dtype, bits, T, softca
             assert torch.equal(merged[0].isnan().any(-1).cpu(), broken) and torch.equal(merged[1].isnan().cpu(), broken)
 
 
-@settings(max_examples=10)
 @given(seed=st.integers(0, 99), data=st.data())
 def test_ragged_equals_dense_with_the_rest_masked(seed, data):
     H, S, D = 3, 20, 16
@@ -263,7 +262,6 @@ def test_ragged_equals_dense_with_the_rest_masked(seed, data):
     assert_as_accurate(plain, exact, plain)
 
 
-@settings(max_examples=10)
 @given(seed=st.integers(0, 99), cut=st.integers(0, 20))
 def test_two_halves_merged_equal_the_whole(seed, cut):
     inputs = make(seed, 2, 1, 2, 3, 16, [20], 0, torch.float32)
