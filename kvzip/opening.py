@@ -66,13 +66,14 @@ def read(
     if isinstance(model, Model):
         return model, read_cache(file, model=model, device=loading.device)
     source, made = maker_of(file)
-    told = (made, loading)  # what the file says, and what is given in its place
-    dtype, rope, max_length = (
-        next((x for own in reversed(told) if (x := getattr(own, name)) is not None), None)
-        for name in ("dtype", "rope", "max_length")
+    dtype: Any = loading.dtype or made.dtype or torch.bfloat16  # `load` refuses anything but a dtype
+    loaded = load(
+        find(file) if model is None else model,
+        dtype=dtype,
+        device=loading.device,
+        rope=made.rope if loading.rope is None else loading.rope,
+        max_length=made.max_length if loading.max_length is None else loading.max_length,
     )
-    source_of = find(file) if model is None else model
-    loaded = load(source_of, dtype=dtype or torch.bfloat16, device=loading.device, rope=rope, max_length=max_length)
     if model is None and source is not None:
         loaded = replace(loaded, source=source)
     reason = foreign(file.header["fingerprint"], loaded.fingerprint)

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def bench(
         raise click.UsageError(f"expected a model or the name of a benchmark, got both: -m {model} and {name}")
     with stages() as stage:
         directory = find_model(model)
-        load = lambda: load_model(stage, model, directory=directory, loading=loading)  # noqa: E731
+        load = partial(load_model, stage, model, directory=directory, loading=loading)
         facts = measure(stage, load, tokens, ratios, max_tokens)
     put_json(facts) if as_json else _show(facts)
 
@@ -149,7 +150,7 @@ def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -
     decoder = Decoder(model, cache, tail=len(asked) + tokens + 1)
 
     def seconds(count: int) -> float:
-        ask = lambda: generate(model, cache, QUESTION, max_tokens=count, template=cache.chat, decoder=decoder)  # noqa: E731
+        ask = partial(generate, model, cache, QUESTION, max_tokens=count, template=cache.chat, decoder=decoder)
         return timed(model.device, ask)[1]
 
     _, first, longer = map(seconds, (2, 1, tokens + 1))  # captures graphs and compiles kernels first

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import SupportsFloat
 
@@ -126,14 +127,14 @@ def compare(
     questions, stop = check_texts(questions, "questions"), check_texts(stop, "stop")
     step = on_step or (lambda what: None)
     step("reading the document")
-    read = lambda: prefill(model, document, instruction=instruction, template=template)  # noqa: E731
+    read = partial(prefill, model, document, instruction=instruction, template=template)
     full, prefill_s = timed(model.device, read)
     step("scoring pairs")
     scored, score_s = timed(model.device, lambda: how.score(model, full))
     small, compress_s = timed(model.device, lambda: how.compressed(model, scored, ratio))
 
     def answer(cache: DenseCache | RaggedCache, query: str) -> tuple[Answer, float]:
-        made = lambda: generate(model, cache, query, max_tokens=max_tokens, template=template, stop=stop)  # noqa: E731
+        made = partial(generate, model, cache, query, max_tokens=max_tokens, template=template, stop=stop)
         return timed(model.device, made)
 
     pairs = []
@@ -217,12 +218,12 @@ def _moved(
 ) -> tuple[tuple[Change, ...], Spread, Spread, Spread]:
     """The last four fields of `AnswerPair` for a full cache's answer of these ids."""
     first, second = p_full.argmax(-1), p_small.argmax(-1)
-    text = lambda token: tokenizer.control.decode([token], skip_special_tokens=False)  # noqa: E731
+    text = partial(tokenizer.control.decode, skip_special_tokens=False)
     changes = tuple(
         Change(
             position=at,
-            full=text(a),
-            small=text(b),
+            full=text([a]),
+            small=text([b]),
             full_p=(float(p_full[at, a]), float(p_full[at, b])),
             small_p=(float(p_small[at, a]), float(p_small[at, b])),
         )
