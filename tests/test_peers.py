@@ -4,14 +4,18 @@ import inspect
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from accuracy import assert_as_accurate
+from kvzip import ops
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from benchmarks import layouts, peers
 from benchmarks import ops as benchmark
-from kvzip import ops
 
 GROUP, WIDTH, SCALE = 2, 16, 0.4
 
