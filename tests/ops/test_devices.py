@@ -69,6 +69,26 @@ def test_a_launch_elsewhere_is_found(launch):
     assert unguarded({"add.py": f"{kernel}@on_device\n{bare}"}) == set()
 
 
+def of_the_current_device(source: str) -> list[str]:
+    """The calls that ask torch about a device, a stream or an event without saying which."""
+    asks = {"current_stream", "default_stream", "synchronize", "Stream", "mem_get_info", "get_device_name"}
+    asks |= {"get_device_properties", "get_device_capability", "record"}
+    prefixes = ("memory_", "max_memory_", "reset_peak_memory_")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and not node.args]
+    named = [(node, node.func.attr) for node in calls if isinstance(node.func, ast.Attribute) and not node.keywords]
+    waits = ("event.synchronize", "copied.synchronize")  # an event knows its device
+    found = [ast.unparse(node) for node, name in named if name in asks or name.startswith(prefixes)]
+    return [call for call in found if not call.startswith(waits)]
+
+
+def test_nothing_asks_about_whatever_device_is_current():
+    sources = {path: path.read_text(encoding="utf-8") for path in Path(kvzip.__file__).parent.rglob("*.py")}
+    assert {
+        path.name: of_the_current_device(text) for path, text in sources.items() if of_the_current_device(text)
+    } == {}
+    assert of_the_current_device("copied.record()") and of_the_current_device("torch.cuda.memory_allocated()")
+
+
 @pytest.mark.parametrize("current", [0, 1])
 def test_a_launcher_runs_with_its_first_arguments_device_current(current, monkeypatch):
     now, entered = [current], []
