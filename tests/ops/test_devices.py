@@ -112,7 +112,8 @@ def test_a_launcher_runs_with_its_first_arguments_device_current(current, monkey
     codes, scale = torch.ones(2, 8, dtype=torch.uint8), torch.ones(2, 1)
     assert launcher(codes, 3, scale=5) == (1, 3, 5)
     assert launcher(ops.Quantized(codes, scale, scale, 8, 8), 4) == (1, 4, 1)
-    assert now == [current] and entered == ([] if current == 1 else [1, 1])
+    assert launcher(scale=2, y=codes, x=codes) == (1, codes, 2)
+    assert now == [current] and entered == ([] if current == 1 else [1, 1, 1])
     assert launcher.__name__ == "launcher" and launcher.__doc__ == "What it does."
 
 
