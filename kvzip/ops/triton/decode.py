@@ -16,6 +16,7 @@ from kvzip.ops.triton.common import (
     exp2,
     interpreted,
     launch_options,
+    on_device,
     overlaps_launches,
     reserve,
     shared_memory,
@@ -71,6 +72,7 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
 
+@on_device
 def decode_triton(
     q: Float[Tensor, "B Hq T D"],
     k: Float[Tensor, "N D"] | Quantized,
