@@ -4,6 +4,7 @@ None of them has heads of different lengths, so a head is a sequence of its own 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -115,4 +116,4 @@ def starts_of(counts: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _sums(counts: Sequence[int]) -> list[int]:
-    return torch.tensor([0, *counts]).cumsum(0).tolist()
+    return list(accumulate(counts, initial=0))

@@ -81,10 +81,9 @@ def of_the_current_device(source: str) -> list[str]:
 
 
 def test_nothing_asks_about_whatever_device_is_current():
-    sources = {path: path.read_text(encoding="utf-8") for path in Path(kvzip.__file__).parent.rglob("*.py")}
-    assert {
-        path.name: of_the_current_device(text) for path, text in sources.items() if of_the_current_device(text)
-    } == {}
+    sources = Path(kvzip.__file__).parent.rglob("*.py")
+    calls = {path: of_the_current_device(path.read_text(encoding="utf-8")) for path in sources}
+    assert {path: found for path, found in calls.items() if found} == {}
     assert of_the_current_device("copied.record()") and of_the_current_device("torch.cuda.memory_allocated()")
 
 
@@ -266,7 +265,7 @@ def test_every_stage_gives_on_another_device_what_it_gives_on_the_current_one(dt
 
 @pytest.mark.gpu
 @two_gpus
-def test_a_cache_moves_between_devices(tmp_path):
+def test_a_cache_moves_between_devices():
     config = random_model.config(head_dim=64, hidden_size=128, attn_scale=0.125)  # the kernels' least width is 16
     model = replace(random_model.make(config, device="cuda:1"), stop_ids=())
     small = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), 0.4)
