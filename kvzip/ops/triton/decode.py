@@ -6,7 +6,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from kvzip.ops.schedule import decode_schedule
-from kvzip.ops.triton.common import check_rows, interpreted, overlaps_launches
+from kvzip.ops.triton.common import check_rows, interpreted, on_device, overlaps_launches
 from kvzip.ops.triton.decode_kernel import QueryArgs, TailArgs, WorkArgs
 from kvzip.ops.triton.decode_launch import (
     Sizes,
@@ -23,6 +23,7 @@ from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 _TAIL_ROWS = 256  # rows of a tail in one split, for each block of query rows
 
 
+@on_device
 def decode_triton(
     q: Float[Tensor, "B Hq T D"],
     k: Float[Tensor, "N D"] | Quantized,
