@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from accuracy import assert_as_accurate
 from kvzip.ops import (
@@ -94,6 +93,12 @@ def widened(x: Pages | None) -> Pages | None:
     return x if x is None else Pages(x.k.double(), x.v.double(), x.table)
 
 
+def compared(lse, q, run):
+    """The log-sum-exp as the rule takes it: torch's own exponentials are good to about 20 bits of 16-bit rows on a
+    CPU, where log-sum-exp weighs 16-bit outputs only."""
+    return lse if run in (decode_rows_triton, decode_rows_reference) else lse.to(q.dtype)
+
+
 def check(q, contexts, rows, pages, run=decode_rows_triton, **options) -> None:
     """The output and log-sum-exp of `run` obey the accuracy rule."""
     table, exact_table = make_table(contexts), make_table([None if c is None else exactly(c) for c in contexts])
@@ -106,7 +111,7 @@ def check(q, contexts, rows, pages, run=decode_rows_triton, **options) -> None:
         if context is not None and isinstance(context.k, Quantized) and len(context.k.codes):
             inputs = {"k": context.k, "q": q[:, :, None]}
             lse = lse + torch.sign(lse - exact[1]) * lse_rounding(inputs, **options)
-    assert_as_accurate(got[1], exact[1], lse)
+    assert_as_accurate(compared(got[1], q, run), exact[1], compared(lse, q, run))
 
 
 RUNS = st.lists(
@@ -165,21 +170,11 @@ def test_host_is_as_accurate_as_the_reference(seed, lengths, runs, G, R, softcap
     contexts = [on(context, "cpu") for context in contexts]
     rows, pages = QueryRows(*(x.cpu() for x in vars(rows).values())), on_cpu(pages)
     for run in (decode_rows_host, decode_rows):
-        check(q.cpu(), contexts, rows, pages, run=narrow(run, dtype), scale=0.125, softcap=softcap, window=window)
+        check(q.cpu(), contexts, rows, pages, run=run, scale=0.125, softcap=softcap, window=window)
 
 
 def on_cpu(pages: Pages | None) -> Pages | None:
     return pages if pages is None else Pages(*(x.cpu() for x in vars(pages).values()))
-
-
-def narrow(run, dtype):
-    """`run` with its log-sum-exp in the dtype of its outputs, which is what torch's own exponentials are good for."""
-
-    def narrowed(*args, **options):
-        out, lse = run(*args, **options)
-        return out, lse.to(dtype).to(lse.dtype)
-
-    return narrowed
 
 
 def one_batch(seed=0, bits=(None, None), tails=True, bias=None, runs=None) -> tuple:
@@ -247,16 +242,14 @@ def test_a_context_twice_and_a_context_in_two_halves(run):
     twice = replace(rows, context=(torch.arange(len(q), device=DEVICE) % 2).int())
     got = run(q, make_table([contexts[0], contexts[0]]), 0, twice, scale=0.1)
     halves = []
-    for begin, stop in (((0, 150), (40, 191)), ((40, 191), (150, 217))):
-        pick = [
-            torch.arange(a, b) for a, b in (((0, 40), (150, 191)) if begin == (0, 150) else ((40, 150), (191, 217)))
-        ]
+    for spans in (((0, 40), (150, 191)), ((40, 150), (191, 217))):  # of both heads
+        pick = [torch.arange(begin, stop) for begin, stop in spans]
         index = torch.cat(pick).to(DEVICE)
         offsets = torch.tensor([0, len(pick[0]), len(index)], dtype=torch.int32, device=DEVICE)
         halves += run(q, make_table([Context(contexts[0].k[index], contexts[0].v[index], offsets)]), 0, rows, scale=0.1)
-    for found in (got, merge(*halves)):
-        for a, truth, base in zip(found, exact, plain, strict=True):
-            assert_as_accurate(a, truth, base)
+    for out, lse in (got, merge(*halves)):
+        assert_as_accurate(out, exact[0], plain[0])
+        assert_as_accurate(compared(lse, q, run), exact[1], compared(plain[1], q, run))
 
 
 @pytest.mark.parametrize("run", RUN)

@@ -98,19 +98,19 @@ def decode_kernel(
         if row < row_stop:  # else there are fewer items than programs
             if of_context:
                 _attend_context(
-                    query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item.to(tl.int64) * pitch,
+                    query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item * pitch,
                     which, head, begin, stop, row, row_stop, CONTEXT, TAILED, True, False,
                 )  # fmt: skip
             elif TAIL.PAGE > 0:
                 _attend_tail(
                     query, tail, part_ptr, part_lse_ptr, scale, softcap, window, tokens, capacity,
-                    splits.to(tl.int64) * pitch + (item - splits).to(tl.int64) * tail_pitch,
+                    splits * pitch + (item - splits) * tail_pitch,
                     which, head, begin, stop, row, row_stop, TAIL,
                 )  # fmt: skip
     elif item < splits:
         at = work.items + item // row_blocks * 3
         _attend_context(
-            query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item.to(tl.int64) * pitch,
+            query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item * pitch,
             0, tl.load(at), tl.load(at + 1), tl.load(at + 2), item % row_blocks * CONTEXT.M, rows,
             CONTEXT, TAILED, False, EARLY,
         )  # fmt: skip
@@ -125,7 +125,7 @@ def decode_kernel(
         first = question * tokens * TAIL.G
         _attend_tail(
             query, tail, part_ptr, part_lse_ptr, scale, softcap, window, tokens, capacity,
-            splits.to(tl.int64) * pitch + item.to(tl.int64) * tail_pitch,
+            splits * pitch + item * tail_pitch,
             question, head, begin, begin + tail_rows, first + block * TAIL.M, first + tokens * TAIL.G, TAIL,
         )  # fmt: skip
 
@@ -254,7 +254,6 @@ def combine_kernel(
     row = r if ONE else tl.minimum(r, rows - 1)
     n, g = row // G, row % G
     c = tl.arange(0, triton.next_power_of_2(D))
-    tails_at = (count * row_blocks).to(tl.int64) * pitch
     if LISTED:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
@@ -278,24 +277,26 @@ def combine_kernel(
         first *= row_blocks
         if CENTERED:
             center = tl.load(context.center + head * D + c, mask=c < D, other=0)
+    b, t = n // tokens, n % tokens
+    context_at = _line((first + within // M) * pitch + within % M, ONE)
+    tail_at = count * row_blocks * pitch + (tail_first + own // TAIL_M) * tail_pitch + own % TAIL_M
+    context_step, tail_step = row * 0 + blocks * pitch, row * 0 + own_blocks * tail_pitch
+    tail_at = _line(tail_at - splits * tail_step, ONE)
+    results = splits + own_splits
+    longest = results if ONE else tl.max(results, 0)
+    splits, results = _line(splits, ONE), _line(results, ONE)
+    context_step, tail_step = _line(context_step, ONE), _line(tail_step, ONE)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if not LISTED:  # nothing above needs the kernel before
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-    b, t = (n // tokens).to(tl.int64), n % tokens
     shift = 0.0
     if CENTERED:
-        q_row = query.q + b * query.stride_b + (head * G + g).to(tl.int64) * query.stride_h
+        q_row = query.q + b.to(tl.int64) * query.stride_b + (head * G + g).to(tl.int64) * query.stride_h
         q = tl.load(_column(q_row + t.to(tl.int64) * query.stride_t, ONE) + c, mask=c < D, other=0)
         shift = _line(tl.sum(q.to(tl.float32) * center, 0 if ONE else 1) * scale, ONE)
-    context_at = _line((first + within // M).to(tl.int64) * pitch + within % M, ONE)
-    tail_at = _line(tails_at + (tail_first + own // TAIL_M).to(tl.int64) * tail_pitch + own % TAIL_M, ONE)
-    results = splits + own_splits
-    longest = results if ONE else tl.max(results, 0)
-    splits, results, blocks, own_blocks = (
-        _line(splits, ONE), _line(results, ONE), _line(row * 0 + blocks, ONE), _line(row * 0 + own_blocks, ONE)
-    )  # fmt: skip
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     if ONE:
         acc = tl.zeros([BLOCK_D], tl.float32)
         peak = tl.full([], float("-inf"), tl.float32)
@@ -306,8 +307,7 @@ def combine_kernel(
     for at in range(0, longest, BLOCK_P):
         i = _column(at + tl.arange(0, BLOCK_P), ONE)  # [BLOCK_P] or [BLOCK_P, BLOCK_R] from here
         of_context, live = i < splits, i < results
-        of_tail = tail_at + (i - splits).to(tl.int64) * (own_blocks * tail_pitch)
-        place = tl.where(of_context, context_at + i.to(tl.int64) * (blocks * pitch), of_tail)
+        place = tl.where(of_context, context_at + i * context_step, tail_at + i * tail_step)
         lse = tl.load(part_lse_ptr + place, mask=live, other=float("-inf"))
         if CENTERED:
             lse += tl.where(of_context, shift, 0.0)
@@ -316,13 +316,13 @@ def combine_kernel(
         weight = exp2((lse - _line(floor, ONE)) * LOG2_E, EXACT)
         # a split without visible keys leaves its part unset
         set_here = _deep(live & (lse != float("-inf")), ONE) & (d < D)
-        part = tl.load(part_ptr + _deep(place, ONE) * D + d, mask=_deep(live, ONE) & (d < D), other=0)
+        part = tl.load(part_ptr + _deep(place, ONE).to(tl.int64) * D + d, mask=_deep(live, ONE) & (d < D), other=0)
         part = tl.where(set_here, part, 0)
         decay = exp2((peak - floor) * LOG2_E, EXACT)
         acc = acc * (decay if ONE else decay[:, None]) + tl.sum(_deep(weight, ONE) * part, 0)
         total = total * decay + tl.sum(weight, 0)
         peak = new_peak
-    place = (b * heads * G + head * G + g) * tokens + t
+    place = (b.to(tl.int64) * heads * G + head * G + g) * tokens + t
     whole = tl.where(total == 0, 1.0, total)
     acc = acc / (whole if ONE else whole[:, None])
     out = out_ptr + (place if ONE else place[:, None]) * D + d

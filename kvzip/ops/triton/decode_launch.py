@@ -23,7 +23,7 @@ class Launch(NamedTuple):
     per_sm: int = 2  # programs that run at once on an SM: 1, 2, 4 or 8
     early: bool = False  # start by programmatic dependent launch and prefetch the first rows to L2
     reserve: int = 0  # bytes of unused shared memory, which keep an SM to `per_sm` programs
-    keys_first: bool = False  # keys are the rows of products; always with codes
+    registers: int | None = None  # at most so many for a thread, so that programs of the next launch find room
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
@@ -43,14 +43,17 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             reserve = (8 if bits > 4 else 25) * 1024 if D == 128 else 0  # keeps it at four programs on an SM
             # few rows: keys are the rows of products, and four programs on an SM hide the loads
             early = bits > 4 or D == 128
-            return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve)  # 64 wide keys would spill
+            registers = 208 if hopper and D >= 128 and bits > 4 else None  # would be 247
+            return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
             return Launch(16, keys, 4, 4, early=True)  # two programs with four stages fill an SM
-        return Launch(16, keys if hopper or not padded else 32, 4, 3)  # 64 padded keys would spill before Hopper
+        registers = 208 if hopper and D > 128 else None  # would be 235
+        # 64 padded keys would spill before Hopper
+        return Launch(16, keys if hopper or not padded else 32, 4, 3, registers=registers)
     if rows <= 64:
         block = 32 if rows <= 32 else 64
         return Launch(block, keys, 4 if D <= 128 and (hopper or block == 32) else 8, 3)  # 4 warps would spill elsewhere
@@ -137,7 +140,7 @@ def forms(
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
         K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None, PAGE=0,
-        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16 or config.keys_first,
+        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # tiles have as many bytes as those of contexts
@@ -195,7 +198,8 @@ def run(
             *sizes, tail_rows, capacity,
             CONTEXT=form, TAIL=tail_form, TAILED=tailed, LISTED=listed, OVERLAP=overlap, EARLY=early,
             RESERVED=shared_memory(config.reserve if overlap and config.early else 0),
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_options(early),
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, enable_fp_fusion=True,
+            **launch_options(early),
         )  # fmt: skip
     splits = sizes.count // sizes.heads + sizes.tail_splits
     block_r, block_d, block_p = combine_config(form.D, sizes.rows * sizes.heads, 2 if listed else splits)

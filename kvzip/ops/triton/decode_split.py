@@ -114,10 +114,10 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     w = tl.arange(0, BLOCK_W)
     for part in tl.static_range(EACH):
         if F.KEYS_FIRST:
-            at_part = part_ptr + place[None, :] * F.D + (EACH * w + part)[:, None]
+            at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
             seen = (w < W)[:, None] & live[None, :]
         else:
-            at_part = part_ptr + place[:, None] * F.D + w[None, :]
+            at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
             seen = live[:, None] & (w < W)[None, :]
         if F.V_BITS < 16:
             unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
