@@ -64,6 +64,12 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     DEFER: tl.constexpr = M <= 16
     CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
+    # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
+    limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
+    at = tl.minimum(begin, limit)
+    ahead = _load_ahead(keys, values, extra, at, stop, F)
+    if F.V_BITS < 16:
+        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP))
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
@@ -81,15 +87,11 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         total = tl.zeros([M, N], tl.float32)
     else:
         total = tl.zeros([M], tl.float32)
-    # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
-    limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
-    at = tl.minimum(begin, limit)
-    ahead = _load_ahead(keys, values, extra, at, stop, F)
     # Weights times steps are 16-bit operands of the tensor cores. To keep them near 1 for any steps, the exponent of a
     # key's largest step, relative to that of the split's first key (0 if its step is 0), moves into the key's logit.
     common = tl.zeros([], tl.int32)
     if F.V_BITS < 16:
-        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP)).to(tl.float32)
+        first = first.to(tl.float32)
         common = tl.where(first == 0, 0, tl.minimum(_exponent(first), 60))
     state = (acc, peak, total, total, ahead)
     if CODED or F.BANDED:
@@ -168,13 +170,12 @@ def _tile(
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, True)  # fmt: skip
+    k_step, k_zero, row_bias = k_step.to(tl.float32), k_zero.to(tl.float32), row_bias.to(tl.float32)
+    v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
     mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
-    if F.K_BITS < 16:
-        k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     if F.V_BITS < 16:
-        v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
         largest = v_step
         for part in tl.static_range(1, F.D // F.V_GROUP):
             other = load_vector(values[1], at, stop, part, F.D // F.V_GROUP, F.SHORT, F.N)
@@ -185,7 +186,7 @@ def _tile(
         down = ((127 - above) << 23).to(tl.float32, bitcast=True)  # 2 ** -above
         mark = above.to(tl.float32)
     if F.BIAS:
-        mark += row_bias.to(tl.float32) * LOG2_E
+        mark += row_bias * LOG2_E
     if CODED:
         mark = tl.where((key >= new) & (key < stop), mark, float("-inf"))
 
