@@ -8,7 +8,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import is_forced, use_triton
-from kvzip.ops.decode import decode, decode_reference
+from kvzip.ops.decode import check_logits, decode, decode_reference
 from kvzip.ops.types import Context, ContextTable, Pages, Quantized, QueryRows, TailTensors
 
 if TYPE_CHECKING:
@@ -200,10 +200,7 @@ def _check(
                 f"expected {name} of shape [N={count}], int32 on {device}, got {list(x.shape)}, {x.dtype} on "
                 f"{x.device}: one number for each row of q"
             )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
-    if window is not None and window < 0:
-        raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
+    check_logits(softcap, window)
     if pages is None:
         return
     for name, x in (("k", pages.k), ("v", pages.v)):

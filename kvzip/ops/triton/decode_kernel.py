@@ -202,7 +202,7 @@ def _attend_tail(
     n = tl.minimum(m, row_stop - 1) // F.G
     high = tl.load(query.lengths + n // tokens) + n % tokens - tokens + 1
     low = high - window if F.WINDOW else high * 0
-    if F.PAGE == 0 or F.WINDOW:  # items in pages end where the longest tail does: their bounds need not wait for lengths
+    if F.PAGE == 0 or F.WINDOW:  # else items end where the longest tail does: their bounds need not wait for lengths
         begin = tl.maximum(begin, tl.min(low, 0))
         stop = tl.minimum(stop, tl.minimum(capacity, tl.max(high, 0)))
     live = m < row_stop

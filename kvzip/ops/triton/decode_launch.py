@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvzip.ops.triton.common import compute_dtype, interpreted, launch_options, overlaps_launches, shared_memory
+from kvzip.ops.triton.common import (
+    compute_dtype,
+    interpreted,
+    launch_options,
+    on_device,
+    overlaps_launches,
+    shared_memory,
+)
 from kvzip.ops.triton.decode_kernel import ContextArgs, QueryArgs, TailArgs, WorkArgs, combine_kernel, decode_kernel
 from kvzip.ops.triton.decode_split import Form
 from kvzip.ops.types import DecodeSchedule, Quantized, Splits
@@ -27,9 +34,10 @@ class Launch(NamedTuple):
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
-    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`. Tuned on an H100, 2026-11-26: docs/tuning.md.
+    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`.
 
-    GPUs before Hopper multiply from registers and get smaller tiles where registers would spill; not tuned there.
+    Tuned on an H100, 2026-11-26: docs/tuning.md. GPUs before Hopper multiply from registers and get smaller tiles where
+    registers would spill; not tuned there.
     """
     padded = triton.next_power_of_2(D) != D  # tiles are wider than rows
     if dtype == torch.float32:  # products in plain float32: no tensor cores
@@ -143,7 +151,7 @@ def forms(
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16,
     )  # fmt: skip
     tail = context._replace(
-        M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # tiles have as many bytes as those of contexts
+        M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # as many bytes as a context's tile
         K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, K_COMPUTE=compute, V_COMPUTE=compute, PACKED=False,
         BIAS=False, CHANNELS=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
     )  # fmt: skip
@@ -163,7 +171,10 @@ class Sizes(NamedTuple):
     tail_pitch: int
 
 
+@on_device
 def run(
+    out: Tensor,
+    lse: Tensor,
     query: QueryArgs,
     context: ContextArgs,
     tail: TailArgs,
@@ -171,8 +182,6 @@ def run(
     sizes: Sizes,
     shapes: tuple[Form, Form],
     config: Launch,
-    out: Tensor,
-    lse: Tensor,
     *,
     places: int,
     programs: int,

@@ -1,4 +1,4 @@
-"""Attention of query rows over one split of a context's head or of a tail: one loop for every format of keys and values.
+"""Attention of query rows over one split of a context's head or of a tail: one loop for all formats of rows.
 
 Up to 8 bits keys are the rows (M) of the products and query rows the columns (N), where 8 need no padding to 16. With
 16 bits query rows are the rows. Tuning: docs/tuning.md.
@@ -75,11 +75,11 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     else:
         queries = load_queries(q_at, live, F.D, F.K_COMPUTE)
     acc = ()
-    for part in tl.static_range(EACH):
+    for _ in tl.static_range(EACH):
         if F.KEYS_FIRST:
-            acc = acc + (tl.zeros([BLOCK_W, M], tl.float32),)
+            acc += (tl.zeros([BLOCK_W, M], tl.float32),)
         else:
-            acc = acc + (tl.zeros([M, BLOCK_W], tl.float32),)
+            acc += (tl.zeros([M, BLOCK_W], tl.float32),)
     peak = tl.full([M], float("-inf"), tl.float32)
     if DEFER and F.KEYS_FIRST:
         total = tl.zeros([8, M], tl.float32)
@@ -170,7 +170,7 @@ def _tile(
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, True)  # fmt: skip
-    k_step, k_zero, row_bias = k_step.to(tl.float32), k_zero.to(tl.float32), row_bias.to(tl.float32)
+    k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
@@ -186,7 +186,7 @@ def _tile(
         down = ((127 - above) << 23).to(tl.float32, bitcast=True)  # 2 ** -above
         mark = above.to(tl.float32)
     if F.BIAS:
-        mark += row_bias * LOG2_E
+        mark += row_bias.to(tl.float32) * LOG2_E
     if CODED:
         mark = tl.where((key >= new) & (key < stop), mark, float("-inf"))
 
@@ -295,7 +295,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
     w = tl.arange(0, BLOCK_W)
     sums = ()
     for part in tl.static_range(EACH):
-        sums = sums + (acc[part] * decay[None, :],)
+        sums += (acc[part] * decay[None, :],)
     for group in tl.static_range(Q):
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
@@ -310,12 +310,12 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
         for part in tl.static_range(EACH):
             code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED)  # [BLOCK_W, N]
             if Q == 1:
-                added = added + (add_product(sums[part], code, weight),)
+                added += (add_product(sums[part], code, weight),)
             else:
                 inside = (w // (F.V_GROUP // EACH) == group)[:, None]
                 unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
                 more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
-                added = added + (sums[part] + tl.where(inside, more, 0),)
+                added += (sums[part] + tl.where(inside, more, 0),)
         sums = added
     return sums, shift
 
