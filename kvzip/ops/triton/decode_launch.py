@@ -58,7 +58,7 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
-            return Launch(16, keys, 4, 4, early=True)  # two programs with four stages fill an SM
+            return Launch(16, keys, 4, 4, early=True, registers=208)  # two programs with four stages fill an SM
         registers = 208 if hopper and D > 128 else None  # would be 235
         # 64 padded keys would spill before Hopper
         return Launch(16, keys if hopper or not padded else 32, 4, 3, registers=registers)
