@@ -15,7 +15,8 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     shared_memory,
 )
-from kvzip.ops.triton.decode_kernel import ContextArgs, QueryArgs, TailArgs, WorkArgs, combine_kernel, decode_kernel
+from kvzip.ops.triton.decode_combine import combine_kernel
+from kvzip.ops.triton.decode_kernel import ContextArgs, QueryArgs, TailArgs, WorkArgs, decode_kernel
 from kvzip.ops.triton.decode_split import Form
 from kvzip.ops.types import DecodeSchedule, Quantized, Splits
 
