@@ -157,7 +157,7 @@ def _bias(table: ContextTable, layer: int, place: int) -> Tensor | None:
 
 def _layer(table: ContextTable, layer: int, place: int) -> Context:
     """A layer of the context at `place`; one without rows if there is none."""
-    layers = None if place < 0 else table.layers[place]
+    layers = table.layers[place] if 0 <= place < len(table.layers) else None
     return table.formats[layer] if layers is None else layers[layer]
 
 

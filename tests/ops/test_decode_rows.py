@@ -8,6 +8,7 @@ import torch
 from compiling import assert_fits, compile_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from accuracy import assert_as_accurate
 from kvzip.ops import (
@@ -31,6 +32,7 @@ pytest.importorskip("triton")
 
 from test_decode import DEVICE, KERNEL_DTYPES, lse_rounding, move, stretch, widen
 
+from kvzip.ops.triton.decode_plan import plan_triton
 from kvzip.ops.triton.decode_rows import decode_rows_triton
 
 FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (None, 8), (4, None)]  # bits of keys and values
@@ -280,6 +282,56 @@ def test_a_bias_of_zero_is_none_and_log_2_is_the_row_twice(run, bits):
         biased = make_table([replace(context, bias=bias)])
         plain = decode_rows_reference(q, biased, 0, rows, **options)
         assert_as_accurate(run(q, biased, 0, rows, **options)[0], exact[0], plain[0])
+
+
+def reads(items: Tensor, block: int) -> dict[tuple[int, int, int, int], int]:
+    """How often items read (owner, head, row of memory, query row); an item has at most `block` query rows."""
+    found: dict[tuple[int, int, int, int], int] = {}
+    for owner, head, begin, stop, row, after in items.tolist():
+        for query in range(row, min(after, row + block)):
+            for j in range(begin, stop):
+                found[owner, head, j, query] = found.get((owner, head, j, query), 0) + 1
+    return found
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.lists(st.sampled_from([0, 1, 64, 65, 300]), min_size=2, max_size=2), min_size=3, max_size=3),
+    runs=RUNS,
+    spare=st.integers(0, 2),
+    layers=st.integers(1, 2),
+)
+def test_a_plan_reads_each_row_of_a_head_once_for_each_of_its_query_rows(lengths, runs, spare, layers):
+    generator, group, R = torch.Generator().manual_seed(0), 3, 16
+    make = lambda n: on(make_context(generator, n, 16, torch.float16), DEVICE)  # noqa: E731
+    table = context_table([make([0, 0])] * layers, 4)
+    for place, each in enumerate(lengths):
+        put_context_(table, place, [make([n + 40 * layer for n in each]) for layer in range(layers)])
+    rows, pages = make_rows(runs, spare=spare), make_pages(generator, [70] * len(runs), 2, R, 16, torch.float16)
+    plan = plan_triton(table, rows, query_heads=2 * group, dtype=torch.float16, pages=pages)
+    context = rows.context.tolist()
+    order = sorted(range(len(context)), key=lambda n: context[n] if context[n] >= 0 else 4)
+    assert plan.order.tolist() == order
+    for layer in range(layers):
+        expected = {
+            (context[n], head, j, at * group + g): 1
+            for at, n in enumerate(order)
+            if context[n] >= 0
+            for head in range(2)
+            for j in range(*table.offsets[layer, context[n], head : head + 2].tolist())
+            for g in range(group)
+        }
+        assert reads(plan.items[layer], plan.launches[layer].block_m) == expected
+    starts = [sum(t for _, t, _ in runs[:s]) for s in range(len(runs))]
+    expected = {
+        (s, head, j, (starts[s] + t) * group + g): 1
+        for s, (_, tokens, end) in enumerate(runs)
+        for t in range(tokens)
+        for head in range(2)
+        for j in range(end)
+        for g in range(group)
+    }
+    assert reads(plan.tail_items, plan.tail_block) == expected
 
 
 @pytest.mark.parametrize("window", [None, 50])

@@ -69,7 +69,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     at = tl.minimum(begin, limit)
     ahead = _load_ahead(keys, values, extra, at, stop, F)
     if F.V_BITS < 16:
-        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP))
+        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
