@@ -62,12 +62,14 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     if rows <= 16:
         if D == 128 and hopper:
             return Launch(16, keys, 4, 4, early=True, registers=208)  # two programs with four stages fill an SM
-        registers = (240 if padded else 208) if hopper and (D > 128 or padded) else None  # 256 wide: 235; padded: spills
+        registers = None
+        if hopper and (padded or D > 128):  # width 256 would take 235, and padded rows spill to have fewer
+            registers = 240 if padded else 208
         # 64 padded keys would spill before Hopper
         return Launch(16, keys if hopper or not padded else 32, 4, 3, registers=registers)
     if rows <= 64:
         block = 32 if rows <= 32 else 64
-        few = D <= 128 and (hopper and not padded or block == 32)
+        few = D <= 128 and (block == 32 or (hopper and not padded))
         return Launch(block, keys, 4 if few else 8, 3)  # 4 warps would spill elsewhere
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
