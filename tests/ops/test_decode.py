@@ -180,7 +180,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
 
 @settings(max_examples=15)
 @given(
-    D=st.sampled_from([64, 80, 256]),
+    D=st.sampled_from([32, 64, 80]),
     dtype=st.sampled_from(KERNEL_DTYPES),
     bits=st.sampled_from([8, 4]),
     channels=st.booleans(),
@@ -191,6 +191,12 @@ def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
 ):
     inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float16), (4, torch.float32)])
+def test_kernel_reads_rows_of_two_groups(bits, dtype):
+    inputs = make(3, 2, 2, 2, 2, 256, [0, 40], 5, dtype, bits, True, bias=torch.float16)
+    check_kernel(inputs, scale=0.0625)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
