@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from .. import ops
-from ..ops.types import LARGEST, Quantized, owners
+from ..ops.types import LARGEST, Channels, Quantized, owners
 from .caches import DenseCache, RaggedCache, check_cache
 from .parts import RaggedKV
 
@@ -22,12 +22,21 @@ def first_rows(layer: RaggedKV, count: int) -> Int64[Tensor, "H n"]:
 
 def prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor, "H A D"]:
     """Returns the keys of the system prefix, which are the first `start` rows of every head."""
-    rows = first_rows(layer, start)
+    return keys_at(layer, first_rows(layer, start), slice(None), dtype)
+
+
+def keys_at(
+    layer: RaggedKV, rows: Int64[Tensor, "h n"], heads: Int64[Tensor, " h"] | slice, dtype: torch.dtype
+) -> Float[Tensor, "h n D"]:
+    """Returns the keys of some rows, as many for each of some heads; quantized ones are dequantized to `dtype`."""
     if isinstance(layer.k, Tensor):
         return layer.k[rows]
-    offsets = torch.arange(len(rows) + 1, device=rows.device).int() * start
-    keys = ops.dequantize(ops.take_rows(layer.k, rows.flatten()), dtype=dtype, offsets=offsets)
-    return rearrange(keys, "(h a) d -> h a d", h=len(rows))
+    taken = ops.take_rows(layer.k, rows.flatten())
+    if taken.channels is not None:
+        own = Channels(taken.channels.center[heads], taken.channels.spread[heads])
+        taken = replace(taken, channels=own)
+    offsets = torch.arange(len(rows) + 1, device=rows.device).int() * rows.shape[1]
+    return rearrange(ops.dequantize(taken, dtype=dtype, offsets=offsets), "(h n) d -> h n d", h=len(rows))
 
 
 def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
@@ -85,13 +94,15 @@ def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
     counts = torch.bincount(owners(layer.offsets, len(keep))[keep], minlength=layer.heads)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     k, v = (x[keep] if isinstance(x, Tensor) else ops.take_rows(x, keep) for x in (layer.k, layer.v))
-    return RaggedKV(k, v, offsets, layer.positions[keep], ops.decode_schedule(offsets))
+    bias = None if layer.bias is None else layer.bias[keep]
+    return RaggedKV(k, v, offsets, layer.positions[keep], ops.decode_schedule(offsets), bias)
 
 
 def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
     """Returns a layer whose heads have their own rows first, then those of `more`, which are not quantized.
 
-    If the layer is quantized, the new rows are too, with the same bits, groups and channels.
+    If the layer is quantized, the new rows are too, with the same bits, groups and channels. If one of the two has
+    biases, the other's rows get bias 0.
     """
     old = torch.arange(len(layer.positions), device=layer.offsets.device)
     old += more.offsets[owners(layer.offsets, len(layer.positions))]
@@ -112,8 +123,18 @@ def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
         return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
 
     k, v, positions = rows(layer.k, more.k), rows(layer.v, more.v), put(layer.positions, more.positions)
-    offsets = layer.offsets + more.offsets
-    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets))
+    offsets, bias = layer.offsets + more.offsets, None
+    if layer.bias is not None or more.bias is not None:
+        bias = put(*(biases(x, like=y) for x, y in ((layer, more), (more, layer))))
+    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets), bias)
+
+
+def biases(layer: RaggedKV, *, like: RaggedKV | None = None) -> Float[Tensor, " N"]:
+    """Returns the bias of each row of a layer; zeros where it has none, in the dtype that `like` has."""
+    if layer.bias is not None:
+        return layer.bias
+    dtype = torch.float16 if like is None or like.bias is None else like.bias.dtype
+    return torch.zeros(len(layer.positions), dtype=dtype, device=layer.positions.device)
 
 
 def interleave(held: Tensor, new: Any, sizes: list[int]) -> list[Tensor]:
