@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..cache import DenseKV, RaggedKV, Tail, WindowKV
 from ..models import Attend, ModelConfig
-from .dense import causal_attention, window_attention
+from .dense import causal_attention, open_attention, window_attention
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -110,6 +110,42 @@ def score_attend(
         prefix, chunk = kv.k[0, :, :start], (kv.k[0, :, first:stop], kv.v[0, :, first:stop])
         scores = score_rows(config, formula, layer, q, k, prefix, chunk, lse=None if lse is None else lse[0])
         values[scored[layer], :, first - start : stop - start] = scores
+        return out
+
+    return attend
+
+
+Look = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""look(layer, q, out, lse, chunk_out, chunk_lse): queries [Hq T D], what they get from all that they attend to, and
+what they would get from the chunk alone, each with its log-sum-exp [Hq T]."""
+
+
+def repeat_attend(
+    config: ModelConfig,
+    layers: Sequence[DenseKV | WindowKV],
+    look: Look,
+    *,
+    start: int,
+    first: int,
+    stop: int,
+    gap: bool = False,
+) -> Attend:
+    """Returns the strategy of a repeat pass in scope "chunk" that shows its attention to `look` in each global layer.
+
+    It attends to the prefix (the first `start` tokens), to tokens first:stop of a dense cache, and causally to itself,
+    as `score_attend` with `Sight(local=True, gap=gap)` does. It changes no pair.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window, kv = config.layers[layer].window, layers[layer]
+        if window is not None:
+            if not gap:
+                k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
+            return window_attention(q, k, v, window, config)
+        own = causal_attention(q, [kv.k[:, :, :start]], [kv.v[:, :, :start]], k, v, config)
+        chunk = open_attention(q, kv.k[:, :, first:stop], kv.v[:, :, first:stop], config)
+        out, lse = ops.merge(*chunk, *own)
+        look(layer, q[0], out[0], lse[0], chunk[0][0], chunk[1][0])
         return out
 
     return attend

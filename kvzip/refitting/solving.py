@@ -1,0 +1,103 @@
+"""Solves the systems of a fit: weights within bounds, values near the old ones, and what is taken of them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..options import Refitting
+from .systems import Systems
+
+WEIGHT_STEPS = 60
+VALUE_STEPS = 20
+LEAST = 1e-5  # of a system's energy: a smaller gain is within the rounding of float32 sums
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is stored for the rows of some systems: log weights and values; 0 and the old ones where a fit did not help.
+
+    mass: the parts of each head's mass on its chunk that the rows carry at weight 1 and with these weights.
+    """
+
+    bias: Float[Tensor, "B t"]
+    values: Float[Tensor, "B t D"]
+    mass: tuple[Float[Tensor, " B"], Float[Tensor, " B"]]
+
+
+def solve(systems: Systems, options: Refitting, dtype: torch.dtype) -> Fit:
+    """Returns the fit of each head. `dtype` is that of the stored values, which must be able to hold the new ones."""
+    one = torch.ones_like(systems.load)
+    w = fit_weights(systems, options)
+    weighted = systems.gram * w[:, :, None] * w[:, None]
+    rates = [error(systems, one, systems.old), error(systems, w, systems.old)]
+    new = systems.old
+    if options.values:
+        new = systems.old + fit_values(systems, w, weighted, options)
+        full = new + systems.mean[:, None]
+        fits = full.abs().amax((1, 2)) <= torch.finfo(dtype).max
+        rates.append(error(systems, w, new).masked_fill(~fits, torch.inf))
+    before, *others = rates
+    after, best = torch.stack(others).min(0)
+    taken = (after < before - LEAST * systems.energy)[:, None]  # False for NaN
+    w = torch.where(taken, w, 1.0)
+    new = torch.where((taken & (best == 1)[:, None])[..., None], new, systems.old)
+    parts = (systems.reach.sum(1), (systems.reach * w).sum(1))
+    return Fit(w.log(), new + systems.mean[:, None], parts)
+
+
+def error(systems: Systems, w: Float[Tensor, "B t"], values: Float[Tensor, "B t D"]) -> Float[Tensor, " B"]:
+    """Returns the objective of `kvzip.refit` for weights and values (less the mean), without its constant `energy`."""
+    scaled = values * w[..., None]
+    off = (torch.einsum("bij,bj->bi", systems.gram, w) - 2 * systems.load) * w
+    moved = (torch.bmm(systems.gram, scaled) - 2 * systems.cross) * scaled
+    return systems.spread * off.sum(1) + moved.sum((1, 2))
+
+
+def fit_weights(systems: Systems, options: Refitting) -> Float[Tensor, "B t"]:
+    """Returns weights within [e^-bound, e^bound] that nearly minimize |p w - m|^2 + ridge * mean(diag p'p) * |w - 1|^2.
+
+    By accelerated projected gradients in the metric of the row sums of p'p: as no entry is negative, the matrix of
+    these sums is above p'p, so that a step of 1 descends.
+    """
+    gram, load = systems.gram, systems.load
+    diagonal = gram.diagonal(dim1=1, dim2=2).sum(1) / systems.counts.clamp(min=1)
+    ridge = options.ridge * diagonal[:, None]
+    size = (gram.sum(2) + ridge).clamp_min(torch.finfo(gram.dtype).tiny)
+    low, high = math.exp(-options.bound), math.exp(options.bound)
+    w = ahead = torch.ones_like(load)
+    t = 1.0
+    for _ in range(WEIGHT_STEPS):
+        slope = torch.bmm(gram, ahead[..., None])[..., 0] - load + ridge * (ahead - 1)
+        new = (ahead - slope / size).clamp(low, high)
+        later = (1 + math.sqrt(1 + 4 * t * t)) / 2
+        ahead = torch.add(new, new - w, alpha=(t - 1) / later)
+        w, t = new, later
+    return w
+
+
+def fit_values(
+    systems: Systems, w: Float[Tensor, "B t"], weighted: Float[Tensor, "B t t"], options: Refitting
+) -> Float[Tensor, "B t D"]:
+    """Returns changes z of the values that nearly minimize |p w (old + z) - y|^2 + pull * a * |z|^2.
+
+    a = |W p'p W|_F^2 / tr(W p'p W), W = diag(w): between the mean and the largest eigenvalue. By conjugate gradients
+    from 0 in each channel, which lower this sum at every step.
+    """
+    trace = weighted.diagonal(dim1=1, dim2=2).sum(1)
+    ridge = options.pull * weighted.square().sum((1, 2)) / trace.clamp_min(torch.finfo(w.dtype).tiny)
+    rest = systems.cross * w[..., None] - torch.bmm(weighted, systems.old)
+    z, ahead = torch.zeros_like(rest), rest
+    size = rest.square().sum(1, keepdim=True)
+    for _ in range(VALUE_STEPS):
+        turned = torch.bmm(weighted, ahead).add_(ahead * ridge[:, None, None])
+        curve = (ahead * turned).sum(1, keepdim=True)
+        step = torch.where(curve > 0, size / curve, 0.0)
+        z = z + step * ahead
+        rest = rest - step * turned
+        later = rest.square().sum(1, keepdim=True)
+        ahead = rest + torch.where(size > 0, later / size, 0.0) * ahead
+        size = later
+    return z
