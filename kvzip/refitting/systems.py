@@ -68,7 +68,7 @@ def groups_of(counts: list[int]) -> list[tuple[list[int], int]]:
     groups: list[tuple[list[int], int]] = []
     for head in sorted((h for h, count in enumerate(counts) if count), key=lambda h: (-counts[h], h)):
         if not groups or counts[head] < _FULL * groups[-1][1]:
-            step = max(8, 1 << (counts[head].bit_length() - 4))
+            step = 8 << max(0, counts[head].bit_length() - 7)  # at least 8 rows
             groups.append(([], -(-counts[head] // step) * step))
         groups[-1][0].append(head)
     return groups
