@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE) -> dict:
+def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE, bias=None) -> dict:
     """Random inputs of `decode`. Tails hold NaN where they are not written, and are slices of something larger."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,6 +40,8 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, devi
             found["k"] = stretch(found["k"], generator)
         found["k"] = quantize(found["k"], bits=bits, offsets=offsets if channels else None)
         found["v"] = quantize(found["v"], bits=bits)
+    if bias is not None:
+        found["bias"] = (torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 6 - 3).to(bias)
     if R:
         ends = torch.randint(0, R + 1, (B,), generator=generator, dtype=torch.int32)
         tails = [torch.full((B, H, R + 3, D), math.nan, dtype=dtype) for _ in "kv"]
@@ -126,18 +128,20 @@ def one_row(inputs, b, head, t, scale, softcap, window) -> tuple[Tensor, Tensor]
     tokens = inputs["q"].shape[2]
     tail = inputs.get("tail")
     place = (1 if tail is None else int(tail[2][b])) - 1 - (tokens - 1 - t)
-    rows = [(inputs["k"][i], inputs["v"][i], place + stop - i) for i in range(start, stop)]
+    bias = inputs.get("bias", torch.zeros(len(inputs["k"])))
+    rows = [(inputs["k"][i], inputs["v"][i], place + stop - i, bias[i]) for i in range(start, stop)]
     if tail is not None:
-        rows += [(tail[0][b, h, j], tail[1][b, h, j], place - j) for j in range(place + 1)]
+        rows += [(tail[0][b, h, j], tail[1][b, h, j], place - j, torch.zeros(())) for j in range(place + 1)]
     if window is not None:
         rows = [row for row in rows if 0 <= row[2] < window]
     query = inputs["q"][b, head, t]
     if not rows:
         return torch.zeros_like(query), torch.tensor(-math.inf, dtype=torch.float64)
-    logits = torch.stack([query @ k for k, _, _ in rows]) * scale
+    logits = torch.stack([query @ k for k, *_ in rows]) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.softmax(logits, 0) @ torch.stack([v for _, v, _ in rows]), torch.logsumexp(logits, 0)
+    logits = logits + torch.stack([bias for *_, bias in rows])
+    return torch.softmax(logits, 0) @ torch.stack([v for _, v, *_ in rows]), torch.logsumexp(logits, 0)
 
 
 SHAPES = {
@@ -149,12 +153,13 @@ SHAPES = {
     "R": st.sampled_from([0, 1, 5, 35]),
     "softcap": st.sampled_from([None, 2.0, 50.0]),
     "window": st.sampled_from([None, None, 0, 1, 7, 33, 100]),
+    "bias": st.sampled_from([None, torch.float16, torch.float32]),
 }
 
 
 @given(D=st.sampled_from([1, 3, 8]), **SHAPES)
-def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window, D):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, torch.float64, device="cpu")
+def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window, bias, D):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, torch.float64, device="cpu", bias=bias)
     options = {"scale": 0.7, "softcap": softcap, "window": window}
     head, rest = split(inputs)
     out, lse = decode_reference(*head, **rest, **options)
@@ -167,8 +172,8 @@ def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window,
 
 @settings(max_examples=15)
 @given(D=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(KERNEL_DTYPES), **SHAPES)
-def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype)
+def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, bias, D, dtype):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bias=bias)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
@@ -181,9 +186,9 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     **SHAPES,
 )
 def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
-    seed, B, G, T, lengths, R, softcap, window, D, dtype, bits, channels
+    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
 ):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels)
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
@@ -357,6 +362,7 @@ def test_dispatch_follows_the_backend(monkeypatch):
         ({"v": torch.zeros(4, 8, dtype=torch.float16)}, "q's dtype"),
         ({"softcap": 0.0}, "softcap above 0"),
         ({"window": -1}, "window of 0 or more"),
+        ({"bias": torch.zeros(3)}, "a bias of shape"),
         ({"tail": (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8).half(), torch.zeros(1).int())}, "tail's v"),
     ],
 )

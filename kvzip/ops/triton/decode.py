@@ -80,6 +80,7 @@ def decode_triton(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    bias: Float[Tensor, " N"] | None = None,
     schedule: DecodeSchedule | None = None,
     tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
@@ -88,6 +89,8 @@ def decode_triton(
     Reads each context byte from memory once for up to 128 query rows (questions x tokens x group; 32 if the context is
     quantized), more rows from L2: 2 N D values and 4 rows N D operations. Measured: docs/tuning.md.
     """
+    if bias is not None:
+        raise NotImplementedError("the kernel takes no bias yet")
     queries, query_heads, tokens, width = q.shape
     heads = len(offsets) - 1
     group = query_heads // heads
