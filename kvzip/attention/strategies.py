@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -231,9 +232,8 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
             seen = tail.lengths + k.shape[2]  # rows that the last new token attends to, the same in every layer
         ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
         kv, window, own = context[layer], config.layers[layer].window, (tail.k[layer], tail.v[layer], seen)
-        return ops.decode(
-            q, kv.k, kv.v, kv.offsets, scale=scale, softcap=softcap, window=window, schedule=kv.schedule, tail=own
-        )[0]
+        how: Any = {"scale": scale, "softcap": softcap, "window": window}
+        return ops.decode(q, kv.k, kv.v, kv.offsets, **how, schedule=kv.schedule, tail=own, bias=kv.bias)[0]
 
     return attend
 
@@ -243,6 +243,6 @@ def _after_ragged(
 ) -> tuple[Tensor, Tensor]:
     """`causal_attention` with a ragged layer in front of the dense past."""
     assert isinstance(past, RaggedKV)
-    scale, softcap = config.attn_scale, config.attn_softcap
-    out, lse = ops.decode(q, past.k, past.v, past.offsets, scale=scale, softcap=softcap, schedule=past.schedule)
+    how: Any = {"scale": config.attn_scale, "softcap": config.attn_softcap, "schedule": past.schedule}
+    out, lse = ops.decode(q, past.k, past.v, past.offsets, **how, bias=past.bias)
     return ops.merge(out, lse, *causal_attention(q, [dense_k], [dense_v], k, v, config))
