@@ -3,7 +3,7 @@
 An oracle of `kvzip.refit`: it shares the weights, the repeats and the kept positions, nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ class Problem:
     p: Tensor
     v: Tensor
     o: Tensor
+    moved: Callable[[Tensor], Tensor]
+    """moved(keys [t D]) -> weights [n t] that the same queries have on other keys, with the same log-sum-exp."""
 
     @property
     def mean(self) -> Tensor:
@@ -57,6 +59,13 @@ class Problem:
             t, last = ((1 + (1 + 4 * t * t) ** 0.5) / 2, t) if (ahead - new) @ (new - w) <= 0 else (1.0, 1.0)
             w, ahead = new, new + (last - 1) / t * (new - w)
         return w
+
+    def value_cost(self, kept: Tensor, w: Tensor, values: Tensor, pull: float) -> Tensor:
+        """What new values are to minimize for these weights."""
+        x, old = self.p[:, kept] * w, self.v[kept]
+        gram = x.T @ x
+        rest = x @ (values - self.mean) - self.p @ (self.v - self.mean)
+        return rest.square().sum() + pull * gram.square().sum() / gram.trace() * (values - old).square().sum()
 
     def best_values(self, kept: Tensor, w: Tensor, pull: float) -> Tensor:
         """The values for these weights, solved exactly."""
@@ -90,7 +99,12 @@ def problems(model: kvzip.Model, cache: kvzip.DenseCache, *, chunk: int, hint: i
                 logits[:, :, len(k) :] = logits[:, :, len(k) :].masked_fill(future, -torch.inf)
                 whole = logits.softmax(-1).flatten(0, 1)
                 o = whole @ torch.cat([v, own_v[head]])
-                yield Problem(layer, head, first, whole[:, cache.start : len(k)], v[cache.start :], o)
+                lse, own_q = logits.logsumexp(-1, keepdim=True), q[head * group : (head + 1) * group]
+
+                def moved(keys: Tensor, lse: Tensor = lse, own_q: Tensor = own_q) -> Tensor:
+                    return (logits_of(config, own_q, keys) - lse).exp().flatten(0, 1)
+
+                yield Problem(layer, head, first, whole[:, cache.start : len(k)], v[cache.start :], o, moved)
 
 
 def logits_of(config: kvzip.ModelConfig, q: Tensor, k: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kvzip import options, refitting, scores
 from kvzip.cache import RaggedKV, WindowKV
 from kvzip.cache.caches import tensors_of
 from kvzip.cache.rows import join, take
+from kvzip.refitting import solving
 from plain_refit import Problem, problems
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way. Everything was in confusion."
@@ -63,9 +64,15 @@ def same(a, b):
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("ratio", [0.04, 0.3, 0.8])
-def test_the_objective_never_rises_and_nears_its_least(scored, ratio):
-    """In each head and chunk, in float64, F of the docstring; where the fit is taken it is near the exact solutions."""
+@pytest.mark.parametrize(("ratio", "steps", "near"), [(0.04, None, 0.05), (0.3, 20, 1e-3), (0.8, None, 0.05)])
+def test_the_objective_never_rises_and_nears_its_least(scored, ratio, steps, near, monkeypatch):
+    """In each head and chunk, in float64, F of the docstring; weights and values are near the exact solutions.
+
+    With `steps` times as many steps they are much nearer: the fixed numbers are a choice of time, not of another aim.
+    """
+    if steps:
+        monkeypatch.setattr(solving, "WEIGHT_STEPS", steps * solving.WEIGHT_STEPS)
+        monkeypatch.setattr(solving, "VALUE_STEPS", steps * solving.VALUE_STEPS)
     model, dense = scored
     small = kvzip.compress(dense, ratio)
     rows, mass = fitted(model, dense, small)
@@ -93,11 +100,11 @@ def test_the_objective_never_rises_and_nears_its_least(scored, ratio):
             return problem.mass_error(kept, w) + lam * (w - 1).square().sum()
 
         if not torch.equal(w, one):
-            assert cost(w) - cost(best) <= 0.01 * (cost(one) - cost(best))
+            assert cost(w) - cost(best) <= near * (cost(one) - cost(best)) + 1e-12
             if not torch.equal(values, old):
                 exact = problem.best_values(kept, w, HOW.pull)
-                moved = (values - exact).norm() / (exact - old).norm()
-                assert moved < 0.02
+                least, start, got = (problem.value_cost(kept, w, x, HOW.pull) for x in (exact, old, values))
+                assert got - least <= near * (start - least) + 1e-12
     assert sum(gains) >= 0.7 * len(gains)
     torch.testing.assert_close(mass.before, kept_mass[0] / kept_mass[2])
     torch.testing.assert_close(mass.after, kept_mass[1] / kept_mass[2])
@@ -116,3 +123,240 @@ def test_the_answer_attends_to_exp_of_the_bias(plain):
     for layer, (k, p) in enumerate(zip(wanted.k, plainly.k, strict=True)):
         torch.testing.assert_close(got.tail.k[layer][0], k, rtol=1e-4, atol=1e-4)
         assert layer == 0 or not torch.allclose(k, p, rtol=1e-3, atol=1e-3)
+
+
+def test_arguments_stay_as_they_are_and_the_fit_is_the_same_again(plain):
+    """Also of what is fitted already: its values and biases are not read."""
+    model, dense = plain
+    small = kvzip.compress(dense, 0.3)
+    held = [[x.clone() for x in tensors_of(each)] for each in (dense, small)]
+    first = kvzip.refit(model, dense, small, chunk=CHUNK)
+    assert all(
+        torch.equal(x, y)
+        for each, old in zip((dense, small), held, strict=True)
+        for x, y in zip(tensors_of(each), old, strict=True)
+    )
+    assert not same(first, small) and first.method == "kvzip-chunk/pair+refit"
+    assert (first.kept, first.total, first.scores) == (small.kept, small.total, small.scores)
+    again = kvzip.refit(model, dense, first, chunk=CHUNK)
+    assert same(again, first) and again.method == first.method
+    for x, y in zip(first.context, small.context, strict=True):
+        assert x is y if isinstance(x, WindowKV) else (x.k is y.k and x.bias.dtype == torch.float16)
+    assert kvzip.nbytes(first) == kvzip.nbytes(small) + sum(
+        2 * len(x.positions) for x in first.context if isinstance(x, RaggedKV)
+    )
+
+
+def test_keeping_all_changes_nothing(plain):
+    model, dense = plain
+    small = kvzip.compress(dense, 1.0)
+    assert same(kvzip.refit(model, dense, small, chunk=CHUNK), small)
+    few = kvzip.refit(model, dense, kvzip.compress(dense, 0.5, protect=[(0, CHUNK)]), chunk=CHUNK)
+    for layer, own in zip(few.context, dense.layers, strict=True):
+        if isinstance(layer, RaggedKV):
+            first = layer.positions < dense.start + CHUNK  # a chunk that is kept whole
+            assert torch.equal(layer.bias[first], torch.zeros_like(layer.bias[first]))
+            heads = kvzip.ops.types.owners(layer.offsets, len(first))[first]
+            assert torch.equal(layer.v[first], own.v[0][heads, layer.positions[first].long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(
+    "budget", [{"ratio": 0.3, "level": "head"}, {"budget": 1, "level": "uniform"}, {"threshold": 0.2}]
+)
+def test_any_budget_dtype_and_bits_give_a_finite_fit(dtype, bits, budget):
+    """Heads that keep nothing, one pair of a chunk, or all of them, in every form that rows have."""
+    model = model_of("window", dtype)
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=CHUNK)
+    small = kvzip.compress(dense, **budget, bits=bits)
+    fitted = kvzip.refit(model, dense, small, chunk=CHUNK)
+    for x, y in zip(fitted.context, small.context, strict=True):
+        if isinstance(x, RaggedKV):
+            assert x.bias.isfinite().all() and x.bias.abs().max() <= 3.01
+            assert torch.equal(x.positions, y.positions) and x.k is y.k
+            if bits is None:
+                assert x.v.isfinite().all() and x.v.dtype == dtype
+            else:
+                assert (x.v.bits, x.v.group, x.v.codes.shape) == (y.v.bits, y.v.group, y.v.codes.shape)
+    assert kvzip.generate(model, fitted, "Who?", max_tokens=2, template=False).token_ids
+
+
+def test_the_fit_is_for_quantized_keys_as_they_are():
+    """So a cache that keeps all pairs in 4 bits is fitted too, and its weights make up for the rounding of its keys."""
+    model = model_of("plain")
+    single = model_of("plain", torch.float32)
+    dense = kvzip.prefill(model, TEXT)
+    narrow = kvzip.score(single, kvzip.prefill(single, TEXT), chunk=CHUNK)
+    small = kvzip.compress(narrow, 1.0, bits=4)
+    rows, _ = refitting.fit_rows(single, narrow, small.context, HOW, dtype=torch.float32)
+    gains = []
+    for problem in problems(model, dense, chunk=CHUNK):
+        kept, w, values = rows_of(small, rows, problem)
+        layer = small.context[problem.layer]
+        keys = kvzip.ops.dequantize(layer.k, offsets=layer.offsets)[int(layer.offsets[problem.head]) + dense.start :]
+        p = problem.moved(keys[problem.first - dense.start :][: len(kept)].double())
+        one = torch.ones(len(kept), dtype=torch.float64)
+        before, after = (
+            problem.objective(kept, one, problem.v, p),
+            problem.objective(kept, w.double(), values.double(), p),
+        )
+        assert after <= before * (1 + 1e-4)
+        gains.append(after < 0.9 * before)
+    assert sum(gains) > 0.5 * len(gains)
+
+
+def test_duplicate_keys_and_keys_that_no_query_sees(plain):
+    """A text of one character; and a head whose keys are far from every query keeps its biases at 0."""
+    model, _ = plain
+    dense = kvzip.score(model, kvzip.prefill(model, "a" * 90), chunk=CHUNK)
+    unseen = dense.layers[0]
+    unseen.k[0, 0, dense.start :] *= 0
+    unseen.k[0, 0, dense.start :] -= 1e4 * torch.sign(unseen.k[0, 0, 0]).sum().sign()
+    small = kvzip.compress(dense, 0.2, min_rows=4)
+    fitted = kvzip.refit(model, dense, small, chunk=CHUNK)
+    for layer in fitted.context:
+        if isinstance(layer, RaggedKV):
+            assert layer.bias.isfinite().all() and layer.v.isfinite().all()
+
+
+def test_nan_leaves_a_head_as_it_is(plain):
+    model, dense = plain
+    small = kvzip.compress(dense, 0.3)
+    rows = [x.clone() for x in (dense.layers[0].v, dense.layers[0].k)]
+    broken = replace(dense, layers=[replace(dense.layers[0], v=rows[0].fill_(torch.nan)), *dense.layers[1:]])
+    fitted = kvzip.refit(model, broken, small, chunk=CHUNK)
+    assert torch.equal(fitted.context[0].bias, torch.zeros_like(fitted.context[0].bias))
+
+
+@settings(max_examples=8)
+@given(ratio=st.floats(0.05, 0.9), part=st.floats(0.2, 1.0))
+def test_shrinking_leaves_bias_and_value_of_each_row_that_stays(plain, ratio, part):
+    model, dense = plain
+    fitted = kvzip.refit(model, dense, kvzip.compress(dense, ratio), chunk=CHUNK)
+    small = scores.shrink(fitted, ratio * part)
+    assert small.method == fitted.method
+    for x, y in zip(small.context, fitted.context, strict=True):
+        if isinstance(x, RaggedKV):
+            keep = torch.zeros(len(y.positions), dtype=torch.bool)
+            for h, (a, b) in enumerate(zip(y.offsets[:-1].tolist(), y.offsets[1:].tolist(), strict=True)):
+                own = x.positions[x.offsets[h] : x.offsets[h + 1]]
+                keep[a:b] = torch.isin(y.positions[a:b], own)
+            assert torch.equal(x.bias, y.bias[keep]) and torch.equal(x.v, y.v[keep])
+
+
+def test_folded_turns_have_bias_0_and_their_own_values(plain):
+    model, dense = plain
+    fitted = kvzip.refit(model, dense, kvzip.compress(dense, 0.3), chunk=CHUNK)
+    turn = kvzip.extend(model, fitted, "And who paid for it?")
+    assert turn.context is fitted.context
+    folded = kvzip.fold(model, turn)
+    length = fitted.context_length
+    for n, (x, y) in enumerate(zip(folded.context, fitted.context, strict=True)):
+        if isinstance(x, RaggedKV):
+            old = x.positions < length
+            assert torch.equal(x.bias[old], y.bias) and torch.equal(x.v[old], y.v)
+            assert torch.equal(x.bias[~old], torch.zeros_like(x.bias[~old])) and x.bias.dtype == y.bias.dtype
+            assert torch.equal(x.v[~old], turn.tail.v[n][0, :, : len(turn.token_ids) - length].flatten(0, 1))
+    ids = torch.tensor([70, 80])
+    ours, theirs = (kvzip.extend(model, each, ids).tail for each in (folded, turn))
+    n = len(turn.token_ids) - length
+    for k, own in zip(ours.k, theirs.k, strict=True):
+        torch.testing.assert_close(k[:, :, :2], own[:, :, n : n + 2])
+
+
+def test_rows_of_layers_with_and_without_biases_join(plain):
+    model, dense = plain
+    small = kvzip.compress(dense, 0.3)
+    layer, own = small.context[0], torch.arange(len(small.context[0].positions)).float()
+    biased = replace(layer, bias=own)
+    both, before, after = join(biased, biased), join(layer, biased), join(biased, layer)
+    zeros = torch.zeros_like(own)
+    for joined, (x, y) in ((both, (own, own)), (before, (zeros, own)), (after, (own, zeros))):
+        parts = [
+            part for h in zip(*(z.split(layer.offsets.diff().tolist()) for z in (x, y)), strict=True) for part in h
+        ]
+        assert torch.equal(joined.bias, torch.cat(parts)) and joined.bias.dtype == torch.float32
+    assert join(layer, layer).bias is None
+    keep = own.long() % 3 == 0
+    assert torch.equal(take(biased, keep).bias, own[keep]) and take(layer, keep).bias is None
+
+
+def test_a_refitted_cache_does_not_go_to_transformers(plain):
+    model, dense = plain
+    fitted = kvzip.refit(model, dense, kvzip.compress(dense, 0.3, level="uniform"), chunk=CHUNK)
+    with pytest.raises(ValueError, match=r"expected a cache without biases, got a refitted one: .* convert the cache"):
+        kvzip.to_transformers(model, fitted)
+
+
+def test_what_is_not_of_one_document_is_refused(plain):
+    model, dense = plain
+    small = kvzip.compress(dense, 0.3)
+    other = kvzip.score(model, kvzip.prefill(model, TEXT[::-1]), chunk=CHUNK)
+    turn = kvzip.extend(model, small, "Who?")
+    streamed = kvzip.prefill_compressed(model, TEXT, 0.3, segment=60)
+    consumed = kvzip.score(model, kvzip.prefill(model, TEXT))
+    kvzip.compress(consumed, 0.3, consume=True)
+    for big, kept, error in (
+        (
+            dense,
+            kvzip.compress(other, 0.3),
+            "compressed from this dense one of 107 tokens, got one of 107 with other tokens",
+        ),
+        (dense, turn, "without turns after its context"),
+        (dense, streamed, "expected the keys of this dense cache, got others in layer"),
+        (consumed, small, "freed by compress"),
+        (replace(dense, fingerprint="ab-float32"), small, "fingerprint"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            kvzip.refit(model, big, kept)
+    with pytest.raises(TypeError, match="expected a RaggedCache"):
+        kvzip.refit(model, dense, dense)
+    for bad, error in (
+        ({"ridge": 0}, "ridge above 0"),
+        ({"pull": -1}, "pull above 0"),
+        ({"bound": 11}, "bound from 0 to 10"),
+        ({"chunk": 0}, "chunk"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            kvzip.refit(model, dense, small, **bad)
+
+
+@pytest.mark.parametrize("family", ["plain", "window", "softcap"])
+def test_a_stream_of_one_segment_is_fitted_as_the_whole(family):
+    model = model_of(family)
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=CHUNK)
+    whole = kvzip.refit(model, dense, kvzip.compress(dense, 0.3), chunk=CHUNK)
+    how = {"share": "segment", "chunk": CHUNK, "refit": True}
+    streamed = kvzip.prefill_compressed(model, TEXT, 0.3, **how)
+    assert streamed.method == "kvzip-chunk/stream-segment+refit"
+    for x, y in zip(streamed.context, whole.context, strict=True):
+        if isinstance(x, RaggedKV):
+            assert torch.equal(x.positions, y.positions) and (x.bias != 0).any()
+            torch.testing.assert_close(x.bias, y.bias, rtol=0, atol=2e-3)
+            torch.testing.assert_close(x.v, y.v, rtol=1e-6, atol=1e-6)
+
+
+def test_segments_are_fitted_as_they_are_read_and_an_interruption_changes_no_bit(tmp_path):
+    model, how = model_of("window"), {"share": "segment", "chunk": 20, "refit": True, "segment": 40}
+    whole, place = kvzip.prefill_compressed(model, TEXT, 0.3, **how), tmp_path / "partial"
+    for x in whole.context:
+        if isinstance(x, RaggedKV):
+            later = x.positions >= 40 + whole.start
+            assert (x.bias[later] != 0).any() and (x.bias[~later] != 0).any()
+
+    def interrupt(done, total):
+        if done == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvzip.prefill_compressed(model, TEXT, 0.3, **how, checkpoint=place, progress=interrupt)
+    with pytest.raises(ValueError, match="with refitting=None"):
+        kvzip.prefill_compressed(model, TEXT, 0.3, **how | {"refit": False}, checkpoint=place)
+    assert same(kvzip.prefill_compressed(model, TEXT, 0.3, **how, checkpoint=place), whole)
+
+
+@pytest.mark.parametrize("share", ["running", "final"])
+def test_shares_that_drop_rows_later_are_refused(share):
+    with pytest.raises(ValueError, match=f"expected share 'segment' with refit=True, got '{share}'"):
+        kvzip.prefill_compressed(model_of("plain"), TEXT, 0.3, share=share, refit=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..options import Refitting
 from .systems import Systems
 
-WEIGHT_STEPS = 60
-VALUE_STEPS = 20
+WEIGHT_STEPS = 30  # 99.9% of the gain of the least value, on heads of real contexts
+VALUE_STEPS = 12
 LEAST = 1e-5  # of a system's energy: a smaller gain is within the rounding of float32 sums
 
 

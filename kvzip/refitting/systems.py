@@ -45,9 +45,7 @@ class Systems:
     energy: Float[Tensor, " B"]
 
 
-def bounds_of(
-    layers: Sequence[RaggedKV], length: int, cuts: Sequence[int]
-) -> Int64[Tensor, "L H c"]:
+def bounds_of(layers: Sequence[RaggedKV], length: int, cuts: Sequence[int]) -> Int64[Tensor, "L H c"]:
     """Returns, on the CPU, the first row of each head at or after each of some tokens, ascending. One wait."""
     if not layers:
         return torch.empty(0, 0, len(cuts), dtype=torch.long)

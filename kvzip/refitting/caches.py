@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops, options
 from ..cache import DenseCache, RaggedCache, RaggedKV, WindowKV, check_pairs, explain_out_of_memory
+from ..cache.caches import REFITTED
 from ..checks import check_kind
 from ..inputs import check_fingerprint
 from ..models import Model
@@ -15,8 +16,6 @@ from ..ops.types import owners
 from ..options import Refitting
 from ..prefilling import Progress
 from .fitting import HELD, Mass, Rows, fit_rows
-
-REFITTED = "+refit"  # at the end of a cache's method
 
 
 def refit(
