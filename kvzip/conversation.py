@@ -142,8 +142,8 @@ def fold(
     other scope, because turns refer to their context, and attending to a compressed one costs little. At ratio 1
     nothing is scored, and the answers are those of `cache`. Window layers then hold the last tokens, new rows of a
     quantized context are quantized too, those of a refitted one have bias 0 and their own values (they are not fitted,
-    also where a ratio drops others), and `kept` and `total` count the tail's pairs too. `fold` may be called again after
-    further turns.
+    also where a ratio drops others), and `kept` and `total` count the tail's pairs too. `fold` may be called again
+    after further turns.
 
     Args:
         cache: a cache without a tail is returned as it is.

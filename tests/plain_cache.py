@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def biases(cache: kvzip.RaggedCache) -> list[list[list[float]]]:
             found.append([[0.0] * len(rows) for rows in heads])
         else:
             bounds = layer.offsets.tolist()
-            found.append([layer.bias[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)])
+            found.append([layer.bias[a:b].tolist() for a, b in pairwise(bounds)])
     return found
 
 

@@ -16,9 +16,9 @@ from kvzip.scoring import repeats
 
 @dataclass(frozen=True)
 class Problem:
-    """One head of one layer and chunk: weights p [n C] of its queries on the chunk, its values v [C D], outputs o [n D].
+    """One head of one layer and chunk: weights p [n C] of its queries on the chunk, values v [C D], outputs o [n D].
 
-    `tokens` are the chunk's, from `first` on.
+    The chunk begins at token `first`.
     """
 
     layer: int

@@ -266,8 +266,7 @@ def test_folded_turns_have_bias_0_and_their_own_values(plain):
 
 
 def test_rows_of_layers_with_and_without_biases_join(plain):
-    model, dense = plain
-    small = kvzip.compress(dense, 0.3)
+    small = kvzip.compress(plain[1], 0.3)
     layer, own = small.context[0], torch.arange(len(small.context[0].positions)).float()
     biased = replace(layer, bias=own)
     both, before, after = join(biased, biased), join(layer, biased), join(biased, layer)

@@ -16,7 +16,9 @@ import torch
 
 import kvzip
 import random_model
+from kvzip import refitting
 from kvzip.cache import DenseCache, DenseKV, Scores, load_cache
+from kvzip.options import Refitting
 from kvzip.report import describe, kept_mask, render, write_report
 
 TEXT = "Happy families <b>are</b> all alike;\n</script><script>alert('é 日本')</script><!-- every\n\nunhappy 🎉 family."
@@ -108,6 +110,31 @@ def test_what_is_kept_is_what_the_pairs_held_are(model, scored, bits):
         small = kvzip.compress(scored, **way, bits=bits)
         assert torch.equal(kept_mask(small), kvzip.keep_mask(scored.scores, **way))
     assert kept_mask(scored).all() and kept_mask(scored).shape == scored.scores.values.shape
+
+
+@pytest.mark.parametrize("case", ["whole", "none", "other heads", "no numbers", "out of range"])
+def test_the_page_of_a_fit_says_what_attention_is_kept(model, scored, tmp_path, case):
+    """Of a note that is not of this cache it says nothing."""
+    path, out = tmp_path / "doc.kvz", tmp_path / "page.html"
+    small, mass = refitting.refit_and_measure(model, scored, kvzip.compress(scored, 0.3), Refitting())
+    told = refitting.note_of(mass)
+    kvzip.save(
+        small,
+        path,
+        note={
+            "whole": {"mass_kept": told},
+            "none": {},
+            "other heads": {"mass_kept": {name: rows[:1] for name, rows in told.items()}},
+            "no numbers": {"mass_kept": {"before": [["<b>"]], "after": told["after"]}},
+            "out of range": {"mass_kept": told | {"before": [[1e300] * len(row) for row in told["before"]]}},
+        }[case],
+    )
+    write_report(path, out)
+    facts = json.loads(block(out.read_text(encoding="utf-8"), "facts"))
+    assert facts["biases"] and facts["level"] == "pair" and facts["note"] == []
+    assert facts["mass"] == (told if case == "whole" else None)
+    if case == "whole":
+        assert torch.tensor(told["after"]).mean() > torch.tensor(told["before"]).mean()
 
 
 def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_path):

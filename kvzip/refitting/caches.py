@@ -34,8 +34,8 @@ def refit(
     """Returns the pairs of `small` with a bias for each row and new values, so that together they get the attention,
     and give the output, that all pairs of the dense cache do.
 
-    The context is repeated a chunk at a time as by `kvzip.score` with scope "chunk". In each layer, head and chunk, with
-    query rows i of the repeat, j over the head's kept pairs of the chunk and c over all pairs of the chunk:
+    The context is repeated a chunk at a time as by `kvzip.score` with scope "chunk". In each layer, head and chunk,
+    with query rows i of the repeat, j over the head's kept pairs of the chunk and c over all pairs of the chunk:
 
         p[i, .] = softmax over [prefix, chunk, repeat up to i] of the logits, at these keys
         m[i] = sum_c p[i, c]    o[i] = the whole output    u = mean_i o[i]    s = mean_i |o[i] - u|^2
@@ -46,14 +46,14 @@ def refit(
         C = argmin |sum_j p[i, j] w[j] (C[j] - u) - sum_c p[i, c] (v[c] - u)|^2 + pull * a * |C - v|^2
 
     sums of squares over i too, with g = p'p, a = |WgW|_F^2 / tr(WgW) and W = diag(w), each by a fixed number of steps
-    that begin at w = 1 and C = v. The bias of a row is log w[j]. Both pulls are towards what `compress` left: a row that
-    no query attends to keeps bias 0 and its value. Of (w, C), (w, v) and (1, v) the one with the lowest
+    that begin at w = 1 and C = v. The bias of a row is log w[j]. Both pulls are towards what `compress` left: a row
+    that no query attends to keeps bias 0 and its value. Of (w, C), (w, v) and (1, v) the one with the lowest
 
         F(w, C) = s * sum_i (sum_j p[i, j] w[j] - m[i])^2
                   + sum_i |sum_j p[i, j] w[j] (C[j] - u) - sum_c p[i, c] (v[c] - u)|^2
 
-    is stored, so F is never above F(1, v): to first order in the two errors it bounds half of the squared error that
-    eviction makes in the layer's output, o[i] being a ratio of the sums of all chunks. The prefix and window layers stay
+    is stored, so F is never above F(1, v). To first order, and with s for each |o[i] - u|^2, 2 F bounds the squared
+    error that eviction makes in the layer's output, a ratio of sums over all chunks. The prefix and window layers stay
     as they are, and so does a head that keeps all pairs of a chunk, unless its keys are in bits.
 
     Args:

@@ -1,8 +1,9 @@
 """The passes of a fit: the repeats of a dense cache, the systems that they give, and the rows that are solved for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -150,3 +151,19 @@ def mass_of(sums: Float32[Tensor, "3 L H"]) -> Mass:
     """Returns the mass of sums before, after, and over all keys of the chunks; 1 where nothing was attended to."""
     before, after = (torch.where(sums[2] > 0, part / sums[2], 1.0).cpu() for part in sums[:2])
     return Mass(before, after)
+
+
+def note_of(mass: Mass) -> dict[str, list[list[float]]]:
+    """Returns the mass as the note of a file holds it, under "mass_kept"."""
+    return {name: [[round(x, 4) for x in row] for row in part.tolist()] for name, part in vars(mass).items()}
+
+
+def mass_of_note(note: Mapping[str, Any]) -> Mass | None:
+    """Returns the mass that a note holds; None if there is none. It is checked here, as anyone may write a note."""
+    held = note.get("mass_kept")
+    try:
+        before, after = (torch.tensor(held[name], dtype=torch.float32) for name in ("before", "after"))
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError, OverflowError):
+        return None
+    whole = before.ndim == 2 and before.shape == after.shape and before.numel() > 0
+    return Mass(before, after) if whole and bool(before.isfinite().all() and after.isfinite().all()) else None
