@@ -16,6 +16,7 @@ from kvzip.cache.caches import tensors_of
 from kvzip.cache.rows import join, take
 from kvzip.refitting import solving
 from plain_refit import Problem, problems
+from unchecked import unchecked
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way. Everything was in confusion."
 FAMILIES = {
@@ -309,7 +310,7 @@ def test_what_is_not_of_one_document_is_refused(plain):
     ):
         with pytest.raises(ValueError, match=error):
             kvzip.refit(model, big, kept)
-    with pytest.raises(TypeError, match="expected a RaggedCache"):
+    with unchecked(), pytest.raises(TypeError, match="RaggedCache"):
         kvzip.refit(model, dense, dense)
     for bad, error in (
         ({"ridge": 0}, "ridge above 0"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from ..options import Refitting
 from ..prefilling import Progress
 from ..scoring import repeats, run_repeats
 from .solving import Fit, solve
-from .systems import Systems, bounds_of, build, groups_of
+from .systems import Systems, bounds_of, build, plan
 
-HELD = 1 << 29  # bytes of systems that wait to be solved together
-_SOLVED = 1 << 28  # bytes of matrices that are solved at a time
+HELD = 3 << 27  # bytes of systems that wait to be solved together
+_SOLVED = 1 << 27  # bytes of matrices that are solved at a time
 
 Take = Callable[[Systems, Fit], None]
 
@@ -87,22 +88,23 @@ def fit_rows(
     ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
     passes = list(repeats(model, cache, chunk=options.chunk, hint=options.hint, before=before))
     cuts = [first for first, _, _ in passes] + [cache.length]
-    bounds = dict(zip(place, bounds_of(ragged, cache.length, cuts), strict=True))
+    exact = [isinstance(layer.k, Tensor) for layer in ragged]
+    sizes = [stop - first for first, stop in pairwise(cuts)]
+    bounds = bounds_of(ragged, cache.length, cuts)
+    planned = plan(bounds, [sizes if own else [-1] * len(sizes) for own in exact])
     here = cache.length + (0 if before is None else len(before))
     held: list[Systems] = []
 
     def look(chunk: int, layer: int, *seen: Tensor) -> None:
         kept, own = layers[layer], cache.layers[layer]
         assert isinstance(kept, RaggedKV) and isinstance(own, DenseKV)
-        spans, tokens = bounds[layer][:, chunk : chunk + 2], cuts[chunk + 1] - cuts[chunk]
-        counts = (spans[:, 1] - spans[:, 0]).tolist()
-        whole = [count == tokens and isinstance(kept.k, Tensor) for count in counts]
-        mass = (seen[4] - seen[2]).float().exp().unflatten(0, (len(counts), -1)).sum((1, 2))
-        sums[2, place[layer]] += mass
-        if any(whole):
-            sums[:2, place[layer]] += mass * torch.tensor(whole, device=mass.device)
-        for group in groups_of([0 if full else count for count, full in zip(counts, whole, strict=True)]):
-            held.append(build(model.config, layer, kept, own, spans, group, seen))
+        n = place[layer]
+        mass = (seen[4] - seen[2]).float().exp().unflatten(0, (cache.heads, -1)).sum((1, 2))
+        sums[2, n] += mass
+        if exact[n]:
+            sums[:2, n] += mass * (bounds[n, :, chunk + 1] - bounds[n, :, chunk] == sizes[chunk])
+        for group in planned[n][chunk]:
+            held.append(build(model.config, layer, kept, own, group, seen))
         if sum(systems.gram.nbytes for systems in held) > HELD:
             finish()
 

@@ -31,11 +31,10 @@ def solve(systems: Systems, options: Refitting, dtype: torch.dtype) -> Fit:
     """Returns the fit of each head. `dtype` is that of the stored values, which must be able to hold the new ones."""
     one = torch.ones_like(systems.load)
     w = fit_weights(systems, options)
-    weighted = systems.gram * w[:, :, None] * w[:, None]
     rates = [error(systems, one, systems.old), error(systems, w, systems.old)]
     new = systems.old
     if options.values:
-        new = systems.old + fit_values(systems, w, weighted, options)
+        new = systems.old + fit_values(systems, w, options)
         full = new + systems.mean[:, None]
         fits = full.abs().amax((1, 2)) <= torch.finfo(dtype).max
         rates.append(error(systems, w, new).masked_fill(~fits, torch.inf))
@@ -78,16 +77,16 @@ def fit_weights(systems: Systems, options: Refitting) -> Float[Tensor, "B t"]:
     return w
 
 
-def fit_values(
-    systems: Systems, w: Float[Tensor, "B t"], weighted: Float[Tensor, "B t t"], options: Refitting
-) -> Float[Tensor, "B t D"]:
+def fit_values(systems: Systems, w: Float[Tensor, "B t"], options: Refitting) -> Float[Tensor, "B t D"]:
     """Returns changes z of the values that nearly minimize |p w (old + z) - y|^2 + pull * a * |z|^2.
 
     a = |W p'p W|_F^2 / tr(W p'p W), W = diag(w): between the mean and the largest eigenvalue. By conjugate gradients
     from 0 in each channel, which lower this sum at every step.
     """
+    weighted = (systems.gram * w[:, :, None]).mul_(w[:, None])
     trace = weighted.diagonal(dim1=1, dim2=2).sum(1)
-    ridge = options.pull * weighted.square().sum((1, 2)) / trace.clamp_min(torch.finfo(w.dtype).tiny)
+    size = torch.linalg.vector_norm(weighted, dim=(1, 2)).square()
+    ridge = options.pull * size / trace.clamp_min(torch.finfo(w.dtype).tiny)
     rest = systems.cross * w[..., None] - torch.bmm(weighted, systems.old)
     z, ahead = torch.zeros_like(rest), rest
     size = rest.square().sum(1, keepdim=True)

@@ -46,16 +46,51 @@ class Systems:
 
 
 def bounds_of(layers: Sequence[RaggedKV], length: int, cuts: Sequence[int]) -> Int64[Tensor, "L H c"]:
-    """Returns, on the CPU, the first row of each head at or after each of some tokens, ascending. One wait."""
-    if not layers:
-        return torch.empty(0, 0, len(cuts), dtype=torch.long)
+    """Returns the first row of each head at or after each of some tokens, ascending."""
     found = []
     for layer in layers:
         heads = torch.arange(layer.heads, device=layer.offsets.device)
         places = owners(layer.offsets, len(layer.positions)) * (length + 1) + layer.positions
         wanted = heads[:, None] * (length + 1) + torch.tensor(cuts, device=heads.device)
         found.append(torch.searchsorted(places, wanted))
-    return torch.stack(found).cpu()
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heads of one layer and chunk that are padded to `width` rows, and the first row and number of rows of each."""
+
+    heads: Int64[Tensor, " B"]
+    first: Int64[Tensor, " B"]
+    counts: Int64[Tensor, " B"]
+    width: int
+
+
+def plan(bounds: Int64[Tensor, "L H c"], whole: Sequence[Sequence[int]]) -> list[list[list[Group]]]:
+    """Returns the groups of each chunk of each layer. It waits for the device, so that nothing after it does.
+
+    Args:
+        bounds: see `bounds_of`.
+        whole: tokens of each chunk by layer; a head that keeps as many has nothing to fit.
+    """
+    counts = bounds.diff(dim=2).movedim(2, 1).tolist()  # [L chunks H]
+    found = [
+        [groups_of([0 if n == most else n for n in heads]) for heads, most in zip(chunks, tokens, strict=True)]
+        for chunks, tokens in zip(counts, whole, strict=True)
+    ]
+    sizes = [len(heads) for layer in found for chunk in layer for heads, _ in chunk]
+    heads = [head for layer in found for chunk in layer for group, _ in chunk for head in group]
+    order = iter(torch.tensor(heads, device=bounds.device).split(sizes))
+    planned: list[list[list[Group]]] = []
+    for n, layer in enumerate(found):
+        planned.append([])
+        for c, chunk in enumerate(layer):
+            planned[n].append([])
+            for _, width in chunk:
+                own = next(order)
+                first, stop = bounds[n, own, c], bounds[n, own, c + 1]
+                planned[n][c].append(Group(own, first, stop - first, width))
+    return planned
 
 
 def groups_of(counts: list[int]) -> list[tuple[list[int], int]]:
@@ -77,32 +112,26 @@ def build(
     number: int,
     layer: RaggedKV,
     dense: DenseKV,
-    spans: Int64[Tensor, "H 2"],
-    wanted: tuple[list[int], int],
+    group: Group,
     seen: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    offset: int = 0,
 ) -> Systems:
     """Returns the systems of a group of heads of one layer and chunk.
 
     Args:
         layer: the kept rows, whose keys are asked; `dense` has the values of all.
-        spans: the first row of each head in the chunk, and the row after its last; on the CPU.
-        wanted: heads, and the width to pad them to (see `groups_of`).
         seen: what `attention.Look` gets.
-        offset: the token of the first row of `dense`, where it is a segment.
     """
-    (heads, width), (q, out, lse, chunk_out, chunk_lse) = wanted, seen
+    q, out, lse, chunk_out, chunk_lse = seen
+    heads, first, counts, width = group.heads, group.first, group.counts, group.width
     device, wide = q.device, torch.promote_types(q.dtype, torch.float32)
-    ends = spans[heads]
-    chosen, first, counts = (x.to(device) for x in (torch.tensor(heads), ends[:, 0], ends[:, 1] - ends[:, 0]))
     column = torch.arange(width, device=device)
     rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
     used = column < counts[:, None]
-    keys = keys_at(layer, rows, chosen, q.dtype)
-    values = dense.v[0][chosen[:, None], layer.positions[rows].long() - offset].to(wide)
+    keys = keys_at(layer, rows, heads, q.dtype)
+    values = dense.v[0][heads[:, None], layer.positions[rows].long()].to(wide)
 
     def of(x: Tensor) -> Tensor:
-        return rearrange(x, "(h g) t ... -> h (g t) ...", h=layer.heads)[chosen]
+        return rearrange(x, "(h g) t ... -> h (g t) ...", h=layer.heads)[heads]
 
     queries, norm, mass = of(q), of(lse).to(wide), of((chunk_lse - lse).exp()).to(wide)
     whole = of(out).to(wide)
@@ -126,7 +155,7 @@ def build(
     cross, load, low, reach = sums.split([y.shape[2], 1, 1, 1], dim=2)
     return Systems(
         layer=number,
-        heads=chosen,
+        heads=heads,
         rows=rows,
         counts=counts,
         gram=gram,
