@@ -199,7 +199,7 @@ FITS = {
     "both": Refitting(),
     **{f"bias:bound={x:g}": Refitting(values=False, bound=x) for x in (0.5, 1, 2, 5)},
     **{f"both:bound={x:g}": Refitting(bound=x) for x in (0.5, 1, 2, 5)},
-    **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-3, 1e-1, 1)},
+    **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-2, 1)},
     **{f"both:ridge={x:g}": Refitting(ridge=x) for x in (1e-2, 1e-1)},
 }
 REFITS = named(Method("select", score, "pair", ""), refitted("bias", FITS["bias"]), refitted("refit", FITS["both"]))

@@ -63,7 +63,7 @@ class Refitting:
     values: bool = True
     bound: float = 3.0
     ridge: float = 1e-3
-    pull: float = 1e-2
+    pull: float = 1e-1
     chunk: int = 2_000
     hint: int = 8
 

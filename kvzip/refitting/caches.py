@@ -26,7 +26,7 @@ def refit(
     values: bool = True,
     bound: SupportsFloat = 3.0,
     ridge: SupportsFloat = 1e-3,
-    pull: SupportsFloat = 1e-2,
+    pull: SupportsFloat = 1e-1,
     chunk: SupportsIndex = 2_000,
     hint: SupportsIndex = 8,
     progress: Progress | None = None,

@@ -21,7 +21,7 @@ from ..refitting import fit_rows
 from ..scoring import score_chunks
 from .plan import Plan, check_share, count_protected
 
-Chosen = list[tuple[Bool[Tensor, " R"], list[int], Float32[Tensor, " M"]]]
+Chosen = list[tuple[Bool[Tensor, " _"], list[int], Float32[Tensor, " _"]]]
 """Of each scored layer: which rows stay, how many each part has (see `Unpacked`), and the ranks of those that stay."""
 
 _PASS = 4_000  # tokens of a segment per forward pass, which bounds the memory for activations
