@@ -103,6 +103,8 @@ def check_refit(model: Model, cache: DenseCache, small: RaggedCache) -> None:
     check_pairs(small)
     for each in (cache, small):
         check_fingerprint(model, each.fingerprint)
+    if not cache.scored_layers:
+        raise ValueError("expected a model with global layers, got sliding windows in all: nothing was dropped")
     if small.tail is not None:
         raise ValueError("expected a cache without turns after its context, got some: refit first, then ask or extend")
     same = (small.start, small.context_length) == (cache.start, cache.length)

@@ -95,16 +95,16 @@ def fit_rows(
     here = cache.length + (0 if before is None else len(before))
     held: list[Systems] = []
 
-    def look(chunk: int, layer: int, *seen: Tensor) -> None:
+    def look(chunk: int, layer: int, q: Tensor, out: Tensor, lse: Tensor, chunk_out: Tensor, chunk_lse: Tensor) -> None:
         kept, own = layers[layer], cache.layers[layer]
         assert isinstance(kept, RaggedKV) and isinstance(own, DenseKV)
         n = place[layer]
-        mass = (seen[4] - seen[2]).float().exp().unflatten(0, (cache.heads, -1)).sum((1, 2))
+        mass = (chunk_lse - lse).float().exp().unflatten(0, (cache.heads, -1)).sum((1, 2))
         sums[2, n] += mass
         if exact[n]:
             sums[:2, n] += mass * (bounds[n, :, chunk + 1] - bounds[n, :, chunk] == sizes[chunk])
         for group in planned[n][chunk]:
-            held.append(build(model.config, layer, kept, own, group, seen))
+            held.append(build(model.config, layer, kept, own, group, (q, out, lse, chunk_out, chunk_lse)))
         if sum(systems.gram.nbytes for systems in held) > HELD:
             finish()
 
@@ -162,7 +162,7 @@ def note_of(mass: Mass) -> dict[str, list[list[float]]]:
 
 def mass_of_note(note: Mapping[str, Any]) -> Mass | None:
     """Returns the mass that a note holds; None if there is none. It is checked here, as anyone may write a note."""
-    held = note.get("mass_kept")
+    held: Any = note.get("mass_kept")
     try:
         before, after = (torch.tensor(held[name], dtype=torch.float32) for name in ("before", "after"))
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError, OverflowError):

@@ -17,6 +17,10 @@ _WEIGHTS_AT_ONCE = 1 << 25  # softmax weights that are held at a time, 192 MiB o
 _FULL = 0.6  # a head joins others that are padded to a width if it fills at least this much of it
 
 
+Seen = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, out, lse, chunk_out, chunk_lse of one layer, see `attention.Look`."""
+
+
 @dataclass(frozen=True)
 class Systems:
     """The problems of B heads of one chunk, each padded to t rows. Everything is a sum over the same query rows i.
@@ -113,13 +117,12 @@ def build(
     layer: RaggedKV,
     dense: DenseKV,
     group: Group,
-    seen: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    seen: Seen,
 ) -> Systems:
     """Returns the systems of a group of heads of one layer and chunk.
 
     Args:
         layer: the kept rows, whose keys are asked; `dense` has the values of all.
-        seen: what `attention.Look` gets.
     """
     q, out, lse, chunk_out, chunk_lse = seen
     heads, first, counts, width = group.heads, group.first, group.counts, group.width
