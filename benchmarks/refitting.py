@@ -33,7 +33,7 @@ import torch
 
 import kvzip
 from benchmarks import harness
-from benchmarks.studies import FITS, equal_bytes
+from benchmarks.studies import FITS, FLOORS, equal_bytes, floored
 from kvzip import DenseCache, Model, RaggedCache, prompts
 from kvzip.cache import nbytes
 from kvzip.cli.evaluate import UNFINISHED
@@ -47,6 +47,8 @@ from kvzip.refitting import refit_and_measure
 
 RESULTS = harness.RESULTS / "refitting.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.5)
+VARIANTS = [name + floor for name in ("select", "bias", "both") for floor in FLOORS]
+VARIANTS += [name for name in FITS if name not in VARIANTS]
 TASKS = (
     "prefix_suffix@4096",
     "ruler_vt@4096",
@@ -121,12 +123,12 @@ def made(
     """Returns the cache of a variant, and what is to be said of it."""
     if variant == "full":
         return dense, {"bytes": nbytes(dense), "kept": 1.0}
-    small, told = kvzip.compress(dense, ratio), {}
-    if variant != "select":
-        how = replace(FITS[variant], chunk=chunk)
-        (small, mass), seconds = timed(
-            model.device, lambda: refit_and_measure(model, dense, equal_bytes(dense, ratio), how)
-        )
+    name, plus, floor = variant.partition("+")
+    least, told = FLOORS[plus + floor], {}
+    small = floored(dense, ratio, least)
+    if name != "select":
+        how, less = replace(FITS[name], chunk=chunk), equal_bytes(dense, ratio, least)
+        (small, mass), seconds = timed(model.device, partial(refit_and_measure, model, dense, less, how))
         told = {"fit_s": round(seconds, 3)}
         told |= {name: round(part.mean().item(), 4) for name, part in vars(mass).items()}
     return small, told | {"bytes": nbytes(small), "kept": round(small.kept / small.total, 6)}
@@ -196,7 +198,7 @@ def main() -> int:
     study.add_argument("model", type=Path)
     study.add_argument("--data", help="directory of JSONL files")
     study.add_argument("--tasks", nargs="+", default=TASKS)
-    study.add_argument("--variants", nargs="+", default=["select", *FITS], choices=["select", *FITS])
+    study.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     study.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     study.add_argument("--contexts", type=int, default=4, help="of each task")
     study.add_argument("--questions", type=int, default=10, help="of each context")

@@ -20,7 +20,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -141,21 +140,26 @@ def packed(name: str, bits: int | None, level: str = "pair", sink: int = 0, rece
     return Method(name, score if level == "pair" else by_heads, level, "", pack)
 
 
-def equal_bytes(cache: DenseCache, ratio: float, **how: Any) -> RaggedCache:
-    """Returns what compress keeps of a ratio, less as many pairs as make room for a bias of 2 bytes for every row."""
-    small = kvzip.compress(cache, ratio, **how)
+def floored(cache: DenseCache, ratio: float, floor: float) -> RaggedCache:
+    """Returns what compress keeps of a ratio, of which each head has at least the part `floor` of its equal share."""
+    return kvzip.compress(cache, ratio, min_rows=int(floor * ratio * (cache.length - cache.start)))
+
+
+def equal_bytes(cache: DenseCache, ratio: float, floor: float = 0.0) -> RaggedCache:
+    """Returns what `floored` does, less as many pairs as make room for a bias of 2 bytes for every row."""
+    small = floored(cache, ratio, floor)
     layers = [layer for layer in small.context if isinstance(layer, RaggedKV)]
     rows = sum(len(layer.positions) for layer in layers)
     row = sum(x.nbytes for x in tensors_of([(layer.k, layer.v, layer.positions) for layer in layers])) / rows  # bytes
     kept = small.kept - math.ceil(2 * rows / (row + 2))
-    return kvzip.compress(cache, max(1, kept) / small.total, **how)
+    return floored(cache, max(1, kept) / small.total, floor)
 
 
-def refitted(name: str, options: Refitting) -> Method:
+def refitted(name: str, options: Refitting, floor: float = 0.0) -> Method:
     """Pairs by scope chunk, fitted, in the bytes of those that are not."""
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
-        return refit_and_measure(model, cache, equal_bytes(cache, ratio), options)[0]
+        return refit_and_measure(model, cache, equal_bytes(cache, ratio, floor), options)[0]
 
     return Method(name, score, "pair", "Attention Matching, arXiv 2602.16284", pack)
 
@@ -193,6 +197,8 @@ HEADS = named(
     packed("heads and ends", None, "head", SINK, RECENT),
     packed("heads and ends, 4 bits", 4, "head", SINK, RECENT),
 )
+FLOORS = {"": 0.0, "+tenth": 0.1, "+fifth": 0.2, "+third": 1 / 3}
+"""After a variant's name: this part of what the ratio keeps is the same in every head, as `min_rows`."""
 FITS = {
     "bias": Refitting(values=False),
     "values": Refitting(bound=0),
@@ -202,4 +208,10 @@ FITS = {
     **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-2, 1)},
     **{f"both:ridge={x:g}": Refitting(ridge=x) for x in (1e-2, 1e-1)},
 }
-REFITS = named(Method("select", score, "pair", ""), refitted("bias", FITS["bias"]), refitted("refit", FITS["both"]))
+REFITS = named(
+    Method("select", score, "pair", ""),
+    refitted("bias", FITS["bias"]),
+    refitted("refit", FITS["both"]),
+    refitted("refit+fifth", FITS["both"], FLOORS["+fifth"]),
+    Method("select+fifth", score, "pair", "", lambda _, cache, ratio: floored(cache, ratio, FLOORS["+fifth"])),
+)
