@@ -46,7 +46,7 @@ def random_model(
     config = translate_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
     config = replace(config, layers=config.layers[:layers], max_length=max_length or config.max_length)
     weights = empty_weights(config, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(weights.embed.device).manual_seed(0)
     for _, tensor in named_tensors(weights):
         if tensor.ndim > 1:
             tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
@@ -56,7 +56,7 @@ def random_model(
         config=config,
         weights=weights,
         tokenizer=_tokenizer(),
-        device=torch.device(device),
+        device=weights.embed.device,
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
         stop_ids=(),

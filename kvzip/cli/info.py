@@ -128,7 +128,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
     weights = sum(tensor.nbytes for _, tensor in named_tensors(meta))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = "given" if memory else torch.cuda.get_device_name() if device.type == "cuda" else "host memory"
+    where = "given" if memory else torch.cuda.get_device_name(device) if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
     windows = [spec.window for spec in config.layers if spec.window is not None]
     global_layers = len(config.layers) - len(windows)

@@ -84,6 +84,7 @@ def load(
     )
     ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.empty(0, device=device).device  # "cuda" is the device current now, whichever will be later
     weights, checkpoint = read_weights(files, config, layer_names, dtype=dtype, device=device)
     return Model(
         config=replace(config, tied=weights.unembed is weights.embed),

@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 from compiling import assert_fits, compile_launches
 
 from kvzip.ops.triton.common import interpreted
-from kvzip.ops.triton.decode import decode_triton, launch_config
+from kvzip.ops.triton.decode import decode_triton
+from kvzip.ops.triton.decode_launch import launch_config
 from kvzip.ops.triton.merge import merge_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -382,8 +383,8 @@ def test_what_does_not_fit_raises(change, message):
 COMPILE = """
 import torch
 from kvzip.ops import Channels, Quantized, decode_schedule
-from kvzip.ops.triton import decode as module
-module.overlaps_launches = lambda x: {capability} >= 90
+from kvzip.ops.triton import decode as module, decode_launch
+module.overlaps_launches = decode_launch.overlaps_launches = lambda x: {capability} >= 90
 def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
     offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
@@ -420,7 +421,7 @@ def test_as_many_programs_over_quantized_rows_fit_on_an_sm_as_splits_are_cut_for
     kernels = compile_launches(source, capability=90)
     assert_fits(kernels, capability=90)
     programs = launch_config(128, 4, torch.bfloat16, bits).per_sm
-    found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "_decode_kernel"]
+    found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "decode_kernel"]
     assert len(found) == 4
     assert all(size * programs <= 228 * 1024 < size * (programs + 1) for size in found)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, overlaps_launches, tanh
+from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, on_device, overlaps_launches, tanh
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
 
@@ -31,6 +31,7 @@ def launch_config(N: int, K: int) -> Launch:
     return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
 
 
+@on_device
 def linear_triton(
     x: Float[Tensor, "*b K"],
     weight: Float[Tensor, "N K"],
@@ -76,6 +77,7 @@ def linear_triton(
     return out
 
 
+@on_device
 def gated(x: Float[Tensor, "*b N"], gate: str) -> Float[Tensor, "*b M"]:
     """Returns gate(first half) * second half of the last axis, float32 inside, rounded once."""
     x = x.contiguous()
