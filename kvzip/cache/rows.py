@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from .. import ops
-from ..ops.types import LARGEST, Channels, Quantized, owners
+from ..ops.types import LARGEST, Quantized, owners
 from .caches import DenseCache, RaggedCache, check_cache
 from .parts import RaggedKV
 
@@ -22,21 +22,12 @@ def first_rows(layer: RaggedKV, count: int) -> Int64[Tensor, "H n"]:
 
 def prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor, "H A D"]:
     """Returns the keys of the system prefix, which are the first `start` rows of every head."""
-    return keys_at(layer, first_rows(layer, start), slice(None), dtype)
-
-
-def keys_at(
-    layer: RaggedKV, rows: Int64[Tensor, "h n"], heads: Int64[Tensor, " h"] | slice, dtype: torch.dtype
-) -> Float[Tensor, "h n D"]:
-    """Returns the keys of some rows, as many for each of some heads; quantized ones are dequantized to `dtype`."""
+    rows = first_rows(layer, start)
     if isinstance(layer.k, Tensor):
         return layer.k[rows]
-    taken = ops.take_rows(layer.k, rows.flatten())
-    if taken.channels is not None:
-        own = Channels(taken.channels.center[heads], taken.channels.spread[heads])
-        taken = replace(taken, channels=own)
-    offsets = torch.arange(len(rows) + 1, device=rows.device).int() * rows.shape[1]
-    return rearrange(ops.dequantize(taken, dtype=dtype, offsets=offsets), "(h n) d -> h n d", h=len(rows))
+    offsets = torch.arange(len(rows) + 1, device=rows.device).int() * start
+    keys = ops.dequantize(ops.take_rows(layer.k, rows.flatten()), dtype=dtype, offsets=offsets)
+    return rearrange(keys, "(h a) d -> h a d", h=len(rows))
 
 
 def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:

@@ -54,7 +54,8 @@ def refit(
 
     is stored, so F is never above F(1, v). To first order, and with s for each |o[i] - u|^2, 2 F bounds the squared
     error that eviction makes in the layer's output, a ratio of sums over all chunks. The prefix and window layers stay
-    as they are, and so does a head that keeps all pairs of a chunk, unless its keys are in bits.
+    as they are, and so do the rows of a chunk of which a head keeps all pairs, also in bits. At ratio 1 nothing is
+    fitted, and `small` itself is returned.
 
     Args:
         cache: the dense cache that `small` was compressed from; scores are not needed.
@@ -85,11 +86,12 @@ def refit_and_measure(
 ) -> tuple[RaggedCache, Mass]:
     """Returns what `refit` does, and the mass that each head keeps before and after."""
     check_refit(model, cache, small)
+    if small.kept == small.total:
+        whole = torch.ones(len(cache.scored_layers), cache.heads)
+        return small, Mass(whole, whole)
     needed = f"the new values of {small.kept:,} pairs, and {HELD:,} bytes to fit them"
     with torch.no_grad(), explain_out_of_memory(needed, "lower chunk; both caches are as they were"):
         rows, mass = fit_rows(model, cache, small.context, options, progress=progress)
-        if small.kept == small.total and not _quantized(small):
-            return small, mass
         context = tuple(_with(layer, own) for layer, own in zip(small.context, rows, strict=True))
     return replace(small, context=context, method=small.method.removesuffix(REFITTED) + REFITTED), mass
 
@@ -122,10 +124,6 @@ def check_refit(model: Model, cache: DenseCache, small: RaggedCache) -> None:
                 f"expected the keys of this dense cache, got others in layer {n}: a streamed cache is fitted as it is "
                 "made, by prefill_compressed(refit=True)"
             )
-
-
-def _quantized(small: RaggedCache) -> bool:
-    return any(isinstance(layer, RaggedKV) and not isinstance(layer.k, Tensor) for layer in small.context)
 
 
 def _with(layer: RaggedKV | WindowKV, rows: Rows | None) -> RaggedKV | WindowKV:

@@ -1,29 +1,31 @@
 """The passes of a fit: the repeats of a dense cache, the systems that they give, and the rows that are solved for."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from .. import ops
 from ..attention import repeat_attend
 from ..cache import DenseCache, DenseKV, RaggedKV, WindowKV
 from ..models import Attend, Model
-from ..ops.types import owners
+from ..ops.types import Quantized, owners
 from ..options import Refitting
 from ..prefilling import Progress
 from ..scoring import repeats, run_repeats
-from .solving import Fit, solve
-from .systems import Systems, bounds_of, build, plan
+from .solving import solve
+from .systems import Seen, Systems, bounds_of, build, concatenated, masses, plan
 
-HELD = 3 << 27  # bytes of systems that wait to be solved together
-_SOLVED = 1 << 27  # bytes of matrices that are solved at a time
-
-Take = Callable[[Systems, Fit], None]
+HELD = 1 << 28  # bytes of systems that wait to be solved together
+_SOLVED = 1 << 27  # bytes of systems that are solved at a time
+_SEEN = 3 << 25  # bytes of the queries of layers whose systems are made together
 
 
 @dataclass(frozen=True)
@@ -63,73 +65,98 @@ def fit_rows(
         before, end: as in `scoring.score_chunks`, for a segment of a longer context.
         dtype: of the biases.
     """
-    found: list[Rows | None] = []
-    for layer, own in zip(layers, cache.layers, strict=True):
-        if isinstance(layer, WindowKV):
-            found.append(None)
-            continue
-        assert isinstance(layer, RaggedKV) and isinstance(own, DenseKV)
-        values = own.v[0][owners(layer.offsets, len(layer.positions)), layer.positions.long()]
-        found.append(Rows(values, torch.zeros(len(values), dtype=dtype, device=values.device)))
-    place = {n: i for i, n in enumerate(cache.scored_layers)}
-    sums = torch.zeros(3, len(place), cache.heads, dtype=torch.float32, device=model.device)
-
-    def take(systems: Systems, fit: Fit) -> None:
-        rows = found[systems.layer]
-        assert rows is not None
-        column = torch.arange(systems.rows.shape[1], device=systems.rows.device)
-        column = torch.minimum(column, systems.counts[:, None] - 1)  # padding writes the last row once more
-        values = fit.values.gather(1, column[..., None].expand_as(fit.values))
-        rows.values[systems.rows] = values.to(rows.values.dtype)
-        rows.bias[systems.rows] = fit.bias.gather(1, column).to(dtype)
-        for total, part in zip(sums, fit.mass, strict=False):
-            total[place[systems.layer], systems.heads] += part.float()
-
     ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
+    held = [own for own in cache.layers if isinstance(own, DenseKV)]
+    counts = [len(layer.positions) for layer in ragged]
+    values = torch.cat([own.v[0][places_of(layer)] for own, layer in zip(held, ragged, strict=True)])
+    bias = torch.zeros(len(values), dtype=dtype, device=values.device)
     passes = list(repeats(model, cache, chunk=options.chunk, hint=options.hint, before=before))
     cuts = [first for first, _, _ in passes] + [cache.length]
-    exact = [isinstance(layer.k, Tensor) for layer in ragged]
     sizes = [stop - first for first, stop in pairwise(cuts)]
+    shape = (len(sizes), len(ragged), cache.heads)  # of what each chunk, layer and head has
+    parts = torch.zeros(2, math.prod(shape), dtype=torch.float32, device=values.device)
+    whole = torch.zeros(shape, dtype=torch.float32, device=values.device)
     bounds = bounds_of(ragged, cache.length, cuts)
-    planned = plan(bounds, [sizes if own else [-1] * len(sizes) for own in exact])
-    here = cache.length + (0 if before is None else len(before))
-    held: list[Systems] = []
+    longest = max(len(ids) for _, _, ids in passes)
+    one = longest * model.config.num_heads * model.config.head_dim * max(2, values.element_size())
+    depth = max(1, _SEEN // one)
+    starts = [0, *accumulate(counts)]
+    planned = plan(bounds.tolist(), starts, sizes, depth, values.device)  # waits for the device, so nothing after does
+    chunked = [rows_by_chunk(layer, cuts) for layer in ragged]
+    waiting: list[Systems] = []
+    seen: list[Seen] = []
+    ends = bounds.diff(dim=2).movedim(2, 1)  # [L chunks H]
+    firsts = ends.sum(2).tolist()
+    firsts = [[*accumulate(own, initial=count - sum(own))] for own, count in zip(firsts, counts, strict=True)]
+    offsets = F.pad(ends.cumsum(2), (1, 0)).int()
 
     def look(chunk: int, layer: int, q: Tensor, out: Tensor, lse: Tensor, chunk_out: Tensor, chunk_lse: Tensor) -> None:
-        kept, own = layers[layer], cache.layers[layer]
-        assert isinstance(kept, RaggedKV) and isinstance(own, DenseKV)
         n = place[layer]
-        mass = (chunk_lse - lse).float().exp().unflatten(0, (cache.heads, -1)).sum((1, 2))
-        sums[2, n] += mass
-        if exact[n]:
-            sums[:2, n] += mass * (bounds[n, :, chunk + 1] - bounds[n, :, chunk] == sizes[chunk])
-        for group in planned[n][chunk]:
-            held.append(build(model.config, layer, kept, own, group, (q, out, lse, chunk_out, chunk_lse)))
-        if sum(systems.gram.nbytes for systems in held) > HELD:
+        rows = chunked[n][firsts[n][chunk] : firsts[n][chunk + 1]]
+        keys = taken(ragged[n].k, rows, offsets[n, chunk], q.dtype)
+        seen.append(Seen(q, out, lse, chunk_out, chunk_lse, keys))
+        block = planned[chunk][n // depth]
+        if len(seen) < len(block.layers):
+            return
+        mass = masses(seen, cache.heads)
+        whole[chunk, block.layers.start : block.layers.stop] = mass.sum(1).unflatten(0, (-1, cache.heads))
+        waiting.extend(build(model.config, block, seen, mass, values))
+        if sum(systems.nbytes for systems in waiting) > HELD:
             finish()
 
     def finish() -> None:
-        for batch in batches(held):
-            solved(batch, options, model.dtype, take)
-        held.clear()
+        for batch in batches(waiting):
+            systems = concatenated(batch)
+            fit = solve(systems, options, model.dtype)
+            column = torch.arange(systems.width, device=values.device)
+            column = torch.minimum(column, systems.counts[:, None] - 1)  # padding writes the last row once more
+            values[systems.rows] = fit.values.gather(1, column[..., None].expand_as(fit.values)).to(values.dtype)
+            bias[systems.rows] = fit.bias.gather(1, column).to(dtype)
+            parts[:, systems.slots] = torch.stack(fit.mass).float()
+        waiting.clear()
 
     def strategy(first: int, stop: int) -> Attend:
         shown = partial(look, cuts.index(first))
         how = {"start": cache.start, "first": first, "stop": stop, "gap": end > here}
         return repeat_attend(model.config, cache.layers, shown, **how)
 
+    place = {n: i for i, n in enumerate(cache.scored_layers)}
+    here = cache.length + (0 if before is None else len(before))
     told = None if progress is None else lambda stop: progress(stop - cache.start, cache.length - cache.start)
     run_repeats(model, passes, max(here, end), strategy, progress=told, needed=f"beside {HELD:,} bytes of its products")
     finish()
-    return found, mass_of(sums)
+    kept = ends.movedim(1, 0) == torch.tensor(sizes, device=ends.device)[:, None, None]  # heads with all of a chunk
+    mass = mass_of(*(torch.where(kept, whole, part.view(shape)) for part in parts), whole)
+    fitted = iter(map(Rows, values.split(counts), bias.split(counts)))
+    return [next(fitted) if isinstance(layer, RaggedKV) else None for layer in layers], mass
 
 
-def batches(held: list[Systems]) -> Iterator[list[Systems]]:
+def places_of(layer: RaggedKV) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+    """Returns the head and the token of each row."""
+    return owners(layer.offsets, len(layer.positions)), layer.positions.long()
+
+
+def rows_by_chunk(layer: RaggedKV, cuts: Sequence[int]) -> Int32[Tensor, " N"]:
+    """Returns the rows of a layer, those of each chunk together, and of a chunk in their order; the prefix is first."""
+    chunks = torch.bucketize(layer.positions, layer.positions.new_tensor(cuts), right=True)
+    return chunks.argsort(stable=True).int()
+
+
+def taken(
+    k: Tensor | Quantized, rows: Int32[Tensor, " n"], offsets: Int32[Tensor, " H1"], dtype: torch.dtype
+) -> Float[Tensor, "n D"]:
+    """Returns some keys of a layer, head h has those from offsets[h] on; quantized ones are dequantized to `dtype`."""
+    if isinstance(k, Tensor):
+        return k.index_select(0, rows)
+    return ops.dequantize(ops.take_rows(k, rows.long()), dtype=dtype, offsets=offsets)
+
+
+def batches(waiting: Sequence[Systems]) -> Iterator[list[Systems]]:
     """Yields systems of one width, as many together as may be solved at a time."""
     batch: list[Systems] = []
-    for systems in sorted(held, key=lambda each: each.rows.shape[1]):
-        same = batch and batch[0].rows.shape[1] == systems.rows.shape[1]
-        if batch and not (same and sum(x.gram.nbytes for x in (*batch, systems)) <= _SOLVED):
+    for systems in sorted(waiting, key=lambda each: each.width):
+        same = batch and batch[0].width == systems.width
+        if batch and not (same and sum(x.nbytes for x in (*batch, systems)) <= _SOLVED):
             yield batch
             batch = []
         batch.append(systems)
@@ -137,22 +164,10 @@ def batches(held: list[Systems]) -> Iterator[list[Systems]]:
         yield batch
 
 
-def solved(batch: list[Systems], options: Refitting, dtype: torch.dtype, take: Take) -> None:
-    """Solves the systems of a batch together, and gives each its part."""
-    names = [f.name for f in fields(Systems) if f.name != "layer"]
-    whole = batch[0]
-    if len(batch) > 1:
-        whole = Systems(layer=-1, **{name: torch.cat([getattr(x, name) for x in batch]) for name in names})
-    fit, sizes = solve(whole, options, dtype), [len(systems.heads) for systems in batch]
-    parts = zip(*(x.split(sizes) for x in (fit.bias, fit.values, *fit.mass)), strict=True)
-    for systems, (bias, values, before, after) in zip(batch, parts, strict=True):
-        take(systems, Fit(bias, values, (before, after)))
-
-
-def mass_of(sums: Float32[Tensor, "3 L H"]) -> Mass:
-    """Returns the mass of sums before, after, and over all keys of the chunks; 1 where nothing was attended to."""
-    before, after = (torch.where(sums[2] > 0, part / sums[2], 1.0).cpu() for part in sums[:2])
-    return Mass(before, after)
+def mass_of(before: Float32[Tensor, "c L H"], after: Float32[Tensor, "c L H"], whole: Float32[Tensor, "c L H"]) -> Mass:
+    """Returns the mass of that on kept pairs and on all of each chunk; 1 where nothing was attended to."""
+    total = whole.sum(0)
+    return Mass(*(torch.where(total > 0, part.sum(0) / total, 1.0).cpu() for part in (before, after)))
 
 
 def note_of(mass: Mass) -> dict[str, list[list[float]]]:

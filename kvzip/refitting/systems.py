@@ -1,29 +1,61 @@
 """The least squares problems of a fit: what the queries of a chunk's repeat ask of the rows that its heads keep."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..cache import DenseKV, RaggedKV
-from ..cache.rows import keys_at
+from ..cache import RaggedKV
 from ..models import ModelConfig
 from ..ops.types import owners
 
 _WEIGHTS_AT_ONCE = 1 << 25  # softmax weights that are held at a time, 192 MiB of them in bfloat16 and float32
-_FULL = 0.6  # a head joins others that are padded to a width if it fills at least this much of it
+_FULL = 0.7  # a head joins others that are padded to a width if it fills at least this much of it
+_MORE = 8  # columns of targets beside those of y, three of them used: tensor cores want multiples of 8
 
 
-Seen = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q, out, lse, chunk_out, chunk_lse of one layer, see `attention.Look`."""
+@dataclass(frozen=True)
+class Seen:
+    """What the queries of one layer saw in a chunk's repeat, see `attention.Look`, and the kept keys of the chunk.
+
+    `keys` has those of all heads, one head after the other.
+    """
+
+    q: Float[Tensor, "Hq T D"]
+    out: Float[Tensor, "Hq T D"]
+    lse: Float[Tensor, "Hq T"]
+    chunk_out: Float[Tensor, "Hq T D"]
+    chunk_lse: Float[Tensor, "Hq T"]
+    keys: Float[Tensor, "N D"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The heads of some successive layers that have something to fit in one chunk, those with most rows first.
+
+    layers: which of the layers that are fitted.
+    heads: l * H + h of each, l counted from the block's first layer.
+    slots: (c * L + l) * H + h of each, c the chunk, l counted from the first of all L layers.
+    first, local: a head's first row among those of all layers, and in the block's `keys` of this chunk.
+    groups: how many of the heads are padded together, and to how many rows.
+    """
+
+    layers: range
+    heads: Int64[Tensor, " B"]
+    slots: Int64[Tensor, " B"]
+    first: Int64[Tensor, " B"]
+    local: Int64[Tensor, " B"]
+    counts: Int64[Tensor, " B"]
+    groups: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Systems:
-    """The problems of B heads of one chunk, each padded to t rows. Everything is a sum over the same query rows i.
+    """The problems of B heads, each padded to t rows. Everything of a head is a sum over the same query rows i.
 
     With p[i, j] the softmax weight of row i on kept key j, m[i] its mass on all keys of the chunk, y[i] its output from
     all of them less m[i] * mean, and mean the mean of its whole output o[i]:
@@ -31,12 +63,11 @@ class Systems:
         gram = p'p    load = p'm    cross = p'y    reach = p'1    old = v - mean
         spread = mean over i of |o[i] - mean|^2    energy = spread |m|^2 + |y|^2
 
-    Past counts[b] rows a head has zeros. rows[b, j] is the row of the layer that column j is about; past the end it is
-    the head's last row again.
+    Past counts[b] rows a head has zeros. rows[b, j] is what column j is about, a row among those of all layers; past
+    the end it is the head's last row again. `slots` are those of `Block`.
     """
 
-    layer: int
-    heads: Int64[Tensor, " B"]
+    slots: Int64[Tensor, " B"]
     rows: Int64[Tensor, "B t"]
     counts: Int64[Tensor, " B"]
     gram: Float[Tensor, "B t t"]
@@ -47,6 +78,21 @@ class Systems:
     mean: Float[Tensor, "B D"]
     spread: Float[Tensor, " B"]
     energy: Float[Tensor, " B"]
+
+    @property
+    def width(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values())
+
+
+def concatenated(parts: Sequence[Systems]) -> Systems:
+    """Returns systems of one width as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Systems(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Systems)})
 
 
 def bounds_of(layers: Sequence[RaggedKV], length: int, cuts: Sequence[int]) -> Int64[Tensor, "L H c"]:
@@ -60,116 +106,138 @@ def bounds_of(layers: Sequence[RaggedKV], length: int, cuts: Sequence[int]) -> I
     return torch.stack(found)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Heads of one layer and chunk that are padded to `width` rows, and the first row and number of rows of each."""
-
-    heads: Int64[Tensor, " B"]
-    first: Int64[Tensor, " B"]
-    counts: Int64[Tensor, " B"]
-    width: int
-
-
-def plan(bounds: Int64[Tensor, "L H c"], whole: Sequence[Sequence[int]]) -> list[list[list[Group]]]:
-    """Returns the groups of each chunk of each layer. It waits for the device, so that nothing after it does.
+def plan(
+    bounds: Sequence[Sequence[Sequence[int]]], starts: Sequence[int], sizes: Sequence[int], depth: int, device: object
+) -> list[list[Block]]:
+    """Returns the blocks of each chunk, of `depth` layers each. A head without rows or with all has nothing to fit.
 
     Args:
-        bounds: see `bounds_of`.
-        whole: tokens of each chunk by layer; a head that keeps as many has nothing to fit.
+        bounds: see `bounds_of`, with one token more than there are chunks.
+        starts: how many rows the layers before each layer have.
+        sizes: tokens of each chunk.
     """
-    counts = bounds.diff(dim=2).movedim(2, 1).tolist()  # [L chunks H]
-    found = [
-        [groups_of([0 if n == most else n for n in heads]) for heads, most in zip(chunks, tokens, strict=True)]
-        for chunks, tokens in zip(counts, whole, strict=True)
-    ]
-    sizes = [len(heads) for layer in found for chunk in layer for heads, _ in chunk]
-    heads = [head for layer in found for chunk in layer for group, _ in chunk for head in group]
-    order = iter(torch.tensor(heads, device=bounds.device).split(sizes))
-    planned: list[list[list[Group]]] = []
-    for n, layer in enumerate(found):
-        planned.append([])
-        for c, chunk in enumerate(layer):
-            planned[n].append([])
-            for _, width in chunk:
-                own = next(order)
-                first, stop = bounds[n, own, c], bounds[n, own, c + 1]
-                planned[n][c].append(Group(own, first, stop - first, width))
-    return planned
+    numbers: list[list[int]] = []
+    parts: list[list[tuple[range, int, tuple[tuple[int, int], ...]]]] = []
+    for c, size in enumerate(sizes):
+        parts.append([])
+        for at in range(0, len(bounds), depth):
+            layers = range(at, min(at + depth, len(bounds)))
+            own = [(n, h, head[c], head[c + 1] - head[c]) for n in layers for h, head in enumerate(bounds[n])]
+            local = accumulate((count for *_, count in own), initial=0)
+            found = [
+                [i, (c * len(bounds) + n) * len(bounds[n]) + h, starts[n] + first, place, count]
+                for i, ((n, h, first, count), place) in enumerate(zip(own, local, strict=False))
+                if 0 < count < size
+            ]
+            found.sort(key=lambda line: (-line[-1], line[0]))
+            numbers += found
+            parts[c].append((layers, len(found), groups_of([line[-1] for line in found])))
+    told = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 5).T.contiguous().to(device)  # one copy for all
+    columns = iter(zip(*(x.split([count for chunk in parts for _, count, _ in chunk]) for x in told), strict=True))
+    return [[Block(layers, *next(columns), groups) for layers, _, groups in chunk] for chunk in parts]
 
 
-def groups_of(counts: list[int]) -> list[tuple[list[int], int]]:
-    """Returns heads of similar lengths together, the longest first, and the width that each group is padded to.
+def groups_of(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Returns how many heads of descending lengths are padded together, and to which width.
 
-    Widths are eight steps an octave, so that groups of several layers have the same. Heads without rows are left out.
+    Widths are eight steps an octave, so that groups of several chunks have the same.
     """
-    groups: list[tuple[list[int], int]] = []
-    for head in sorted((h for h, count in enumerate(counts) if count), key=lambda h: (-counts[h], h)):
-        if not groups or counts[head] < _FULL * groups[-1][1]:
-            step = 8 << max(0, counts[head].bit_length() - 7)  # at least 8 rows
-            groups.append(([], -(-counts[head] // step) * step))
-        groups[-1][0].append(head)
-    return groups
+    groups: list[tuple[int, int]] = []
+    for count in counts:
+        if not groups or count < _FULL * groups[-1][1]:
+            step = 8 << max(0, count.bit_length() - 7)  # at least 8 rows
+            groups.append((0, -(-count // step) * step))
+        groups[-1] = (groups[-1][0] + 1, groups[-1][1])
+    return tuple(groups)
+
+
+def masses(seen: Sequence[Seen], heads: int) -> Float[Tensor, "LH n"]:
+    """Returns the part of each query's attention that falls on the chunk, in float32 or wider, by layer and head."""
+    part = _joined([x.chunk_lse for x in seen], heads) - _joined([x.lse for x in seen], heads)
+    return part.to(_wide(part)).exp_()
 
 
 def build(
-    config: ModelConfig,
-    number: int,
-    layer: RaggedKV,
-    dense: DenseKV,
-    group: Group,
-    seen: Seen,
-) -> Systems:
-    """Returns the systems of a group of heads of one layer and chunk.
+    config: ModelConfig, block: Block, seen: list[Seen], mass: Float[Tensor, "LH n"], values: Float[Tensor, "N D"]
+) -> list[Systems]:
+    """Returns the systems of a block. It empties `seen`, so that what is no longer needed is freed.
 
     Args:
-        layer: the kept rows, whose keys are asked; `dense` has the values of all.
+        seen: of the block's layers; `mass` see `masses`.
+        values: the old values of the rows of all layers.
     """
-    q, out, lse, chunk_out, chunk_lse = seen
-    heads, first, counts, width = group.heads, group.first, group.counts, group.width
-    device, wide = q.device, torch.promote_types(q.dtype, torch.float32)
-    column = torch.arange(width, device=device)
-    rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
-    used = column < counts[:, None]
-    keys = keys_at(layer, rows, heads, q.dtype)
-    values = dense.v[0][heads[:, None], layer.positions[rows].long()].to(wide)
-
-    def of(x: Tensor) -> Tensor:
-        return rearrange(x, "(h g) t ... -> h (g t) ...", h=layer.heads)[heads]
-
-    queries, norm, mass = of(q), of(lse).to(wide), of((chunk_lse - lse).exp()).to(wide)
-    whole = of(out).to(wide)
+    if not block.groups:
+        seen.clear()
+        return []
+    heads, wide = config.num_kv_heads, mass.dtype
+    keys, lses = torch.cat([x.keys for x in seen]), [x.lse for x in seen]
+    q, out, chunk_out = ([getattr(x, name) for x in seen] for name in ("q", "out", "chunk_out"))
+    seen.clear()
+    queries, norm = _joined(q, heads)[block.heads], _joined(lses, heads)[block.heads].to(wide)
+    q.clear()
+    mass, whole = mass[block.heads], _joined(out, heads)[block.heads].to(wide)
+    out.clear()
     mean = whole.mean(1)
-    spread = (whole - mean[:, None]).square().sum(-1).mean(1)
-    y = (of(chunk_out).to(wide) - mean[:, None]) * mass[..., None]
-    energy = spread * mass.square().sum(1) + y.square().sum((1, 2))
-    high = mass.to(q.dtype).to(wide)  # in two parts, as the products are in the model's dtype
-    targets = torch.cat([y, high[..., None], (mass - high)[..., None], torch.ones_like(mass)[..., None]], -1)
-    targets = targets.to(_narrow(q))
-    gram = torch.zeros(len(heads), width, width, dtype=wide, device=device)
-    sums = torch.zeros(len(heads), width, targets.shape[2], dtype=wide, device=device)
-    size = max(1, _WEIGHTS_AT_ONCE // (len(heads) * width))
-    for begin in range(0, queries.shape[1], size):
+    spread = whole.sub_(mean[:, None]).square_().sum((1, 2)) / whole.shape[1]
+    del whole
+    y = _joined(chunk_out, heads)[block.heads].to(wide).sub_(mean[:, None]).mul_(mass[..., None])
+    chunk_out.clear()
+    energy = spread * mass.square().sum(1) + torch.linalg.vector_norm(y, dim=(1, 2)).square()
+    high = mass.to(queries.dtype).to(wide)  # in two parts, as the products are in the model's dtype
+    width = y.shape[2]
+    targets = torch.zeros(*mass.shape, width + _MORE, dtype=_narrow(queries), device=y.device)
+    targets[..., :width] = y
+    for n, x in enumerate((high, mass - high, 1), start=width):
+        targets[..., n] = x
+    del y
+
+    column = torch.arange(block.groups[0][1], device=keys.device)
+    own = torch.minimum(column, block.counts[:, None] - 1)
+    used, local, rows = column < block.counts[:, None], own + block.local[:, None], own + block.first[:, None]
+    found, at = [], 0
+    for count, most in block.groups:
+        mine, at = slice(at, at + count), at + count
+        inside, place = used[mine, :most], rows[mine, :most]
+        asked = keys[local[mine, :most]]
+        gram, sums = products(queries[mine], asked, norm[mine], targets[mine], config)
+        gram *= inside[:, :, None] & inside[:, None]
+        sums *= inside[..., None]
+        high_load, low_load, reach = sums[..., width : width + 3].unbind(-1)
+        found.append(
+            Systems(
+                slots=block.slots[mine],
+                rows=place,
+                counts=block.counts[mine],
+                gram=gram,
+                load=high_load + low_load,
+                cross=sums[..., :width],
+                reach=reach,
+                old=(values[place].to(wide) - mean[mine, None]) * inside[..., None],
+                mean=mean[mine],
+                spread=spread[mine],
+                energy=energy[mine],
+            )
+        )
+    return found
+
+
+def products(
+    q: Float[Tensor, "B n D"],
+    k: Float[Tensor, "B t D"],
+    lse: Float[Tensor, "B n"],
+    targets: Float[Tensor, "B n c"],
+    config: ModelConfig,
+) -> tuple[Float[Tensor, "B t t"], Float[Tensor, "B t c"]]:
+    """Returns p'p and p' targets in float32 or wider, p the `weights` of queries on keys, some queries at a time."""
+    size, found = max(1, _WEIGHTS_AT_ONCE // (k.shape[0] * k.shape[1])), None
+    for begin in range(0, q.shape[1], size):
         part = slice(begin, begin + size)
-        p = weights(queries[:, part], keys, norm[:, part], config).to(targets.dtype)
-        gram += product(p.mT, p)
-        sums += product(p.mT, targets[:, part])
-    gram *= used[:, :, None] & used[:, None]
-    sums *= used[..., None]
-    cross, load, low, reach = sums.split([y.shape[2], 1, 1, 1], dim=2)
-    return Systems(
-        layer=number,
-        heads=heads,
-        rows=rows,
-        counts=counts,
-        gram=gram,
-        load=(load + low)[..., 0],
-        cross=cross,
-        reach=reach[..., 0],
-        old=(values - mean[:, None]) * used[..., None],
-        mean=mean,
-        spread=spread,
-        energy=energy,
-    )
+        p = weights(q[:, part], k, lse[:, part], config).to(targets.dtype)
+        more = product(p.mT, p), product(p.mT, targets[:, part])
+        found = more if found is None else tuple(x.add_(y) for x, y in zip(found, more, strict=True))
+    assert found is not None
+    gram, sums = found
+    return gram, sums
 
 
 def weights(
@@ -187,10 +255,19 @@ def product(a: Float[Tensor, "B n m"], b: Float[Tensor, "B m k"]) -> Float[Tenso
     """Returns a @ b in float32 or wider. On a GPU 16-bit inputs are multiplied as they are, and summed in float32."""
     if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype"):
         return torch.ops.aten.bmm.dtype(a, b, torch.float32)
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = _wide(a)
     return torch.bmm(a.to(wide), b.to(wide))
+
+
+def _joined(parts: Sequence[Tensor], heads: int) -> Tensor:
+    """The queries of the same KV head together, of each layer and head."""
+    return rearrange(torch.stack(list(parts)), "l (h g) t ... -> (l h) (g t) ...", h=heads)
 
 
 def _narrow(q: Tensor) -> torch.dtype:
     """The dtype of the factors of the large products: a CPU has no product of 16-bit numbers that sums in float32."""
-    return q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
+    return q.dtype if q.is_cuda else _wide(q)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
