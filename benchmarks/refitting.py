@@ -1,25 +1,29 @@
 """What refitting costs, and which of its variants is best on data outside the published tasks.
 
     python benchmarks/refitting.py time                               # a published shape at 32,768 and 126,000 tokens
-    python benchmarks/refitting.py study MODEL_DIR --data DATA [--tasks ...] [--variants ...] [--limit 560]
+    python benchmarks/refitting.py cpu MODEL_DIR --data DATA          # a real model on the host
+    python benchmarks/refitting.py study MODEL_DIR [MODEL_DIR ...] --data DATA [--workers 6] [--limit 230]
     python benchmarks/refitting.py show                               # the study's means, by task, ratio and variant
 
 `time`: seconds and peak memory of `refit` beside scoring; random weights, heads that keep as unequal parts as real
 ones.
-`study`: likelihood of the reference answers and the score of greedy answers, of contexts that are prefilled and scored
-once and then compressed at each ratio, to equal bytes: a cache with biases keeps as many rows fewer as they take. The
-data are other tasks than `plans.py` publishes, and where a kind of context is like a published one, another generator
-makes it. The study goes on where it stopped (exit code 75 after a time limit). Each figure is one JSON line appended to
+`study`: likelihood of the reference answers, how many of them greedy decoding gives, and with --max-tokens the score of
+greedy answers, of contexts that are prefilled and scored once and then compressed at each ratio, to equal bytes: a
+cache with biases keeps as many rows fewer as they take. The data are those of `other_data.py`. A variant is "select" or
+a fit of `studies.FITS`, with a floor of rows ("+fifth" of each head's equal share) and scores ("@kvzip+") after it.
+The study goes on where it stopped (exit code 75 after a time limit). Each figure is one JSON line appended to
 benchmarks/results/refitting.jsonl. The published tasks are `evaluation.py --refit`.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +37,7 @@ import torch
 
 import kvzip
 from benchmarks import harness
+from benchmarks.other_data import STUDIED, TASKS
 from benchmarks.studies import FITS, FLOORS, equal_bytes, floored
 from kvzip import DenseCache, Model, RaggedCache, prompts
 from kvzip.cache import nbytes
@@ -47,16 +52,12 @@ from kvzip.refitting import refit_and_measure
 
 RESULTS = harness.RESULTS / "refitting.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.5)
-VARIANTS = [name + floor for name in ("select", "bias", "both") for floor in FLOORS]
-VARIANTS += [name for name in FITS if name not in VARIANTS]
-TASKS = (
-    "prefix_suffix@4096",
-    "ruler_vt@4096",
-    "ruler_niah_single_3@4096",
-    "ruler_cwe@4096",
-    "math_find@4096",
-    "quality@7000",
+VARIANTS = (
+    *(name + floor for name in ("select", "bias", "both") for floor in ("", "+tenth", "+fifth")),
+    *("values", "both:pull=0.01", "both:pull=1", "both:bound=1", "both:bound=5", "both:every=4"),
+    *("select@kvzip+", "both+fifth@kvzip+"),
 )
+KEYS = ("model", "form", "task", "example", "variant", "ratio")
 
 
 def time_part(options: argparse.Namespace) -> int:
@@ -93,42 +94,92 @@ def time_part(options: argparse.Namespace) -> int:
 
 
 def study_part(options: argparse.Namespace) -> int:
-    """Does what is missing; returns 75 if the time was up before the end."""
-    begun, done = time.monotonic(), done_of(options.results)
-    model = kvzip.load(options.model, dtype=getattr(torch, options.dtype))
-    name, facts = options.model.name, harness.facts(model.device.type, options.commit)
-    for task in options.tasks:
-        for number, example in enumerate(examples(task, request_of(model, options))):
-            wanted = [("full", 1.0), *((v, r) for r in options.ratios for v in options.variants)]
-            missing = [w for w in wanted if (name, options.form, task, number, *w) not in done]
-            if not missing:
-                continue
-            dense: DenseCache | None = None
-            for variant, ratio in missing:
-                if time.monotonic() - begun > options.limit:
-                    return UNFINISHED
-                if dense is None:
-                    dense = kvzip.score(model, prefill_example(model, example, form=options.form), chunk=options.chunk)
-                cache, told = made(model, dense, variant, ratio, options.chunk)
-                line = {"what": "study", "model": name, "form": options.form, "task": task, "example": number}
-                line |= {"variant": variant, "ratio": ratio, "chunk": options.chunk, "tokens": dense.length}
-                line |= told | answered(model, cache, example, options)
-                harness.record(options.results, [line], facts)
-    return 0
+    """Does what is missing, in several processes; returns 75 if the time was up before the end."""
+    begun = time.monotonic()
+    waiting = [(m, t, n) for n in range(options.contexts) for t in options.tasks for m in options.models]
+    waiting.sort(key=lambda job: options.models.index(job[0]))  # so that few processes load a second model
+    processes = multiprocessing.get_context("spawn")
+    taken, left = processes.Value("i", 0), processes.Value("i", 0)
+    how = (options, waiting, taken, left, begun, harness.facts(options.device, options.commit))
+    workers = [processes.Process(target=work, args=how) for _ in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        return 1
+    return UNFINISHED if left.value else 0
+
+
+def work(
+    options: argparse.Namespace,
+    waiting: Sequence[tuple[Path, str, int]],
+    taken: Any,
+    left: Any,
+    begun: float,
+    facts: Mapping[str, Any],
+) -> None:
+    """Does one context after the other until none is left or the time is up, which `left` counts."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
+    done, model, source = done_of(options.results), None, None
+    wanted = [("full", 1.0), *((v, r) for r in options.ratios for v in options.variants)]
+    while True:
+        with taken.get_lock():
+            number = taken.value
+            taken.value += 1
+        if number >= len(waiting):
+            return
+        path, task, example = waiting[number]
+        missing = [w for w in wanted if (path.name, options.form, task, example, *w) not in done]
+        if not missing:
+            continue
+        if source != path:
+            model = None
+            source, model = path, kvzip.load(path, dtype=getattr(torch, options.dtype), device=options.device)
+        assert model is not None
+        stem, _, length = task.partition("@")
+        request = request_of(model, options)
+        made_of = TASKS[stem].make(replace(request, length=int(length))) if stem in TASKS else examples(task, request)
+        context = next(itertools.islice(made_of, example, None), None)
+        if context is None:
+            print(f"{task}: no context {example}", flush=True)
+            continue
+        dense: dict[str, DenseCache] = {}
+        for variant, ratio in missing:
+            if time.monotonic() - begun > options.limit:
+                left.value += 1
+                return
+            cache, told = made(model, context, dense, variant, ratio, options)
+            line = {"what": "study", "model": path.name, "form": options.form, "task": task, "example": example}
+            line |= {"variant": variant, "ratio": ratio, "chunk": options.chunk, "tokens": dense["kvzip"].length}
+            line |= told | answered(model, cache, context, options)
+            harness.record(options.results, [line], facts)
 
 
 def made(
-    model: Model, dense: DenseCache, variant: str, ratio: float, chunk: int
+    model: Model,
+    context: Example,
+    dense: dict[str, DenseCache],
+    variant: str,
+    ratio: float,
+    options: argparse.Namespace,
 ) -> tuple[DenseCache | RaggedCache, dict[str, Any]]:
-    """Returns the cache of a variant, and what is to be said of it."""
-    if variant == "full":
-        return dense, {"bytes": nbytes(dense), "kept": 1.0}
-    name, plus, floor = variant.partition("+")
+    """Returns the cache of a variant, and what is to be said of it. `dense` has the caches that were scored so far."""
+    name, _, method = variant.partition("@")
+    method = method or "kvzip"
+    for each in dict.fromkeys(("kvzip", method)):
+        if each not in dense:
+            full = dense.get("kvzip") or prefill_example(model, context, form=options.form)
+            dense[each] = kvzip.score(model, full, method=each, chunk=options.chunk)
+    scored = dense[method]
+    if name == "full":
+        return scored, {"bytes": nbytes(scored), "kept": 1.0}
+    name, plus, floor = name.partition("+")
     least, told = FLOORS[plus + floor], {}
-    small = floored(dense, ratio, least)
+    small = floored(scored, ratio, least)
     if name != "select":
-        how, less = replace(FITS[name], chunk=chunk), equal_bytes(dense, ratio, least)
-        (small, mass), seconds = timed(model.device, partial(refit_and_measure, model, dense, less, how))
+        how, less = replace(FITS[name], chunk=options.chunk), equal_bytes(scored, ratio, least)
+        (small, mass), seconds = timed(model.device, partial(refit_and_measure, model, scored, less, how))
         told = {"fit_s": round(seconds, 3)}
         told |= {name: round(part.mean().item(), 4) for name, part in vars(mass).items()}
     return small, told | {"bytes": nbytes(small), "kept": round(small.kept / small.total, 6)}
@@ -157,29 +208,38 @@ def request_of(model: Model, options: argparse.Namespace) -> Request:
 
 def done_of(results: Path) -> set[tuple[Any, ...]]:
     """What the results have: model, form, task, number of the context, variant and ratio."""
-    if not results.exists():
-        return set()
-    keys = ("model", "form", "task", "example", "variant", "ratio")
-    return {tuple(line[key] for key in keys) for line in studied(results)}
+    return {tuple(line[key] for key in KEYS) for line in studied(results)}
 
 
-def studied(results: Path) -> Iterator[Mapping[str, Any]]:
-    return (line for line in harness.read_lines(results) if line["what"] == "study")
+def studied(results: Path) -> list[dict[str, Any]]:
+    return [line for line in harness.read_lines(results) if line["what"] == "study"] if results.exists() else []
 
 
 def show_part(options: argparse.Namespace) -> int:
-    """Prints means over contexts: log-likelihood in nats, score."""
+    """Prints means over the contexts of each task, then over tasks: as parts of the full cache's, and in nats."""
+    lines = {tuple(line[key] for key in KEYS): line for line in studied(options.results)}
     cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for line in studied(options.results):
-        cells.setdefault((line["model"], line["task"], line["ratio"], line["variant"]), []).append(line)
-    print("model, task, ratio, variant: contexts, log-likelihood, score, kept mass before and after")
-    for key, lines in sorted(cells.items(), key=lambda item: item[0][:3]):
-        means = {
-            name: statistics.fmean(line[name] for line in lines)
-            for name in ("loglik", "score", "before", "after")
-            if all(name in line for line in lines)
-        }
-        print(*key, len(lines), json.dumps({name: round(value, 3) for name, value in means.items()}))
+    for line in lines.values():
+        cells.setdefault((line["model"], line["ratio"], line["variant"], line["task"]), []).append(line)
+    names = ("loglik", "exact", "score", "before", "after", "fit_s")
+    means = {
+        key: {name: statistics.fmean(x[name] for x in own) for name in names if all(name in x for x in own)}
+        for key, own in cells.items()
+    }
+    print("model, ratio, variant, task: contexts, means")
+    for key, own in sorted(means.items()):
+        print(*key, len(cells[key]), json.dumps({name: round(value, 3) for name, value in own.items()}))
+    print("model, ratio, variant: tasks, nats lost to the full cache, exact")
+    by_variant: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for (model, ratio, variant, task), own in means.items():
+        full = means.get((model, 1.0, "full", task))
+        if full is not None and variant != "full":
+            by_variant.setdefault((model, ratio, variant), []).append((full["loglik"] - own["loglik"], own["exact"]))
+    for key, own in sorted(
+        by_variant.items(), key=lambda item: (*item[0][:2], statistics.fmean(x for x, _ in item[1]))
+    ):
+        lost, exact = (statistics.fmean(column) for column in zip(*own, strict=True))
+        print(*key, len(own), f"{lost:.3f} {100 * exact:.1f}%")
     return 0
 
 
@@ -195,14 +255,16 @@ def main() -> int:
     times.add_argument("--bits", type=int, choices=(8, 4))
     times.add_argument("--repeats", type=int, default=3)
     study = parts.add_parser("study")
-    study.add_argument("model", type=Path)
+    study.add_argument("models", type=Path, nargs="+")
     study.add_argument("--data", help="directory of JSONL files")
-    study.add_argument("--tasks", nargs="+", default=TASKS)
-    study.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    study.add_argument("--tasks", nargs="+", default=STUDIED)
+    study.add_argument("--variants", nargs="+", default=VARIANTS)
     study.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
-    study.add_argument("--contexts", type=int, default=4, help="of each task")
-    study.add_argument("--questions", type=int, default=10, help="of each context")
-    study.add_argument("--max-tokens", type=int, default=64, help="of an answer, at most; 0 takes likelihoods alone")
+    study.add_argument("--contexts", type=int, default=2, help="of each task")
+    study.add_argument("--questions", type=int, default=12, help="of each context")
+    study.add_argument("--max-tokens", type=int, default=0, help="of an answer, at most; 0 takes likelihoods alone")
+    study.add_argument("--workers", type=int, default=1, help="processes on one device")
+    study.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     study.add_argument("--chunk", type=int, default=2_000)
     study.add_argument("--form", default="chat", choices=("chat", "cloze"))
     study.add_argument("--seed", type=int, default=19)

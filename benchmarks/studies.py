@@ -207,6 +207,7 @@ FITS = {
     **{f"both:bound={x:g}": Refitting(bound=x) for x in (0.5, 1, 2, 5)},
     **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-2, 1)},
     **{f"both:ridge={x:g}": Refitting(ridge=x) for x in (1e-2, 1e-1)},
+    **{f"both:every={n}": Refitting(every=n) for n in (2, 4, 8)},
 }
 REFITS = named(
     Method("select", score, "pair", ""),

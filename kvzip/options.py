@@ -58,7 +58,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Refitting:
-    """How kept rows are fitted: see `kvzip.refit`."""
+    """How kept rows are fitted: see `kvzip.refit`. `every`: only every n-th token of a repeat asks."""
 
     values: bool = True
     bound: float = 3.0
@@ -66,6 +66,7 @@ class Refitting:
     pull: float = 1e-1
     chunk: int = 2_000
     hint: int = 8
+    every: int = 1
 
 
 @dataclass(frozen=True)

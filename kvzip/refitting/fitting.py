@@ -90,11 +90,11 @@ def fit_rows(
     firsts = [[*accumulate(own, initial=count - sum(own))] for own, count in zip(firsts, counts, strict=True)]
     offsets = F.pad(ends.cumsum(2), (1, 0)).int()
 
-    def look(chunk: int, layer: int, q: Tensor, out: Tensor, lse: Tensor, chunk_out: Tensor, chunk_lse: Tensor) -> None:
+    def look(chunk: int, layer: int, *shown: Tensor) -> None:
         n = place[layer]
         rows = chunked[n][firsts[n][chunk] : firsts[n][chunk + 1]]
-        keys = taken(ragged[n].k, rows, offsets[n, chunk], q.dtype)
-        seen.append(Seen(q, out, lse, chunk_out, chunk_lse, keys))
+        keys = taken(ragged[n].k, rows, offsets[n, chunk], model.dtype)
+        seen.append(Seen(*(x[:, :: options.every] for x in shown), keys))
         block = planned[chunk][n // depth]
         if len(seen) < len(block.layers):
             return
