@@ -1,83 +1,32 @@
 """Tasks for choosing defaults: `plans.py` asks none of them, and its contexts have none of their texts.
 
 "phones" and "identifiers" are lists with random values, but not of UUIDs: names with telephone numbers, constants of a
-program with theirs. "quote" continues sentences of L-Eval's government reports, "docs" those of this repository's own
-pages. With those of the package that `plans.py` does not ask (`STUDIED`) they are what `refitting.py study` asks.
+program with theirs. "quote" continues sentences of L-Eval's government reports. With those of the package that
+`plans.py` does not ask (`STUDIED`) they are what `refitting.py study` asks.
 """
 
+import itertools
 import random
 import re
 import string
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from kvzip.evals.tasks import Example, Question, Request, Task
 from kvzip.evals.tasks.base import draws, each, fit
 from kvzip.evals.tasks.data import REPORTS, rows
 
-FIRST = [
-    "Ada",
-    "Bela",
-    "Cora",
-    "Dario",
-    "Edda",
-    "Farid",
-    "Goran",
-    "Hilda",
-    "Ines",
-    "Jonas",
-    "Kofi",
-    "Lena",
-    "Marek",
-    "Nadia",
-    "Otto",
-    "Petra",
-    "Quinn",
-    "Rosa",
-    "Sami",
-    "Tova",
-]
-LAST = [
-    "Abel",
-    "Brandt",
-    "Castro",
-    "Dahl",
-    "Eriksen",
-    "Fontaine",
-    "Gruber",
-    "Hansen",
-    "Ivanov",
-    "Jensen",
-    "Keller",
-    "Lopez",
-    "Moreau",
-    "Novak",
-    "Okafor",
-]
-KINDS = [
-    "cache",
-    "retry",
-    "batch",
-    "queue",
-    "frame",
-    "token",
-    "shard",
-    "epoch",
-    "limit",
-    "offset",
-    "buffer",
-    "stride",
-    "margin",
-    "window",
-]
-UNITS = ["size", "count", "limit", "delay", "depth", "ratio", "width", "bytes", "steps", "rounds"]
+FIRST = "Ada, Bela, Cora, Dario, Edda, Farid, Goran, Hilda, Ines, Jonas, Kofi, Lena, Marek, Nadia, Otto, Petra, Sami"
+LAST = "Abel, Brandt, Castro, Dahl, Eriksen, Gruber, Hansen, Ivanov, Jensen, Keller, Lopez, Moreau, Novak, Okafor"
+KINDS = "CACHE, RETRY, BATCH, QUEUE, FRAME, TOKEN, SHARD, EPOCH, LIMIT, OFFSET, BUFFER, STRIDE, MARGIN, WINDOW"
+UNITS = "SIZE, COUNT, LIMIT, DELAY, DEPTH, RATIO, WIDTH, BYTES, STEPS, ROUNDS"
 OPENING, LEAST, MOST = 6, 6, 25  # words of a sentence that are quoted, and words to continue it with
 STUDIED = ("phones@3000", "identifiers@3000", "prefix_suffix@3000", "quote@3000", "quality@7000", "ruler_cwe@3000")
 
 
 def phones(request: Request, n: int) -> Example:
     """Names with telephone numbers, asked for some of the numbers."""
-    names = [f"{first} {middle}. {last}" for first in FIRST for last in LAST for middle in string.ascii_uppercase]
+    several = FIRST.split(", "), string.ascii_uppercase, LAST.split(", ")
+    names = [f"{first} {middle}. {last}" for first, middle, last in itertools.product(*several)]
 
     def number(rng: random.Random) -> str:
         return (
@@ -89,7 +38,7 @@ def phones(request: Request, n: int) -> Example:
         draws(request, "phones", n),
         names,
         number,
-        "{}: +{}",
+        "{}: {}",
         "Q: What is the telephone number of {}? Give only the number.",
         "The telephone number of {} is",
         "Below is a list of people with their telephone numbers.",
@@ -98,7 +47,7 @@ def phones(request: Request, n: int) -> Example:
 
 def identifiers(request: Request, n: int) -> Example:
     """Constants of a program, asked for some of their values."""
-    names = [f"{a}_{b}_{c}".upper() for a in KINDS for b in KINDS for c in UNITS if a != b]
+    names = ["_".join(words) for words in itertools.product(KINDS.split(", "), KINDS.split(", "), UNITS.split(", "))]
     return _listed(
         request,
         draws(request, "identifiers", n),
@@ -115,14 +64,6 @@ def quote(request: Request) -> Iterator[Example]:
     """Parts of government reports, asked to continue their sentences."""
     texts = [row["context"] for row in rows(request.data, REPORTS)]
     return (_quoted(request, "quote", n, texts[n % len(texts)]) for n in range(request.examples))
-
-
-def docs(request: Request) -> Iterator[Example]:
-    """Pages of this repository, asked to continue their sentences."""
-    pages = sorted(Path(__file__).parents[1].joinpath("docs").glob("*.md"))
-    texts = [page.read_text(encoding="utf-8") for page in pages if page.stem not in ("api", "refitting")]
-    longest = sorted(texts, key=len, reverse=True)
-    return (_quoted(request, "docs", n, longest[n % len(longest)]) for n in range(request.examples))
 
 
 def _listed(
@@ -173,6 +114,5 @@ TASKS: dict[str, Task] = {
         Task("phones", each(phones), 3000, "telephone numbers of names"),
         Task("identifiers", each(identifiers), 3000, "values of constants"),
         Task("quote", quote, 3000, "sentences of reports"),
-        Task("docs", docs, 3000, "sentences of this repository's pages"),
     )
 }

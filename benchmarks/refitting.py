@@ -235,11 +235,11 @@ def show_part(options: argparse.Namespace) -> int:
         full = means.get((model, 1.0, "full", task))
         if full is not None and variant != "full":
             by_variant.setdefault((model, ratio, variant), []).append((full["loglik"] - own["loglik"], own["exact"]))
-    for key, own in sorted(
-        by_variant.items(), key=lambda item: (*item[0][:2], statistics.fmean(x for x, _ in item[1]))
-    ):
-        lost, exact = (statistics.fmean(column) for column in zip(*own, strict=True))
-        print(*key, len(own), f"{lost:.3f} {100 * exact:.1f}%")
+    found = [
+        (*key, *(statistics.fmean(x) for x in zip(*own, strict=True)), len(own)) for key, own in by_variant.items()
+    ]
+    for model, ratio, variant, lost, exact, tasks in sorted(found, key=lambda line: (line[0], line[1], line[3])):
+        print(model, ratio, variant, tasks, f"{lost:.3f} {100 * exact:.1f}%")
     return 0
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kvzip
 import plain_cache
 import random_model
+from accuracy import assert_as_accurate
 from kvzip import options, refitting, scores
 from kvzip.cache import RaggedKV, WindowKV
 from kvzip.cache.caches import tensors_of
@@ -83,7 +84,7 @@ def test_the_objective_never_rises_and_nears_its_least(scored, ratio, steps, nea
         kept, w, values = rows_of(small, rows, problem)
         one, old = torch.ones(len(kept), dtype=torch.float64), problem.v[kept]
         before, after = problem.objective(kept, one, old), problem.objective(kept, w, values)
-        assert after <= before * (1 + 1e-12)
+        assert after <= before
         at = (place[problem.layer], problem.head)
         kept_mass[0][at] += problem.p[:, kept].sum()
         kept_mass[1][at] += (problem.p[:, kept] @ w).sum()
@@ -111,19 +112,26 @@ def test_the_objective_never_rises_and_nears_its_least(scored, ratio, steps, nea
     torch.testing.assert_close(mass.after, kept_mass[1] / kept_mass[2])
 
 
-def test_the_answer_attends_to_exp_of_the_bias(plain):
-    """Logits after a refitted cache are those of plain attention in which the bias is added to each row's logit."""
-    model, dense = plain
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_answer_attends_to_exp_of_the_bias(dtype, device):
+    """Keys of tokens after a refitted cache are those of plain attention whose logits have the biases added."""
+    model = model_of("window", dtype)
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=CHUNK)
     small = kvzip.refit(model, dense, kvzip.compress(dense, 0.3), chunk=CHUNK)
     assert any(x.bias.abs().max() > 0.1 for x in small.context if isinstance(x, RaggedKV))
-    ids = [70, 80, 90]
-    held, biased = plain_cache.read(small), plain_cache.biases(small)
-    wanted = plain_cache.run(model, held, ids, small.context_length, biased)
-    got = kvzip.extend(model, small, torch.tensor(ids))
-    plainly = plain_cache.run(model, held, ids, small.context_length)
-    for layer, (k, p) in enumerate(zip(wanted.k, plainly.k, strict=True)):
-        torch.testing.assert_close(got.tail.k[layer][0], k, rtol=1e-4, atol=1e-4)
-        assert layer == 0 or not torch.allclose(k, p, rtol=1e-3, atol=1e-3)
+    ids, held, biased = [70, 80, 90], plain_cache.read(small), plain_cache.biases(small)
+
+    def plainly(dtype, bias=biased):
+        return torch.stack(plain_cache.run(model_of("window", dtype), held, ids, small.context_length, bias).k)
+
+    answering = random_model.make(model.config, dtype=dtype, device=device)
+    got = kvzip.extend(answering, kvzip.to(small, device), torch.tensor(ids)).tail.k
+    got, exact = torch.stack([x[0, :, : len(ids)] for x in got]), plainly(torch.float64)
+    assert_as_accurate(got, exact, plainly(dtype))
+    if dtype == torch.float32:
+        with pytest.raises(AssertionError, match="worst error"):  # without biases it is another result
+            assert_as_accurate(got, plainly(torch.float64, None), plainly(dtype, None))
 
 
 def test_arguments_stay_as_they_are_and_the_fit_is_the_same_again(plain):
@@ -201,11 +209,9 @@ def test_the_fit_is_for_quantized_keys_as_they_are():
         inside = torch.isin(layer.positions[first:stop], kept + problem.first)
         p = problem.moved(keys[inside].double())
         one = torch.ones(len(kept), dtype=torch.float64)
-        before, after = (
-            problem.objective(kept, one, problem.v[kept], p),
-            problem.objective(kept, w.double(), values.double(), p),
-        )
-        assert after <= before * (1 + 1e-4)
+        old = narrow.layers[problem.layer].v[0, problem.head, kept + problem.first].double()
+        before, after = (problem.objective(kept, x.double(), y, p) for x, y in ((one, old), (w, values.double())))
+        assert after <= before
         gains.append(after < 0.9 * before)
     assert sum(gains) > 0.5 * len(gains)
 
@@ -249,8 +255,9 @@ def test_shrinking_leaves_bias_and_value_of_each_row_that_stays(plain, ratio, pa
             assert torch.equal(x.bias, y.bias[keep]) and torch.equal(x.v, y.v[keep])
 
 
-def test_folded_turns_have_bias_0_and_their_own_values(plain):
-    model, dense = plain
+def test_folded_turns_have_bias_0_and_their_own_values():
+    model = model_of("window")  # float64, as both sides of the last comparison are passes of ours
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=CHUNK)
     fitted = kvzip.refit(model, dense, kvzip.compress(dense, 0.3), chunk=CHUNK)
     turn = kvzip.extend(model, fitted, "And who paid for it?")
     assert turn.context is fitted.context

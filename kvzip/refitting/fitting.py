@@ -1,14 +1,11 @@
 """The passes of a fit: the repeats of a dense cache, the systems that they give, and the rows that are solved for."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
@@ -20,8 +17,9 @@ from ..ops.types import Quantized, owners
 from ..options import Refitting
 from ..prefilling import Progress
 from ..scoring import repeats, run_repeats
+from .planning import plan
 from .solving import solve
-from .systems import Seen, Systems, bounds_of, build, concatenated, masses, plan
+from .systems import Seen, Systems, build, concatenated, masses
 
 HELD = 1 << 28  # bytes of systems that wait to be solved together
 _SOLVED = 1 << 27  # bytes of systems that are solved at a time
@@ -66,40 +64,29 @@ def fit_rows(
         dtype: of the biases.
     """
     ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
-    held = [own for own in cache.layers if isinstance(own, DenseKV)]
-    counts = [len(layer.positions) for layer in ragged]
-    values = torch.cat([own.v[0][places_of(layer)] for own, layer in zip(held, ragged, strict=True)])
+    values = values_of(ragged, [own for own in cache.layers if isinstance(own, DenseKV)])
     bias = torch.zeros(len(values), dtype=dtype, device=values.device)
     passes = list(repeats(model, cache, chunk=options.chunk, hint=options.hint, before=before))
-    cuts = [first for first, _, _ in passes] + [cache.length]
-    sizes = [stop - first for first, stop in pairwise(cuts)]
-    shape = (len(sizes), len(ragged), cache.heads)  # of what each chunk, layer and head has
-    parts = torch.zeros(2, math.prod(shape), dtype=torch.float32, device=values.device)
-    whole = torch.zeros(shape, dtype=torch.float32, device=values.device)
-    bounds = bounds_of(ragged, cache.length, cuts)
-    longest = max(len(ids) for _, _, ids in passes)
-    one = longest * model.config.num_heads * model.config.head_dim * max(2, values.element_size())
-    depth = max(1, _SEEN // one)
-    starts = [0, *accumulate(counts)]
-    planned = plan(bounds.tolist(), starts, sizes, depth, values.device)  # waits for the device, so nothing after does
-    chunked = [rows_by_chunk(layer, cuts) for layer in ragged]
+    firsts = [first for first, _, _ in passes]
+    one = max(len(ids) for _, _, ids in passes) * model.config.num_heads * model.config.head_dim * values.element_size()
+    planned = plan(ragged, [*firsts, cache.length], max(1, _SEEN // one))
+    total = torch.zeros(planned.whole.shape, dtype=torch.float32, device=values.device)
+    parts = total.new_zeros(2, total.numel())  # the mass of kept rows before and after
+    place = {n: i for i, n in enumerate(cache.scored_layers)}
     waiting: list[Systems] = []
     seen: list[Seen] = []
-    ends = bounds.diff(dim=2).movedim(2, 1)  # [L chunks H]
-    firsts = ends.sum(2).tolist()
-    firsts = [[*accumulate(own, initial=count - sum(own))] for own, count in zip(firsts, counts, strict=True)]
-    offsets = F.pad(ends.cumsum(2), (1, 0)).int()
 
     def look(chunk: int, layer: int, *shown: Tensor) -> None:
         n = place[layer]
-        rows = chunked[n][firsts[n][chunk] : firsts[n][chunk + 1]]
-        keys = taken(ragged[n].k, rows, offsets[n, chunk], model.dtype)
-        seen.append(Seen(*(x[:, :: options.every] for x in shown), keys))
-        block = planned[chunk][n // depth]
+        rows = planned.rows[n][planned.cuts[n][chunk] : planned.cuts[n][chunk + 1]]
+        keys = taken(ragged[n].k, rows, planned.offsets[n, chunk], model.dtype)
+        q, out, lse, chunk_out, chunk_lse = (x[:, :: options.every] for x in shown)
+        seen.append(Seen(q, out, lse, chunk_out, chunk_lse, keys))
+        block = planned.blocks[chunk][n // planned.depth]
         if len(seen) < len(block.layers):
             return
         mass = masses(seen, cache.heads)
-        whole[chunk, block.layers.start : block.layers.stop] = mass.sum(1).unflatten(0, (-1, cache.heads))
+        total[chunk, block.layers.start : block.layers.stop] = mass.sum(1).unflatten(0, (-1, cache.heads))
         waiting.extend(build(model.config, block, seen, mass, values))
         if sum(systems.nbytes for systems in waiting) > HELD:
             finish()
@@ -107,39 +94,37 @@ def fit_rows(
     def finish() -> None:
         for batch in batches(waiting):
             systems = concatenated(batch)
-            fit = solve(systems, options, model.dtype)
+            fit, rows = solve(systems, options, model.dtype), systems.rows
             column = torch.arange(systems.width, device=values.device)
             column = torch.minimum(column, systems.counts[:, None] - 1)  # padding writes the last row once more
-            values[systems.rows] = fit.values.gather(1, column[..., None].expand_as(fit.values)).to(values.dtype)
-            bias[systems.rows] = fit.bias.gather(1, column).to(dtype)
+            change = fit.change.gather(1, column[..., None].expand_as(fit.change))
+            values[rows] = (values[rows] + change).to(values.dtype)  # the same bits where nothing changes
+            bias[rows] = fit.bias.gather(1, column).to(dtype)
             parts[:, systems.slots] = torch.stack(fit.mass).float()
         waiting.clear()
 
     def strategy(first: int, stop: int) -> Attend:
-        shown = partial(look, cuts.index(first))
+        shown = partial(look, firsts.index(first))
         how = {"start": cache.start, "first": first, "stop": stop, "gap": end > here}
         return repeat_attend(model.config, cache.layers, shown, **how)
 
-    place = {n: i for i, n in enumerate(cache.scored_layers)}
     here = cache.length + (0 if before is None else len(before))
     told = None if progress is None else lambda stop: progress(stop - cache.start, cache.length - cache.start)
     run_repeats(model, passes, max(here, end), strategy, progress=told, needed=f"beside {HELD:,} bytes of its products")
     finish()
-    kept = ends.movedim(1, 0) == torch.tensor(sizes, device=ends.device)[:, None, None]  # heads with all of a chunk
-    mass = mass_of(*(torch.where(kept, whole, part.view(shape)) for part in parts), whole)
-    fitted = iter(map(Rows, values.split(counts), bias.split(counts)))
-    return [next(fitted) if isinstance(layer, RaggedKV) else None for layer in layers], mass
+    kept, weighted = (torch.where(planned.whole, total, part.view(total.shape)) for part in parts)
+    sizes = [len(layer.positions) for layer in ragged]
+    fitted = iter(map(Rows, values.split(sizes), bias.split(sizes)))
+    return [next(fitted) if isinstance(layer, RaggedKV) else None for layer in layers], mass_of(kept, weighted, total)
 
 
-def places_of(layer: RaggedKV) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
-    """Returns the head and the token of each row."""
-    return owners(layer.offsets, len(layer.positions)), layer.positions.long()
-
-
-def rows_by_chunk(layer: RaggedKV, cuts: Sequence[int]) -> Int32[Tensor, " N"]:
-    """Returns the rows of a layer, those of each chunk together, and of a chunk in their order; the prefix is first."""
-    chunks = torch.bucketize(layer.positions, layer.positions.new_tensor(cuts), right=True)
-    return chunks.argsort(stable=True).int()
+def values_of(layers: Sequence[RaggedKV], dense: Sequence[DenseKV]) -> Float[Tensor, "N D"]:
+    """Returns the dense values of the rows of all layers."""
+    counts, v = [len(layer.positions) for layer in layers], dense[0].v
+    values = torch.empty(sum(counts), v.shape[3], dtype=v.dtype, device=v.device)
+    for part, layer, own in zip(values.split(counts), layers, dense, strict=True):
+        part.copy_(own.v[0][owners(layer.offsets, len(part)), layer.positions.long()])
+    return values
 
 
 def taken(
@@ -164,10 +149,10 @@ def batches(waiting: Sequence[Systems]) -> Iterator[list[Systems]]:
         yield batch
 
 
-def mass_of(before: Float32[Tensor, "c L H"], after: Float32[Tensor, "c L H"], whole: Float32[Tensor, "c L H"]) -> Mass:
-    """Returns the mass of that on kept pairs and on all of each chunk; 1 where nothing was attended to."""
-    total = whole.sum(0)
-    return Mass(*(torch.where(total > 0, part.sum(0) / total, 1.0).cpu() for part in (before, after)))
+def mass_of(before: Float32[Tensor, "c L H"], after: Float32[Tensor, "c L H"], total: Float32[Tensor, "c L H"]) -> Mass:
+    """Returns the mass of that of kept rows and of all pairs of each chunk; 1 where nothing was attended to."""
+    whole = total.sum(0)
+    return Mass(*(torch.where(whole > 0, part.sum(0) / whole, 1.0).cpu() for part in (before, after)))
 
 
 def note_of(mass: Mass) -> dict[str, list[list[float]]]:

@@ -18,34 +18,33 @@ LEAST = 1e-5  # of a system's energy: a smaller gain is within the rounding of f
 
 @dataclass(frozen=True)
 class Fit:
-    """What is stored for the rows of some systems: log weights and values; 0 and the old ones where a fit did not help.
+    """What the rows of some systems get: log weights and changes of their values; 0 where a fit did not help.
 
     mass: the parts of each head's mass on its chunk that the rows carry at weight 1 and with these weights.
     """
 
     bias: Float[Tensor, "B t"]
-    values: Float[Tensor, "B t D"]
+    change: Float[Tensor, "B t D"]
     mass: tuple[Float[Tensor, " B"], Float[Tensor, " B"]]
 
 
 def solve(systems: Systems, options: Refitting, dtype: torch.dtype) -> Fit:
     """Returns the fit of each head. `dtype` is that of the stored values, which must be able to hold the new ones."""
     one = torch.ones_like(systems.load)
-    w = fit_weights(systems, options)
+    w, change = fit_weights(systems, options), torch.zeros_like(systems.old)
     rates = [error(systems, one, systems.old), error(systems, w, systems.old)]
-    new = systems.old
     if options.values:
-        new = systems.old + fit_values(systems, w, options)
-        full = new + systems.mean[:, None]
-        fits = full.abs().amax((1, 2)) <= torch.finfo(dtype).max
+        change = fit_values(systems, w, options)
+        new = systems.old + change
+        fits = (new + systems.mean[:, None]).abs().amax((1, 2)) <= torch.finfo(dtype).max
         rates.append(error(systems, w, new).masked_fill(~fits, torch.inf))
     before, *others = rates
     after, best = torch.stack(others).min(0)
-    taken = (after < before - LEAST * systems.energy)[:, None]  # False for NaN
-    w = torch.where(taken, w, 1.0)
-    new = torch.where((taken & (best == 1)[:, None])[..., None], new, systems.old)
+    taken = after < before - LEAST * systems.energy  # False for NaN
+    w = torch.where(taken[:, None], w, 1.0)
+    change = torch.where((taken & (best == 1))[:, None, None], change, 0.0)
     parts = (systems.reach.sum(1), (systems.reach * w).sum(1))
-    return Fit(w.log(), new + systems.mean[:, None], parts)
+    return Fit(w.log(), change, parts)
 
 
 def error(systems: Systems, w: Float[Tensor, "B t"], values: Float[Tensor, "B t D"]) -> Float[Tensor, " B"]:

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..cache import RaggedKV
 from ..models import ModelConfig
-from ..ops.types import owners
+from .planning import Block
 
 _WEIGHTS_AT_ONCE = 1 << 25  # softmax weights that are held at a time, 192 MiB of them in bfloat16 and float32
-_FULL = 0.7  # a head joins others that are padded to a width if it fills at least this much of it
 _MORE = 8  # columns of targets beside those of y, three of them used: tensor cores want multiples of 8
 
 
@@ -31,26 +28,6 @@ class Seen:
     chunk_out: Float[Tensor, "Hq T D"]
     chunk_lse: Float[Tensor, "Hq T"]
     keys: Float[Tensor, "N D"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """The heads of some successive layers that have something to fit in one chunk, those with most rows first.
-
-    layers: which of the layers that are fitted.
-    heads: l * H + h of each, l counted from the block's first layer.
-    slots: (c * L + l) * H + h of each, c the chunk, l counted from the first of all L layers.
-    first, local: a head's first row among those of all layers, and in the block's `keys` of this chunk.
-    groups: how many of the heads are padded together, and to how many rows.
-    """
-
-    layers: range
-    heads: Int64[Tensor, " B"]
-    slots: Int64[Tensor, " B"]
-    first: Int64[Tensor, " B"]
-    local: Int64[Tensor, " B"]
-    counts: Int64[Tensor, " B"]
-    groups: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -93,62 +70,6 @@ def concatenated(parts: Sequence[Systems]) -> Systems:
     if len(parts) == 1:
         return parts[0]
     return Systems(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Systems)})
-
-
-def bounds_of(layers: Sequence[RaggedKV], length: int, cuts: Sequence[int]) -> Int64[Tensor, "L H c"]:
-    """Returns the first row of each head at or after each of some tokens, ascending."""
-    found = []
-    for layer in layers:
-        heads = torch.arange(layer.heads, device=layer.offsets.device)
-        places = owners(layer.offsets, len(layer.positions)) * (length + 1) + layer.positions
-        wanted = heads[:, None] * (length + 1) + torch.tensor(cuts, device=heads.device)
-        found.append(torch.searchsorted(places, wanted))
-    return torch.stack(found)
-
-
-def plan(
-    bounds: Sequence[Sequence[Sequence[int]]], starts: Sequence[int], sizes: Sequence[int], depth: int, device: object
-) -> list[list[Block]]:
-    """Returns the blocks of each chunk, of `depth` layers each. A head without rows or with all has nothing to fit.
-
-    Args:
-        bounds: see `bounds_of`, with one token more than there are chunks.
-        starts: how many rows the layers before each layer have.
-        sizes: tokens of each chunk.
-    """
-    numbers: list[list[int]] = []
-    parts: list[list[tuple[range, int, tuple[tuple[int, int], ...]]]] = []
-    for c, size in enumerate(sizes):
-        parts.append([])
-        for at in range(0, len(bounds), depth):
-            layers = range(at, min(at + depth, len(bounds)))
-            own = [(n, h, head[c], head[c + 1] - head[c]) for n in layers for h, head in enumerate(bounds[n])]
-            local = accumulate((count for *_, count in own), initial=0)
-            found = [
-                [i, (c * len(bounds) + n) * len(bounds[n]) + h, starts[n] + first, place, count]
-                for i, ((n, h, first, count), place) in enumerate(zip(own, local, strict=False))
-                if 0 < count < size
-            ]
-            found.sort(key=lambda line: (-line[-1], line[0]))
-            numbers += found
-            parts[c].append((layers, len(found), groups_of([line[-1] for line in found])))
-    told = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 5).T.contiguous().to(device)  # one copy for all
-    columns = iter(zip(*(x.split([count for chunk in parts for _, count, _ in chunk]) for x in told), strict=True))
-    return [[Block(layers, *next(columns), groups) for layers, _, groups in chunk] for chunk in parts]
-
-
-def groups_of(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Returns how many heads of descending lengths are padded together, and to which width.
-
-    Widths are eight steps an octave, so that groups of several chunks have the same.
-    """
-    groups: list[tuple[int, int]] = []
-    for count in counts:
-        if not groups or count < _FULL * groups[-1][1]:
-            step = 8 << max(0, count.bit_length() - 7)  # at least 8 rows
-            groups.append((0, -(-count // step) * step))
-        groups[-1] = (groups[-1][0] + 1, groups[-1][1])
-    return tuple(groups)
 
 
 def masses(seen: Sequence[Seen], heads: int) -> Float[Tensor, "LH n"]:
