@@ -1,12 +1,14 @@
 """What refitting costs, and which of its variants is best on data outside the published tasks.
 
     python benchmarks/refitting.py time                               # a published shape at 32,768 and 126,000 tokens
-    python benchmarks/refitting.py cpu MODEL_DIR --data DATA          # a real model on the host
+    python benchmarks/refitting.py host MODEL_DIR [--tokens 1500]     # a real model on a CPU; and dtypes of the biases
     python benchmarks/refitting.py study MODEL_DIR [MODEL_DIR ...] --data DATA [--workers 6] [--limit 230]
     python benchmarks/refitting.py show                               # the study's means, by task, ratio and variant
 
 `time`: seconds and peak memory of `refit` beside scoring; random weights, heads that keep as unequal parts as real
 ones.
+`host`: seconds of `refit` beside scoring, in turns, and likelihoods of reference answers with biases in float16 and in
+float32, which are the same fit rounded.
 `study`: likelihood of the reference answers, how many of them greedy decoding gives, and with --max-tokens the score of
 greedy answers, of contexts that are prefilled and scored once and then compressed at each ratio, to equal bytes: a
 cache with biases keeps as many rows fewer as they take. The data are those of `other_data.py`. A variant is "select" or
@@ -48,7 +50,7 @@ from kvzip.evals.tasks import Example, Request, examples
 from kvzip.inputs import tokenizer_of
 from kvzip.machine import timed
 from kvzip.options import Refitting
-from kvzip.refitting import refit_and_measure
+from kvzip.refitting import fit_rows, refit_and_measure
 
 RESULTS = harness.RESULTS / "refitting.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -90,6 +92,37 @@ def time_part(options: argparse.Namespace) -> int:
         harness.record(options.results, [line], harness.facts("cuda", options.commit))
         del dense, small
         harness.release()
+    return 0
+
+
+def host_part(options: argparse.Namespace) -> int:
+    model = kvzip.load(options.model, dtype=getattr(torch, options.dtype), device="cpu")
+    facts = harness.facts("cpu", options.commit)
+    context = next(iter(TASKS[options.task].make(replace(request_of(model, options), length=options.tokens))))
+    full = prefill_example(model, context, form="chat")
+    calls: dict[str, Callable[[], float]] = {"score": lambda: timed(model.device, lambda: kvzip.score(model, full))[1]}
+    dense = kvzip.score(model, full)
+    for ratio in options.ratios:
+        small = kvzip.compress(dense, ratio)
+        calls[f"{ratio:g}"] = partial(
+            lambda small: timed(model.device, lambda: kvzip.refit(model, dense, small))[1], small
+        )
+    for name, seconds in harness.in_turns(calls, options.repeats).items():
+        line = {"what": "host", "model": options.model.name, "dtype": options.dtype, "tokens": dense.length}
+        harness.record(
+            options.results, [line | {"of": name, "seconds": statistics.median(seconds), "all": seconds}], facts
+        )
+    for ratio in options.ratios:
+        small = kvzip.compress(dense, ratio)
+        with torch.no_grad():
+            rows, _ = fit_rows(model, dense, small.context, Refitting(), dtype=torch.float32)
+        for dtype in (torch.float32, torch.float16):
+            pairs = zip(small.context, rows, strict=True)
+            fitted = tuple(x if r is None else replace(x, v=r.values, bias=r.bias.to(dtype)) for x, r in pairs)
+            known = gold(model, replace(small, context=fitted), context.questions, form="chat")
+            line = {"what": "dtype", "model": options.model.name, "ratio": ratio, "bias": str(dtype)}
+            line |= {"logliks": [round(one.loglik, 5) for one in known]}
+            harness.record(options.results, [line | {"mean": statistics.fmean(line["logliks"])}], facts)
     return 0
 
 
@@ -254,6 +287,16 @@ def main() -> int:
     times.add_argument("--ratio", type=float, default=0.3)
     times.add_argument("--bits", type=int, choices=(8, 4))
     times.add_argument("--repeats", type=int, default=3)
+    host = parts.add_parser("host")
+    host.add_argument("model", type=Path)
+    host.add_argument("--data", help="directory of JSONL files")
+    host.add_argument("--task", default="identifiers", choices=TASKS)
+    host.add_argument("--tokens", type=int, default=1_500)
+    host.add_argument("--ratios", nargs="+", type=float, default=(0.1, 0.3))
+    host.add_argument("--questions", type=int, default=20)
+    host.add_argument("--repeats", type=int, default=3)
+    host.add_argument("--dtype", default="float32")
+    host.set_defaults(contexts=1, seed=19)
     study = parts.add_parser("study")
     study.add_argument("models", type=Path, nargs="+")
     study.add_argument("--data", help="directory of JSONL files")
@@ -272,7 +315,7 @@ def main() -> int:
     study.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing new is begun")
     parts.add_parser("show")
     options = parser.parse_args()
-    return {"time": time_part, "study": study_part, "show": show_part}[options.part](options)
+    return {"time": time_part, "host": host_part, "study": study_part, "show": show_part}[options.part](options)
 
 
 if __name__ == "__main__":
