@@ -1,12 +1,13 @@
 """The problems of a fit and their solutions, on tensors alone: against float64, on a CPU and on a GPU."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import random_model
 from accuracy import assert_as_accurate
@@ -83,16 +84,17 @@ def moved(made, dtype, device="cpu"):
 
 def built(made):
     """The systems of the case's one block."""
-    device, heads = made.values.device, made.heads
+    seen = list(made.seen)
+    return systems.build(made.config, block_of(made), seen, systems.masses(seen, made.heads), made.values)
+
+
+def block_of(made):
     starts, bounds = [0], []
     for n in range(2):
-        counts = made.counts[n * heads : (n + 1) * heads]
-        ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+        ends = [0, *accumulate(made.counts[n * made.heads : (n + 1) * made.heads])]
         bounds.append([list(pair) for pair in pairwise(ends)])
         starts.append(starts[-1] + ends[-1])
-    block = planning.blocks_of(bounds, starts, [made.chunk], 2, device)[0][0]
-    seen = list(made.seen)
-    return systems.build(made.config, block, seen, systems.masses(seen, heads), made.values)
+    return planning.blocks_of(bounds, starts, [made.chunk], 2, made.values.device)[0][0]
 
 
 def problems(made):
@@ -187,3 +189,46 @@ def test_solutions_are_as_accurate_as_plain_float32(device):
 def cast(made, dtype, device="cpu"):
     parts = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in vars(made).items()}
     return Systems(**parts)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that are not views, and refuses those that would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal"), name
+        result = func(*args, **(kwargs or {}))
+        self.count += not func.is_view
+        return result
+
+
+def test_no_step_waits_for_a_device_and_their_number_does_not_grow_with_heads():
+    numbers = []
+    for heads in (1, 2, 8):
+        made = case([7, 8] * heads, far=0.0, twins=0.0)
+        with Counting() as seen:
+            for each in built(made):
+                solving.solve(each, Refitting(), torch.float32)
+        numbers.append(seen.count)
+    assert numbers[0] == numbers[1] == numbers[2], numbers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_waits_on_a_gpu(dtype):
+    made = moved(case([0, 3, 17, 30, 29, 8, 9, 1]), dtype, "cuda")
+    seen, block = list(made.seen), block_of(made)
+    for each in built(made):  # what libraries load at first waits
+        solving.solve(each, Refitting(), dtype)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        mass = systems.masses(seen, made.heads)
+        for each in systems.build(made.config, block, seen, mass, made.values):
+            solving.solve(each, Refitting(), dtype)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

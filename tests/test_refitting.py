@@ -216,18 +216,47 @@ def test_the_fit_is_for_quantized_keys_as_they_are():
     assert sum(gains) > 0.5 * len(gains)
 
 
-def test_duplicate_keys_and_keys_that_no_query_sees(plain):
-    """A text of one character; and a head whose keys are far from every query keeps its biases at 0."""
+def test_a_text_of_one_character_gives_a_finite_fit(plain):
+    """Its keys differ by rotation alone."""
     model, _ = plain
     dense = kvzip.score(model, kvzip.prefill(model, "a" * 90), chunk=CHUNK)
-    unseen = dense.layers[0]
-    unseen.k[0, 0, dense.start :] *= 0
-    unseen.k[0, 0, dense.start :] -= 1e4 * torch.sign(unseen.k[0, 0, 0]).sum().sign()
-    small = kvzip.compress(dense, 0.2, min_rows=4)
-    fitted = kvzip.refit(model, dense, small, chunk=CHUNK)
+    fitted = kvzip.refit(model, dense, kvzip.compress(dense, 0.2, min_rows=4), chunk=CHUNK)
     for layer in fitted.context:
         if isinstance(layer, RaggedKV):
             assert layer.bias.isfinite().all() and layer.v.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fit_on_the_gpu_is_as_accurate_as_on_the_cpu(family):
+    """In float32, against float64; the pairs are those of one cache."""
+    wide = model_of(family)
+    chosen = kvzip.score(wide, kvzip.prefill(wide, TEXT), chunk=CHUNK).scores
+
+    def fit(dtype, device="cpu"):
+        model = random_model.make(wide.config, dtype=dtype, device=device)
+        dense = kvzip.prefill(model, TEXT)
+        small = kvzip.compress(scores.attach(dense, chosen), 0.3)
+        rows, mass = refitting.fit_rows(model, dense, small.context, HOW, dtype=torch.float32)
+        found = [x for x in rows if x is not None]
+        bias, values = torch.cat([x.bias for x in found]), torch.cat([x.values for x in found])
+        return bias.cpu(), values.cpu(), torch.stack([mass.before, mass.after])
+
+    for got, exact, plain in zip(fit(torch.float32, "cuda"), fit(torch.float64), fit(torch.float32), strict=True):
+        assert_as_accurate(got, exact.double(), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_fit_on_the_gpu_keeps_more_of_the_mass_in_every_form(bits):
+    model = random_model.make(random_model.config(windows=(None, 9, None)), dtype=torch.bfloat16, device="cuda")
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=CHUNK)
+    small = kvzip.compress(dense, 0.3, bits=bits)
+    fitted, mass = refitting.refit_and_measure(model, dense, small, HOW)
+    assert mass.after.mean() > mass.before.mean() and (mass.after - 1).abs().mean() < (mass.before - 1).abs().mean()
+    again = kvzip.refit(model, dense, small, chunk=CHUNK)
+    assert same(again, fitted)
+    assert kvzip.generate(model, fitted, "Who?", max_tokens=2, template=False).token_ids
 
 
 def test_nan_leaves_a_head_as_it_is(plain):
