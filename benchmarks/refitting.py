@@ -154,6 +154,8 @@ def work(
 ) -> None:
     """Does one context after the other until none is left or the time is up, which `left` counts."""
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
+    if options.device == "cuda":  # at this limit torch frees what graphs of earlier caches held, and tries again
+        torch.cuda.set_per_process_memory_fraction(0.95 / options.workers)
     done, model, source = done_of(options.results), None, None
     wanted = [("full", 1.0), *((v, r) for r in options.ratios for v in options.variants)]
     while True:

@@ -155,13 +155,14 @@ def equal_bytes(cache: DenseCache, ratio: float, floor: float = 0.0) -> RaggedCa
     return floored(cache, max(1, kept) / small.total, floor)
 
 
-def refitted(name: str, options: Refitting, floor: float = 0.0) -> Method:
+def refitted(name: str, options: Refitting, floor: float = 0.0, scores: str = "kvzip") -> Method:
     """Pairs by scope chunk, fitted, in the bytes of those that are not."""
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
         return refit_and_measure(model, cache, equal_bytes(cache, ratio, floor), options)[0]
 
-    return Method(name, score, "pair", "Attention Matching, arXiv 2602.16284", pack)
+    own = repeated(name, "chunk", method=scores)
+    return replace(own, cite="Attention Matching, arXiv 2602.16284", pack=pack)
 
 
 def named(*methods: Method) -> dict[str, Method]:
@@ -210,9 +211,12 @@ FITS = {
     **{f"both:every={n}": Refitting(every=n) for n in (2, 4, 8)},
 }
 REFITS = named(
-    Method("select", score, "pair", ""),
+    repeated("select", "chunk"),
     refitted("bias", FITS["bias"]),
     refitted("refit", FITS["both"]),
     refitted("refit+fifth", FITS["both"], FLOORS["+fifth"]),
-    Method("select+fifth", score, "pair", "", lambda _, cache, ratio: floored(cache, ratio, FLOORS["+fifth"])),
+    repeated("select@kvzip+", "chunk", method="kvzip+"),
+    refitted("refit@kvzip+", FITS["both"], scores="kvzip+"),
+    refitted("refit+fifth@kvzip+", FITS["both"], FLOORS["+fifth"], "kvzip+"),
 )
+"""Of pairs by the scores of "kvzip+" after @; floors as in FLOORS."""

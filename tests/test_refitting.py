@@ -396,6 +396,12 @@ def test_segments_are_fitted_as_they_are_read_and_an_interruption_changes_no_bit
     assert same(kvzip.prefill_compressed(model, TEXT, 0.3, **how, checkpoint=place), whole)
 
 
+def test_a_stream_that_keeps_all_is_not_fitted():
+    model, how = model_of("plain"), {"share": "segment", "chunk": CHUNK, "segment": 60}
+    fitted, whole = (kvzip.prefill_compressed(model, TEXT, 1.0, **how, refit=refit) for refit in (True, False))
+    assert same(fitted, whole) and fitted.method == whole.method
+
+
 @pytest.mark.parametrize("share", ["running", "final"])
 def test_shares_that_drop_rows_later_are_refused(share):
     with pytest.raises(ValueError, match=f"expected share 'segment' with refit=True, got '{share}'"):
