@@ -70,7 +70,7 @@ def prefill_compressed(
             segment's end, which keeps other pairs: an estimate is better than none.
         scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
         refit: fits each segment, as `kvzip.refit` does with the same chunk and hint, before it is packed and while all
-            its pairs are held; at ratio 1 nothing is fitted. Only with share "segment": the other shares drop rows later
+            its pairs are held; at ratio 1 it fits nothing. Only with share "segment": the other shares drop rows later
             whose attention the biases of their neighbors do not stand for.
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
