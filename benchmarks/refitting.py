@@ -6,7 +6,7 @@
     python benchmarks/refitting.py show                               # the study's means, by task, ratio and variant
 
 `time`: seconds and peak memory of `refit` beside scoring; random weights, heads that keep as unequal parts as real
-ones.
+ones. `beyond_gib` is what the peak is above the dense cache, the one that is fitted, and the new values of the result.
 `host`: seconds of `refit` beside scoring, in turns, and likelihoods of reference answers with biases in float16 and in
 float32, which are the same fit rounded.
 `study`: likelihood of the reference answers, how many of them greedy decoding gives, and with --max-tokens the score of
@@ -55,9 +55,9 @@ from kvzip.refitting import fit_rows, refit_and_measure
 RESULTS = harness.RESULTS / "refitting.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 VARIANTS = (
-    *(name + floor for name in ("select", "bias", "both") for floor in ("", "+tenth", "+fifth")),
-    *("values", "both:pull=0.01", "both:pull=1", "both:bound=1", "both:bound=5", "both:every=4"),
-    *("select@kvzip+", "both+fifth@kvzip+"),
+    *(name + floor for name in ("select", "both") for floor in ("", "+tenth", "+fifth", "+half")),
+    *(name + floor + "@kvzip+" for name in ("select", "both") for floor in ("", "+fifth", "+half")),
+    *("bias", "bias+fifth", "values", "both:pull=0.01", "both:pull=1", "both:bound=1", "both:bound=5", "both:every=4"),
 )
 KEYS = ("model", "form", "task", "example", "variant", "ratio")
 
@@ -88,7 +88,7 @@ def time_part(options: argparse.Namespace) -> int:
             del fitted
         line |= {"what": "time", "shape": options.shape, "tokens": tokens, "ratio": options.ratio, "bits": options.bits}
         line |= {"score_s": score_s, "refit_s": min(times), "spread_s": max(times) - min(times)}
-        line |= {"extra_peak_gib": peak / 2**30, "new_values_gib": new / 2**30}
+        line |= {"extra_peak_gib": peak / 2**30, "new_values_gib": new / 2**30, "beyond_gib": (peak - new) / 2**30}
         harness.record(options.results, [line], harness.facts("cuda", options.commit))
         del dense, small
         harness.release()

@@ -198,7 +198,7 @@ HEADS = named(
     packed("heads and ends", None, "head", SINK, RECENT),
     packed("heads and ends, 4 bits", 4, "head", SINK, RECENT),
 )
-FLOORS = {"": 0.0, "+tenth": 0.1, "+fifth": 0.2, "+third": 1 / 3}
+FLOORS = {"": 0.0, "+tenth": 0.1, "+fifth": 0.2, "+third": 1 / 3, "+half": 0.5}
 """After a variant's name: this part of what the ratio keeps is the same in every head, as `min_rows`."""
 FITS = {
     "bias": Refitting(values=False),
