@@ -85,7 +85,7 @@ def moved(made, dtype, device="cpu"):
 def built(made):
     """The systems of the case's one block."""
     seen = list(made.seen)
-    return systems.build(made.config, block_of(made), seen, systems.masses(seen, made.heads), made.values)
+    return list(systems.build(made.config, block_of(made), seen, systems.masses(seen, made.heads), made.values))
 
 
 def block_of(made):

@@ -1,6 +1,6 @@
 """The passes of a fit: the repeats of a dense cache, the systems that they give, and the rows that are solved for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ from .planning import plan
 from .solving import solve
 from .systems import Seen, Systems, build, concatenated, masses
 
-HELD = 1 << 28  # bytes of systems that wait to be solved together
-_SOLVED = 1 << 27  # bytes of systems that are solved at a time
+HELD = 1 << 29  # bytes of systems that wait to be solved together
+_SOLVED = 1 << 27  # bytes of systems of one width, which are then solved
 _SEEN = 3 << 25  # bytes of the queries of layers whose systems are made together
 
 
@@ -73,7 +73,8 @@ def fit_rows(
     total = torch.zeros(planned.whole.shape, dtype=torch.float32, device=values.device)
     parts = total.new_zeros(2, total.numel())  # the mass of kept rows before and after
     place = {n: i for i, n in enumerate(cache.scored_layers)}
-    waiting: list[Systems] = []
+    waiting: dict[int, list[Systems]] = {}  # by width
+    sizes: dict[int, int] = {}
     seen: list[Seen] = []
 
     def look(chunk: int, layer: int, *shown: Tensor) -> None:
@@ -87,21 +88,24 @@ def fit_rows(
             return
         mass = masses(seen, cache.heads)
         total[chunk, block.layers.start : block.layers.stop] = mass.sum(1).unflatten(0, (-1, cache.heads))
-        waiting.extend(build(model.config, block, seen, mass, values))
-        if sum(systems.nbytes for systems in waiting) > HELD:
-            finish()
+        for systems in build(model.config, block, seen, mass, values):
+            waiting.setdefault(systems.width, []).append(systems)
+            sizes[systems.width] = sizes.get(systems.width, 0) + systems.nbytes
+            if sizes[systems.width] > _SOLVED:
+                finish(systems.width)
+            elif sum(sizes.values()) > HELD:
+                finish(max(sizes, key=lambda width: sizes[width]))
 
-    def finish() -> None:
-        for batch in batches(waiting):
-            systems = concatenated(batch)
-            fit, rows = solve(systems, options, model.dtype), systems.rows
-            column = torch.arange(systems.width, device=values.device)
-            column = torch.minimum(column, systems.counts[:, None] - 1)  # padding writes the last row once more
-            change = fit.change.gather(1, column[..., None].expand_as(fit.change))
-            values[rows] = (values[rows] + change).to(values.dtype)  # the same bits where nothing changes
-            bias[rows] = fit.bias.gather(1, column).to(dtype)
-            parts[:, systems.slots] = torch.stack(fit.mass).float()
-        waiting.clear()
+    def finish(width: int) -> None:
+        systems = concatenated(waiting.pop(width))
+        del sizes[width]
+        fit, rows = solve(systems, options, model.dtype), systems.rows
+        column = torch.arange(systems.width, device=values.device)
+        column = torch.minimum(column, systems.counts[:, None] - 1)  # padding writes the last row once more
+        change = fit.change.gather(1, column[..., None].expand_as(fit.change))
+        values[rows] = (values[rows] + change).to(values.dtype)  # the same bits where nothing changes
+        bias[rows] = fit.bias.gather(1, column).to(dtype)
+        parts[:, systems.slots] = torch.stack(fit.mass).float()
 
     def strategy(first: int, stop: int) -> Attend:
         shown = partial(look, firsts.index(first))
@@ -111,10 +115,11 @@ def fit_rows(
     here = cache.length + (0 if before is None else len(before))
     told = None if progress is None else lambda stop: progress(stop - cache.start, cache.length - cache.start)
     run_repeats(model, passes, max(here, end), strategy, progress=told, needed=f"beside {HELD:,} bytes of its products")
-    finish()
+    for width in sorted(waiting):
+        finish(width)
     kept, weighted = (torch.where(planned.whole, total, part.view(total.shape)) for part in parts)
-    sizes = [len(layer.positions) for layer in ragged]
-    fitted = iter(map(Rows, values.split(sizes), bias.split(sizes)))
+    counts = [len(layer.positions) for layer in ragged]
+    fitted = iter(map(Rows, values.split(counts), bias.split(counts)))
     return [next(fitted) if isinstance(layer, RaggedKV) else None for layer in layers], mass_of(kept, weighted, total)
 
 
@@ -134,19 +139,6 @@ def taken(
     if isinstance(k, Tensor):
         return k.index_select(0, rows)
     return ops.dequantize(ops.take_rows(k, rows.long()), dtype=dtype, offsets=offsets)
-
-
-def batches(waiting: Sequence[Systems]) -> Iterator[list[Systems]]:
-    """Yields systems of one width, as many together as may be solved at a time."""
-    batch: list[Systems] = []
-    for systems in sorted(waiting, key=lambda each: each.width):
-        same = batch and batch[0].width == systems.width
-        if batch and not (same and sum(x.nbytes for x in (*batch, systems)) <= _SOLVED):
-            yield batch
-            batch = []
-        batch.append(systems)
-    if batch:
-        yield batch
 
 
 def mass_of(before: Float32[Tensor, "c L H"], after: Float32[Tensor, "c L H"], total: Float32[Tensor, "c L H"]) -> Mass:

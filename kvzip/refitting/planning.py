@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cache import RaggedKV
 from ..ops.types import owners
 
-_FULL = 0.7  # a head joins others that are padded to a width if it fills at least this much of it
+TOGETHER = 1 << 27  # bytes of products of a group, at most
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,23 @@ def blocks_of(
 
 
 def groups_of(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Returns how many heads of descending lengths are padded together, and to which width.
-
-    Widths are eight steps an octave, so that groups of several chunks have the same.
-    """
+    """Returns how many heads of descending lengths are padded together, and to which width."""
     groups: list[tuple[int, int]] = []
     for count in counts:
-        if not groups or count < _FULL * groups[-1][1]:
-            step = 8 << max(0, count.bit_length() - 7)  # at least 8 rows
-            groups.append((0, -(-count // step) * step))
-        groups[-1] = (groups[-1][0] + 1, groups[-1][1])
+        width = width_of(count)
+        number, own = groups[-1] if groups else (0, 0)
+        if own == width and 4 * (number + 1) * width**2 <= TOGETHER:
+            groups[-1] = (number + 1, width)
+        else:
+            groups.append((1, width))
     return tuple(groups)
+
+
+def width_of(count: int) -> int:
+    """Returns what a head of so many rows is padded to: the next of 8, 16, 24, 32, 48, 64, 96, ...
+
+    So few that groups of other chunks have the same; a third more products than there are rows for is what they cost.
+    """
+    octave = 1 << max(3, (count - 1).bit_length())
+    between = octave * 3 // 4
+    return between if count <= between and between % 8 == 0 else octave

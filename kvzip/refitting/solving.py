@@ -61,20 +61,22 @@ def fit_weights(systems: Systems, options: Refitting) -> Float[Tensor, "B t"]:
     By accelerated projected gradients in the metric of the row sums of p'p: as no entry is negative, the matrix of
     these sums is above p'p, so that a step of 1 descends.
     """
-    gram, load = systems.gram, systems.load
-    diagonal = gram.diagonal(dim1=1, dim2=2).sum(1) / systems.counts.clamp(min=1)
+    diagonal = systems.gram.diagonal(dim1=1, dim2=2).sum(1) / systems.counts.clamp(min=1)
     ridge = options.ridge * diagonal[:, None]
-    size = (gram.sum(2) + ridge).clamp_min(torch.finfo(gram.dtype).tiny)
+    gram = systems.gram.clone()
+    gram.diagonal(dim1=1, dim2=2).add_(ridge)
+    pulled = (systems.load + ridge)[..., None]
+    rate = 1 / gram.sum(2, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
     low, high = math.exp(-options.bound), math.exp(options.bound)
-    w = ahead = torch.ones_like(load)
+    w = ahead = torch.ones_like(pulled)
     t = 1.0
     for _ in range(WEIGHT_STEPS):
-        slope = torch.bmm(gram, ahead[..., None])[..., 0] - load + ridge * (ahead - 1)
-        new = (ahead - slope / size).clamp(low, high)
+        slope = torch.baddbmm(pulled, gram, ahead, beta=-1)
+        new = torch.addcmul(ahead, slope, rate, value=-1).clamp_(low, high)
         later = (1 + math.sqrt(1 + 4 * t * t)) / 2
-        ahead = torch.add(new, new - w, alpha=(t - 1) / later)
+        ahead = torch.lerp(w, new, 1 + (t - 1) / later)
         w, t = new, later
-    return w
+    return w[..., 0]
 
 
 def fit_values(systems: Systems, w: Float[Tensor, "B t"], options: Refitting) -> Float[Tensor, "B t D"]:
@@ -88,18 +90,33 @@ def fit_values(systems: Systems, w: Float[Tensor, "B t"], options: Refitting) ->
     trace = weighted.diagonal(dim1=1, dim2=2).sum(1)
     norm = torch.linalg.vector_norm(weighted, dim=(1, 2))
     ridge = options.pull * norm.square() / trace.clamp_min(torch.finfo(w.dtype).tiny)
-    reach = largest(weighted, norm) / 2
-    low, center, half = (x.clamp_min(torch.finfo(w.dtype).tiny)[:, None, None] for x in (ridge, ridge + reach, reach))
-    rest = systems.cross * w[..., None] - torch.bmm(weighted, systems.old)
-    steep = center / half
-    rate, step = 1 / steep, rest / center
-    z = step
-    for _ in range(VALUE_STEPS - 1):
-        rest = rest - torch.bmm(weighted, step).add_(low * step)
-        next_rate = 1 / (2 * steep - rate)
-        step = next_rate * (rate * step + 2 / half * rest)
-        z, rate = z + step, next_rate
+    tiny = torch.finfo(w.dtype).tiny
+    half = (largest(weighted, norm) / 2).clamp_min(tiny)
+    first, keep, more = (x[..., None, None] for x in chebyshev(ridge / half, half, VALUE_STEPS))
+    rest = torch.baddbmm(systems.cross * w[..., None], weighted, systems.old, alpha=-1)
+    weighted.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    z = step = first * rest
+    for n in range(VALUE_STEPS - 1):
+        rest = torch.baddbmm(rest, weighted, step, alpha=-1)
+        step = torch.addcmul(keep[n] * step, more[n], rest)
+        z = z + step
     return z
+
+
+def chebyshev(
+    part: Float[Tensor, " B"], half: Float[Tensor, " B"], steps: int
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "n B"], Float[Tensor, "n B"]]:
+    """Returns the factors of Chebyshev's iteration for eigenvalues from part * half to (part + 2) * half.
+
+    The first step is first * rest, the others are keep[n] * (the last step) + more[n] * rest. With 1 + part = cosh(a)
+    and rate[n] = cosh(n a) / cosh((n + 1) a), that is rate[0] = 1 / cosh(a), rate[n] = 1 / (2 cosh(a) - rate[n - 1]):
+    keep[n] = rate[n] rate[n + 1], more[n] = 2 rate[n + 1] / half.
+    """
+    angle = torch.log1p(part + part.sqrt() * (2 + part).sqrt())
+    n = torch.arange(steps + 1, dtype=part.dtype, device=part.device)[:, None]
+    small = torch.exp(-2 * n * angle)
+    rate = torch.exp(-angle) * (1 + small[:-1]) / (1 + small[1:])
+    return 1 / (half * (1 + part)), rate[:-1] * rate[1:], 2 * rate[1:] / half
 
 
 def largest(matrix: Float[Tensor, "B t t"], norm: Float[Tensor, " B"]) -> Float[Tensor, " B"]:

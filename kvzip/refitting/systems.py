@@ -1,6 +1,6 @@
 """The least squares problems of a fit: what the queries of a chunk's repeat ask of the rows that its heads keep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -80,8 +80,8 @@ def masses(seen: Sequence[Seen], heads: int) -> Float[Tensor, "LH n"]:
 
 def build(
     config: ModelConfig, block: Block, seen: list[Seen], mass: Float[Tensor, "LH n"], values: Float[Tensor, "N D"]
-) -> list[Systems]:
-    """Returns the systems of a block. It empties `seen`, so that what is no longer needed is freed.
+) -> Iterator[Systems]:
+    """Yields the systems of each group of a block. It empties `seen`, so that what is no longer needed is freed.
 
     Args:
         seen: of the block's layers; `mass` see `masses`.
@@ -89,7 +89,7 @@ def build(
     """
     if not block.groups:
         seen.clear()
-        return []
+        return
     heads, wide = config.num_kv_heads, mass.dtype
     keys, lses = torch.cat([x.keys for x in seen]), [x.lse for x in seen]
     q, out, chunk_out = ([getattr(x, name) for x in seen] for name in ("q", "out", "chunk_out"))
@@ -115,7 +115,7 @@ def build(
     column = torch.arange(block.groups[0][1], device=keys.device)
     own = torch.minimum(column, block.counts[:, None] - 1)
     used, local, rows = column < block.counts[:, None], own + block.local[:, None], own + block.first[:, None]
-    found, at = [], 0
+    at = 0
     for count, most in block.groups:
         mine, at = slice(at, at + count), at + count
         inside, place = used[mine, :most], rows[mine, :most]
@@ -124,22 +124,19 @@ def build(
         gram *= inside[:, :, None] & inside[:, None]
         sums *= inside[..., None]
         high_load, low_load, reach = sums[..., width : width + 3].unbind(-1)
-        found.append(
-            Systems(
-                slots=block.slots[mine],
-                rows=place,
-                counts=block.counts[mine],
-                gram=gram,
-                load=high_load + low_load,
-                cross=sums[..., :width],
-                reach=reach,
-                old=(values[place].to(wide) - mean[mine, None]) * inside[..., None],
-                mean=mean[mine],
-                spread=spread[mine],
-                energy=energy[mine],
-            )
+        yield Systems(
+            slots=block.slots[mine],
+            rows=place,
+            counts=block.counts[mine],
+            gram=gram,
+            load=high_load + low_load,
+            cross=sums[..., :width],
+            reach=reach,
+            old=(values[place].to(wide) - mean[mine, None]) * inside[..., None],
+            mean=mean[mine],
+            spread=spread[mine],
+            energy=energy[mine],
         )
-    return found
 
 
 def products(
