@@ -221,21 +221,19 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(results: Path, docs: Path) -> None:
-    """Writes the plots `docs/evals*.png` of the model with all methods, and the tables in `docs/evals.md`."""
+    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, and of fits `docs/refitting*`."""
     from kvzip.evals.report import figures, overview
 
-    tables = []
-    for (model,), own in group(read(*sorted(results.glob("eval-*.jsonl.gz"))), "model").items():
-        tables.append(f"### {model}\n\n{deeper(overview(own))}")
-        if len(PLANS[model].ratios) > 1:
-            for name, figure in figures(own, model).items():
-                (docs / f"evals-{name}.png").write_bytes(figure)
-    studied = [
-        f"{model}:\n\n{deeper(overview(own))}"
-        for (model,), own in group(read(*sorted(results.glob("study-*.jsonl.gz"))), "model").items()
-    ]
-    for name, parts in (("eval", tables), ("study", studied)):
-        write_between(docs / "evals.md", name, "\n\n".join(parts))
+    for kind, page, stem in (("eval", "evals", "evals"), ("study", "evals", ""), ("refit", "refitting", "refitting")):
+        tables = []
+        for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
+            title = f"{model}:" if kind == "study" else f"### {model}"
+            tables.append(f"{title}\n\n{deeper(overview(own))}")
+            if stem and len(PLANS[model].ratios) > 1:
+                for name, figure in figures(own, model).items():
+                    (docs / f"{stem}-{name}.png").write_bytes(figure)
+        if tables or kind != "refit":
+            write_between(docs / f"{page}.md", kind, "\n\n".join(tables))
 
 
 def deeper(tables: str) -> str:

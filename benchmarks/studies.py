@@ -202,11 +202,11 @@ FLOORS = {"": 0.0, "+tenth": 0.1, "+fifth": 0.2, "+third": 1 / 3, "+half": 0.5}
 """After a variant's name: this part of what the ratio keeps is the same in every head, as `min_rows`."""
 FITS = {
     "bias": Refitting(values=False),
-    "values": Refitting(bound=0),
+    "values": Refitting(bound=0.0),
     "both": Refitting(),
-    **{f"bias:bound={x:g}": Refitting(values=False, bound=x) for x in (0.5, 1, 2, 5)},
-    **{f"both:bound={x:g}": Refitting(bound=x) for x in (0.5, 1, 2, 5)},
-    **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-2, 1)},
+    **{f"bias:bound={x:g}": Refitting(values=False, bound=x) for x in (0.5, 1.0, 2.0, 5.0)},
+    **{f"both:bound={x:g}": Refitting(bound=x) for x in (0.5, 1.0, 2.0, 5.0)},
+    **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-2, 1.0)},
     **{f"both:ridge={x:g}": Refitting(ridge=x) for x in (1e-2, 1e-1)},
     **{f"both:every={n}": Refitting(every=n) for n in (2, 4, 8)},
 }
