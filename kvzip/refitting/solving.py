@@ -41,8 +41,8 @@ def solve(systems: Systems, options: Refitting, dtype: torch.dtype) -> Fit:
     before, *others = rates
     after, best = torch.stack(others).min(0)
     taken = after < before - LEAST * systems.energy  # False for NaN
-    w = torch.where(taken[:, None], w, 1.0)
-    change = torch.where((taken & (best == 1))[:, None, None], change, 0.0)
+    w = w.masked_fill(~taken[:, None], 1.0)  # not `where`, which waits to copy a number to the device
+    change = change.masked_fill(~(taken & (best == 1))[:, None, None], 0.0)
     parts = (systems.reach.sum(1), (systems.reach * w).sum(1))
     return Fit(w.log(), change, parts)
 
@@ -127,6 +127,6 @@ def largest(matrix: Float[Tensor, "B t t"], norm: Float[Tensor, " B"]) -> Float[
     x, bound = matrix.sum(2), norm
     for _ in range(BOUND_STEPS):
         y = torch.bmm(matrix, x[..., None])[..., 0]
-        bound = torch.minimum(bound, torch.where(x > 0, y / x, 0.0).amax(1))
+        bound = torch.minimum(bound, (y / x).masked_fill(~(x > 0), 0.0).amax(1))
         x = y / y.amax(1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     return bound
