@@ -47,6 +47,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:
+        if padded and bits not in (4, 8):  # keys and values in different bits
+            return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
             wide = bits > 8 or (padded and bits > 4) or (D > 64 and not hopper and (padded or bits <= 4))
             reserve = (8 if bits > 4 else 25) * 1024 if D == 128 else 0  # keeps it at four programs on an SM
@@ -60,12 +62,15 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     if rows <= 16:
         if D == 128 and hopper:
             return Launch(16, keys, 4, 4, early=True, registers=208)  # two programs with four stages fill an SM
-        registers = 208 if hopper and D > 128 else None  # would be 235
+        registers = None
+        if hopper and (padded or D > 128):  # width 256 would take 235, and padded rows spill to have fewer
+            registers = 240 if padded else 208
         # 64 padded keys would spill before Hopper
         return Launch(16, keys if hopper or not padded else 32, 4, 3, registers=registers)
     if rows <= 64:
         block = 32 if rows <= 32 else 64
-        return Launch(block, keys, 4 if D <= 128 and (hopper or block == 32) else 8, 3)  # 4 warps would spill elsewhere
+        few = D <= 128 and (block == 32 or (hopper and not padded))
+        return Launch(block, keys, 4 if few else 8, 3)  # 4 warps would spill elsewhere
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
 
