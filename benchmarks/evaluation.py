@@ -3,6 +3,7 @@
     python benchmarks/evaluation.py MODEL_DIR [MODEL_DIR ...] --data DATA --work WORK [--workers 6] [--limit 560]
     python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `studies.py`
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
+    python benchmarks/evaluation.py MODEL_DIR --refit ...    # instead, fitted pairs in the bytes of pairs that are not
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
 `plans.py` says what is asked. One work is one task by one method; its answers go to a file of its own under WORK. A
@@ -59,7 +60,7 @@ def main() -> int:
     parser.add_argument("--data", help="directory of JSONL files")
     parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the answers until all are there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
-    for kind in ("study", "scoring", "bits"):
+    for kind in ("study", "scoring", "bits", "refit"):
         parser.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help="these methods instead")
     parser.add_argument("--tasks", nargs="+", help="only these, as named in the plan")
     parser.add_argument("--methods", nargs="+", help="only these")
@@ -220,21 +221,19 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(results: Path, docs: Path) -> None:
-    """Writes the plots `docs/evals*.png` of the model with all methods, and the tables in `docs/evals.md`."""
+    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, and of fits `docs/refitting*`."""
     from kvzip.evals.report import figures, overview
 
-    tables = []
-    for (model,), own in group(read(*sorted(results.glob("eval-*.jsonl.gz"))), "model").items():
-        tables.append(f"### {model}\n\n{deeper(overview(own))}")
-        if len(PLANS[model].ratios) > 1:
-            for name, figure in figures(own, model).items():
-                (docs / f"evals-{name}.png").write_bytes(figure)
-    studied = [
-        f"{model}:\n\n{deeper(overview(own))}"
-        for (model,), own in group(read(*sorted(results.glob("study-*.jsonl.gz"))), "model").items()
-    ]
-    for name, parts in (("eval", tables), ("study", studied)):
-        write_between(docs / "evals.md", name, "\n\n".join(parts))
+    for kind, page, stem in (("eval", "evals", "evals"), ("study", "evals", ""), ("refit", "refitting", "refitting")):
+        tables = []
+        for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
+            title = f"{model}:" if kind == "study" else f"### {model}"
+            tables.append(f"{title}\n\n{deeper(overview(own))}")
+            if stem and len(PLANS[model].ratios) > 1:
+                for name, figure in figures(own, model).items():
+                    (docs / f"{stem}-{name}.png").write_bytes(figure)
+        if tables or kind != "refit":
+            write_between(docs / f"{page}.md", kind, "\n\n".join(tables))
 
 
 def deeper(tables: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .models import Model, ModelConfig, load
     from .opening import open
     from .prefilling import prefill
+    from .refitting import refit
     from .scoring import score
     from .streaming import prefill_compressed
 
@@ -46,6 +47,7 @@ __all__ = [
     "prefill",
     "prefill_compressed",
     "prompts",
+    "refit",
     "save",
     "score",
     "scores",
@@ -65,6 +67,7 @@ _HOMES = {
     "models": ("Model", "ModelConfig", "load"),
     "opening": ("open",),
     "prefilling": ("prefill",),
+    "refitting": ("refit",),
     "scoring": ("score",),
     "streaming": ("prefill_compressed",),
 }

@@ -141,7 +141,8 @@ def fold(
     tail, and a pair's score is its largest weight in a softmax over prefix, chunk and repeat. There is no
     other scope, because turns refer to their context, and attending to a compressed one costs little. At ratio 1
     nothing is scored, and the answers are those of `cache`. Window layers then hold the last tokens, new rows of a
-    quantized context are quantized too, and `kept` and `total` count the tail's pairs too. `fold` may be called again
+    quantized context are quantized too, those of a refitted one have bias 0 and their own values (they are not fitted,
+    also where a ratio drops others), and `kept` and `total` count the tail's pairs too. `fold` may be called again
     after further turns.
 
     Args:

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from .cache import DenseCache, RaggedCache, encode_levels, full_nbytes, nbytes
+from .cache import DenseCache, RaggedCache, RaggedKV, encode_levels, full_nbytes, nbytes
 from .cache.reading import open_cache, read_cache, read_texts
 from .cache.rows import kept_mask
 from .display import visible_line
 from .files import schema
 from .files.writing import whole_file
 from .options import LEVELS
+from .refitting import mass_of_note, note_of
 
-_SHOWN = ("title", "document", "model")  # entries of a note that the page shows elsewhere
+_SHOWN = ("title", "document", "model", "mass_kept")  # entries of a note that the page shows elsewhere
 
 
 def write_report(file: Path, out: Path) -> None:
@@ -68,7 +69,9 @@ def describe(
     texts, places = _texts(cache.token_ids.tolist(), token_texts)
     note, origin = (schema.entry(header, name) for name in ("note", "model"))
     method, source = header.get("method", ""), origin.get("source", "")
-    level = method.rpartition("/")[2]
+    level = method.rpartition("/")[2].partition("+")[0]  # what comes after it was done to the pairs that it chose
+    mass = mass_of_note(note)
+    fits = mass is not None and mass.before.shape == mask.shape[:2]  # anyone may have written the note
     facts: dict[str, Any] = {
         "title": next((str(note[key]) for key in ("title", "document") if note.get(key)), ""),
         "format": ".".join(map(str, header["version"])),
@@ -78,6 +81,8 @@ def describe(
         "method": method,
         "level": level if level in LEVELS else "pair",
         "bits": schema.bits_of(header),
+        "biases": any(isinstance(layer, RaggedKV) and layer.bias is not None for layer in cache.context),
+        "mass": note_of(mass) if mass is not None and fits else None,
         "layers": list(cache.scored_layers),
         "windows": len(cache.context) - len(cache.scored_layers),
         "length": cache.context_length,

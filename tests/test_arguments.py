@@ -41,6 +41,7 @@ fits = {MODEL: ["model"], DENSE: ["dense"], CACHE: ["dense", "small"], RAGGED: [
 functions = {
     "prefill": (kvzip.prefill, MODEL, IDS), "score": (kvzip.score, MODEL, DENSE),
     "compress": (kvzip.compress, DENSE, NUMBER), "keep_mask": (kvzip.keep_mask, SCORES, NUMBER),
+    "refit": (kvzip.refit, MODEL, DENSE, RAGGED),
     "prefill_compressed": (kvzip.prefill_compressed, MODEL, IDS, NUMBER),
     "generate": (kvzip.generate, MODEL, CACHE, TEXT), "Decoder": (kvzip.Decoder, MODEL, CACHE),
     "extend": (kvzip.extend, MODEL, CACHE, IDS), "ask": (kvzip.ask, MODEL, CACHE, TEXT), "fork": (kvzip.fork, CACHE),
@@ -113,6 +114,8 @@ options = {
     "prefill": {"chunk": counts, "system": notes | {"text": 3}, "instruction": {"list": ["a"], "number": 3}},
     "score": {"chunk": counts, "hint": hints, "scope": choices, "method": choices},
     "fold": {"chunk": counts, "hint": hints, "method": choices},
+    "refit": {"chunk": counts, "hint": hints, **{name: {"less": -1, "nan": float("nan"), "infinity": float("inf"),
+              "text": "1", "true": True, "None": None, "list": [1]} for name in ("bound", "ridge", "pull")}},
     "extend": {"chunk": counts},
     "compress": {"protect": spans, "level": choices, "min_rows": hints, "sink": hints, "recent": hints,
                  "bits": {label: value for label, value in counts.items() if value is not None}},
@@ -143,6 +146,7 @@ options = {
         "generate": lambda cache: kvzip.generate(model, cache, "Who?"),
         "ask": lambda cache: kvzip.ask(model, cache, "a"),
         "extend": lambda cache: kvzip.extend(model, cache, "a"), "score": lambda cache: kvzip.score(model, cache),
+        "refit": lambda cache: kvzip.refit(model, dense, kvzip.load_cache(ragged, pairs=False)),
         "save": lambda cache: kvzip.save(cache, path + "w"), "to": lambda cache: kvzip.to(cache, "cpu"),
         "Decoder": lambda cache: kvzip.Decoder(model, cache), "fold": lambda cache: kvzip.fold(model, cache, 0.5),
         "answer_probabilities": lambda cache: answer_probabilities(model, cache, "Who?", [1]),
@@ -155,6 +159,8 @@ options = {
 }
 answered = kvzip.ask(model, small, "Who?", max_tokens=2)[1]
 kvzip.save(dense, path)
+ragged = path + "r"
+kvzip.save(small, ragged)
 for name, named in options.items():
     function, *kinds = functions[name]
     arguments = [answered if name == "fold" and kind is CACHE else good[kind][0] for kind in kinds]

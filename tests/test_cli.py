@@ -479,6 +479,34 @@ def test_info_says_what_fits_in_memory(model_dir: Path, model: kvzip.Model) -> N
 # --- the rest
 
 
+def test_refit_fits_what_is_kept_and_says_what_it_gave(
+    document: Path, model_dir: Path, model: kvzip.Model, tmp_path: Path
+) -> None:
+    path, dense = tmp_path / "fitted.kvz", kvzip.score(model, kvzip.prefill(model, TEXT))
+    wanted = kvzip.refit(model, dense, kvzip.compress(dense, 0.3))
+    how = ("-m", model_dir, "--device", "cpu", "--refit")
+    facts = json.loads(call("compress", document, *how, "-o", path, "--json").stdout)
+    assert [*facts["seconds"]] == ["prefill", "score", "compress", "refit"] and facts["method"] == wanted.method
+    assert 0 < facts["mass_kept"]["before"] < facts["mass_kept"]["after"] < 1.2
+    back = kvzip.load_cache(path)
+    for ours, theirs in zip(back.context, wanted.context, strict=True):
+        assert torch.equal(ours.bias, theirs.bias) and torch.equal(ours.v, theirs.v)
+    shape = dense.scores.values.shape[:2]
+    held = read_header(path)["note"]["mass_kept"]
+    assert {name: torch.tensor(part).shape for name, part in held.items()} == {"before": shape, "after": shape}
+    said = call("compress", document, *how, "-o", path, "--force", "-r", 0.5, "--bits", 8).stdout
+    assert re.search(
+        r"refitted \d+% of the repeat's attention in the mean head \(\d+% in the least\), \d+% \(\d+%\)", said
+    )
+    info = json.loads(call("info", path, "--json").stdout)
+    assert info["refitted"] and "packed into 8 bits, with a bias for each row" in call("info", path).stdout
+    streamed = tmp_path / "streamed.kvz"
+    assert call("compress", document, *how, "-o", streamed, "--segment", 150).exit_code == 0
+    assert read_header(streamed)["method"] == "kvzip-chunk/stream-segment+refit"
+    shown = json.loads(call("compare", document, "Who?", "-m", model_dir, "-n", 2, "--refit", "--json").stdout)
+    assert shown["fit"]["layers"] == [0, 1] and shown["fit"]["seconds"] > 0
+
+
 def test_compare_bench_and_tasks(
     document: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

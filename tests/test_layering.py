@@ -34,6 +34,7 @@ _STAGES = (
     "prefilling",
     "scoring",
     "compression",
+    "refitting",
     "streaming",
     "scores",
     "decoding",

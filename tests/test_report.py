@@ -16,7 +16,9 @@ import torch
 
 import kvzip
 import random_model
+from kvzip import refitting
 from kvzip.cache import DenseCache, DenseKV, Scores, load_cache
+from kvzip.options import Refitting
 from kvzip.report import describe, kept_mask, render, write_report
 
 TEXT = "Happy families <b>are</b> all alike;\n</script><script>alert('é 日本')</script><!-- every\n\nunhappy 🎉 family."
@@ -108,6 +110,69 @@ def test_what_is_kept_is_what_the_pairs_held_are(model, scored, bits):
         small = kvzip.compress(scored, **way, bits=bits)
         assert torch.equal(kept_mask(small), kvzip.keep_mask(scored.scores, **way))
     assert kept_mask(scored).all() and kept_mask(scored).shape == scored.scores.values.shape
+
+
+@pytest.mark.parametrize("case", ["whole", "none", "other heads", "no numbers", "out of range"])
+def test_the_page_of_a_fit_says_what_attention_is_kept(model, scored, tmp_path, case):
+    """Of a note that is not of this cache it says nothing."""
+    path, out = tmp_path / "doc.kvz", tmp_path / "page.html"
+    small, mass = refitting.refit_and_measure(model, scored, kvzip.compress(scored, 0.3), Refitting())
+    told = refitting.note_of(mass)
+    kvzip.save(
+        small,
+        path,
+        note={
+            "whole": {"mass_kept": told},
+            "none": {},
+            "other heads": {"mass_kept": {name: rows[:1] for name, rows in told.items()}},
+            "no numbers": {"mass_kept": {"before": [["<b>"]], "after": told["after"]}},
+            "out of range": {"mass_kept": told | {"before": [[1e300] * len(row) for row in told["before"]]}},
+        }[case],
+    )
+    write_report(path, out)
+    facts = json.loads(block(out.read_text(encoding="utf-8"), "facts"))
+    assert facts["biases"] and facts["level"] == "pair" and facts["note"] == []
+    assert facts["mass"] == (told if case == "whole" else None)
+    if case == "whole":
+        assert torch.tensor(told["after"]).mean() > torch.tensor(told["before"]).mean()
+
+
+@needs_chromium
+def test_the_page_shows_what_a_fit_gave_each_head(model, scored, tmp_path):
+    """As long as it shows the pairs of the file; another ratio has not been fitted."""
+    small, mass = refitting.refit_and_measure(model, scored, kvzip.compress(scored, 0.3), Refitting())
+    kvzip.save(small, tmp_path / "doc.kvz", note={"mass_kept": refitting.note_of(mass)})
+    write_report(tmp_path / "doc.kvz", tmp_path / "page.html")
+    page, other = (tmp_path / "page.html").read_text(encoding="utf-8"), tmp_path / "shown.html"
+    answer = in_chromium(
+        page,
+        other,
+        """
+        const $ = (id) => document.getElementById(id), found = [], table = $("facts-table").textContent;
+        const point = (n) => {
+            const place = $("map").getBoundingClientRect(), { step, tall } = report.state.cells;
+            const [x, y] = [step * ((n >> 1) + 0.5), tall * ((n & 1) + 0.5)];
+            $("map").dispatchEvent(new PointerEvent("pointermove",
+                { pointerType: "mouse", bubbles: true, clientX: place.left + x, clientY: place.top + y }));
+            return $("cell").textContent;
+        };
+        for (let n = 0; n < 4; n++) found.push(point(n));
+        report.setRatio(0.2);
+        return { found, table, moved: point(3) };
+        """,
+    )
+    before, after = (x.double() for x in (mass.before, mass.after))
+
+    def said(x):
+        return f"{x:.1%}" if 0 < x < 0.0995 else f"{x:.0%}"
+
+    told = [round(x, 4) for x in (*before.flatten().tolist(), *after.flatten().tolist())]
+    for n, text in enumerate(answer["found"]):
+        assert text.endswith(f", {said(told[n])} of its attention, {said(told[n + 4])} with biases"), text
+    means = [said(sum(told[at : at + 4]) / 4) for at in (0, 4)]
+    assert f"Attention kept{means[0]}, {means[1]} with biases, in the mean head" in answer["table"]
+    assert "with a bias for each row" in answer["table"]
+    assert answer["moved"].startswith("layer 2 head 1: ") and "attention" not in answer["moved"]
 
 
 def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_path):

@@ -23,7 +23,7 @@ WIDTH = 100  # of a signature on one line
 
 STAGES = (
     ("Models and contexts", ("load", "prefill", "prefill_compressed", "Model", "ModelConfig")),
-    ("Scores and compression", ("score", "compress", "keep_mask", "Scores")),
+    ("Scores and compression", ("score", "compress", "keep_mask", "refit", "Scores")),
     ("Answers and conversations", ("generate", "Answer", "Decoder", "ask", "extend", "fork", "fold")),
     ("Caches", ("DenseCache", "RaggedCache", "save", "load_cache", "open", "to", "nbytes")),
     ("Transformers", ("from_transformers", "to_transformers")),

@@ -182,6 +182,9 @@ def _describe_layer(name: str, layer: DenseKV | WindowKV | RaggedKV) -> tuple[di
             tensors[f"{name}.{part}"] = x
     if isinstance(layer, RaggedKV):
         tensors |= {f"{name}.offsets": layer.offsets, f"{name}.positions": layer.positions}
+        if layer.bias is not None:
+            spec["bias"] = True
+            tensors[f"{name}.bias"] = layer.bias
     if isinstance(layer, WindowKV):
         spec["start"] = layer.start
     return tensors, spec

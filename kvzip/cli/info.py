@@ -96,6 +96,7 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
         "turn_tokens": header["tokens"] - length,
         **{name: header[name] for name in ("kept", "total", "ratio", "method")},
         "bits": schema.bits_of(header),
+        "refitted": any(isinstance(layer, RaggedKV) and layer.bias is not None for layer in cache.context),
         "chat": header["chat"],
         "scores": cache.scores is not None,
         "full_bytes": full_nbytes(cache),
@@ -170,6 +171,7 @@ def _show_file(facts: dict[str, Any]) -> None:
     turns = f", {facts['turn_tokens']:,} of turns after it" if facts["turn_tokens"] else ""
     echo(f"tokens   {facts['tokens']:,}, {facts['prefix_tokens']} of them prefix{turns}")
     packed = f", packed into {facts['bits']} bits" if facts["bits"] else ""
+    packed += ", with a bias for each row" if facts["refitted"] else ""
     by = f" by {facts['method']}" if facts["method"] else ""
     echo(f"kept     {facts['kept']:,} of {facts['total']:,} pairs ({facts['ratio']:.1%}){by}{packed}")
     if facts["whole_heads"]:
