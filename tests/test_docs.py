@@ -30,7 +30,7 @@ from markdown_it import MarkdownIt
 
 import kvzip
 import make_api_reference
-import small_models
+from kvzip.small import packages as small_models
 from kvzip.cli import main
 from test_cli import write_model
 

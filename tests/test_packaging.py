@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import kvzip
 import random_model
-import small_models
+from kvzip.small import packages as small_models
 from kvzip.cli import documents
 from kvzip.evals import report, tasks
 from test_cli import TEXT, write_model
@@ -70,10 +70,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
     package = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "py.typed", "data/*.html", "data/*.json", "data/head_scores/*.safetensors")
+        for pattern in ("*.py", "py.typed", "data/*.html", "data/*.json", "data/*.txt", "data/head_scores/*.safetensors")
         for path in (ROOT / "kvzip").rglob(pattern)
     }
-    data = {"report.html", "words.json", "head_scores/gemma-3-270m.safetensors"}
+    data = {"report.html", "words.json", "museum.txt", "head_scores/gemma-3-270m.safetensors"}
     assert {"kvzip/py.typed", *(f"kvzip/data/{name}" for name in data)} <= package
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -103,7 +103,7 @@ def test_the_version_is_one(built: Built) -> None:
 def test_what_the_library_imports_is_declared(built: Built) -> None:
     modules = modules_of(ROOT / "kvzip")
     found = {name.split(".")[0] for module, path in modules.items() for name in imports_of(module, path, set(modules))}
-    declared = {r.name for r in built.core}.union(*(built.extra(name) for name in EXTRAS if name != "demo"))
+    declared = {r.name for r in built.core}.union(*(built.extra(name) for name in EXTRAS))
     assert found - {"kvzip", *sys.stdlib_module_names} == declared, "all of them are called as they are imported"
     always = {
         node.module.split(".")[0] if isinstance(node, ast.ImportFrom) and node.module else node.names[0].name

@@ -8,6 +8,7 @@ from .bench import bench
 from .chat import chat
 from .compare import compare
 from .compress import compress
+from .demo import demo
 from .evaluate import evaluate
 from .heads import heads
 from .info import info
@@ -19,6 +20,7 @@ from .report import report
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""
+    kvzip demo
     kvzip compress contract.pdf -m qwen2.5-7b -r 0.3 -o contract.kvz
     kvzip ask contract.kvz "Who signed it?" "When?"
     kvzip chat contract.kvz
@@ -30,5 +32,5 @@ def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 
 
-for each in (compress, ask, chat, info, report, compare, heads, evaluate, bench):
+for each in (demo, compress, ask, chat, info, report, compare, heads, evaluate, bench):
     main.add_command(each)

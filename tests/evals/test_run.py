@@ -15,7 +15,7 @@ import torch
 
 import kvzip
 import random_model
-import small_models
+from kvzip.small import packages as small_models
 from kvzip.cache import RaggedCache
 from kvzip.evals import asking, run
 from kvzip.evals.asking import ask, prefill_example
