@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from . import head_scores, models, ops, prompts, scores
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
-    from .conversation import ask, extend, fold, fork
+    from .conversation import append, ask, extend, fold, fork
     from .decoding import Decoder
     from .generation import Answer, generate
     from .interop import from_transformers, to_transformers
@@ -28,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "RaggedCache",
     "Scores",
+    "append",
     "ask",
     "compress",
     "extend",
@@ -58,7 +59,7 @@ __version__ = VERSION
 _HOMES = {
     "cache": ("DenseCache", "RaggedCache", "Scores", "load_cache", "nbytes", "save", "to"),
     "compression": ("compress", "keep_mask"),
-    "conversation": ("ask", "extend", "fold", "fork"),
+    "conversation": ("append", "ask", "extend", "fold", "fork"),
     "decoding": ("Decoder",),
     "generation": ("Answer", "generate"),
     "interop": ("from_transformers", "to_transformers"),

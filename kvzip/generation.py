@@ -38,6 +38,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
@@ -53,6 +54,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
@@ -67,6 +69,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
@@ -79,6 +82,9 @@ def generate(
         seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so its
             answer does not depend on the other questions. None draws a seed.
         stop: a text that ends an answer, or several, besides the model's stop tokens.
+        repetition_penalty: 1 is none. Above, what the answer has said already becomes less likely: positive logits of
+            its tokens are divided by it, negative ones multiplied. 1.1 ends most loops. Tokens of the context and of
+            the question count as new, so that both can be quoted.
         template: False continues the context as plain text, with no chat markers after the query (cloze).
         on_token: called with each piece of text as soon as it is known: on_token(piece) for one query,
             on_token(piece, index) for a list.
@@ -91,7 +97,7 @@ def generate(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
+    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop, repetition_penalty)
     for text in sampling.stop:
         prompts.encode_text(tokenizer_of(model), text)  # raises for a text that no answer can contain
     check_fingerprint(model, cache.fingerprint)
@@ -123,7 +129,13 @@ def generate(
     answers: list[Answer] = []
     for first in range(0, len(ids), decoder.batch):
         group = slice(first, first + decoder.batch)
-        decoder.read(ids[group], temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
+        decoder.read(
+            ids[group],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            repetition_penalty=sampling.repetition_penalty,
+        )
         answers += _decode(decoder, streams[group], model.stop_ids, limit)
     return answers[0] if isinstance(query, str) else answers
 

@@ -280,7 +280,8 @@ def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -
         result = CliRunner().invoke(main, ["compress", "-", "-m", "x", "-o", str(out)], input=junk)
         assert (
             one_line(result)
-            == "kvzip: expected text in UTF-8 or a PDF, got standard input that is neither: convert it first"
+            == "kvzip: expected text in UTF-8, HTML, a PDF or a Word document (.docx), got standard input that is none: "
+            "convert it first"
         )
 
 
@@ -608,7 +609,7 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
             ("compress", "none.txt", "-m", model_dir, "-o", out),
             "expected a document, got no file or directory none.txt",
         ),
-        (("compress", binary, "-m", model_dir, "-o", out), "that is neither: convert it first"),
+        (("compress", binary, "-m", model_dir, "-o", out), "that is none: convert it first"),
         (("compress", empty, "-m", model_dir, "-o", out), "with text in it, got none in empty.txt"),
         (("compress", document, "-m", "no-model", "-o", out), "got 'no-model': no such directory"),
         (("compress", document, "-m", tmp_path, "-o", out), "expected config.json in"),

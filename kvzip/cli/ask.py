@@ -27,6 +27,7 @@ class Answering:
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
+    repetition_penalty: float
 
 
 def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +56,14 @@ def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, callback=_seed, help="Of the sampling."),
         click.option(
             "--stop", multiple=True, metavar="TEXT", callback=_stops, help="Text that ends an answer; may be repeated."
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(1),
+            callback=finite,
+            default=1.0,
+            show_default=True,
+            help="Above 1, what an answer has said becomes less likely: 1.1 ends most loops.",
         ),
     ]
 

@@ -18,12 +18,13 @@ from .targets import check_output, is_kvzip_file, is_page
 
 if TYPE_CHECKING:
     from ..cache import DenseCache, RaggedCache
+    from ..generation import Answer
     from ..models import Model
 
 DOCUMENT = Path(__file__).parents[1] / "data" / "museum.txt"
 RATIO = 0.3
 SMALL = "small"
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 24
 REQUIRED = 4
 """Right answers that the small model gives from the full cache and from the compressed one."""
 
@@ -107,9 +108,7 @@ def demo(model: str | None, loading: Loading, output: Path) -> None:
         )
 
 
-def answered(
-    stage: Stage, model: "Model", text: str
-) -> "tuple[list[Answers], RaggedCache, dict[str, float]]":
+def answered(stage: Stage, model: "Model", text: str) -> "tuple[list[Answers], RaggedCache, dict[str, float]]":
     """Returns the answers from the full cache, the compressed one and a random one, the compressed cache, and times."""
     import torch
 
@@ -146,16 +145,16 @@ def answered(
         found = generation.generate(
             model, each, queries, max_tokens=ANSWER_TOKENS, stop=ends, template=False, on_token=on_token
         )
-        columns.append(Answers(title, cache.nbytes(each), [sentence(answer.text) for answer in found]))
+        columns.append(Answers(title, cache.nbytes(each), [sentence(answer) for answer in found]))
     marks.append(time.monotonic())
     read, scored, told_s = (after - before for before, after in zip(marks, marks[1:], strict=False))
     return columns, small, {"read": read, "score": scored, "answer": told_s}
 
 
-def sentence(text: str) -> str:
-    """Returns an answer on one line, as a whole sentence: with the full stop that ended it."""
-    text = " ".join(text.split())
-    return text if text.endswith((".", "!", "?", '"')) else text + "."
+def sentence(answer: "Answer") -> str:
+    """Returns an answer on one line: with the full stop that ended it, or dots if it did not come to an end."""
+    text = " ".join(answer.text.split())
+    return f"{text} ..." if answer.stopped == "length" else text if text.endswith((".", "!", "?", '"')) else f"{text}."
 
 
 def _show(model: str, tokens: int, columns: list[Answers]) -> None:
@@ -164,7 +163,9 @@ def _show(model: str, tokens: int, columns: list[Answers]) -> None:
     for n, (question, wanted) in enumerate(QUESTIONS.items()):
         echo(f"{question} ...")
         for column in columns:
-            echo(f"  {column.title:10}  {'right' if wanted in column.texts[n] else 'wrong'}  {visible(column.texts[n])}")
+            echo(
+                f"  {column.title:10}  {'right' if wanted in column.texts[n] else 'wrong'}  {visible(column.texts[n])}"
+            )
     echo()
     for column in columns:
         echo(f"{column.title:10}  {column.right} of {len(QUESTIONS)} right, {size(column.cache_bytes)} of cache")

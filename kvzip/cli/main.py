@@ -3,6 +3,7 @@
 import click
 
 from ..version import VERSION
+from .append import append
 from .ask import ask
 from .bench import bench
 from .chat import chat
@@ -12,6 +13,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .heads import heads
 from .info import info
+from .listing import ls
 from .plumbing import Group
 from .report import report
 
@@ -32,5 +34,5 @@ def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 
 
-for each in (demo, compress, ask, chat, info, report, compare, heads, evaluate, bench):
+for each in (demo, compress, ask, chat, append, ls, info, report, compare, heads, evaluate, bench):
     main.add_command(each)
