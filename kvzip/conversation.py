@@ -94,6 +94,7 @@ def ask(
     stop: str | Sequence[str] = (),
     repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[[str], None] | None = None,
 ) -> tuple[Answer, RaggedCache]:
     """Returns the answer to a query, and a cache that holds query and answer, for the next turn.
@@ -132,6 +133,7 @@ def ask(
         stop=stop,
         repetition_penalty=repetition_penalty,
         template=template,
+        sources=sources,
         on_token=on_token,
     )
     said = [*asked, *answer.token_ids]

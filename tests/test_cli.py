@@ -386,8 +386,8 @@ def test_pieces_are_shown_as_they_come(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""  # in its turn
     on_token("e", 0)
     assert capsys.readouterr().out == "e"
-    finish(["one", "two"])
-    assert capsys.readouterr().out == "\n\n> b?\ntwo\n"
+    finish(["one", "two"], ["", "\n    from there"])
+    assert capsys.readouterr().out == "\n\n> b?\ntwo\n    from there\n"
 
 
 def test_chat_keeps_forks_and_folds_its_turns(

@@ -30,8 +30,8 @@ from markdown_it import MarkdownIt
 
 import kvzip
 import make_api_reference
-from kvzip.small import packages as small_models
 from kvzip.cli import main
+from kvzip.small import packages as small_models
 from test_cli import write_model
 
 ROOT = Path(__file__).parents[1]

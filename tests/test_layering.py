@@ -37,6 +37,7 @@ _STAGES = (
     "compression",
     "streaming",
     "scores",
+    "sources",
     "decoding",
     "generation",
     "conversation",

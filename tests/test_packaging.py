@@ -20,9 +20,9 @@ from packaging.requirements import Requirement
 
 import kvzip
 import random_model
-from kvzip.small import packages as small_models
 from kvzip.cli import documents
 from kvzip.evals import report, tasks
+from kvzip.small import packages as small_models
 from test_cli import TEXT, write_model
 from test_layering import imports_of, modules_of
 

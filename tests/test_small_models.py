@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from kvzip import hub
-from kvzip.small import gguf_to_hf
-from kvzip.small import gguf_tokenizer
+from kvzip.small import gguf_to_hf, gguf_tokenizer
 from kvzip.small import packages as small_models
 from kvzip.small.packages import Part, Source, Unavailable
 

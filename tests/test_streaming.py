@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import kvzip
 import random_model
-from kvzip.small import packages as small_models
 from accuracy import assert_as_accurate
 from interruptions import interrupted
 from kvzip import ops, prompts
@@ -27,6 +26,7 @@ from kvzip.models import run_attention
 from kvzip.models.vocabulary import read_vocabulary
 from kvzip.options import Scoring
 from kvzip.scoring import score_chunks
+from kvzip.small import packages as small_models
 from kvzip.streaming import checkpoints, pieces, plan, prefill, segments
 from rewritten import rewrite
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import kvzip
 import plain_kvzip
-from kvzip.small import packages as small_models
 from kvzip.cache import WindowKV
+from kvzip.small import packages as small_models
 
 MODELS = [
     "smollm2-135m-instruct",
