@@ -2,20 +2,18 @@
 
     python benchmarks/sources.py MODEL --data DATA [--length 500] [--count 10] [--ratio 0.3]
 
-A needle is found if the strongest source of its answer shares a word of three letters or more with the answer and
-overlaps the hidden sentence by half of either. Answers that do not have the needle count as well: their sources are
-those of what was said. Prints a line for each and appends one JSON line to benchmarks/results/sources.jsonl with -o.
+A needle is found if the strongest source of its answer and the hidden sentence overlap by half of the shorter one.
+Prints a line for each, and how many answers have the needle; -o adds one JSON line to a file of results.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
+import harness
 import kvzip
-from harness import provenance
 from kvzip.evals import tasks
 from kvzip.evals.asking import prefill_example
 from kvzip.evals.tasks.haystack import NEEDLE
@@ -37,6 +35,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--commit", help="where git cannot be asked")
     asked = parser.parse_args()
     model = kvzip.load(asked.model, dtype=getattr(torch, asked.dtype))
     request = tasks.Request(asked.count, 1, asked.length, asked.seed, asked.data, counter(model))
@@ -55,9 +54,8 @@ def main() -> int:
     print(f"{right} of {asked.count} found, {answered} answered")
     if asked.out:
         line = {"benchmark": "sources", "model": Path(asked.model).name, "length": asked.length, "ratio": asked.ratio}
-        line |= {"found": right, "answered": answered, "of": asked.count} | provenance()
-        with asked.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        line |= {"found": right, "answered": answered, "of": asked.count}
+        harness.record(asked.out, [line], harness.facts(str(model.device), asked.commit))
     return 0 if right >= 0.9 * asked.count else 1
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION
 
 if TYPE_CHECKING:
-    from . import head_scores, models, ops, prompts, scores
+    from . import head_scores, models, ops, prompts, scores, sources
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
     from .conversation import append, ask, extend, fold, fork
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .opening import open
     from .prefilling import prefill
     from .scoring import score
+    from .sources import Source
     from .streaming import prefill_compressed
+    from .tuning import tune
 
 __all__ = [
     "Answer",
@@ -28,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "RaggedCache",
     "Scores",
+    "Source",
     "append",
     "ask",
     "compress",
@@ -50,8 +53,10 @@ __all__ = [
     "save",
     "score",
     "scores",
+    "sources",
     "to",
     "to_transformers",
+    "tune",
 ]
 
 __version__ = VERSION
@@ -67,7 +72,9 @@ _HOMES = {
     "opening": ("open",),
     "prefilling": ("prefill",),
     "scoring": ("score",),
+    "sources": ("Source",),
     "streaming": ("prefill_compressed",),
+    "tuning": ("tune",),
 }
 
 

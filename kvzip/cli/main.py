@@ -16,6 +16,7 @@ from .info import info
 from .listing import ls
 from .plumbing import Group
 from .report import report
+from .tune import tune
 
 
 @click.group(
@@ -34,5 +35,5 @@ def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 
 
-for each in (demo, compress, ask, chat, append, ls, info, report, compare, heads, evaluate, bench):
+for each in (demo, compress, tune, ask, chat, append, ls, info, report, compare, heads, evaluate, bench):
     main.add_command(each)
