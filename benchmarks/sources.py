@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import harness
 import torch
 
-import harness
 import kvzip
 from kvzip.evals import tasks
 from kvzip.evals.asking import prefill_example

@@ -121,7 +121,9 @@ def tune(
     tried = sorted({checks.kept_ratio(ratio) for ratio in ratios}, reverse=True)
     packed = [checks.whole(each, "bits") for each in bits]
     if not tried or not set(packed) <= {8, 4}:
-        raise ValueError(f"expected ratios to try, and bits of 8 or 4, got {tried} and {packed}: pass ratios=[0.3, 0.5]")
+        raise ValueError(
+            f"expected ratios to try, and bits of 8 or 4, got {tried} and {packed}: pass ratios=[0.3, 0.5]"
+        )
     enough, count = checks.number(keep, "keep"), checks.whole(count, "count", least=1)
     if not 0 < enough <= 1:
         raise ValueError(f"expected 0 < keep <= 1, the part of answers to keep, got {enough}: 0.9 is a usual one")

@@ -53,7 +53,9 @@ def test_answers_are_counted_and_the_smallest_enough_is_recommended(model, templ
     assert found.choices[3].ratio == (best.ratio if best else 1.0)
     last = found.choices[3]
     expected = last if last.answers >= 0.6 * last.asked else best
-    assert found.recommended == (expected or tuning.Choice(1.0, None, len(found.probes), len(found.probes), kvzip.nbytes(full)))
+    assert found.recommended == (
+        expected or tuning.Choice(1.0, None, len(found.probes), len(found.probes), kvzip.nbytes(full))
+    )
     assert found.cache.kept == int(found.recommended.ratio * full.total)
     greedy = [p for p in found.probes if not p.repeats]
     for probe in greedy:

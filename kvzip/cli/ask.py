@@ -176,7 +176,6 @@ Finish = Callable[[list[str], list[str]], None]
 """finish(texts, extras) shows what is left of answers, and after each what belongs to it."""
 
 
-
 @contextmanager
 def _shown(asked: list[str], as_json: bool) -> Iterator[tuple[OnToken | None, Finish]]:
     """Yields a function that shows an answer's text as it comes, and one that shows what is left at the end.

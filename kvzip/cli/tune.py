@@ -64,7 +64,11 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
     help="Part of the full cache's answers that must be kept.",
 )
 @click.option(
-    "--count", type=positive, default=8, show_default=True, help="Questions that the model asks, and passages to repeat."
+    "--count",
+    type=positive,
+    default=8,
+    show_default=True,
+    help="Questions that the model asks, and passages to repeat.",
 )
 @click.option("-o", "--output", type=FileName(), help="Write the recommended file.")
 @click.option("--system", help="System message.")
@@ -141,7 +145,9 @@ def tune(
         hint(f'ask it:  kvzip ask {shlex.quote(str(output))} "..."')
     elif not as_json:
         sources = " ".join(map(shlex.quote, documents_))
-        choice = f"-r {found.recommended.ratio:g}" + (f" --bits {found.recommended.bits}" * bool(found.recommended.bits))
+        choice = f"-r {found.recommended.ratio:g}" + (
+            f" --bits {found.recommended.bits}" * bool(found.recommended.bits)
+        )
         hint(f"compress it:  kvzip compress {sources} -m {model} {choice}, or pass -o FILE{SUFFIX} here")
 
 
