@@ -1,5 +1,6 @@
 """`kvzip demo`: a document, a small model, and what is left of its answers at 30% of the pairs, within a minute."""
 
+import itertools
 import shlex
 import time
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ def answered(stage: Stage, model: "Model", text: str) -> "tuple[list[Answers], R
         )
         columns.append(Answers(title, cache.nbytes(each), [sentence(answer) for answer in found]))
     marks.append(time.monotonic())
-    read, scored, told_s = (after - before for before, after in zip(marks, marks[1:], strict=False))
+    read, scored, told_s = (after - before for before, after in itertools.pairwise(marks))
     return columns, small, {"read": read, "score": scored, "answer": told_s}
 
 
