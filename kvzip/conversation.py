@@ -260,7 +260,10 @@ def _folded(model: Model, cache: RaggedCache, tail: Tail, keep: Bool[Tensor, "L 
 def _keep(
     model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring
 ) -> tuple[Bool[Tensor, "L H E"], Float32[Tensor, "L H E"] | None]:
-    """Which pairs of the tail are kept, and their scores; None if all are, unscored. Repeat passes write to a copy of the tail, each over the rows before it."""
+    """Which pairs of the tail are kept, and their scores; None if all are, unscored.
+
+    Repeat passes write to a copy of the tail, each over the rows before it.
+    """
     config, begin, used = model.config, cache.context_length, len(cache.token_ids)
     shape = (len(cache.scored_layers), cache.heads, used - begin)
     if ratio == 1 or not cache.scored_layers:

@@ -187,7 +187,5 @@ def sampling(
         raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
     penalty = checks.number(repetition_penalty, "repetition_penalty")
     if not penalty >= 1:
-        raise ValueError(
-            f"expected a repetition_penalty of 1 (none) or more, got {penalty}: 1.1 is a usual one, below 1 answers loop"
-        )
+        raise ValueError(f"expected a repetition_penalty of 1 (none) or more, got {penalty}: 1.1 is a usual one")
     return Sampling(most, heat, mass, drawn, stops, penalty)

@@ -96,8 +96,8 @@ def tune(
     are then read by every compressed cache, in one pass each. An answer is kept if none of its tokens is lost, and a
     token that is the full cache's first choice is lost if it is no longer the first and less than half as likely.
 
-    The recommended ratio is the smallest at which, as at all larger ones, at least `keep` of the answers are kept; it is
-    then tried in fewer bits.
+    The recommended ratio is the smallest at which, as at all larger ones, at least `keep` of the answers are kept. It
+    is then tried in fewer bits.
 
     Args:
         cache: with scores, as for `compress`; it is not changed.
@@ -121,9 +121,7 @@ def tune(
     tried = sorted({checks.kept_ratio(ratio) for ratio in ratios}, reverse=True)
     packed = [checks.whole(each, "bits") for each in bits]
     if not tried or not set(packed) <= {8, 4}:
-        raise ValueError(
-            f"expected ratios to try, and bits of 8 or 4, got {tried} and {packed}: pass ratios=[0.3, 0.5]"
-        )
+        raise ValueError(f"expected ratios to try, and bits of 8 or 4, got {tried} and {packed}: pass ratios=[0.3]")
     enough, count = checks.number(keep, "keep"), checks.whole(count, "count", least=1)
     if not 0 < enough <= 1:
         raise ValueError(f"expected 0 < keep <= 1, the part of answers to keep, got {enough}: 0.9 is a usual one")
@@ -200,7 +198,8 @@ def _starts(model: Model, cache: DenseCache, count: int) -> list[int]:
     places = [n for n in places if _text(model, cache, n, OPENING)]
     if not places:
         raise ValueError(
-            f"expected a document of at least {OPENING + CONTINUED} tokens to ask about, got {len(pieces)}: pass questions"
+            f"expected a document of at least {OPENING + CONTINUED} tokens to ask about, got {len(pieces)}: "
+            "pass questions"
         )
     return sorted({places[len(places) * n // count] for n in range(count)})
 

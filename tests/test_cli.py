@@ -278,11 +278,8 @@ def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -
     os.close(end)
     for junk in (b"\xff\xfe\0", b"a\0b"):
         result = CliRunner().invoke(main, ["compress", "-", "-m", "x", "-o", str(out)], input=junk)
-        assert (
-            one_line(result)
-            == "kvzip: expected text in UTF-8, HTML, a PDF or a Word document (.docx), got standard input that is none: "
-            "convert it first"
-        )
+        formats = "text in UTF-8, HTML, a PDF or a Word document (.docx)"
+        assert one_line(result) == f"kvzip: expected {formats}, got standard input that is none: convert it first"
 
 
 def test_several_documents_are_told_apart(document: Path) -> None:

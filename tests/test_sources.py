@@ -102,6 +102,4 @@ def test_passages_cover_a_text_and_end_with_sentences(pieces):
     for start, stop in spans:
         assert stop - start <= PASSAGE[1]
         for n in range(start + PASSAGE[0], stop):
-            assert pieces[n - 1] not in (".", "\n", "? ", '."'), (
-                "a passage ends with the first sentence that is long enough"
-            )
+            assert pieces[n - 1] not in (".", "\n", "? ", '."'), "it ends with the first long enough"

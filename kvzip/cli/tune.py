@@ -68,7 +68,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
     type=positive,
     default=8,
     show_default=True,
-    help="Questions that the model asks, and passages to repeat.",
+    help="Questions of the model's own, and passages.",
 )
 @click.option("-o", "--output", type=FileName(), help="Write the recommended file.")
 @click.option("--system", help="System message.")
@@ -145,9 +145,8 @@ def tune(
         hint(f'ask it:  kvzip ask {shlex.quote(str(output))} "..."')
     elif not as_json:
         sources = " ".join(map(shlex.quote, documents_))
-        choice = f"-r {found.recommended.ratio:g}" + (
-            f" --bits {found.recommended.bits}" * bool(found.recommended.bits)
-        )
+        best = found.recommended
+        choice = f"-r {best.ratio:g}" + (f" --bits {best.bits}" if best.bits else "")
         hint(f"compress it:  kvzip compress {sources} -m {model} {choice}, or pass -o FILE{SUFFIX} here")
 
 

@@ -1,6 +1,7 @@
 """Writes a GGUF file as a Hugging Face model directory: config, bf16 safetensors, tokenizer, chat template.
 
-For the packages of `packages.py`, so only for what its files need: Llama, Qwen 2 and Gemma 3 text models with tied embeddings.
+For the models of `packages.py`, so only for what its files need: Llama, Qwen 2 and Gemma 3 text models with tied
+embeddings.
 The weights are dequantized, hence near the original checkpoint and not equal to it.
 """
 
