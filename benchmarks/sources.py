@@ -38,9 +38,9 @@ def main() -> int:
     parser.add_argument("--commit", help="where git cannot be asked")
     asked = parser.parse_args()
     model = kvzip.load(asked.model, dtype=getattr(torch, asked.dtype))
-    request = tasks.Request(asked.count, 1, asked.length, asked.seed, asked.data, counter(model))
+    request = tasks.Request(asked.count, 1, 0, asked.seed, asked.data, counter(model))
     right = answered = 0
-    for example in tasks.examples("needle", request):
+    for example in tasks.examples(f"needle@{asked.length}", request):
         (question,) = example.questions
         full = kvzip.score(model, prefill_example(model, example, form="chat"))
         small = kvzip.compress(full, asked.ratio)
