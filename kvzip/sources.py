@@ -19,6 +19,8 @@ from .ops.types import Quantized
 
 PASSAGE = (8, 64)
 """Tokens of a passage, at least and at most: between them it ends with a sentence or a line."""
+USUAL = 3.0
+"""How many times a token must be more to an answer than it is to the question, before it counts."""
 _WEIGHTS = 1 << 24  # of one head, at a time
 _ENDS = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)]*\s*$|\n\s*$")
 
@@ -47,7 +49,7 @@ def find_sources(
     Question and answer are read once more, in one pass after the cache. With w[l, h, r, s] the softmax weight that row
     r gives to the kept pair of token s in layer l and query head h, over all that the row sees, a token's weight is
 
-        mean over l, h and the rows r that predict the answer of max(0, w[l, h, r, s] - mean over rows of the question)
+        mean over l, h and the rows r that predict the answer of max(0, w[l, h, r, s] - 3 * mean over question's rows)
 
     so that what every row attends to, as the first tokens of a text, is no source. Passages are the sentences and lines
     of the context; windows of layers count for nothing.
@@ -130,7 +132,7 @@ def add_weights_(
     lse: Float[Tensor, "Hq T"],
     first: int,
 ) -> None:
-    """Adds to each token what the query heads of one layer pay to its pair, the rows from `first` less those before."""
+    """Adds to each token what the query heads of one layer pay to its pair, the rows from `first`, less what those before pay."""
     bounds, group = layer.offsets.tolist(), q.shape[0] // layer.heads
     for h in range(layer.heads):
         rows = slice(bounds[h], bounds[h + 1])
@@ -142,7 +144,7 @@ def add_weights_(
             rows_q, rows_lse, step = q[head], lse[head], max(1, _WEIGHTS // len(tokens))
             for part in zip(rows_q[:first].split(step), rows_lse[:first].split(step), strict=True):
                 question += _weights(*part, keys, config).sum(0)
-            question /= max(1, first)
+            question *= USUAL / max(1, first)
             for part in zip(rows_q[first:].split(step), rows_lse[first:].split(step), strict=True):
                 answer += (_weights(*part, keys, config) - question).clamp_(min=0).sum(0)
             paid.index_add_(0, tokens, answer / (q.shape[1] - first))
