@@ -221,7 +221,8 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def render(results: Path, docs: Path) -> None:
     """Writes the plots `docs/evals*.png` of the model with all methods, and the tables in `docs/evals.md`."""
-    from kvzip.evals.report import figures, overview
+    from kvzip.evals.plots import figures
+    from kvzip.evals.report import overview
 
     tables = []
     for (model,), own in group(read(*sorted(results.glob("eval-*.jsonl.gz"))), "model").items():

@@ -132,7 +132,10 @@ def add_weights_(
     lse: Float[Tensor, "Hq T"],
     first: int,
 ) -> None:
-    """Adds to each token what the query heads of one layer pay to its pair, the rows from `first`, less what those before pay."""
+    """Adds to each token what the query heads of one layer pay to its pair.
+
+    Rows from `first` on count, less what those before pay, see `find_sources`.
+    """
     bounds, group = layer.offsets.tolist(), q.shape[0] // layer.heads
     for h in range(layer.heads):
         rows = slice(bounds[h], bounds[h + 1])

@@ -81,7 +81,7 @@ def tune(
     ratios: Iterable[SupportsFloat] = RATIOS,
     bits: Iterable[SupportsIndex] = BITS,
     keep: SupportsFloat = 0.9,
-    count: SupportsIndex = 8,
+    count: SupportsIndex | None = None,
     max_tokens: SupportsIndex = 48,
     progress: Callable[[str], object] | None = None,
 ) -> Tuning:
@@ -91,13 +91,13 @@ def tune(
         found = kvzip.tune(model, full)
         small = found.cache
 
-    Without questions the model asks `count` of its own about passages of the document, answers them from the full
-    cache, and is asked to repeat `count` other passages; a cache without a chat template has passages only. All answers
+    Without questions the model asks some of its own about passages of the document, answers them from the full
+    cache, and is asked to repeat as many other passages; a cache without a chat template has passages only. All answers
     are then read by every compressed cache, in one pass each. An answer is kept if none of its tokens is lost, and a
     token that is the full cache's first choice is lost if it is no longer the first and less than half as likely.
 
-    The recommended ratio is the smallest at which, as at all larger ones, at least `keep` of the answers are kept. It
-    is then tried in fewer bits.
+    Ratios are tried from the largest on, until one keeps less than `keep` of the answers; the one before it is
+    recommended, and tried in fewer bits. Beyond asking and answering this costs a packing of each cache tried.
 
     Args:
         cache: with scores, as for `compress`; it is not changed.
@@ -105,7 +105,7 @@ def tune(
         ratios: fractions of the pairs KEPT to try.
         bits: 8 and 4, each tried at the ratio that is enough.
         keep: the part of the answers that must be kept, in (0, 1].
-        count: questions and passages of each kind.
+        count: questions, and as many passages; None takes one for 250 tokens, from 3 to 8.
         max_tokens: of an answer.
         progress: called with what is begun, as "asking".
 
@@ -122,7 +122,8 @@ def tune(
     packed = [checks.whole(each, "bits") for each in bits]
     if not tried or not set(packed) <= {8, 4}:
         raise ValueError(f"expected ratios to try, and bits of 8 or 4, got {tried} and {packed}: pass ratios=[0.3]")
-    enough, count = checks.number(keep, "keep"), checks.whole(count, "count", least=1)
+    enough, some = checks.number(keep, "keep"), min(8, max(3, (cache.length - cache.start) // 250))
+    some = some if count is None else checks.whole(count, "count", least=1)
     if not 0 < enough <= 1:
         raise ValueError(f"expected 0 < keep <= 1, the part of answers to keep, got {enough}: 0.9 is a usual one")
     most, step = checks.whole(max_tokens, "max_tokens", least=1), progress or (lambda what: None)
@@ -130,7 +131,7 @@ def tune(
     step("asking and answering")
     probes = _answered(model, cache, own, most) if own is not None else []
     if own is None:
-        openings = _starts(model, cache, 2 * count)
+        openings = _starts(model, cache, 2 * some)
         if cache.chat:
             about = [ASK.format(_text(model, cache, n, PASSAGE)) for n in openings[::2]]
             made = generate(model, cache, about, max_tokens=QUESTION_TOKENS, stop="\n")
@@ -148,11 +149,11 @@ def tune(
         return Choice(ratio, width, found, len(probes), nbytes(small))
 
     choices, best = [], Choice(1.0, None, len(probes), len(probes), nbytes(cache))
-    still = True
     for ratio in tried:
         choices.append(kept(compress(cache, ratio), ratio, None))
-        still = still and choices[-1].answers >= needed
-        best = choices[-1] if still else best
+        if choices[-1].answers < needed:
+            break
+        best = choices[-1]
     for width in packed:
         choices.append(kept(compress(cache, best.ratio, bits=width), best.ratio, width))
         best = choices[-1] if choices[-1].answers >= needed and choices[-1].cache_bytes < best.cache_bytes else best

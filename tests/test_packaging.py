@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 import kvzip
 import random_model
 from kvzip.cli import documents
-from kvzip.evals import report, tasks
+from kvzip.evals import plots, tasks
 from kvzip.small import packages as small_models
 from test_cli import TEXT, write_model
 from test_layering import imports_of, modules_of
@@ -227,7 +227,7 @@ def test_what_needs_an_extra_names_it(extra: str, tmp_path: Path, monkeypatch: p
 def test_an_eval_report_names_the_plot_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib \(in a checkout pip install -e '\.\[plot\]'\)"):
-        report._canvas(1, 1, "title")
+        plots._canvas(1, 1, "title")
 
 
 def test_every_extra_is_for_something(built: Built) -> None:

@@ -169,7 +169,8 @@ def test_the_page_tells_what_is_saved_kept_and_answered(model, scored, tmp_path)
         const cited = Array.from(document.querySelectorAll(".cited"), (x) => x.index);
         return { headline: text($("headline")), asked: text($("asked")), links: links.length, cited, shades, kept,
             at: document.activeElement.index, passages: report.passages(),
-            strongest: $("strongest").children.length, weakest: $("weakest").children.length, bold: document.querySelectorAll("b b").length };
+            strongest: $("strongest").children.length, weakest: $("weakest").children.length,
+            bold: document.querySelectorAll("b b").length };
         """,
     )
     sizes = f"{kvzip.nbytes(scored) / 1e3:.0f} kB \u2192 {kvzip.nbytes(cache) / 1e3:.1f} kB"

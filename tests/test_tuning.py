@@ -37,24 +37,23 @@ def kept(model, full, small, probe, template):
     return True
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_answers_are_counted_and_the_smallest_enough_is_recommended(model, template):
+@pytest.mark.parametrize(("template", "keep"), [(True, 0.6), (False, 0.6), (True, 0.05)])
+def test_answers_are_counted_and_the_smallest_enough_is_recommended(model, template, keep):
     full = kvzip.score(model, kvzip.prefill(model, TEXT, template=template))
-    found = kvzip.tune(model, full, ratios=(0.9, 0.1, 0.5), bits=(8,), keep=0.6, count=3, max_tokens=6)
+    found = kvzip.tune(model, full, ratios=(0.9, 0.1, 0.5), bits=(8,), keep=keep, count=3, max_tokens=6)
     assert len([p for p in found.probes if p.repeats]) == (3 if template else 6)
-    assert [(c.ratio, c.bits) for c in found.choices[:3]] == [(0.9, None), (0.5, None), (0.1, None)]
-    assert found.choices[3].bits == 8 and len(found.choices) == 4
+    whole = tuning.Choice(1.0, None, len(found.probes), len(found.probes), kvzip.nbytes(full))
     for choice in found.choices:
         small = kvzip.compress(full, choice.ratio, bits=choice.bits)
         assert choice.answers == sum(kept(model, full, small, probe, template) for probe in found.probes)
         assert (choice.asked, choice.cache_bytes) == (len(found.probes), kvzip.nbytes(small))
-    enough = [c.answers >= 0.6 * c.asked for c in found.choices[:3]]
-    best = found.choices[max((n for n in range(3) if all(enough[: n + 1])), default=0)] if enough[0] else None
-    assert found.choices[3].ratio == (best.ratio if best else 1.0)
-    last = found.choices[3]
-    expected = last if last.answers >= 0.6 * last.asked else best
-    count = len(found.probes)
-    assert found.recommended == (expected or tuning.Choice(1.0, None, count, count, kvzip.nbytes(full)))
+    *wide, last = found.choices
+    enough = [choice.answers >= keep * choice.asked for choice in wide]
+    assert [(c.ratio, c.bits) for c in wide] == [(0.9, None), (0.5, None), (0.1, None)][: len(wide)]
+    assert all(enough[:-1]) and (len(wide) == 3 or not enough[-1]), "up to the first that keeps too few"
+    best = ([whole] + [choice for choice, good in zip(wide, enough, strict=True) if good])[-1]
+    assert (last.ratio, last.bits) == (best.ratio, 8)
+    assert found.recommended == (last if last.answers >= keep * last.asked else best)
     assert found.cache.kept == int(found.recommended.ratio * full.total)
     greedy = [p for p in found.probes if not p.repeats]
     for probe in greedy:

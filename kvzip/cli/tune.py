@@ -64,11 +64,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
     help="Part of the full cache's answers that must be kept.",
 )
 @click.option(
-    "--count",
-    type=positive,
-    default=8,
-    show_default=True,
-    help="Questions of the model's own, and passages.",
+    "--count", type=positive, help="Questions of the model's own, and as many passages [default: 3 to 8, by length]."
 )
 @click.option("-o", "--output", type=FileName(), help="Write the recommended file.")
 @click.option("--system", help="System message.")
@@ -84,7 +80,7 @@ def tune(
     ratios: tuple[float, ...],
     bits: tuple[str, ...],
     keep: float,
-    count: int,
+    count: int | None,
     output: Path | None,
     system: str | None,
     instruction: str | None,
@@ -95,8 +91,8 @@ def tune(
     """Find the ratio that is enough.
 
     The document is read and scored once. The model asks itself questions about it, answers them from the full cache,
-    and every compressed cache is compared with that. The smallest that keeps enough answers is recommended, and written
-    with -o. DOC is as for `kvzip compress`.
+    and compressed caches are compared with that, the largest first. The smallest that keeps enough answers is
+    recommended, and written with -o. DOC is as for `kvzip compress`.
     """
     asked = [check_utf8(question.strip()) for question in questions]
     if not all(asked):
