@@ -4,8 +4,9 @@
 
 For each context the tuner sees the document alone. Then the task's own questions are asked of the full cache and of the
 recommended one. A context is kept if the recommended cache has at least 90% of the full cache's score; the aim is nine
-of ten. Contexts that the full cache scores 0 in say nothing and are replaced. Times are of reading, scoring, asking
-(the tuner's own questions and answers, which is generation) and the rest of the tuner, in scoring passes.
+of ten. Contexts that the full cache scores 0 in say nothing and are replaced. The tuner's time has three parts: asking, which
+is generation; reading the answers from each cache; and packing, which is what comes beyond answering. The last two are
+given in scoring passes too.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> int:
         best = f"{line['ratio']:.0%}" + (f" in {line['bits']} bits" if line["bits"] else "")
         print(
             f"{task}: {best} recommended ({line['answers']}), scores {line['full']:.2f} -> {line['small']:.2f}"
-            f"{'' if line['kept'] else ', LOST'}, tuner {line['beyond_passes']:.1f} scoring passes beyond answering",
+            f"{'' if line['kept'] else ', LOST'}, reading answers took {line['reading_passes']:.1f} and packing {line['beyond_passes']:.1f} scoring passes",
             flush=True,
         )
         if asked.out:
@@ -104,6 +105,10 @@ def check(model: kvzip.Model, task: str, example: tasks.Example, asked: argparse
         ),
     )
     asking_s = marks[1] - marks[0]  # then the answers are read
+    packed = [(choice.ratio, choice.bits) for choice in (*found.choices, found.recommended)]
+    packing_s = sum(
+        timed(model.device, lambda how=how: kvzip.compress(cache, how[0], bits=how[1]))[1] for how in packed
+    )
     small_score = scored(model, found.cache, example, form)
     best = found.recommended
     return {
@@ -120,7 +125,9 @@ def check(model: kvzip.Model, task: str, example: tasks.Example, asked: argparse
         "score_s": score_s,
         "asking_s": asking_s,
         "tune_s": tune_s,
-        "beyond_passes": (tune_s - asking_s) / score_s,
+        "packing_s": packing_s,
+        "reading_passes": (tune_s - asking_s - packing_s) / score_s,
+        "beyond_passes": packing_s / score_s,
     }
 
 

@@ -29,12 +29,12 @@ def scored(model):
 
 def kept(model, full, small, probe, template):
     """Whether an answer is kept, from the probabilities of whole vocabularies."""
+    missing = 0
     p, q = (answer_probabilities(model, c, probe.question, list(probe.ids), template=template) for c in (full, small))
     for token, before, after in zip(probe.ids, p, q, strict=True):
         lost = int(after.argmax()) != token and float(after[token]) < float(before[token]) / 2
-        if int(before.argmax()) == token and lost:
-            return False
-    return True
+        missing += int(before.argmax()) == token and lost
+    return missing <= (len(probe.ids) / 20 if probe.repeats else 0)
 
 
 @pytest.mark.parametrize(("template", "keep"), [(True, 0.6), (False, 0.6), (True, 0.05)])

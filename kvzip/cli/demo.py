@@ -98,7 +98,7 @@ def demo(model: str | None, loading: Loading, output: Path) -> None:
         note = {"title": "A guide through the museum of Port Selden", "seconds": seconds}
         save(small, paths["kvz"], note=note, model=loaded, score_bits=8, overwrite=True)
         write_report(paths["kvz"], paths["html"])
-    _show(short(name), small.context_length, columns)
+    _show("SmolLM2" if model is None else short(name), small.context_length, columns)
     echo(f"\nIt took {', '.join(f'{value:.1f} s to {what}' for what, value in seconds.items())}.")
     hint(f"The model was loaded in {loaded_s:.1f} s.")
     _what_next(paths)
@@ -144,7 +144,14 @@ def answered(stage: Stage, model: "Model", text: str) -> "tuple[list[Answers], R
 
         ends = [". ", ".\n", "\n"]
         found = generation.generate(
-            model, each, queries, max_tokens=ANSWER_TOKENS, stop=ends, template=False, on_token=on_token
+            model,
+            each,
+            queries,
+            max_tokens=ANSWER_TOKENS,
+            stop=ends,
+            repetition_penalty=1.1,
+            template=False,
+            on_token=on_token,
         )
         columns.append(Answers(title, cache.nbytes(each), [sentence(answer) for answer in found]))
     marks.append(time.monotonic())
@@ -160,7 +167,7 @@ def sentence(answer: "Answer") -> str:
 
 def _show(model: str, tokens: int, columns: list[Answers]) -> None:
     """Prints the answers, a question at a time, and what each cache takes."""
-    echo(f"{model} has read {tokens:,} tokens about a museum, and goes on with five sentences.\n")
+    echo(f"{visible(model)} has read {tokens:,} tokens about a museum, and goes on with five sentences.\n")
     for n, (question, wanted) in enumerate(QUESTIONS.items()):
         echo(f"{question} ...")
         for column in columns:

@@ -64,7 +64,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
     help="Part of the full cache's answers that must be kept.",
 )
 @click.option(
-    "--count", type=positive, help="Questions of the model's own, and as many passages [default: 3 to 8, by length]."
+    "--count", type=positive, help="Questions of the model's own, and as many passages [default: 5 to 8, by length]."
 )
 @click.option("-o", "--output", type=FileName(), help="Write the recommended file.")
 @click.option("--system", help="System message.")
