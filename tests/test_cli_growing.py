@@ -1,6 +1,7 @@
 """`kvzip append` and `kvzip ls`, documents of HTML and Word, and the demo on a tiny model."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import kvzip
 from kvzip.cache import read_header
-from kvzip.cli import documents
+from kvzip.cli import demo, documents
 from test_cli import TEXT, call, one_line, write_model
 
 MORE = "In 1902 a second keeper came, Anselm Roy, who counted 311."
@@ -120,3 +121,44 @@ def test_word_documents_are_read_with_the_extra_and_ask_for_it_without(
     path.write_bytes(path.read_bytes()[:600] + b"word/")
     with pytest.raises(ValueError, match=r"expected a Word document that can be read, got letter\.docx"):
         documents.read([str(path)])
+
+
+def test_answers_are_shown_with_their_sources_in_words_json_and_on_the_page(kvz: Path) -> None:
+    model, cache = kvzip.open(kvz, device="cpu")
+    answer = kvzip.generate(model, cache, "Who?", max_tokens=4, sources=3)
+    options = ("--device", "cpu", "-n", "4")
+    lines = call("ask", kvz, "Who?", "--sources", *options).stdout.splitlines()
+    assert len([line for line in lines if "of its attention, tokens" in line]) == len(answer.sources) > 1
+    assert f"tokens {answer.sources[0].start:,} to {answer.sources[0].stop:,}: " in "\n".join(lines)
+    (told,) = json.loads(call("ask", kvz, "Who?", "--sources", "--json", *options).stdout)["answers"]
+    assert told["sources"] == [vars(source) for source in answer.sources]
+    page = kvz.with_suffix(".html")
+    assert call("report", kvz, "--ask", "Who?", *options).exit_code == 0
+    found = re.findall(r'id="facts">(.*?)</script>', page.read_text(encoding="utf-8"))
+    (shown,) = json.loads(found[0])["answers"]
+    assert (shown["question"], shown["small"], shown["sources"]) == ("Who?", answer.text, told["sources"])
+    whole = kvzip.generate(model, kvzip.prefill(model, TEXT), "Who?", max_tokens=4)
+    assert shown["full"] == whole.text
+    assert "an empty one" in call("report", kvz, "--ask", " ", "--force").stderr
+
+
+def test_the_demo_leaves_what_it_speaks_of(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "guide.txt").write_text(f"{TEXT}\n", encoding="utf-8")
+    monkeypatch.setattr(demo, "DOCUMENT", tmp_path / "guide.txt")
+    there = tmp_path / "there"
+    for _ in range(2):  # the second replaces the files of the first
+        result = call("demo", "-m", model_dir, "--device", "cpu", "-o", there)
+        assert result.exit_code == 0, result.stderr
+    assert {path.name for path in there.iterdir()} == {"museum.txt", "museum.kvz", "museum.html"}
+    model, small = kvzip.open(there / "museum.kvz", device="cpu")
+    full = kvzip.score(model, kvzip.prefill(model, TEXT.strip(), template=False), chunk=512)
+    assert small.kept == kvzip.compress(full, 0.3).kept and model.dtype == torch.float32
+    shown = result.stdout
+    assert shown.count(" ...\n") >= 5 and "best 30%    0 of 5 right, " in shown and "read by" not in shown
+    (timing,) = [line for line in shown.splitlines() if line.startswith("It took ")]
+    assert len(timing) < 80 and timing.endswith(" s to answer.")
+    for name in ("museum.html", "museum.kvz", "museum.txt"):
+        assert str(there / name) in shown.partition("What to try next:")[2]
+    (there / "museum.txt").write_text("mine", encoding="utf-8")
+    assert "is left as it is" in one_line(call("demo", "-m", model_dir, "--device", "cpu", "-o", there))
+    assert (there / "museum.txt").read_text(encoding="utf-8") == "mine"

@@ -158,7 +158,8 @@ def _show(found: "Tuning", model: str, tokens: int, keep: float, seconds: float,
     table.add_row("100%", f"{len(found.probes)} of {len(found.probes)}", size(found.full_bytes))
     for choice in found.choices:
         table.add_row(_named(choice), f"{choice.answers} of {choice.asked}", size(choice.cache_bytes))
-    put("", table, "")
+    put("", table)
+    echo()
     best = found.recommended
     if best.cache_bytes == found.full_bytes and best.ratio == 1:
         say("warning: none of these keeps enough answers: keep all pairs, or try larger ratios (-r 0.9)")
