@@ -57,7 +57,8 @@ def main() -> int:
         best = f"{line['ratio']:.0%}" + (f" in {line['bits']} bits" if line["bits"] else "")
         print(
             f"{task}: {best} recommended ({line['answers']}), scores {line['full']:.2f} -> {line['small']:.2f}"
-            f"{'' if line['kept'] else ', LOST'}, reading answers took {line['reading_passes']:.1f} and packing {line['beyond_passes']:.1f} scoring passes",
+            f"{'' if line['kept'] else ', LOST'}, in scoring passes reading answers took {line['reading_passes']:.1f}, "
+            f"packing {line['beyond_passes']:.1f}",
             flush=True,
         )
         if asked.out:

@@ -17,6 +17,8 @@ from .inputs import check_length, tokenizer_of
 from .models import Model, ModelConfig, run_attention
 from .ops.types import Quantized
 
+__all__ = ["Source", "find_sources"]
+
 PASSAGE = (8, 64)
 """Tokens of a passage, at least and at most: between them it ends with a sentence or a line."""
 USUAL = 3.0

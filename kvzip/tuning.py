@@ -18,6 +18,8 @@ from .inputs import check_fingerprint, query_ids, tokenizer_of
 from .models import Model
 from .sources import passages, texts_of
 
+__all__ = ["Choice", "Probe", "Tuning", "tune"]
+
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 BITS = (8,)
 PASSAGE = 64
