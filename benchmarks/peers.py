@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from benchmarks.harness import Variant
@@ -86,13 +87,19 @@ def decode_peers(
 
 
 def flash_varlen(q: Tensor, pairs: Pairs, lengths: list[int], scale: float) -> Variant:
-    """torch's flash-2 over sequences of different lengths; questions, tokens and group are a head's query positions."""
-    heads = len(lengths)
-    rows, ends = rows_by_head(q, heads), starts_of(lengths, q.device)
-    starts = starts_of([len(rows) // heads] * heads, q.device)
+    """torch's flash-2 over sequences of different lengths: a head's questions and tokens are its query positions.
+
+    The group are query heads over one KV head, because flash-2 splits keys over programs for one position only.
+    """
+    heads, (queries, _, tokens, _) = len(lengths), q.shape
+    rows = rearrange(q, "b (h g) t d -> (h b t) g d", h=heads)
+    starts, ends = starts_of([queries * tokens] * heads, q.device), starts_of(lengths, q.device)
 
     def run(k: Tensor, v: Tensor) -> Tensor:
-        return by_question(flash(rows, k, v, starts, ends, len(rows) // heads, max(lengths), scale)[0], q, heads)
+        out = torch.ops.aten._flash_attention_forward(
+            rows, k[:, None], v[:, None], starts, ends, queries * tokens, max(lengths), 0.0, False, False, scale=scale
+        )[0]
+        return rearrange(out, "(h b t) g d -> b h g t d", h=heads, b=queries)
 
     return [lambda k=k, v=v: run(k, v) for k, v in pairs]
 

@@ -138,6 +138,18 @@ def decoding(move, bits):
     return ops.decode(q, k, v, offsets, scale=0.125, tail=tuple(tail))
 
 
+def decoding_rows(move):
+    offsets = torch.tensor([0, 700, 700, 1000], dtype=torch.int32)
+    q, k, v, page_k, page_v = tensors((5, 6, 64), (1000, 64), (1000, 64), (4, 3, 32, 64), (4, 3, 32, 64))
+    context = ops.Context(move(k), move(v), move(offsets), move(torch.linspace(-1, 1, 1000)))
+    table = ops.context_table([context], 2)
+    ops.put_context_(table, 1, [context])
+    numbers = ([1, 0, 1, 1, -1], [0, 1, 2, 2, 3], [9, 0, 31, 32, 5])
+    rows = ops.QueryRows(*(move(torch.tensor(x, dtype=torch.int32)) for x in numbers))
+    pages = ops.Pages(move(page_k), move(page_v), move(torch.tensor([[2], [0], [3], [1]], dtype=torch.int32)))
+    return ops.decode_rows(move(q), table, 0, rows, scale=0.125, pages=pages)
+
+
 def appended(move):
     tail_k, tail_v = (torch.zeros(2, 3, 9, 64, dtype=torch.bfloat16) for _ in "kv")
     k, v = tensors((2, 3, 5, 64), (2, 3, 5, 64))
@@ -166,6 +178,7 @@ OPS = {
     "decode": lambda move: decoding(move, None),
     "decode, 8 bits": lambda move: decoding(move, 8),
     "decode, 4 bits": lambda move: decoding(move, 4),
+    "decode rows": decoding_rows,
     "linear, one row": lambda move: projected(move, 1),
     "linear, rows": lambda move: projected(move, 5),
     "merge": lambda move: ops.merge(*(move(x) for x in tensors((7, 64), (7,), (7, 64), (7,), dtype=torch.float32))),
