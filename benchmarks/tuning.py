@@ -4,9 +4,11 @@
 
 For each context the tuner sees the document alone. Then the task's own questions are asked of the full cache and of the
 recommended one. A context is kept if the recommended cache has at least 90% of the full cache's score; the aim is nine
-of ten. Contexts that the full cache scores 0 in say nothing and are replaced. The tuner's time has three parts: asking, which
-is generation; reading the answers from each cache; and packing, which is what comes beyond answering. The last two are
-given in scoring passes too.
+of ten.
+
+Contexts that the full cache scores 0 in say nothing and are replaced. The tuner's time has three parts: asking, which
+is generation; reading the answers from each cache; and packing, which comes beyond answering. The last two are given in
+scoring passes too.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from kvzip.machine import timed
 
 TASKS = ("squad@2000", "kv@1500", "needles@2000", "prefix_suffix@1500", "multihop@1500", "ruler_niah_single_2@2000")
 TASKS += ("ruler_vt@2000", "ruler_qa_1@2000", "repoqa@2000", "math_find@1500")
-SEED = 25_111  # of nothing published or tuned on
+SEED = 60_427  # of nothing published or tuned on
 PART = 0.9
 
 
@@ -38,7 +40,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=10, help="of the task, about each context")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--keep", type=float, default=PART, help="as of `kvzip tune`")
+    parser.add_argument("--keep", type=float, default=0.95, help="as of `kvzip tune`")
     parser.add_argument("--count", type=int, default=8, help="as of `kvzip tune`")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--commit", help="where git cannot be asked")

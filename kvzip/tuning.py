@@ -84,7 +84,7 @@ def tune(
     *,
     ratios: Iterable[SupportsFloat] = RATIOS,
     bits: Iterable[SupportsIndex] = BITS,
-    keep: SupportsFloat = 0.9,
+    keep: SupportsFloat = 0.95,
     count: SupportsIndex | None = None,
     max_tokens: SupportsIndex = 48,
     progress: Callable[[str], object] | None = None,
@@ -109,7 +109,7 @@ def tune(
         questions: in place of the model's own; without a chat template each continues the document.
         ratios: fractions of the pairs KEPT to try.
         bits: 8 and 4, each tried at the ratio that is enough.
-        keep: the part of the answers that must be kept, in (0, 1].
+        keep: the part of the answers that must be kept, in (0, 1]: nearly all, as a few stand for many.
         count: questions, and as many passages; None takes one for 250 tokens, from 5 to 8.
         max_tokens: of an answer.
         progress: called with what is begun, as "asking".
@@ -130,7 +130,7 @@ def tune(
     enough, some = checks.number(keep, "keep"), min(8, max(5, (cache.length - cache.start) // 250))
     some = some if count is None else checks.whole(count, "count", least=1)
     if not 0 < enough <= 1:
-        raise ValueError(f"expected 0 < keep <= 1, the part of answers to keep, got {enough}: 0.9 is a usual one")
+        raise ValueError(f"expected 0 < keep <= 1, the part of answers to keep, got {enough}: 0.95 is a usual one")
     most, step = checks.whole(max_tokens, "max_tokens", least=1), progress or (lambda what: None)
     own = None if questions is None else check_texts(questions, "questions")
     step("asking and answering")

@@ -59,7 +59,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     callback=finite,
-    default=0.9,
+    default=0.95,
     show_default=True,
     help="Part of the full cache's answers that must be kept.",
 )

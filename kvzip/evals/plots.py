@@ -37,9 +37,8 @@ def figures(answers: Sequence[Answered], title: str, *, base: str = "kvzip") -> 
 
     `base` is drawn thick, the five best others in colors, the rest in grey.
     """
-    made = {"tasks": _task_plots(answers, title, base)}
-    if relative(answers):
-        made["mean"] = _mean_plot(answers, title, base)
+    made = {"mean": _mean_plot(answers, title, base)} if relative(answers) else {}
+    made["tasks"] = _task_plots(answers, title, base)
     hidden = [a for a in answers if a.question["task"].partition("@")[0] in NEEDLES]
     if hidden:
         made["heat"] = _heat_maps(hidden, title)

@@ -10,11 +10,14 @@ from .plots import figures, relative
 from .results import Answered, Summary, by_measure, differences, group, read, summarize
 
 PROVENANCE = ("commit", "torch", "dtype", "device", "seed", "date")
+_PHONE = 900
+"""Pixels of a picture above which it is scrolled on a phone, not shrunk."""
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
     "img{max-width:100%;height:auto;background:#fff;border-radius:.4rem}.story{font-size:1.15rem}"
     "table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}"
     "th,td{padding:.15em .8em .15em 0;border-bottom:1px solid #8884;text-align:left;white-space:nowrap}"
+    "@media(max-width:40rem){.plot img{max-width:none;width:46rem}}"
     "h2{margin-top:2rem}@media(prefers-color-scheme:dark){body{background:#15161a;color:#e9e7e2}}"
     "@media print{body{max-width:none}img,table{break-inside:avoid}}"
 )
@@ -109,11 +112,11 @@ def page(text: str, pictures: Sequence[tuple[str, bytes]], *, story: Sequence[st
     It is as wide as its window, a phone's too, and dark where its reader wants that.
     """
     body = [f'<p class="story">{html.escape(sentence)}</p>' for sentence in story]
-    body += [
-        f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in pictures
-    ]
+    for name, png in pictures:
+        kind = "wide plot" if int.from_bytes(png[16:20], "big") > _PHONE else "wide"  # its width, in a PNG's header
+        data = base64.b64encode(png).decode()
+        body.append(f'<h2>{html.escape(name)}</h2><div class="{kind}">')
+        body.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div>')
     rows: list[str] = []
 
     def end_table() -> None:
@@ -157,15 +160,13 @@ def story(answers: Sequence[Answered], title: str, *, base: str = "kvzip") -> st
     if not kept:
         return f"{title}: no method was run beside the full cache on all tasks."
     method = base if base in kept else max(kept, key=lambda name: sum(kept[name].values()) / len(kept[name]))
-    parts = [
-        f"{value:.0%} with {ratio:.0%} of the pairs" for ratio, value in sorted(kept[method].items(), reverse=True)
-    ]
-    others = [name for name in kept if name != method]
-    lowest = min(kept[method])
-    beside = [f"{name} {kept[name][lowest]:.0%}" for name in others if lowest in kept[name]][:3]
-    return f"{title}: {method} keeps of the full cache's score {', '.join(parts)}" + (
-        f"; at {lowest:.0%} of the pairs {', '.join(beside)}." if beside else "."
-    )
+    (most, first), *rest = sorted(kept[method].items(), reverse=True)
+    parts = [f"{first:.0%} of the full cache's score with {most:.0%} of the pairs"]
+    parts += [f"{value:.0%} with {ratio:.0%}" for ratio, value in rest]
+    at = min(kept[method], key=lambda ratio: (abs(ratio - 0.3), ratio))
+    others = sorted(((kept[name][at], name) for name in kept if name != method and at in kept[name]), reverse=True)
+    beside = ", ".join(f"{name} {value:.0%}" for value, name in others[:3])
+    return f"{title}: {method} keeps {', '.join(parts)}." + (f" With {at:.0%}, {beside}." if beside else "")
 
 
 def provenance(answers: Sequence[Answered]) -> str:

@@ -126,7 +126,7 @@ def test_the_page_begins_with_what_was_found_and_fits_a_phone_and_the_dark(resul
     told = story(answers, "small")
     kept = relative(answers)
     best = max(ratio for method, ratio in kept if method == "kvzip")
-    assert told.startswith(f"small: kvzip keeps of the full cache's score {kept['kvzip', best]:.0%} with {best:.0%} of")
+    assert told.startswith(f"small: kvzip keeps {kept['kvzip', best]:.0%} of the full cache's score with {best:.0%} of")
     text = page("## A\n\n| task | x |\n|---|---|\n| a | 1 |\n\nend", [], story=[told])
     assert 'name="viewport"' in text and "prefers-color-scheme:dark" in text and html.escape(told) in text
     assert "<table><tr><th>task</th><th>x</th></tr><tr><td>a</td><td>1</td></tr></table>" in text
