@@ -265,8 +265,9 @@ def flat_rows(batch: Batch) -> dict[str, Variant]:
             ops.put_context_(table, place, [layer])
         tables.append(table)
     tail = batch.tails[0].shape[3]
-    each = tail // 64
-    k, v = (rearrange(x, "c u h (x r) d -> (c u x) h r d", r=64).contiguous() for x in batch.tails)
+    each = -(-tail // 64)
+    whole = (F.pad(x, (0, 0, 0, 64 * each - tail)) for x in batch.tails)
+    k, v = (rearrange(x, "c u h (x r) d -> (c u x) h r d", r=64).contiguous() for x in whole)
     pages = ops.Pages(k, v, torch.arange(rows * each, dtype=torch.int32, device=device).view(rows, each))
     number = torch.arange(rows, dtype=torch.int32, device=device)
     flat, listed = batch.q.flatten(0, 1), ops.QueryRows(number // questions, number, torch.full_like(number, tail))
