@@ -222,7 +222,8 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def render(results: Path, docs: Path) -> None:
     """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, and of fits `docs/refitting*`."""
-    from kvzip.evals.report import figures, overview
+    from kvzip.evals.plots import figures
+    from kvzip.evals.report import overview
 
     for kind, page, stem in (("eval", "evals", "evals"), ("study", "evals", ""), ("refit", "refitting", "refitting")):
         tables = []

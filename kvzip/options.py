@@ -78,6 +78,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
 
 
 def turn(system: Any, instruction: Any, template: Any) -> Turn:
@@ -193,7 +194,9 @@ def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> Non
             )
 
 
-def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = ()) -> Sampling:
+def sampling(
+    max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = (), repetition_penalty: Any = 1.0
+) -> Sampling:
     """Returns Sampling options, with a random seed if none is given.
 
     Raises: TypeError for what is no number or no text; ValueError for options out of range.
@@ -210,4 +213,7 @@ def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any
     stops = tuple(check_texts(stop, "stop"))
     if "" in stops:
         raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
-    return Sampling(most, heat, mass, drawn, stops)
+    penalty = checks.number(repetition_penalty, "repetition_penalty")
+    if not penalty >= 1:
+        raise ValueError(f"expected a repetition_penalty of 1 (none) or more, got {penalty}: 1.1 is a usual one")
+    return Sampling(most, heat, mass, drawn, stops, penalty)

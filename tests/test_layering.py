@@ -17,7 +17,8 @@ ALLOWED = {
     "kvzip.ratios": set(),
     "kvzip.checks": {"kvzip.ratios"},
     "kvzip.display": set(),
-    "kvzip.hub": set(),
+    "kvzip.small": set(),
+    "kvzip.hub": {"kvzip.small"},
     "kvzip.options": {"kvzip.checks"},
     "kvzip.machine": set(),
     "kvzip.ops": set(),
@@ -37,13 +38,14 @@ _STAGES = (
     "refitting",
     "streaming",
     "scores",
+    "sources",
     "decoding",
     "generation",
     "conversation",
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
+TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.tuning", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 

@@ -1,0 +1,7 @@
+"""`python -m kvzip.small NAME` prints the directory of a small model, which it builds the first time."""
+
+import sys
+
+from .packages import main
+
+sys.exit(main())
