@@ -12,12 +12,15 @@ from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
 from kvzip.ops.types import Channels, DecodeSchedule, Norm, Quantized
+from kvzip.ops.weights import Activations, QuantizedWeight, quantize_weight
 
 __all__ = [
+    "Activations",
     "Channels",
     "DecodeSchedule",
     "Norm",
     "Quantized",
+    "QuantizedWeight",
     "append_",
     "decode",
     "decode_schedule",
@@ -26,6 +29,7 @@ __all__ = [
     "merge",
     "prune",
     "quantize",
+    "quantize_weight",
     "rms_norm",
     "rotary",
     "score",

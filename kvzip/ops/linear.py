@@ -1,19 +1,22 @@
 """A linear layer, fused with the norm before it and the gate or residual after it."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.backend import use_triton
+from kvzip.ops.backend import is_forced, use_triton
 from kvzip.ops.norm import rms_norm_reference
 from kvzip.ops.types import Norm
+from kvzip.ops.weights import QuantizedWeight, blocks, expand, round_inputs
 
 GATES = ("silu", "gelu_tanh")
+_FEW_ROWS = 16  # more are faster expanded
 
 
 def linear(
     x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
     bias: Float[Tensor, " N"] | None = None,
     *,
     norm: Norm | None = None,
@@ -23,6 +26,7 @@ def linear(
     """Returns x W^T + bias, of width M = N; each of the three switches adds one step.
 
     Args:
+        weight: quantized ones are used as what their codes mean, and x is rounded first if they have `activations`.
         norm: x is normed first.
         gate: "silu" or "gelu_tanh": the first half of the outputs goes through this function and multiplies the
             second half (SwiGLU, GeGLU; arXiv 2002.05202), so M = N / 2.
@@ -47,7 +51,7 @@ def linear(
 
 def linear_reference(
     x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
     bias: Float[Tensor, " N"] | None = None,
     *,
     norm: Norm | None = None,
@@ -56,8 +60,38 @@ def linear_reference(
 ) -> Float[Tensor, "*b M"]:
     if norm is not None:
         x = rms_norm_reference(x, norm.weight, eps=norm.eps, offset=norm.offset)
-    out = F.linear(x, weight, bias)
+    out = _product(x, weight, bias)
     if gate is not None:
         first, second = out.chunk(2, dim=-1)
         out = (F.silu(first) if gate == "silu" else F.gelu(first, approximate="tanh")) * second
     return out if residual is None else residual + out
+
+
+def _product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias; quantized weights are expanded some outputs at a time."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    if weight.activations is not None:
+        x = round_inputs(x, weight.activations)
+    if not is_forced() and _suits_integers(x, weight):
+        return _integer_product(x, weight, bias)
+    parts = [F.linear(x, expand(weight, x.dtype, start=start, stop=stop)) for start, stop in blocks(weight)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return out if bias is None else out + bias
+
+
+def _suits_integers(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether torch's own product with 8-bit integers takes these: few rows of bfloat16, a scale for each output."""
+    plain = weight.kind == "int8" and weight.group == weight.inputs and weight.zero is None
+    few = 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
+    return plain and few and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.codes.is_contiguous()
+
+
+def _integer_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias without expanding W, its scales applied in float32: torch would round them to bfloat16."""
+    ones = torch.ones(weight.shape[0], dtype=x.dtype)
+    out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), weight.codes, ones).float()
+    scale = weight.scale[:, 0].float()
+    out *= scale if weight.rows == 1 else scale.repeat_interleave(weight.rows)[: weight.shape[0]]
+    out = out if bias is None else out + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
