@@ -100,10 +100,13 @@ def expand(
     owner = slice(start, stop)
     if weight.rows > 1:
         owner = torch.arange(start, stop, device=codes.device) // weight.rows
-    values = torch.nn.functional.pad(codes.to(wide), (0, -weight.inputs % weight.group)).unflatten(1, (-1, weight.group))
+    values = codes.to(wide)
+    if weight.inputs % weight.group:
+        values = torch.nn.functional.pad(values, (0, -weight.inputs % weight.group))
+    values = values.unflatten(1, (-1, weight.group))
     if weight.zero is not None:
-        values = values - weight.zero[owner].to(wide)[..., None]
-    values = values * weight.scale[owner].to(wide)[..., None]
+        values -= weight.zero[owner].to(wide)[..., None]
+    values *= weight.scale[owner].to(wide)[..., None]  # in place: fresh memory costs a processor more than the product
     return values.flatten(1)[:, : weight.inputs].to(dtype)
 
 
