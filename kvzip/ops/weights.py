@@ -110,6 +110,11 @@ def expand(
     return values.flatten(1)[:, : weight.inputs].to(dtype)
 
 
+def plain(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Float[Tensor, "N K"]:
+    """Returns all of a weight as a plain matrix: one that is plain already as it is, a quantized one in `dtype`."""
+    return weight if isinstance(weight, Tensor) else expand(weight, dtype)
+
+
 def blocks(weight: QuantizedWeight, values: int = _VALUES) -> list[tuple[int, int]]:
     """Returns ranges of outputs that together are all, each of about `values` weights at most."""
     outputs, inputs = weight.shape
