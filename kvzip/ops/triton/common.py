@@ -118,6 +118,16 @@ def tanh(x):
 
 @triton.jit
 @no_type_check
+def activate(x, GATE: tl.constexpr):
+    """silu(x), or gelu(x) by its formula with tanh."""
+    if GATE == "silu":
+        return x / (1 + tl.exp(-x))
+    else:
+        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+@no_type_check
 def product(a, b):
     """a @ b.T with float32 sums; for float32 rows by partial sums of 32 products, as one long sum rounds more."""
     M: tl.constexpr = a.shape[0]

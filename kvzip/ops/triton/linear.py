@@ -9,9 +9,14 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, overlaps_launches, tanh
+from kvzip.ops.triton.common import activate, await_launch, check_dtype, launch_options, overlaps_launches
+from kvzip.ops.triton.linear_quantized import MOST_ROWS, expand_triton, few_rows, suits
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
+from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
+
+
+_AT_ONCE = 1 << 27  # quantized weights expanded at once
 
 
 class Launch(NamedTuple):
@@ -33,7 +38,7 @@ def launch_config(N: int, K: int) -> Launch:
 
 def linear_triton(
     x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
     bias: Float[Tensor, " N"] | None = None,
     *,
     norm: Norm | None = None,
@@ -46,8 +51,11 @@ def linear_triton(
     norm's weight is multiplied by W, and the norm's factor is applied to the sums. The next kernel may start early
     and prefetch its weights to L2 (programmatic dependent launch). More rows go to cuBLAS,
     between fused elementwise kernels; there the product adds the residual, in float32. Measured: docs/tuning.md.
+    Quantized weights: `_quantized`.
     """
     check_dtype(x)
+    if isinstance(weight, QuantizedWeight):
+        return _quantized(x, weight, bias, norm, gate, residual)
     N, K = weight.shape
     rows = x.numel() // x.shape[-1] if x.numel() else 0
     if rows != 1 or not weight.is_contiguous():
@@ -76,6 +84,36 @@ def linear_triton(
     return out
 
 
+def _quantized(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Norm | None, gate: str | None, residual: Tensor | None
+) -> Tensor:
+    """`linear` with quantized weights: up to 64 rows as one launch, more with weights expanded to x's dtype."""
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs if inputs else 0
+    if weight.activations is not None:
+        if norm is not None:
+            x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
+        x = round_inputs(x, weight.activations)
+    if 0 < rows <= MOST_ROWS and suits(weight):
+        return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
+    if norm is not None:
+        x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    parts = blocks(weight, _AT_ONCE)
+    if len(parts) <= 1:
+        whole = expand_triton(weight, x.dtype, start=0, stop=outputs)
+        if rows != 1:
+            return linear_triton(x, whole, bias, gate=gate, residual=residual)
+        out = F.linear(x, whole, bias)
+    else:
+        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        for start, stop in parts:
+            part = expand_triton(weight, x.dtype, start=start, stop=stop)
+            out[..., start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
+    if gate is not None:
+        out = gated(out, gate)
+    return out if residual is None else residual + out
+
+
 def gated(x: Float[Tensor, "*b N"], gate: str) -> Float[Tensor, "*b M"]:
     """Returns gate(first half) * second half of the last axis, float32 inside, rounded once."""
     x = x.contiguous()
@@ -89,15 +127,6 @@ def gated(x: Float[Tensor, "*b N"], gate: str) -> Float[Tensor, "*b M"]:
             **launch_options(overlap),
         )  # fmt: skip
     return out
-
-
-@triton.jit
-@no_type_check
-def _activate(x, GATE: tl.constexpr):
-    if GATE == "silu":
-        return x / (1 + tl.exp(-x))
-    else:
-        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit
@@ -161,7 +190,7 @@ def _row_kernel(
         out_2 = tl.sum(acc_2, 1) * factor
         if BIAS:
             out_2 += tl.load(bias_ptr + N + n, mask=n < N, other=0).to(tl.float32)
-        out = _activate(out, GATE) * out_2
+        out = activate(out, GATE) * out_2
     if RESIDUAL:
         out += tl.load(residual_ptr + n, mask=n < N, other=0).to(tl.float32)
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
@@ -175,5 +204,5 @@ def _gate_kernel(x_ptr, out_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr, GATE: t
     await_launch(OVERLAP)
     first = tl.load(x_ptr + row * 2 * N + n, mask=n < N, other=0).to(tl.float32)  # [BLOCK_N]
     second = tl.load(x_ptr + row * 2 * N + N + n, mask=n < N, other=0).to(tl.float32)
-    out = _activate(first, GATE) * second
+    out = activate(first, GATE) * second
     tl.store(out_ptr + row * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
