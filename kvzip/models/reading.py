@@ -231,10 +231,15 @@ def _filled(
     A head tied to the embedding has no place of its own. It is yielded too: in the checkpoint's dtype the two may
     differ, and the digest must not depend on the dtype of the weights.
     """
-    stack_of = {name.removesuffix(".weight"): stack for stack, names in stacks.items() for name in names}
+    stack_of = {
+        f"{name.removesuffix('.weight')}.{suffix}": stack
+        for stack, names in stacks.items()
+        for name in names
+        for suffix in _COMPANIONS
+    }
     with _shards() as tensor_of:
         for short, place in found.items():
-            stack = stack_of.get(short.rpartition(".")[0])
+            stack = stack_of.get(short)
             if stack is None:
                 tensor = tensor_of(place)
                 if short in places:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops import QuantizedWeight
+from ..ops.weights import GROUP, empty_weight
 from .config import ModelConfig
 
 SKIPPED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -78,6 +79,23 @@ def empty_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
     return Weights(
         embed=embed, layers=layers, norm=new(hidden), unembed=embed if config.tied else new(config.vocab_size, hidden)
     )
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, kind: str | None = None, group: int = GROUP) -> int:
+    """Returns the bytes of a model's weights, its linear layers in codes of a kind, embedding and head in `dtype`.
+
+    Args:
+        group: inputs that share a scale in 4 bits; in 8 bits an output's all do.
+    """
+    total = 0
+    for name, weight in named_weights(empty_weights(config, dtype=dtype, device="meta")):
+        if kind is not None and name.rpartition(".")[2] in LINEAR and isinstance(weight, Tensor):
+            outputs, inputs = weight.shape
+            scale_dtype = torch.float16 if kind == "int4" else torch.float32
+            size = group if kind == "int4" else inputs
+            weight = empty_weight(outputs, inputs, kind=kind, group=size, scale_dtype=scale_dtype, device="meta")
+        total += weight.nbytes
+    return total
 
 
 def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
