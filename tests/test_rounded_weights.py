@@ -80,7 +80,8 @@ def test_every_stage_takes_rounded_weights(model: kvzip.Model) -> None:
     for kind in (None, "int8", "e4m3"):
         own = model if kind is None else rounded(model, kind)
         cache = kvzip.score(own, kvzip.prefill(own, text), method="kvzip+")
-        kept[kind] = torch.cat([mask.flatten() for mask in kvzip.keep_mask(cache, 0.3)])
+        assert cache.scores is not None
+        kept[kind] = torch.stack([*kvzip.keep_mask(cache.scores, 0.3)])
         small = kvzip.compress(cache, 0.3)
         assert kvzip.generate(own, small, ["Who?", "What does she keep?"], max_tokens=4)
     share = {kind: float((kept[kind] & kept[None]).sum() / kept[None].sum()) for kind in ("int8", "e4m3")}
