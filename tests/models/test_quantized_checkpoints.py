@@ -1,6 +1,7 @@
 """Quantized checkpoints: what each format means, what is refused by name, memory, identity."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,25 @@ def test_logits_are_those_of_the_weights_meant(name: str, tmp_path: Path) -> Non
         changed = reference(ids).logits
     got = run(load(tmp_path, torch.float64), ids)
     assert (got - want).norm() <= 1e-5 * want.norm() < 1e-2 * (changed - want).norm()
+
+
+ZIP = Path(__file__).parents[1] / "data" / "quantized.zip"
+with zipfile.ZipFile(ZIP) as archive:
+    MADE = sorted({name.split("/")[0] for name in archive.namelist()})
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_files_of_makers_own_libraries(name: str, tmp_path: Path) -> None:
+    """Written by compressed-tensors, autoawq and auto-gptq; logits are Transformers' (tests/data/make_quantized.py)."""
+    with zipfile.ZipFile(ZIP) as archive:
+        archive.extractall(tmp_path, [x for x in archive.namelist() if x.startswith(f"{name}/")])
+    want = load_file(tmp_path / name / "logits.safetensors")
+    ids = torch.randint(0, 12, (1, 8), generator=torch.Generator().manual_seed(1))
+    spread = want["logits"].abs().max()
+    error = (run(load(tmp_path / name), ids) - want["logits"]).abs().max() / spread
+    assert error < 1e-5
+    if "rounded_inputs" in want and not torch.equal(want["rounded_inputs"], want["logits"]):
+        rounded = run(load(tmp_path / name, activations="checkpoint"), ids)
+        without = (want["rounded_inputs"] - want["logits"]).abs().max() / spread
+        error = (rounded - want["rounded_inputs"]).abs().max() / spread
+        assert error < 1e-5 and without > 1e-3, "inputs are rounded as the library rounds them"
