@@ -11,7 +11,7 @@ from accuracy import assert_as_accurate
 from kvzip import ops
 from kvzip.ops.linear import linear_reference
 from kvzip.ops.triton.linear import linear_triton
-from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, expand_triton, few_rows, launch_config, suits
+from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, expand_triton, few_rows, launch_config, most_rows, suits
 from kvzip.ops.weights import (
     KINDS,
     Activations,
@@ -154,7 +154,7 @@ def test_wrong_weights_are_refused():
 
 
 @given(
-    parts=st.lists(st.sampled_from([(16, 16), (32, 16), (24, 8), (20, 20), (7, 7), (8, 1)]), min_size=1, max_size=3),
+    parts=st.lists(st.sampled_from([(16, 16), (32, 16), (20, 8), (20, 20), (7, 7), (8, 1)]), min_size=1, max_size=3),
     zeros=st.booleans(),
 )
 def test_a_stack_means_its_parts(parts, zeros):
@@ -339,6 +339,8 @@ def check_fits(kind: str, dtype: str, capability: int, rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 16, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kernels_fit(kind, rows, dtype, capability):
+    if rows > most_rows(torch.empty(0, dtype=getattr(torch, dtype))):
+        pytest.skip("these rows are expanded")
     check_fits(kind, dtype, capability, rows)
 
 

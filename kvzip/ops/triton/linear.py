@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.triton.common import activate, await_launch, check_dtype, launch_options, overlaps_launches
-from kvzip.ops.triton.linear_quantized import MOST_ROWS, expand_triton, few_rows, suits
+from kvzip.ops.triton.linear_quantized import expand_triton, few_rows, most_rows, suits
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
@@ -94,7 +94,7 @@ def _quantized(
         if norm is not None:
             x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
         x = round_inputs(x, weight.activations)
-    if 0 < rows <= MOST_ROWS and suits(weight):
+    if 0 < rows <= most_rows(x) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if norm is not None:
         x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)

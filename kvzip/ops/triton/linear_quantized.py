@@ -25,7 +25,6 @@ from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, expand
 
-MOST_ROWS = 64  # of the kernel; more are expanded
 
 
 class Launch(NamedTuple):
@@ -70,8 +69,13 @@ def launch_config(kind: str, rows: int, group: int, x: Tensor) -> Launch:
     return config
 
 
+def most_rows(x: Tensor) -> int:
+    """The most rows that the kernel takes; with more of float32 its registers do not suffice."""
+    return 16 if x.dtype == torch.float32 else 64
+
+
 def suits(weight: QuantizedWeight) -> bool:
-    """Whether the kernel takes a weight: its groups are all inputs, or whole tiles of 16 bytes."""
+    """Whether the kernels take a weight: its groups are all inputs, or whole tiles of 16 bytes."""
     each = 32 if weight.kind == "int4" else 16
     return (weight.group == weight.inputs or weight.group % each == 0) and weight.codes.is_contiguous()
 
