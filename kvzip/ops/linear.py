@@ -44,6 +44,8 @@ def linear(
         )
     if use_triton(x):
         from kvzip.ops.triton.linear import linear_triton as run
+    elif not is_forced() and isinstance(weight, QuantizedWeight) and _suits_integers(x, weight):
+        run = _linear_integers
     else:
         run = linear_reference
     return run(x, weight, bias, norm=norm, gate=gate, residual=residual)
@@ -60,24 +62,21 @@ def linear_reference(
 ) -> Float[Tensor, "*b M"]:
     if norm is not None:
         x = rms_norm_reference(x, norm.weight, eps=norm.eps, offset=norm.offset)
-    out = _product(x, weight, bias)
+    if isinstance(weight, Tensor):
+        out = F.linear(x, weight, bias)
+    else:
+        if weight.activations is not None:
+            x = round_inputs(x, weight.activations)
+        parts = [F.linear(x, expand(weight, x.dtype, start=start, stop=stop)) for start, stop in blocks(weight)]
+        out = torch.cat(parts, -1) if bias is None else torch.cat(parts, -1) + bias
+    return _finished(out, gate, residual)
+
+
+def _finished(out: Tensor, gate: str | None, residual: Tensor | None) -> Tensor:
     if gate is not None:
         first, second = out.chunk(2, dim=-1)
         out = (F.silu(first) if gate == "silu" else F.gelu(first, approximate="tanh")) * second
     return out if residual is None else residual + out
-
-
-def _product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias; quantized weights are expanded some outputs at a time."""
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    if weight.activations is not None:
-        x = round_inputs(x, weight.activations)
-    if not is_forced() and _suits_integers(x, weight):
-        return _integer_product(x, weight, bias)
-    parts = [F.linear(x, expand(weight, x.dtype, start=start, stop=stop)) for start, stop in blocks(weight)]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return out if bias is None else out + bias
 
 
 def _suits_integers(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -87,11 +86,23 @@ def _suits_integers(x: Tensor, weight: QuantizedWeight) -> bool:
     return plain and few and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.codes.is_contiguous()
 
 
-def _integer_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias without expanding W, its scales applied in float32: torch would round them to bfloat16."""
+def _linear_integers(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    *,
+    norm: Norm | None,
+    gate: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`linear_reference` without expanding weights; scales in float32, as torch would round them to bfloat16."""
+    if norm is not None:
+        x = rms_norm_reference(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    if weight.activations is not None:
+        x = round_inputs(x, weight.activations)
     ones = torch.ones(weight.shape[0], dtype=x.dtype)
     out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), weight.codes, ones).float()
     scale = weight.scale[:, 0].float()
     out *= scale if weight.rows == 1 else scale.repeat_interleave(weight.rows)[: weight.shape[0]]
     out = out if bias is None else out + bias.float()
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return _finished(out.to(x.dtype).view(*x.shape[:-1], -1), gate, residual)
