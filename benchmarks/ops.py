@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness
+from benchmarks import harness, linear
 from benchmarks.harness import ROOT, Variant, record, test_or_exit, time_variants
 from kvzip import ops
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--launches", action="store_true", help="also time every launch of the quantized linear layer")
     parser.add_argument("--workers", type=int, default=1, help="processes that run the tests, with pytest-xdist")
     parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
     options = parser.parse_args()
@@ -51,7 +52,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    tests = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in options.only]
+    files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op,))]
+    tests = [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in files]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
@@ -292,6 +294,7 @@ def score_plainly(q: Tensor, k: Tensor, k_sink: Tensor, k_self: Tensor, hidden: 
 
 BENCHMARKS = {
     "decode": bench_decode,
+    "linear": linear.bench_linear,
     "prune": bench_prune,
     "quantize": bench_quantize,
     "score": bench_score,
