@@ -53,13 +53,13 @@ def bench_linear(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, V
         yield _many_rows(form)
 
 
-def random_weight(form: str | None, outputs: int, inputs: int) -> Weight:
+def random_weight(form: str | None, outputs: int, inputs: int, *, device: torch.device | str = "cuda") -> Weight:
     """A weight with random codes, as `ops.quantize_weight` would shape it; None is bfloat16."""
     if form is None:
-        return torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) * inputs**-0.5
+        return torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * inputs**-0.5
     kind = KINDS[form]
     group, dtype = (GROUP, torch.float16) if kind == "int4" else (inputs, torch.float32)
-    weight = empty_weight(outputs, inputs, kind=kind, group=group, scale_dtype=dtype, device="cuda")
+    weight = empty_weight(outputs, inputs, kind=kind, group=group, scale_dtype=dtype, device=device)
     codes = weight.codes.view(torch.uint8)
     codes.random_(0, 256)
     if kind == "e4m3":

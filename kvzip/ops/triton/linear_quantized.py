@@ -71,7 +71,7 @@ def launch_config(kind: str, rows: int, group: int, x: Tensor) -> Launch:
 
 def most_rows(x: Tensor) -> int:
     """The most rows that the kernel takes; with more of float32 its registers do not suffice."""
-    return 16 if x.dtype == torch.float32 else 64
+    return 8 if x.dtype == torch.float32 else 64
 
 
 def suits(weight: QuantizedWeight) -> bool:
