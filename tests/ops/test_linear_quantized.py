@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: what codes mean, how they are made, the linear layer with them, and its kernels."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from accuracy import assert_as_accurate
 from kvzip import ops
 from kvzip.ops.linear import linear_reference
+from kvzip.ops.triton import linear_rounded
 from kvzip.ops.triton.linear import linear_triton
 from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, expand_triton, few_rows, launch_config, most_rows, suits
+from kvzip.ops.triton.linear_rounded import round_rows, rounded_product
 from kvzip.ops.weights import (
     KINDS,
+    LARGEST,
     Activations,
     QuantizedWeight,
     empty_weight,
@@ -291,6 +295,48 @@ def test_integers_are_multiplied_on_the_host_as_they_are(rows, shared, bias):
     check(ops.linear, x, w, values(20, dtype=torch.bfloat16) if bias else None, norm=norm, gate="silu")
 
 
+@pytest.mark.parametrize("name", ["fp8, token", "fp8, bound", "fp8, static", "int8, token", "int8, 127.5", "fp8, block"])
+def test_rows_are_rounded_as_the_reference_rounds_them(name):
+    how = ROUNDINGS[name]
+    how = how if how.scale is None else replace(how, scale=how.scale.to(DEVICE))
+    x = values(5, 96, seed=3, dtype=torch.float16)
+    x[1], x[2, 5] = 0, torch.nan
+    codes, scale = round_rows(x, how)
+    want, steps, _ = quantize_inputs(x, how)
+    sound = [0, 1, 3, 4]
+    assert torch.equal(codes[sound].view(torch.uint8), want.flatten(1)[sound].view(torch.uint8))
+    if how.scale is None:
+        assert torch.equal(scale[sound], steps[..., 0][sound])
+    assert scale[2].isnan().any()
+
+
+@pytest.mark.parametrize("form", ["int8", "e4m3", *(["blocks"] if DEVICE == "cuda" else [])])
+def test_many_rows_in_8_bits_are_the_product_of_what_is_rounded(form, monkeypatch):
+    monkeypatch.setattr(linear_rounded, "_ROWS", 40)
+    rows = 65
+    kind = "int8" if form == "int8" else "e4m3"
+    n, k, group, shared = (256, 1024, 128, 128) if form == "blocks" else (32, 64, None, 1)
+    how = Activations(kind, LARGEST[kind], group=group)
+    w = replace(weight(kind, n, k, group=group, rows=shared), activations=how)
+    x = values(rows, k, dtype=torch.bfloat16)
+    got = rounded_product(x, w)
+    assert got is not None
+    codes, scale, _ = quantize_inputs(x, how)
+    exact = (codes.double() * scale).flatten(1) @ meant(w).to(DEVICE).T
+    assert_as_accurate(got, exact, exact.to(torch.bfloat16))
+    bias = values(n, seed=2, dtype=torch.bfloat16)
+    whole = linear_triton(x, w, bias, gate="silu")
+    first, second = (exact + bias.double()).chunk(2, -1)
+    assert (whole.double() - torch.nn.functional.silu(first) * second).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_products_that_no_library_has_are_expanded():
+    w = replace(weight("int8", 32, 64, group=32), activations=Activations("int8", 127.0))
+    x = values(70, 64, dtype=DTYPES[-1])
+    assert rounded_product(x, w) is None
+    assert_as_accurate(linear_triton(x, w), linear_reference(x.double(), w), linear_reference(x, w))
+
+
 def test_codes_and_inputs_that_are_rounded_give_integers():
     x = values(4, 32, dtype=torch.float64).cpu()
     codes, scale, zero = quantize_inputs(x, Activations("int8", 127.0))
@@ -302,8 +348,8 @@ def compile_case(kind: str, dtype: str, capability: int, rows: int, every: bool)
     return f"""
 import torch
 from kvzip import ops
-from kvzip.ops.triton import linear, linear_quantized, norm
-for module in (linear, linear_quantized, norm):
+from kvzip.ops.triton import linear, linear_quantized, linear_rounded, norm
+for module in (linear, linear_quantized, linear_rounded, norm):
     module.overlaps_launches = lambda x: {capability >= 90}
 from kvzip.ops.triton.linear_quantized import LAUNCHES, expand_triton, few_rows
 from kvzip.ops.weights import empty_weight
@@ -320,6 +366,11 @@ few_rows(new({rows}, 14336), make(4096, 14336), residual=new({rows}, 4096))
 few_rows(new({rows}, 4096), make(4096, 4096, zeros="{kind}" != "e4m3", rows=1 if "{kind}" == "int4" else 128))
 few_rows(new({rows}, 576), make(1536, 576))
 expand_triton(make(256, 4096), torch.{dtype}, start=0, stop=128)
+for how in (ops.Activations("int8", 127.0), ops.Activations("int8", 127.5, group=128)):
+    codes, scale = linear_rounded.round_rows(new(2100, 14336), how)
+if {capability} >= 90:
+    linear_rounded.round_rows(new(100, 14336), ops.Activations("e4m3", 448.0, group=128))
+    linear_rounded.round_rows(new(100, 14336), ops.Activations("e4m3", 448.0, bound=1200.0))
 """
 
 
@@ -330,7 +381,7 @@ def test_kernels_fit(capability, kind, rows):
 
 def check_fits(kind: str, dtype: str, capability: int, rows: int, every: bool = False) -> None:
     kernels = compile_launches(compile_case(kind, dtype, capability, rows, every), capability=capability)
-    assert {"_quantized_kernel", "_expand_kernel"} <= {kernel.name for kernel in kernels}
+    assert {"_quantized_kernel", "_expand_kernel", "_round_kernel"} <= {kernel.name for kernel in kernels}
     assert_fits(kernels, capability=capability)
     own = [kernel for kernel in kernels if kernel.name == "_quantized_kernel"]
     if dtype != "float32":

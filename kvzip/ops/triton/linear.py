@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvzip.ops.triton.common import activate, await_launch, check_dtype, launch_options, overlaps_launches
 from kvzip.ops.triton.linear_quantized import expand_triton, few_rows, most_rows, suits
+from kvzip.ops.triton.linear_rounded import rounded_product
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
@@ -87,12 +88,21 @@ def linear_triton(
 def _quantized(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Norm | None, gate: str | None, residual: Tensor | None
 ) -> Tensor:
-    """`linear` with quantized weights: up to 64 rows as one launch, more with weights expanded to x's dtype."""
+    """`linear` with quantized weights: up to 64 rows as one launch, more with weights expanded to x's dtype.
+
+    Where inputs are rounded too, many rows are multiplied in 8 bits if a library can.
+    """
     outputs, inputs = weight.shape
     rows = x.numel() // inputs if inputs else 0
     if weight.activations is not None:
         if norm is not None:
             x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
+        flat = rounded_product(x.reshape(rows, -1), weight) if rows > most_rows(x) else None
+        if flat is not None:
+            out = flat.view(*x.shape[:-1], outputs)
+            out = out if bias is None else out + bias
+            out = out if gate is None else gated(out, gate)
+            return out if residual is None else residual + out
         x = round_inputs(x, weight.activations)
     if 0 < rows <= most_rows(x) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)

@@ -62,7 +62,8 @@ def launch_config(kind: str, rows: int, group: int, x: Tensor) -> Launch:
     if x.dtype == torch.float32:
         config = Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
     elif rows > 16:
-        config = Launch(32, 64, 4, 4, 3)
+        wide = 32 if kind == "int4" else 64  # bytes; more take nearly all registers, or spill
+        config = Launch(32 if rows <= 32 else 16, wide, 4, 4, 3)
     unit = group // 2 if kind == "int4" else group
     while unit % config.block_bytes:
         config = config._replace(block_bytes=config.block_bytes // 2)
