@@ -41,7 +41,8 @@ def open(
 
     Args:
         model: a model, or the source of one (downloaded if needed), in place of the one that the file names.
-        dtype, rope, max_length, weights, activations: as for `load`, in place of the file's; the cache must be of the model that this gives.
+        dtype, rope, max_length, weights, activations: as for `load`, in place of the file's; the cache must be of the
+            model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
 
     Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names

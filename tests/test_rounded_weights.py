@@ -38,7 +38,9 @@ def test_linear_layers_are_rounded_and_nothing_else(source: Path, form: str) -> 
             own = getattr(whole, field)
             if field in LINEAR:
                 assert isinstance(weight, QuantizedWeight) and weight.kind == FORMS[form]
-                assert torch.equal(expand(weight, torch.float32), expand(quantize_weight(own, FORMS[form]), torch.float32))
+                assert torch.equal(
+                    expand(weight, torch.float32), expand(quantize_weight(own, FORMS[form]), torch.float32)
+                )
             else:
                 assert (own is None and weight is None) or torch.equal(own, weight)
     assert torch.equal(plain.weights.embed, model.weights.embed) and model.weights.unembed is model.weights.embed
@@ -68,7 +70,8 @@ def test_fingerprints_differ_by_form_and_caches_are_not_mixed(source: Path, tmp_
 
 def rounded(model: kvzip.Model, kind: str) -> kvzip.Model:
     layers = [
-        replace(x, **{field: quantize_weight(getattr(x, field), kind) for field in LINEAR}) for x in model.weights.layers
+        replace(x, **{field: quantize_weight(getattr(x, field), kind) for field in LINEAR})
+        for x in model.weights.layers
     ]
     return replace(model, weights=replace(model.weights, layers=tuple(layers)), quantized=kind)
 
@@ -113,5 +116,3 @@ def test_the_command_takes_the_form(source: Path, tmp_path: Path) -> None:
     for name in ("compress", "ask", "chat", "bench", "compare"):
         assert "--weights" in CliRunner().invoke(main, [name, "--help"]).output
     assert "--weights" in CliRunner().invoke(main, ["eval", "run", "--help"]).output
-
-

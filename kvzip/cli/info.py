@@ -109,7 +109,7 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
 def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     """Returns the shape of a model, the bytes of its cache for each token, and how many tokens fit at which ratio.
 
-    Only the config is read. Caches are counted in bfloat16, weights as they are stored and in what --weights makes of them.
+    Only the config is read. Caches are counted in bfloat16, weights as stored and as --weights would make them.
 
     Args:
         memory: bytes to fill with weights and cache; None takes what is free on the GPU, or in host memory.

@@ -1,14 +1,12 @@
-"""Safetensors files read into weights, tensor by tensor: 16-bit ones into their places, quantized ones brought into form."""
+"""Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..ops import QuantizedWeight, quantize_weight
@@ -17,6 +15,7 @@ from .config import ModelConfig
 from .identity import StoredTensor, checkpoint_digest, stored_tensor
 from .packed import MAIN, OF_CACHES, OTHERS, read_part, with_activations
 from .schemes import QSERVE, Quantization, Scheme
+from .shards import Place, opened, same, shards
 from .weights import EMBED, HEAD, LINEAR, LayerWeights, Weights, empty_weights, short_name, slots
 
 _CODES = ("F8_E4M3", "I8")  # of a `weight` that is quantized
@@ -31,15 +30,6 @@ class Reading:
     device: torch.device
     kind: str | None = None
     round_inputs: bool = False  # as the checkpoint says
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor in a file, its type as safetensors spells it."""
-
-    path: Path
-    name: str
-    dtype: str
 
 
 def read_weights(
@@ -74,7 +64,7 @@ def read_weights(
             found[EMBED] = found.pop(HEAD)
             present = set(found) | set(schemes)
         if {EMBED, HEAD} <= present:
-            config = replace(config, tied=HEAD not in schemes and _same(found[EMBED], found[HEAD], reading.dtype))
+            config = replace(config, tied=HEAD not in schemes and same(found[EMBED], found[HEAD], reading.dtype))
         if config.tied:
             shapes.pop(HEAD)
     missing = sorted(set(shapes) - present)
@@ -96,17 +86,17 @@ def read_weights(
 
 def _located(
     files: Iterable[Path], shapes: Mapping[str, Tensor], linear: set[str], quantization: Quantization | None
-) -> dict[str, _Place]:
+) -> dict[str, Place]:
     """The place of each tensor by its name below the wrapper, in the order of the files."""
-    found: dict[str, _Place] = {}
+    found: dict[str, Place] = {}
     for path in files:
-        with _opened(path) as shard:
+        with opened(path) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
                 short = short_name(name)
                 stem, _, suffix = (short or "").rpartition(".")
                 if short is None or (quantization and suffix in OF_CACHES):
                     continue
-                place = _Place(path, name, shard.get_slice(name).get_dtype())
+                place = Place(path, name, shard.get_slice(name).get_dtype())
                 coded = suffix == "weight" and stem in linear and place.dtype in _CODES
                 known = short in shapes or (stem in linear and suffix in _COMPANIONS)
                 if not known and suffix == "bias" and stem in linear and not bool(shard.get_tensor(name).any()):
@@ -130,9 +120,7 @@ def _located(
     return found
 
 
-def _schemes(
-    found: Mapping[str, _Place], linear: Sequence[str], quantization: Quantization | None
-) -> dict[str, Scheme]:
+def _schemes(found: Mapping[str, Place], linear: Sequence[str], quantization: Quantization | None) -> dict[str, Scheme]:
     """The scheme of each linear layer that is stored quantized, by the name of its weight.
 
     Stored tensors decide which layers are; config.json says what they mean. Raises ValueError where the two disagree.
@@ -166,7 +154,7 @@ def _schemes(
 
 
 def _assembled(
-    found: Mapping[str, _Place],
+    found: Mapping[str, Place],
     schemes: Mapping[str, Scheme],
     config: ModelConfig,
     layer_names: Mapping[str, tuple[str, ...]],
@@ -190,7 +178,9 @@ def _assembled(
             )
     weights = _allocated(config, set(stacks), layer_names, reading)
     made: dict[str, QuantizedWeight] = {}
-    digest = checkpoint_digest(_filled(found, slots(config, weights, layer_names), stacks, schemes, config, reading, made))
+    digest = checkpoint_digest(
+        _filled(found, slots(config, weights, layer_names), stacks, schemes, config, reading, made)
+    )
     layers = [
         replace(layer, **{field: made[name] for field in LINEAR if (name := f"layers.{n}.{field}") in made})
         for n, layer in enumerate(weights.layers)
@@ -218,7 +208,7 @@ def _allocated(config: ModelConfig, left_out: set[str], layer_names: Mapping[str
 
 
 def _filled(
-    found: Mapping[str, _Place],
+    found: Mapping[str, Place],
     places: Mapping[str, Tensor],
     stacks: Mapping[str, tuple[str, ...]],
     schemes: Mapping[str, Scheme],
@@ -237,7 +227,7 @@ def _filled(
         for name in names
         for suffix in _COMPANIONS
     }
-    with _shards() as tensor_of:
+    with shards() as tensor_of:
         for short, place in found.items():
             stack = stack_of.get(short)
             if stack is None:
@@ -253,10 +243,10 @@ def _filled(
 
 def _stack(
     names: Sequence[str],
-    found: Mapping[str, _Place],
+    found: Mapping[str, Place],
     places: Mapping[str, Tensor],
     schemes: Mapping[str, Scheme],
-    tensor_of: Callable[[_Place], Tensor],
+    tensor_of: Callable[[Place], Tensor],
     reading: Reading,
     read: dict[str, Tensor],
 ) -> QuantizedWeight:
@@ -294,39 +284,3 @@ def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
         how = replace(how, **{name: None if x is None else x.to(device) for name, x in fixed.items()})
     zero = None if weight.zero is None else weight.zero.to(device)
     return replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device), zero=zero, activations=how)
-
-
-def _same(embed: _Place, head: _Place, dtype: torch.dtype, rows: int = 4096) -> bool:
-    """Whether two matrices of one shape are equal in `dtype`, read some rows at a time."""
-    with _opened(embed.path) as one, _opened(head.path) as other:
-        a, b = one.get_slice(embed.name), other.get_slice(head.name)
-        steps = range(0, a.get_shape()[0], rows)
-        return all(torch.equal(a[i : i + rows].to(dtype), b[i : i + rows].to(dtype)) for i in steps)
-
-
-@contextmanager
-def _shards() -> Iterator[Callable[[_Place], Tensor]]:
-    """Within it, tensors can be read of any file; one file is open at a time."""
-    with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-
-        def tensor_of(place: _Place) -> Tensor:
-            if place.path not in opened:
-                opened.clear()
-                stack.close()
-                opened[place.path] = stack.enter_context(_opened(place.path))
-            return opened[place.path].get_tensor(place.name)
-
-        yield tensor_of
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise ValueError(
-            f"expected a whole safetensors file, got {path.name} of {path.stat().st_size} bytes ({error}): "
-            "it is truncated or damaged, fetch it again"
-        ) from error

@@ -10,26 +10,26 @@ from ..ops import Activations
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq")
 NOT_READ = "kvzip does not implement it, so its results would be wrong"
 
-_COMMON = ("quant_method", "modules_to_not_convert")
-_NEVER = {  # fields that a method may have without changing what its stored tensors mean
-    "fp8": ("fmt", "activation_scheme", "weight_block_size", "ignored_layers", "scale_fmt", "dequantize"),
-    "fbgemm_fp8": ("activation_scale_ub",),
-    "awq": ("bits", "group_size", "zero_point", "version", "backend", "do_fuse", "fuse_max_seq_len"),
-    "gptq": tuple(
-        "bits group_size sym desc_act checkpoint_format damp_percent damp_auto_increment static_groups true_sequential "
-        "model_name_or_path model_file_base_name is_marlin_format lm_head pack_dtype meta dynamic dataset tokenizer "
-        "batch_size block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize "
-        "pad_token_id use_cuda_fp16 model_seqlen max_input_length cache_block_outputs use_exllama exllama_config "
-        "disable_exllama backend format quant_method mse act_group_aware hyb_act desc_act_order".split()
+_COMMON = "quant_method modules_to_not_convert"
+_KNOWN = {  # what a method's configuration may say; each field is checked, or does not change what stored tensors mean
+    "fp8": "fmt activation_scheme weight_block_size ignored_layers scale_fmt dequantize",
+    "fbgemm_fp8": "activation_scale_ub",
+    "awq": "bits group_size zero_point version backend do_fuse fuse_max_seq_len",
+    "gptq": (
+        "bits group_size sym desc_act checkpoint_format format damp_percent damp_auto_increment static_groups "
+        "true_sequential model_name_or_path model_file_base_name is_marlin_format lm_head pack_dtype meta dynamic "
+        "dataset tokenizer batch_size block_name_to_quantize module_name_preceding_first_block pad_token_id "
+        "modules_in_block_to_quantize use_cuda_fp16 model_seqlen max_input_length cache_block_outputs use_exllama "
+        "exllama_config disable_exllama backend mse act_group_aware hyb_act"
     ),
-    "compressed-tensors": tuple(
+    "compressed-tensors": (
         "config_groups format ignore kv_cache_scheme quantization_status global_compression_ratio version "
-        "sparsity_config transform_config run_compressed".split()
+        "sparsity_config transform_config run_compressed"
     ),
 }
-_WEIGHTS = tuple(
+_OF_WEIGHTS = (
     "num_bits type symmetric group_size strategy block_structure dynamic actorder observer observer_kwargs "
-    "scale_dtype zp_dtype is_mse mse".split()
+    "scale_dtype zp_dtype"
 )
 
 
@@ -91,7 +91,7 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             f"expected {key} in config.json to have quant_method of {list(METHODS)}, got {str(method)[:80]!r}: take "
             "another checkpoint, or one of 16 bits with load(..., weights='int8')"
         )
-    unknown = sorted(set(found) - {*_COMMON, *_NEVER[method]})
+    unknown = sorted(set(found) - {*_COMMON.split(), *_KNOWN[method].split()})
     if unknown and any(found[name] not in (None, False, [], {}) for name in unknown):
         raise ValueError(
             f"expected fields of {key} that kvzip knows of {method}, got {unknown[0]}={str(found[unknown[0]])[:80]}: "
@@ -209,9 +209,10 @@ def _compressed(found: Mapping[str, Any]) -> Quantization:
 
 def _group_scheme(group: Mapping[str, Any], form: Any) -> Scheme:
     weights = group.get("weights")
-    if not isinstance(weights, Mapping) or set(weights) - set(_WEIGHTS):
-        extra = sorted(set(weights) - set(_WEIGHTS)) if isinstance(weights, Mapping) else weights
-        _refuse("weights", extra, f"an object with fields of {list(_WEIGHTS)}")
+    known = _OF_WEIGHTS.split()
+    if not isinstance(weights, Mapping) or set(weights) - set(known):
+        extra = sorted(set(weights) - set(known)) if isinstance(weights, Mapping) else weights
+        _refuse("weights", extra, f"an object with fields of {known}")
     _only(weights, "dynamic", (None, False))
     _only(weights, "actorder", (None, False, "weight", "static", "group", "dynamic"))
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
@@ -240,9 +241,8 @@ def _group_scheme(group: Mapping[str, Any], form: Any) -> Scheme:
         if not isinstance(block, list) or len(block) != 2 or not all(type(x) is int and x > 0 for x in block):
             _refuse("block_structure", block, "two sizes")
         rows, size = block
-    elif strategy == "group":
-        if size != -1 and (type(size) is not int or size < 1):
-            _refuse("group_size", size, "a number of inputs")
+    elif strategy == "group" and size != -1 and (type(size) is not int or size < 1):
+        _refuse("group_size", size, "a number of inputs")
     group_size = size if strategy in ("group", "block") and size != -1 else None
     name = "int4" if bits == 4 else "int8" if kind == "int" else "e4m3"
     inputs = group.get("input_activations")

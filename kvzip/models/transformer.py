@@ -29,10 +29,10 @@ class Model:
     """A loaded model. `tokenizer` and `template` are None where the directory has none.
 
     `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`). `rope` and
-    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again; so are `quantized`
-    (its `weights`) and `activations`. `form` is what the checkpoint's config says of quantized weights that its tensors
-    do not. `identity` is a digest of the shape and the stored weights. `fingerprint`, which ties caches to the model,
-    adds the RoPE, how weights and activations are rounded, a dash and the dtype.
+    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again; so are
+    `quantized` (its `weights`) and `activations`. `form` is what the checkpoint's config says of quantized weights that
+    its tensors do not. `identity` is a digest of the shape and the stored weights. `fingerprint`, which ties caches to
+    the model, adds the RoPE, how weights and activations are rounded, a dash and the dtype.
     """
 
     config: ModelConfig

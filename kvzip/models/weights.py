@@ -99,7 +99,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, kind: str | None = 
 
 
 def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every distinct weight, in a fixed order; of quantized ones their codes, scales, zeros."""
+    """Yields (name, tensor) of every distinct weight, in a fixed order: of quantized ones codes, scales, zeros."""
     for name, weight in named_weights(weights):
         if isinstance(weight, Tensor):
             yield name, weight

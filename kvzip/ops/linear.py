@@ -45,7 +45,7 @@ def linear(
     if use_triton(x):
         from kvzip.ops.triton.linear import linear_triton as run
     elif not is_forced() and isinstance(weight, QuantizedWeight) and _suits_integers(x, weight):
-        run = _linear_integers
+        return _linear_integers(x, weight, bias, norm=norm, gate=gate, residual=residual)
     else:
         run = linear_reference
     return run(x, weight, bias, norm=norm, gate=gate, residual=residual)
@@ -101,7 +101,7 @@ def _linear_integers(
     if weight.activations is not None:
         x = round_inputs(x, weight.activations)
     ones = torch.ones(weight.shape[0], dtype=x.dtype)
-    out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), weight.codes, ones).float()
+    out = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), weight.codes, ones).float()
     scale = weight.scale[:, 0].float()
     out *= scale if weight.rows == 1 else scale.repeat_interleave(weight.rows)[: weight.shape[0]]
     out = out if bias is None else out + bias.float()

@@ -10,7 +10,6 @@ float32: `logits` with weights rounded, `rounded_inputs` with inputs rounded too
 import copy
 import importlib
 import importlib.util
-import io
 import json
 import sys
 import tempfile
@@ -73,7 +72,11 @@ def main() -> None:
             put(archive, name, lambda at, w=weights, i=inputs, f=form: by_compressed_tensors(at, w, i, f))
         put(archive, "awq", by_autoawq)
         for bits, symmetric in ((4, True), (4, False), (8, True)):
-            put(archive, f"gptq {bits}{' sym' if symmetric else ''}", lambda at, b=bits, s=symmetric: by_auto_gptq(at, b, s))
+            put(
+                archive,
+                f"gptq {bits}{' sym' if symmetric else ''}",
+                lambda at, b=bits, s=symmetric: by_auto_gptq(at, b, s),
+            )
     print(OUT, OUT.stat().st_size, "bytes")
 
 
@@ -111,9 +114,7 @@ def by_compressed_tensors(
         input_activations=None if inputs is None else QuantizationArgs(**inputs),
     )
     groups = {"group_0": scheme}
-    config = QuantizationConfig(
-        config_groups=groups, ignore=["lm_head"], format=form, quantization_status="frozen"
-    )
+    config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], format=form, quantization_status="frozen")
     apply_quantization_config(made, config)
     for layer in made.modules():
         if hasattr(layer, "weight_scale"):
@@ -181,7 +182,9 @@ def quantized(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tenso
     return scale, (-low / scale.float()).round().clamp(1, top)
 
 
-def replaced(made: LlamaForCausalLM, pack: Callable[[nn.Linear], tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
+def replaced(
+    made: LlamaForCausalLM, pack: Callable[[nn.Linear], tuple[dict[str, Tensor], Tensor]]
+) -> dict[str, Tensor]:
     """Packs every linear layer but the head, puts what it then means into the model, and returns what is stored."""
     stored = {}
     for name, layer in made.named_modules():
@@ -194,7 +197,11 @@ def replaced(made: LlamaForCausalLM, pack: Callable[[nn.Linear], tuple[dict[str,
 
 def write(directory: Path, made: LlamaForCausalLM, stored: dict[str, Tensor], how: dict[str, Any]) -> None:
     made.save_pretrained(directory)
-    kept = {k: v for k, v in load_file(directory / "model.safetensors").items() if f"{k.rpartition('.')[0]}.qweight" not in stored}
+    kept = {
+        k: v
+        for k, v in load_file(directory / "model.safetensors").items()
+        if f"{k.rpartition('.')[0]}.qweight" not in stored
+    }
     save_file({**kept, **stored}, directory / "model.safetensors")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": how}))

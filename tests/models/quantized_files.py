@@ -98,7 +98,9 @@ def into_words(values: Tensor, bits: int, axis: int, order: list[int] | None = N
     return (words if axis == 1 else words.T).contiguous()
 
 
-def fp8(block: list[int] | None, *, static: bool = False, scale: str = "weight_scale_inv", dtype=torch.float32) -> Format:
+def fp8(
+    block: list[int] | None, *, static: bool = False, scale: str = "weight_scale_inv", dtype=torch.float32
+) -> Format:
     config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static" if static else "dynamic"}
     config |= {"weight_block_size": block, "modules_to_not_convert": ["lm_head"]}
 
@@ -139,7 +141,11 @@ def compressed(
     weights = {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "group_size": group}
     weights |= {"block_structure": block, "dynamic": False, "actorder": None, "observer": "minmax"}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    config: dict[str, Any] = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": scheme}}
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": scheme},
+    }
     config |= {"ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed"}
     if key == "compression_config":
         del config["quant_method"]
@@ -265,7 +271,11 @@ def write(directory: Path, form: Format, *, plain: tuple[str, ...] = (), shards:
     generator = torch.Generator().manual_seed(0)
     stored: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
-    names = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    names = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "lm_head.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     for layer in range(LAYERS):
         names |= {f"model.layers.{layer}.{x}_layernorm.weight": (HIDDEN,) for x in ("input", "post_attention")}
     for name, shape in names.items():

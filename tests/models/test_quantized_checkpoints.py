@@ -65,7 +65,10 @@ def test_a_product_of_layers_in_two_forms_is_refused(tmp_path: Path) -> None:
 
 def test_zero_biases_and_scales_of_caches_are_left_out(tmp_path: Path) -> None:
     form = files.gptq(4, symmetric=True)
-    form.extra = {"model.layers.0.mlp.up_proj.bias": torch.zeros(files.INNER), "model.layers.0.self_attn.k_scale": torch.ones(1)}
+    form.extra = {
+        "model.layers.0.mlp.up_proj.bias": torch.zeros(files.INNER),
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+    }
     meant = files.write(tmp_path, form)
     check_weights(load(tmp_path), meant)
     form.extra["model.layers.0.mlp.up_proj.bias"][3] = 1
@@ -85,7 +88,11 @@ CHANGES: list[tuple[str, Callable[[dict], Any], str]] = [
     ("gptq 4", lambda c: c.update(group_size=0), "group_size"),
     ("gptq 4", lambda c: c.update(sym=True), r"zero points of layers\.0\..*_proj to be 0 for symmetric"),
     ("fp8 block", lambda c: c.update(fmt="e5m2"), "fmt .* got 'e5m2'"),
-    ("fp8 block", lambda c: c.update(weight_block_size=[32, 16]), r"weight_scale_inv .*shape \[\[2, 6\]\], got .*\[4, 6\]"),
+    (
+        "fp8 block",
+        lambda c: c.update(weight_block_size=[32, 16]),
+        r"weight_scale_inv .*shape \[\[2, 6\]\], got .*\[4, 6\]",
+    ),
     ("fbgemm", lambda c: c.update(activation_scale_ub=-1), "activation_scale_ub"),
     ("float, channel", lambda c: c.update(format="nvfp4-pack-quantized"), "format .* got 'nvfp4"),
     ("float, channel", lambda c: c.update(sparsity_config={"format": "sparse-24"}), r"sparsity_config\.format"),

@@ -14,8 +14,9 @@ from accuracy import assert_as_accurate
 from kvzip import ops
 from kvzip.ops.linear import linear_reference
 from kvzip.ops.triton import linear_rounded
+from kvzip.ops.triton.codes import expand_triton, suits
 from kvzip.ops.triton.linear import linear_triton
-from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, expand_triton, few_rows, launch_config, most_rows, suits
+from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, few_rows, launch_config, most_rows
 from kvzip.ops.triton.linear_rounded import round_rows, rounded_product
 from kvzip.ops.weights import (
     KINDS,
@@ -60,9 +61,7 @@ def weight(
         low, high = (-8, 8) if kind == "int4" else (-128, 128)
         made.zero.copy_(torch.randint(low, high, made.zero.shape, generator=generator))
     zero = None if made.zero is None else made.zero.to(DEVICE)
-    return QuantizedWeight(
-        made.codes.to(DEVICE), made.scale.to(DEVICE), zero, kind, made.inputs, made.group, made.rows
-    )
+    return QuantizedWeight(made.codes.to(DEVICE), made.scale.to(DEVICE), zero, kind, made.inputs, made.group, made.rows)
 
 
 def meant(w: QuantizedWeight) -> Tensor:
@@ -134,7 +133,7 @@ def test_quantizing_is_within_half_a_step(kind, n, k, scale, seed):
         bound = 0.5 * q.scale.double()
     else:  # largest / 8 is a step; a scale may be three quarters of it, and 8 is no code
         steps = q.scale.double().abs().repeat_interleave(q.group, 1)[:, :k]
-        inside = (x.double() / torch.where(steps > 0, q.scale.double().repeat_interleave(q.group, 1)[:, :k], 1))
+        inside = x.double() / torch.where(steps > 0, q.scale.double().repeat_interleave(q.group, 1)[:, :k], 1)
         bound = torch.where((inside >= -8.5) & (inside <= 7.5), 0.5 * steps, (inside.abs() - 7) * steps) + 2.0**-25
     assert (error <= bound * (1 + 1e-5) + 1e-30).all()
     assert not expand(q, torch.float32)[0].any()
@@ -166,7 +165,8 @@ def test_wrong_weights_are_refused():
 )
 def test_a_stack_means_its_parts(parts, zeros):
     parts = [
-        weight("int8", n, 48, group=16, rows=rows, zeros=zeros and at == 0, seed=at) for at, (n, rows) in enumerate(parts)
+        weight("int8", n, 48, group=16, rows=rows, zeros=zeros and at == 0, seed=at)
+        for at, (n, rows) in enumerate(parts)
     ]
     stacked = stack_weights(parts)
     want = torch.cat([meant(part) for part in parts])
@@ -181,7 +181,9 @@ ROUNDINGS = {
     "int8, token": Activations("int8", 127.0),
     "int8, 127.5": Activations("int8", 127.5),
     "int8, asymmetric": Activations("int8", 127.5, symmetric=False),
-    "int8, static, zero": Activations("int8", 127.5, symmetric=False, scale=torch.tensor(0.02), zero=torch.tensor(-5.0)),
+    "int8, static, zero": Activations(
+        "int8", 127.5, symmetric=False, scale=torch.tensor(0.02), zero=torch.tensor(-5.0)
+    ),
 }
 
 
@@ -295,7 +297,9 @@ def test_integers_are_multiplied_on_the_host_as_they_are(rows, shared, bias):
     check(ops.linear, x, w, values(20, dtype=torch.bfloat16) if bias else None, norm=norm, gate="silu")
 
 
-@pytest.mark.parametrize("name", ["fp8, token", "fp8, bound", "fp8, static", "int8, token", "int8, 127.5", "fp8, block"])
+@pytest.mark.parametrize(
+    "name", ["fp8, token", "fp8, bound", "fp8, static", "int8, token", "int8, 127.5", "fp8, block"]
+)
 def test_rows_are_rounded_as_the_reference_rounds_them(name):
     how = ROUNDINGS[name]
     how = how if how.scale is None else replace(how, scale=how.scale.to(DEVICE))
@@ -348,15 +352,17 @@ def compile_case(kind: str, dtype: str, capability: int, rows: int, every: bool)
     return f"""
 import torch
 from kvzip import ops
-from kvzip.ops.triton import linear, linear_quantized, linear_rounded, norm
-for module in (linear, linear_quantized, linear_rounded, norm):
+from kvzip.ops.triton import codes, linear, linear_quantized, linear_rounded, norm
+for module in (codes, linear, linear_quantized, linear_rounded, norm):
     module.overlaps_launches = lambda x: {capability >= 90}
-from kvzip.ops.triton.linear_quantized import LAUNCHES, expand_triton, few_rows
+from kvzip.ops.triton.codes import expand_triton
+from kvzip.ops.triton.linear_quantized import LAUNCHES, few_rows
 from kvzip.ops.weights import empty_weight
 new = lambda *shape: torch.zeros(shape, dtype=torch.{dtype})
 def make(n, k, zeros=False, rows=1):
     group = 128 if "{kind}" == "int4" or rows > 1 else k
-    return empty_weight(n, k, kind="{kind}", group=group, rows=rows, zeros=zeros, scale_dtype=torch.float16, device="cpu")
+    how = dict(kind="{kind}", group=group, rows=rows, zeros=zeros, scale_dtype=torch.float16)
+    return empty_weight(n, k, **how, device="cpu")
 norm = ops.Norm(new(4096), 1e-5, 0)
 launches = LAUNCHES["{kind}"] if {every} else (None,)
 for config in launches:

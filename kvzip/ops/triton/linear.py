@@ -9,13 +9,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from kvzip.ops.triton.codes import expand_triton, suits
 from kvzip.ops.triton.common import activate, await_launch, check_dtype, launch_options, overlaps_launches
-from kvzip.ops.triton.linear_quantized import expand_triton, few_rows, most_rows, suits
+from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
-
 
 _AT_ONCE = 1 << 27  # quantized weights expanded at once
 
@@ -86,7 +86,12 @@ def linear_triton(
 
 
 def _quantized(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Norm | None, gate: str | None, residual: Tensor | None
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    gate: str | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """`linear` with quantized weights: up to 64 rows as one launch, more with weights expanded to x's dtype.
 

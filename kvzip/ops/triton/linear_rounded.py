@@ -79,10 +79,10 @@ def round_rows(x: Float[Tensor, "R K"], how: Activations) -> tuple[Tensor, Float
     overlap = overlaps_launches(x)
     block = min(2048, triton.next_power_of_2(inputs)) if how.group is None else how.group
     _round_kernel[(rows, groups)](
-        x, codes.view(torch.uint8), scale, scale if how.scale is None else how.scale, rows, float(how.steps), float(how.bound or 0.0),
-        K=inputs, GROUP=how.group or inputs, BLOCK=block, KIND=how.kind, STATIC=how.scale is not None,
-        BOUND=how.bound is not None, OVERLAP=overlap, num_warps=4 if how.group is None else 1, enable_fp_fusion=False,
-        **launch_options(overlap),
+        x, codes.view(torch.uint8), scale, scale if how.scale is None else how.scale, rows, float(how.steps),
+        float(how.bound or 0.0), K=inputs, GROUP=how.group or inputs, BLOCK=block, KIND=how.kind,
+        STATIC=how.scale is not None, BOUND=how.bound is not None, OVERLAP=overlap,
+        num_warps=4 if how.group is None else 1, enable_fp_fusion=False, **launch_options(overlap),
     )  # fmt: skip
     return codes, scale.t()
 
