@@ -1,4 +1,4 @@
-"""A real model with rounded weights: what it thinks of a text, and whether it answers the questions of the 16-bit one."""
+"""A real model with rounded weights: what it thinks of a text, and whether it answers what the 16-bit one answers."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from kvzip.models import forward, logits
 ROOT = Path(__file__).parents[2]
 QUESTIONS, ANSWERS = ["Who keeps the bees?", "Where does the boat lie?"], ["anna", "barn"]
 TEXT = (
-    "Anna keeps the bees behind her house. Her brother Tom repairs clocks in the next town. The old boat lies in the barn "
-    "since the summer. The door of the house is painted green, and the roof is new."
+    "Anna keeps the bees behind her house. Her brother Tom repairs clocks in the next town. The old boat lies in the "
+    "barn since the summer. The door of the house is painted green, and the roof is new."
 )
 WORSE = {"int8": 0.02, "fp8": 0.04, "int4": 0.5}  # nats a token, at most; measured 0.009, 0.020 and 0.32 of 3.31
 
