@@ -1,4 +1,4 @@
-"""Times every op beside the best alternative that is installed, and appends one JSON line for each figure.
+"""Times every op beside the alternatives that are installed, and appends one JSON line for each figure.
 
     python benchmarks/ops.py [--only select prune] [--commit HASH] [--flex] [--workers 12]
     python benchmarks/ops.py --table        # renders the latest lines into README.md
@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness, linear
+from benchmarks import harness, linear, peers
 from benchmarks.harness import ROOT, Variant, record, test_or_exit, time_variants
+from benchmarks.layouts import Batch, starts_of
 from kvzip import ops
 
 RESULTS = harness.RESULTS / "ops.jsonl"
@@ -52,8 +53,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op,))]
-    tests = [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in files]
+    files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op, f"{op}_*"))]
+    tests = [str(path) for name in files for path in sorted((ROOT / "tests" / "ops").glob(f"test_{name}.py"))]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
@@ -177,6 +178,7 @@ def bench_decode(options: argparse.Namespace):
         yield decode_case(f"0.3 of 131,072, skewed, int{bits}", skewed, options, bits=bits)
     yield decode_case("0.3 of 131,072, skewed, D 256, 16/8 heads", skewed, options, width=256, group=2)
     yield decode_case("0.3 of 131,072, skewed, 512 new tokens", skewed, options, tokens=512)
+    yield many_contexts_case("8 contexts of 0.3 of 32,768, 16 questions each", LENGTHS["0.3 of 32,768, skewed"])
     k, v = (torch.randn(1, HEADS, 131_072, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(1, QUERY_HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
     dense: dict[str, Variant] = {"SDPA": [lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)]}
@@ -207,8 +209,13 @@ def decode_case(
         if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
             k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
         caches.append((k, v))
+    biases = [torch.randn(n, device="cuda").half() for _ in caches]
     variants: dict[str, Variant] = {
-        "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
+        "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches],
+        "kvzip, with a bias": [
+            lambda k=k, v=v, bias=bias: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule, bias=bias)
+            for (k, v), bias in zip(caches, biases, strict=True)
+        ],
     }
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
@@ -220,50 +227,78 @@ def decode_case(
             lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
         ]
     else:
-        variants["flash-2 varlen"] = [
-            lambda k=k, v=v: flash_varlen(q, k, v, offsets, max(lengths), scale) for k, v in caches
-        ]
-    if options.flex and bits is None and questions == tokens == 1:
-        variants["FlexAttention"] = flex_variant(q, lengths, copies, scale)
+        others = peers.available(peers.decode_peers(q, caches, lengths, scale, flex=options.flex))
+        variants |= peers.agreeing(others, variants["kvzip"][0]()[0])
     return name, variants, {"bytes": size, "products": 4 * questions * group * tokens * n * width}
 
 
-def flash_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float) -> Tensor:
-    """Each KV head as a sequence with one KV head of its own; questions and tokens are its query positions."""
-    heads, group = len(offsets) - 1, q.shape[1] // (len(offsets) - 1)
-    rows = q.unflatten(1, (heads, group)).permute(1, 0, 3, 2, 4).flatten(0, 2)  # [H*B*T G D]
-    per_head = q.shape[0] * q.shape[2]
-    starts = torch.arange(0, heads * per_head + 1, per_head, dtype=torch.int32, device=q.device)
-    return torch.ops.aten._flash_attention_forward(
-        rows, k[:, None], v[:, None], starts, offsets, per_head, longest, 0.0, False, False, scale=scale
-    )[0]
+def many_contexts_case(name: str, lengths: list[int], contexts: int = 8, questions: int = 16, tail: int = 128) -> Case:
+    """Decoding a token of each of `questions` questions over each of several contexts, with tails of `tail` tokens."""
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    rows = contexts * sum(lengths)
+    batch = Batch(
+        q=make(contexts, questions, QUERY_HEADS, WIDTH),
+        contexts=[(make(rows, WIDTH), make(rows, WIDTH)) for _ in range(max(2, COLD_BYTES // (4 * rows * WIDTH) + 1))],
+        lengths=[lengths] * contexts,
+        tails=(make(contexts, questions, HEADS, tail, WIDTH), make(contexts, questions, HEADS, tail, WIDTH)),
+        scale=WIDTH**-0.5,
+    )
+    size = 4 * rows * WIDTH + sum(x.nbytes for x in batch.tails)
+    products = 4 * questions * QUERY_HEADS * WIDTH * (rows // HEADS + contexts * tail)
+    ours = flat_rows(batch)
+    expected = ours["kvzip"][0]().view_as(batch.q)
+    others = peers.agreeing(peers.available(peers.batch_peers(batch)), expected)
+    return name, {**ours, **others}, {"bytes": size, "products": products}
 
 
-def flex_variant(q: Tensor, lengths: list[int], copies: int, scale: float) -> Variant:
-    """FlexAttention over heads padded to the longest, with a mask by head."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flat_rows(batch: Batch) -> dict[str, Variant]:
+    """`ops.decode_rows` of all questions, with a plan made before as a step makes it for all its layers, and the plan
+    itself; gives [C U Hq D]. Tails lie in pages of 64 rows."""
+    contexts, questions = batch.q.shape[:2]
+    device, rows = batch.q.device, contexts * questions
+    sizes = [sum(lengths) for lengths in batch.lengths]
+    offsets = [starts_of(lengths, device) for lengths in batch.lengths]
+    tables = []
+    for k, v in batch.contexts:
+        parts = zip(k.split(sizes), v.split(sizes), offsets, strict=True)
+        layers = [ops.Context(*part) for part in parts]
+        table = ops.context_table([layers[0]], contexts)
+        for place, layer in enumerate(layers):
+            ops.put_context_(table, place, [layer])
+        tables.append(table)
+    tail = batch.tails[0].shape[3]
+    each = tail // 64
+    k, v = (rearrange(x, "c u h (x r) d -> (c u x) h r d", r=64).contiguous() for x in batch.tails)
+    pages = ops.Pages(k, v, torch.arange(rows * each, dtype=torch.int32, device=device).view(rows, each))
+    number = torch.arange(rows, dtype=torch.int32, device=device)
+    flat, listed = batch.q.flatten(0, 1), ops.QueryRows(number // questions, number, torch.full_like(number, tail))
 
-    heads, longest = len(lengths), max(lengths)
-    group = q.shape[1] // heads
-    ends = torch.tensor(lengths, device=q.device)
-    mask = create_block_mask(lambda b, h, i, j: j < ends[h // group], 1, q.shape[1], 1, longest, device="cuda")
-    compiled = torch.compile(flex_attention)
-    padded = [torch.randn(2, 1, heads, longest, q.shape[3], device="cuda", dtype=q.dtype) for _ in range(copies)]
-    return [lambda p=p: compiled(q, p[0], p[1], block_mask=mask, scale=scale, enable_gqa=True) for p in padded]
+    def make_plan() -> object:
+        return ops.decode_plan(tables[0], listed, query_heads=flat.shape[1], dtype=flat.dtype, pages=pages)
+
+    plan = make_plan()
+
+    def run(table: ops.ContextTable) -> torch.Tensor:
+        return ops.decode_rows(flat, table, 0, listed, scale=batch.scale, pages=pages, plan=plan)[0]
+
+    return {
+        "kvzip": [lambda table=table: run(table) for table in tables],
+        "kvzip, the plan of a step alone": [make_plan],
+    }
 
 
 def bench_score(options: argparse.Namespace):
     tokens, chunk, sink, scale = 2035, 2000, 4, WIDTH**-0.5
     make = lambda heads, length: torch.randn(heads, length, WIDTH, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     q, k, k_sink, k_self = make(QUERY_HEADS, tokens), make(HEADS, chunk), make(HEADS, sink), make(HEADS, tokens)
-    lse = score_lse(q, k, k_sink, k_self, scale)
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").triu(1)
+    lse = peers.score_lse(q, k, k_sink, k_self, scale)
+    hidden = torch.full((tokens, tokens), torch.finfo(q.dtype).min, dtype=q.dtype, device="cuda").triu(1)
     seen = chunk + sink + tokens / 2
     yield (
         "one chunk of 2,000, 32/8 heads",
         {
             "kvzip": [lambda: ops.score(q, k, k_sink, k_self, scale=scale)],
-            "matmul, softmax, amax": [lambda: score_plainly(q, k, k_sink, k_self, causal, scale)],
+            "as the authors: matmul, softmax, amax": [lambda: peers.score_plainly(q, k, k_sink, k_self, hidden, scale)],
         },
         {"products": 2 * QUERY_HEADS * tokens * (seen + chunk) * WIDTH},
     )
@@ -272,24 +307,6 @@ def bench_score(options: argparse.Namespace):
         {"kvzip": [lambda: ops.score(q, k, k_sink, k_self, scale=scale, lse=lse)]},
         {"products": 2 * QUERY_HEADS * tokens * chunk * WIDTH},
     )
-
-
-def score_lse(q: Tensor, k: Tensor, k_sink: Tensor, k_self: Tensor, scale: float) -> Tensor:
-    keys = torch.cat([k_sink, k, k_self], dim=1).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
-    logits = torch.einsum("htd,hsd->hts", q.float(), keys.float()) * scale
-    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
-    logits[..., -q.shape[1] :].masked_fill_(hidden, -torch.inf)
-    return logits.logsumexp(-1)
-
-
-def score_plainly(q: Tensor, k: Tensor, k_sink: Tensor, k_self: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """As the authors compute it: all logits are stored, then their softmax, then the maximum."""
-    keys = torch.cat([k_sink, k, k_self], dim=1)
-    rows = q.unflatten(0, (len(k), -1)).flatten(1, 2)  # [H G*T D]
-    logits = (rows @ keys.mT).unflatten(1, (-1, q.shape[1])) * scale
-    logits[..., -q.shape[1] :].masked_fill_(hidden, -torch.inf)
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    return weights[..., k_sink.shape[1] : k_sink.shape[1] + k.shape[1]].amax(dim=(1, 2))
 
 
 BENCHMARKS = {
@@ -303,21 +320,23 @@ BENCHMARKS = {
 
 
 def render_table(results: Path, readme: Path) -> None:
-    """Puts the latest figure of each variant between the markers in the README, linked to its line."""
+    """Puts the latest figures between the markers in the README: kvzip's and the best of the others timed."""
     latest: dict[tuple[str, str], dict[str, dict]] = {}
     for line in harness.read_lines(results):
         if line["op"] != "floor":
             latest.setdefault((line["op"], line["case"]), {})[line["variant"]] = line
     link = os.path.relpath(results, readme.parent)
-    rows = ["| op | case | kvzip | of the floor | best alternative |", "| --- | --- | ---: | ---: | --- |"]
+    rows = ["| op | case | kvzip | of the floor | best alternative timed |", "| --- | --- | ---: | ---: | --- |"]
     for (op, case), variants in latest.items():
         own = variants.pop("kvzip", None)
         cells = ["-", "-", "-"]
         if own is not None:
             cells[:2] = [f"[{_time(own)}]({link}#L{own['line']})", f"{own['fraction_of_floor']:.0%}"]
-        if variants:
-            name, line = min(variants.items(), key=lambda item: item[1]["median_us"])
-            cells[2] = f"{name}, [{_time(line)}]({link}#L{line['line']})"
+        others = {name: line for name, line in variants.items() if not name.startswith("kvzip")}
+        plain = {name: line for name, line in variants.items() if name == "kvzip, bf16"}
+        if others or plain:  # another way of our own is no alternative, and stands there only where no other was timed
+            name, line = min((others or plain).items(), key=lambda item: item[1]["median_us"])
+            cells[2] = f"{'' if others else 'none; '}{name}, [{_time(line)}]({link}#L{line['line']})"
         rows.append(f"| {op} | {case} | {' | '.join(cells)} |")
     harness.write_between(readme, "ops", "\n".join(rows))
 

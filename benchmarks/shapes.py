@@ -52,7 +52,7 @@ def random_model(
     weights = empty_weights(config, dtype=dtype, device=device if form is None else "meta")
     if form is not None:
         weights = _in_codes(weights, form, device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(weights.embed.device).manual_seed(0)
     for _, tensor in named_weights(weights):
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -64,7 +64,7 @@ def random_model(
         config=config,
         weights=weights,
         tokenizer=_tokenizer(),
-        device=torch.device(device),
+        device=weights.embed.device,
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
         stop_ids=(),

@@ -118,7 +118,7 @@ class Decoder:
         host, copied = self._host.pop(0)
         self._host.append((host, copied))
         host.copy_(self.tokens, non_blocking=True)
-        copied.record()
+        copied.record(torch.cuda.current_stream(self.tokens.device))  # another device may be current
 
         def wait() -> list[int]:
             copied.synchronize()

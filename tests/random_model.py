@@ -77,7 +77,7 @@ def make(
         config=config,
         weights=weights,
         tokenizer=tokenizer(),
-        device=torch.device(device),
+        device=weights.embed.device,
         dtype=dtype,
         template=ChatTemplate(TEMPLATE) if template else None,
         stop_ids=(END,),

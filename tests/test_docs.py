@@ -53,6 +53,8 @@ NOT_RUN = {
     ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
     ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
+    ("docs/gpu_tests.md", "wheels='flashinfer-python==0.6.13 apache-tvm-ffi==0.1.15.post2'"),
+    ("docs/gpu_tests.md", "python -m pytest -q -o addopts= -m gpu tests/ops/test_devices.py"),
 }
 """Page and first line of every block that is not run."""
 

@@ -154,6 +154,17 @@ def test_few_rooms_are_large() -> None:
     assert len([name for name, lines in sizes.items() if lines > 330]) <= 3, max(sizes, key=sizes.__getitem__)
 
 
+def test_no_operation_has_more_parameters_than_can_be_read() -> None:
+    counts = {}
+    for path in (PACKAGE / "ops").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                given = node.args
+                counts[path.name, node.name] = len(given.posonlyargs + given.args + given.kwonlyargs)
+    assert counts["select.py", "select"] > 1
+    assert max(counts.values()) <= 45, max(counts, key=counts.__getitem__)
+
+
 def test_every_layer_of_the_package_is_found() -> None:
     layers = {layer_of(module) for module in modules_of(PACKAGE)}
     assert layers >= {"kvzip", "kvzip.ops", "kvzip.cache", "kvzip.models", "kvzip.attention", "kvzip.scoring"}

@@ -136,7 +136,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     sizes = {name: weight_bytes(config, torch.bfloat16, kind=kind) for name, kind in forms.items()}
     weights = sizes[stored]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = "given" if memory else torch.cuda.get_device_name() if device.type == "cuda" else "host memory"
+    where = "given" if memory else torch.cuda.get_device_name(device) if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
     windows = [spec.window for spec in config.layers if spec.window is not None]
     global_layers = len(config.layers) - len(windows)

@@ -98,6 +98,7 @@ def load(
     )
     ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.empty(0, device=device).device  # "cuda" is the device current now, whichever will be later
     reading = Reading(dtype, device, kind=FORMS.get(weights), round_inputs=activations is not None)
     tensors, checkpoint = read_weights(files, config, layer_names, reading=reading, quantization=quantization)
     return Model(

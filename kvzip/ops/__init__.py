@@ -1,7 +1,9 @@
 """The operations on tensors: each has a plain PyTorch reference and a Triton kernel of the same signature."""
 
 from kvzip.ops.append import append_
+from kvzip.ops.contexts import context_table, drop_context_, put_context_
 from kvzip.ops.decode import decode
+from kvzip.ops.decode_rows import decode_plan, decode_rows
 from kvzip.ops.linear import linear
 from kvzip.ops.merge import merge
 from kvzip.ops.norm import rms_norm
@@ -11,23 +13,32 @@ from kvzip.ops.rotary import rotary
 from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
-from kvzip.ops.types import Channels, DecodeSchedule, Norm, Quantized
+from kvzip.ops.types import Channels, Context, ContextTable, DecodeSchedule, Norm, Pages, Quantized, QueryRows
 from kvzip.ops.weights import Activations, QuantizedWeight, quantize_weight
 
 __all__ = [
     "Activations",
     "Channels",
+    "Context",
+    "ContextTable",
     "DecodeSchedule",
     "Norm",
+    "Pages",
     "Quantized",
     "QuantizedWeight",
+    "QueryRows",
     "append_",
+    "context_table",
     "decode",
+    "decode_plan",
+    "decode_rows",
     "decode_schedule",
     "dequantize",
+    "drop_context_",
     "linear",
     "merge",
     "prune",
+    "put_context_",
     "quantize",
     "quantize_weight",
     "rms_norm",

@@ -13,6 +13,7 @@ from kvzip.ops.quantize import dequantize, take_rows
 from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 
 _TOKENS_AT_ONCE = 512  # of the reference
+_BIAS_DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
 def decode(
@@ -24,6 +25,7 @@ def decode(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    bias: Float[Tensor, " N"] | None = None,
     schedule: DecodeSchedule | None = None,
     tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
@@ -34,8 +36,8 @@ def decode(
         context rows offsets[h]:offsets[h + 1], shared by all questions and older than all tokens, and
         rows 0 <= j < lengths[b] - (T - 1 - t) of its own tail,
 
-    with logits scale * q.k, or softcap * tanh(scale * q.k / softcap). A row that sees nothing gives 0 and -inf.
-    The log-sum-exp is float32, or float64 where the inputs are.
+    with logits scale * q.k, or softcap * tanh(scale * q.k / softcap), plus the context row's bias. A row that sees
+    nothing gives 0 and -inf. The log-sum-exp is float32, or float64 where the inputs are.
 
     Args:
         offsets: H + 1 of them, from 0 to N, never decreasing; on CUDA they are not read on the host.
@@ -43,20 +45,22 @@ def decode(
             tokens that end right before the tail: with p = lengths[b] - 1 - (T - 1 - t) the query's own place,
             tail row j is at distance p - j and row i of a head of n rows at distance p + n - i. Without a tail
             the last query is right after the context, p = -(T - 1 - t).
+        bias: one finite number a context row, natural log, float16 or float32: log(2) counts the row twice.
         schedule: from `decode_schedule`; None makes one, which waits for the device: meant for tests.
         tail: (k, v, lengths), k and v any view with a contiguous last axis. lengths[b] counts the rows that the
             last query of question b sees, its own included. Rows beyond may hold anything, NaN too.
 
     Raises: ValueError if shapes, dtypes or devices do not fit together.
     """
-    _check(q, k, v, offsets, softcap, window, tail)
+    _check(q, k, v, offsets, softcap, window, bias, tail)
     if host_takes(q, softcap=softcap, window=window) and not is_forced():
         run = decode_host
     elif use_triton(q):
         from kvzip.ops.triton.decode import decode_triton as run
     else:
         run = _reference_in_blocks
-    return run(q, k, v, offsets, scale=scale, softcap=softcap, window=window, schedule=schedule, tail=tail)
+    options = {"scale": scale, "softcap": softcap, "window": window, "bias": bias}
+    return run(q, k, v, offsets, **options, schedule=schedule, tail=tail)
 
 
 def _reference_in_blocks(
@@ -83,6 +87,7 @@ def decode_reference(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    bias: Float[Tensor, " N"] | None = None,
     schedule: DecodeSchedule | None = None,
     tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
@@ -99,27 +104,31 @@ def decode_reference(
     for h, q_h in enumerate(heads):
         n = bounds[h + 1] - bounds[h]
         k_h, v_h = (_rows(x, bounds[h], bounds[h + 1], h, dtype) for x in (k, v))
-        logits = (q_h.flatten(0, 2) @ k_h.T).unflatten(0, q_h.shape[:3])  # [B G T n]
+        logits = _logits((q_h.flatten(0, 2) @ k_h.T).unflatten(0, q_h.shape[:3]), scale, softcap)  # [B G T n]
+        if bias is not None:
+            logits = logits + bias[bounds[h] : bounds[h + 1]].to(dtype)
         distance = place + n - torch.arange(n, device=q.device)
         seen = (distance >= 0) | (window is None)
         if tail is not None:
             column = torch.arange(rows, device=q.device)
             written = (column < lengths[:, None])[:, None, :, None]  # [B 1 rows 1]
             k_t, v_t = (x[:, h, None, :rows].to(dtype).masked_fill(~written, 0) for x in tail[:2])
-            logits = torch.cat([logits, q_h @ k_t.mT], dim=-1)
+            logits = torch.cat([logits, _logits(q_h @ k_t.mT, scale, softcap)], dim=-1)
             seen = torch.cat([seen, column <= place], dim=-1)
             distance = torch.cat([distance, place - column], dim=-1)
         if window is not None:
             seen = seen & (distance < window)
-        logits = (logits * scale if softcap is None else softcap * torch.tanh(logits * scale / softcap)).masked_fill(
-            ~seen, -torch.inf
-        )
+        logits = logits.masked_fill(~seen, -torch.inf)
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         out = (weights[..., :n].flatten(0, 2) @ v_h).unflatten(0, q_h.shape[:3])
         outs.append(out if v_t is None else out + weights[..., n:] @ v_t)
         lses.append(lse)
     return torch.stack(outs, 1).flatten(1, 2).to(q.dtype), torch.stack(lses, 1).flatten(1, 2)
+
+
+def _logits(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    return products * scale if softcap is None else softcap * torch.tanh(products * scale / softcap)
 
 
 def _rows(
@@ -131,6 +140,14 @@ def _rows(
     return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 
+def check_logits(softcap: float | None, window: int | None) -> None:
+    """Raises: ValueError for what no logits are changed or hidden by."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
+    if window is not None and window < 0:
+        raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
+
+
 def _check(
     q: Tensor,
     k: Tensor | Quantized,
@@ -138,6 +155,7 @@ def _check(
     offsets: Tensor,
     softcap: float | None,
     window: int | None,
+    bias: Tensor | None,
     tail: TailTensors | None,
 ) -> None:
     queries, query_heads, _, width = q.shape
@@ -162,10 +180,13 @@ def _check(
             raise ValueError(f"expected {name} of width D={width} like q, got {got}: they are from different models")
         if devices != {device} or offsets.device != device:
             raise ValueError(f"expected {name} and offsets on {device} like q, got {devices}, {offsets.device}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
-    if window is not None and window < 0:
-        raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
+        rows = len(x.codes if isinstance(x, Quantized) else x)
+        if bias is not None and (bias.shape != (rows,) or bias.device != device or bias.dtype not in _BIAS_DTYPES):
+            raise ValueError(
+                f"expected a bias of shape [N={rows}], float16 or float32 on {device}, got {list(bias.shape)}, "
+                f"{bias.dtype} on {bias.device}: one number for each row of k and v"
+            )
+    check_logits(softcap, window)
     if tail is None:
         return
     tail_k, tail_v, lengths = tail

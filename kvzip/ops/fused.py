@@ -13,8 +13,9 @@ def sdpa(
 ) -> tuple[Tensor, Tensor]:
     """Returns attention of all rows of q, and its log-sum-exp [B Hq T].
 
-    `mask` [B 1 T S] marks the keys that a row sees; CPU only. From Hopper on, large inputs take cuDNN's kernels, which
-    are faster than flash's but plan each new shape on the host: docs/tuning.md.
+    `mask` is for a CPU only: True [B 1 T S] at the keys that a row sees, or numbers [B H 1 S] added to its logits. From
+    Hopper on, large inputs take cuDNN's kernels, which are faster than flash's but plan each new shape on the host:
+    docs/tuning.md.
     """
     aten = torch.ops.aten
     if has_flash(q):
@@ -28,7 +29,7 @@ def sdpa(
         k, v = (repeat(x, "b h t d -> b (h g) t d", g=group) for x in (k, v))
     else:  # all rows of a group see the same keys: they become rows of one head, and keys need not be repeated
         q = rearrange(q, "b (h g) t d -> b h (g t) d", g=group)
-        if mask is not None:
+        if mask is not None and mask.dtype == torch.bool:
             bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
             mask = bias.repeat(1, 1, group, 1)
     if q.is_cuda:

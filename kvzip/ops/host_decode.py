@@ -28,6 +28,7 @@ def decode_host(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    bias: Float[Tensor, " N"] | None = None,
     schedule: DecodeSchedule | None = None,
     tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
@@ -37,8 +38,9 @@ def decode_host(
     """
     bounds = offsets.tolist()
     k, v = (dequantize(x, dtype=q.dtype, offsets=offsets) if isinstance(x, Quantized) else x for x in (k, v))
+    rows = (k, v, None if bias is None else bias.to(torch.promote_types(q.dtype, torch.float32)))
     if tail is None:
-        return _context(q, k, v, *_spans(bounds, None if window is None else max(0, window - 1)), scale)
+        return _context(q, rows, *_spans(bounds, None if window is None else max(0, window - 1)), scale)
     tail_k, tail_v, ends = tail
     tokens, lengths = q.shape[2], ends.tolist()
     longest = min(max(lengths), tail_k.shape[2])
@@ -48,9 +50,9 @@ def decode_host(
         first, left = min(max(0, lengths[0] - window), longest), max(0, window - lengths[0])
     spans, count = _spans(bounds, left)
     if first == longest:
-        return _context(q, k, v, spans, count, scale)
+        return _context(q, rows, spans, count, scale)
     if q.shape[0] == tokens == 1 and q.dtype == torch.float32:
-        return _one(q, k, v, spans, count, tail_k[0, :, first:longest], tail_v[0, :, first:longest], scale)
+        return _one(q, rows, spans, count, tail_k[0, :, first:longest], tail_v[0, :, first:longest], scale)
     keys, values = tail_k[:, :, first:longest], tail_v[:, :, first:longest]
     seen, last = None, ends[:, None] - tokens + torch.arange(tokens)  # [B T], the last row that a token sees
     if tokens > 1 or len(set(lengths)) > 1:
@@ -62,7 +64,7 @@ def decode_host(
     if min(lengths) < tokens:
         nothing = (last < 0)[:, None]
         out, lse = out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
-    return merge_reference(*_context(q, k, v, spans, count, scale), out, lse)
+    return merge_reference(*_context(q, rows, spans, count, scale), out, lse)
 
 
 def _spans(bounds: list[int], window: int | None) -> tuple[list[tuple[int, int]], int]:
@@ -79,34 +81,33 @@ def _spans(bounds: list[int], window: int | None) -> tuple[list[tuple[int, int]]
 
 def _context(
     q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "N D"],
-    v: Float[Tensor, "N D"],
+    context: tuple[Float[Tensor, "N D"], Float[Tensor, "N D"], Float[Tensor, " N"] | None],
     spans: list[tuple[int, int]],
     count: int,
     scale: float,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """Attention to the context alone, without the tail; one call for all heads where they are equally long."""
-    queries, _, tokens, _ = q.shape
-    heads = len(spans)
+    (k, v, bias), (queries, _, tokens, _), heads = context, q.shape, len(spans)
     rows = rearrange(q, "b (h g) t d -> 1 h (b g t) d", h=heads)
     if count:
         k, v = (rearrange(x, "(h n) d -> 1 h n d", h=heads)[:, :, -count:] for x in (k, v))
-        out, lse = sdpa(rows, k, v, scale=scale)
+        mask = None if bias is None else rearrange(bias, "(h n) -> 1 h 1 n", h=heads)[..., -count:]
+        out, lse = sdpa(rows, k, v, scale=scale, mask=mask)
     else:
         out = torch.zeros_like(rows)
         lse = torch.full(rows.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         for h, (begin, stop) in enumerate(spans):
             if begin < stop:
                 keys, values = (x[None, None, begin:stop] for x in (k, v))
-                out[:, h : h + 1], lse[:, h : h + 1] = sdpa(rows[:, h : h + 1], keys, values, scale=scale)
+                mask = None if bias is None else bias[None, None, None, begin:stop]
+                out[:, h : h + 1], lse[:, h : h + 1] = sdpa(rows[:, h : h + 1], keys, values, scale=scale, mask=mask)
     out = rearrange(out, "1 h (b g t) d -> b (h g) t d", b=queries, t=tokens)
     return out, rearrange(lse, "1 h (b g t) -> b (h g) t", b=queries, t=tokens)
 
 
 def _one(
     q: Float[Tensor, "1 Hq 1 D"],
-    k: Float[Tensor, "N D"],
-    v: Float[Tensor, "N D"],
+    context: tuple[Float[Tensor, "N D"], Float[Tensor, "N D"], Float[Tensor, " N"] | None],
     spans: list[tuple[int, int]],
     count: int,
     tail_k: Float[Tensor, "H t D"],
@@ -118,20 +119,25 @@ def _one(
     All heads share one softmax over [tail, context], with -inf after the rows of a shorter head. As the largest weight
     is exp(largest logit - lse), the log-sum-exp is the largest logit minus the logarithm of the largest weight.
     """
-    heads, reach, width = tail_k.shape
+    (k, v, bias), (heads, reach, width) = context, tail_k.shape
     rows = (q * scale).reshape(heads, -1, width)
     logits = torch.bmm(rows, tail_k.mT)
     if count:
         k, v = k.view(heads, -1, width), v.view(heads, -1, width)
         if count < k.shape[1]:
             k, v = k[:, -count:], v[:, -count:]
-        logits = torch.cat([logits, torch.bmm(rows, k.mT)], dim=2)
+        kept = torch.bmm(rows, k.mT)
+        if bias is not None:
+            kept += bias.view(heads, 1, -1)[..., -count:]
+        logits = torch.cat([logits, kept], dim=2)
     else:
         longest = max(stop - begin for begin, stop in spans)
         own, logits = logits, rows.new_full((*rows.shape[:2], reach + longest), -torch.inf)
         logits[:, :, :reach] = own
         for rows_h, logits_h, (begin, stop) in zip(rows.unbind(), logits.unbind(), spans, strict=True):
             torch.mm(rows_h, k[begin:stop].T, out=logits_h[:, reach : reach + stop - begin])
+            if bias is not None:
+                logits_h[:, reach : reach + stop - begin] += bias[begin:stop]
     weights = logits.softmax(2)
     lse = logits.amax(2).sub_(weights.amax(2).log_())
     own, weights = weights.tensor_split((reach,), dim=2)

@@ -82,6 +82,56 @@ class DecodeSchedule:
     sms: int
 
 
+@dataclass(frozen=True)
+class Context:
+    """One layer of a frozen context: head h owns rows offsets[h]:offsets[h + 1] of keys, values and biases."""
+
+    k: Float[Tensor, "N D"] | Quantized
+    v: Float[Tensor, "N D"] | Quantized
+    offsets: Int32[Tensor, " H1"]
+    bias: Float[Tensor, " N"] | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of a row, D."""
+        return self.k.shape[1] if isinstance(self.k, Tensor) else self.k.width
+
+
+@dataclass(frozen=True)
+class ContextTable:
+    """Up to C contexts of L layers for `decode_rows`; see `context_table`. Contexts stay where they are in memory.
+
+    layers[c] are the layers of context c, or None where there is none. The device finds them by `addresses` (of keys,
+    values, their steps and zeros, centers, spreads, biases, offsets) and their lengths by `offsets`.
+    """
+
+    layers: list[tuple[Context, ...] | None]
+    addresses: Int64[Tensor, "L C 10"]
+    offsets: Int32[Tensor, "L C H1"]
+    formats: tuple[Context, ...]  # one without rows for each layer: dtypes, bits and groups that all contexts have
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """What each of N query rows of a batch is: a token of a sequence (a question or an answer) that reads a context.
+
+    Rows of one sequence are consecutive, oldest first. Rows of one context may lie anywhere.
+    """
+
+    context: Int32[Tensor, " N"]  # a place in the table; -1, or whatever is none of its places: no context
+    sequence: Int32[Tensor, " N"]  # whose tail it sees
+    length: Int32[Tensor, " N"]  # rows of the tail that it sees, its own included; 0: none
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Tails of S sequences in one layer: row j of sequence s is row j % R of page table[s, j // R]."""
+
+    k: Float[Tensor, "P H R D"]
+    v: Float[Tensor, "P H R D"]
+    table: Int32[Tensor, "S X"]
+
+
 def owners(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
     """Returns the head that owns each of `rows` rows. The host does not wait for the device."""
     return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)

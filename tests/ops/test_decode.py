@@ -18,14 +18,15 @@ pytest.importorskip("triton")
 from compiling import assert_fits, compile_launches
 
 from kvzip.ops.triton.common import interpreted
-from kvzip.ops.triton.decode import decode_triton, launch_config
+from kvzip.ops.triton.decode import decode_triton
+from kvzip.ops.triton.decode_launch import launch_config
 from kvzip.ops.triton.merge import merge_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE) -> dict:
+def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE, bias=None) -> dict:
     """Random inputs of `decode`. Tails hold NaN where they are not written, and are slices of something larger."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,6 +41,8 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, devi
             found["k"] = stretch(found["k"], generator)
         found["k"] = quantize(found["k"], bits=bits, offsets=offsets if channels else None)
         found["v"] = quantize(found["v"], bits=bits)
+    if bias is not None:
+        found["bias"] = (torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 6 - 3).to(bias)
     if R:
         ends = torch.randint(0, R + 1, (B,), generator=generator, dtype=torch.int32)
         tails = [torch.full((B, H, R + 3, D), math.nan, dtype=dtype) for _ in "kv"]
@@ -126,18 +129,20 @@ def one_row(inputs, b, head, t, scale, softcap, window) -> tuple[Tensor, Tensor]
     tokens = inputs["q"].shape[2]
     tail = inputs.get("tail")
     place = (1 if tail is None else int(tail[2][b])) - 1 - (tokens - 1 - t)
-    rows = [(inputs["k"][i], inputs["v"][i], place + stop - i) for i in range(start, stop)]
+    bias = inputs.get("bias", torch.zeros(len(inputs["k"])))
+    rows = [(inputs["k"][i], inputs["v"][i], place + stop - i, bias[i]) for i in range(start, stop)]
     if tail is not None:
-        rows += [(tail[0][b, h, j], tail[1][b, h, j], place - j) for j in range(place + 1)]
+        rows += [(tail[0][b, h, j], tail[1][b, h, j], place - j, torch.zeros(())) for j in range(place + 1)]
     if window is not None:
         rows = [row for row in rows if 0 <= row[2] < window]
     query = inputs["q"][b, head, t]
     if not rows:
         return torch.zeros_like(query), torch.tensor(-math.inf, dtype=torch.float64)
-    logits = torch.stack([query @ k for k, _, _ in rows]) * scale
+    logits = torch.stack([query @ k for k, *_ in rows]) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.softmax(logits, 0) @ torch.stack([v for _, v, _ in rows]), torch.logsumexp(logits, 0)
+    logits = logits + torch.stack([bias for *_, bias in rows])
+    return torch.softmax(logits, 0) @ torch.stack([v for _, v, *_ in rows]), torch.logsumexp(logits, 0)
 
 
 SHAPES = {
@@ -149,12 +154,13 @@ SHAPES = {
     "R": st.sampled_from([0, 1, 5, 35]),
     "softcap": st.sampled_from([None, 2.0, 50.0]),
     "window": st.sampled_from([None, None, 0, 1, 7, 33, 100]),
+    "bias": st.sampled_from([None, torch.float16, torch.float32]),
 }
 
 
 @given(D=st.sampled_from([1, 3, 8]), **SHAPES)
-def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window, D):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, torch.float64, device="cpu")
+def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window, bias, D):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, torch.float64, device="cpu", bias=bias)
     options = {"scale": 0.7, "softcap": softcap, "window": window}
     head, rest = split(inputs)
     out, lse = decode_reference(*head, **rest, **options)
@@ -167,8 +173,8 @@ def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window,
 
 @settings(max_examples=15)
 @given(D=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(KERNEL_DTYPES), **SHAPES)
-def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype)
+def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, bias, D, dtype):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bias=bias)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
@@ -181,9 +187,9 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     **SHAPES,
 )
 def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
-    seed, B, G, T, lengths, R, softcap, window, D, dtype, bits, channels
+    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
 ):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels)
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
@@ -357,6 +363,7 @@ def test_dispatch_follows_the_backend(monkeypatch):
         ({"v": torch.zeros(4, 8, dtype=torch.float16)}, "q's dtype"),
         ({"softcap": 0.0}, "softcap above 0"),
         ({"window": -1}, "window of 0 or more"),
+        ({"bias": torch.zeros(3)}, "a bias of shape"),
         ({"tail": (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8).half(), torch.zeros(1).int())}, "tail's v"),
     ],
 )
@@ -376,8 +383,8 @@ def test_what_does_not_fit_raises(change, message):
 COMPILE = """
 import torch
 from kvzip.ops import Channels, Quantized, decode_schedule
-from kvzip.ops.triton import decode as module
-module.overlaps_launches = lambda x: {capability} >= 90
+from kvzip.ops.triton import decode as module, decode_launch
+module.overlaps_launches = decode_launch.overlaps_launches = lambda x: {capability} >= 90
 def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
     offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
@@ -414,7 +421,7 @@ def test_as_many_programs_over_quantized_rows_fit_on_an_sm_as_splits_are_cut_for
     kernels = compile_launches(source, capability=90)
     assert_fits(kernels, capability=90)
     programs = launch_config(128, 4, torch.bfloat16, bits).per_sm
-    found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "_decode_kernel"]
+    found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "decode_kernel"]
     assert len(found) == 4
     assert all(size * programs <= 228 * 1024 < size * (programs + 1) for size in found)
 

@@ -25,9 +25,10 @@ HOST = SHAPES | {"softcap": st.none()}
 
 @settings(max_examples=120)
 @given(D=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(DTYPES), bits=st.sampled_from([None, 8, 4]), **HOST)
-def test_it_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, D, dtype, bits):
+def test_it_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits):
     B, T = (B, T) if window is None else (1, 1)
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels=seed % 2 == 0, device="cpu")
+    channels = seed % 2 == 0
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, device="cpu", bias=bias)
     options = {"scale": D**-0.5, "softcap": softcap, "window": window}
     assert host_takes(inputs["q"], softcap=softcap, window=window)
     head, rest = split(inputs)

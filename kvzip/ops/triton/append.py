@@ -7,9 +7,10 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_rows, launch_options, overlaps_launches
+from kvzip.ops.triton.common import await_launch, check_rows, launch_options, on_device, overlaps_launches
 
 
+@on_device
 def append_triton_(
     tail_k: Float[Tensor, "B H R D"],
     tail_v: Float[Tensor, "B H R D"],

@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, launch_options, overlaps_launches
+from kvzip.ops.triton.common import await_launch, launch_options, on_device, overlaps_launches
 from kvzip.ops.weights import QuantizedWeight, expand
 
 
@@ -18,6 +18,7 @@ def suits(weight: QuantizedWeight) -> bool:
     return (weight.group == weight.inputs or weight.group % each == 0) and weight.codes.is_contiguous()
 
 
+@on_device
 def expand_triton(weight: QuantizedWeight, dtype: torch.dtype, *, start: int, stop: int) -> Float[Tensor, "N K"]:
     """`ops.weights.expand` by a kernel, for weights that `suits`."""
     if not suits(weight):

@@ -1,12 +1,18 @@
 """What the attention kernels share."""
 
+import functools
+import inspect
 import os
-from typing import no_type_check
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -17,6 +23,30 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which has no inline assembly and a wrong bfloat16 product."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Every function that launches a kernel has this decorator: it launches where its first argument is.
+
+    Triton launches on the current device and that device's current stream, wherever the tensors are; torch's own
+    operations change the device themselves. Where the device is current already, which is the case in a capture too,
+    this costs two calls that read numbers.
+
+    Args:
+        launcher: its first argument is a tensor, or quantized rows or weights.
+    """
+    name = next(iter(inspect.signature(launcher).parameters))
+
+    @functools.wraps(launcher)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs[name]
+        index = getattr(first, "codes", first).get_device()  # -1 on the CPU
+        if index < 0 or index == torch.cuda.current_device():
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(index):
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 def compute_dtype(x: Tensor) -> tl.dtype:

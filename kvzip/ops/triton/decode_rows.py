@@ -1,100 +1,56 @@
-"""Attention of rows of 16 or 32 bits over one split of a head or of a tail, queries being rows (M) of the products."""
+"""Decoding a batch on the GPU: programs take items of a work list that the device made."""
 
-from typing import no_type_check
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-import triton
-import triton.language as tl
-
-from kvzip.ops.triton.common import LOG2_E, add_product, exp2, load_rows, product, tanh
-
-
-@triton.jit
-@no_type_check
-def rows_split(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kn, stride_vn, scale, softcap,
-    head, row, row_stop, slot, begin, stop, low, high, rows, tokens,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
-    BANDED: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Writes the attention of rows row:row_stop over keys begin:stop of one head to slot of the partial results.
-
-    BANDED: row i sees low[i] <= key < high[i] only.
-    """
-    BLOCK_D: tl.constexpr = 16 if D < 16 else triton.next_power_of_2(D)
-    DEFER: tl.constexpr = BLOCK_M <= 16  # few rows: summing over keys in each tile would go through shared memory
-    d = tl.arange(0, BLOCK_D)
-    m = row + tl.arange(0, BLOCK_M)
-    live = (m < row_stop)[:, None] & (d < D)[None, :]
-    b, t, g = (m // G // tokens).to(tl.int64), m // G % tokens, m % G
-    q_row = q_ptr + b * stride_qb + (head * G + g).to(tl.int64) * stride_qh + t.to(tl.int64) * stride_qt
-    q = tl.load(q_row[:, None] + d[None, :], mask=live, other=0).to(COMPUTE)  # [BLOCK_M, BLOCK_D]
-    if DEFER:
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if BANDED:
-        for at in range(begin, stop, BLOCK_N):
-            acc, peak, total = _step(acc, peak, total, q, at, stop, low, high, scale, softcap, k_ptr, v_ptr, stride_kn,
-                                     stride_vn, D, BLOCK_D, BLOCK_N, SOFTCAP, True, True, COMPUTE, DEFER)  # fmt: skip
-    else:
-        full = begin + (stop - begin) // BLOCK_N * BLOCK_N
-        for at in range(begin, full, BLOCK_N):
-            acc, peak, total = _step(acc, peak, total, q, at, stop, low, high, scale, softcap, k_ptr, v_ptr, stride_kn,
-                                     stride_vn, D, BLOCK_D, BLOCK_N, SOFTCAP, False, False, COMPUTE, DEFER)  # fmt: skip
-        if full < stop:
-            acc, peak, total = _step(acc, peak, total, q, full, stop, low, high, scale, softcap, k_ptr, v_ptr,
-                                     stride_kn, stride_vn, D, BLOCK_D, BLOCK_N, SOFTCAP, True, False, COMPUTE,
-                                     DEFER)  # fmt: skip
-    if DEFER:
-        total = tl.sum(total, 1)
-    place = slot.to(tl.int64) * rows + m
-    if not SOFTCAP:
-        peak *= scale
-    tl.store(part_lse_ptr + place, peak + tl.log(total), mask=m < row_stop)
-    share = 1 / tl.where(total == 0, 1.0, total)
-    tl.store(part_ptr + place[:, None] * D + d[None, :], acc * share[:, None], mask=live)
+from kvzip.ops.triton.common import check_rows
+from kvzip.ops.triton.decode_kernel import QueryArgs, TailArgs, WorkArgs
+from kvzip.ops.triton.decode_launch import Sizes, context_args, forms, run
+from kvzip.ops.triton.decode_plan import Plan, plan_triton
+from kvzip.ops.types import ContextTable, Pages, QueryRows
 
 
-@triton.jit
-@no_type_check
-def _step(
-    acc, peak, total, q, at, stop, low, high, scale, softcap, k_ptr, v_ptr, stride_kn, stride_vn,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    BANDED: tl.constexpr, COMPUTE: tl.constexpr, DEFER: tl.constexpr,
-):  # fmt: skip
-    """Adds keys at:at + BLOCK_N to the running softmax. MASKED: only those before stop; BANDED: low <= key < high."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    here = at + tl.zeros([], tl.int64)
-    bound = stop - at
-    k = load_rows(k_ptr + here * stride_kn, n, d, stride_kn, bound, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    x = product(q, k.to(COMPUTE))  # [BLOCK_M, BLOCK_N]
-    # From here x * unit is the logit in base 2.
-    if SOFTCAP:
-        unit = LOG2_E
-        x = tanh(x * (scale / softcap)) * softcap
-    else:
-        unit = scale * LOG2_E
-    if MASKED:
-        x = tl.where((n < bound)[None, :], x, float("-inf"))
-    if BANDED:
-        key = at + n
-        x = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 1))
-    if BANDED:
-        floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    else:
-        floor = new_peak
-    EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
-    decay = exp2((peak - floor) * unit, EXACT)
-    p = exp2((x - floor[:, None]) * unit, EXACT)
-    if DEFER:
-        total = total * decay[:, None] + p
-    else:
-        total = total * decay + tl.sum(p, 1)
-    v = load_rows(v_ptr + here * stride_vn, n, d, stride_vn, bound, MASKED, D, BLOCK_D)
-    acc = add_product(acc * decay[:, None], p.to(COMPUTE), v.to(COMPUTE))
-    return acc, new_peak, total
+def decode_rows_triton(
+    q: Float[Tensor, "N Hq D"],
+    table: ContextTable,
+    layer: int,
+    rows: QueryRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    pages: Pages | None = None,
+    plan: Plan | None = None,
+) -> tuple[Float[Tensor, "N Hq D"], Float[Tensor, "N Hq"]]:
+    """`decode_rows` by two launches whose grids follow from shapes alone."""
+    count, query_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    if plan is None:
+        plan = plan_triton(table, rows, query_heads=query_heads, dtype=q.dtype, pages=pages)
+    form, config = table.formats[layer], plan.launches[layer]
+    heads = len(form.offsets) - 1
+    tail_k, tail_v, names = (q[None], q[None], rows.length) if pages is None else (pages.k, pages.v, pages.table)
+    check_rows(q=q, tail_k=tail_k, tail_v=tail_v)
+    page = 0 if pages is None else pages.k.shape[2]
+    shapes = forms(
+        q, form.k, form.v, config, group=query_heads // heads, tail_m=plan.tail_block, softcap=softcap is not None,
+        window=window is not None, bias=form.bias is not None, short=True, page=page,
+    )  # fmt: skip
+    tails = 0 if pages is None else len(plan.tail_items)
+    sizes = Sizes(count * shapes[0].G, heads, plan.items.shape[1], 1, 0, 1, shapes[0].M, shapes[1].M)
+    run(
+        out, lse,
+        QueryArgs(q, q.stride(0), q.stride(1), 0, rows.length, plan.order),
+        context_args(form.k, form.v, form.offsets, form.bias, table.addresses[layer]),
+        TailArgs(tail_k, tail_v, names, *tail_k.stride()[:3], *tail_v.stride()[:3]),
+        WorkArgs(plan.items[layer], plan.tail_items, plan.first[layer], plan.places),
+        sizes, shapes, config,
+        places=plan.items.shape[1] * shapes[0].M + tails * shapes[1].M, programs=plan.items.shape[1] + tails,
+        scale=scale, softcap=softcap, window=window, tokens=1, tail_rows=0,
+        capacity=0 if pages is None else page * pages.table.shape[1], tailed=True, listed=True,
+    )  # fmt: skip
+    return out, lse

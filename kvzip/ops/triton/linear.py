@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.triton.codes import expand_triton, suits
-from kvzip.ops.triton.common import activate, await_launch, check_dtype, launch_options, overlaps_launches
+from kvzip.ops.triton.common import activate, await_launch, check_dtype, launch_options, on_device, overlaps_launches
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
 from kvzip.ops.triton.norm import rms_norm_triton
@@ -37,6 +37,7 @@ def launch_config(N: int, K: int) -> Launch:
     return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
 
 
+@on_device
 def linear_triton(
     x: Float[Tensor, "*b K"],
     weight: Float[Tensor, "N K"] | QuantizedWeight,
@@ -129,6 +130,7 @@ def _quantized(
     return out if residual is None else residual + out
 
 
+@on_device
 def gated(x: Float[Tensor, "*b N"], gate: str) -> Float[Tensor, "*b M"]:
     """Returns gate(first half) * second half of the last axis, float32 inside, rounded once."""
     x = x.contiguous()

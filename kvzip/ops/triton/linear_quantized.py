@@ -75,6 +75,7 @@ def most_rows(x: Tensor) -> int:
     return 8 if x.dtype == torch.float32 else 64
 
 
+@on_device
 def few_rows(
     x: Float[Tensor, "*b K"],
     weight: QuantizedWeight,

@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, launch_options, overlaps_launches
+from kvzip.ops.triton.common import await_launch, launch_options, on_device, overlaps_launches
 from kvzip.ops.weights import Activations, QuantizedWeight
 
 _BLOCK = 128  # inputs, and outputs, that share a scale in products by blocks
@@ -41,6 +41,7 @@ def rounded_product(x: Float[Tensor, "R K"], weight: QuantizedWeight) -> Float[T
     return None
 
 
+@on_device
 def _integers(x: Tensor, weight: QuantizedWeight, how: Activations) -> Tensor:
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     scale = weight.scale[:, 0].float()
@@ -68,6 +69,7 @@ def _by_blocks(x: Tensor, weight: QuantizedWeight, how: Activations) -> Tensor:
     )[:rows]
 
 
+@on_device
 def round_rows(x: Float[Tensor, "R K"], how: Activations) -> tuple[Tensor, Float[Tensor, "R Q"]]:
     """Returns the codes of rows and their scales, those of one group of all rows beside each other in memory."""
     x = x.contiguous()

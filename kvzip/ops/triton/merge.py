@@ -8,9 +8,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import LOG2_E
+from kvzip.ops.triton.common import LOG2_E, on_device
 
 
+@on_device
 def merge_triton(
     a: Float[Tensor, "*rows D"],
     lse_a: Float[Tensor, "*rows"],

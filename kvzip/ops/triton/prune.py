@@ -15,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvzip.ops.triton.common import on_device
 from kvzip.ops.types import Packed
 
 BLOCK_S = 4096  # columns of the mask that one program counts and places
@@ -25,6 +26,7 @@ def launch_config(D: int) -> tuple[int, int]:
     return max(8, 4096 // triton.next_power_of_2(D)), 4  # the sizes that were tried take as long
 
 
+@on_device
 def prune_triton(
     k: Float[Tensor, "H S D"], v: Float[Tensor, "H S D"], keep: Bool[Tensor, "H S"], *, total: int | None = None
 ) -> Packed:

@@ -17,6 +17,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from kvzip.ops.triton.common import on_device
 from kvzip.ops.types import DEEP, LEAST, NOT_FINITE, SMALL, Quantized
 
 INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # indices of the flags
@@ -38,6 +39,7 @@ def quantize_triton(x: Float[Tensor, "N D"], *, bits: int, group: int | None = N
     return q
 
 
+@on_device
 def dequantize_triton(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:
     N, packed = q.codes.shape
     D = packed * 8 // q.bits
@@ -55,6 +57,7 @@ def dequantize_triton(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Fl
     return values
 
 
+@on_device
 def _quantize(x: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Quantized, bool, bool]:
     """The codes, with scales of the given dtype; whether a value was not finite, and whether `dtype` is too coarse."""
     N, D = x.shape

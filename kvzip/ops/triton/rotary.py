@@ -8,9 +8,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, overlaps_launches
+from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, on_device, overlaps_launches
 
 
+@on_device
 def rotary_triton(
     qkv: Float[Tensor, "B T W"],
     cos: Float[Tensor, "*b T D"],

@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import LOG2_E, check_rows, compute_dtype, load_rows, product, tanh
+from kvzip.ops.triton.common import LOG2_E, check_rows, compute_dtype, load_rows, on_device, product, tanh
 
 
 class Launch(NamedTuple):
@@ -32,6 +32,7 @@ def launch_config(D: int, dtype: torch.dtype, softcap: bool = False) -> tuple[La
     return Launch(128, 64, 8, 3), Launch(128, 64, 8 if softcap else 4, 3)  # fastest; with a softcap 4 warps would spill
 
 
+@on_device
 def score_triton(
     q: Float[Tensor, "Hq T D"],
     k: Float[Tensor, "H C D"],

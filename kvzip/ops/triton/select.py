@@ -26,6 +26,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
+from kvzip.ops.triton.common import on_device
+
 BINS = tl.constexpr(2**13)
 COLUMNS = tl.constexpr(128)  # bins of a row: the histogram is searched by rows first, then in one row
 BLOCK, WARPS = 4096, 8  # scores of one program, and its warps: the fastest of those tried
@@ -66,6 +68,7 @@ def sample_step(problems: int, n: int) -> int:
     return n // max(2**16 // problems, 2**10) | 1
 
 
+@on_device
 def histogram(
     scores: Float32[Tensor, "P n"],
     state: Int64[Tensor, "P 3"],
@@ -88,6 +91,7 @@ def histogram(
     return counts
 
 
+@on_device
 def narrow_(
     state: Int64[Tensor, "P 3"], counts: Int64[Tensor, "P bins"], *, count: int, total: int, guess: bool = False
 ) -> None:
@@ -101,6 +105,7 @@ def narrow_(
     _narrow_kernel[(len(state),)](state, counts, count, total, GUESS=guess, num_warps=16)
 
 
+@on_device
 def mark(
     scores: Float32[Tensor, "P n"], state: Int64[Tensor, "P 3"]
 ) -> tuple[Bool[Tensor, "P n"], Int64[Tensor, "P blocks"]]:
@@ -118,6 +123,7 @@ def mark(
     return keep, ties
 
 
+@on_device
 def settle_(
     keep: Bool[Tensor, "P n"],
     scores: Float32[Tensor, "P n"],

@@ -1,0 +1,144 @@
+"""Loaders of decoding: query rows, and keys and values as rows of 16 or 32 bits, as codes, or in pages."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from kvzip.ops.triton.common import LOG2_E
+
+
+@triton.jit
+@no_type_check
+def prefetch_rows(ptr, begin, stop, stride, BYTES: tl.constexpr):
+    """Prefetches the first BYTES of rows begin:stop to L2. It uses no value, so it may run before `await_launch`."""
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    at = begin.to(tl.int64) * stride * SIZE + 64 * tl.arange(0, BYTES // 64)
+    address = ptr.to(tl.int64) + tl.minimum(at, (stop.to(tl.int64) * stride - 1) * SIZE)
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+@no_type_check
+def load_tile(
+    ptr, at, stride, bound, table_ptr, stride_page, W: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Rows at:at + BLOCK_N of W elements, padded with zeros: [BLOCK_N, BLOCK_W], or [BLOCK_W, BLOCK_N] if TRANSPOSED.
+
+    MASKED: rows at and after at + bound are zeros too. PAGE: row j is row j % PAGE of page table[j // PAGE].
+    """
+    BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
+    n = tl.arange(0, BLOCK_N)
+    w = tl.arange(0, BLOCK_W)
+    if PAGE > 0:
+        j = at + n
+        page = tl.load(table_ptr + j // PAGE, mask=n < bound, other=0)
+        offset = page * stride_page + j % PAGE * stride
+    else:
+        ptr += (at + tl.zeros([], tl.int64)) * stride
+        offset = n * stride
+    if TRANSPOSED:
+        place = ptr + (offset[None, :] + w[:, None])
+        row, column = (n < bound)[None, :], (w < W)[:, None]
+    else:
+        place = ptr + (offset[:, None] + w[None, :])
+        row, column = (n < bound)[:, None], (w < W)[None, :]
+    if MASKED:
+        if W == BLOCK_W:
+            return tl.load(place, mask=row, other=0)
+        else:
+            return tl.load(place, mask=row & column, other=0)
+    else:
+        if W == BLOCK_W:
+            return tl.load(place)
+        else:
+            return tl.load(place, mask=column, other=0)
+
+
+@triton.jit
+@no_type_check
+def load_vector(ptr, row, stop, PART: tl.constexpr, Q: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Number PART of the Q numbers of each row from `row` on. MASKED: 0 for rows at and after `stop`."""
+    n = tl.arange(0, BLOCK_N)
+    place = (row + tl.zeros([], tl.int64)) * Q + (n * Q + PART)
+    if MASKED:
+        return tl.load(ptr + place, mask=n < stop - row, other=0)
+    else:
+        return tl.load(ptr + place)
+
+
+@triton.jit
+@no_type_check
+def codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
+    """Code PART of each 16-bit word, times 2 ** -24, or 2 ** -20 for the high half of a byte.
+
+    PACKED converts two words by one instruction: the bits of a code, read as float16, are a subnormal number, which
+    tensor cores multiply exactly.
+    """
+    if not PACKED:
+        SHIFT: tl.constexpr = 8 * PART if BITS == 8 else 8 * (PART // 2) + 4 - 4 * (PART % 2)
+        CENTER: tl.constexpr = 2 ** (BITS - 1) if tl.float32 == COMPUTE else 0
+        UNIT: tl.constexpr = 2.0**-24 if BITS == 8 or PART % 2 == 1 else 2.0**-20
+        return ((((words.to(tl.int32) >> SHIFT) & (2**BITS - 1)) - CENTER).to(tl.float32) * UNIT).to(COMPUTE)
+    elif BITS == 8:
+        SELECT: tl.constexpr = "0x4240" if PART == 0 else "0x4341"
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, " + SELECT + ";", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        SHIFT: tl.constexpr = "0" if PART < 2 else "8"
+        MASK: tl.constexpr = "0x00F000F0" if PART % 2 == 0 else "0x000F000F"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x; shr.b32 x, $1, " + SHIFT + "; and.b32 $0, x, " + MASK + "; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def load_queries(q_at, live, D: tl.constexpr, COMPUTE: tl.constexpr):
+    """Query rows, [BLOCK_M, BLOCK_D]."""
+    d = tl.arange(0, 16 if D < 16 else triton.next_power_of_2(D))
+    return tl.load(q_at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0).to(COMPUTE)
+
+
+@triton.jit
+@no_type_check
+def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F: tl.constexpr):
+    """Query rows as columns in as many parts as a word has codes, scaled by a power of two so that float16 holds them.
+
+    Returns the parts, each [BLOCK_W, BLOCK_M]; sums of the values of a word, and of a row; the factor that takes
+    products back to logits; and scale * q . center, if a softcap needs it in each logit.
+    """
+    EACH: tl.constexpr = 16 // F.K_BITS
+    M: tl.constexpr = F.M
+    W: tl.constexpr = F.D // EACH
+    BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
+    w = tl.arange(0, BLOCK_W)
+    d = tl.arange(0, BLOCK_W * EACH)
+    whole = tl.load(q_at[None, :] + d[:, None], mask=(d < F.D)[:, None] & live[None, :], other=0).to(tl.float32)
+    central = tl.zeros([M], tl.float32)
+    if F.CHANNELS:  # q . (center + spread * rest) = q . center + (q * spread) . rest
+        if F.SOFTCAP:
+            central = tl.sum(whole * tl.load(center_ptr + d, mask=d < F.D, other=0)[:, None], 0) * scale
+        whole *= tl.load(spread_ptr + d, mask=d < F.D, other=0)[:, None]
+    top = tl.max(tl.abs(whole), 0).to(tl.int32, bitcast=True) >> 23
+    top = tl.max(tl.where(top == 255, 0, top), 0)
+    top = tl.minimum(tl.maximum(top, 27), 227)
+    factor = ((264 - top) << 23).to(tl.float32, bitcast=True)  # brings the largest finite value near 2 ** 10
+    unit = ((top - 10) << 23).to(tl.float32, bitcast=True) * (scale / softcap if F.SOFTCAP else scale * LOG2_E)
+    parts = ()
+    total = tl.zeros([BLOCK_W, M], tl.float32)
+    for part in tl.static_range(EACH):
+        q = tl.load(
+            q_at[None, :] + (EACH * w + part)[:, None], mask=(w < W)[:, None] & live[None, :], other=0
+        ).to(tl.float32)  # fmt: skip
+        if F.CHANNELS:
+            q *= tl.load(spread_ptr + EACH * w + part, mask=w < W, other=0)[:, None]
+        lift = 16.0 if EACH == 4 and part % 2 == 1 else 1.0  # low halves of a byte count less: see `codes`
+        q = (q * (factor * lift)).to(F.K_COMPUTE)
+        parts += (q,)
+        total += q.to(tl.float32) * (1 / lift)
+    return parts, total, tl.sum(total, 0), unit, central

@@ -1,0 +1,341 @@
+"""Attention of query rows over one split of a context's head or of a tail: one loop for all formats of rows.
+
+Up to 8 bits keys are the rows (M) of the products and query rows the columns (N), where 8 need no padding to 16. With
+16 bits query rows are the rows. Tuning: docs/tuning.md.
+"""
+
+from typing import Any, NamedTuple, no_type_check
+
+import triton
+import triton.language as tl
+
+from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, product, tanh
+from kvzip.ops.triton.decode_load import codes, load_queries, load_queries_for_codes, load_tile, load_vector
+
+
+class Form(NamedTuple):
+    """What a split is compiled for."""
+
+    G: int  # query heads of a KV head
+    D: int
+    M: int  # query rows of a tile
+    N: int  # keys of a tile
+    K_BITS: int  # 16: rows of the model's own dtype; 8 or 4: codes
+    V_BITS: int
+    K_GROUP: int  # values that share a step
+    V_GROUP: int
+    COMPUTE: Any  # dtype of products of plain rows
+    K_COMPUTE: Any  # and of keys and values as they are stored
+    V_COMPUTE: Any
+    PACKED: bool  # codes become float16 by one instruction for two words
+    SOFTCAP: bool
+    BIAS: bool
+    CHANNELS: bool  # keys have centers and spreads
+    PAGE: int  # rows of a page, or 0
+    BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
+    WINDOW: bool
+    SHORT: bool  # there may be fewer rows than a tile has
+    KEYS_FIRST: bool  # keys are the rows of the products
+
+
+@triton.jit
+@no_type_check
+def attend_split(query, keys, values, extra, band, out, begin, stop, scale, softcap, F: tl.constexpr):
+    """Writes the attention of query rows over keys begin:stop, and its log-sum-exp, to partial results.
+
+    The logit of a row q and a key with codes c is scale * (step * (q . (c - half)) + (zero + half * step) * sum(q)),
+    and weights p give sum(p * step * c) + sum(p * zero). With CHANNELS q is multiplied by its head's spread before
+    that; scale * q . center, the same for all keys, is added here with SOFTCAP only, else to the log-sum-exp when
+    splits are combined.
+
+    Args:
+        query: addresses of the rows' first values, and which rows exist.
+        keys, values: address of row 0, of its step and zero, and the stride of rows.
+        extra: addresses of centers, spreads, biases and a page table, and strides of pages of keys and values.
+        band: low and high.
+        out: addresses of partial results and their log-sum-exp, and the rows' places among them.
+    """
+    M: tl.constexpr = F.M
+    N: tl.constexpr = F.N
+    q_at, live = query
+    part_ptr, part_lse_ptr, place = out
+    EACH: tl.constexpr = 16 // F.V_BITS
+    W: tl.constexpr = F.D // EACH
+    BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
+    DEFER: tl.constexpr = M <= 16
+    CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
+    # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
+    limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
+    at = tl.minimum(begin, limit)
+    ahead = _load_ahead(keys, values, extra, at, stop, F)
+    if F.V_BITS < 16:
+        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
+    if F.K_BITS < 16:
+        queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
+    else:
+        queries = load_queries(q_at, live, F.D, F.K_COMPUTE)
+    acc = ()
+    for _ in tl.static_range(EACH):
+        if F.KEYS_FIRST:
+            acc += (tl.zeros([BLOCK_W, M], tl.float32),)
+        else:
+            acc += (tl.zeros([M, BLOCK_W], tl.float32),)
+    peak = tl.full([M], float("-inf"), tl.float32)
+    if DEFER and F.KEYS_FIRST:
+        total = tl.zeros([8, M], tl.float32)
+    elif DEFER:
+        total = tl.zeros([M, N], tl.float32)
+    else:
+        total = tl.zeros([M], tl.float32)
+    # Weights times steps are 16-bit operands of the tensor cores. To keep them near 1 for any steps, the exponent of a
+    # key's largest step, relative to that of the split's first key (0 if its step is 0), moves into the key's logit.
+    common = tl.zeros([], tl.int32)
+    if F.V_BITS < 16:
+        first = first.to(tl.float32)
+        common = tl.where(first == 0, 0, tl.minimum(_exponent(first), 60))
+    state = (acc, peak, total, total, ahead)
+    if CODED or F.BANDED:
+        for new in range(begin, stop, N):
+            state = _tile(state, queries, keys, values, extra, band, new, stop, limit, common, scale, softcap, F, True)
+    else:
+        full = begin + (stop - begin) // N * N
+        for new in range(begin, full, N):
+            state = _tile(state, queries, keys, values, extra, band, new, stop, limit, common, scale, softcap, F, False)
+        if full < stop:
+            state = _tile(state, queries, keys, values, extra, band, full, stop, limit, common, scale, softcap, F, True)
+    acc, peak, total, shift, ahead = state
+    if DEFER:
+        total = tl.sum(total, 0 if F.KEYS_FIRST else 1)
+        shift = tl.sum(shift, 0 if F.KEYS_FIRST else 1)
+    if CODED or F.BIAS:
+        peak *= LN_2
+    elif not F.SOFTCAP:
+        peak *= scale
+    tl.store(part_lse_ptr + place, peak + tl.log(total), mask=live)
+    share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)
+    w = tl.arange(0, BLOCK_W)
+    for part in tl.static_range(EACH):
+        if F.KEYS_FIRST:
+            at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
+            seen = (w < W)[:, None] & live[None, :]
+        else:
+            at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
+            seen = live[:, None] & (w < W)[None, :]
+        if F.V_BITS < 16:
+            unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
+            tl.store(at_part, (acc[part] * unit + shift[None, :]) * share[None, :], mask=seen)
+        else:
+            tl.store(at_part, acc[part] * (share[None, :] if F.KEYS_FIRST else share[:, None]), mask=seen)
+
+
+@triton.jit
+@no_type_check
+def _load_ahead(keys, values, extra, at, stop, F: tl.constexpr):
+    """Steps, zeros and biases of a tile: too narrow for asynchronous copies, they are loaded a tile ahead.
+
+    They stay as they are stored, because a conversion would wait for them.
+    """
+    none = tl.zeros([1], tl.float32)
+    k_step, k_zero, v_step, v_zero, bias = none, none, none, none, none
+    if F.K_BITS < 16:
+        k_step = load_vector(keys[1], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
+        k_zero = load_vector(keys[2], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
+    if F.V_BITS < 16:
+        v_step = load_vector(values[1], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
+        v_zero = load_vector(values[2], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
+    if F.BIAS:  # rows of 16 bits have no full last tile
+        bias = load_vector(extra[2], at, stop, 0, 1, F.SHORT or (F.K_BITS == 16 and F.V_BITS == 16), F.N)
+    return k_step, k_zero, v_step, v_zero, bias
+
+
+@triton.jit
+@no_type_check
+def _tile(
+    state, queries, keys, values, extra, band, new, stop, limit, common, scale, softcap, F: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """Adds keys new:new + N to the running softmax. CUT: only those before `stop`."""
+    N: tl.constexpr = F.N
+    acc, peak, total, shift, ahead = state
+    k_step, k_zero, v_step, v_zero, row_bias = ahead
+    CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
+    MASKED: tl.constexpr = F.SHORT if CODED else CUT
+    LOG2: tl.constexpr = CODED or F.BIAS  # x is the logit in base 2; else x * unit is
+    n = tl.arange(0, N)
+    at = tl.minimum(new, limit) if CODED else new
+    key = at + n
+    bound = stop - at
+    k = load_tile(keys[0], at, keys[3], bound, extra[3], extra[4],
+                  F.D * F.K_BITS // 16, F.N, F.PAGE, MASKED, False)  # fmt: skip
+    if CODED:
+        v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
+                      F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, True)  # fmt: skip
+    k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
+    v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
+    if CODED or F.BIAS:
+        ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
+    mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
+    if F.V_BITS < 16:
+        largest = v_step
+        for part in tl.static_range(1, F.D // F.V_GROUP):
+            other = load_vector(values[1], at, stop, part, F.D // F.V_GROUP, F.SHORT, F.N)
+            largest = tl.maximum(largest, other.to(tl.float32))
+        exponent = _exponent(largest)
+        above = tl.minimum(tl.maximum(exponent - common, -126), 126)
+        up = ((127 - exponent) << 23).to(tl.float32, bitcast=True)  # 2 ** -exponent
+        down = ((127 - above) << 23).to(tl.float32, bitcast=True)  # 2 ** -above
+        mark = above.to(tl.float32)
+    if F.BIAS:
+        mark += row_bias.to(tl.float32) * LOG2_E
+    if CODED:
+        mark = tl.where((key >= new) & (key < stop), mark, float("-inf"))
+
+    unit = LOG2_E if F.SOFTCAP else scale * LOG2_E
+    if F.K_BITS < 16:
+        x = _logits_of_codes(k, k_step, k_zero, mark, queries, keys, at, stop, F)
+        if F.SOFTCAP:
+            if F.CHANNELS:
+                x += (queries[4] / softcap)[None, :]
+            x = tanh(x) * (softcap * LOG2_E)
+        if F.SOFTCAP or F.D != F.K_GROUP:
+            x += mark[:, None]
+    else:
+        x = product(k.to(F.K_COMPUTE), queries) if F.KEYS_FIRST else product(queries, k.to(F.K_COMPUTE))
+        if F.SOFTCAP:
+            x = tanh(x * (scale / softcap)) * softcap
+        if LOG2:
+            x = x * unit + (mark[:, None] if F.KEYS_FIRST else mark[None, :])
+        if CUT and not CODED:
+            x = tl.where((n < bound)[:, None] if F.KEYS_FIRST else (n < bound)[None, :], x, float("-inf"))
+    if F.BANDED:
+        low, high = band
+        if F.KEYS_FIRST:
+            x = tl.where((key[:, None] >= low[None, :]) & (key[:, None] < high[None, :]), x, float("-inf"))
+        else:
+            x = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(x, 0 if F.KEYS_FIRST else 1))
+    if F.BANDED:
+        floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        floor = new_peak
+    EXACT: tl.constexpr = tl.float32 == F.COMPUTE
+    lower = floor[None, :] if F.KEYS_FIRST else floor[:, None]
+    if LOG2:
+        decay = exp2(peak - floor, EXACT)
+        p = exp2(x - lower, EXACT)
+    else:
+        decay = exp2((peak - floor) * unit, EXACT)
+        p = exp2((x - lower) * unit, EXACT)
+
+    if F.V_BITS < 16:
+        total = _add_sum(total, decay, p * down[:, None], F)
+        acc, shift = _add_codes(acc, shift, decay, p, v, v_step, v_zero, up, values, at, stop, F)
+    else:
+        total = _add_sum(total, decay, p, F)
+        if F.KEYS_FIRST:
+            if not CODED:
+                v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, True)
+            acc = (add_product(acc[0] * decay[None, :], v.to(F.V_COMPUTE), p.to(F.V_COMPUTE)),)
+        else:
+            v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
+            acc = (add_product(acc[0] * decay[:, None], p.to(F.V_COMPUTE), v.to(F.V_COMPUTE)),)
+    return acc, new_peak, total, shift, ahead
+
+
+@triton.jit
+@no_type_check
+def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constexpr):
+    """Logits in base 2 of keys as codes (divided by the softcap if there is one), [N, M]; `mark` is added if that is
+    free: without a softcap and with one group."""
+    M: tl.constexpr = F.M
+    N: tl.constexpr = F.N
+    parts, q_word, q_sum, unit, _ = queries
+    EACH: tl.constexpr = 16 // F.K_BITS
+    W: tl.constexpr = F.D // EACH
+    BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
+    Q: tl.constexpr = F.D // F.K_GROUP
+    UNIT: tl.constexpr = 2.0**-20 if F.K_BITS == 4 else 2.0**-24  # of products of q and codes
+    HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
+    CENTER: tl.constexpr = HALF if tl.float32 == F.K_COMPUTE else 0  # what `codes` has subtracted
+    w = tl.arange(0, BLOCK_W)
+    x = tl.zeros([N, M], tl.float32)
+    for group in tl.static_range(Q):
+        inside = (w // (F.K_GROUP // EACH) == group)[:, None]
+        if Q > 1:
+            q_sum = tl.sum(tl.where(inside, q_word, 0), 0)
+        if group > 0:
+            step = load_vector(keys[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
+            zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
+        y = tl.broadcast_to((q_sum * ((CENTER - HALF) * UNIT))[None, :], [N, M])
+        for part in tl.static_range(EACH):
+            code = codes(k, part, F.K_BITS, F.K_COMPUTE, F.PACKED)
+            q = parts[part]
+            if Q > 1:
+                q = tl.where(inside, q, 0).to(F.K_COMPUTE)
+            if tl.float32 == F.K_COMPUTE:
+                y = tl.fma(product(code, tl.trans(q)), 1.0, y)
+            else:
+                y = tl.dot(code, q, y)
+        middle = ((zero + HALF * step) * unit)[:, None] * q_sum[None, :]
+        if Q == 1 and not F.SOFTCAP:
+            middle += mark[:, None]
+        x += y * (step * (unit * (1 / UNIT)))[:, None] + middle
+    return x
+
+
+@triton.jit
+@no_type_check
+def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.constexpr):
+    """acc * decay + weighted codes, by word part, and shift * decay + weighted zeros."""
+    EACH: tl.constexpr = 16 // F.V_BITS
+    W: tl.constexpr = F.D // EACH
+    BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
+    Q: tl.constexpr = F.D // F.V_GROUP
+    CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == F.V_COMPUTE else 0
+    w = tl.arange(0, BLOCK_W)
+    sums = ()
+    for part in tl.static_range(EACH):
+        sums += (acc[part] * decay[None, :],)
+    for group in tl.static_range(Q):
+        if group > 0:
+            step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
+            zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
+        weight = (p * (step * up)[:, None]).to(F.V_COMPUTE)
+        offset = p * ((zero + CENTER * step) * up)[:, None]
+        if Q == 1:
+            shift = _add_sum(shift, decay, offset, F)
+        else:
+            offset = tl.sum(offset, 0)
+        added = ()
+        for part in tl.static_range(EACH):
+            code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED)  # [BLOCK_W, N]
+            if Q == 1:
+                added += (add_product(sums[part], code, weight),)
+            else:
+                inside = (w // (F.V_GROUP // EACH) == group)[:, None]
+                unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
+                more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
+                added += (sums[part] + tl.where(inside, more, 0),)
+        sums = added
+    return sums, shift
+
+
+@triton.jit
+@no_type_check
+def _add_sum(total, decay, x, F: tl.constexpr):
+    """total * decay + the sum of x over keys. With few rows sums stay within a thread: added up after the loop."""
+    M: tl.constexpr = F.M
+    N: tl.constexpr = F.N
+    if M > 16:
+        return total * decay + tl.sum(x, 0 if F.KEYS_FIRST else 1)
+    elif F.KEYS_FIRST:
+        return total * decay[None, :] + tl.sum(tl.reshape(x, [N // 8, 8, M]), 0)
+    else:
+        return total * decay[:, None] + x
+
+
+@triton.jit
+@no_type_check
+def _exponent(x):
+    """The power of two below each x, at least -60."""
+    return tl.maximum((x.to(tl.int32, bitcast=True) >> 23) - 127, -60)
