@@ -20,6 +20,7 @@ from kvzip.ops.triton.common import (
     compute_dtype,
     interpreted,
     launch_options,
+    on_device,
     overlaps_launches,
 )
 from kvzip.ops.triton.norm import rms_norm_triton
