@@ -13,6 +13,7 @@ from torch import Tensor
 from accuracy import assert_as_accurate
 from kvzip import ops
 from kvzip.ops.linear import linear_reference
+from kvzip.ops.triton import linear as linear_launches
 from kvzip.ops.triton import linear_rounded
 from kvzip.ops.triton.codes import expand_triton, suits
 from kvzip.ops.triton.linear import linear_triton
@@ -26,6 +27,7 @@ from kvzip.ops.weights import (
     empty_weight,
     expand,
     pack_codes,
+    plain,
     quantize_inputs,
     quantize_weight,
     round_inputs,
@@ -236,11 +238,14 @@ def cast(x, dtype):
 
 
 def check(kernel, x, w, bias, **options) -> None:
-    def run(op, dtype=None):
+    """The baseline is one product with the weights in x's dtype: by parts a library sums float32 in another order."""
+
+    def run(op, w, dtype=None):
         change = (lambda y: y) if dtype is None else (lambda y: cast(y, dtype))
         return op(change(x), w, change(bias), **{name: change(y) for name, y in options.items()})
 
-    assert_as_accurate(run(kernel), run(linear_reference, torch.float64), run(linear_reference))
+    baseline = w if w.activations is not None else plain(w, x.dtype)
+    assert_as_accurate(run(kernel, w), run(linear_reference, w, torch.float64), run(linear_reference, baseline))
 
 
 def check_linear(kernel, rows, case, norm, gate, bias, residual, dtype):
@@ -279,6 +284,13 @@ def test_every_launch_gives_the_same(kind, launch):
 
     case = (kind, 20, 256, 64 if kind == "int4" else None, 1, kind != "e4m3")
     check_linear(kernel, (1,), case, 0, "silu", True, True, DTYPES[-1])
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_every_launch_of_one_row_of_codes_gives_the_same(kind):
+    for launch in linear_launches.LAUNCHES[:3]:
+        run = lambda *a, launch=launch, **o: linear_launches.one_row(*a, **o, config=launch)  # noqa: E731
+        check_linear(run, (1, 1), (kind, 20, 272, None, 1, False), 1, "silu", True, True, DTYPES[-1])
 
 
 @pytest.mark.parametrize(("kind", "n", "k", "group", "rows", "zeros"), CASES)
@@ -368,6 +380,10 @@ launches = LAUNCHES["{kind}"] if {every} else (None,)
 for config in launches:
     few_rows(new({rows}, 4096), make(6144, 4096), new(6144), norm=norm, config=config)
     few_rows(new({rows}, 4096), make(28672, 4096), norm=norm, gate="silu", config=config)
+if {rows} == 1 and "{kind}" != "int4":
+    for config in linear.LAUNCHES if {every} else linear.LAUNCHES[:1]:
+        linear.one_row(new(1, 4096), make(28672, 4096), norm=norm, gate="silu", config=config)
+        linear.one_row(new(1, 14336), make(4096, 14336), residual=new(1, 4096), config=config)
 few_rows(new({rows}, 14336), make(4096, 14336), residual=new({rows}, 4096))
 few_rows(new({rows}, 4096), make(4096, 4096, zeros="{kind}" != "e4m3", rows=1 if "{kind}" == "int4" else 128))
 few_rows(new({rows}, 576), make(1536, 576))
@@ -450,6 +466,9 @@ def test_every_launch_on_the_gpu(kind):
             lambda *a, launch=launch, **o: few_rows(*a, **o, config=launch), (1, 1), case, 0, "silu", False, False,
             torch.bfloat16,
         )  # fmt: skip
+    for launch in linear_launches.LAUNCHES if kind != "int4" else ():
+        run = lambda *a, launch=launch, **o: linear_launches.one_row(*a, **o, config=launch)  # noqa: E731
+        check_linear(run, (1, 1), (kind, 6144, 4096, None, 1, False), 0, "silu", False, False, torch.bfloat16)
 
 
 @pytest.mark.gpu

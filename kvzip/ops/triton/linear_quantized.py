@@ -16,6 +16,7 @@ from torch import Tensor
 from kvzip.ops.triton.codes import convert, unpacking
 from kvzip.ops.triton.common import (
     activate,
+    add_product,
     await_launch,
     compute_dtype,
     interpreted,
@@ -41,16 +42,16 @@ class Launch(NamedTuple):
 
 
 _VARIANTS = (
-    Launch(16, 64, 4, 4, 4),  # fewest instructions for a weight among the small programs, which balance best
-    Launch(16, 64, 4, 4, 8),
     Launch(16, 128, 4, 4, 4),
-    Launch(32, 64, 4, 4, 4),
+    Launch(16, 64, 4, 4, 4),
     Launch(32, 128, 4, 4, 3),
-    Launch(16, 64, 2, 2, 8),
-    Launch(16, 64, 4, 4, 4, ahead=0),
-    Launch(16, 64, 4, 4, 4, ahead=4096),
-    Launch(16, 64, 4, 4, 4, fused=False),
+    Launch(16, 128, 4, 4, 4, ahead=0),
+    Launch(16, 128, 4, 4, 4, ahead=2048),
     Launch(16, 128, 4, 4, 4, fused=False),
+    Launch(16, 128, 2, 2, 4),
+    Launch(16, 256, 4, 4, 3),
+    Launch(16, 128, 8, 8, 3),
+    Launch(16, 128, 4, 4, 6),
 )
 LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": _VARIANTS}
 """What may be launched for one row, by kind; the first is taken. All compile without spills; none is timed yet:
@@ -124,12 +125,12 @@ def _partial(total, codes, x, x_high, zero, KIND: tl.constexpr, ZERO: tl.constex
     w = convert(codes, LOW, KIND, False, COMPUTE)
     if ZERO:
         w -= zero[:, :, None].to(COMPUTE)
-    total = tl.dot(w, x, total, input_precision="ieee")
+    total = add_product(total, w, x)
     if KIND == "int4":
         w = convert(codes, HIGH, KIND, True, COMPUTE)
         if ZERO:
             w -= zero[:, :, None].to(COMPUTE)
-        total = tl.dot(w, x_high, total, input_precision="ieee")
+        total = add_product(total, w, x_high)
     return total
 
 
@@ -137,13 +138,15 @@ def _partial(total, codes, x, x_high, zero, KIND: tl.constexpr, ZERO: tl.constex
 @no_type_check
 def _inputs(x_ptr, norm_ptr, k, r, K: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr, ONE: tl.constexpr,
             WHOLE_TILES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """Inputs k of all rows, times the norm's weights: [SLICES, BLOCK_B, BLOCK_R]."""
+    """Inputs k of all rows, times the norm's weights: [SLICES, BLOCK_B, BLOCK_R]; and the squares of one row's."""
+    square = tl.zeros([k.shape[0], k.shape[1]], tl.float32)
     if ONE:
         if WHOLE_TILES:
             x = tl.load(x_ptr + k)  # [SLICES, BLOCK_B]
         else:
             x = tl.load(x_ptr + k, mask=k < K, other=0)
         if NORM:
+            square = x.to(tl.float32) * x.to(tl.float32)
             if WHOLE_TILES:
                 weight = tl.load(norm_ptr + k)
             else:
@@ -152,26 +155,13 @@ def _inputs(x_ptr, norm_ptr, k, r, K: tl.constexpr, OFFSET: tl.constexpr, NORM: 
                 x = x * weight
             else:
                 x = x.to(tl.float32) * (weight.to(tl.float32) + OFFSET)
-        return tl.broadcast_to(x.to(COMPUTE)[:, :, None], [k.shape[0], k.shape[1], BLOCK_R])
+        return tl.broadcast_to(x.to(COMPUTE)[:, :, None], [k.shape[0], k.shape[1], BLOCK_R]), square
     else:
         at = x_ptr + r.to(tl.int64)[None, None, :] * K + k[:, :, None]
         if WHOLE_TILES:
-            return tl.load(at).to(COMPUTE)
+            return tl.load(at).to(COMPUTE), square
         else:
-            return tl.load(at, mask=(k < K)[:, :, None], other=0).to(COMPUTE)
-
-
-@triton.jit
-@no_type_check
-def _norm_factor(x_ptr, eps, K: tl.constexpr):
-    """1 / the root of the mean square of one row."""
-    BLOCK: tl.constexpr = 1024
-    square = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + k, mask=k < K, other=0).to(tl.float32)
-        square += x * x
-    return 1 / tl.sqrt_rn(tl.sum(square, 0) / K + eps)
+            return tl.load(at, mask=(k < K)[:, :, None], other=0).to(COMPUTE), square
 
 
 @triton.jit
@@ -216,6 +206,7 @@ def _quantized_kernel(
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_R], tl.float32)
     acc_2 = acc
     none = acc
+    square = tl.zeros([SLICES, BLOCK_B], tl.float32)
     zero = tl.zeros([SLICES, BLOCK_N], tl.int8)
     zero_2 = zero
     if ZERO and WHOLE:
@@ -229,10 +220,12 @@ def _quantized_kernel(
         else:
             codes = tl.load(at + start, mask=(b < P)[:, None, :], other=0)
         k = (b // 16) * 32 + b % 16 if KIND == "int4" else b
-        x = _inputs(x_ptr, norm_ptr, k, r, K, OFFSET, NORM, ONE, WHOLE_TILES, COMPUTE, BLOCK_R)
+        x, more = _inputs(x_ptr, norm_ptr, k, r, K, OFFSET, NORM, ONE, WHOLE_TILES, COMPUTE, BLOCK_R)
+        square += more
         x_high = x
         if KIND == "int4":
-            x_high = _inputs(x_ptr, norm_ptr, k + 16, r, K, OFFSET, NORM, ONE, WHOLE_TILES, COMPUTE, BLOCK_R)
+            x_high, more = _inputs(x_ptr, norm_ptr, k + 16, r, K, OFFSET, NORM, ONE, WHOLE_TILES, COMPUTE, BLOCK_R)
+            square += more
         if WHOLE:
             acc = _partial(acc, codes, x, x_high, zero, KIND, ZERO, COMPUTE, LOW, HIGH)
         else:
@@ -262,7 +255,7 @@ def _quantized_kernel(
         if GATE != "":
             out_2 *= tl.load(scale_ptr + owner_2).to(tl.float32)[:, None]
     if NORM:
-        factor = _norm_factor(x_ptr, eps, K)
+        factor = 1 / tl.sqrt_rn(tl.sum(square) / K + eps)
         out *= factor
         out_2 *= factor
     if BIAS:
