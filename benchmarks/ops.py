@@ -20,7 +20,7 @@ from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness, peers
+from benchmarks import harness, linear, peers
 from benchmarks.harness import ROOT, Variant, record, test_or_exit, time_variants
 from benchmarks.layouts import Batch, starts_of
 from kvzip import ops
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--launches", action="store_true", help="also time every launch of the quantized linear layer")
     parser.add_argument("--workers", type=int, default=1, help="processes that run the tests, with pytest-xdist")
     parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
     options = parser.parse_args()
@@ -52,7 +53,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    tests = [str(path) for op in options.only for path in sorted((ROOT / "tests" / "ops").glob(f"test_{op}*.py"))]
+    files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op, f"{op}_*"))]
+    tests = [str(path) for name in files for path in sorted((ROOT / "tests" / "ops").glob(f"test_{name}.py"))]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
@@ -310,6 +312,7 @@ def bench_score(options: argparse.Namespace):
 
 BENCHMARKS = {
     "decode": bench_decode,
+    "linear": linear.bench_linear,
     "prune": bench_prune,
     "quantize": bench_quantize,
     "score": bench_score,

@@ -44,6 +44,8 @@ class Loading:
     device: "torch.device | str | None" = None
     max_length: int | None = None
     rope: Mapping[str, Any] | None = None
+    weights: str | None = None
+    activations: str | None = None
 
 
 def config_of(directory: Path) -> Path:
