@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -209,13 +210,10 @@ def decode_case(
         if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
             k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
         caches.append((k, v))
-    biases = [torch.randn(n, device="cuda").half() for _ in caches]
+    decode = partial(ops.decode, q, offsets=offsets, scale=scale, schedule=schedule)
     variants: dict[str, Variant] = {
-        "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches],
-        "kvzip, with a bias": [
-            lambda k=k, v=v, bias=bias: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule, bias=bias)
-            for (k, v), bias in zip(caches, biases, strict=True)
-        ],
+        "kvzip": [partial(decode, k=k, v=v) for k, v in caches],
+        "kvzip, with a bias": [partial(decode, k=k, v=v, bias=torch.randn(n, device="cuda").half()) for k, v in caches],
     }
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
@@ -223,9 +221,7 @@ def decode_case(
             (ops.dequantize(k, dtype=torch.bfloat16, offsets=offsets), ops.dequantize(v, dtype=torch.bfloat16))
             for k, v in caches[:2]
         ]
-        variants["kvzip, bf16"] = [
-            lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
-        ]
+        variants["kvzip, bf16"] = [partial(decode, k=k, v=v) for k, v in plain]
     else:
         others = peers.available(peers.decode_peers(q, caches, lengths, scale, flex=options.flex))
         variants |= peers.agreeing(others, variants["kvzip"][0]()[0])

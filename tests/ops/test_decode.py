@@ -15,7 +15,7 @@ from kvzip.ops.merge import merge_reference
 
 pytest.importorskip("triton")
 
-from compiling import assert_fits, compile_launches
+from compiling import assert_fits, compile_calls
 
 from kvzip.ops.triton.common import interpreted
 from kvzip.ops.triton.decode import decode_triton
@@ -408,8 +408,7 @@ def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
 
 
 def compiled(calls: list[str], capability: int) -> None:
-    source = COMPILE.format(capability=capability) + "\n".join(f"go({call})" for call in calls)
-    assert_fits(compile_launches(source, capability=capability), capability=capability)
+    assert_fits(compile_calls(COMPILE, calls, capability=capability), capability=capability)
 
 
 @pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
@@ -423,8 +422,7 @@ def test_as_many_programs_over_quantized_rows_fit_on_an_sm_as_splits_are_cut_for
     calls = [
         f"128, 4, 1, 1, torch.{dtype}, {bits}{rest}" for dtype in ("bfloat16", "float16") for rest in ("", ", 5.0, 9")
     ]
-    source = COMPILE.format(capability=90) + "\n".join(f"go({call})" for call in calls)
-    kernels = compile_launches(source, capability=90)
+    kernels = compile_calls(COMPILE, calls, capability=90)
     assert_fits(kernels, capability=90)
     programs = launch_config(128, 4, torch.bfloat16, bits).per_sm
     found = [kernel.shared + kernel.static for kernel in kernels if kernel.name == "decode_kernel"]

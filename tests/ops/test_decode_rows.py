@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compiling import assert_fits, compile_launches
+from compiling import assert_fits, compile_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -409,8 +409,7 @@ def go(D, G, N, S, dtype, bits=(16, 16), softcap=None, window=None, bias=False):
 
 
 def compiled(calls: list[str], capability: int) -> None:
-    source = COMPILE.format(capability=capability) + "\n".join(f"go({call})" for call in calls)
-    assert_fits(compile_launches(source, capability=capability), capability=capability)
+    assert_fits(compile_calls(COMPILE, calls, capability=capability), capability=capability)
 
 
 @pytest.mark.parametrize(("D", "capability"), [(128, 90), (80, 90), (128, 80)])
