@@ -134,7 +134,7 @@ def study_part(options: argparse.Namespace) -> int:
     processes = multiprocessing.get_context("spawn")
     taken, left = processes.Value("i", 0), processes.Value("i", 0)
     how = (options, waiting, taken, left, begun, harness.facts(options.device, options.commit))
-    workers = [processes.Process(target=work, args=how) for _ in range(options.workers)]
+    workers = [processes.Process(target=work, args=(n, *how)) for n in range(options.workers)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -145,6 +145,7 @@ def study_part(options: argparse.Namespace) -> int:
 
 
 def work(
+    place: int,
     options: argparse.Namespace,
     waiting: Sequence[tuple[Path, str, int]],
     taken: Any,
@@ -154,8 +155,8 @@ def work(
 ) -> None:
     """Does one context after the other until none is left or the time is up, which `left` counts."""
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    if options.device == "cuda":  # at this limit torch frees what graphs of earlier caches held, and tries again
-        torch.cuda.set_per_process_memory_fraction(0.95 / options.workers)
+    if options.device == "cuda":
+        harness.take_place(place, options.workers)
     done, model, source = done_of(options.results), None, None
     wanted = [("full", 1.0), *((v, r) for r in options.ratios for v in options.variants)]
     while True:
@@ -308,7 +309,7 @@ def main() -> int:
     study.add_argument("--contexts", type=int, default=2, help="of each task")
     study.add_argument("--questions", type=int, default=12, help="of each context")
     study.add_argument("--max-tokens", type=int, default=0, help="of an answer, at most; 0 takes likelihoods alone")
-    study.add_argument("--workers", type=int, default=1, help="processes on one device")
+    study.add_argument("--workers", type=int, default=1, help="processes, which take the GPUs in turn")
     study.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     study.add_argument("--chunk", type=int, default=2_000)
     study.add_argument("--form", default="chat", choices=("chat", "cloze"))
