@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .cache import DenseCache, RaggedCache, RaggedKV, encode_levels, full_nbytes, nbytes
+from .cache import DenseCache, RaggedCache, RaggedKV, check_pairs, encode_levels, full_nbytes, nbytes
 from .cache.reading import open_cache, read_cache, read_texts
 from .cache.rows import kept_mask
 from .display import visible_line
@@ -86,6 +86,7 @@ def answered(
 
     Raises: as `generate` and `prefill` do.
     """
+    check_pairs(cache)
     full, found = read_again(model, cache), []
     for question in questions:
         (own, full_s), (other, small_s) = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..attention import repeat_attend
-from ..cache import DenseCache, DenseKV, RaggedKV, WindowKV
+from ..cache import DenseCache, DenseKV, RaggedKV, WindowKV, check_pairs
 from ..models import Attend, Model
 from ..ops.types import Quantized, owners
 from ..options import Refitting
@@ -62,7 +62,10 @@ def fit_rows(
         layers: what is kept, prefix included; its keys are used as they are, its values are not read.
         before, end: as in `scoring.score_chunks`, for a segment of a longer context.
         dtype: of the biases.
+
+    Raises: ValueError for a cache whose pairs are gone.
     """
+    check_pairs(cache)
     ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
     values = values_of(ragged, [own for own in cache.layers if isinstance(own, DenseKV)])
     bias = torch.zeros(len(values), dtype=dtype, device=values.device)

@@ -17,7 +17,7 @@ from kvzip.ops.triton import linear as linear_launches
 from kvzip.ops.triton import linear_rounded
 from kvzip.ops.triton.codes import expand_triton, suits
 from kvzip.ops.triton.linear import linear_triton
-from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, few_rows, launch_config, most_rows
+from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, few_rows, launch_config, most_rows, within_groups
 from kvzip.ops.triton.linear_rounded import round_rows, rounded_product
 from kvzip.ops.weights import (
     KINDS,
@@ -429,7 +429,8 @@ def test_launches_do_not_cross_groups():
                 if kind == "int4" and group % 32:
                     continue
                 for dtype in (torch.bfloat16, torch.float32):
-                    config = launch_config(kind, rows, group, torch.empty(0, dtype=dtype))
+                    config = launch_config(kind, rows, torch.empty(0, dtype=dtype))
+                    config = within_groups(config, weight(kind, 4, 2 * group, group=group))
                     assert group % (config.block_bytes * (2 if kind == "int4" else 1)) == 0 and config.block_bytes >= 16
         assert all(len(set(LAUNCHES[kind])) == len(LAUNCHES[kind]) for kind in KINDS)
     assert suits(weight("int4", 4, 96, group=32)) and not suits(weight("int4", 4, 72, group=24))

@@ -53,21 +53,38 @@ _VARIANTS = (
     Launch(16, 128, 8, 8, 3),
     Launch(16, 128, 4, 4, 6),
 )
-LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": _VARIANTS}
+_HALVES = (
+    Launch(16, 64, 4, 4, 4),
+    Launch(16, 64, 8, 8, 3),
+    Launch(16, 64, 8, 4, 3),
+    Launch(32, 64, 4, 4, 4),
+    Launch(16, 64, 4, 4, 6),
+    Launch(16, 64, 2, 2, 6),
+    Launch(16, 64, 4, 4, 4, ahead=0),
+    Launch(16, 64, 4, 4, 4, ahead=2048),
+    Launch(16, 64, 4, 4, 4, fused=False),
+    Launch(16, 32, 8, 4, 4),
+)
+LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": _HALVES}
 """What may be launched for one row, by kind; the first is taken. All compile without spills; none is timed yet:
 `benchmarks/ops.py --only linear --launches` times each."""
 
 
-def launch_config(kind: str, rows: int, group: int, x: Tensor) -> Launch:
-    """The launch for so many rows of x; a slice never crosses a group."""
+def launch_config(kind: str, rows: int, x: Tensor) -> Launch:
+    """The launch for so many rows of x."""
     config = LAUNCHES[kind][0]
     if x.dtype == torch.float32:
         config = Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
     elif rows > 16:
         wide = 32 if kind == "int4" else 64  # bytes; more take nearly all registers, or spill
         config = Launch(32 if rows <= 32 else 16, wide, 4, 4, 3)
-    unit = group // 2 if kind == "int4" else group
-    while unit % config.block_bytes:
+    return config
+
+
+def within_groups(config: Launch, weight: QuantizedWeight) -> Launch:
+    """The launch with slices so short that none crosses a group; one scale for all inputs multiplies the sums."""
+    unit = weight.group // 2 if weight.kind == "int4" else weight.group
+    while weight.group != weight.inputs and unit % config.block_bytes:
         config = config._replace(block_bytes=config.block_bytes // 2)
     return config
 
@@ -93,7 +110,7 @@ def few_rows(
     rows = x.numel() // inputs
     x = x.contiguous()
     whole = weight.group == inputs  # one scale for each output: it multiplies the sums
-    config = config or launch_config(weight.kind, rows, weight.group if not whole else 1 << 30, x)
+    config = within_groups(config or launch_config(weight.kind, rows, x), weight)
     if norm is not None and (rows > 1 or not config.fused):
         x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
     N = outputs if gate is None else outputs // 2
