@@ -7,8 +7,8 @@ recommended one. A context is kept if the recommended cache has at least 90% of 
 of ten.
 
 Contexts that the full cache scores 0 in say nothing and are replaced. The tuner's time has three parts: asking, which
-is generation; reading the answers from each cache; and packing, which comes beyond answering. The last two are given in
-scoring passes too.
+is generation; reading the answers from each cache; and packing and fitting, which come beyond answering. The last two
+are given in scoring passes too.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import kvzip
 from kvzip.evals import metrics, tasks
 from kvzip.evals.asking import ask, prefill_example
 from kvzip.machine import timed
+from kvzip.ratios import FLOOR
 
 TASKS = ("squad@2000", "kv@1500", "needles@2000", "prefix_suffix@1500", "multihop@1500", "ruler_niah_single_2@2000")
 TASKS += ("ruler_vt@2000", "ruler_qa_1@2000", "repoqa@2000", "math_find@1500")
@@ -108,10 +109,8 @@ def check(model: kvzip.Model, task: str, example: tasks.Example, asked: argparse
         ),
     )
     asking_s = marks[1] - marks[0]  # then the answers are read
-    packed = [(choice.ratio, choice.bits) for choice in (*found.choices, found.recommended)]
-    packing_s = sum(
-        timed(model.device, lambda how=how: kvzip.compress(cache, how[0], bits=how[1]))[1] for how in packed
-    )
+    packed = [(choice.ratio, choice.bits, choice.fitted) for choice in found.choices]
+    packing_s = sum(timed(model.device, lambda how=how: pack(model, cache, *how))[1] for how in packed)
     small_score = scored(model, found.cache, example, form)
     best = found.recommended
     return {
@@ -120,7 +119,8 @@ def check(model: kvzip.Model, task: str, example: tasks.Example, asked: argparse
         "ratio": best.ratio,
         "bits": best.bits,
         "answers": f"{best.answers} of {best.asked}",
-        "choices": [[choice.ratio, choice.bits, choice.answers] for choice in found.choices],
+        "fitted": best.fitted,
+        "choices": [[choice.ratio, choice.bits, choice.fitted, choice.answers] for choice in found.choices],
         "full": full_score,
         "small": small_score,
         "kept": small_score >= PART * full_score - 1e-9,
@@ -132,6 +132,15 @@ def check(model: kvzip.Model, task: str, example: tasks.Example, asked: argparse
         "reading_passes": (tune_s - asking_s - packing_s) / score_s,
         "beyond_passes": packing_s / score_s,
     }
+
+
+def pack(
+    model: kvzip.Model, cache: kvzip.DenseCache, ratio: float, bits: int | None, fitted: bool
+) -> kvzip.RaggedCache:
+    """What the tuner does to try a choice, but for reading the answers."""
+    if fitted:
+        return kvzip.refit(model, cache, kvzip.compress(cache, ratio, bits=bits, floor=FLOOR))
+    return kvzip.compress(cache, ratio, bits=bits)
 
 
 def scored(model: kvzip.Model, cache: kvzip.DenseCache | kvzip.RaggedCache, example: tasks.Example, form: str) -> float:

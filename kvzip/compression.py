@@ -24,6 +24,7 @@ def compress(
     threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: SupportsIndex = 0,
+    floor: SupportsFloat = 0.0,
     sink: SupportsIndex = 0,
     recent: SupportsIndex = 0,
     bits: SupportsIndex | None = None,
@@ -45,6 +46,8 @@ def compress(
         threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
+        floor: part, from 0 to 1, of an equal share of the budget that every head keeps at least, its highest scored;
+            the rest is shared by `level`, which is not "head". `docs/refitting.md` measures 0.2.
         sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
             heads do; level "head" only. The prefix is always kept and not counted in `sink`; DuoAttention counts it.
             `recent` counts from the end of the context: it does not slide while a question is answered.
@@ -64,7 +67,7 @@ def compress(
     bits = None if bits is None else checks.whole(bits, "bits")
     if bits not in (None, 8, 4):
         raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}: pass one of them")
-    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent)
+    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent, floor)
     keep, counts = _keep(cache.scores, chosen)
     context = _pack(cache, keep, counts, bits=bits, consume=consume)
     method = f"{cache.scores.source}/{level}"
@@ -80,6 +83,7 @@ def keep_mask(
     threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: SupportsIndex = 0,
+    floor: SupportsFloat = 0.0,
     sink: SupportsIndex = 0,
     recent: SupportsIndex = 0,
 ) -> Bool[Tensor, "L H E"]:
@@ -91,7 +95,7 @@ def keep_mask(
     Raises: ValueError as `compress` does.
     """
     check_kind(scores, Scores)
-    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent)
+    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent, floor)
     return _keep(scores, chosen)[0]
 
 
@@ -128,14 +132,18 @@ def _forced(scores: Scores, budget: Budget, nan: Tensor) -> Bool[Tensor, "L H E"
     """The pairs kept whatever their score, or None where there are none."""
     evictable = scores.values.shape[2]
     options.check_spans(budget.protect, evictable)
-    if not budget.protect and not budget.min_rows:
+    layers, heads, _ = scores.values.shape
+    rows = max(
+        budget.min_rows, int(budget.floor * (count_of(budget, layers * heads, evictable) or 0) / (layers * heads))
+    )
+    if not budget.protect and not rows:
         return None
     if not 0 <= budget.min_rows <= evictable:
         raise ValueError(
             f"expected 0 <= min_rows <= {evictable} (context tokens), got {budget.min_rows}: no head has more rows to "
             "keep"
         )
-    forced = ops.select_uniform_count(scores.values, count=budget.min_rows, nan=nan)
+    forced = ops.select_uniform_count(scores.values, count=rows, nan=nan)
     for first, stop in budget.protect:
         forced[:, :, first:stop] = True
     return forced

@@ -54,6 +54,7 @@ class Budget:
     min_rows: int = 0
     sink: int = 0
     recent: int = 0
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def budget(
     min_rows: Any = 0,
     sink: Any = 0,
     recent: Any = 0,
+    floor: Any = 0.0,
 ) -> Budget:
     """Returns a Budget.
 
@@ -151,6 +153,13 @@ def budget(
         raise ValueError(
             f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
         )
+    part = floor_of(floor)
+    if part and (threshold is not None or level == "head"):
+        given = "whole heads" if threshold is None else "a threshold"
+        raise ValueError(
+            f"expected no floor with {given}, got {part:g}: it is a part of what a ratio or a budget gives to every "
+            "head; use min_rows="
+        )
     return Budget(
         None if ratio is None else checks.kept_ratio(ratio),
         level,
@@ -159,7 +168,16 @@ def budget(
         spans(protect),
         checks.whole(min_rows, "min_rows"),
         *ends,
+        part,
     )
+
+
+def floor_of(floor: Any) -> float:
+    """Returns a floor as a float. Raises ValueError for one outside of 0 to 1, TypeError for what is no number."""
+    part = checks.number(floor, "floor")
+    if not 0 <= part <= 1:
+        raise ValueError(f"expected a floor from 0 to 1 of an equal share, got {part}: 0.2 is a fifth of it")
+    return part
 
 
 def spans(protect: Any) -> tuple[tuple[int, int], ...]:

@@ -16,6 +16,8 @@ from .evals.asking import answer_logits
 from .generation import generate
 from .inputs import check_fingerprint, query_ids, tokenizer_of
 from .models import Model
+from .ratios import FLOOR
+from .refitting import refit as fit
 from .sources import passages, texts_of
 
 __all__ = ["Choice", "Probe", "Tuning", "tune"]
@@ -53,7 +55,8 @@ class Probe:
 class Choice:
     """One way to compress a document: the ratio of pairs kept, the bits of each number (None: the model's dtype).
 
-    `answers` of `asked` answers are those of the full cache; `cache_bytes` is what the cache takes.
+    `answers` of `asked` answers are those of the full cache; `cache_bytes` is what the cache takes. `fitted` is whether
+    the pairs were fitted.
     """
 
     ratio: float
@@ -61,6 +64,7 @@ class Choice:
     answers: int
     asked: int
     cache_bytes: int
+    fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def tune(
     *,
     ratios: Iterable[SupportsFloat] = RATIOS,
     bits: Iterable[SupportsIndex] = BITS,
+    refit: bool = True,
     keep: SupportsFloat = 0.95,
     count: SupportsIndex | None = None,
     max_tokens: SupportsIndex = 48,
@@ -102,13 +107,15 @@ def tune(
     in twenty is.
 
     Ratios are tried from the largest on, until one keeps less than `keep` of the answers; the one before it is
-    recommended, and tried in fewer bits. Beyond asking and answering this costs a packing of each cache tried.
+    recommended, and tried in fewer bits, and fitted (see `kvzip.refit`), which keeps more of what was not asked.
+    Beyond asking and answering this costs a packing of each cache tried, and one fit.
 
     Args:
         cache: with scores, as for `compress`; it is not changed.
         questions: in place of the model's own; without a chat template each continues the document.
         ratios: fractions of the pairs KEPT to try.
         bits: 8 and 4, each tried at the ratio that is enough.
+        refit: whether the recommended cache is fitted, with a floor of a fifth in each head, if that loses no answer.
         keep: the part of the answers that must be kept, in (0, 1]: nearly all, as a few stand for many.
         count: questions, and as many passages; None takes one for 250 tokens, from 5 to 8.
         max_tokens: of an answer.
@@ -148,10 +155,10 @@ def tune(
     full = _probabilities(model, cache, probes)
     needed = enough * len(probes) - 1e-9
 
-    def kept(small: RaggedCache, ratio: float, width: int | None) -> Choice:
-        step(f"reading the answers from {ratio:.0%}" + (f" in {width} bits" if width else ""))
+    def kept(small: RaggedCache, ratio: float, width: int | None, *, fitted: bool = False) -> Choice:
+        step(f"reading the answers from {ratio:.0%}" + (f" in {width} bits" if width else "") + ", fitted" * fitted)
         found = sum(map(_is_kept, probes, full, _probabilities(model, small, probes)))
-        return Choice(ratio, width, found, len(probes), nbytes(small))
+        return Choice(ratio, width, found, len(probes), nbytes(small), fitted)
 
     choices, best = [], Choice(1.0, None, len(probes), len(probes), nbytes(cache))
     for ratio in tried:
@@ -163,6 +170,12 @@ def tune(
         choices.append(kept(compress(cache, best.ratio, bits=width), best.ratio, width))
         best = choices[-1] if choices[-1].answers >= needed and choices[-1].cache_bytes < best.cache_bytes else best
     small = compress(cache, best.ratio, bits=best.bits)
+    if refit and best.ratio < 1:
+        step(f"fitting {best.ratio:.0%}")
+        fitted = fit(model, cache, compress(cache, best.ratio, floor=FLOOR, bits=best.bits))
+        choices.append(kept(fitted, best.ratio, best.bits, fitted=True))
+        if choices[-1].answers >= best.answers:
+            best, small = choices[-1], fitted
     return Tuning(tuple(probes), tuple(choices), best, small, nbytes(cache))
 
 

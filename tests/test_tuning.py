@@ -44,16 +44,22 @@ def test_answers_are_counted_and_the_smallest_enough_is_recommended(model, templ
     assert len([p for p in found.probes if p.repeats]) == (3 if template else 6)
     whole = tuning.Choice(1.0, None, len(found.probes), len(found.probes), kvzip.nbytes(full))
     for choice in found.choices:
-        small = kvzip.compress(full, choice.ratio, bits=choice.bits)
+        small = kvzip.compress(full, choice.ratio, bits=choice.bits, floor=0.2 * choice.fitted)
+        small = kvzip.refit(model, full, small) if choice.fitted else small
         assert choice.answers == sum(kept(model, full, small, probe, template) for probe in found.probes)
         assert (choice.asked, choice.cache_bytes) == (len(found.probes), kvzip.nbytes(small))
-    *wide, last = found.choices
+    fitted = found.choices[-1] if found.choices[-1].fitted else None
+    *wide, last = found.choices[: -1 if fitted else None]
     enough = [choice.answers >= keep * choice.asked for choice in wide]
     assert [(c.ratio, c.bits) for c in wide] == [(0.9, None), (0.5, None), (0.1, None)][: len(wide)]
     assert all(enough[:-1]) and (len(wide) == 3 or not enough[-1]), "up to the first that keeps too few"
     best = ([whole] + [choice for choice, good in zip(wide, enough, strict=True) if good])[-1]
     assert (last.ratio, last.bits) == (best.ratio, 8)
-    assert found.recommended == (last if last.answers >= keep * last.asked else best)
+    best = last if last.answers >= keep * last.asked else best
+    assert (fitted is None) == (best.ratio == 1)
+    assert fitted is None or (fitted.ratio, fitted.bits) == (best.ratio, best.bits)
+    assert found.recommended == (fitted if fitted and fitted.answers >= best.answers else best)
+    assert any(x.bias is not None for x in found.cache.context) == found.recommended.fitted
     assert found.cache.kept == int(found.recommended.ratio * full.total)
     greedy = [p for p in found.probes if not p.repeats]
     for probe in greedy:

@@ -8,6 +8,7 @@ import click
 
 from ..display import visible_line
 from ..hub import Loading
+from ..ratios import FLOOR
 from . import documents
 from .output import echo, hint, put_json, say, size, stages
 from .plumbing import FileName, Ratio, command, finite, positive, resuming
@@ -57,6 +58,12 @@ SUFFIX = ".kvz"
     "each segment keeps its own share.",
 )
 @click.option(
+    "--floor",
+    type=click.FloatRange(0, 1),
+    callback=finite,
+    help=f"Part of an equal share that every head keeps at least [default: {FLOOR} with --refit, otherwise 0].",
+)
+@click.option(
     "--scope",
     type=click.Choice(["context", "chunk"]),
     help="What scoring attends to: all, or a chunk (linear cost) [default: chunk].",
@@ -104,6 +111,7 @@ def compress(
     level: str | None,
     bits: str | None,
     refit: bool,
+    floor: float | None,
     scope: str | None,
     method: str,
     heads: str | None,
@@ -132,6 +140,12 @@ def compress(
         raise click.UsageError("--heads takes no --scope, --level or --threshold: nothing is scored, heads stay whole")
     if not heads and (sink is not None or recent is not None):
         raise click.UsageError("--sink and --recent go with --heads: without it no head is dropped; see --help")
+    if floor and (heads or threshold is not None or level == "head"):
+        raise click.UsageError(
+            "--floor takes no --heads, --threshold or --level head: it is a part of each head's share"
+        )
+    if floor is None:
+        floor = FLOOR if refit and not heads and threshold is None and level != "head" else 0.0
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     scores = None if heads is None else find_heads(heads)
@@ -152,7 +166,7 @@ def compress(
                 output,
                 turn=options.turn(system, instruction, not plain),
                 scoring=options.scoring(scope or "chunk", method, chunk, 8),
-                budget=options.budget(ratio, level=level or "pair", budget=budget, threshold=threshold),
+                budget=options.budget(ratio, level or "pair", budget=budget, threshold=threshold, floor=floor),
                 bits=int(bits) if bits else None,
                 refit=refit,
                 segment=segment,

@@ -56,6 +56,12 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
     help="Tried at the ratio that is enough; may be repeated.",
 )
 @click.option(
+    "--refit/--no-refit",
+    default=True,
+    show_default=True,
+    help="Fit what is recommended, as `kvzip compress --refit` does.",
+)
+@click.option(
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     callback=finite,
@@ -79,6 +85,7 @@ def tune(
     questions: tuple[str, ...],
     ratios: tuple[float, ...],
     bits: tuple[str, ...],
+    refit: bool,
     keep: float,
     count: int | None,
     output: Path | None,
@@ -118,6 +125,7 @@ def tune(
             [follow(question, chat=not plain) for question in asked] or None,
             ratios=ratios,
             bits=[int(width) for width in bits if width != "none"],
+            refit=refit,
             keep=keep,
             count=count,
             progress=stage,
@@ -142,7 +150,7 @@ def tune(
     elif not as_json:
         sources = " ".join(map(shlex.quote, documents_))
         best = found.recommended
-        choice = f"-r {best.ratio:g}" + (f" --bits {best.bits}" if best.bits else "")
+        choice = f"-r {best.ratio:g}" + (f" --bits {best.bits}" if best.bits else "") + " --refit" * best.fitted
         hint(f"compress it:  kvzip compress {sources} -m {model} {choice}, or pass -o FILE{SUFFIX} here")
 
 
@@ -169,4 +177,4 @@ def _show(found: "Tuning", model: str, tokens: int, keep: float, seconds: float,
 
 
 def _named(choice: "Choice") -> str:
-    return f"{choice.ratio:.0%}" + (f" in {choice.bits} bits" if choice.bits else "")
+    return f"{choice.ratio:.0%}" + (f" in {choice.bits} bits" if choice.bits else "") + ", fitted" * choice.fitted

@@ -14,7 +14,7 @@ from .. import ops
 from ..attention import new_layers, prefill_attend, segment_attend
 from ..cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
 from ..cache.caches import REFITTED, map_tensors
-from ..cache.rows import biases, first_rows, gather, interleave, of_rows, pack, ranked
+from ..cache.rows import LARGEST, biases, first_rows, gather, interleave, of_rows, pack, ranked
 from ..models import Model, run_attention
 from ..ops.types import owners
 from ..refitting import fit_rows
@@ -77,12 +77,25 @@ def run_of(cache: RaggedCache, plan: Plan) -> Run:
     """The run that continues from a cache."""
     none = torch.empty(len(cache.scored_layers), cache.heads, 0)
     values = none if cache.scores is None else cache.scores.values.cpu()
-    scored = iter(values)
+    scored = iter(ranks_of(values, plan))
     ranks = [
-        of_rows(layer, ranked(next(scored), plan.protect), plan.start) if isinstance(layer, RaggedKV) else None
-        for layer in cache.context
+        of_rows(layer, next(scored), plan.start) if isinstance(layer, RaggedKV) else None for layer in cache.context
     ]
     return Run(list(cache.context), ranks, cache.token_ids, cache.kept, (values,))
+
+
+def ranks_of(values: Float32[Tensor, "L H E"], plan: Plan, *, first: int = 0) -> Float32[Tensor, "L H E"]:
+    """Returns the ranks of pairs, see `ranked`, from context token `first` on, with which a segment begins.
+
+    In each segment those that the floor gives to a head come right behind the protected ones.
+    """
+    ranks = ranked(values, plan.protect, first=first)
+    parts = zip(values.split(plan.segment, dim=2), ranks.split(plan.segment, dim=2), strict=True)
+    for own, rank in parts if plan.floor and values.numel() else ():
+        count = int(plan.floor * plan.ratio * own.shape[2])
+        mask = ops.select_uniform_count(own, count=count, nan=torch.zeros(1, dtype=torch.int32, device=own.device))
+        rank.masked_fill_(mask & rank.isfinite(), LARGEST)
+    return ranks
 
 
 def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
@@ -99,7 +112,7 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     kept = min(max(plan.budget(heads, stop), protected), run.kept + values.numel())
     context: list[Any] = list(segment.layers)
     ranks = list(run.ranks)
-    chosen = _choose(run, ranked(values, plan.protect, first=done), kept + heads * plan.start, plan)
+    chosen = _choose(run, ranks_of(values, plan, first=done), kept + heads * plan.start, plan)
     positions = torch.arange(plan.start + done, plan.start + stop, dtype=torch.int32, device=values.device)
     fitted = _refit_(model, segment, chosen, plan, before=older, end=end) if plan.refitting is not None else {}
     for n, (keep, sizes, rank) in zip(segment.scored_layers, chosen, strict=True):

@@ -39,14 +39,17 @@ class Launch(NamedTuple):
 
 
 LAUNCHES = (
-    Launch(4, 2048, 4, 3, 2048),
-    Launch(4, 4096, 8, 3, 2048),
-    Launch(8, 1024, 4, 3, 2048),
-    Launch(8, 2048, 8, 3, 2048),
     Launch(4, 1024, 2, 4, 2048),
-    Launch(2, 4096, 4, 3, 2048),
-    Launch(4, 2048, 4, 4, 4096),
-    Launch(4, 2048, 4, 3, 512),
+    Launch(4, 1024, 2, 4, 1024),
+    Launch(4, 1024, 2, 4, 4096),
+    Launch(4, 1024, 2, 3, 2048),
+    Launch(4, 1024, 2, 5, 2048),
+    Launch(4, 512, 1, 4, 2048),
+    Launch(8, 512, 2, 4, 2048),
+    Launch(8, 1024, 4, 4, 2048),
+    Launch(8, 512, 2, 5, 2048),
+    Launch(2, 1024, 1, 4, 2048),
+    Launch(8, 1024, 4, 3, 1024),
 )
 """What may be launched for one row of 8-bit codes; the first is taken. None is timed yet:
 `benchmarks/ops.py --only linear --launches` times each."""

@@ -56,14 +56,15 @@ _VARIANTS = (
 _HALVES = (
     Launch(16, 64, 4, 4, 4),
     Launch(16, 64, 8, 8, 3),
+    Launch(16, 64, 8, 8, 3, fused=False),
+    Launch(16, 64, 8, 8, 4),
+    Launch(16, 64, 16, 16, 2),
+    Launch(16, 64, 16, 8, 2),
+    Launch(32, 64, 8, 8, 3),
     Launch(16, 64, 8, 4, 3),
-    Launch(32, 64, 4, 4, 4),
-    Launch(16, 64, 4, 4, 6),
     Launch(16, 64, 2, 2, 6),
-    Launch(16, 64, 4, 4, 4, ahead=0),
-    Launch(16, 64, 4, 4, 4, ahead=2048),
+    Launch(16, 64, 2, 2, 6, fused=False),
     Launch(16, 64, 4, 4, 4, fused=False),
-    Launch(16, 32, 8, 4, 4),
 )
 LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": _HALVES}
 """What may be launched for one row, by kind; the first is taken. All compile without spills; none is timed yet:
@@ -153,6 +154,14 @@ def _partial(total, codes, x, x_high, zero, KIND: tl.constexpr, ZERO: tl.constex
 
 @triton.jit
 @no_type_check
+def _steps(ptr, owner, start, Q: tl.constexpr, SLICES: tl.constexpr, UNIT: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Scales or zero points of the outputs and slices of the tile that begins at byte `start`: [SLICES, BLOCK_N]."""
+    g = tl.minimum((start + tl.arange(0, SLICES) * BLOCK_B) // UNIT, Q - 1)
+    return tl.load(ptr + owner[None, :] + g[:, None])
+
+
+@triton.jit
+@no_type_check
 def _inputs(x_ptr, norm_ptr, k, r, K: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr, ONE: tl.constexpr,
             WHOLE_TILES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Inputs k of all rows, times the norm's weights: [SLICES, BLOCK_B, BLOCK_R]; and the squares of one row's."""
@@ -226,12 +235,31 @@ def _quantized_kernel(
     square = tl.zeros([SLICES, BLOCK_B], tl.float32)
     zero = tl.zeros([SLICES, BLOCK_N], tl.int8)
     zero_2 = zero
-    if ZERO and WHOLE:
-        zero += tl.load(zero_ptr + owner)[None, :]
+    UNIT: tl.constexpr = GROUP // EACH  # bytes of a group
+    if WHOLE:
+        if ZERO:
+            zero += tl.load(zero_ptr + owner)[None, :]
+            if GATE != "":
+                zero_2 += tl.load(zero_ptr + owner_2)[None, :]
+    else:  # those of a tile are loaded while the one before it is multiplied
+        scale = _steps(scale_ptr, owner, 0, Q, SLICES, UNIT, BLOCK_B)
+        scale_2 = scale
         if GATE != "":
-            zero_2 += tl.load(zero_ptr + owner_2)[None, :]
+            scale_2 = _steps(scale_ptr, owner_2, 0, Q, SLICES, UNIT, BLOCK_B)
+        if ZERO:
+            zero = _steps(zero_ptr, owner, 0, Q, SLICES, UNIT, BLOCK_B)
+            if GATE != "":
+                zero_2 = _steps(zero_ptr, owner_2, 0, Q, SLICES, UNIT, BLOCK_B)
     for start in tl.range(0, P, TILE, num_stages=STAGES):
         b = start + part
+        if not WHOLE:
+            later = _steps(scale_ptr, owner, start + TILE, Q, SLICES, UNIT, BLOCK_B)
+            if GATE != "":
+                later_2 = _steps(scale_ptr, owner_2, start + TILE, Q, SLICES, UNIT, BLOCK_B)
+            if ZERO:
+                later_zero = _steps(zero_ptr, owner, start + TILE, Q, SLICES, UNIT, BLOCK_B)
+                if GATE != "":
+                    later_zero_2 = _steps(zero_ptr, owner_2, start + TILE, Q, SLICES, UNIT, BLOCK_B)
         if WHOLE_TILES:
             codes = tl.load(at + start)
         else:
@@ -246,11 +274,8 @@ def _quantized_kernel(
         if WHOLE:
             acc = _partial(acc, codes, x, x_high, zero, KIND, ZERO, COMPUTE, LOW, HIGH)
         else:
-            g = tl.minimum((start + tl.arange(0, SLICES) * BLOCK_B) * EACH // GROUP, Q - 1)[:, None]
-            if ZERO:
-                zero = tl.load(zero_ptr + owner[None, :] + g)
-            scale = tl.load(scale_ptr + owner[None, :] + g).to(tl.float32)  # [SLICES, BLOCK_N]
-            acc += _partial(none, codes, x, x_high, zero, KIND, ZERO, COMPUTE, LOW, HIGH) * scale[:, :, None]
+            sums = _partial(none, codes, x, x_high, zero, KIND, ZERO, COMPUTE, LOW, HIGH)
+            acc += sums * scale.to(tl.float32)[:, :, None]
         if GATE != "":
             if WHOLE_TILES:
                 codes = tl.load(at_2 + start)
@@ -259,10 +284,16 @@ def _quantized_kernel(
             if WHOLE:
                 acc_2 = _partial(acc_2, codes, x, x_high, zero_2, KIND, ZERO, COMPUTE, LOW, HIGH)
             else:
-                if ZERO:
-                    zero_2 = tl.load(zero_ptr + owner_2[None, :] + g)
-                scale = tl.load(scale_ptr + owner_2[None, :] + g).to(tl.float32)
-                acc_2 += _partial(none, codes, x, x_high, zero_2, KIND, ZERO, COMPUTE, LOW, HIGH) * scale[:, :, None]
+                sums = _partial(none, codes, x, x_high, zero_2, KIND, ZERO, COMPUTE, LOW, HIGH)
+                acc_2 += sums * scale_2.to(tl.float32)[:, :, None]
+        if not WHOLE:
+            scale = later
+            if GATE != "":
+                scale_2 = later_2
+            if ZERO:
+                zero = later_zero
+                if GATE != "":
+                    zero_2 = later_zero_2
     out = tl.sum(acc, 0)  # [BLOCK_N, BLOCK_R]
     out_2 = out
     if GATE != "":
