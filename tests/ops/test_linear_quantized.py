@@ -429,9 +429,14 @@ def test_launches_do_not_cross_groups():
                 if kind == "int4" and group % 32:
                     continue
                 for dtype in (torch.bfloat16, torch.float32):
-                    config = launch_config(kind, rows, torch.empty(0, dtype=dtype))
-                    config = within_groups(config, weight(kind, 4, 2 * group, group=group))
-                    assert group % (config.block_bytes * (2 if kind == "int4" else 1)) == 0 and config.block_bytes >= 16
+                    for inputs in (2 * group, 8192 // group * group + group):
+                        made = empty_weight(4, inputs, kind=kind, group=group, device="cpu")
+                        config = launch_config(kind, rows, 4, inputs, torch.empty(0, dtype=dtype))
+                        config = within_groups(config, made)
+                        assert (
+                            group % (config.block_bytes * (2 if kind == "int4" else 1)) == 0
+                            and config.block_bytes >= 16
+                        )
         assert all(len(set(LAUNCHES[kind])) == len(LAUNCHES[kind]) for kind in KINDS)
     assert suits(weight("int4", 4, 96, group=32)) and not suits(weight("int4", 4, 72, group=24))
 

@@ -51,17 +51,18 @@ LAUNCHES = (
     Launch(2, 1024, 1, 4, 2048),
     Launch(8, 1024, 4, 3, 1024),
 )
-"""What may be launched for one row of 8-bit codes; the first is taken. None is timed yet:
-`benchmarks/ops.py --only linear --launches` times each."""
+"""What `benchmarks/ops.py --only linear --launches` times for one row of 8-bit codes."""
 
 
-def launch_config(N: int, K: int, kind: str = "") -> Launch:
+def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Launch:
     """The launch for one row, N outputs and K inputs, of a kind of codes or none.
 
-    Tuned on an H100, 2026-11-24: docs/tuning.md. Of codes none is timed yet.
+    Tuned on an H100, 2026-11-24, of codes on 2026-11-27: docs/tuning.md.
     """
+    if kind and norm:
+        return Launch(8, 512, 2, 5, 2048)  # what norms x is read by every program: fewer of them
     if kind:
-        return LAUNCHES[0]
+        return Launch(8, 1024, 4, 3, 1024) if K >= 8192 else Launch(4, 1024, 2, 4, 2048)
     if K >= 8192:
         return Launch(8, 1024, 8, 3, 1024)  # long rows: more outputs share what is read of x
     return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
@@ -115,7 +116,7 @@ def one_row(
 ) -> Float[Tensor, "*b M"]:
     """`linear` of one row, with plain weights or those that `has_plain_codes`."""
     (N, K), kind = weight.shape, weight.kind if isinstance(weight, QuantizedWeight) else ""
-    config = config or launch_config(N, K, kind)
+    config = config or launch_config(N, K, kind, norm=norm is not None)
     N = N if gate is None else N // 2
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)

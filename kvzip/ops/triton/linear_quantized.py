@@ -67,19 +67,21 @@ _HALVES = (
     Launch(16, 64, 4, 4, 4, fused=False),
 )
 LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": _HALVES}
-"""What may be launched for one row, by kind; the first is taken. All compile without spills; none is timed yet:
-`benchmarks/ops.py --only linear --launches` times each."""
+"""What `benchmarks/ops.py --only linear --launches` times for one row, by kind."""
 
 
-def launch_config(kind: str, rows: int, x: Tensor) -> Launch:
-    """The launch for so many rows of x."""
-    config = LAUNCHES[kind][0]
+def launch_config(kind: str, rows: int, outputs: int, inputs: int, x: Tensor) -> Launch:
+    """The launch for so many rows of x. Tuned on an H100, 2026-11-27: docs/tuning.md."""
     if x.dtype == torch.float32:
-        config = Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
-    elif rows > 16:
-        wide = 32 if kind == "int4" else 64  # bytes; more take nearly all registers, or spill
-        config = Launch(32 if rows <= 32 else 16, wide, 4, 4, 3)
-    return config
+        return Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
+    long = inputs >= 8192
+    if rows > 32:
+        return Launch(16, 32 if kind == "int4" else 64, 4, 4, 3)  # more bytes take nearly all registers, or spill
+    if rows > 16:
+        return Launch(16, 64, 8, 8, 3) if long and kind != "int4" else Launch(32, 64, 4, 8 if long else 4, 3)
+    if kind == "int4":  # few outputs are few programs: more slices each
+        return Launch(16, 64, 16, 8, 2) if outputs <= 8192 else Launch(16, 64, 4, 4, 4)
+    return Launch(16, 128, 4, 4, 4)
 
 
 def within_groups(config: Launch, weight: QuantizedWeight) -> Launch:
@@ -111,7 +113,7 @@ def few_rows(
     rows = x.numel() // inputs
     x = x.contiguous()
     whole = weight.group == inputs  # one scale for each output: it multiplies the sums
-    config = within_groups(config or launch_config(weight.kind, rows, x), weight)
+    config = within_groups(config or launch_config(weight.kind, rows, outputs, inputs, x), weight)
     if norm is not None and (rows > 1 or not config.fused):
         x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
     N = outputs if gate is None else outputs // 2
