@@ -176,7 +176,8 @@ def _pack(
     layers: list[Any] = list(cache.layers)
     scores = cache.scores
     assert scores is not None
-    rows = [[scores.start + count for count in heads] for heads in counts]
+    rows = [[scores.start + count for count in heads_of(cache.share, heads)] for heads in counts]
+    keep = heads_of(cache.share, keep)
     pair = 2 * layers[0].width * layers[0].k.element_size()
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
@@ -197,7 +198,7 @@ def _pack(
             cache.layers.clear()
         for at, n in order:
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
-            with explain_out_of_memory(explanation, f"{remedy}; {state}"):
+            with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
                 whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
                 context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits)
             if consume:

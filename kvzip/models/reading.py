@@ -1,6 +1,6 @@
 """Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from ..ops import QuantizedWeight, quantize_weight
-from ..ops.weights import stack_weights
+from ..ops.weights import columns, rows_at_once, stack_weights
+from ..parallel import Share, agreed, together
+from ..parallel.reduction import head_rows
 from .config import ModelConfig
-from .identity import StoredTensor, checkpoint_digest, stored_tensor
+from .division import HEAD_UNIT, Part, check_units, divided, own_index, own_values, parts_of
+from .identity import checkpoint_digest
 from .packed import MAIN, OF_CACHES, OTHERS, read_part, with_activations
 from .schemes import QSERVE, Quantization, Scheme
-from .shards import Place, opened, same, shards
+from .shards import Place, Read, copy_, opened, same, shards, stored
 from .weights import EMBED, HEAD, LINEAR, LayerWeights, Weights, empty_weights, short_name, slots
 
 _CODES = ("F8_E4M3", "I8")  # of a `weight` that is quantized
+_AT_ONCE = 1 << 25  # weights that are rounded at once
 _COMPANIONS = {suffix for others in OTHERS.values() for suffix in others} | set(MAIN.values())
 
 
@@ -30,6 +34,7 @@ class Reading:
     device: torch.device
     kind: str | None = None
     round_inputs: bool = False  # as the checkpoint says
+    share: Share | None = None  # of what is read
 
 
 def read_weights(
@@ -42,10 +47,12 @@ def read_weights(
 ) -> tuple[Weights, str]:
     """Returns the weights in safetensors files, on a device, and the digest of the checkpoint.
 
+    With a share, the weights are a rank's, and only its parts of the files are read; a tied head is whole.
+
     Names and shapes are checked before anything is allocated; those of quantized layers as they are read. Besides the
-    weights, memory holds at most one mapped shard and the matrices of one product. If config.json ties the head to the
-    embedding, they are one tensor where the files have only one of them or two equal ones; two different ones are kept
-    apart, as in Transformers.
+    weights, memory holds some hundred MB of mapped files and the matrices of one product. If config.json ties the head
+    to the embedding, they are one tensor where the files have only one of them or two equal ones; two different ones
+    are kept apart, as in Transformers.
 
     Args:
         quantization: how config.json says that linear layers are stored.
@@ -80,6 +87,11 @@ def read_weights(
     if reading.round_inputs and not schemes:
         raise ValueError(
             "expected a checkpoint that says how activations are rounded, got one of 16 bits: leave out activations="
+        )
+    if reading.round_inputs and reading.share is not None:
+        raise ValueError(
+            "expected one process to round activations, got several ranks: the largest input of o and down would be "
+            "another on each; leave out activations="
         )
     return _assembled(found, schemes, config, layer_names, reading)
 
@@ -176,23 +188,43 @@ def _assembled(
                 f"expected the layers of one product quantized alike, got {plain[0]!r} in 16 bits beside "
                 f"{next(name for name in names if name in schemes)!r}: take another checkpoint"
             )
-    weights = _allocated(config, set(stacks), layer_names, reading)
-    made: dict[str, QuantizedWeight] = {}
-    digest = checkpoint_digest(
-        _filled(found, slots(config, weights, layer_names), stacks, schemes, config, reading, made)
-    )
+    share, unit = reading.share, HEAD_UNIT if HEAD in schemes else 1
+    parts: Mapping[str, Part] = {}
+    if share is not None:
+        check_units(config, layer_names, share, schemes=schemes, kind=reading.kind)
+        parts = parts_of(config, layer_names, share, unit=unit)
+    own = divided(config, share)
+    head = head_rows(share, config.vocab_size, unit=unit)
+    with together(share):
+        weights = _allocated(own, set(stacks), reading, head.stop - head.start)
+        files = _Files(found, slots(own, weights, layer_names), schemes, parts, reading)
+        made = _filled(files, stacks)
     layers = [
         replace(layer, **{field: made[name] for field in LINEAR if (name := f"layers.{n}.{field}") in made})
         for n, layer in enumerate(weights.layers)
     ]
-    return replace(weights, layers=tuple(layers), unembed=made.get("unembed", weights.unembed)), digest
+    weights = replace(weights, layers=tuple(layers), unembed=made.get("unembed", weights.unembed))
+    # a head tied to the embedding is stored too: in the checkpoint's dtype the two may differ, and the digest must not
+    # depend on the dtype of the weights
+    return weights, agreed(share, lambda: checkpoint_digest(stored(found)))
 
 
-def _allocated(config: ModelConfig, left_out: set[str], layer_names: Mapping[str, Any], reading: Reading) -> Weights:
+@dataclass(frozen=True)
+class _Files:
+    """What is stored where, and where it goes: `places` by name, with the `parts` of those that are divided."""
+
+    found: Mapping[str, Place]
+    places: Mapping[str, Tensor]
+    schemes: Mapping[str, Scheme]
+    parts: Mapping[str, Part]
+    reading: Reading
+
+
+def _allocated(config: ModelConfig, left_out: set[str], reading: Reading, head: int) -> Weights:
     """Uninitialised weights on the device; those left out stay on the meta device."""
     if not left_out:
-        return empty_weights(config, dtype=reading.dtype, device=reading.device)
-    meta = empty_weights(config, dtype=reading.dtype, device="meta")
+        return empty_weights(config, dtype=reading.dtype, device=reading.device, head=head)
+    meta = empty_weights(config, dtype=reading.dtype, device="meta", head=head)
 
     def real(name: str, tensor: Any) -> Any:
         known = isinstance(tensor, Tensor) and name not in left_out
@@ -207,73 +239,78 @@ def _allocated(config: ModelConfig, left_out: set[str], layer_names: Mapping[str
     return Weights(embed=embed, layers=tuple(layers), norm=real("norm", meta.norm), unembed=unembed)
 
 
-def _filled(
-    found: Mapping[str, Place],
-    places: Mapping[str, Tensor],
-    stacks: Mapping[str, tuple[str, ...]],
-    schemes: Mapping[str, Scheme],
-    config: ModelConfig,
-    reading: Reading,
-    made: dict[str, QuantizedWeight],
-) -> Iterator[StoredTensor]:
-    """Copies every tensor into its place or makes it a part of `made`, file by file, and yields it as it is stored.
-
-    A head tied to the embedding has no place of its own. It is yielded too: in the checkpoint's dtype the two may
-    differ, and the digest must not depend on the dtype of the weights.
-    """
+def _filled(files: _Files, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, QuantizedWeight]:
+    """Copies every tensor into its place, file by file, and returns the stacks that are quantized."""
     stack_of = {
         f"{name.removesuffix('.weight')}.{suffix}": stack
         for stack, names in stacks.items()
         for name in names
         for suffix in _COMPANIONS
     }
-    with shards() as tensor_of:
-        for short, place in found.items():
+    made: dict[str, QuantizedWeight] = {}
+    with shards() as read:
+        for short, place in files.found.items():
             stack = stack_of.get(short)
-            if stack is None:
-                tensor = tensor_of(place)
-                if short in places:
-                    places[short].copy_(tensor)
-                yield stored_tensor(short, tensor)
-            elif stack not in made:
-                read: dict[str, Tensor] = {}
-                made[stack] = _stack(stacks[stack], found, places, schemes, tensor_of, reading, read)
-                yield from (stored_tensor(name, tensor) for name, tensor in read.items())
+            if stack is None and short in files.places:
+                copy_(files.places[short], read, place, _index(files.parts.get(short)))
+            elif stack is not None and stack not in made:
+                names = stacks[stack]
+                make = _read_stack if files.reading.kind is None else _rounded_stack
+                made[stack] = on_device(make(names, files, read), files.reading.device)
+    return made
 
 
-def _stack(
-    names: Sequence[str],
-    found: Mapping[str, Place],
-    places: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme],
-    tensor_of: Callable[[Place], Tensor],
-    reading: Reading,
-    read: dict[str, Tensor],
-) -> QuantizedWeight:
-    """The matrices of one product, quantized and on the device; what was read for them is added to `read`."""
+def _index(part: Part | None) -> tuple[slice, ...]:
+    """The index of a part of a matrix or a vector that is stored as it is."""
+    if part is None:
+        return ()
+    return (slice(None),) * part.axis + (slice(part.start, part.stop),)
 
-    def get(stem: str, suffix: str) -> Tensor | None:
-        name = f"{stem}.{suffix}"
-        if name not in read and name in found:
-            read[name] = tensor_of(found[name])
-        return read.get(name)
+
+def _read_stack(names: Sequence[str], files: _Files, read: Read) -> QuantizedWeight:
+    """The matrices of one product, as the checkpoint quantizes them."""
+
+    def get(name: str, suffix: str) -> Tensor | None:
+        place = files.found.get(f"{name.removesuffix('.weight')}.{suffix}")
+        if place is None:
+            return None
+        part, scheme = files.parts.get(name), files.schemes[name]
+        if part is None:
+            return read(place)
+        index = own_index(tuple(read(place).shape), scheme.layout, suffix, part, scheme)
+        inner = files.places[name].shape
+        whole = (part.of, inner[1]) if part.axis == 0 else (inner[0], part.of)
+        return own_values(suffix, read(place, index), part, whole, scheme)
 
     stems = [name.removesuffix(".weight") for name in names]
-    if reading.kind is not None:
-        whole = [get(stem, "weight") for stem in stems]
-        return stack_weights([quantize_weight(x.to(reading.device), reading.kind) for x in whole if x is not None])
-    gets = [partial(get, stem) for stem in stems]
+    gets = [partial(get, name) for name in names]
     parts = [
-        read_part(stem, schemes[name], own, *places[name].shape)
+        read_part(stem, files.schemes[name], own, *files.places[name].shape)
         for name, stem, own in zip(names, stems, gets, strict=True)
     ]
-    if reading.round_inputs:
-        parts = with_activations(stems[0], parts, schemes[names[0]], gets)
-    for stem, own in zip(stems, gets, strict=True):  # the digest is of all that is stored
-        for suffix in _COMPANIONS:
-            if f"{stem}.{suffix}" in found:
-                own(suffix)
-    return on_device(stack_weights(parts), reading.device)
+    if files.reading.round_inputs:
+        parts = with_activations(stems[0], parts, files.schemes[names[0]], gets)
+    return stack_weights(parts)
+
+
+def _rounded_stack(names: Sequence[str], files: _Files, read: Read) -> QuantizedWeight:
+    """The matrices of one product, quantized while they are read.
+
+    A row's scale is of its largest weight, wherever it is: rows are read whole, and rounded before they are divided.
+    """
+    kind, device = files.reading.kind, files.reading.device
+    assert kind is not None
+    rounded = []
+    for name in names:
+        place, part = files.found[name], files.parts.get(name)
+        if part is None or part.axis == 0:
+            rounded.append(quantize_weight(read(place, _index(part)).to(device), kind))
+            continue
+        outputs = files.places[name].shape[0]
+        step = rows_at_once(part.of) * max(1, _AT_ONCE // (rows_at_once(part.of) * part.of))
+        blocks = (read(place, (slice(at, at + step),)).to(device) for at in range(0, outputs, step))
+        rounded.append(stack_weights([columns(quantize_weight(x, kind), part.start, part.stop) for x in blocks]))
+    return stack_weights(rounded)
 
 
 def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
