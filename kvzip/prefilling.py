@@ -71,9 +71,7 @@ def prefill(
             run_attention(model, part[None], positions, prefill_attend(model.config, layers, done))
         if progress is not None:
             progress(done + len(part), length)
-    return DenseCache(
-        layers, length, len(prefix), bool(template), token_ids, model.fingerprint, share=model.share
-    )
+    return DenseCache(layers, length, len(prefix), bool(template), token_ids, model.fingerprint, share=model.share)
 
 
 def dense_bytes(model: Model, length: int) -> int:

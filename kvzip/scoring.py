@@ -14,7 +14,7 @@ from . import options, prompts
 from .attention import Formula, Sight, score_attend
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pairs, check_whole, explain_out_of_memory
 from .checks import check_kind
-from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
+from .inputs import check_belongs, check_length, context_ids, prompt_of, tokenizer_of
 from .models import Attend, Model, run_attention
 from .ops.weights import plain
 from .options import Scoring
@@ -65,7 +65,7 @@ def score(
     check_kind(cache, DenseCache)
     scoring = options.scoring(scope, method, chunk, hint)
     check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     layers = cache.scored_layers
     if not layers:
         raise ValueError(

@@ -21,11 +21,12 @@ ALLOWED = {
     "kvzip.options": {"kvzip.checks"},
     "kvzip.machine": set(),
     "kvzip.ops": set(),
-    "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display"},
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},
+    "kvzip.parallel": {"kvzip.ops"},
+    "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display", "kvzip.parallel"},
+    "kvzip.cache": {"kvzip.parallel", "kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},
     "kvzip.templates": set(),
     "kvzip.prompts": {"kvzip.templates"},
-    "kvzip.models": {"kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.parallel", "kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (

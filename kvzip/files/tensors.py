@@ -3,10 +3,12 @@
 Files are read and summed in blocks of about 4 MiB, which stay in a CPU's cache between the two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -30,7 +32,16 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ROW = 509  # 8-byte words of a row, whose columns are summed; prime, so that swapped ranges end in other columns
-_BLOCK = 1024 * 8 * _ROW  # bytes
+BLOCK = 1024 * 8 * _ROW  # bytes
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor to write whose bytes come in pieces of any size, one after the other, when they are asked for."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[Tensor]]
 
 
 def read_tensor(
@@ -58,12 +69,12 @@ def read_tensor(
 def staging(device: str | torch.device) -> Tensor | None:
     """Returns the buffer through which `read_tensor` reads tensors to another device; None for the CPU."""
     kind = torch.device(device).type
-    return None if kind == "cpu" else torch.empty(4, _BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
+    return None if kind == "cpu" else torch.empty(4, BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
 
 
 def write_file(
     path: str | Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Pieces],
     header: Mapping[str, Any],
     *,
     note: Mapping[str, Any] | None = None,
@@ -77,7 +88,7 @@ def write_file(
     check_mapping(note, "note")
     path = Path(path)
     check_target(path, overwrite=overwrite)
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # widest first: aligned
+    ordered = {name: tensors[name] for name in in_order(tensors)}
     entries = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered.items()}
     header = {**header, "version": VERSION, "library": LIBRARY, "note": dict(note or {})}
     size = len(encode_head(entries, header, None))
@@ -93,11 +104,27 @@ def write_file(
         raise OSError(error.errno, error.strerror, str(path)) from error  # errors of a full disk name no file
 
 
+def in_order(tensors: Mapping[str, Tensor | Pieces]) -> list[str]:
+    """Returns the names of tensors as they are written: the widest first, so that all are aligned."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
+def blocks_of(file: OpenFile, begin: int, size: int, first: int, end: int) -> Iterator[tuple[int, int, Tensor, bytes]]:
+    """Yields the blocks with bytes first:end of a tensor of `size` bytes at `begin`: number, place, bytes, sums."""
+    buffer = torch.empty(min(BLOCK, size), dtype=torch.uint8)
+    for number in range(first // BLOCK, -(-end // BLOCK) if end > first else 0):
+        at = number * BLOCK
+        block = buffer[: min(BLOCK, size - at)]
+        file.raw.seek(begin + at)
+        fill(file.raw, block.numpy().data)
+        yield number, at, block, _sums(block.numpy())
+
+
 def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:
     """Fills a tensor of another device. A block is summed and copied while the next ones are read."""
     flat, sums = out.view(-1).view(torch.uint8), []
     copied = [torch.cuda.Event() if out.is_cuda else None for _ in scratch]
-    for number, target in enumerate(flat.split(_BLOCK) if out.numel() else ()):
+    for number, target in enumerate(flat.split(BLOCK) if out.numel() else ()):
         slot = number % len(scratch)
         block, event = scratch[slot, : len(target)], copied[slot]
         if number >= len(scratch):  # the block that was in the slot may still be summed, or copied
@@ -115,14 +142,35 @@ def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[b
     return sums
 
 
-def _write(out: BinaryIO, tensor: Tensor) -> str:
+def _write(out: BinaryIO, tensor: Tensor | Pieces) -> str:
     """Writes a tensor and returns its checksum."""
     sums = []
-    if tensor.numel():
-        for block in _blocks(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()):
-            out.write(block.data)
-            sums.append(_sums(block))
+    for block in _filled(tensor.pieces()) if isinstance(tensor, Pieces) else _blocks(_bytes(tensor)):
+        out.write(block.data)
+        sums.append(_sums(block))
     return digest(b"".join(sums))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+
+
+def _filled(pieces: Iterator[Tensor]) -> Iterator[np.ndarray]:
+    """The bytes of pieces in blocks as of one tensor."""
+    buffer, held = np.empty(BLOCK, np.uint8), 0
+    with closing(cast(Generator[Tensor], pieces)):
+        for piece in pieces:
+            rest = _bytes(piece)
+            while len(rest):
+                taken = rest[: BLOCK - held]
+                buffer[held : held + len(taken)] = taken
+                held, rest = held + len(taken), rest[len(taken) :]
+                if held == BLOCK:
+                    yield buffer
+                    held = 0
+    if held:
+        yield buffer[:held]
 
 
 def _sums(block: np.ndarray) -> bytes:
@@ -139,4 +187,4 @@ def _sums(block: np.ndarray) -> bytes:
 
 
 def _blocks(buffer: np.ndarray) -> Iterator[np.ndarray]:
-    return (buffer[at : at + _BLOCK] for at in range(0, len(buffer), _BLOCK))
+    return (buffer[at : at + BLOCK] for at in range(0, len(buffer), BLOCK))

@@ -91,11 +91,16 @@ def prefill_compressed(
     save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
     if share not in _SHARES:
         raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}: pass one of them")
-    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
+    heads = sum(spec.window is None for spec in model.config.layers) * (model.whole or model.config).num_kv_heads
     if not heads:
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
+        if model.share is not None:
+            raise ValueError(
+                f"expected no checkpoint where {model.share.size} ranks share a model, got one: what is done when one "
+                "of them ends cannot be collected; leave out checkpoint="
+            )
     path = None if checkpoint is None else Path(checkpoint)
     begun = path is not None and is_begun(path)
     turn = options.turn(system, instruction, template)
@@ -166,7 +171,7 @@ def _run(
                 "expected a context of at least one token, got an empty one: pass the document's text or ids"
             )
         if tokens is None:
-            check_protected(plan, len(cache.scored_layers) * cache.heads, done)
+            check_protected(plan, len(cache.scored_layers) * cache.all_heads, done)
         if path is not None:
             path.unlink(missing_ok=True)
         return cache

@@ -15,6 +15,7 @@ from ..cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, as_ragg
 from ..cache.caches import map_tensors
 from ..cache.rows import first_rows, gather, interleave, of_rows, ranked
 from ..models import Model, run_attention
+from ..parallel import Share, heads_of, select_rows, whole_scores
 from ..scoring import score_chunks
 from .plan import Plan, check_share, count_protected
 
@@ -62,15 +63,15 @@ def begin(model: Model, plan: Plan) -> Run:
         positions = torch.arange(plan.start, device=model.device)
         with torch.no_grad():
             run_attention(model, prefix[None].to(model.device), positions, prefill_attend(model.config, layers, 0))
-    dense = DenseCache(layers, plan.start, plan.start, plan.template, prefix, model.fingerprint)
+    dense = DenseCache(layers, plan.start, plan.start, plan.template, prefix, model.fingerprint, share=model.share)
     return run_of(as_ragged(dense), plan)
 
 
 def run_of(cache: RaggedCache, plan: Plan) -> Run:
     """The run that continues from a cache."""
-    none = torch.empty(len(cache.scored_layers), cache.heads, 0)
+    none = torch.empty(len(cache.scored_layers), cache.all_heads, 0)
     values = none if cache.scores is None else cache.scores.values.cpu()
-    scored = iter(values)
+    scored = iter(heads_of(cache.share, values))
     ranks = [
         of_rows(layer, ranked(next(scored), plan.protect), plan.start) if isinstance(layer, RaggedKV) else None
         for layer in cache.context
@@ -84,7 +85,8 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     stop = done + len(ids)
     segment = _prefill(model, run, ids, plan)
     older, end = run.token_ids[plan.start :], plan.start + (plan.expected or 0)
-    values = score_chunks(model, segment, plan.scoring, past=run.context, before=older, end=end)
+    own = score_chunks(model, segment, plan.scoring, past=run.context, before=older, end=end)
+    values = whole_scores(model.share, own)
     heads = values.shape[0] * values.shape[1]
     if plan.share == "segment":
         check_share(plan, heads, done, stop)
@@ -92,7 +94,8 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     kept = min(max(plan.budget(heads, stop), protected), run.kept + values.numel())
     context: list[Any] = list(segment.layers)
     ranks = list(run.ranks)
-    chosen = _choose(run, ranked(values, plan.protect, first=done), kept + heads * plan.start, plan)
+    fresh = ranked(heads_of(model.share, values), plan.protect, first=done)
+    chosen = _choose(run, fresh, kept + heads * plan.start, plan, model.share)
     positions = torch.arange(plan.start + done, plan.start + stop, dtype=torch.int32, device=values.device)
     for n, (keep, sizes, rank) in zip(segment.scored_layers, chosen, strict=True):
         held, new = run.context[n], context[n]
@@ -119,11 +122,12 @@ def _prefill(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> De
         attend = segment_attend(model.config, run.context, layers, start=start, done=done, position=length + done)
         run_attention(model, part[None], positions, attend)
     token_ids = torch.cat([run.token_ids[:start], ids])
-    return DenseCache(layers, start + len(ids), start, plan.template, token_ids, model.fingerprint)
+    length = start + len(ids)
+    return DenseCache(layers, length, start, plan.template, token_ids, model.fingerprint, share=model.share)
 
 
 def _choose(
-    run: Run, fresh: Float32[Tensor, "L H n"], count: int, plan: Plan
+    run: Run, fresh: Float32[Tensor, "L h n"], count: int, plan: Plan, share: Share | None
 ) -> list[tuple[Bool[Tensor, " R"], list[int], Float32[Tensor, " M"]]]:
     """Which `count` rows stay, prefix included, of those held and of new tokens with ranks `fresh`.
 
@@ -135,12 +139,12 @@ def _choose(
     for (layer, rank), new in zip(held, fresh, strict=True):
         old = torch.full_like(rank, torch.inf) if plan.share == "segment" else rank
         parts.append([n for rows in layer.offsets.diff().tolist() for n in (rows, fresh.shape[2])])
-        merged.append(torch.cat(interleave(old, new, parts[-1]))[None])
+        merged.append(torch.cat(interleave(old, new, parts[-1])))
     nan = torch.zeros(1, dtype=torch.int32, device=fresh.device)
-    keep = ops.select_count(merged, count=count, nan=nan)
+    keep = select_rows(share, merged, count=count, nan=nan)
     if nan.item():
         raise ValueError("expected scores without NaN, got some: the model overflowed, use bfloat16 or float32")
-    return [(mask[0], sizes, merged.pop(0)[mask]) for mask, sizes in zip(keep, parts, strict=True)]  # pop frees memory
+    return [(mask, sizes, merged.pop(0)[mask]) for mask, sizes in zip(keep, parts, strict=True)]  # pop frees memory
 
 
 def pack_(run: Run) -> None:
@@ -198,4 +202,5 @@ def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
         total=values.numel(),
         scores=Scores(values, scored, plan.start, length, source),
         method=f"{source}/stream-{plan.share}",
+        share=model.share,
     )
