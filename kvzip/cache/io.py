@@ -18,7 +18,7 @@ from ..parallel import Share, everyone
 from ..prompts import token_bytes
 from .caches import DenseCache, RaggedCache, check_pairs
 from .parts import DenseKV, RaggedKV, Scores, WindowKV
-from .reading import OFFSETS, BelongsTo, is_divided, open_cache, read_cache, read_texts
+from .reading import BelongsTo, is_divided, is_offsets, open_cache, read_cache, read_texts
 from .score_codes import encode_levels
 
 
@@ -97,7 +97,7 @@ def save(
     if cache.share is None:
         write_file(path, tensors, header, note=note, overwrite=overwrite)
         return
-    whole = {name: _whole_offsets(cache.share, x) for name, x in tensors.items() if name.endswith(OFFSETS)}
+    whole = {name: _whole_offsets(cache.share, x) for name, x in tensors.items() if is_offsets(name)}
     write_shared(cache.share, Path(path), tensors | whole, header, divided=is_divided, note=note, overwrite=overwrite)
 
 

@@ -39,12 +39,14 @@ class BelongsTo(Protocol):
     def share(self) -> Share | None: ...
 
 
-OFFSETS = ".offsets"
+def is_offsets(name: str) -> bool:
+    """Whether a tensor says where the rows of each head begin."""
+    return name.startswith("layers.") and name.endswith(".offsets")
 
 
 def is_divided(name: str) -> bool:
     """Whether a tensor holds rows or heads, of which a rank has its own."""
-    return name.startswith(("layers.", "tail.k.", "tail.v.")) and not name.endswith(OFFSETS)
+    return name.startswith(("layers.", "tail.k.", "tail.v.")) and not is_offsets(name)
 
 
 @contextmanager

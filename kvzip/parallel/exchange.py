@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .share import Share
 
@@ -38,6 +39,15 @@ def agreed(share: Share | None, decide: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def gathered(share: Share, x: Tensor) -> Tensor:
+    """Returns what the ranks have on their devices, [ranks, ...], in their order. CUDA graphs may capture it."""
+    found = x.new_empty(share.size, *x.shape)
+    # torch renames it in 2.13 and warns of the older name
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(found.view(-1), x.contiguous().view(-1), group=share.group)
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .exchange import gathered
 from .share import Share
 
 REDUCTIONS = ("nccl", "one-shot")
@@ -75,9 +76,7 @@ def whole_logits(share: Share, logits: Tensor, vocabulary: int, *, unit: int = 1
     step = _step(share, vocabulary, unit)
     if logits.shape[-1] < step:
         logits = torch.nn.functional.pad(logits, (0, step - logits.shape[-1]))
-    found = logits.new_empty(share.size, *logits.shape)
-    dist.all_gather_into_tensor(found, logits.contiguous(), group=share.group)
-    return found.movedim(0, -2).flatten(-2)[..., :vocabulary]
+    return gathered(share, logits).movedim(0, -2).flatten(-2)[..., :vocabulary]
 
 
 def _step(share: Share, vocabulary: int, unit: int) -> int:

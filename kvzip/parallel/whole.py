@@ -7,12 +7,11 @@ heads, and chooses among them as one process does. So the choice is the same bit
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float32, Int32
 from torch import Tensor
 
 from .. import ops
-from .exchange import everyone
+from .exchange import everyone, gathered
 from .share import Share
 
 
@@ -22,11 +21,10 @@ def whole_scores(share: Share | None, values: Float32[Tensor, "L h E"]) -> Float
         return values
     out = values.new_empty(values.shape[0], share.heads, values.shape[2])
     for whole, own in zip(out, values, strict=True):
+        found = gathered(share, own)
         if share.repeats == 1:
-            dist.all_gather_into_tensor(whole, own.contiguous(), group=share.group)
+            whole.copy_(found.flatten(0, 1))
         else:
-            found = own.new_empty(share.size, own.shape[1])
-            dist.all_gather_into_tensor(found, own.contiguous(), group=share.group)
             torch.amax(found.view(share.heads, share.repeats, -1), 1, out=whole)
     return out
 
@@ -37,8 +35,8 @@ def heads_of(share: Share | None, values: Tensor, axis: int = 1) -> Tensor:
 
 
 def select_rows(
-    share: Share | None, ranks: Sequence[Float32[Tensor, " R"]], *, count: int, nan: Int32[Tensor, " 1"] | None = None
-) -> list[Bool[Tensor, " R"]]:
+    share: Share | None, ranks: Sequence[Float32[Tensor, " _"]], *, count: int, nan: Int32[Tensor, " 1"] | None = None
+) -> list[Bool[Tensor, " _"]]:
     """Returns which rows of this rank's heads are among the `count` highest of all, layer by layer.
 
     Equal ones are taken in the order of layer, head and row. `nan` is as in `ops.select`.
@@ -53,8 +51,7 @@ def select_rows(
     for layer, own in enumerate(ranks):
         each = [sizes[n][layer] for n in range(share.size)]
         padded = torch.nn.functional.pad(own, (0, max(each) - len(own)))
-        found = own.new_empty(share.size, max(each))
-        dist.all_gather_into_tensor(found, padded, group=share.group)
+        found = gathered(share, padded)
         parts = [found[n, : each[n]] for n in share.speakers]
         firsts.append(sum(each[n] for n in share.speakers if n < share.rank // share.repeats * share.repeats))
         whole.append(torch.cat(parts)[None])
