@@ -123,7 +123,8 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
     _check_memory(model, full_bytes, tokens)
     if budget.ratio is not None:
         packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
-        check_space(job.output, int(budget.ratio * packing * full_bytes))
+        ranks = 1 if model.share is None else model.share.size
+        check_space(job.output, int(ranks * budget.ratio * packing * full_bytes))
     progress = stage("reading the document")
     progress(0, start + tokens)
     step = PREFILL_CHUNK[model.device.type == "cuda"]
@@ -146,7 +147,8 @@ def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, 
     """Compresses a segment at a time. The note has what is new in it."""
     assert job.segment is not None and job.budget.ratio is not None  # no other budget goes with --segment
     partial = _partial(job.output)
-    check_space(job.output, int(job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
+    ranks = 1 if model.share is None else model.share.size
+    check_space(job.output, int(ranks * job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
     held = peek(partial)
     first, stop = held.get("start"), held.get("tokens")  # unchecked: anyone may have written the file
     done = max(0, stop - first) if isinstance(first, int) and isinstance(stop, int) else 0
@@ -162,7 +164,7 @@ def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, 
             segment=job.segment,
             **asdict(job.scoring),
             **asdict(job.turn),
-            checkpoint=partial,
+            checkpoint=partial if model.share is None else None,
             progress=progress,
         )
     except ValueError as error:

@@ -78,6 +78,6 @@ def _portable(error: Exception) -> Exception:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
         copy = None
-    if type(copy) is type(error) and str(copy) == str(error):
+    if isinstance(copy, Exception) and type(copy) is type(error) and str(copy) == str(error):
         return copy
     return RuntimeError(f"{type(error).__name__}: {error}")

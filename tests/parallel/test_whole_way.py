@@ -142,10 +142,9 @@ def test_files_of_ranks_load_in_one_process_and_back(told: dict[str, Any]) -> No
             # what ranks read of a file and write again is the same file
             assert (made / f"{name}.again.kvz").read_bytes() == held.read_bytes()
         assert not list(found["made"].glob(".*")), "a partial file was left"
-        answers = [
-            kvzip.generate(model, kvzip.load_cache(found["held"] / f"{name}.kvz", model=model), ["How many steps?"], max_tokens=5)
-            for name in ("longer", "four", "dense")
-        ]  # fmt: skip
+        files = [found["held"] / f"{name}.kvz" for name in ("longer", "four", "dense")]
+        caches = [kvzip.load_cache(path, model=model) for path in files]
+        answers = [kvzip.generate(model, cache, ["How many steps?"], max_tokens=5) for cache in caches]
         for rank in found["ranks"]:
             assert rank["again"]["answers"] == [answer[0].token_ids for answer in answers]
 

@@ -26,9 +26,7 @@ def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = t
     ids = torch.arange(3, 43) % model.config.vocab_size
     layers = new_layers(model.config, len(ids), dtype=dtype, device=model.device)
     with torch.no_grad():
-        hidden = kvzip.models.forward(
-            model, ids[None], torch.arange(len(ids)), prefill_attend(model.config, layers, 0)
-        )
+        hidden = kvzip.models.forward(model, ids[None], torch.arange(len(ids)), prefill_attend(model.config, layers, 0))
         found["logits"] = kvzip.models.logits(model, hidden)
     if dtype == torch.float64:
         return found
@@ -51,9 +49,15 @@ def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = t
     small = kvzip.compress(given, 0.4)
     found["counts"] = (small.kept, small.total)
     found["shrunk"] = kept_mask(kvzip.scores.shrink(small, 0.2, protect=[(0, 3)]))
-    answers = [kvzip.generate(model, cache, [QUESTION, "When?"], max_tokens=6, temperature=heat) for cache, heat in (
-        (small, 0.0), (kvzip.compress(given, 0.4, bits=8), 0.0), (dense, 0.0), (small, 0.8),
-    )]
+    answers = [
+        kvzip.generate(model, cache, [QUESTION, "When?"], max_tokens=6, temperature=heat)
+        for cache, heat in (
+            (small, 0.0),
+            (kvzip.compress(given, 0.4, bits=8), 0.0),
+            (dense, 0.0),
+            (small, 0.8),
+        )
+    ]
     found["answers"] = [[x.token_ids for x in pair] for pair in answers]
     longer = kvzip.extend(model, small, "And then it was dark.")
     kvzip.save(longer, out / "longer.kvz", model=model, score_bits=8, note={"of": "ranks"})
