@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,25 +42,38 @@ class Launch:
     device: str
     store: Any
     over: threading.Event = field(default_factory=threading.Event)
+    claims: list[bool] = field(default_factory=list)  # at most one
+    claiming: Any = field(default_factory=threading.Lock)
+    ending: Any = field(default_factory=threading.Lock)
 
     def claim(self) -> bool:
         """Whether this is the first rank to end. If the store is gone with the first rank, the second one speaks."""
-        try:
-            return self.store.add(_ENDED, 1) == 1
-        except Exception:
-            return self.share.rank == 1
+        with self.claiming:
+            if not self.claims:
+                try:
+                    self.claims.append(self.store.add(_ENDED, 1) == 1)
+                except Exception:
+                    self.claims.append(self.share.rank == 1)
+            return self.claims[0]
 
     def fail(self, say: Callable[[], None], code: int) -> NoReturn:
         """Ends this process: `say` is called if no other rank has said why all end. Never returns."""
-        speaks = self.claim()
-        self.over.set()
-        if speaks:
+        self.ending.acquire()  # for good: one thread ends the process
+        if self.claim():
             sys.stderr = sys.__stderr__
             say()
+            self._let_others_know()
         for stream in (sys.stdout, sys.stderr, sys.__stderr__):
             with suppress(Exception):
                 stream.flush()  # pyright: ignore[reportOptionalMemberAccess]
         os._exit(code)  # without destroying the group, which waits for ranks that are gone
+
+    def _let_others_know(self) -> None:
+        """Waits until the others have looked, or a second: the store may end with this process."""
+        until = time.monotonic() + 1
+        with suppress(Exception):
+            while self.store.add(_ENDED, 0) < self.share.size and time.monotonic() < until:
+                time.sleep(0.02)
 
 
 def lost(error: BaseException) -> bool:
@@ -139,7 +153,7 @@ def _watch(launch: Launch, inside: int) -> None:
         told = b""
         if select.select([inside], [], [], _LOOKS_S)[0]:
             told = os.read(inside, 64)
-        if not told and not _someone_failed(launch):
+        if not told and not (_someone_failed(launch) and not launch.claim()):
             continue
         if told and told[-1] not in (signal.SIGINT, signal.SIGTERM):
             continue

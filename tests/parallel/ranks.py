@@ -1,61 +1,102 @@
-"""Runs a function in several processes that share a model through gloo, and returns what each of them returns."""
+"""Ranks as forks of the test's process, which has imported everything: they start at once, and types are checked."""
 
 import os
 import pickle
-import subprocess
+import signal
+import socket
 import sys
-import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+import torch
 
 
-def start(count: int, program: str, *arguments: str, **environment: str) -> list[subprocess.Popen[str]]:
-    """Starts `count` ranks of a Python program in this directory, as torchrun would, without its agent."""
-    directory = tempfile.mkdtemp(prefix="kvzip-ranks-")
-    paths = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
-    common = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "RANKS_AT": directory}
-    ranks = [
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), **environment} for rank in range(count)
-    ]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HERE / program), *arguments],
-            env={**common, **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for own in ranks
-    ]
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: its exit code, negative for a signal; what it printed; what its function returned."""
+
+    code: int
+    out: str
+    err: str
+    value: Any
 
 
-def results(count: int, program: str, given: Any, directory: Path, *, timeout_s: float = 240) -> list[Any]:
-    """Returns what each rank wrote with `tell`; `given` is what it gets from `task`."""
-    (directory / "given").write_bytes(pickle.dumps(given))
-    running = start(count, program, str(directory))
-    ended = [process.communicate(timeout=timeout_s) for process in running]
-    assert [process.returncode for process in running] == [0] * count, "\n".join(x for pair in ended for x in pair)
-    return [pickle.loads((directory / f"told-{rank}").read_bytes()) for rank in range(count)]
+def fork(count: int, function: Callable[..., Any], *given: Any, directory: Path) -> list[int]:
+    """Starts ranks that call a function, with the environment that torchrun gives. Returns their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ids = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            _run(rank, count, port, directory, function, given)
+        ids.append(child)
+    return ids
 
 
-def task() -> tuple[Any, Path]:
-    """In a rank: what it is given, and the directory for its files."""
-    directory = Path(sys.argv[1])
-    return pickle.loads((directory / "given").read_bytes()), directory
+def join(ids: list[int], directory: Path, *, timeout_s: float = 120) -> list[Ended]:
+    """Waits for ranks; one that has not ended in time is killed, and ends with -9."""
+    until, codes = time.monotonic() + timeout_s, dict.fromkeys(ids)
+    while None in codes.values():
+        for child in [child for child, code in codes.items() if code is None]:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            for child in [child for child, code in codes.items() if code is None]:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    ended = []
+    for rank, code in enumerate(codes.values()):
+        out, err = ((directory / f"{name}-{rank}").read_text(errors="replace") for name in ("out", "err"))
+        told = directory / f"told-{rank}"
+        ended.append(Ended(code or 0, out, err, pickle.loads(told.read_bytes()) if told.exists() else None))
+    return ended
 
 
-def tell(value: Any) -> None:
-    """In a rank: says a value to the test."""
-    (Path(sys.argv[1]) / f"told-{os.environ['RANK']}").write_bytes(pickle.dumps(value))
+def results(count: int, function: Callable[..., Any], *given: Any, directory: Path) -> list[Any]:
+    """Returns what each rank's function returns; `function(group, *given)` is called with the group of all."""
+    ended = join(fork(count, _grouped, function, *given, directory=directory), directory)
+    assert [one.code for one in ended] == [0] * count, "\n".join(one.err for one in ended)
+    return [one.value for one in ended]
 
 
-def join() -> Any:
-    """In a rank: the group of all, which talks through files and gloo."""
+def _grouped(function: Callable[..., Any], *given: Any) -> Any:
     import torch.distributed as dist
 
-    store = dist.FileStore(f"{os.environ['RANKS_AT']}/store", int(os.environ["WORLD_SIZE"]))
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    return dist.group.WORLD
+    dist.init_process_group("gloo")
+    value = function(dist.group.WORLD, *given)
+    dist.barrier()
+    return value
+
+
+def _run(
+    rank: int, count: int, port: int, directory: Path, function: Callable[..., Any], given: tuple[Any, ...]
+) -> None:
+    code = 1
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            file = os.open(directory / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1, encoding="utf-8")  # pyright: ignore
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, encoding="utf-8")  # pyright: ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        value = function(*given)
+        (directory / f"told-{rank}").write_bytes(pickle.dumps(value))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import results
-from whole_way import way
+from whole_way import all_of, way
 
 import kvzip
 import random_model
@@ -61,7 +61,7 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         found[name] = {"one": one, "exact": way(source, held, dtype=torch.float64), "held": held, "source": source}
         given[name] = (str(source), str(held))
     directory = tmp_path_factory.mktemp("ranks")
-    for rank in results(count, "whole_way.py", given, directory):
+    for rank in results(count, all_of, given, directory, directory=directory):
         for name, value in rank.items():
             found[name].setdefault("ranks", []).append(value)
     for name, value in found.items():

@@ -1,15 +1,15 @@
-"""A rank's program: the whole way of a document with each model that it is given, told to the test.
-
-In one process, `way` gives what the ranks' results are compared with.
-"""
+"""The whole way of a document, which ranks go together, and one process for the comparison."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import join, task, tell
 from torch import Tensor
+
+import kvzip
+from kvzip.attention import new_layers, prefill_attend
+from kvzip.cache.rows import kept_mask
 
 TEXT = "The lighthouse at Cape Rouen was built in 1871. Its keeper counted 312 steps. " * 2
 QUESTION = "How many steps?"
@@ -17,10 +17,6 @@ QUESTION = "How many steps?"
 
 def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Loads a model and does everything that ranks share. Files are written as out/NAME."""
-    import kvzip
-    from kvzip.attention import new_layers, prefill_attend
-    from kvzip.cache.rows import kept_mask
-
     model = kvzip.load(directory, dtype=dtype, device="cpu", group=group)
     found: dict[str, Any] = {"fingerprint": model.fingerprint, "shapes": shapes(model)}
     ids = torch.arange(3, 43) % model.config.vocab_size
@@ -73,8 +69,6 @@ def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = t
 
 def again(directory: Path, held: Path, out: Path, *, group: Any) -> dict[str, Any]:
     """Loads files of one process and saves them again, and asks them."""
-    import kvzip
-
     model = kvzip.load(directory, dtype=torch.float32, device="cpu", group=group)
     answers = []
     for name in ("longer", "four", "dense"):
@@ -90,8 +84,6 @@ def again(directory: Path, held: Path, out: Path, *, group: Any) -> dict[str, An
 
 def refused(model: Any, held: Path, out: Path) -> dict[str, str]:
     """What every rank is told of errors that only one of them sees, or the first."""
-    import kvzip
-
     told = {}
 
     def note(name: str, call: Any) -> None:
@@ -130,17 +122,12 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(first, name).shape) for name in names} | {"head": tuple(model.weights.unembed.shape)}
 
 
-def main() -> None:
-    directories, directory = task()
-    group = join()
+def all_of(group: Any, models: dict[str, tuple[str, str]], directory: Path) -> dict[str, Any]:
+    """What a rank finds of each model: where it is, and where the files of one process are."""
     told = {}
-    for name, (source, held) in directories.items():
+    for name, (source, held) in models.items():
         out = directory / f"made-{name}"
         out.mkdir(exist_ok=True)
         told[name] = way(Path(source), out, group=group)
         told[name]["again"] = again(Path(source), Path(held), out, group=group)
-    tell(told)
-
-
-if __name__ == "__main__":
-    main()
+    return told
