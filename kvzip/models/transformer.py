@@ -1,6 +1,7 @@
 """The one forward pass. The caller's `attend` gets q, k and v; nothing here knows about caches."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .. import ops
-from ..parallel import Share, whole_logits
+from ..parallel import Share, Sum, whole_logits
 from ..prompts import ChatTemplate
 from .config import ModelConfig
 from .division import HEAD_UNIT
@@ -37,7 +38,7 @@ class Model:
     the model, adds the RoPE, how weights and activations are rounded, a dash and the dtype.
 
     Where several ranks share a model, `share` says which part this one has, `config` has the sizes of that part, in
-    which it computes, `whole` those of the model, and `add` adds up a tensor over the ranks.
+    which it computes, `whole` those of the model, and `add` adds up tensors over the ranks.
     """
 
     config: ModelConfig
@@ -56,7 +57,7 @@ class Model:
     form: str = ""
     share: Share | None = None
     whole: ModelConfig | None = None  # None: config
-    add: Callable[[Tensor], Tensor] | None = None
+    add: Sum | None = None
 
     @property
     def identity(self) -> str:
@@ -144,39 +145,57 @@ def _run(
         attended = attend(index, q, k, v)
         if not whole and index == len(config.layers) - 1:
             return hidden
-        attended = rearrange(attended, "b h t d -> b t (h d)")
-        hidden = _add(hidden, attended, layer.o, layer.o_bias, layer.attn_post_norm, model)
-        parts = [_mlp(part, layer, model) for part in hidden.flatten(0, 1).split(_ROWS_PER_BLOCK)]
-        hidden = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(hidden.shape)
+        shape, attended = hidden.shape, rearrange(attended, "b h t d -> b t (h d)")
+        hidden = _after_attention(hidden.flatten(0, 1), attended.flatten(0, 1), layer, model).view(shape)
     return hidden
 
 
-def _mlp(hidden: Tensor, layer: LayerWeights, model: Model) -> Tensor:
+def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, model: Model) -> Tensor:
+    """The rest of a layer, in blocks of rows.
+
+    The product of each block is begun before the sum over ranks of the one before is waited for.
+    """
+    blocks = zip(hidden.split(_ROWS_PER_BLOCK), attended.split(_ROWS_PER_BLOCK), strict=True)
+    sums = deque(_adding(*block, layer.o, layer.o_bias, layer.attn_post_norm, model) for block in blocks)
+    outs = deque[Callable[[], Tensor]]()
+    while sums:  # each is dropped with what it holds
+        outs.append(_mlp(sums.popleft()(), layer, model))
+    parts = [outs.popleft()() for _ in range(len(outs))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _mlp(hidden: Tensor, layer: LayerWeights, model: Model) -> Callable[[], Tensor]:
     config = model.config
     norm = ops.Norm(layer.mlp_norm, config.norm_eps, config.norm_offset)
     gated = ops.linear(hidden, layer.gate_up, norm=norm, gate=config.activation)
-    return _add(hidden, gated, layer.down, None, layer.mlp_post_norm, model)
+    return _adding(hidden, gated, layer.down, None, layer.mlp_post_norm, model)
 
 
-def _add(
+def _adding(
     hidden: Tensor,
     x: Tensor,
     weight: Tensor | ops.QuantizedWeight,
     bias: Tensor | None,
     post_norm: Tensor | None,
     model: Model,
-) -> Tensor:
-    """hidden + W x, with the product normed first in families that have a post-norm.
+) -> Callable[[], Tensor]:
+    """Begins hidden + W x, with the product normed first in families that have a post-norm; returns what ends it.
 
     Where ranks share the model, each has some of the columns of W and of x, and the products are added up; the first
     adds the bias.
     """
     if model.add is None and post_norm is None:
-        return ops.linear(x, weight, bias, residual=hidden)
+        out = ops.linear(x, weight, bias, residual=hidden)
+        return lambda: out
     first = model.share is None or model.share.rank == 0
-    out = ops.linear(x, weight, bias if first else None)
-    out = out if model.add is None else model.add(out)
-    if post_norm is None:
-        return hidden + out
-    eps, offset = model.config.norm_eps, model.config.norm_offset
-    return ops.rms_norm(out, post_norm, eps=eps, offset=offset, residual=hidden)
+    product = ops.linear(x, weight, bias if first else None)
+    wait = None if model.add is None else model.add(product)
+
+    def end() -> Tensor:
+        out = product if wait is None else wait()
+        if post_norm is None:
+            return hidden + out
+        eps, offset = model.config.norm_eps, model.config.norm_offset
+        return ops.rms_norm(out, post_norm, eps=eps, offset=offset, residual=hidden)
+
+    return end

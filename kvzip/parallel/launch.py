@@ -59,6 +59,9 @@ class Launch:
     def fail(self, say: Callable[[], None], code: int) -> NoReturn:
         """Ends this process: `say` is called if no other rank has said why all end. Never returns."""
         self.ending.acquire()  # for good: one thread ends the process
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one as soon as the first rank is gone
+                signal.signal(number, signal.SIG_IGN)
         if self.claim():
             sys.stderr = sys.__stderr__
             say()

@@ -13,13 +13,16 @@ REDUCTIONS = ("nccl", "one-shot")
 """Ways to add up on GPUs. "one-shot" is for small sums: every rank reads all others' memory (NVLink or PCIe)."""
 
 ONE_SHOT_BYTES = 256 << 10  # larger sums are NCCL's: each rank would read size - 1 times as much
+BESIDE_BYTES = 8 << 20  # smaller sums are over before anything else would begin
 _SIZES = (2, 4, 8)  # ranks whose one-shot sums are added in the same order everywhere
 
 
-def make_sum(
-    share: Share, *, device: torch.device, dtype: torch.dtype, how: str | None = None
-) -> Callable[[Tensor], Tensor]:
-    """Returns the function that adds up a tensor over the ranks, which may reuse the tensor's memory.
+Sum = Callable[[Tensor], Callable[[], Tensor]]
+"""sum(x) begins to add up a tensor over the ranks, whose memory it may take; what it returns waits for the result."""
+
+
+def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str | None = None) -> Sum:
+    """Returns the function that adds up tensors over the ranks. Large sums run beside what is launched until the wait.
 
     All ranks get the same bits: else their tokens would part. CUDA graphs may capture it. Every rank must call this.
 
@@ -36,17 +39,21 @@ def make_sum(
             f"{device.type}: unset KVZIP_REDUCTION"
         )
 
-    def by_library(x: Tensor) -> Tensor:
-        dist.all_reduce(x, group=share.group)
-        return x
+    def by_library(x: Tensor) -> Callable[[], Tensor]:
+        work = dist.all_reduce(x, group=share.group, async_op=x.nbytes >= BESIDE_BYTES)
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return x
+
+        return wait
 
     by_library(torch.zeros(1, dtype=dtype, device=device))  # makes the communicator, which no graph can capture
     return _one_shot(share, by_library, device=device, dtype=dtype) if how == "one-shot" else by_library
 
 
-def _one_shot(
-    share: Share, by_library: Callable[[Tensor], Tensor], *, device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: torch.dtype) -> Sum:
     """Small sums through symmetric memory, in one kernel; others by the library."""
     import torch.distributed._symmetric_memory as symmetric
 
@@ -54,10 +61,11 @@ def _one_shot(
     buffer = symmetric.empty(count, dtype=dtype, device=device)
     symmetric.rendezvous(buffer, group=name)
 
-    def add(x: Tensor) -> Tensor:
+    def add(x: Tensor) -> Callable[[], Tensor]:
         if x.dtype != dtype or x.numel() > count or x.nbytes % 16 or not x.is_contiguous():
             return by_library(x)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)
+        out = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)
+        return lambda: out
 
     return add
 

@@ -1,6 +1,7 @@
 """One rank fails, is killed or interrupted: all end, one says why, no file is left half written, none hangs."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -13,7 +14,6 @@ import torch
 from ranks import Ended, fork, join
 
 import kvzip
-import kvzip.cli.job
 from kvzip import scoring
 from kvzip.cli import main
 from kvzip.files import shared, tensors
@@ -96,6 +96,27 @@ def test_without_failures_a_file_is_written_and_said_once(model_dir: Path, tmp_p
     model = kvzip.load(model_dir, device="cpu")
     cache = kvzip.load_cache(tmp_path / "made.kvz", model=model)
     assert cache.kept == int(0.3 * cache.total)
+    words = ["ask", str(tmp_path / "made.kvz"), "How many?", "When?", "-n", "4", "--json", "--device", "cpu"]
+    ended = join(fork(2, command, lambda rank: None, *words, directory=tmp_path), tmp_path)
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    said = [one["answer"] for one in json.loads(ended[0].out)["answers"]]
+    assert said == [x.text for x in kvzip.generate(model, cache, ["How many?", "When?"], max_tokens=4)]
+    assert not ended[1].out
+
+
+def test_an_evaluation_is_written_once_and_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    words = ["eval", "-m", str(model_dir), "--task", "kv@600", "--count", "1", "--questions", "2", "--max-tokens", "3"]
+    words += ["--ratio", "0.5", "--method", "full", "kvzip-chunk", "--device", "cpu", "-o", str(tmp_path / "out.jsonl")]
+    lines = []
+    for _ in range(2):
+        ended = join(fork(2, command, lambda rank: None, *words, directory=tmp_path), tmp_path)
+        assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+        lines.append((tmp_path / "out.jsonl").read_text().splitlines())
+    kinds = [json.loads(line)["kind"] for line in lines[0]]
+    assert sorted(kinds) == ["answer"] * 4 + ["question"] * 2 + ["run"]
+    assert lines[1] == lines[0]
+    snap = join(fork(2, command, lambda rank: None, *words, "--method", "snapkv", directory=tmp_path), tmp_path)
+    assert "expected a model in one process for the baselines of evals" in snap[0].err + snap[1].err
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -103,7 +124,15 @@ def test_a_rank_that_is_killed_ends_all(
     rank: int, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change = at(rank, scoring, "run_repeats", kill, monkeypatch)
-    ended = run(model_dir, tmp_path, change)
+
+    def end_the_other(ids: list[int]) -> None:
+        """As torchrun does when it sees that a rank is gone."""
+        said = tmp_path / f"err-{1 - rank}"
+        while not said.exists() or "kvzip:" not in said.read_text(errors="replace"):
+            time.sleep(0.02)
+        os.kill(ids[1 - rank], signal.SIGTERM)
+
+    ended = run(model_dir, tmp_path, change, started=end_the_other)
     assert ended[rank].code == -signal.SIGKILL
     check_ended(ended, tmp_path, launch.GONE)
 

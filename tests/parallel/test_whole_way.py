@@ -24,6 +24,7 @@ TWO = {
     "gemma2": tiny_models.gemma2,
     "gemma3": tiny_models.gemma3,
 }
+BRIEF = ("mistral", "qwen2", "qwen3", "gemma3")  # what does not depend on the family is tried with others
 THREE = {
     "heads": lambda **sizes: tiny_models.llama(num_key_value_heads=3, attention_bias=True, **sizes),
     "shared": lambda **sizes: tiny_models.gemma3(num_key_value_heads=1, **sizes),
@@ -56,10 +57,11 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         changes = {} if count == 2 else {"intermediate_size": 96}
         source, held = write(base / name, make, **changes), base / f"one-{name}"
         held.mkdir()
-        one = way(source, held)
+        brief = name in BRIEF
+        one = way(source, held, brief=brief)
         damage(held / "dense.kvz", held / "damaged.kvz")
         found[name] = {"one": one, "exact": way(source, held, dtype=torch.float64), "held": held, "source": source}
-        given[name] = (str(source), str(held))
+        given[name] = (str(source), str(held), brief)
     directory = tmp_path_factory.mktemp("ranks")
     for rank in results(count, all_of, given, directory, directory=directory):
         for name, value in rank.items():
@@ -67,6 +69,11 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for name, value in found.items():
         value["made"] = directory / f"made-{name}"
     return found
+
+
+def whole(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is known of models that went the whole way."""
+    return [found for name, found in told.items() if name not in BRIEF]
 
 
 def test_logits_are_as_accurate_as_one_process(told: dict[str, Any]) -> None:
@@ -89,14 +96,14 @@ def test_choices_are_those_of_one_process_bit_for_bit(told: dict[str, Any]) -> N
     for found in told.values():
         one = found["one"]
         for rank in found["ranks"]:
-            assert rank["counts"] == one["counts"]
-            assert torch.equal(rank["shrunk"], one["shrunk"])
+            assert rank.get("counts") == one.get("counts")
+            assert "shrunk" not in one or torch.equal(rank["shrunk"], one["shrunk"])
             for how, mask in one["choices"].items():
                 assert torch.equal(rank["choices"][how], mask), how
 
 
 def test_folded_and_streamed_caches_keep_as_many_pairs_and_nearly_the_same(told: dict[str, Any]) -> None:
-    for found in told.values():
+    for found in whole(told):
         for name in ("folded", "stream"):
             kept, total, mask = found["one"][name]
             for rank in found["ranks"]:
@@ -106,7 +113,7 @@ def test_folded_and_streamed_caches_keep_as_many_pairs_and_nearly_the_same(told:
 
 
 def test_answers_are_the_same_on_all_ranks_and_those_of_one_process(told: dict[str, Any]) -> None:
-    for found in told.values():
+    for found in whole(told):
         for rank in found["ranks"]:
             assert rank["answers"] == found["ranks"][0]["answers"]
             assert rank["answers"][:3] == found["one"]["answers"][:3]
@@ -131,7 +138,7 @@ def test_the_fingerprint_does_not_depend_on_the_number_of_ranks(told: dict[str, 
 
 
 def test_files_of_ranks_load_in_one_process_and_back(told: dict[str, Any]) -> None:
-    for found in told.values():
+    for found in whole(told):
         model = kvzip.load(found["source"], dtype=torch.float32, device="cpu")
         for name in ("longer", "four", "dense"):
             held, made = found["held"] / f"{name}.kvz", found["made"]
@@ -159,7 +166,7 @@ def test_an_error_of_one_rank_is_raised_by_all(told: dict[str, Any]) -> None:
         "infinite": "ValueError: expected finite",
         "damaged": "ValueError: expected",
     }
-    for found in told.values():
+    for found in whole(told):
         for rank in found["ranks"]:
             for name, text in expected.items():
                 assert rank["again"]["refused"][name].startswith(text), (name, rank["again"]["refused"][name])

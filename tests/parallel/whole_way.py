@@ -10,13 +10,17 @@ from torch import Tensor
 import kvzip
 from kvzip.attention import new_layers, prefill_attend
 from kvzip.cache.rows import kept_mask
+from kvzip.models import transformer
+from kvzip.parallel import reduction
 
 TEXT = "The lighthouse at Cape Rouen was built in 1871. Its keeper counted 312 steps. " * 2
 QUESTION = "How many steps?"
 
 
-def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Loads a model and does everything that ranks share. Files are written as out/NAME."""
+def way(
+    directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = torch.float32, brief: bool = False
+) -> dict[str, Any]:
+    """Loads a model and does everything that ranks share, or only what depends on the family. Files are out/NAME."""
     model = kvzip.load(directory, dtype=dtype, device="cpu", group=group)
     found: dict[str, Any] = {"fingerprint": model.fingerprint, "shapes": shapes(model)}
     ids = torch.arange(3, 43) % model.config.vocab_size
@@ -42,6 +46,9 @@ def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = t
             "threshold": {"threshold": 0.5},
         }.items()
     }
+    kvzip.save(dense, out / "dense.kvz")
+    if brief:
+        return found
     small = kvzip.compress(given, 0.4)
     found["counts"] = (small.kept, small.total)
     found["shrunk"] = kept_mask(kvzip.scores.shrink(small, 0.2, protect=[(0, 3)]))
@@ -58,7 +65,6 @@ def way(directory: Path, out: Path, *, group: Any = None, dtype: torch.dtype = t
     longer = kvzip.extend(model, small, "And then it was dark.")
     kvzip.save(longer, out / "longer.kvz", model=model, score_bits=8, note={"of": "ranks"})
     kvzip.save(kvzip.compress(given, 0.3, bits=4), out / "four.kvz", model=model)
-    kvzip.save(dense, out / "dense.kvz")
     kvzip.scores.save(given, out / "scores.kvz")
     folded = kvzip.fold(model, longer, 0.5)
     found["folded"] = (folded.kept, folded.total, kept_mask(folded))
@@ -122,12 +128,16 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(first, name).shape) for name in names} | {"head": tuple(model.weights.unembed.shape)}
 
 
-def all_of(group: Any, models: dict[str, tuple[str, str]], directory: Path) -> dict[str, Any]:
+def all_of(group: Any, models: dict[str, tuple[str, str, bool]], directory: Path) -> dict[str, Any]:
     """What a rank finds of each model: where it is, and where the files of one process are."""
+    transformer._ROWS_PER_BLOCK = 16  # so that sums run beside products
+    reduction.BESIDE_BYTES = 0
     told = {}
-    for name, (source, held) in models.items():
+    for name, (source, held, brief) in models.items():
         out = directory / f"made-{name}"
         out.mkdir(exist_ok=True)
-        told[name] = way(Path(source), out, group=group)
+        told[name] = way(Path(source), out, group=group, brief=brief)
+        if brief:
+            continue
         told[name]["again"] = again(Path(source), Path(held), out, group=group)
     return told
