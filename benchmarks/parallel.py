@@ -6,8 +6,8 @@
 
 Every run first checks that both kinds of sums give the same bits on all ranks and are right, and that a decoder's
 graphs give what they gave before. Weights are random. Each figure is a JSON line appended to
-benchmarks/results/parallel.jsonl; times are those of the slowest rank. On machines where NVLink multicast is off keep NCCL_NVLS_ENABLE=0 and
-TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
+benchmarks/results/parallel.jsonl; times are those of the slowest rank. Where NVLink multicast is off keep
+NCCL_NVLS_ENABLE=0 and TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
 import argparse

@@ -66,10 +66,10 @@ def random_model(
         weights = _in_codes(weights, form, device)
     alike = torch.Generator(device).manual_seed(0)  # what every rank has whole
     apart = alike if share is None else torch.Generator(device).manual_seed(1 + share.rank)
-    for name, tensor in named_weights(weights):
+    for called, tensor in named_weights(weights):
         if not isinstance(tensor, torch.Tensor):
             continue
-        field = name.rpartition(".")[2]
+        field = called.rpartition(".")[2]
         if tensor.ndim > 1:
             inputs = tensor.shape[-1] * (share.size if share is not None and field in COLUMNS else 1)
             tensor.normal_(std=inputs**-0.5, generator=alike if field == "embed" else apart)
