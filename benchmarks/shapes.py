@@ -64,8 +64,8 @@ def random_model(
     )
     if form is not None:
         weights = _in_codes(weights, form, device)
-    alike = torch.Generator(device).manual_seed(0)  # what every rank has whole
-    apart = alike if share is None else torch.Generator(device).manual_seed(1 + share.rank)
+    alike = torch.Generator(weights.embed.device).manual_seed(0)  # what every rank has whole
+    apart = alike if share is None else torch.Generator(weights.embed.device).manual_seed(1 + share.rank)
     for called, tensor in named_weights(weights):
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -82,7 +82,7 @@ def random_model(
         config=own,
         weights=weights,
         tokenizer=_tokenizer(),
-        device=torch.device(device),
+        device=weights.embed.device,
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
         stop_ids=(),
@@ -91,7 +91,7 @@ def random_model(
         quantized=form,
         share=share,
         whole=config,
-        add=None if share is None else make_sum(share, device=torch.device(device), dtype=dtype),
+        add=None if share is None else make_sum(share, device=weights.embed.device, dtype=dtype),
     )
 
 

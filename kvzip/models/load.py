@@ -106,8 +106,7 @@ def load(
     )
     ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if share is not None and device == torch.device("cuda"):
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.empty(0, device=device).device  # "cuda" is the device current now, whichever will be later
     reading = Reading(dtype, device, kind=FORMS.get(weights), round_inputs=activations is not None, share=share)
     tensors, checkpoint = read_weights(files, config, layer_names, reading=reading, quantization=quantization)
     config = replace(config, tied=tensors.unembed is tensors.embed)
