@@ -52,6 +52,12 @@ NOT_RUN = {
     ("docs/evals.md", "pip install matplotlib datasets"),
     ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
+    (
+        "docs/parallel.md",
+        "torchrun --nproc-per-node 4 -m kvzip compress book.txt -m meta-llama/Llama-3.1-70B-Instruct -r 0.3 -o book.kvz",
+    ),
+    ("docs/parallel.md", "import os, torch, kvzip"),
+    ("docs/parallel.md", "torchrun --nproc-per-node 4 benchmarks/parallel.py --shape llama-3.1-70b"),
     ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
 }
 """Page and first line of every block that is not run."""
