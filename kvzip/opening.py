@@ -80,8 +80,7 @@ def read(
         device=loading.device,
         rope=made.rope if loading.rope is None else loading.rope,
         max_length=made.max_length if loading.max_length is None else loading.max_length,
-        group=loading.group,
-        **{name: how for name, how in rounding.items() if how is not None},
+        **{name: how for name, how in (rounding | {"group": loading.group}).items() if how is not None},
     )
     if model is None and source is not None:
         loaded = replace(loaded, source=source)

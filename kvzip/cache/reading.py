@@ -35,8 +35,6 @@ class BelongsTo(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
-    @property
-    def share(self) -> Share | None: ...
 
 
 def is_offsets(name: str) -> bool:
@@ -82,7 +80,7 @@ def read_cache(
         device = "cpu" if model is None else model.device
     torch.empty(0, device=device)  # outside of `refusing`: a missing device is not damage of the file
     with refusing(file.path):
-        share = None if model is None else model.share
+        share: Share | None = getattr(model, "share", None)
         with together(share):
             sums = None if share is None else SharedSums(share)
             cache = _Reader(file, str(device), pairs, staging(device), sums).cache()

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..parallel import Share, everyone
 from .damage import require
 from .header import OpenFile, digest
-from .tensors import BLOCK, DTYPES, Pieces, blocks_of, in_order, write_file
+from .tensors import DTYPES, Pieces, blocks_of, in_order, write_file
 
-_SENT = 8 * BLOCK  # bytes sent at once
+_SENT = 32 << 20  # bytes sent at once
 
 
 def write_shared(

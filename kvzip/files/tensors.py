@@ -32,7 +32,7 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ROW = 509  # 8-byte words of a row, whose columns are summed; prime, so that swapped ranges end in other columns
-BLOCK = 1024 * 8 * _ROW  # bytes
+_BLOCK = 1024 * 8 * _ROW  # bytes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_tensor(
 def staging(device: str | torch.device) -> Tensor | None:
     """Returns the buffer through which `read_tensor` reads tensors to another device; None for the CPU."""
     kind = torch.device(device).type
-    return None if kind == "cpu" else torch.empty(4, BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
+    return None if kind == "cpu" else torch.empty(4, _BLOCK, dtype=torch.uint8, pin_memory=kind == "cuda")
 
 
 def write_file(
@@ -111,10 +111,10 @@ def in_order(tensors: Mapping[str, Tensor | Pieces]) -> list[str]:
 
 def blocks_of(file: OpenFile, begin: int, size: int, first: int, end: int) -> Iterator[tuple[int, int, Tensor, bytes]]:
     """Yields the blocks with bytes first:end of a tensor of `size` bytes at `begin`: number, place, bytes, sums."""
-    buffer = torch.empty(min(BLOCK, size), dtype=torch.uint8)
-    for number in range(first // BLOCK, -(-end // BLOCK) if end > first else 0):
-        at = number * BLOCK
-        block = buffer[: min(BLOCK, size - at)]
+    buffer = torch.empty(min(_BLOCK, size), dtype=torch.uint8)
+    for number in range(first // _BLOCK, -(-end // _BLOCK) if end > first else 0):
+        at = number * _BLOCK
+        block = buffer[: min(_BLOCK, size - at)]
         file.raw.seek(begin + at)
         fill(file.raw, block.numpy().data)
         yield number, at, block, _sums(block.numpy())
@@ -124,7 +124,7 @@ def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[b
     """Fills a tensor of another device. A block is summed and copied while the next ones are read."""
     flat, sums = out.view(-1).view(torch.uint8), []
     copied = [torch.cuda.Event() if out.is_cuda else None for _ in scratch]
-    for number, target in enumerate(flat.split(BLOCK) if out.numel() else ()):
+    for number, target in enumerate(flat.split(_BLOCK) if out.numel() else ()):
         slot = number % len(scratch)
         block, event = scratch[slot, : len(target)], copied[slot]
         if number >= len(scratch):  # the block that was in the slot may still be summed, or copied
@@ -158,15 +158,15 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 def _filled(pieces: Iterator[Tensor]) -> Iterator[np.ndarray]:
     """The bytes of pieces in blocks as of one tensor."""
-    buffer, held = np.empty(BLOCK, np.uint8), 0
+    buffer, held = np.empty(_BLOCK, np.uint8), 0
     with closing(cast(Generator[Tensor], pieces)):
         for piece in pieces:
             rest = _bytes(piece)
             while len(rest):
-                taken = rest[: BLOCK - held]
+                taken = rest[: _BLOCK - held]
                 buffer[held : held + len(taken)] = taken
                 held, rest = held + len(taken), rest[len(taken) :]
-                if held == BLOCK:
+                if held == _BLOCK:
                     yield buffer
                     held = 0
     if held:
@@ -187,4 +187,4 @@ def _sums(block: np.ndarray) -> bytes:
 
 
 def _blocks(buffer: np.ndarray) -> Iterator[np.ndarray]:
-    return (buffer[at : at + BLOCK] for at in range(0, len(buffer), BLOCK))
+    return (buffer[at : at + _BLOCK] for at in range(0, len(buffer), _BLOCK))

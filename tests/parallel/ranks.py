@@ -89,6 +89,7 @@ def _run(
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.set_num_threads(1)
+        torch.manual_seed(rank)  # what ranks draw is not the same by itself
         value = function(*given)
         (directory / f"told-{rank}").write_bytes(pickle.dumps(value))
         code = 0
