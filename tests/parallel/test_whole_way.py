@@ -1,6 +1,7 @@
 """Ranks that share a model do what one process does: logits, scores, choices, answers, files."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import random_model
 import tiny_models
 from accuracy import assert_as_accurate
 from kvzip.cache import read_header
+from kvzip.files import shared, tensors
 
 SIZES = {"vocab_size": 260, "max_position_embeddings": 2048, "eos_token_id": random_model.END, "bos_token_id": None}
 TWO = {
@@ -48,9 +50,15 @@ def damage(source: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[(2, TWO), (3, THREE)], ids=["two", "three"])
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each model: `one` process's results, those of each of the `ranks`, and where the files are."""
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """For each model: `one` process's results, those of each of the `ranks`, and where the files are.
+
+    Files are in blocks that are smaller than a rank's rows and end within them.
+    """
     count, families = request.param
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tensors, "_BLOCK", 1000)
+    patch.setattr(shared, "_SENT", 720)
     base = tmp_path_factory.mktemp("models")
     given, found = {}, {}
     for name, make in families.items():
@@ -68,7 +76,8 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             found[name].setdefault("ranks", []).append(value)
     for name, value in found.items():
         value["made"] = directory / f"made-{name}"
-    return found
+    yield found
+    patch.undo()
 
 
 def whole(told: dict[str, Any]) -> list[dict[str, Any]]:
