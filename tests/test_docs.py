@@ -54,7 +54,7 @@ NOT_RUN = {
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
     (
         "docs/parallel.md",
-        "torchrun --nproc-per-node 4 -m kvzip compress book.txt -m meta-llama/Llama-3.1-70B-Instruct -r 0.3 -o book.kvz",
+        "torchrun --nproc-per-node 4 -m kvzip compress book.txt -m meta-llama/Llama-3.1-70B-Instruct -o book.kvz",
     ),
     ("docs/parallel.md", "import os, torch, kvzip"),
     ("docs/parallel.md", "torchrun --nproc-per-node 4 benchmarks/parallel.py --shape llama-3.1-70b"),

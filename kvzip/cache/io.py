@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_path, check_values
 from ..files.header import open_file
-from ..files.schema import foreign, ratio_of
+from ..files.schema import foreign, is_divided, is_offsets, ratio_of
 from ..files.shared import write_shared
 from ..files.tensors import write_file
 from ..ops import Quantized
@@ -18,7 +18,7 @@ from ..parallel import Share, everyone
 from ..prompts import token_bytes
 from .caches import DenseCache, RaggedCache, check_pairs
 from .parts import DenseKV, RaggedKV, Scores, WindowKV
-from .reading import BelongsTo, is_divided, is_offsets, open_cache, read_cache, read_texts
+from .reading import BelongsTo, open_cache, read_cache, read_texts
 from .score_codes import encode_levels
 
 

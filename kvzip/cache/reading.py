@@ -37,16 +37,6 @@ class BelongsTo(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def is_offsets(name: str) -> bool:
-    """Whether a tensor says where the rows of each head begin."""
-    return name.startswith("layers.") and name.endswith(".offsets")
-
-
-def is_divided(name: str) -> bool:
-    """Whether a tensor holds rows or heads, of which a rank has its own."""
-    return name.startswith(("layers.", "tail.k.", "tail.v.")) and not is_offsets(name)
-
-
 @contextmanager
 def open_cache(path: str | Path) -> Iterator[OpenFile]:
     """Opens a cache's file and checks its header. Raises as `read_header` does, and ValueError for other kinds."""

@@ -17,8 +17,9 @@ from .config import ModelConfig, check_integer
 from .division import divided, share_in
 from .fields import reject
 from .files import read_json, weight_files
-from .reading import Reading, read_weights
+from .reading import read_weights
 from .schemes import read_quantization
+from .stacks import Reading
 from .transformer import Model
 from .vocabulary import read_vocabulary, stop_ids
 

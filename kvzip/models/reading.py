@@ -1,40 +1,26 @@
 """Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import QuantizedWeight, quantize_weight
-from ..ops.weights import columns, rows_at_once, stack_weights
-from ..parallel import Share, agreed, together
+from ..ops import QuantizedWeight
+from ..parallel import agreed, together
 from ..parallel.reduction import head_rows
 from .config import ModelConfig
-from .division import HEAD_UNIT, Part, check_units, divided, own_index, own_values, parts_of
+from .division import HEAD_UNIT, Part, check_units, divided, parts_of
 from .identity import checkpoint_digest
-from .packed import MAIN, OF_CACHES, OTHERS, read_part, with_activations
+from .packed import MAIN, OF_CACHES, OTHERS
 from .schemes import QSERVE, Quantization, Scheme
-from .shards import Place, Read, copy_, opened, same, shards, stored
+from .shards import Place, copy_, opened, same, shards, stored
+from .stacks import COMPANIONS, Files, Reading, index_of, on_device, read_stack, rounded_stack
 from .weights import EMBED, HEAD, LINEAR, LayerWeights, Weights, empty_weights, short_name, slots
 
 _CODES = ("F8_E4M3", "I8")  # of a `weight` that is quantized
-_AT_ONCE = 1 << 25  # weights that are rounded at once
-_COMPANIONS = {suffix for others in OTHERS.values() for suffix in others} | set(MAIN.values())
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is made of stored weights. `kind`: linear layers of 16 bits are quantized to it while they are read."""
-
-    dtype: torch.dtype
-    device: torch.device
-    kind: str | None = None
-    round_inputs: bool = False  # as the checkpoint says
-    share: Share | None = None  # of what is read
 
 
 def read_weights(
@@ -110,7 +96,7 @@ def _located(
                     continue
                 place = Place(path, name, shard.get_slice(name).get_dtype())
                 coded = suffix == "weight" and stem in linear and place.dtype in _CODES
-                known = short in shapes or (stem in linear and suffix in _COMPANIONS)
+                known = short in shapes or (stem in linear and suffix in COMPANIONS)
                 if not known and suffix == "bias" and stem in linear and not bool(shard.get_tensor(name).any()):
                     continue  # GPTQ's programs write biases of zeros where the layer has none
                 if not known or short in found:
@@ -140,7 +126,7 @@ def _schemes(found: Mapping[str, Place], linear: Sequence[str], quantization: Qu
     schemes = {}
     for name in linear:
         stem = name.removesuffix(".weight")
-        own = {suffix: place for suffix in _COMPANIONS if (place := found.get(f"{stem}.{suffix}"))}
+        own = {suffix: place for suffix in COMPANIONS if (place := found.get(f"{stem}.{suffix}"))}
         if not set(own) - {"weight"} and (not own or own["weight"].dtype not in _CODES):
             continue
         main = next((own[x] for x in ("weight", "weight_packed", "qweight") if x in own), next(iter(own.values())))
@@ -197,7 +183,7 @@ def _assembled(
     head = head_rows(share, config.vocab_size, unit=unit)
     with together(share):
         weights = _allocated(own, set(stacks), reading, head.stop - head.start)
-        files = _Files(found, slots(own, weights, layer_names), schemes, parts, reading)
+        files = Files(found, slots(own, weights, layer_names), schemes, parts, reading)
         made = _filled(files, stacks)
     layers = [
         replace(layer, **{field: made[name] for field in LINEAR if (name := f"layers.{n}.{field}") in made})
@@ -207,17 +193,6 @@ def _assembled(
     # a head tied to the embedding is stored too: in the checkpoint's dtype the two may differ, and the digest must not
     # depend on the dtype of the weights
     return weights, agreed(share, lambda: checkpoint_digest(stored(found)))
-
-
-@dataclass(frozen=True)
-class _Files:
-    """What is stored where, and where it goes: `places` by name, with the `parts` of those that are divided."""
-
-    found: Mapping[str, Place]
-    places: Mapping[str, Tensor]
-    schemes: Mapping[str, Scheme]
-    parts: Mapping[str, Part]
-    reading: Reading
 
 
 def _allocated(config: ModelConfig, left_out: set[str], reading: Reading, head: int) -> Weights:
@@ -239,85 +214,22 @@ def _allocated(config: ModelConfig, left_out: set[str], reading: Reading, head: 
     return Weights(embed=embed, layers=tuple(layers), norm=real("norm", meta.norm), unembed=unembed)
 
 
-def _filled(files: _Files, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, QuantizedWeight]:
+def _filled(files: Files, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, QuantizedWeight]:
     """Copies every tensor into its place, file by file, and returns the stacks that are quantized."""
     stack_of = {
         f"{name.removesuffix('.weight')}.{suffix}": stack
         for stack, names in stacks.items()
         for name in names
-        for suffix in _COMPANIONS
+        for suffix in COMPANIONS
     }
     made: dict[str, QuantizedWeight] = {}
     with shards() as read:
         for short, place in files.found.items():
             stack = stack_of.get(short)
             if stack is None and short in files.places:
-                copy_(files.places[short], read, place, _index(files.parts.get(short)))
+                copy_(files.places[short], read, place, index_of(files.parts.get(short)))
             elif stack is not None and stack not in made:
                 names = stacks[stack]
-                make = _read_stack if files.reading.kind is None else _rounded_stack
+                make = read_stack if files.reading.kind is None else rounded_stack
                 made[stack] = on_device(make(names, files, read), files.reading.device)
     return made
-
-
-def _index(part: Part | None) -> tuple[slice, ...]:
-    """The index of a part of a matrix or a vector that is stored as it is."""
-    if part is None:
-        return ()
-    return (slice(None),) * part.axis + (slice(part.start, part.stop),)
-
-
-def _read_stack(names: Sequence[str], files: _Files, read: Read) -> QuantizedWeight:
-    """The matrices of one product, as the checkpoint quantizes them."""
-
-    def get(name: str, suffix: str) -> Tensor | None:
-        place = files.found.get(f"{name.removesuffix('.weight')}.{suffix}")
-        if place is None:
-            return None
-        part, scheme = files.parts.get(name), files.schemes[name]
-        if part is None:
-            return read(place)
-        index = own_index(tuple(read(place).shape), scheme.layout, suffix, part, scheme)
-        inner = files.places[name].shape
-        whole = (part.of, inner[1]) if part.axis == 0 else (inner[0], part.of)
-        return own_values(suffix, read(place, index), part, whole, scheme)
-
-    stems = [name.removesuffix(".weight") for name in names]
-    gets = [partial(get, name) for name in names]
-    parts = [
-        read_part(stem, files.schemes[name], own, *files.places[name].shape)
-        for name, stem, own in zip(names, stems, gets, strict=True)
-    ]
-    if files.reading.round_inputs:
-        parts = with_activations(stems[0], parts, files.schemes[names[0]], gets)
-    return stack_weights(parts)
-
-
-def _rounded_stack(names: Sequence[str], files: _Files, read: Read) -> QuantizedWeight:
-    """The matrices of one product, quantized while they are read.
-
-    A row's scale is of its largest weight, wherever it is: rows are read whole, and rounded before they are divided.
-    """
-    kind, device = files.reading.kind, files.reading.device
-    assert kind is not None
-    rounded = []
-    for name in names:
-        place, part = files.found[name], files.parts.get(name)
-        if part is None or part.axis == 0:
-            rounded.append(quantize_weight(read(place, _index(part)).to(device), kind))
-            continue
-        outputs = files.places[name].shape[0]
-        step = rows_at_once(part.of) * max(1, _AT_ONCE // (rows_at_once(part.of) * part.of))
-        blocks = (read(place, (slice(at, at + step),)).to(device) for at in range(0, outputs, step))
-        rounded.append(stack_weights([columns(quantize_weight(x, kind), part.start, part.stop) for x in blocks]))
-    return stack_weights(rounded)
-
-
-def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    """Returns a quantized weight on a device."""
-    how = weight.activations
-    if how is not None:
-        fixed = {"scale": how.scale, "zero": how.zero}
-        how = replace(how, **{name: None if x is None else x.to(device) for name, x in fixed.items()})
-    zero = None if weight.zero is None else weight.zero.to(device)
-    return replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device), zero=zero, activations=how)

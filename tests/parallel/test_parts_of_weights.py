@@ -20,8 +20,9 @@ from kvzip.models.division import divided, parts_of
 from kvzip.models.files import weight_files
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.load import translate_config
-from kvzip.models.reading import Reading, read_weights
+from kvzip.models.reading import read_weights
 from kvzip.models.schemes import read_quantization
+from kvzip.models.stacks import Reading
 from kvzip.models.weights import Weights
 from kvzip.ops import QuantizedWeight
 from kvzip.ops.weights import expand

@@ -23,7 +23,7 @@ def way(
     """Loads a model and does everything that ranks share, or only what depends on the family. Files are out/NAME."""
     model = kvzip.load(directory, dtype=dtype, device="cpu", group=group)
     found: dict[str, Any] = {"fingerprint": model.fingerprint, "shapes": shapes(model)}
-    ids = torch.arange(3, 43) % model.config.vocab_size
+    ids = torch.arange(3, 103) % model.config.vocab_size
     layers = new_layers(model.config, len(ids), dtype=dtype, device=model.device)
     with torch.no_grad():
         hidden = kvzip.models.forward(model, ids[None], torch.arange(len(ids)), prefill_attend(model.config, layers, 0))
@@ -130,7 +130,7 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def all_of(group: Any, models: dict[str, tuple[str, str, bool]], directory: Path) -> dict[str, Any]:
     """What a rank finds of each model: where it is, and where the files of one process are."""
-    transformer._ROWS_PER_BLOCK = 16  # so that sums run beside products
+    transformer._ROWS_PER_BLOCK = 64  # so that sums run beside products
     reduction.BESIDE_BYTES = 0
     told = {}
     for name, (source, held, brief) in models.items():
