@@ -5,6 +5,7 @@ q, k, v, gate, up and the head are divided by rows, o and down by columns; embed
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -105,6 +106,11 @@ def check_units(
 
     The message names the numbers of ranks that work.
     """
+    if HEAD in schemes and HEAD_UNIT % lcm(*_unit(schemes[HEAD], columns=False)):
+        raise ValueError(
+            f"expected a head whose scales are shared by a divisor of {HEAD_UNIT} rows, got {schemes[HEAD].rows}: "
+            "ranks cannot divide it, take another checkpoint"
+        )
     units: dict[str, set[tuple[int, int]]] = {field: set() for field in LINEAR}
     for field in LINEAR:
         if kind == "int4" and field in COLUMNS:

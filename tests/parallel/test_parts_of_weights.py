@@ -88,6 +88,18 @@ def test_a_rank_reads_its_part_of_every_form(name: str, tmp_path: Path) -> None:
             assert own == digest
 
 
+def test_a_quantized_head_is_divided_in_multiples_of_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = files.qserve()
+    made = form.make(files.VOCAB, files.HIDDEN, torch.Generator().manual_seed(3))
+    form.extra = {f"lm_head.{suffix}": tensor for suffix, tensor in made.tensors.items()}
+    files.write(tmp_path, form)
+    monkeypatch.setattr(reading_module, "HEAD_UNIT", 8)
+    for rank, rows in enumerate((slice(0, 24), slice(24, 40))):
+        head = read(tmp_path, Share(rank, 2, 2, None, None))[0].unembed
+        assert isinstance(head, QuantizedWeight)
+        torch.testing.assert_close(expand(head, torch.float64), made.meant[rows], rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["int8", "e4m3", "int4"])
 def test_rounding_while_reading_gives_the_codes_of_one_process(kind: str, tmp_path: Path) -> None:
     plain = tuple(f"layers.{n}.{name}" for n in range(files.LAYERS) for name in files.SHAPES)
