@@ -137,6 +137,13 @@ def test_no_modules_import_each_other() -> None:
     assert circles(PACKAGE) == []
 
 
+def test_ranks_talk_in_one_room() -> None:
+    modules = modules_of(PACKAGE)
+    users = {m for m, path in modules.items() if "torch.distributed" in " ".join(imports_of(m, path, set(modules)))}
+    assert "kvzip.files.shared" in users
+    assert {layer_of(module) for module in users - {"kvzip.files.shared"}} == {"kvzip.parallel"}
+
+
 def test_a_circle_is_caught_in_functions_too(tmp_path: Path) -> None:
     package = _small_package(tmp_path)
     assert circles(package) == []
