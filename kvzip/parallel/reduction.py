@@ -64,7 +64,7 @@ def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: tor
     def add(x: Tensor) -> Callable[[], Tensor]:
         if x.dtype != dtype or x.numel() > count or x.nbytes % 16 or not x.is_contiguous():
             return by_library(x)
-        out = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)
+        out = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[: x.numel()], x.view(-1), "sum", name).view_as(x)
         return lambda: out
 
     return add
