@@ -13,6 +13,7 @@ from .cache.caches import ragged_of
 from .cache.rows import pack, ranked
 from .checks import check_kind
 from .options import Budget
+from .parallel import together
 
 
 def compress(
@@ -177,6 +178,8 @@ def _pack(
 ) -> tuple[RaggedKV | WindowKV, ...]:
     """Packs the kept pairs of each layer behind its prefix; head h of scored layer l keeps counts[l][h] of them.
 
+    Mask and counts are of all heads, layers of those that are here.
+
     With `consume` each layer is freed once it is packed. The cache's list is emptied before the first layer is packed,
     and filled again if an error comes before one is freed: a cache is whole or known to be consumed. The largest is
     packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
@@ -184,20 +187,23 @@ def _pack(
     layers: list[Any] = list(cache.layers)
     scores = cache.scores
     assert scores is not None
-    rows = [[scores.start + count for count in heads] for heads in counts]
+    own = slice(None) if cache.share is None else cache.share.own
+    rows = [[scores.start + count for count in heads[own]] for heads in counts]
+    keep = keep[:, own]
     pair = 2 * layers[0].width * layers[0].k.element_size()
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
     explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
     remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True")
     if consume:  # before the list is emptied, so that these errors leave the cache intact
-        free = free_bytes(cache.device)
-        if free is not None and free < needed:
-            raise torch.OutOfMemoryError(
-                f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
-            )
-        if bits is not None:
-            _check_finite(cache, scores, keep)
+        with together(cache.share):
+            free = free_bytes(cache.device)
+            if free is not None and free < needed:
+                raise torch.OutOfMemoryError(
+                    f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
+                )
+            if bits is not None:
+                _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
     try:
@@ -205,7 +211,7 @@ def _pack(
             cache.layers.clear()
         for at, n in order:
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
-            with explain_out_of_memory(explanation, f"{remedy}; {state}"):
+            with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
                 whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
                 context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits)
             if consume:

@@ -33,9 +33,10 @@ from .cache.rows import join, pack, prefix_keys
 from .checks import check_kind, check_text_or_ids, check_texts
 from .files.schema import ratio_of
 from .generation import Answer, generate
-from .inputs import check_fingerprint, check_length, context_ids, following_ids, prompt_of, query_ids, tokenizer_of
+from .inputs import check_belongs, check_length, context_ids, following_ids, prompt_of, query_ids, tokenizer_of
 from .models import Attend, Model, run_attention
 from .options import Scoring
+from .parallel import heads_of, whole_scores
 from .scoring import formula_of, repeats, run_repeats
 
 FOLDED = "+fold"  # at the end of a cache's method: some pairs of folded turns were dropped
@@ -58,7 +59,7 @@ def extend(
     check_pairs(cache)
     check_text_or_ids(text, "text")
     chunk = checks.whole(chunk, "chunk", least=1)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     ids = torch.tensor(following_ids(model, cache, text)) if isinstance(text, str) else context_ids(model, text)
     if len(ids) == 0:
         raise ValueError("expected at least one token to extend the cache by, got none: pass text or ids")
@@ -115,7 +116,7 @@ def ask(
         check_texts(query, "query")
         raise TypeError("expected query to be one text, got several: one turn has one, kvzip.generate takes a list")
     cache = as_ragged(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     (asked,) = query_ids(model, cache, [query], template=template)
     tokenizer = tokenizer_of(model)
     close = prompts.turn_close(prompt_of(model)) if template else ""
@@ -173,7 +174,7 @@ def fold(
     check_kind(model, Model)
     check_pairs(cache)
     scoring = options.scoring("context", method, chunk, hint)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     cache, ratio = as_ragged(cache), checks.kept_ratio(ratio, of="the tail")
     tail, begin, stop = cache.tail, cache.context_length, len(cache.token_ids)
     if tail is None or begin == stop:
@@ -231,11 +232,11 @@ def append(
 
 
 def _folded(model: Model, cache: RaggedCache, tail: Tail, keep: Bool[Tensor, "L H E"]) -> RaggedCache:
-    """The cache whose context includes the pairs of the tail that `keep` marks."""
+    """The cache whose context includes the pairs of the tail that `keep` marks, of all heads."""
     begin, stop = cache.context_length, len(cache.token_ids)
-    counts = keep.sum(-1).tolist()
+    own = heads_of(cache.share, keep)
     context: list[RaggedKV | WindowKV] = []
-    scored = iter(zip(keep, counts, strict=True))
+    scored = iter(zip(own, own.sum(-1).tolist(), strict=True))
     for layer, k, v, spec in zip(cache.context, tail.k, tail.v, model.config.layers, strict=True):
         k, v = k[:, :, : stop - begin], v[:, :, : stop - begin]
         if isinstance(layer, WindowKV):
@@ -250,26 +251,24 @@ def _folded(model: Model, cache: RaggedCache, tail: Tail, keep: Bool[Tensor, "L 
         context=tuple(context),
         tail=None,
         context_length=stop,
-        kept=cache.kept + sum(map(sum, counts)),
+        kept=cache.kept + int(keep.sum()),
         total=cache.total + keep.numel(),
         scores=None,
-        method=cache.method
-        if sum(map(sum, counts)) == keep.numel() or cache.method.endswith(FOLDED)
-        else cache.method + FOLDED,
+        method=cache.method if bool(keep.all()) or cache.method.endswith(FOLDED) else cache.method + FOLDED,
     )
 
 
 def _keep(
     model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring
 ) -> tuple[Bool[Tensor, "L H E"], Float32[Tensor, "L H E"] | None]:
-    """Which pairs of the tail are kept, and their scores; None if all are, unscored.
+    """Which pairs of the tail are kept, of all heads, and their scores; None if all are, unscored.
 
     Repeat passes write to a copy of the tail, each over the rows before it.
     """
     config, begin, used = model.config, cache.context_length, len(cache.token_ids)
     shape = (len(cache.scored_layers), cache.heads, used - begin)
     if ratio == 1 or not cache.scored_layers:
-        return torch.ones(shape, dtype=torch.bool, device=model.device), None
+        return torch.ones(shape[0], cache.all_heads, shape[2], dtype=torch.bool, device=model.device), None
     values = torch.empty(shape, dtype=torch.float32, device=model.device)
     passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, begin=begin))
     scratch = grow_tail(tail, 1, max(len(ids) for _, _, ids in passes))
@@ -288,6 +287,7 @@ def _keep(
         return partial(attend, slice(first - begin, stop - begin))
 
     run_repeats(model, passes, used, strategy, observe=observe)
-    mask = ops.select(values, ratio=ratio)
+    whole = whole_scores(cache.share, values)
+    mask = ops.select(whole, ratio=ratio)
     assert isinstance(mask, Tensor)
-    return mask, values
+    return mask, whole

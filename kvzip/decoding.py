@@ -14,7 +14,7 @@ from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, check_pairs, explain_out_of_memory
 from .cache.caches import roomy_tail
 from .checks import check_kind
-from .inputs import check_fingerprint, context_ids
+from .inputs import check_belongs, context_ids
 from .models import Model, forward, logits
 
 NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf
@@ -41,7 +41,7 @@ class Decoder:
         check_kind(model, Model)
         check_pairs(cache)
         batch, tail = checks.whole(batch, "batch", least=1), checks.whole(tail, "tail", least=1)
-        check_fingerprint(model, cache.fingerprint)
+        check_belongs(model, cache)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
         cache = as_ragged(cache)
         self._layers, self._start = all_ragged(cache.context), cache.context_length

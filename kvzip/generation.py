@@ -9,8 +9,9 @@ from . import checks, options, prompts
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
 from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
-from .inputs import check_fingerprint, query_ids, tokenizer_of
+from .inputs import check_belongs, query_ids, tokenizer_of
 from .models import Model
+from .parallel import agreed, everyone
 from .sources import Source, find_sources
 
 
@@ -105,10 +106,15 @@ def generate(
     check_kind(model, Model)
     check_pairs(cache)
     named = checks.whole(sources, "sources", least=0)
+    if seed is None:
+        seed = agreed(
+            model.share,
+            lambda: options.sampling(max_tokens, temperature, top_p, None, stop, repetition_penalty).seed,
+        )
     sampling = options.sampling(max_tokens, temperature, top_p, seed, stop, repetition_penalty)
     for text in sampling.stop:
         prompts.encode_text(tokenizer_of(model), text)  # raises for a text that no answer can contain
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
     if not ids:
@@ -159,7 +165,7 @@ def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
     # a question needs its tail and activations to be read, and sampling up to eight float64 values per logit
     widest = 4 * (model.config.intermediate_size + model.config.hidden_size) * model.dtype.itemsize
     needed = rows * (tail_bytes_per_token(model) + widest) + 64 * model.config.vocab_size
-    return max(1, min(questions, int(0.8 * free) // needed))
+    return max(1, min(questions, *everyone(model.share, int(0.8 * free) // needed)))
 
 
 def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:

@@ -46,6 +46,7 @@ class Loading:
     rope: Mapping[str, Any] | None = None
     weights: str | None = None
     activations: str | None = None
+    group: Any = None
 
 
 def config_of(directory: Path) -> Path:

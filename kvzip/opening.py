@@ -31,6 +31,7 @@ def open(
     max_length: int | None = None,
     weights: str | None = None,
     activations: str | None = None,
+    group: Any = None,
 ) -> tuple[Model, DenseCache | RaggedCache]:
     """Returns the model that made a cache file, loaded, and the file's cache on the model's device.
 
@@ -44,13 +45,14 @@ def open(
         dtype, rope, max_length, weights, activations: as for `load`, in place of the file's; the cache must be of the
             model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
+        group: a torch.distributed process group whose ranks share the model, as for `load`.
 
     Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names
         none, a loaded model with options to load one, and whatever `load_cache` and `load` refuse; OSError.
     """
     if isinstance(model, Model):
         options = {"dtype": dtype, "rope": rope, "max_length": max_length}
-        options |= {"weights": weights, "activations": activations}
+        options |= {"weights": weights, "activations": activations, "group": group}
         given = ", ".join(name for name, value in options.items() if value is not None)
         if given:
             raise ValueError(
@@ -60,7 +62,7 @@ def open(
     elif model is not None:
         check_path(model, "model")
     with open_cache(path) as file:
-        return read(file, model=model, loading=Loading(dtype, device, max_length, rope, weights, activations))
+        return read(file, model=model, loading=Loading(dtype, device, max_length, rope, weights, activations, group))
 
 
 def read(
@@ -78,7 +80,7 @@ def read(
         device=loading.device,
         rope=made.rope if loading.rope is None else loading.rope,
         max_length=made.max_length if loading.max_length is None else loading.max_length,
-        **{name: how for name, how in rounding.items() if how is not None},
+        **{name: how for name, how in (rounding | {"group": loading.group}).items() if how is not None},
     )
     if model is None and source is not None:
         loaded = replace(loaded, source=source)

@@ -12,7 +12,7 @@ from .attention import new_layers, prefill_attend
 from .cache import DenseCache, RaggedCache, explain_out_of_memory
 from .cache.caches import check_cache
 from .checks import check_kind, check_text_or_ids
-from .inputs import check_fingerprint, check_length, encode
+from .inputs import check_belongs, check_length, encode
 from .models import Model, run_attention
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def read_again(
     Raises: ValueError for a cache of another model; and as `prefill` does.
     """
     check_cache(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     return _read(model, cache.token_ids[: cache.context_length], cache.start, cache.chat, chunk, progress)
 
 
@@ -91,7 +91,7 @@ def _read(
             run_attention(model, part[None], positions, prefill_attend(model.config, layers, done))
         if progress is not None:
             progress(done + len(part), length)
-    return DenseCache(layers, length, start, chat, token_ids, model.fingerprint)
+    return DenseCache(layers, length, start, chat, token_ids, model.fingerprint, share=model.share)
 
 
 def dense_bytes(model: Model, length: int) -> int:

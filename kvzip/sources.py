@@ -13,7 +13,7 @@ from . import ops, prompts
 from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, RaggedKV, all_ragged, as_ragged, explain_out_of_memory
 from .cache.caches import roomy_tail
-from .inputs import check_length, tokenizer_of
+from .inputs import check_length, check_whole_model, tokenizer_of
 from .models import Model, ModelConfig, run_attention
 from .ops.types import Quantized
 
@@ -61,6 +61,7 @@ def find_sources(
 
     Raises: ValueError for more positions than the model was made for, or without a tokenizer; torch.OutOfMemoryError.
     """
+    check_whole_model(model, "sources")
     tokenizer, cache = tokenizer_of(model), as_ragged(cache)
     if not answered or not cache.scored_layers or count < 1:
         return ()

@@ -14,7 +14,7 @@ from .checks import check_kind, check_texts
 from .compression import compress
 from .evals.asking import answer_logits
 from .generation import generate
-from .inputs import check_fingerprint, query_ids, tokenizer_of
+from .inputs import check_belongs, check_whole_model, query_ids, tokenizer_of
 from .models import Model
 from .ratios import FLOOR
 from .refitting import refit as fit
@@ -127,7 +127,8 @@ def tune(
     check_kind(model, Model)
     check_kind(cache, DenseCache)
     check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_whole_model(model, "tuning")
+    check_belongs(model, cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     tried = sorted({checks.kept_ratio(ratio) for ratio in ratios}, reverse=True)

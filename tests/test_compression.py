@@ -293,7 +293,7 @@ def consumed(request, dense):
 # what a cache says without its pairs
 NO_PAIRS = {
     *("inputs.query_ids", "inputs.following_ids", "scoring.repeats", "evals.run.answer_lines"),
-    "cache.caches.ragged_of",
+    *("cache.caches.ragged_of", "inputs.check_belongs"),
 }
 FOUND = {
     f"{module.removeprefix('kvzip.')}.{name}": (module, name)

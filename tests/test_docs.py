@@ -54,6 +54,12 @@ NOT_RUN = {
     ("docs/evals.md", "pip install matplotlib datasets"),
     ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
+    (
+        "docs/parallel.md",
+        "torchrun --nproc-per-node 4 -m kvzip compress book.txt -m meta-llama/Llama-3.1-70B-Instruct -o book.kvz",
+    ),
+    ("docs/parallel.md", "import os, torch, kvzip"),
+    ("docs/parallel.md", "torchrun --nproc-per-node 4 benchmarks/parallel.py --shape llama-3.1-70b"),
     ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
     ("docs/gpu_tests.md", "wheels='flashinfer-python==0.6.13 apache-tvm-ffi==0.1.15.post2'"),
     ("docs/gpu_tests.md", "python -m pytest -q -o addopts= -m gpu tests/ops/test_devices.py"),

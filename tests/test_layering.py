@@ -22,11 +22,12 @@ ALLOWED = {
     "kvzip.options": {"kvzip.checks"},
     "kvzip.machine": set(),
     "kvzip.ops": set(),
-    "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display"},
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},
+    "kvzip.parallel": {"kvzip.ops"},
+    "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display", "kvzip.parallel"},
+    "kvzip.cache": {"kvzip.parallel", "kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},
     "kvzip.templates": set(),
     "kvzip.prompts": {"kvzip.templates"},
-    "kvzip.models": {"kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.parallel", "kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (
@@ -137,6 +138,13 @@ def test_no_import_goes_upward() -> None:
 
 def test_no_modules_import_each_other() -> None:
     assert circles(PACKAGE) == []
+
+
+def test_ranks_talk_in_one_room() -> None:
+    modules = modules_of(PACKAGE)
+    users = {m for m, path in modules.items() if "torch.distributed" in " ".join(imports_of(m, path, set(modules)))}
+    assert "kvzip.files.shared" in users
+    assert {layer_of(module) for module in users - {"kvzip.files.shared"}} == {"kvzip.parallel"}
 
 
 def test_a_circle_is_caught_in_functions_too(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ..display import visible, visible_line
 from ..hub import Loading
 from .output import echo, hint, put_json, stages
 from .plumbing import FileName, check_utf8, command, finite, positive, stdin_lines
+from .ranks import agreed, share_of
 from .sources import model_options, open_cache, short
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _stops(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) 
 
 @command(
     "ask",
+    shares=True,
     epilog="""
     kvzip ask contract.kvz "Who signed it?"
     kvzip ask contract.kvz "Who signed it?" "When?" "What does it cost?"
@@ -126,7 +128,9 @@ def ask(
     QUESTION may be - to read questions from standard input, one a line. They are answered as one batch, each by
     itself, and none changes the file.
     """
-    lines = [line.strip() for q in questions for line in (stdin_lines() if q == "-" else [q])]
+    lines = agreed(
+        share_of(), lambda: [line.strip() for q in questions for line in (stdin_lines() if q == "-" else [q])]
+    )
     asked = [check_utf8(line) for line in lines if line]
     if not asked:
         raise click.UsageError("expected a question, got none with text in it")

@@ -1,6 +1,7 @@
 """`kvzip compress`: documents into one file."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..ratios import FLOOR
 from . import documents
 from .output import echo, hint, put_json, say, size, stages
 from .plumbing import FileName, Ratio, command, finite, positive, resuming
+from .ranks import agreed, share_of
 from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_output, force_option, is_kvzip_file, say_replaced
 
@@ -25,6 +27,7 @@ SUFFIX = ".kvz"
 
 @command(
     "compress",
+    shares=True,
     epilog="""
     kvzip compress report.pdf -m qwen2.5-7b -r 0.3 -o report.kvz
     kvzip compress src/ notes.md -m DIR -o project.kvz
@@ -149,8 +152,9 @@ def compress(
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     scores = None if heads is None else find_heads(heads)
-    held = check_output(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
-    text, named = documents.read(documents_)
+    share = share_of()
+    held = agreed(share, partial(check_output, output, kind="file of kvzip", ours=is_kvzip_file, force=force))
+    text, named = agreed(share, partial(documents.read, documents_))
     directory = find_model(model)
     positions = made_for(directory, rope=loading.rope)
     from .. import options  # torch is imported here, after all that can be refused without it
@@ -184,6 +188,7 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
     """Prints facts of a file that was written: those of its cache and its note."""
     from .. import refitting
     from ..cache import WindowKV, full_nbytes, nbytes
+    from ..parallel import everyone
 
     ratio = cache.kept / cache.total
     windows = sum(isinstance(layer, WindowKV) for layer in cache.context)
@@ -197,9 +202,9 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
         "method": cache.method,
         "layers": len(cache.context),
         "window_layers": windows,
-        "full_bytes": full_nbytes(cache),
-        "cache_bytes": nbytes(cache),
-        "file_bytes": output.stat().st_size,
+        "full_bytes": sum(everyone(cache.share, full_nbytes(cache) or 0)),
+        "cache_bytes": sum(everyone(cache.share, nbytes(cache))),
+        "file_bytes": agreed(cache.share, lambda: output.stat().st_size),
         "seconds": note["seconds"],
     }
     if "heads" in note:

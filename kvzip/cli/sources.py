@@ -15,6 +15,7 @@ import click
 from ..files.header import is_something_else
 from ..hub import Loading, config_of, resolve, shipped_name, shipped_scores
 from .output import Stage, say
+from .ranks import launch_of
 
 if TYPE_CHECKING:
     from ..cache import DenseCache, RaggedCache
@@ -57,7 +58,10 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
             rope: dict[str, Any] | None,
             **others: Any,
         ) -> Any:
-            return function(**others, loading=Loading(dtype, device, max_length, rope, weights))
+            group = None
+            if (launch := launch_of()) is not None:
+                group, device = launch.share.group, launch.device
+            return function(**others, loading=Loading(dtype, device, max_length, rope, weights, group=group))
 
         for option in reversed(options):
             collected = option(collected)

@@ -18,7 +18,7 @@ from ..cache import DenseCache, RaggedCache, check_pairs, nbytes
 from ..checks import check_kind, check_texts
 from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
-from ..inputs import check_fingerprint, tokenizer_of
+from ..inputs import check_belongs, tokenizer_of
 from ..machine import timed
 from ..models import Model
 from ..options import Refitting, floor_of
@@ -203,7 +203,7 @@ def answer_probabilities(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     if not isinstance(query, str):
         raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
     asked = query_ids(model, cache, [query], template=template)

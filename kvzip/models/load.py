@@ -1,5 +1,6 @@
 """An HF directory, hub id or alias, loaded into a Model."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,16 @@ import torch
 
 from ..checks import check_choice, check_dtype, check_mapping, check_path, check_text
 from ..hub import config_of, resolve
+from ..parallel import make_sum
+from ..parallel.reduction import head_rows
 from . import gemma, llama, qwen
 from .config import ModelConfig, check_integer
+from .division import divided, share_in
 from .fields import reject
 from .files import read_json, weight_files
-from .reading import Reading, read_weights
+from .reading import read_weights
 from .schemes import read_quantization
+from .stacks import Reading
 from .transformer import Model
 from .vocabulary import read_vocabulary, stop_ids
 
@@ -47,6 +52,7 @@ def load(
     activations: str | Any = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
+    group: Any = None,
 ) -> Model:
     """Returns the model of a local HF directory, a hub id, or an alias such as `qwen2.5-7b`.
 
@@ -64,6 +70,8 @@ def load(
         chat_template: jinja source, for a checkpoint without one or in place of its own.
         template_options: variables for the template, as `{"enable_thinking": True}`; `date` (a datetime.date) is
             today's date to it.
+        group: a torch.distributed process group whose ranks share the model (tensor parallel): each calls `load`, reads
+            its part of the weights, and then makes the same calls with the same arguments; see docs/parallel.md.
 
     Raises: FileNotFoundError for a missing directory or file; ValueError for an unknown name, or a config or
     weights that are not exactly understood; OSError for what the hub cannot give; ImportError for a hub id without
@@ -92,6 +100,7 @@ def load(
             f"expected a layer without a window, got sliding_window {config.layers[0].window} in all "
             f"{len(config.layers)} layers of config.json: no layer of such a model remembers a long context"
         )
+    share = share_in(config, group)
     files = weight_files(directory, raw.get("transformers_weights"))
     vocabulary = read_vocabulary(
         directory, raw, rows=config.vocab_size, template=chat_template, options=template_options
@@ -99,10 +108,13 @@ def load(
     ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = torch.empty(0, device=device).device  # "cuda" is the device current now, whichever will be later
-    reading = Reading(dtype, device, kind=FORMS.get(weights), round_inputs=activations is not None)
+    reading = Reading(dtype, device, kind=FORMS.get(weights), round_inputs=activations is not None, share=share)
     tensors, checkpoint = read_weights(files, config, layer_names, reading=reading, quantization=quantization)
+    config = replace(config, tied=tensors.unembed is tensors.embed)
+    if share is not None and config.tied:
+        tensors = replace(tensors, unembed=tensors.embed[head_rows(share, config.vocab_size)])
     return Model(
-        config=replace(config, tied=tensors.unembed is tensors.embed),
+        config=divided(config, share),
         weights=tensors,
         tokenizer=vocabulary.tokenizer,
         device=device,
@@ -116,6 +128,11 @@ def load(
         quantized=weights,
         activations=activations,
         form="" if quantization is None else quantization.form,
+        share=share,
+        whole=config,
+        add=None
+        if share is None
+        else make_sum(share, device=device, dtype=dtype, how=os.environ.get("KVZIP_REDUCTION")),
     )
 
 

@@ -1,35 +1,26 @@
 """Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import QuantizedWeight, quantize_weight
-from ..ops.weights import stack_weights
+from ..ops import QuantizedWeight
+from ..parallel import agreed, together
+from ..parallel.reduction import head_rows
 from .config import ModelConfig
-from .identity import StoredTensor, checkpoint_digest, stored_tensor
-from .packed import MAIN, OF_CACHES, OTHERS, read_part, with_activations
+from .division import HEAD_UNIT, Part, check_units, divided, parts_of
+from .identity import checkpoint_digest
+from .packed import MAIN, OF_CACHES, OTHERS
 from .schemes import QSERVE, Quantization, Scheme
-from .shards import Place, opened, same, shards
+from .shards import Place, copy_, opened, same, shards, stored
+from .stacks import COMPANIONS, Files, Reading, index_of, on_device, read_stack, rounded_stack
 from .weights import EMBED, HEAD, LINEAR, LayerWeights, Weights, empty_weights, short_name, slots
 
 _CODES = ("F8_E4M3", "I8")  # of a `weight` that is quantized
-_COMPANIONS = {suffix for others in OTHERS.values() for suffix in others} | set(MAIN.values())
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is made of stored weights. `kind`: linear layers of 16 bits are quantized to it while they are read."""
-
-    dtype: torch.dtype
-    device: torch.device
-    kind: str | None = None
-    round_inputs: bool = False  # as the checkpoint says
 
 
 def read_weights(
@@ -42,10 +33,12 @@ def read_weights(
 ) -> tuple[Weights, str]:
     """Returns the weights in safetensors files, on a device, and the digest of the checkpoint.
 
+    With a share, the weights are a rank's, and only its parts of the files are read; a tied head is whole.
+
     Names and shapes are checked before anything is allocated; those of quantized layers as they are read. Besides the
-    weights, memory holds at most one mapped shard and the matrices of one product. If config.json ties the head to the
-    embedding, they are one tensor where the files have only one of them or two equal ones; two different ones are kept
-    apart, as in Transformers.
+    weights, memory holds some hundred MB of mapped files and the matrices of one product. If config.json ties the head
+    to the embedding, they are one tensor where the files have only one of them or two equal ones; two different ones
+    are kept apart, as in Transformers.
 
     Args:
         quantization: how config.json says that linear layers are stored.
@@ -81,6 +74,11 @@ def read_weights(
         raise ValueError(
             "expected a checkpoint that says how activations are rounded, got one of 16 bits: leave out activations="
         )
+    if reading.round_inputs and reading.share is not None:
+        raise ValueError(
+            "expected one process to round activations, got several ranks: the largest input of o and down would be "
+            "another on each; leave out activations="
+        )
     return _assembled(found, schemes, config, layer_names, reading)
 
 
@@ -98,7 +96,7 @@ def _located(
                     continue
                 place = Place(path, name, shard.get_slice(name).get_dtype())
                 coded = suffix == "weight" and stem in linear and place.dtype in _CODES
-                known = short in shapes or (stem in linear and suffix in _COMPANIONS)
+                known = short in shapes or (stem in linear and suffix in COMPANIONS)
                 if not known and suffix == "bias" and stem in linear and not bool(shard.get_tensor(name).any()):
                     continue  # GPTQ's programs write biases of zeros where the layer has none
                 if not known or short in found:
@@ -128,7 +126,7 @@ def _schemes(found: Mapping[str, Place], linear: Sequence[str], quantization: Qu
     schemes = {}
     for name in linear:
         stem = name.removesuffix(".weight")
-        own = {suffix: place for suffix in _COMPANIONS if (place := found.get(f"{stem}.{suffix}"))}
+        own = {suffix: place for suffix in COMPANIONS if (place := found.get(f"{stem}.{suffix}"))}
         if not set(own) - {"weight"} and (not own or own["weight"].dtype not in _CODES):
             continue
         main = next((own[x] for x in ("weight", "weight_packed", "qweight") if x in own), next(iter(own.values())))
@@ -176,23 +174,32 @@ def _assembled(
                 f"expected the layers of one product quantized alike, got {plain[0]!r} in 16 bits beside "
                 f"{next(name for name in names if name in schemes)!r}: take another checkpoint"
             )
-    weights = _allocated(config, set(stacks), layer_names, reading)
-    made: dict[str, QuantizedWeight] = {}
-    digest = checkpoint_digest(
-        _filled(found, slots(config, weights, layer_names), stacks, schemes, config, reading, made)
-    )
+    share, unit = reading.share, HEAD_UNIT if HEAD in schemes else 1
+    parts: Mapping[str, Part] = {}
+    if share is not None:
+        check_units(config, layer_names, share, schemes=schemes, kind=reading.kind)
+        parts = parts_of(config, layer_names, share, unit=unit)
+    own = divided(config, share)
+    head = head_rows(share, config.vocab_size, unit=unit)
+    with together(share):
+        weights = _allocated(own, set(stacks), reading, head.stop - head.start)
+        files = Files(found, slots(own, weights, layer_names), schemes, parts, reading)
+        made = _filled(files, stacks)
     layers = [
         replace(layer, **{field: made[name] for field in LINEAR if (name := f"layers.{n}.{field}") in made})
         for n, layer in enumerate(weights.layers)
     ]
-    return replace(weights, layers=tuple(layers), unembed=made.get("unembed", weights.unembed)), digest
+    weights = replace(weights, layers=tuple(layers), unembed=made.get("unembed", weights.unembed))
+    # a head tied to the embedding is stored too: in the checkpoint's dtype the two may differ, and the digest must not
+    # depend on the dtype of the weights
+    return weights, agreed(share, lambda: checkpoint_digest(stored(found)))
 
 
-def _allocated(config: ModelConfig, left_out: set[str], layer_names: Mapping[str, Any], reading: Reading) -> Weights:
+def _allocated(config: ModelConfig, left_out: set[str], reading: Reading, head: int) -> Weights:
     """Uninitialised weights on the device; those left out stay on the meta device."""
     if not left_out:
-        return empty_weights(config, dtype=reading.dtype, device=reading.device)
-    meta = empty_weights(config, dtype=reading.dtype, device="meta")
+        return empty_weights(config, dtype=reading.dtype, device=reading.device, head=head)
+    meta = empty_weights(config, dtype=reading.dtype, device="meta", head=head)
 
     def real(name: str, tensor: Any) -> Any:
         known = isinstance(tensor, Tensor) and name not in left_out
@@ -207,80 +214,22 @@ def _allocated(config: ModelConfig, left_out: set[str], layer_names: Mapping[str
     return Weights(embed=embed, layers=tuple(layers), norm=real("norm", meta.norm), unembed=unembed)
 
 
-def _filled(
-    found: Mapping[str, Place],
-    places: Mapping[str, Tensor],
-    stacks: Mapping[str, tuple[str, ...]],
-    schemes: Mapping[str, Scheme],
-    config: ModelConfig,
-    reading: Reading,
-    made: dict[str, QuantizedWeight],
-) -> Iterator[StoredTensor]:
-    """Copies every tensor into its place or makes it a part of `made`, file by file, and yields it as it is stored.
-
-    A head tied to the embedding has no place of its own. It is yielded too: in the checkpoint's dtype the two may
-    differ, and the digest must not depend on the dtype of the weights.
-    """
+def _filled(files: Files, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, QuantizedWeight]:
+    """Copies every tensor into its place, file by file, and returns the stacks that are quantized."""
     stack_of = {
         f"{name.removesuffix('.weight')}.{suffix}": stack
         for stack, names in stacks.items()
         for name in names
-        for suffix in _COMPANIONS
+        for suffix in COMPANIONS
     }
-    with shards() as tensor_of:
-        for short, place in found.items():
+    made: dict[str, QuantizedWeight] = {}
+    with shards() as read:
+        for short, place in files.found.items():
             stack = stack_of.get(short)
-            if stack is None:
-                tensor = tensor_of(place)
-                if short in places:
-                    places[short].copy_(tensor)
-                yield stored_tensor(short, tensor)
-            elif stack not in made:
-                read: dict[str, Tensor] = {}
-                made[stack] = _stack(stacks[stack], found, places, schemes, tensor_of, reading, read)
-                yield from (stored_tensor(name, tensor) for name, tensor in read.items())
-
-
-def _stack(
-    names: Sequence[str],
-    found: Mapping[str, Place],
-    places: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme],
-    tensor_of: Callable[[Place], Tensor],
-    reading: Reading,
-    read: dict[str, Tensor],
-) -> QuantizedWeight:
-    """The matrices of one product, quantized and on the device; what was read for them is added to `read`."""
-
-    def get(stem: str, suffix: str) -> Tensor | None:
-        name = f"{stem}.{suffix}"
-        if name not in read and name in found:
-            read[name] = tensor_of(found[name])
-        return read.get(name)
-
-    stems = [name.removesuffix(".weight") for name in names]
-    if reading.kind is not None:
-        whole = [get(stem, "weight") for stem in stems]
-        return stack_weights([quantize_weight(x.to(reading.device), reading.kind) for x in whole if x is not None])
-    gets = [partial(get, stem) for stem in stems]
-    parts = [
-        read_part(stem, schemes[name], own, *places[name].shape)
-        for name, stem, own in zip(names, stems, gets, strict=True)
-    ]
-    if reading.round_inputs:
-        parts = with_activations(stems[0], parts, schemes[names[0]], gets)
-    for stem, own in zip(stems, gets, strict=True):  # the digest is of all that is stored
-        for suffix in _COMPANIONS:
-            if f"{stem}.{suffix}" in found:
-                own(suffix)
-    return on_device(stack_weights(parts), reading.device)
-
-
-def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    """Returns a quantized weight on a device."""
-    how = weight.activations
-    if how is not None:
-        fixed = {"scale": how.scale, "zero": how.zero}
-        how = replace(how, **{name: None if x is None else x.to(device) for name, x in fixed.items()})
-    zero = None if weight.zero is None else weight.zero.to(device)
-    return replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device), zero=zero, activations=how)
+            if stack is None and short in files.places:
+                copy_(files.places[short], read, place, index_of(files.parts.get(short)))
+            elif stack is not None and stack not in made:
+                names = stacks[stack]
+                make = read_stack if files.reading.kind is None else rounded_stack
+                made[stack] = on_device(make(names, files, read), files.reading.device)
+    return made

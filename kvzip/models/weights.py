@@ -50,8 +50,14 @@ class Weights:
     unembed: Tensor | QuantizedWeight
 
 
-def empty_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Weights:
-    """Returns uninitialised weights of the right shapes; on the meta device they cost nothing."""
+def empty_weights(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, head: int | None = None
+) -> Weights:
+    """Returns uninitialised weights of the right shapes; on the meta device they cost nothing.
+
+    Args:
+        head: rows of a head that is not tied, where it has not the whole vocabulary.
+    """
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -76,9 +82,8 @@ def empty_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
         )
         for _ in config.layers
     )
-    return Weights(
-        embed=embed, layers=layers, norm=new(hidden), unembed=embed if config.tied else new(config.vocab_size, hidden)
-    )
+    unembed = embed if config.tied else new(config.vocab_size if head is None else head, hidden)
+    return Weights(embed=embed, layers=layers, norm=new(hidden), unembed=unembed)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, kind: str | None = None, group: int = GROUP) -> int:

@@ -1,8 +1,8 @@
 """Weights in 8 and 4 bits: one form for all that checkpoints have, how it is made, and what it means."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, replace
+from math import gcd, lcm
 
 import torch
 from jaxtyping import Float, Float32, Int8, Shaped
@@ -166,6 +166,32 @@ def stack_weights(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
+def columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """Returns the weights of inputs start:stop, which begin with a group and, in 4 bits, with a block of codes.
+
+    Raises: ValueError for inputs that begin within one.
+    """
+    unit = weight.group if weight.group < weight.inputs else 1
+    unit = lcm(unit, BLOCK) if weight.kind == "int4" else unit
+    if start % unit or (stop % unit and stop != weight.inputs):
+        raise ValueError(f"expected inputs in multiples of {unit}, got {start}:{stop}: their codes are not apart")
+    codes = slice(start // 2, -(-stop // BLOCK) * BLOCK // 2) if weight.kind == "int4" else slice(start, stop)
+    groups = slice(start // weight.group, -(-stop // weight.group)) if weight.group < weight.inputs else slice(None)
+    return replace(
+        weight,
+        codes=weight.codes[:, codes].contiguous(),
+        scale=weight.scale[:, groups].contiguous(),
+        zero=None if weight.zero is None else weight.zero[:, groups].contiguous(),
+        inputs=stop - start,
+        group=min(weight.group, stop - start),
+    )
+
+
+def rows_at_once(inputs: int) -> int:
+    """Returns how many rows `quantize_weight` rounds at once; in 4 bits their scales have one dtype."""
+    return max(1, _VALUES // max(1, inputs))
+
+
 def shared_rows(outputs: Sequence[int], rows: Sequence[int]) -> int:
     """Returns how many outputs may share a row of scales when parts of so many outputs and rows are stacked."""
     return gcd(*rows, *outputs[:-1])  # the last part may end within a block
@@ -189,7 +215,7 @@ def quantize_weight(x: Float[Tensor, "N K"], kind: str, *, group: int = GROUP) -
         raise ValueError(f"expected a kind in {KINDS}, got {kind!r}: choose one of them")
     if not bool(x.isfinite().all()):
         raise ValueError("expected finite weights, got inf or NaN: they have no scale; check the checkpoint")
-    parts = [_quantized(part.float(), kind, group) for part in x.split(max(1, _VALUES // max(1, x.shape[1])))]
+    parts = [_quantized(part.float(), kind, group) for part in x.split(rows_at_once(x.shape[1]))]
     return parts[0] if len(parts) == 1 else stack_weights(parts)
 
 

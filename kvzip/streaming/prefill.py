@@ -104,11 +104,16 @@ def prefill_compressed(
             f"expected share 'segment' with refit=True, got {share!r}: later segments would drop rows that were fitted "
             "together with those that stay"
         )
-    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
+    heads = sum(spec.window is None for spec in model.config.layers) * (model.whole or model.config).num_kv_heads
     if not heads:
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
+        if model.share is not None:
+            raise ValueError(
+                f"expected no checkpoint where {model.share.size} ranks share a model, got one: what is done when one "
+                "of them ends cannot be collected; leave out checkpoint="
+            )
     path = None if checkpoint is None else Path(checkpoint)
     begun = path is not None and is_begun(path)
     turn = options.turn(system, instruction, template)
@@ -180,7 +185,7 @@ def _run(
                 "expected a context of at least one token, got an empty one: pass the document's text or ids"
             )
         if tokens is None:
-            check_protected(plan, len(cache.scored_layers) * cache.heads, done)
+            check_protected(plan, len(cache.scored_layers) * cache.all_heads, done)
         if path is not None:
             path.unlink(missing_ok=True)
         return cache
