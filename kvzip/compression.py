@@ -133,17 +133,17 @@ def _forced(scores: Scores, budget: Budget, nan: Tensor) -> Bool[Tensor, "L H E"
     """The pairs kept whatever their score, or None where there are none."""
     evictable = scores.values.shape[2]
     options.check_spans(budget.protect, evictable)
+    if not 0 <= budget.min_rows <= evictable:
+        raise ValueError(
+            f"expected 0 <= min_rows <= {evictable} (context tokens), got {budget.min_rows}: no head has more rows to "
+            "keep"
+        )
     layers, heads, _ = scores.values.shape
     rows = max(
         budget.min_rows, int(budget.floor * (count_of(budget, layers * heads, evictable) or 0) / (layers * heads))
     )
     if not budget.protect and not rows:
         return None
-    if not 0 <= budget.min_rows <= evictable:
-        raise ValueError(
-            f"expected 0 <= min_rows <= {evictable} (context tokens), got {budget.min_rows}: no head has more rows to "
-            "keep"
-        )
     forced = ops.select_uniform_count(scores.values, count=rows, nan=nan)
     for first, stop in budget.protect:
         forced[:, :, first:stop] = True

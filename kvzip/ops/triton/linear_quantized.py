@@ -80,7 +80,7 @@ def launch_config(kind: str, rows: int, outputs: int, inputs: int, x: Tensor) ->
     if rows > 16:
         return Launch(16, 64, 8, 8, 3) if long and kind != "int4" else Launch(32, 64, 4, 8 if long else 4, 3)
     if kind == "int4":  # few outputs are few programs: more slices each
-        return Launch(16, 64, 16, 8, 2) if outputs <= 8192 else Launch(16, 64, 4, 4, 4)
+        return Launch(16, 64, 16, 8, 2) if outputs <= 8192 and inputs >= 4096 else Launch(16, 64, 4, 4, 4)
     return Launch(16, 128, 4, 4, 4)
 
 
