@@ -124,7 +124,7 @@ def joined(device: str) -> Iterator[Launch]:
         dist.barrier(group=host)
     gc.collect()  # graphs in cycles
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     dist.destroy_process_group()
 
 
