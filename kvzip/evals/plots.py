@@ -9,6 +9,7 @@ from .results import Answered, group, label, summarize
 
 NEEDLES = ("needle", "needles")
 MEAN = "mean of tasks, relative to the full cache"
+KEPT = "fraction of pairs kept"
 FEW_LINES = 4
 """At most so many lines of a plot have their intervals shaded."""
 _BASE_COLOR = "#d55e00"
@@ -32,20 +33,20 @@ def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
     return {key: sum(values) / len(values) for key, values in found.items() if len(values) == len(full)}
 
 
-def figures(answers: Sequence[Answered], title: str, *, base: str = "kvzip") -> dict[str, bytes]:
+def figures(answers: Sequence[Answered], title: str, *, base: str = "kvzip", across: str = KEPT) -> dict[str, bytes]:
     """Returns PNGs by name: "tasks", "mean" where the full cache was asked, and "heat" where needles were hidden.
 
-    `base` is drawn thick, the five best others in colors, the rest in grey.
+    `base` is drawn thick, the five best others in colors, the rest in grey. `across` says what a ratio is.
     """
-    made = {"mean": _mean_plot(answers, title, base)} if relative(answers) else {}
-    made["tasks"] = _task_plots(answers, title, base)
+    made = {"mean": _mean_plot(answers, title, base, across)} if relative(answers) else {}
+    made["tasks"] = _task_plots(answers, title, base, across)
     hidden = [a for a in answers if a.question["task"].partition("@")[0] in NEEDLES]
     if hidden:
         made["heat"] = _heat_maps(hidden, title)
     return made
 
 
-def _task_plots(answers: Sequence[Answered], title: str, base: str) -> bytes:
+def _task_plots(answers: Sequence[Answered], title: str, base: str, across: str) -> bytes:
     tasks = [task for (task,) in group(answers, "label")]
     columns = min(4, len(tasks))
     figure, axes = _canvas(-(-len(tasks) // columns), columns, title)
@@ -65,11 +66,11 @@ def _task_plots(answers: Sequence[Answered], title: str, base: str) -> bytes:
             if len(styles) <= FEW_LINES:
                 low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
                 axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
-        axis.set(title=task, xlabel="fraction of pairs kept", ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
+        axis.set(title=task, xlabel=across, ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
     return _png_with_legend(figure, axes)
 
 
-def _mean_plot(answers: Sequence[Answered], title: str, base: str) -> bytes:
+def _mean_plot(answers: Sequence[Answered], title: str, base: str, across: str) -> bytes:
     figure, axes = _canvas(1, 1, title, size=(5.4, 3.8))
     styles, lines = _styles(answers, base), {}
     for (method, ratio), value in sorted(relative(answers).items(), key=lambda item: item[0][1]):
@@ -80,7 +81,7 @@ def _mean_plot(answers: Sequence[Answered], title: str, base: str) -> bytes:
             name = _named(method, styles)
             axes[0].plot(*zip(*lines[method], strict=True), label=name, markersize=5, **styles[method])
     top = max(110.0, *(value for points in lines.values() for _, value in points))
-    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
+    axes[0].set(title=MEAN, xlabel=across, ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
     return _png_with_legend(figure, axes)
 
 
