@@ -171,14 +171,14 @@ def test_reference_is_the_definition(seed, B, G, T, lengths, R, softcap, window,
                 torch.testing.assert_close((out[b, query_head, t], lse[b, query_head, t]), row)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(D=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(KERNEL_DTYPES), **SHAPES)
 def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softcap, window, bias, D, dtype):
     inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bias=bias)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     D=st.sampled_from([32, 64, 80]),
     dtype=st.sampled_from(KERNEL_DTYPES),
@@ -274,6 +274,7 @@ def test_ragged_equals_dense_with_the_rest_masked(seed, data):
     assert_as_accurate(plain, exact, plain)
 
 
+@settings(max_examples=12)
 @given(seed=st.integers(0, 99), cut=st.integers(0, 20))
 def test_two_halves_merged_equal_the_whole(seed, cut):
     inputs = make(seed, 2, 1, 2, 3, 16, [20], 0, torch.float32)

@@ -148,13 +148,13 @@ def batch(seed, lengths, runs, G, R, bias, tails, D, dtype, bits=(None, None), c
     return q, contexts, rows, pages
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(dtype=st.sampled_from(KERNEL_DTYPES), D=st.sampled_from([16, 64, 80]), **SHAPES)
 def test_kernel_is_as_accurate_as_the_reference(seed, lengths, runs, G, R, softcap, window, bias, tails, dtype, D):
     check(*batch(seed, lengths, runs, G, R, bias, tails, D, dtype), scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=12)
+@settings(max_examples=7)
 @given(
     dtype=st.sampled_from(KERNEL_DTYPES),
     D=st.sampled_from([32, 64]),
