@@ -8,11 +8,12 @@ from .version import VERSION
 
 if TYPE_CHECKING:
     from . import head_scores, models, ops, prompts, scores
+    from .answers import Answer
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
     from .conversation import ask, extend, fold, fork
     from .decoding import Decoder
-    from .generation import Answer, generate
+    from .generation import generate
     from .interop import from_transformers, to_transformers
     from .models import Model, ModelConfig, load
     from .opening import open
@@ -60,7 +61,8 @@ _HOMES = {
     "compression": ("compress", "keep_mask"),
     "conversation": ("ask", "extend", "fold", "fork"),
     "decoding": ("Decoder",),
-    "generation": ("Answer", "generate"),
+    "answers": ("Answer",),
+    "generation": ("generate",),
     "interop": ("from_transformers", "to_transformers"),
     "models": ("Model", "ModelConfig", "load"),
     "opening": ("open",),
