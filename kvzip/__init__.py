@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from .opening import open
     from .prefilling import prefill
     from .scoring import score
+    from .serving import Engine, Handle
     from .streaming import prefill_compressed
 
 __all__ = [
     "Answer",
     "Decoder",
     "DenseCache",
+    "Engine",
+    "Handle",
     "Model",
     "ModelConfig",
     "RaggedCache",
@@ -68,6 +71,7 @@ _HOMES = {
     "opening": ("open",),
     "prefilling": ("prefill",),
     "scoring": ("score",),
+    "serving": ("Engine", "Handle"),
     "streaming": ("prefill_compressed",),
 }
 

@@ -225,7 +225,8 @@ def _capture_once(run: Callable[[], None], device: torch.device, memory: Any) ->
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # torch.cuda.graph would also collect garbage and empty the allocator's cache, which is slower than the capture
-        graph.capture_begin(pool=memory, capture_error_mode="relaxed")  # kernels may be compiled and loaded during the capture
+        # relaxed: kernels may be compiled and loaded during the capture
+        graph.capture_begin(pool=memory, capture_error_mode="relaxed")
         try:
             run()
         except BaseException:

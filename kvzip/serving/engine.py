@@ -1,8 +1,6 @@
 """The engine: one thread that owns the device and decodes for any number of requests over any number of contexts."""
 
-import logging
 import threading
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +15,15 @@ from .. import checks, options, prompts
 from ..answers import Stream
 from ..cache import DenseCache, RaggedCache, free_bytes
 from ..checks import check_kind, check_text_or_ids
-from ..decoding import NO_TOKEN
 from ..inputs import context_ids, lone_query_ids, query_ids, tokenizer_of
 from ..models import Model
 from . import handles
 from .handles import Handle
-from .pages import ROWS, give_pages_, make_pool, most_pages, page_bytes, pages_for, take_pages_, write_tail_
-from .requests import Request, add_rows
-from .scheduler import Reading, Waiting, admit, portions
-from .steps import SIZES, Runner, Step
-from .store import Held, Limits, Store, check_cache_of, free_or
-from .tables import enter_, leave_, make_tables
-from .turns import Turns
-
-logger = logging.getLogger(__name__)
+from .loop import Loop
+from .pages import ROWS, page_bytes, pages_for
+from .requests import Request
+from .steps import SIZES
+from .store import Held, Limits, check_cache_of, free_or
 
 _RESERVE = 4_000_000_000  # bytes at most of free memory that are left for answers, graphs and activations
 _UNKNOWN = 8_000_000_000  # free bytes where they cannot be known
@@ -74,28 +67,16 @@ class Engine:
         check_kind(model, Model)
         self.model = model
         self.limits = _limits(model, memory, host_memory, directory, tail_tokens, requests, portion)
-        self._changed = threading.Condition(threading.RLock())
-        self._tables = make_tables(model)
-        pages = pages_for(self.limits.tail_tokens)
-        self._pool = make_pool(model, pages=pages, slots=self.limits.requests)
-        self._runner = Runner(model, self._pool, self._tables)
-        self._store = Store(model, self.limits, self._changed, self._leave)
-        self._turns = Turns()
-        self._slots = list(range(self.limits.requests - 1, -1, -1))
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
-        self._flight: deque[tuple[list[tuple[Request, bool]], Callable[[], list[int]]]] = deque()
+        self._loop = Loop(model, self.limits)
         self._number = 0
-        self._closing = False
-        self._broken: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="kvzip-engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run, name="kvzip-engine", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        with self._changed:
+        with self._loop.changed:
             return (
-                f"Engine({len(self._store.held)} contexts, {len(self._running)} requests running, "
-                f"{len(self._waiting)} waiting, on {self.model.device})"
+                f"Engine({len(self._loop.store.held)} contexts, {len(self._loop.running)} requests running, "
+                f"{len(self._loop.waiting)} waiting, on {self.model.device})"
             )
 
     def __enter__(self) -> "Engine":
@@ -113,14 +94,14 @@ class Engine:
         the context is moved. A cache's own tail, as `ask` leaves one, comes before every question. A file that
         `kvzip.save` wrote is read when it is needed, and never written or deleted.
 
-        Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if there
-            is no place for it beside the others; what `load_cache` raises for a file.
+        Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if
+            there is no place for it beside the others; what `load_cache` raises for a file.
         """
         given = Path(cache) if isinstance(cache, (str, Path)) else check_cache_of(self.model, cache)
-        with self._changed:
+        with self._loop.changed:
             self._check_open()
-            held = self._store.add(given)
-            self._changed.notify_all()
+            held = self._loop.store.add(given)
+            self._loop.changed.notify_all()
             return held
 
     def remove(self, context: Held, *, cancel: bool = False) -> None:
@@ -131,32 +112,33 @@ class Engine:
 
         Raises: ValueError for a context that this engine does not hold.
         """
-        with self._changed:
+        with self._loop.changed:
+            self._check_open()
             self._check_held(context)
             context.removed = True
-            for request in [*self._waiting, *self._running]:
+            for request in [*self._loop.waiting, *self._loop.running]:
                 if cancel and request.context is context:
                     request.cancelled = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: context not in self._store.held or self._broken is not None)
+            self._loop.changed.notify_all()
+            self._loop.changed.wait_for(lambda: context not in self._loop.store.held or self._loop.ended)
 
     @property
     def contexts(self) -> list[Held]:
         """The contexts that it holds."""
-        with self._changed:
-            return list(self._store.held)
+        with self._loop.changed:
+            return list(self._loop.store.held)
 
     @property
     def facts(self) -> dict[str, int]:
         """What it does now: requests running and waiting, steps run, pages and bytes in use."""
-        with self._changed:
+        with self._loop.changed:
             return {
-                "running": len(self._running),
-                "waiting": len(self._waiting),
-                "steps": self._runner.steps,
-                "tail_tokens": ROWS * (self._pool.total - len(self._pool.free)),
-                "device_bytes": self._store.on_device,
-                "host_bytes": self._store.on_host,
+                "running": len(self._loop.running),
+                "waiting": len(self._loop.waiting),
+                "steps": self._loop.runner.steps,
+                "tail_tokens": ROWS * (self._loop.pool.total - len(self._loop.pool.free)),
+                "device_bytes": self._loop.store.on_device,
+                "host_bytes": self._loop.store.on_host,
             }
 
     def submit(
@@ -176,11 +158,11 @@ class Engine:
         Args:
             context: what `add` returned, or None for a question without a context.
             query: a text, or the token ids that follow the context's, up to where the answer begins.
-            max_tokens, temperature, top_p, seed, stop, template: as in `kvzip.generate`. A seeded answer does not depend
-                on what else runs.
+            max_tokens, temperature, top_p, seed, stop, template: as in `kvzip.generate`. A seeded answer does not
+                depend on what else runs.
 
-        Raises: ValueError for a context that this engine does not hold, an empty query, options out of range, a question
-            that does not fit in the model's length, or one that with its answer is larger than the room for all;
+        Raises: ValueError for a context that this engine does not hold, an empty query, options out of range, a
+            question that does not fit in the model's length, or one that with its answer is larger than the room for all;
             RuntimeError for an engine that is closed.
         """
         sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
@@ -188,41 +170,40 @@ class Engine:
             prompts.encode_text(tokenizer_of(self.model), text)  # raises for a text that no answer can contain
         check_text_or_ids(query, "query")
         if context is not None:
-            with self._changed:
+            with self._loop.changed:
                 self._check_held(context)
         ids = self._ids(context, query, template)
         used = len(ids) + (0 if context is None else context.tokens)
         room = self.model.config.max_length - used
         if room < 1:
             raise ValueError(
-                f"expected room for an answer within {self.model.config.max_length} positions (the model's length), got "
-                f"a context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and "
+                f"expected room for an answer within {self.model.config.max_length} positions (the model's length), "
+                f"got a context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and "
                 "max_length=)"
             )
         limit, meta = min(sampling.max_tokens, room), None if context is None else context.meta
         start = 0 if meta is None else meta.context_length
         past = 0 if context is None else context.tokens - start
         pages = pages_for(past + len(ids) + limit)
-        if pages > min(self._pool.total, self._pool.table.shape[1]):
+        if pages > min(self._loop.pool.total, self._loop.pool.table.shape[1]):
             raise ValueError(
-                f"expected a question and answer of at most {ROWS * self._pool.total} tokens (the room for all requests "
-                f"that run), got {past + len(ids)} and {limit}: lower max_tokens, or give the engine more tail_tokens="
+                f"expected a question and answer of at most {ROWS * self._loop.pool.total} tokens (the room for all "
+                f"requests that run), got {past + len(ids)} and {limit}: lower max_tokens, or give the engine more tail_tokens="
             )
         draws = []
         if sampling.temperature > 0:
             draws = torch.rand(limit, generator=torch.Generator().manual_seed(sampling.seed)).tolist()
         handle = Handle(self._cancel, question_tokens=len(ids), context_tokens=used - len(ids))
         stream = Stream(tokenizer_of(self.model), sampling.stop, lambda piece, _: handles.add_piece(handle, piece), 0)
-        with self._changed:
+        with self._loop.changed:
             self._check_open()
             if context is not None:
                 self._check_held(context)
             self._number += 1
-            request = Request(
-                self._number, handle, context, ids, sampling, draws, limit, past, start, pages, stream
-            )
-            self._waiting.append(request)
-            self._changed.notify_all()
+            request = Request(self._number, handle, context, ids, sampling, draws, limit, past, start, pages, stream)
+            self._loop.waiting.append(request)
+            self._loop.news = True
+            self._loop.changed.notify_all()
         return handle
 
     @contextmanager
@@ -237,7 +218,7 @@ class Engine:
         settle: Callable[[], Any] = lambda: None  # noqa: E731
         if self.model.device.type == "cuda":
             settle = lambda: torch.cuda.current_stream(self.model.device).synchronize()  # noqa: E731
-        with self._turns.parts(settle) as pause:
+        with self._loop.turns.parts(settle) as pause:
             yield pause
 
     def close(self, *, cancel: bool = False) -> None:
@@ -245,15 +226,15 @@ class Engine:
 
         Closing one that is closed does nothing.
         """
-        with self._changed:
-            self._closing = True
+        with self._loop.changed:
+            self._loop.closing = True
             if cancel:
-                for request in [*self._waiting, *self._running]:
+                for request in [*self._loop.waiting, *self._loop.running]:
                     request.cancelled = True
-            self._changed.notify_all()
+            self._loop.changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            self._store.close()
+            self._loop.store.close()
 
     def _ids(self, context: Held | None, query: str | Tensor, template: bool) -> list[int]:
         if not isinstance(query, str):
@@ -266,194 +247,22 @@ class Engine:
         return query_ids(self.model, context.meta, [query], template=template)[0]
 
     def _check_open(self) -> None:
-        if self._broken is not None:
-            raise RuntimeError(f"expected an engine that runs, got one that failed ({self._broken}): make another")
-        if self._closing:
+        if self._loop.broken is not None:
+            raise RuntimeError(f"expected an engine that runs, got one that failed ({self._loop.broken}): make another")
+        if self._loop.closing:
             raise RuntimeError("expected an engine that is open, got one that was closed: make another")
 
     def _check_held(self, context: Held) -> None:
         check_kind(context, Held)
-        if context.removed or context not in self._store.held:
+        if context.removed or context not in self._loop.store.held:
             raise ValueError("expected a context that this engine holds, got one of another, or one removed: add it")
 
     def _cancel(self, handle: Handle) -> None:
-        with self._changed:
-            for request in [*self._waiting, *self._running]:
+        with self._loop.changed:
+            for request in [*self._loop.waiting, *self._loop.running]:
                 if request.handle is handle:
                     request.cancelled = True
-            self._changed.notify_all()
-
-    # From here on, what the engine's own thread does.
-
-    def _run(self) -> None:
-        try:
-            if self.model.device.type == "cuda":
-                torch.cuda.set_device(self.model.device)
-            while self._wait_for_work():
-                with self._turns.step():
-                    self._advance()
-        except BaseException as error:  # nothing may leave requests waiting for ever
-            logger.exception("the engine failed")
-            with self._changed:
-                self._broken = error
-                for request in [*self._waiting, *self._running]:
-                    handles.fail(request.handle, error)
-                self._waiting, self._running = [], []
-                self._changed.notify_all()
-
-    def _wait_for_work(self) -> bool:
-        """Waits until there is something to do; False when the engine is closed and all is done."""
-        with self._changed:
-            self._tidy()
-            while not (self._flight or any(r.decodes or r.read < len(r.ids) for r in self._running)):
-                if self._admit():
-                    break
-                if self._closing and not self._waiting and not self._running:
-                    return False
-                self._turns.set_idle(True)
-                self._changed.wait()
-                self._tidy()
-            else:
-                self._admit()
-        self._turns.set_idle(False)
-        return True
-
-    def _advance(self) -> None:
-        """Launches the next step. On a GPU the one before it is looked at only then, so that the device never waits."""
-        step, members = self._plan()
-        if members:
-            try:
-                self._flight.append((members, self._runner.run(step)))
-            except Exception as error:  # of this step; others may do better
-                self._lose(members, error)
-        ahead = 1 if self.model.device.type == "cuda" and members else 0
-        while len(self._flight) > ahead:
-            self._receive(*self._flight.popleft())
-
-    def _plan(self) -> tuple[Step, list[tuple[Request, bool]]]:
-        """The rows of the next step, and the requests that they belong to, with whether each gets a token."""
-        step = Step()
-        decoding = [request for request in self._running if request.decodes]
-        reading = [
-            Reading(request.number, request.key, len(request.ids) - request.read)
-            for request in self._running
-            if not request.over and request.read < len(request.ids)
-        ]
-        counts = portions(reading, min(self.limits.portion, SIZES[-1] - len(decoding)))
-        members = [(request, add_rows(step, request, 0)) for request in decoding]
-        members += [
-            (request, add_rows(step, request, counts[request.number]))
-            for request in self._running
-            if counts.get(request.number)
-        ]
-        return step, members
-
-    def _receive(self, members: list[tuple[Request, bool]], wait: Callable[[], list[int]]) -> None:
-        """Takes a step's tokens to their requests."""
-        try:
-            tokens = wait()
-        except Exception as error:
-            self._lose(members, error)
-            return
-        for (request, gives), token in zip(members, tokens, strict=True):
-            request.under_way -= 1
-            if gives and not request.over:
-                try:
-                    self._take(request, token)
-                except Exception as error:
-                    self._end(request, error)
-        self._release()
-
-    def _take(self, request: Request, token: int) -> None:
-        if token == NO_TOKEN:
-            raise ValueError(
-                f"expected logits that are numbers, got NaN for token {request.got + 1} of an answer: the model "
-                "overflowed, load it in bfloat16 or float32"
-            )
-        request.got += 1
-        answer = request.stream.add(token, self.model.stop_ids)
-        if answer is None and request.got == request.limit:
-            answer = request.stream.finish("length")
-        if answer is not None:
-            request.over = True
-            handles.finish(request.handle, answer)
-
-    def _lose(self, members: list[tuple[Request, bool]], error: BaseException) -> None:
-        for request, _ in members:
-            request.under_way -= 1
-            self._end(request, error)
-        self._release()
-
-    def _end(self, request: Request, error: BaseException) -> None:
-        request.over = True
-        handles.fail(request.handle, error)
-
-    def _tidy(self) -> None:
-        """Ends what was cancelled, and drops contexts that are to be removed."""
-        for request in [*self._waiting, *self._running]:
-            if request.cancelled and not request.over:
-                self._end(request, handles.cancelled())
-        self._waiting = [request for request in self._waiting if not request.over]
-        self._release()
-        for held in [x for x in self._store.held if x.removed and not x.moving]:
-            if not any(request.context is held for request in [*self._waiting, *self._running]):
-                self._store.remove(held)
-                self._changed.notify_all()
-
-    def _release(self) -> None:
-        """Takes back slots and pages of requests that are over, once no step that was launched reads them."""
-        with self._changed:
-            for request in [r for r in self._running if r.over and not r.under_way]:
-                self._running.remove(request)
-                give_pages_(self._pool, request.pages)
-                self._slots.append(request.slot)
-                if request.context is not None:
-                    request.context.uses -= 1
-
-    def _admit(self) -> bool:
-        """Lets waiting requests begin; whether any did."""
-        self._store.new_round()
-        ready = {held.number: self._store.want(held) for held in self._wanted_contexts()}
-        for request in self._waiting:
-            if request.context is not None and request.context.failure is not None:
-                self._end(request, request.context.failure)
-        for held in self._store.held:
-            held.failure = None
-        self._waiting = [request for request in self._waiting if not request.over]
-        listed = [Waiting(r.number, r.key, r.pages_needed, ready.get(r.key, True)) for r in self._waiting]
-        counts = Counter(request.key for request in self._running)
-        chosen = admit(listed, counts, pages=len(self._pool.free), slots=len(self._slots))
-        by_number = {request.number: request for request in self._waiting}
-        for number in chosen:
-            self._begin(by_number[number])
-        begun = set(chosen)
-        self._waiting = [request for request in self._waiting if request.number not in begun]
-        return bool(chosen)
-
-    def _wanted_contexts(self) -> list[Held]:
-        return list(dict.fromkeys(r.context for r in self._waiting if r.context is not None))
-
-    def _begin(self, request: Request) -> None:
-        context = request.context
-        request.slot = self._slots.pop()
-        request.pages = take_pages_(self._pool, request.slot, request.pages_needed)
-        self._running.append(request)
-        if context is None:
-            return
-        context.uses += 1
-        try:
-            assert context.device is not None
-            if context.table is None:
-                context.table = enter_(self._tables, context.device)
-            if context.device.tail is not None and request.past:
-                write_tail_(self._pool, request.pages, context.device.tail, request.past)
-        except Exception as error:
-            self._end(request, error)
-
-    def _leave(self, held: Held) -> None:
-        assert held.table is not None
-        leave_(self._tables, *held.table)
-        held.table = None
+            self._loop.changed.notify_all()
 
 
 def _limits(
@@ -464,13 +273,14 @@ def _limits(
     portion = checks.whole(portion, "portion", least=1)
     if requests > SIZES[-1] // 2 or portion > SIZES[-1] - requests:
         raise ValueError(
-            f"expected requests and portion of at most {SIZES[-1]} together, and at most {SIZES[-1] // 2} requests, got "
-            f"{requests} and {portion}: a step has no more rows"
+            f"expected requests and portion of at most {SIZES[-1]} together, and at most {SIZES[-1] // 2} requests, "
+            f"got {requests} and {portion}: a step has no more rows"
         )
     free = free_or(model, _UNKNOWN)
     reserve = min(free // 8, _RESERVE)
     if tail_tokens is None:
-        usual = min(requests * pages_for(_USUAL), most_pages(model.config, requests))
+        longest = pages_for(model.config.max_length)  # of one request
+        usual = min(max(requests * pages_for(_USUAL), longest), requests * longest)
         tail_tokens = ROWS * max(1, min(usual, reserve // 2 // page_bytes(model)))
     tail_tokens = checks.whole(tail_tokens, "tail_tokens", least=1)
     if memory is None:

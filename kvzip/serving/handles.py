@@ -48,7 +48,9 @@ class Handle:
         """
         with self._changed:
             if not self._changed.wait_for(self.done, timeout):
-                raise TimeoutError(f"expected an answer within {timeout} s, got {len(self._pieces)} pieces of it so far")
+                raise TimeoutError(
+                    f"expected an answer within {timeout} s, got {len(self._pieces)} pieces of it so far"
+                )
         if self._error is not None:
             raise self._error
         assert self._answer is not None

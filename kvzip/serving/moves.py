@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,11 +112,14 @@ def _pin(block: Tensor) -> None:
     """Pins a block for as long as it lives. torch's own pinned allocations are rounded up to a power of two."""
     if not torch.cuda.is_available() or not block.numel():
         return
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     code = runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0)
     if int(code) == 0:
-        weakref.finalize(block.untyped_storage(), _unpin(block.data_ptr()))
+        weakref.finalize(block.untyped_storage(), _unpin(runtime, block.data_ptr()))
 
 
-def _unpin(address: int) -> Callable[[], None]:
-    return lambda: torch.cuda.cudart().cudaHostUnregister(address) and None
+def _unpin(runtime: Any, address: int) -> Callable[[], None]:
+    def run() -> None:
+        runtime.cudaHostUnregister(address)
+
+    return run

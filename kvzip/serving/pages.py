@@ -8,7 +8,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from ..cache import Tail, explain_out_of_memory
-from ..models import Model, ModelConfig
+from ..models import Model
 from ..ops import Pages
 
 ROWS = 32  # of a page: less is wasted at the end of an answer, and attention takes 64 at a time in two of them
@@ -101,8 +101,3 @@ def row_numbers(pages: Sequence[int], begin: int, stop: int) -> Int64[Tensor, " 
     """Returns where rows begin:stop of a request lie, as `write_rows_` takes them."""
     places = torch.arange(begin, stop)
     return torch.tensor(pages, dtype=torch.long)[places // ROWS] * ROWS + places % ROWS
-
-
-def most_pages(config: ModelConfig, slots: int) -> int:
-    """Returns how many pages `slots` requests of the model's length need: more would never be used."""
-    return slots * pages_for(config.max_length)

@@ -51,7 +51,7 @@ def add_rows(step: Step, request: Request, count: int) -> bool:
 
     Returns whether the step gives a token of its answer.
     """
-    table, place = (-1, -1) if request.context is None else request.context.table or (-1, -1)
+    table, place = (0, -1) if request.context is None else request.context.table or (0, -1)
     if count:
         tokens = request.ids[request.read : request.read + count]
         first = request.past + request.read

@@ -27,7 +27,7 @@ class Step:
     """One pass as the host plans it. Rows of a sequence (a request in this step) are consecutive, oldest first.
 
     rows: (token or NO_TOKEN for the sequence's last one, sequence, tail rows seen, position, row number in the pages,
-    table or -1, place in the table or -1) of each row. slots and last: of each sequence, its slot and its last row.
+    table, place in it or -1) of each row. slots and last: of each sequence, its slot and its last row.
     temperature 0 takes the likeliest token; `draw`, uniform in [0, 1), chooses otherwise.
     """
 
@@ -74,7 +74,8 @@ class Runner:
         sampled = any(temperature > 0 for temperature, *_ in step.sampling)
         if not self._replays:
             shape = _Shape(len(step.rows), len(step.slots), sampled, tables)
-            tokens = self._advance(*map(torch.from_numpy, packed(step, shape, spare=len(self._last) - 1)), shape)
+            ints, floats = packed(step, shape, spare=len(self._last) - 1)
+            tokens = self._advance(torch.from_numpy(ints), torch.from_numpy(floats), shape)
             found = tokens.tolist()
             return lambda: found
         sequences = bucket(len(step.slots), SIZES)
@@ -135,9 +136,7 @@ class Runner:
         tables = [self.tables.tables[number] for number, _ in shape.tables]
         return _Graph(ints, floats, tokens, capture(run, device, memory=self._memory), tables)
 
-    def _advance(
-        self, ints: Int32[Tensor, " I"], floats: Float64[Tensor, "3 M"], shape: _Shape
-    ) -> Tensor:
+    def _advance(self, ints: Int32[Tensor, " I"], floats: Float64[Tensor, "3 M"], shape: _Shape) -> Tensor:
         """Appends the rows to their tails, and returns the next token of each sequence, which its slot keeps too."""
         split = ROW_FIELDS * shape.rows
         ids, sequence, length, position, number, table, place = ints[:split].view(ROW_FIELDS, -1)
@@ -193,9 +192,7 @@ def packed(step: Step, shape: _Shape, *, spare: int) -> tuple[np.ndarray, np.nda
     return np.concatenate([fields.reshape(-1), ends.reshape(-1)]), floats
 
 
-def _rows_of(
-    sequence: Tensor, length: Tensor, table: Tensor, place: Tensor, own: int, *, only: bool
-) -> ops.QueryRows:
+def _rows_of(sequence: Tensor, length: Tensor, table: Tensor, place: Tensor, own: int, *, only: bool) -> ops.QueryRows:
     """The rows that read table `own`; the others are of no context and no sequence, and their attention is 0."""
     if only:
         return ops.QueryRows(place.contiguous(), sequence.contiguous(), length.contiguous())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..cache import RaggedCache, as_ragged, check_pairs, free_bytes, load_cache, nbytes
+from ..cache import DenseCache, RaggedCache, as_ragged, check_pairs, free_bytes, load_cache, nbytes
 from ..checks import check_path
 from ..inputs import check_fingerprint
 from ..models import Model
@@ -65,8 +65,9 @@ class Held:
 class Store:
     """Which contexts are where. Every method must be called under the engine's lock.
 
-    All but `add` and `close` are for the engine's thread. Copies are made on a thread and a stream of their own. A context may have copies in several memories: contexts never
-    change, so one that came from the host is dropped from the device without being copied back.
+    All but `add` and `close` are for the engine's thread. Copies are made on a thread and a stream of their own. A
+    context may have copies in several memories: contexts never change, so one that came from the host is dropped from
+    the device without being copied back.
 
     Args:
         lock: the engine's.
@@ -75,6 +76,7 @@ class Store:
 
     def __init__(self, model: Model, limits: Limits, lock: threading.Condition, leave: Callable[[Held], None]) -> None:
         self.model, self.limits = model, limits
+        self.moved = 0  # how many moves have ended
         self._lock, self._leave = lock, leave
         self._movers = ThreadPoolExecutor(1, thread_name_prefix="kvzip-moves")
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
@@ -169,6 +171,8 @@ class Store:
         self._drop(held)
         self.held.remove(held)
         held.host = None
+        for other in self.held:
+            other.stuck = False  # there may be room now
         if held.owned and held.path is not None:
             held.path.unlink(missing_ok=True)
 
@@ -217,6 +221,7 @@ class Store:
                 logger.warning("context %s could not be moved: %s", held.number, error)
             with self._lock:
                 held.moving = False
+                self.moved += 1
                 self._lock.notify_all()
 
         self._movers.submit(run)
@@ -277,7 +282,7 @@ class Store:
         held.path, held.owned = path, True
 
 
-def check_cache_of(model: Model, cache: RaggedCache) -> RaggedCache:
+def check_cache_of(model: Model, cache: DenseCache | RaggedCache) -> RaggedCache:
     """Returns the cache as a ragged one. Raises ValueError if it is not the model's, or has no pairs."""
     check_pairs(cache)
     check_fingerprint(model, cache.fingerprint)
