@@ -162,8 +162,8 @@ class Engine:
                 depend on what else runs.
 
         Raises: ValueError for a context that this engine does not hold, an empty query, options out of range, a
-            question that does not fit in the model's length, or one that with its answer is larger than the room for all;
-            RuntimeError for an engine that is closed.
+            question that does not fit in the model's length, or one that with its answer is larger than the room for
+            all; RuntimeError for an engine that is closed.
         """
         sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
         for text in sampling.stop:
@@ -188,7 +188,8 @@ class Engine:
         if pages > min(self._loop.pool.total, self._loop.pool.table.shape[1]):
             raise ValueError(
                 f"expected a question and answer of at most {ROWS * self._loop.pool.total} tokens (the room for all "
-                f"requests that run), got {past + len(ids)} and {limit}: lower max_tokens, or give the engine more tail_tokens="
+                f"requests that run), got {past + len(ids)} and {limit}: lower max_tokens, or give the engine more "
+                "tail_tokens="
             )
         draws = []
         if sampling.temperature > 0:

@@ -134,7 +134,7 @@ def test_what_there_is_no_place_for_is_refused(model, caches, tmp_path):
     size = kvzip.nbytes(caches[1])
     with kvzip.Engine(model, memory=size + 10) as engine:
         first = engine.add(caches[0])
-        with pytest.raises(MemoryError, match="remove contexts, .* or a directory="):
+        with pytest.raises(MemoryError, match=r"remove contexts, .* or a directory="):
             engine.add(caches[1])
         engine.remove(first)
         engine.add(caches[1])
