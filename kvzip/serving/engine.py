@@ -99,7 +99,7 @@ class Engine:
         """
         given = Path(cache) if isinstance(cache, (str, Path)) else check_cache_of(self.model, cache)
         with self._loop.changed:
-            self._check_open()
+            self.check_open()
             held = self._loop.store.add(given)
             self._loop.changed.notify_all()
             return held
@@ -113,7 +113,7 @@ class Engine:
         Raises: ValueError for a context that this engine does not hold.
         """
         with self._loop.changed:
-            self._check_open()
+            self.check_open()
             self._check_held(context)
             context.removed = True
             for request in [*self._loop.waiting, *self._loop.running]:
@@ -197,7 +197,7 @@ class Engine:
         handle = Handle(self._cancel, question_tokens=len(ids), context_tokens=used - len(ids))
         stream = Stream(tokenizer_of(self.model), sampling.stop, lambda piece, _: handles.add_piece(handle, piece), 0)
         with self._loop.changed:
-            self._check_open()
+            self.check_open()
             if context is not None:
                 self._check_held(context)
             self._number += 1
@@ -247,7 +247,8 @@ class Engine:
             return lone_query_ids(self.model, query, template=template)
         return query_ids(self.model, context.meta, [query], template=template)[0]
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises RuntimeError if the engine takes no requests, because it was closed or failed."""
         if self._loop.broken is not None:
             raise RuntimeError(f"expected an engine that runs, got one that failed ({self._loop.broken}): make another")
         if self._loop.closing:

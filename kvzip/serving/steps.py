@@ -195,7 +195,7 @@ def packed(step: Step, shape: _Shape, *, spare: int) -> tuple[np.ndarray, np.nda
 def _rows_of(sequence: Tensor, length: Tensor, table: Tensor, place: Tensor, own: int, *, only: bool) -> ops.QueryRows:
     """The rows that read table `own`; the others are of no context and no sequence, and their attention is 0."""
     if only:
-        return ops.QueryRows(place.contiguous(), sequence.contiguous(), length.contiguous())
+        return ops.QueryRows(place.clone(), sequence.clone(), length.clone())  # aligned for kernels
     mine = table == own
     return ops.QueryRows(torch.where(mine, place, -1), torch.where(mine, sequence, -1), torch.where(mine, length, 0))
 
