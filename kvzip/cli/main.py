@@ -13,6 +13,7 @@ from .heads import heads
 from .info import info
 from .plumbing import Group
 from .report import report
+from .serve import serve
 
 
 @click.group(
@@ -22,6 +23,7 @@ from .report import report
     kvzip compress contract.pdf -m qwen2.5-7b -r 0.3 -o contract.kvz
     kvzip ask contract.kvz "Who signed it?" "When?"
     kvzip chat contract.kvz
+    kvzip serve qwen2.5-7b contract.kvz
     eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion in bash; in zsh zsh_source
     """,
 )
@@ -30,5 +32,5 @@ def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 
 
-for each in (compress, ask, chat, info, report, compare, heads, evaluate, bench):
+for each in (compress, ask, chat, info, report, compare, heads, evaluate, bench, serve):
     main.add_command(each)

@@ -1,8 +1,9 @@
 """The routes of `kvzip serve`."""
 
 import hmac
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -32,7 +33,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _FAILS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 409, 413, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 500, 503, 507)
 }
 _OPEN = ("/health",)  # what needs no key
 _QUERY = {
@@ -46,12 +47,16 @@ _QUERY = {
 """Options of a document whose text is the body itself."""
 
 
-def create_app(service: Service, *, key: str | None = None, largest: int = 20_000_000) -> FastAPI:
+def create_app(
+    service: Service, *, key: str | None = None, largest: int = 20_000_000, hosts: Collection[str] | None = None
+) -> FastAPI:
     """Returns the app. It closes the engine and the library of `service` when it ends.
 
     Args:
         key: that requests must carry as `Authorization: Bearer KEY`; None: none.
         largest: bytes of a request's body.
+        hosts: names that requests may call the server by; None: any. A web page that a browser shows could otherwise
+            ask a server on the same machine under a name of its own.
     """
     started = int(time.time())
 
@@ -62,7 +67,7 @@ def create_app(service: Service, *, key: str | None = None, largest: int = 20_00
         await run_in_threadpool(service.engine.close, cancel=True)
 
     app = FastAPI(title="kvzip", version=VERSION, lifespan=life, responses=_FAILS, redirect_slashes=False)
-    app.add_middleware(_Guard, key=key, largest=largest)
+    app.add_middleware(_Guard, key=key, largest=largest, hosts=hosts)
     errors.install(app)
 
     @app.get("/health")
@@ -166,10 +171,13 @@ def _document_of(body: bytes, http: Request) -> DocumentRequest:
 
 
 class _Guard:
-    """Refuses requests without the key, and bodies that are too large, before anything reads them."""
+    """Refuses requests without the key, of other sites' pages, and with bodies that are too large, before anything
+    reads them."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], *, key: str | None, largest: int) -> None:
-        self.app, self.largest = app, largest
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], *, key: str | None, largest: int, hosts: Collection[str] | None
+    ) -> None:
+        self.app, self.largest, self.hosts = app, largest, hosts
         self.expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,6 +190,12 @@ class _Guard:
             body = error_body(401, "expected the server's API key as Authorization: Bearer KEY", code="invalid_api_key")
             refusal: Response = JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
+            return
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        known = self.hosts is None or re.sub(r":\d+$", "", host) in self.hosts
+        if not known or (origin and origin.partition("://")[2] != host):
+            body = error_body(403, f"expected a request to this server by its own name, got {host[:80]!r} {origin[:80]!r}")
+            await JSONResponse(body, 403)(scope, receive, send)
             return
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.largest:

@@ -185,7 +185,9 @@ def _context_of(service: Service, request: ChatRequest) -> Held | None:
         return context
     found = service.library.get(name)
     if found is None:
-        raise ApiError(404, f"expected a document of /v1/documents, got {name!r}", param="model", code="model_not_found")
+        raise ApiError(
+            404, f"expected a document of /v1/documents, got {name!r}", param="model", code="model_not_found"
+        )
     told = found.error or "poll /v1/documents until it is ready"
     raise ApiError(409, f"expected a document that is ready, got one that is {found.status}: {told}", param="document")
 

@@ -64,7 +64,9 @@ class Library:
             if path.stem in self._entries:
                 raise ValueError(f"expected files of different names, got two called {path.stem}: rename one")
             if not _ID.fullmatch(path.stem):
-                raise ValueError(f"expected a file named with letters, digits and ._- alone, got {path.name!r}: rename it")
+                raise ValueError(
+                    f"expected a file named with letters, digits and ._- alone, got {path.name!r}: rename it"
+                )
             self._entries[path.stem] = self._opened(path, ours=False)
         for path in sorted(directory.glob(f"*{SUFFIX}")):
             if path.stem not in self._entries and _ID.fullmatch(path.stem):

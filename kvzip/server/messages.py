@@ -62,7 +62,9 @@ def _split(messages: list[Message]) -> tuple[str | None, list[str]]:
         )
     empty = [n for n, message in enumerate(rest) if message.role == "user" and not message.text.strip()]
     if empty:
-        raise ApiError(400, f"expected user messages with text in them, got none in message {empty[0]}", param="messages")
+        raise ApiError(
+            400, f"expected user messages with text in them, got none in message {empty[0]}", param="messages"
+        )
     return system, [message.text for message in rest]
 
 

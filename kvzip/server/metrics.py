@@ -49,6 +49,10 @@ class Metrics:
         lines = []
         for name, (kind, about) in _HELP.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-            own = [key for key in sorted(values) if key.partition("{")[0].removesuffix("_sum").removesuffix("_count") == name]
+            own = [
+                key
+                for key in sorted(values)
+                if key.partition("{")[0].removesuffix("_sum").removesuffix("_count") == name
+            ]
             lines += [f"{key} {values[key]:g}" if values[key] % 1 else f"{key} {int(values[key])}" for key in own]
         return "\n".join(lines) + "\n"

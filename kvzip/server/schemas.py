@@ -1,11 +1,8 @@
 """What requests and answers look like, as pydantic checks them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-NEUTRAL = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-"""Fields of OpenAI's that say nothing about the answer: taken and not read."""
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class _Strict(BaseModel):
@@ -43,7 +40,11 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """A request of `/v1/chat/completions`. Fields that are fixed to one value are there so that clients may send it."""
+    """A request of `/v1/chat/completions`.
+
+    Fields that may have one value alone are there so that clients may send it; the last six say nothing about the
+    answer and are not read.
+    """
 
     model: str = Field(description="The model, or `model:document`.")
     messages: list[Message] = Field(min_length=1, max_length=10_000)
@@ -74,13 +75,20 @@ class ChatRequest(_Strict):
     prompt_cache_key: str | None = None
 
 
+def _whole(value: Any) -> Any:
+    """A number in a query, which comes as text."""
+    return int(value) if isinstance(value, str) and value in ("8", "4") else value
+
+
 class DocumentRequest(_Strict):
     """A document to compress."""
 
     text: str = Field(min_length=1)
     title: str | None = Field(default=None, max_length=300)
     ratio: float = Field(default=0.3, gt=0, le=1, description="Fraction of pairs kept.")
-    bits: Literal[8, 4] | None = Field(default=None, description="Bits of what is kept; null: those of the model.")
+    bits: Annotated[Literal[8, 4] | None, BeforeValidator(_whole)] = Field(
+        default=None, description="Bits of what is kept; null: those of the model."
+    )
     refit: bool = Field(default=False, description="Fit what is kept to what is dropped.")
     system: str | None = None
     instruction: str | None = Field(default=None, description="Opens the user turn, before the document.")
