@@ -181,6 +181,10 @@ def _demo(directory: Path) -> None:
     small_models.model_dir("smollm2-135m-instruct", directory)
 
 
+def _serve(_: Path) -> None:
+    serve._uvicorn()
+
+
 EXTRAS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "hub": ("huggingface_hub", lambda _: kvzip.load("someone/some-model")),
     "pdf": ("pypdf", _pdf),
@@ -188,6 +192,7 @@ EXTRAS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "eval": ("datasets", _eval),
     "transformers": ("transformers", _transformers),
     "demo": ("gguf", _demo),
+    "serve": ("fastapi", _serve),
 }
 """Each extra, a package of it, and something that needs it."""
 

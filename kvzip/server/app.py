@@ -194,7 +194,8 @@ class _Guard:
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
         known = self.hosts is None or re.sub(r":\d+$", "", host) in self.hosts
         if not known or (origin and origin.partition("://")[2] != host):
-            body = error_body(403, f"expected a request to this server by its own name, got {host[:80]!r} {origin[:80]!r}")
+            told = f"expected a request to this server by its own name, got {host[:80]!r} {origin[:80]!r}"
+            body = error_body(403, told)
             await JSONResponse(body, 403)(scope, receive, send)
             return
         length = headers.get(b"content-length", b"")

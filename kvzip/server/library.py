@@ -12,9 +12,10 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..cache import read_header, save
 from ..files.schema import entry
@@ -26,6 +27,7 @@ from .work import Stopped, compress_document
 logger = logging.getLogger(__name__)
 
 SUFFIX, WAITS = ".kvz", ".json"
+_LEFT = re.compile(r"\.doc-[0-9a-f]{16}\.(kvz|json)\.[0-9a-f]{12}\.partial")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
 
@@ -51,7 +53,8 @@ class Library:
         directory: of documents that clients post, made if it is not there. What is in it is found again.
         files: further documents, by their files' stems.
 
-    Raises: ValueError for a file that is no cache of the model, or two files of one stem; OSError.
+    Raises: ValueError for a file that is no cache of the model, two files of one stem, or a directory that another
+        server has; OSError.
     """
 
     def __init__(self, engine: Engine, directory: Path, files: Iterable[Path] = ()) -> None:
@@ -60,6 +63,10 @@ class Library:
         self._entries: dict[str, Entry] = {}
         self._closing = False
         directory.mkdir(parents=True, exist_ok=True)
+        self._own = _own_directory(directory)
+        for path in directory.iterdir():
+            if _LEFT.fullmatch(path.name):  # by a server that was killed while it wrote
+                path.unlink(missing_ok=True)
         for path in files:
             if path.stem in self._entries:
                 raise ValueError(f"expected files of different names, got two called {path.stem}: rename one")
@@ -130,6 +137,7 @@ class Library:
             self._closing = True
             self._lock.notify_all()
         self._worker.join()
+        self._own.close()
 
     def _opened(self, path: Path, *, ours: bool) -> Entry:
         note = entry(read_header(path), "note")
@@ -209,6 +217,26 @@ class Library:
         asked = {"title": waiting.title, "created": waiting.created, "error": text}
         with whole_file(path) as written:
             written.write_text(json.dumps(asked), encoding="utf-8")
+
+
+def _own_directory(directory: Path) -> IO[bytes]:
+    """Returns a file that this process alone holds locked, for as long as it is open.
+
+    Raises: ValueError if another server has the directory. On Windows nothing is checked.
+    """
+    held = (directory / ".lock").open("ab")
+    with suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held.close()
+            raise ValueError(
+                f"expected a directory of documents of its own, got {directory}, which another server has: name "
+                "another one (--documents)"
+            ) from error
+    return held
 
 
 def _described(found: Entry) -> Document:

@@ -10,10 +10,11 @@ import torch
 import kvzip
 from kvzip.inputs import query_ids
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from conftest import TEXTS
+import openai
+from servers import TEXTS
 
 from kvzip.server.errors import ApiError
 from kvzip.server.messages import conversation_ids
@@ -94,7 +95,10 @@ def test_later_turns_follow_as_ask_puts_them(server):
         (asked,) = query_ids(model, state, [query], template=True)
         said = model.tokenizer.control.encode(f"{answer}<|end|><|user|>").ids
         state = kvzip.extend(model, state, torch.tensor([*asked, *said]))
-    expected = [*state.token_ids[len(cache.token_ids) :].tolist(), *query_ids(model, state, [turns[-1]], template=True)[0]]
+    expected = [
+        *state.token_ids[len(cache.token_ids) :].tolist(),
+        *query_ids(model, state, [turns[-1]], template=True)[0],
+    ]
     assert conversation_ids(model, cache, messages).tolist() == expected
     system = Message(role="system", content="Be brief.")
     alone = conversation_ids(model, None, [system, *messages]).tolist()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain import answer, assert_said
+from plain_answers import answer, assert_said
 
 import kvzip
 import random_model
