@@ -12,16 +12,16 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness, peers
+from benchmarks import harness, linear, peers
 from benchmarks.harness import ROOT, Variant, record, test_or_exit, time_variants
 from benchmarks.layouts import Batch, starts_of
 from kvzip import ops
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--launches", action="store_true", help="also time every launch of the quantized linear layer")
     parser.add_argument("--workers", type=int, default=1, help="processes that run the tests, with pytest-xdist")
     parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
     options = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    tests = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in options.only]
+    files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op, f"{op}_*"))]
+    tests = [str(path) for name in files for path in sorted((ROOT / "tests" / "ops").glob(f"test_{name}.py"))]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
@@ -208,8 +210,10 @@ def decode_case(
         if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
             k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
         caches.append((k, v))
+    decode = partial(ops.decode, q, offsets=offsets, scale=scale, schedule=schedule)
     variants: dict[str, Variant] = {
-        "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches]
+        "kvzip": [partial(decode, k=k, v=v) for k, v in caches],
+        "kvzip, with a bias": [partial(decode, k=k, v=v, bias=torch.randn(n, device="cuda").half()) for k, v in caches],
     }
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
@@ -217,9 +221,7 @@ def decode_case(
             (ops.dequantize(k, dtype=torch.bfloat16, offsets=offsets), ops.dequantize(v, dtype=torch.bfloat16))
             for k, v in caches[:2]
         ]
-        variants["kvzip, bf16"] = [
-            lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
-        ]
+        variants["kvzip, bf16"] = [partial(decode, k=k, v=v) for k, v in plain]
     else:
         others = peers.available(peers.decode_peers(q, caches, lengths, scale, flex=options.flex))
         variants |= peers.agreeing(others, variants["kvzip"][0]()[0])
@@ -239,28 +241,47 @@ def many_contexts_case(name: str, lengths: list[int], contexts: int = 8, questio
     )
     size = 4 * rows * WIDTH + sum(x.nbytes for x in batch.tails)
     products = 4 * questions * QUERY_HEADS * WIDTH * (rows // HEADS + contexts * tail)
-    ours = one_context_after_the_other(batch)
-    others = peers.agreeing(peers.available(peers.batch_peers(batch)), torch.stack(ours[0]()))
-    return name, {"kvzip": ours, **others}, {"bytes": size, "products": products}
+    ours = flat_rows(batch)
+    expected = ours["kvzip"][0]().view_as(batch.q)
+    others = peers.agreeing(peers.available(peers.batch_peers(batch)), expected)
+    return name, {**ours, **others}, {"bytes": size, "products": products}
 
 
-def one_context_after_the_other(batch: Batch) -> list[Callable[[], list[Tensor]]]:
-    """A call of `ops.decode` for each context, which gives [U Hq 1 D]."""
-    offsets = [starts_of(lengths, batch.q.device) for lengths in batch.lengths]
-    schedules = [ops.decode_schedule(x) for x in offsets]
-    used = torch.full(batch.q.shape[1:2], batch.tails[0].shape[3], dtype=torch.int32, device=batch.q.device)
-    tails = [(k, v, used) for k, v in zip(*batch.tails, strict=True)]
-    each = list(zip(batch.q[..., None, :], offsets, schedules, tails, strict=True))
+def flat_rows(batch: Batch) -> dict[str, Variant]:
+    """`ops.decode_rows` of all questions, with a plan made before as a step makes it for all its layers, and the plan
+    itself; gives [C U Hq D]. Tails lie in pages of 64 rows."""
+    contexts, questions = batch.q.shape[:2]
+    device, rows = batch.q.device, contexts * questions
     sizes = [sum(lengths) for lengths in batch.lengths]
+    offsets = [starts_of(lengths, device) for lengths in batch.lengths]
+    tables = []
+    for k, v in batch.contexts:
+        parts = zip(k.split(sizes), v.split(sizes), offsets, strict=True)
+        layers = [ops.Context(*part) for part in parts]
+        table = ops.context_table([layers[0]], contexts)
+        for place, layer in enumerate(layers):
+            ops.put_context_(table, place, [layer])
+        tables.append(table)
+    tail = batch.tails[0].shape[3]
+    each = -(-tail // 64)
+    whole = (F.pad(x, (0, 0, 0, 64 * each - tail)) for x in batch.tails)
+    k, v = (rearrange(x, "c u h (x r) d -> (c u x) h r d", r=64).contiguous() for x in whole)
+    pages = ops.Pages(k, v, torch.arange(rows * each, dtype=torch.int32, device=device).view(rows, each))
+    number = torch.arange(rows, dtype=torch.int32, device=device)
+    flat, listed = batch.q.flatten(0, 1), ops.QueryRows(number // questions, number, torch.full_like(number, tail))
 
-    def run(k: Tensor, v: Tensor) -> list[Tensor]:
-        parts = zip(each, k.split(sizes), v.split(sizes), strict=True)
-        return [
-            ops.decode(q, own_k, own_v, at, scale=batch.scale, schedule=schedule, tail=tail)[0]
-            for (q, at, schedule, tail), own_k, own_v in parts
-        ]
+    def make_plan() -> object:
+        return ops.decode_plan(tables[0], listed, query_heads=flat.shape[1], dtype=flat.dtype, pages=pages)
 
-    return [lambda k=k, v=v: run(k, v) for k, v in batch.contexts]
+    plan = make_plan()
+
+    def run(table: ops.ContextTable) -> torch.Tensor:
+        return ops.decode_rows(flat, table, 0, listed, scale=batch.scale, pages=pages, plan=plan)[0]
+
+    return {
+        "kvzip": [lambda table=table: run(table) for table in tables],
+        "kvzip, the plan of a step alone": [make_plan],
+    }
 
 
 def bench_score(options: argparse.Namespace):
@@ -287,6 +308,7 @@ def bench_score(options: argparse.Namespace):
 
 BENCHMARKS = {
     "decode": bench_decode,
+    "linear": linear.bench_linear,
     "prune": bench_prune,
     "quantize": bench_quantize,
     "score": bench_score,
@@ -308,8 +330,9 @@ def render_table(results: Path, readme: Path) -> None:
         if own is not None:
             cells[:2] = [f"[{_time(own)}]({link}#L{own['line']})", f"{own['fraction_of_floor']:.0%}"]
         others = {name: line for name, line in variants.items() if not name.startswith("kvzip")}
-        if variants:  # other ways of our own are no alternative, and stand there only where no other was timed
-            name, line = min((others or variants).items(), key=lambda item: item[1]["median_us"])
+        plain = {name: line for name, line in variants.items() if name == "kvzip, bf16"}
+        if others or plain:  # another way of our own is no alternative, and stands there only where no other was timed
+            name, line = min((others or plain).items(), key=lambda item: item[1]["median_us"])
             cells[2] = f"{'' if others else 'none; '}{name}, [{_time(line)}]({link}#L{line['line']})"
         rows.append(f"| {op} | {case} | {' | '.join(cells)} |")
     harness.write_between(readme, "ops", "\n".join(rows))

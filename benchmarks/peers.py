@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from benchmarks.harness import Variant
@@ -86,13 +87,17 @@ def decode_peers(
 
 
 def flash_varlen(q: Tensor, pairs: Pairs, lengths: list[int], scale: float) -> Variant:
-    """torch's flash-2 over sequences of different lengths; questions, tokens and group are a head's query positions."""
-    heads = len(lengths)
-    rows, ends = rows_by_head(q, heads), starts_of(lengths, q.device)
-    starts = starts_of([len(rows) // heads] * heads, q.device)
+    """torch's flash-2 over sequences of different lengths: a head's questions and tokens are its query positions.
+
+    The group are query heads over one KV head, because flash-2 splits keys over programs for one position only.
+    """
+    heads, (queries, _, tokens, _) = len(lengths), q.shape
+    rows = rearrange(q, "b (h g) t d -> (h b t) g d", h=heads)
+    starts, ends = starts_of([queries * tokens] * heads, q.device), starts_of(lengths, q.device)
 
     def run(k: Tensor, v: Tensor) -> Tensor:
-        return by_question(flash(rows, k, v, starts, ends, len(rows) // heads, max(lengths), scale)[0], q, heads)
+        out, _ = flash(rows, k, v, starts, ends, queries * tokens, max(lengths), scale)
+        return rearrange(out, "(h b t) g d -> b h g t d", h=heads, b=queries)
 
     return [lambda k=k, v=v: run(k, v) for k, v in pairs]
 
@@ -100,11 +105,11 @@ def flash_varlen(q: Tensor, pairs: Pairs, lengths: list[int], scale: float) -> V
 def flash(
     rows: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, most: int, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [R D] and log-sum-exp [R] of sequences with rows starts[i]:starts[i+1] over keys ends[i]:ends[i+1]."""
+    """Output [R G D] and log-sum-exp [R G] of sequences with rows starts[i]:starts[i+1] over keys ends[i]:ends[i+1]."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        rows[:, None], k[:, None], v[:, None], starts, ends, most, longest, 0.0, False, False, scale=scale
+        rows, k[:, None], v[:, None], starts, ends, most, longest, 0.0, False, False, scale=scale
     )
-    return out[:, 0], lse.flatten()
+    return out, lse.T
 
 
 def paged_decode(q: Tensor, pairs: Pairs, lengths: list[int], scale: float, *, tensor: bool) -> Variant:
@@ -172,10 +177,10 @@ def flash_batch(batch: Batch) -> Variant:
 
     def run(k: Tensor, v: Tensor) -> Tensor:
         read, own = (
-            flash(at.rows, *pair, at.starts[i], ends[i], most[i], max(at.lengths[i]), batch.scale)
+            flash(at.rows[:, None], *pair, at.starts[i], ends[i], most[i], max(at.lengths[i]), batch.scale)
             for i, pair in enumerate([(k, v), at.tails])
         )
-        return by_context(ops.merge(*read, *own)[0], batch)
+        return by_context(ops.merge(*read, *own)[0][:, 0], batch)
 
     return [lambda k=k, v=v: run(k, v) for k, v in batch.contexts]
 

@@ -4,16 +4,18 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from benchmarks.linear import random_weight
 from kvzip import DenseCache, prompts
 from kvzip.cache import Scores
-from kvzip.models import Model, checkpoint_digest, empty_weights, stored_tensor
+from kvzip.models import LayerWeights, Model, Weights, checkpoint_digest, empty_weights, stored_tensor
 from kvzip.models.load import translate_config
-from kvzip.models.weights import named_tensors
+from kvzip.models.weights import LINEAR, named_tensors, named_weights
 from kvzip.prompts import ChatTemplate, Tokenizer, make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
@@ -36,18 +38,24 @@ def random_model(
     device: torch.device | str = "cuda",
     layers: int | None = None,
     max_length: int | None = None,
+    form: str | None = None,
 ) -> Model:
     """Returns a model of a published shape with normally distributed weights; it never stops by itself.
 
     Args:
         layers: how many, counted from the first; None takes all.
         max_length: in place of the config's.
+        form: "fp8", "int8" or "int4" for linear layers of random codes; no 16-bit ones are made before.
     """
     config = translate_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
     config = replace(config, layers=config.layers[:layers], max_length=max_length or config.max_length)
-    weights = empty_weights(config, dtype=dtype, device=device)
+    weights = empty_weights(config, dtype=dtype, device=device if form is None else "meta")
+    if form is not None:
+        weights = _in_codes(weights, form, device)
     generator = torch.Generator(weights.embed.device).manual_seed(0)
-    for _, tensor in named_tensors(weights):
+    for _, tensor in named_weights(weights):
+        if not isinstance(tensor, torch.Tensor):
+            continue
         if tensor.ndim > 1:
             tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
         else:
@@ -62,7 +70,25 @@ def random_model(
         stop_ids=(),
         checkpoint=checkpoint_digest(stored_tensor(*named) for named in named_tensors(weights)),
         source=name,
+        quantized=form,
     )
+
+
+def _in_codes(meta: Weights, form: str, device: torch.device | str) -> Weights:
+    """Weights of the same shapes on a device: linear layers of random codes, the others uninitialised."""
+
+    def real(field: str, tensor: Any) -> Any:
+        if isinstance(tensor, torch.Tensor):
+            return random_weight(form, *tensor.shape, device=device) if field in LINEAR else empty(tensor)
+        return tensor
+
+    def empty(tensor: Any) -> Any:
+        return torch.empty_like(tensor, device=device)
+
+    layers = [LayerWeights(**{field: real(field, x) for field, x in vars(layer).items()}) for layer in meta.layers]
+    embed = empty(meta.embed)
+    unembed = embed if meta.unembed is meta.embed else empty(meta.unembed)
+    return Weights(embed=embed, layers=tuple(layers), norm=empty(meta.norm), unembed=unembed)
 
 
 def with_scores(cache: DenseCache, model: Model) -> DenseCache:

@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION
 
 if TYPE_CHECKING:
-    from . import head_scores, models, ops, prompts, scores
+    from . import head_scores, models, ops, prompts, scores, sources
     from .answers import Answer
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
-    from .conversation import ask, extend, fold, fork
+    from .conversation import append, ask, extend, fold, fork
     from .decoding import Decoder
     from .generation import generate
     from .interop import from_transformers, to_transformers
     from .models import Model, ModelConfig, load
     from .opening import open
     from .prefilling import prefill
+    from .refitting import refit
     from .scoring import score
     from .serving import Engine, Handle
+    from .sources import Source
     from .streaming import prefill_compressed
+    from .tuning import tune
 
 __all__ = [
     "Answer",
@@ -32,6 +35,8 @@ __all__ = [
     "ModelConfig",
     "RaggedCache",
     "Scores",
+    "Source",
+    "append",
     "ask",
     "compress",
     "extend",
@@ -50,11 +55,14 @@ __all__ = [
     "prefill",
     "prefill_compressed",
     "prompts",
+    "refit",
     "save",
     "score",
     "scores",
+    "sources",
     "to",
     "to_transformers",
+    "tune",
 ]
 
 __version__ = VERSION
@@ -62,7 +70,7 @@ __version__ = VERSION
 _HOMES = {
     "cache": ("DenseCache", "RaggedCache", "Scores", "load_cache", "nbytes", "save", "to"),
     "compression": ("compress", "keep_mask"),
-    "conversation": ("ask", "extend", "fold", "fork"),
+    "conversation": ("append", "ask", "extend", "fold", "fork"),
     "decoding": ("Decoder",),
     "answers": ("Answer",),
     "generation": ("generate",),
@@ -70,9 +78,12 @@ _HOMES = {
     "models": ("Model", "ModelConfig", "load"),
     "opening": ("open",),
     "prefilling": ("prefill",),
+    "refitting": ("refit",),
     "scoring": ("score",),
     "serving": ("Engine", "Handle"),
+    "sources": ("Source",),
     "streaming": ("prefill_compressed",),
+    "tuning": ("tune",),
 }
 
 

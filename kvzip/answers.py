@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from . import prompts
+from .sources import Source
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,13 @@ class Answer:
 
     `token_ids` decode to `text`; if a stop text begins within the last token, they decode to `text` and the part of the
     stop text in that token. `stopped` is "stop" for a stop token or text, "length" for max_tokens or the model's last
-    position.
+    position. `sources` are the passages of the context that the answer attended to most, where they were asked for.
     """
 
     text: str
     token_ids: list[int]
     stopped: Literal["stop", "length"]
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import overload
 
-from . import options, prompts
+from . import checks, options, prompts
 from .answers import Answer as Answer
 from .answers import Stream
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
@@ -12,6 +13,7 @@ from .checks import check_kind, check_texts
 from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
 from .inputs import check_fingerprint, query_ids, tokenizer_of
 from .models import Model
+from .sources import find_sources
 
 
 @overload
@@ -25,7 +27,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> Answer: ...
@@ -40,7 +44,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> list[Answer]: ...
@@ -54,7 +60,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> Answer | list[Answer]:
@@ -66,7 +74,12 @@ def generate(
         seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so its
             answer does not depend on the other questions. None draws a seed.
         stop: a text that ends an answer, or several, besides the model's stop tokens.
+        repetition_penalty: 1 is none. Above, what the answer has said already becomes less likely: positive logits of
+            its tokens are divided by it, negative ones multiplied. 1.1 ends most loops. Tokens of the context and of
+            the question count as new, so that both can be quoted.
         template: False continues the context as plain text, with no chat markers after the query (cloze).
+        sources: how many passages to name that each answer attended to most (`Answer.sources`, see
+            `kvzip.sources.find_sources`); each answer is then read once more.
         on_token: called with each piece of text as soon as it is known: on_token(piece) for one query,
             on_token(piece, index) for a list.
         decoder: a decoder made for this model and cache, to be used again; None makes one for this call. More questions
@@ -78,7 +91,8 @@ def generate(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
+    named = checks.whole(sources, "sources", least=0)
+    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop, repetition_penalty)
     for text in sampling.stop:
         prompts.encode_text(tokenizer_of(model), text)  # raises for a text that no answer can contain
     check_fingerprint(model, cache.fingerprint)
@@ -110,8 +124,17 @@ def generate(
     answers: list[Answer] = []
     for first in range(0, len(ids), decoder.batch):
         group = slice(first, first + decoder.batch)
-        decoder.read(ids[group], temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
+        decoder.read(
+            ids[group],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            repetition_penalty=sampling.repetition_penalty,
+        )
         answers += _decode(decoder, streams[group], model.stop_ids, limit)
+    if named:
+        said = zip(ids, answers, strict=True)
+        answers = [replace(a, sources=find_sources(model, cache, q, a.token_ids, count=named)) for q, a in said]
     return answers[0] if isinstance(query, str) else answers
 
 

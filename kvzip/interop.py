@@ -95,7 +95,7 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
     (Some versions call it `past_key_values=`.) The same `position_ids` serve a plain forward pass. Quantized rows
     are dequantized to the model's dtype. The pairs are copied.
 
-    Raises: ValueError for a cache of another model, or with heads that differ in length.
+    Raises: ValueError for a cache of another model, with heads that differ in length, or with biases (`refit`).
     """
     check_kind(model, Model)
     check_kind(cache, DenseCache, RaggedCache)
@@ -105,6 +105,11 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
 
     check_fingerprint(model, cache.fingerprint)
     cache = as_ragged(cache)
+    if any(isinstance(kv, RaggedKV) and kv.bias is not None for kv in cache.context):
+        raise ValueError(
+            "expected a cache without biases, got a refitted one: attention in Transformers has no bias for a row, and "
+            "without it the values are wrong; convert the cache that compress returned"
+        )
     counts = {count for kv in cache.context if isinstance(kv, RaggedKV) for count in kv.offsets.diff().tolist()}
     if len(counts) > 1:
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 
 from . import checks, ops, options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, check_cache
+from .cache.caches import REFITTED
 from .cache.rows import of_rows, ranked, take
 from .checks import check_kind, check_path, check_values
 from .compression import count_of, keep_mask
@@ -82,7 +83,8 @@ def shrink(
 
     `shrink(compress(cache, 0.5), 0.2)` is `compress(cache, 0.2)`, without the dense cache or another pass; packed pairs
     keep their bits. The prefix, window layers and the tail stay; what `compress` had protected competes by score,
-    unless it is protected again.
+    unless it is protected again. Rows of a refitted cache keep their biases and values, which stood for all pairs
+    together with those that are dropped now: `refit(compress(cache, 0.2))` is better where the dense cache is at hand.
 
     Args:
         ratio: fraction of ALL evictable pairs that is kept, at most what the cache holds.
@@ -117,7 +119,8 @@ def shrink(
     keep = ops.select_count([rank[None] for rank in ranks], count=count + prefix)
     packed = iter([take(layer, mask[0]) for layer, mask in zip(scored, keep, strict=True)])
     context = tuple(next(packed) if isinstance(layer, RaggedKV) else layer for layer in cache.context)
-    return replace(cache, context=context, kept=count, method=f"{scores.source}/pair")
+    fitted = any(isinstance(layer, RaggedKV) and layer.bias is not None for layer in context)
+    return replace(cache, context=context, kept=count, method=f"{scores.source}/pair{REFITTED if fitted else ''}")
 
 
 def save(

@@ -16,6 +16,7 @@ from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pa
 from .checks import check_kind
 from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
 from .models import Attend, Model, run_attention
+from .ops.weights import plain
 from .options import Scoring
 from .prefilling import Progress
 
@@ -189,7 +190,7 @@ def formula_of(model: Model, scoring: Scoring) -> tuple[Formula, Observe | None]
 
     def factors(layer: int, v: Float[Tensor, "H C D"]) -> tuple[Tensor, Tensor]:
         if layer not in grams:  # |W v|^2 = v' (W' W) v: a product of D x D instead of M x D for each pair
-            o = rearrange(model.weights.layers[layer].o, "m (h d) -> h m d", d=config.head_dim)
+            o = rearrange(plain(model.weights.layers[layer].o, v.dtype), "m (h d) -> h m d", d=config.head_dim)
             grams[layer] = rearrange(o.mT.to(_wide(o)) @ o.to(_wide(o)), "(h g) d e -> h g d e", h=v.shape[0])
         wide = v.to(_wide(v))[:, None]
         squares = ((wide @ grams[layer]) * wide).sum(-1).clamp(min=0)  # [H G C]

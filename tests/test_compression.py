@@ -26,7 +26,7 @@ from kvzip import compression
 from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
-from kvzip.options import Scoring
+from kvzip.options import Refitting, Scoring
 from unchecked import unchecked
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
@@ -313,8 +313,15 @@ def arguments_of(function, model, cache, path):
         "form": "chat",
         "values": cache.scores.values,
         "scoring": Scoring(chunk=9, hint=2),
+        "answered": [2],
     }
-    parameters = inspect.signature(function).parameters.values()
+    if "refitting" in function.__module__:
+        dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=9)
+        known |= {"small": kvzip.compress(dense, 0.4), "options": Refitting(chunk=9)}
+        known |= {"layers": known["small"].context}
+    if function.__module__ in ("kvzip.sources", "kvzip.report"):  # one question's ids; questions as texts
+        known |= {"asked": [1], "questions": ["Why?"]}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
 
 

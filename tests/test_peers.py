@@ -118,8 +118,8 @@ def merge(v, s, v_other, s_other):
 def flash(rows, k, v, starts, ends, most, longest, scale):
     bounds = list(zip(starts[:-1], starts[1:], ends[:-1], ends[1:], strict=True))
     assert most == max(b - a for a, b, _, _ in bounds) and longest == max(b - a for _, _, a, b in bounds)
-    parts = [attend(rows[a:b, None], k[c:d, None], v[c:d, None], scale) for a, b, c, d in bounds]
-    out, lse = (torch.cat(x)[:, 0].to(rows.dtype) for x in zip(*parts, strict=True))
+    parts = [attend(rows[a:b], k[c:d, None], v[c:d, None], scale) for a, b, c, d in bounds]
+    out, lse = (torch.cat(x).to(rows.dtype) for x in zip(*parts, strict=True))
     return out, lse * 0.6931471805599453
 
 
@@ -173,8 +173,8 @@ def test_alternatives_answer_what_decode_answers_for_several_contexts(installed)
     found = peers.available(peers.batch_peers(batch))
     assert set(found) == set(peers.batch_peers(batch)) and len(found) == 4
     for copy in range(2):
-        exact = torch.stack(benchmark.one_context_after_the_other(batch_of(torch.float64))[copy]())
-        plain = torch.stack(benchmark.one_context_after_the_other(batch)[copy]())
+        exact = benchmark.flat_rows(batch_of(torch.float64))["kvzip"][copy]()
+        plain = benchmark.flat_rows(batch)["kvzip"][copy]()
         for calls in found.values():
             assert_as_accurate(calls[copy]().reshape(plain.shape), exact, plain)
 

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import kvzip
 import random_model
-import small_models
 from accuracy import assert_as_accurate
 from interruptions import interrupted
 from kvzip import ops, prompts
@@ -27,6 +26,7 @@ from kvzip.models import run_attention
 from kvzip.models.vocabulary import read_vocabulary
 from kvzip.options import Scoring
 from kvzip.scoring import score_chunks
+from kvzip.small import packages as small_models
 from kvzip.streaming import checkpoints, pieces, plan, prefill, segments
 from rewritten import rewrite
 
@@ -414,9 +414,7 @@ def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
         pytest.skip(f"left out, {name} cannot be had here: {missing}")
     monkeypatch.setattr(prompts, "_BLOCK", 500)
     source = Path(small_models.__file__)
-    text = source.read_text(encoding="utf-8") + (source.parents[1] / "examples" / "document.txt").read_text(
-        encoding="utf-8"
-    )
+    text = source.read_text(encoding="utf-8") + (source.parents[1] / "data" / "museum.txt").read_text(encoding="utf-8")
     encoded = list(prompts.encode_pieces(tokenizer, split(text, [1, 700, 33])))
     assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
     assert len(encoded) > len(text) // 1500

@@ -13,6 +13,9 @@ from ..display import visible_line
 from ..ops import Quantized
 from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_heads, grow_tail
 
+REFITTED = "+refit"
+"""In the method of a cache, after the level: rows have biases and new values, see `kvzip.refit`."""
+
 
 class Cache:
     """The fields that both kinds of cache share. `context` has one entry for each layer.

@@ -32,6 +32,10 @@ class Origin(BelongsTo, Protocol):
     def rope(self) -> Mapping[str, Any] | None: ...
     @property
     def max_length(self) -> int | None: ...
+    @property
+    def quantized(self) -> str | None: ...
+    @property
+    def activations(self) -> str | None: ...
 
 
 def save(
@@ -49,9 +53,9 @@ def save(
 
     Args:
         note: anything that JSON can hold, for the header.
-        model: the cache's own. The header then says under "model" where it came from (a local directory by its
-            absolute path) and with which dtype, max_length and rope it was loaded, and the file holds the text of each
-            token, so that it can be shown without the model.
+        model: the cache's own. The header then says under "model" where it came from (a local directory by its absolute
+            path) and with which dtype, max_length, rope, weights and activations it was loaded, and the file holds the
+            text of each token, so that it can be shown without the model.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 values (`levels.encode_levels`), a quarter of the bytes.
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -80,6 +84,8 @@ def save(
             "max_length": model.max_length,
             "rope": model.rope,
         }
+        rounding = {"weights": model.quantized, "activations": model.activations}
+        header["model"] |= {name: how for name, how in rounding.items() if how is not None}
         if model.tokenizer is not None:
             tensors |= _texts(model.tokenizer, cache.token_ids)
             header["pieces"] = len(tensors["pieces.ids"])
@@ -182,6 +188,9 @@ def _describe_layer(name: str, layer: DenseKV | WindowKV | RaggedKV) -> tuple[di
             tensors[f"{name}.{part}"] = x
     if isinstance(layer, RaggedKV):
         tensors |= {f"{name}.offsets": layer.offsets, f"{name}.positions": layer.positions}
+        if layer.bias is not None:
+            spec["bias"] = True
+            tensors[f"{name}.bias"] = layer.bias
     if isinstance(layer, WindowKV):
         spec["start"] = layer.start
     return tensors, spec

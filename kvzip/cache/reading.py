@@ -223,7 +223,16 @@ class _Reader:
             prefix = torch.arange(start, dtype=torch.int32, device=offsets.device)
             whole = positions[offsets[:-1, None] + prefix] == prefix
             require(bool(whole.all()), f"the prefix of {name} is not whole")
-        return RaggedKV(k, v, offsets, positions, decode_schedule(offsets))
+        return RaggedKV(k, v, offsets, positions, decode_schedule(offsets), self.bias(name, spec, len(positions)))
+
+    def bias(self, name: str, spec: dict[str, Any], count: int) -> Tensor | None:
+        name = f"{name}.bias"
+        require((name in self.file.tensors) == bool(spec.get("bias")), f"{name}, of which the header says otherwise")
+        if not spec.get("bias"):
+            return None
+        bias = self.take(name, {"rows": count})
+        require(bool(bias.isfinite().all()), f"{name} that is not finite")
+        return bias
 
     def rows(self, name: str, spec: dict[str, Any], count: int) -> Tensor | Quantized:
         bits, group = spec.get("bits"), spec.get("group") or 0

@@ -15,6 +15,7 @@ from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_output, force_option, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
+    from .. import refitting
     from ..cache import RaggedCache
 
 RATIO = 0.3
@@ -49,6 +50,12 @@ SUFFIX = ".kvz"
     help="Where the budget is shared [default: pair].",
 )
 @click.option("--bits", type=click.Choice(["8", "4"]), help="Pack what is kept into so many bits.")
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Fit biases and new values, so that what is kept gets the attention of all: one more pass. With --segment, "
+    "each segment keeps its own share.",
+)
 @click.option(
     "--scope",
     type=click.Choice(["context", "chunk"]),
@@ -96,6 +103,7 @@ def compress(
     threshold: float | None,
     level: str | None,
     bits: str | None,
+    refit: bool,
     scope: str | None,
     method: str,
     heads: str | None,
@@ -146,6 +154,7 @@ def compress(
                 scoring=options.scoring(scope or "chunk", method, chunk, 8),
                 budget=options.budget(ratio, level=level or "pair", budget=budget, threshold=threshold),
                 bits=int(bits) if bits else None,
+                refit=refit,
                 segment=segment,
                 heads=None if scores is None else job.scores_of(scores, loaded, sink=sink, recent=recent),
                 positions=positions,
@@ -159,6 +168,7 @@ def compress(
 
 def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: bool) -> None:
     """Prints facts of a file that was written: those of its cache and its note."""
+    from .. import refitting
     from ..cache import WindowKV, full_nbytes, nbytes
 
     ratio = cache.kept / cache.total
@@ -180,6 +190,9 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
     }
     if "heads" in note:
         facts["heads"] = note["heads"]
+    held = refitting.mass_of_note(note)
+    if held is not None:
+        facts["mass_kept"] = {"before": held.before.mean().item(), "after": held.after.mean().item()}
     if as_json:
         put_json(facts)
     else:
@@ -190,6 +203,8 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
         )
         if "heads" in note:
             echo(whole_heads_line(note["heads"]))
+        if held is not None:
+            echo(mass_line(held))
         if windows:
             echo(windows_line(windows, facts["layers"]))
     if f"{ratio:.1%}" == "0.0%":
@@ -202,6 +217,15 @@ def windows_line(windows: int, layers: int) -> str:
     return (
         f"windows  {windows} of {layers} layers see their last tokens only and stay as they are: "
         f"only the pairs of the other {layers - windows} are counted and dropped"
+    )
+
+
+def mass_line(mass: "refitting.Mass") -> str:
+    """Returns what to say of the attention that a refitted cache keeps."""
+    (before, least), (after, lowest) = ((x.mean().item(), x.min().item()) for x in (mass.before, mass.after))
+    return (
+        f"refitted {after:.0%} of the repeat's attention in the mean head ({lowest:.0%} in the least), "
+        f"{before:.0%} ({least:.0%}) without biases"
     )
 
 

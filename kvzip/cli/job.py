@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cache, compression, head_scores, inputs, prefilling, scoring, streaming
+from .. import cache, compression, head_scores, inputs, prefilling, refitting, scoring, streaming
 from ..cache import DenseCache, RaggedCache
 from ..head_scores import HeadScores
 from ..models import Model
-from ..options import Budget, Scoring, Turn
+from ..options import Budget, Refitting, Scoring, Turn
 from .output import Stage, hint, size
 from .plumbing import resuming
 from .targets import check_space, peek, unwritten
@@ -35,6 +35,7 @@ class Job:
     scoring: Scoring
     budget: Budget
     bits: int | None
+    refit: bool
     segment: int | None
     heads: HeadScores | None
     positions: int | None
@@ -120,10 +121,11 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
         # half a head more than are kept, so that rounding cannot make it one less
         budget = replace(budget, ratio=min(1.0, (whole + 0.5) / heads), budget=None, level="head", **ends)
     full_bytes = prefilling.dense_bytes(model, start + tokens) + 8 * (start + tokens)  # and the ids, as in `nbytes`
-    _check_memory(model, full_bytes, tokens)
+    packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
+    packed_bytes = int((budget.ratio or 0) * packing * full_bytes)
+    _check_memory(model, full_bytes + packed_bytes * job.refit, tokens)
     if budget.ratio is not None:
-        packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
-        check_space(job.output, int(budget.ratio * packing * full_bytes))
+        check_space(job.output, packed_bytes)
     progress = stage("reading the document")
     progress(0, start + tokens)
     step = PREFILL_CHUNK[model.device.type == "cuda"]
@@ -137,9 +139,17 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
         dense = head_scores.attach(dense, scores)
     scored = time.monotonic()
     stage("dropping the others")
-    small = compression.compress(dense, **asdict(budget), bits=job.bits, consume=True)
+    small = compression.compress(dense, **asdict(budget), bits=job.bits, consume=not job.refit)
     packed = time.monotonic()
-    return small, note | _seconds(prefill=prefilled - begun, score=scored - prefilled, compress=packed - scored)
+    seconds = {"prefill": prefilled - begun, "score": scored - prefilled, "compress": packed - scored}
+    if job.refit:
+        progress = stage("fitting what is kept")
+        progress(0, tokens)
+        how = Refitting(chunk=job.scoring.chunk, hint=job.scoring.hint)
+        small, mass = refitting.refit_and_measure(model, dense, small, how, progress=progress)
+        note |= {"mass_kept": refitting.note_of(mass)}
+        seconds["refit"] = time.monotonic() - packed
+    return small, note | _seconds(**seconds)
 
 
 def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float) -> Made:
@@ -160,6 +170,8 @@ def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, 
             job.text,
             job.budget.ratio,
             segment=job.segment,
+            share="segment" if job.refit else "running",
+            refit=job.refit,
             **asdict(job.scoring),
             **asdict(job.turn),
             checkpoint=partial,

@@ -1,5 +1,6 @@
 """The one forward pass. The caller's `attend` gets q, k and v; nothing here knows about caches."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ..prompts import ChatTemplate
 from .config import ModelConfig
 from .identity import fingerprint_of, identity_of
 from .rope import cos_sin
-from .weights import LayerWeights, Weights, named_tensors
+from .weights import LayerWeights, Weights, named_weights
 
 _ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 
@@ -28,9 +29,10 @@ class Model:
     """A loaded model. `tokenizer` and `template` are None where the directory has none.
 
     `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`). `rope` and
-    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again. `identity` is a
-    digest of the shape and the weights. `fingerprint`, which ties caches to the model, adds the RoPE, a dash and the
-    dtype.
+    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again; so are
+    `quantized` (its `weights`) and `activations`. `form` is what the checkpoint's config says of quantized weights that
+    its tensors do not. `identity` is a digest of the shape and the stored weights. `fingerprint`, which ties caches to
+    the model, adds the RoPE, how weights and activations are rounded, a dash and the dtype.
     """
 
     config: ModelConfig
@@ -44,6 +46,9 @@ class Model:
     source: str
     rope: Mapping[str, Any] | None = None
     max_length: int | None = None
+    quantized: str | None = None
+    activations: str | None = None
+    form: str = ""
 
     @property
     def identity(self) -> str:
@@ -51,10 +56,11 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.config, self.identity, self.dtype)
+        rounding = [x for x in (self.form, self.quantized, self.activations) if x]
+        return fingerprint_of(self.config, self.identity, self.dtype, rounding=rounding)
 
     def __repr__(self) -> str:
-        count = sum(tensor.numel() for _, tensor in named_tensors(self.weights))
+        count = sum(math.prod(weight.shape) for _, weight in named_weights(self.weights))
         return (
             f"Model({self.config.family}, {count:,} parameters, {len(self.config.layers)} layers, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, from {self.source!r})"
@@ -139,7 +145,12 @@ def _mlp(hidden: Tensor, layer: LayerWeights, config: ModelConfig) -> Tensor:
 
 
 def _add(
-    hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Tensor | None, config: ModelConfig
+    hidden: Tensor,
+    x: Tensor,
+    weight: Tensor | ops.QuantizedWeight,
+    bias: Tensor | None,
+    post_norm: Tensor | None,
+    config: ModelConfig,
 ) -> Tensor:
     """hidden + W x, with the product normed first in families that have a post-norm."""
     if post_norm is None:

@@ -20,7 +20,7 @@ def context_table(like: Sequence[Context], capacity: int, *, biased: bool | None
     device, heads = like[0].offsets.device, len(like[0].offsets)
     formats = []
     for layer in like:
-        bias = None if layer.bias is None else _empty(layer.bias)
+        bias = None if layer.bias is None or biased is False else layer.bias.new_empty(0)
         if bias is None and biased:
             bias = torch.empty(0, dtype=torch.float32, device=device)
         formats.append(Context(_empty(layer.k), _empty(layer.v), layer.offsets.new_zeros(heads), bias))
@@ -35,8 +35,8 @@ def context_table(like: Sequence[Context], capacity: int, *, biased: bool | None
 def put_context_(table: ContextTable, place: int, layers: Sequence[Context]) -> None:
     """Makes `layers` the context at `place` of the table, in place. Nothing is copied but offsets.
 
-    The table keeps the tensors alive. A captured graph that reads the table sees the new context at its next replay; the
-    device must not be reading the old one then, which is freed.
+    The table keeps the tensors alive. A captured graph that reads the table sees the new context at its next replay;
+    the device must not be reading the old one then, which is freed.
 
     Raises: ValueError if a layer's format is not the table's, or its memory cannot be read 16 bytes at a time.
     """

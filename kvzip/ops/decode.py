@@ -140,6 +140,14 @@ def _rows(
     return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 
+def check_logits(softcap: float | None, window: int | None) -> None:
+    """Raises: ValueError for what no logits are changed or hidden by."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
+    if window is not None and window < 0:
+        raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
+
+
 def _check(
     q: Tensor,
     k: Tensor | Quantized,
@@ -178,10 +186,7 @@ def _check(
                 f"expected a bias of shape [N={rows}], float16 or float32 on {device}, got {list(bias.shape)}, "
                 f"{bias.dtype} on {bias.device}: one number for each row of k and v"
             )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
-    if window is not None and window < 0:
-        raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
+    check_logits(softcap, window)
     if tail is None:
         return
     tail_k, tail_v, lengths = tail

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import is_forced, use_triton
-from kvzip.ops.decode import decode, decode_reference
+from kvzip.ops.decode import check_logits, decode, decode_reference
 from kvzip.ops.types import Context, ContextTable, Pages, Quantized, QueryRows, TailTensors
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _bias(table: ContextTable, layer: int, place: int) -> Tensor | None:
 
 def _layer(table: ContextTable, layer: int, place: int) -> Context:
     """A layer of the context at `place`; one without rows if there is none."""
-    layers = None if place < 0 else table.layers[place]
+    layers = table.layers[place] if 0 <= place < len(table.layers) else None
     return table.formats[layer] if layers is None else layers[layer]
 
 
@@ -200,10 +200,7 @@ def _check(
                 f"expected {name} of shape [N={count}], int32 on {device}, got {list(x.shape)}, {x.dtype} on "
                 f"{x.device}: one number for each row of q"
             )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
-    if window is not None and window < 0:
-        raise ValueError(f"expected a window of 0 or more or None, got {window}: None sees everything")
+    check_logits(softcap, window)
     if pages is None:
         return
     for name, x in (("k", pages.k), ("v", pages.v)):

@@ -13,8 +13,9 @@ def sdpa(
 ) -> tuple[Tensor, Tensor]:
     """Returns attention of all rows of q, and its log-sum-exp [B Hq T].
 
-    `mask` is for a CPU only: True [B 1 T S] at the keys that a row sees, or numbers [B H 1 S] added to its logits. From Hopper on, large inputs take cuDNN's kernels, which
-    are faster than flash's but plan each new shape on the host: docs/tuning.md.
+    `mask` is for a CPU only: True [B 1 T S] at the keys that a row sees, or numbers [B H 1 S] added to its logits. From
+    Hopper on, large inputs take cuDNN's kernels, which are faster than flash's but plan each new shape on the host:
+    docs/tuning.md.
     """
     aten = torch.ops.aten
     if has_flash(q):

@@ -118,7 +118,7 @@ class QueryRows:
     Rows of one sequence are consecutive, oldest first. Rows of one context may lie anywhere.
     """
 
-    context: Int32[Tensor, " N"]  # a place in the table, or -1: none
+    context: Int32[Tensor, " N"]  # a place in the table; -1, or whatever is none of its places: no context
     sequence: Int32[Tensor, " N"]  # whose tail it sees
     length: Int32[Tensor, " N"]  # rows of the tail that it sees, its own included; 0: none
 

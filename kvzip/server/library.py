@@ -33,11 +33,14 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
 @dataclass(frozen=True)
 class Entry:
-    """A document. `context` once it is ready, `error` if it failed; `ours`: its files are the server's to delete."""
+    """A document. `context` once it is ready, `error` if it failed; `ours`: its files are the server's to delete.
+
+    `created` are seconds since 1970, with their fractions, by which documents have an order.
+    """
 
     id: str
     title: str
-    created: int
+    created: float
     path: Path
     ours: bool
     context: Held | None = None
@@ -107,7 +110,7 @@ class Library:
     def post(self, request: DocumentRequest) -> Document:
         """Accepts a document. Raises OSError if it cannot be written down."""
         name = f"doc-{secrets.token_hex(8)}"
-        created, path = int(time.time()), self._directory / f"{name}{SUFFIX}"
+        created, path = time.time(), self._directory / f"{name}{SUFFIX}"
         asked = request.model_dump() | {"created": created}
         with whole_file(path.with_suffix(WAITS), overwrite=False) as written:
             written.write_text(json.dumps(asked), encoding="utf-8")
@@ -142,7 +145,7 @@ class Library:
     def _opened(self, path: Path, *, ours: bool) -> Entry:
         note = entry(read_header(path), "note")
         created, title = note.get("created"), note.get("title")
-        created = created if isinstance(created, int) else int(path.stat().st_mtime)
+        created = created if isinstance(created, (int, float)) else path.stat().st_mtime
         title = title if isinstance(title, str) else path.stem
         return Entry(path.stem, title, created, path, ours, self._engine.add(path), 1.0)
 
@@ -153,7 +156,7 @@ class Library:
             return
         try:
             asked = json.loads(path.read_text(encoding="utf-8"))
-            title, created, error = asked.get("title"), int(asked["created"]), asked.get("error")
+            title, created, error = asked.get("title"), float(asked["created"]), asked.get("error")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             logger.warning("%s is left out: %s", path.name, problem)
             return
@@ -249,7 +252,7 @@ def _described(found: Entry) -> Document:
         status="ready" if context is not None else failed,
         progress=1.0 if context is not None else min(found.done, 1.0),
         title=found.title,
-        created=found.created,
+        created=int(found.created),
         tokens=tokens,
         bytes=size,
         where=where,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .. import compression, prefilling, scoring, streaming
+from .. import compression, prefilling, refitting, scoring, streaming
 from ..cache import RaggedCache
 from ..serving import Engine
 from .schemas import DocumentRequest
@@ -17,7 +17,7 @@ class Stopped(Exception):
 def compress_document(engine: Engine, request: DocumentRequest, progress: Callable[[float], None]) -> RaggedCache:
     """Returns the compressed cache of a document.
 
-    Without bits it is compressed a segment at a time, and its full cache is never held.
+    Without bits it is compressed a segment at a time, and its full cache is never held; with bits it is held whole.
 
     Args:
         progress: called with the fraction that is done, after each part; what it raises ends the work.
@@ -25,8 +25,6 @@ def compress_document(engine: Engine, request: DocumentRequest, progress: Callab
     Raises: ValueError for a text that the model cannot take; torch.OutOfMemoryError; what `progress` raises.
     """
     model = engine.model
-    if request.refit:
-        raise ValueError("expected refit=false, got true: this version does not refit documents that are posted")
     part = SEGMENT[model.device.type == "cuda"]
     chat = model.template is not None
     turn = {"system": request.system, "instruction": request.instruction, "template": chat}
@@ -42,8 +40,20 @@ def compress_document(engine: Engine, request: DocumentRequest, progress: Callab
         progress(0.0)
         if request.bits is None:
             return streaming.prefill_compressed(
-                model, request.text, request.ratio, segment=part, chunk=part // 2, **turn, progress=told(0.0, 1.0)
+                model,
+                request.text,
+                request.ratio,
+                segment=part,
+                chunk=part // 2,
+                refit=request.refit,
+                share="segment" if request.refit else "running",
+                **turn,
+                progress=told(0.0, 1.0),
             )
-        dense = prefilling.prefill(model, request.text, chunk=part, **turn, progress=told(0.0, 0.6))
-        dense = scoring.score(model, dense, chunk=part // 2, progress=told(0.6, 1.0))
-        return compression.compress(dense, request.ratio, bits=request.bits, consume=True)
+        last = 0.7 if request.refit else 1.0
+        dense = prefilling.prefill(model, request.text, chunk=part, **turn, progress=told(0.0, 0.6 * last))
+        dense = scoring.score(model, dense, chunk=part // 2, progress=told(0.6 * last, last))
+        small = compression.compress(dense, request.ratio, bits=request.bits, consume=not request.refit)
+        if request.refit:
+            small = refitting.refit(model, dense, small, chunk=part // 2, progress=told(last, 1.0))
+        return small

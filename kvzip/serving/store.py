@@ -146,14 +146,15 @@ class Store:
         self._make_room(0)
 
     def want(self, held: Held) -> bool:
-        """Whether a context is on the device; if not, it will be as soon as there is room.
+        """Whether a request may read a context now; if not, it may as soon as there is room on the device.
 
-        It is not moved away until the next round. If there will never be room, `failure` says why.
+        It is not moved away until the next round. If there will never be room, `failure` says why. One that was added
+        beyond the budget waits until others have left, unless nothing can.
         """
         self._wanted.add(held.number)
         self._touch(held)
         if held.device is not None:
-            return True
+            return held.uses > 0 or self._make_room(0) or not any(x.moving or x.uses for x in self.held)
         if not held.moving and self._make_room(held.nbytes):
             self._start(held, self._bring)
             self._arriving += held.nbytes

@@ -14,6 +14,7 @@ from ..cache import RaggedCache, explain_out_of_memory, save
 from ..checks import check_kind, check_path, check_text_or_ids
 from ..inputs import check_length, prefix_ids, prefix_text, strips
 from ..models import Model
+from ..options import Refitting
 from .checkpoints import is_begun, read
 from .pieces import Pieces, ids_of, opening_of, segments_of
 from .plan import Plan, check_protected, note_of
@@ -37,6 +38,7 @@ def prefill_compressed(
     method: str = "kvzip",
     chunk: SupportsIndex = 2_000,
     hint: SupportsIndex = 8,
+    refit: bool = False,
     system: str | None = None,
     instruction: str | None = None,
     template: bool = True,
@@ -67,6 +69,9 @@ def prefill_compressed(
             in `score` (a question will come there). Without a length, or with one that is too small, they start at the
             segment's end, which keeps other pairs: an estimate is better than none.
         scope, method, chunk, hint: as in `score`; "context" is what is kept of the past and the whole segment.
+        refit: fits each segment, as `kvzip.refit` does with the same chunk and hint, before it is packed and while all
+            its pairs are held; at ratio 1 it fits nothing. Only with share "segment": the other shares drop rows later
+            whose attention the biases of their neighbors do not stand for.
         system, instruction, template: as in `prefill`.
         checkpoint: a file. If it exists, the run goes on from the state in it, and ends with the same bits as one that
             was never interrupted: give the same arguments, with the context from its beginning. The state is written
@@ -91,6 +96,11 @@ def prefill_compressed(
     save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
     if share not in _SHARES:
         raise ValueError(f"expected share to be one of {_SHARES}, got {share!r}: pass one of them")
+    if refit and share != "segment":
+        raise ValueError(
+            f"expected share 'segment' with refit=True, got {share!r}: later segments would drop rows that were fitted "
+            "together with those that stay"
+        )
     heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
     if not heads:
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
@@ -108,7 +118,8 @@ def prefill_compressed(
         )
     options.check_spans(spans, tokens)
     expected = length if tokens is None else tokens
-    plan = Plan(ratio, segment, share, spans, scoring, turn.template, tuple(prefix), expected)
+    fitted = Refitting(chunk=scoring.chunk, hint=scoring.hint) if refit and ratio < 1 else None
+    plan = Plan(ratio, segment, share, spans, scoring, turn.template, tuple(prefix), expected, fitted)
     if tokens is not None:
         check_protected(plan, heads, tokens)
     if expected is not None:

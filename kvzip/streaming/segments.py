@@ -6,17 +6,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float32, Int32, Int64
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from .. import ops
 from ..attention import new_layers, prefill_attend, segment_attend
 from ..cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
-from ..cache.caches import map_tensors
-from ..cache.rows import first_rows, gather, interleave, of_rows, ranked
+from ..cache.caches import REFITTED, map_tensors
+from ..cache.rows import biases, first_rows, gather, interleave, of_rows, pack, ranked
 from ..models import Model, run_attention
+from ..ops.types import owners
+from ..refitting import fit_rows
 from ..scoring import score_chunks
 from .plan import Plan, check_share, count_protected
+
+Chosen = list[tuple[Bool[Tensor, " _"], list[int], Float32[Tensor, " _"]]]
+"""Of each scored layer: which rows stay, how many each part has (see `Unpacked`), and the ranks of those that stay."""
 
 _PASS = 4_000  # tokens of a segment per forward pass, which bounds the memory for activations
 
@@ -27,7 +33,7 @@ class Unpacked:
 
     k, v: a tuple (held [N D], the segment's [H S D]) until the rows that stay are gathered from it into one tensor.
     keep: which rows stay. sizes[2h] rows of head h were held, sizes[2h + 1] are the segment's.
-    positions: the tokens of the rows that stay.
+    positions, bias: the tokens of the rows that stay, and their biases if they were fitted.
     """
 
     k: Any
@@ -35,6 +41,7 @@ class Unpacked:
     keep: Bool[Tensor, " R"]
     sizes: list[int]
     positions: Int32[Tensor, " M"]
+    bias: Float[Tensor, " M"] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,38 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     ranks = list(run.ranks)
     chosen = _choose(run, ranked(values, plan.protect, first=done), kept + heads * plan.start, plan)
     positions = torch.arange(plan.start + done, plan.start + stop, dtype=torch.int32, device=values.device)
+    fitted = _refit_(model, segment, chosen, plan, before=older, end=end) if plan.refitting is not None else {}
     for n, (keep, sizes, rank) in zip(segment.scored_layers, chosen, strict=True):
         held, new = run.context[n], context[n]
         rows = torch.cat(interleave(held.positions, [positions] * held.heads, sizes))[keep]
         k, v = (held.k, new.k[0, :, plan.start :]), (held.v, new.v[0, :, plan.start :])
-        context[n], ranks[n] = Unpacked(k, v, keep, sizes, rows), rank
+        bias = fitted.get(n)
+        if bias is not None:
+            bias = torch.cat(interleave(biases(held), bias, sizes))[keep]
+        context[n], ranks[n] = Unpacked(k, v, keep, sizes, rows, bias), rank
     return Run(context, ranks, torch.cat([run.token_ids, ids]), kept, (*run.scores, values.cpu()))
+
+
+def _refit_(
+    model: Model, segment: DenseCache, chosen: Chosen, plan: Plan, *, before: Int64[Tensor, " S"], end: int
+) -> dict[int, Float[Tensor, "H n"]]:
+    """Writes fitted values over those of a segment's rows that stay; returns the bias of each token, by layer."""
+    assert plan.refitting is not None
+    layers: list[Any] = list(segment.layers)
+    for n, (keep, sizes, _) in zip(segment.scored_layers, chosen, strict=True):
+        own = F.pad(torch.stack(keep.split(sizes)[1::2]), (plan.start, 0), value=True)
+        layers[n] = pack(segment.layers[n].k[0], segment.layers[n].v[0], own, own.sum(1).tolist())
+    rows, _ = fit_rows(model, segment, layers, plan.refitting, before=before, end=end)
+    found = {}
+    for n in segment.scored_layers:
+        layer, fitted, v = layers[n], rows[n], segment.layers[n].v[0]
+        assert fitted is not None
+        places = owners(layer.offsets, len(layer.positions)), layer.positions.long()
+        v[places] = fitted.values
+        bias = fitted.bias.new_zeros(v.shape[:2])
+        bias[places] = fitted.bias
+        found[n] = bias[:, plan.start :]
+    return found
 
 
 def _prefill(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> DenseCache:
@@ -122,9 +155,7 @@ def _prefill(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> De
     return DenseCache(layers, start + len(ids), start, plan.template, token_ids, model.fingerprint)
 
 
-def _choose(
-    run: Run, fresh: Float32[Tensor, "L H n"], count: int, plan: Plan
-) -> list[tuple[Bool[Tensor, " R"], list[int], Float32[Tensor, " M"]]]:
+def _choose(run: Run, fresh: Float32[Tensor, "L H n"], count: int, plan: Plan) -> Chosen:
     """Which `count` rows stay, prefix included, of those held and of new tokens with ranks `fresh`.
 
     Of each scored layer: `keep` and `sizes` (see `Unpacked`), and the ranks of the rows that stay. Equal ranks stay in
@@ -172,7 +203,8 @@ def _steps(layer: Unpacked) -> Iterator[Unpacked | RaggedKV]:
     counts = [len(old) + len(new) for old, new in zip(rows[::2], rows[1::2], strict=True)]
     bounds = [0, *itertools.accumulate(counts)]
     offsets = layer.positions.new_tensor(bounds)
-    yield RaggedKV(layer.k, layer.v, offsets, layer.positions, ops.decode_schedule(offsets, bounds=bounds))
+    schedule = ops.decode_schedule(offsets, bounds=bounds)
+    yield RaggedKV(layer.k, layer.v, offsets, layer.positions, schedule, layer.bias)
 
 
 def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
@@ -197,5 +229,5 @@ def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
         kept=run.kept,
         total=values.numel(),
         scores=Scores(values, scored, plan.start, length, source),
-        method=f"{source}/stream-{plan.share}",
+        method=f"{source}/stream-{plan.share}{REFITTED if plan.refitting is not None else ''}",
     )

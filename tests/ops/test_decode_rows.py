@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compiling import assert_fits, compile_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,6 +32,7 @@ pytest.importorskip("triton")
 
 from test_decode import DEVICE, KERNEL_DTYPES, lse_rounding, move, stretch, widen
 
+from kvzip.ops.triton.decode_plan import plan_triton
 from kvzip.ops.triton.decode_rows import decode_rows_triton
 
 FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (None, 8), (4, None)]  # bits of keys and values
@@ -94,10 +96,19 @@ def widened(x: Pages | None) -> Pages | None:
     return x if x is None else Pages(x.k.double(), x.v.double(), x.table)
 
 
+def compared(lse, q, run):
+    """The log-sum-exp as the rule takes it: torch's own exponentials are good to about 20 bits of 16-bit rows on a
+    CPU, where log-sum-exp weighs 16-bit outputs only."""
+    return lse if run in (decode_rows_triton, decode_rows_reference) else lse.to(q.dtype)
+
+
 def check(q, contexts, rows, pages, run=decode_rows_triton, **options) -> None:
     """The output and log-sum-exp of `run` obey the accuracy rule."""
+    obeys(run(q, make_table(contexts), 0, rows, pages=pages, **options), q, contexts, rows, pages, run, **options)
+
+
+def obeys(got, q, contexts, rows, pages, run=decode_rows_triton, **options) -> None:
     table, exact_table = make_table(contexts), make_table([None if c is None else exactly(c) for c in contexts])
-    got = run(q, table, 0, rows, pages=pages, **options)
     plain = decode_rows_reference(q, table, 0, rows, pages=pages, **options)
     exact = decode_rows_reference(q.double(), exact_table, 0, rows, pages=widened(pages), **options)
     assert_as_accurate(got[0], exact[0], plain[0])
@@ -106,7 +117,7 @@ def check(q, contexts, rows, pages, run=decode_rows_triton, **options) -> None:
         if context is not None and isinstance(context.k, Quantized) and len(context.k.codes):
             inputs = {"k": context.k, "q": q[:, :, None]}
             lse = lse + torch.sign(lse - exact[1]) * lse_rounding(inputs, **options)
-    assert_as_accurate(got[1], exact[1], lse)
+    assert_as_accurate(compared(got[1], q, run), exact[1], compared(lse, q, run))
 
 
 RUNS = st.lists(
@@ -143,10 +154,10 @@ def test_kernel_is_as_accurate_as_the_reference(seed, lengths, runs, G, R, softc
     check(*batch(seed, lengths, runs, G, R, bias, tails, D, dtype), scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     dtype=st.sampled_from(KERNEL_DTYPES),
-    D=st.sampled_from([64, 256]),
+    D=st.sampled_from([32, 64]),
     bits=st.sampled_from(FORMATS[1:]),
     channels=st.booleans(),
     **SHAPES,
@@ -165,21 +176,11 @@ def test_host_is_as_accurate_as_the_reference(seed, lengths, runs, G, R, softcap
     contexts = [on(context, "cpu") for context in contexts]
     rows, pages = QueryRows(*(x.cpu() for x in vars(rows).values())), on_cpu(pages)
     for run in (decode_rows_host, decode_rows):
-        check(q.cpu(), contexts, rows, pages, run=narrow(run, dtype), scale=0.125, softcap=softcap, window=window)
+        check(q.cpu(), contexts, rows, pages, run=run, scale=0.125, softcap=softcap, window=window)
 
 
 def on_cpu(pages: Pages | None) -> Pages | None:
     return pages if pages is None else Pages(*(x.cpu() for x in vars(pages).values()))
-
-
-def narrow(run, dtype):
-    """`run` with its log-sum-exp in the dtype of its outputs, which is what torch's own exponentials are good for."""
-
-    def narrowed(*args, **options):
-        out, lse = run(*args, **options)
-        return out, lse.to(dtype).to(lse.dtype)
-
-    return narrowed
 
 
 def one_batch(seed=0, bits=(None, None), tails=True, bias=None, runs=None) -> tuple:
@@ -247,16 +248,14 @@ def test_a_context_twice_and_a_context_in_two_halves(run):
     twice = replace(rows, context=(torch.arange(len(q), device=DEVICE) % 2).int())
     got = run(q, make_table([contexts[0], contexts[0]]), 0, twice, scale=0.1)
     halves = []
-    for begin, stop in (((0, 150), (40, 191)), ((40, 191), (150, 217))):
-        pick = [
-            torch.arange(a, b) for a, b in (((0, 40), (150, 191)) if begin == (0, 150) else ((40, 150), (191, 217)))
-        ]
+    for spans in (((0, 40), (150, 191)), ((40, 150), (191, 217))):  # of both heads
+        pick = [torch.arange(begin, stop) for begin, stop in spans]
         index = torch.cat(pick).to(DEVICE)
         offsets = torch.tensor([0, len(pick[0]), len(index)], dtype=torch.int32, device=DEVICE)
         halves += run(q, make_table([Context(contexts[0].k[index], contexts[0].v[index], offsets)]), 0, rows, scale=0.1)
-    for found in (got, merge(*halves)):
-        for a, truth, base in zip(found, exact, plain, strict=True):
-            assert_as_accurate(a, truth, base)
+    for out, lse in (got, merge(*halves)):
+        assert_as_accurate(out, exact[0], plain[0])
+        assert_as_accurate(compared(lse, q, run), exact[1], compared(plain[1], q, run))
 
 
 @pytest.mark.parametrize("run", RUN)
@@ -285,6 +284,56 @@ def test_a_bias_of_zero_is_none_and_log_2_is_the_row_twice(run, bits):
         assert_as_accurate(run(q, biased, 0, rows, **options)[0], exact[0], plain[0])
 
 
+def reads(items: Tensor, block: int) -> dict[tuple[int, int, int, int], int]:
+    """How often items read (owner, head, row of memory, query row); an item has at most `block` query rows."""
+    found: dict[tuple[int, int, int, int], int] = {}
+    for owner, head, begin, stop, row, after in items.tolist():
+        for query in range(row, min(after, row + block)):
+            for j in range(begin, stop):
+                found[owner, head, j, query] = found.get((owner, head, j, query), 0) + 1
+    return found
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.lists(st.sampled_from([0, 1, 64, 65, 300]), min_size=2, max_size=2), min_size=3, max_size=3),
+    runs=RUNS,
+    spare=st.integers(0, 2),
+    layers=st.integers(1, 2),
+)
+def test_a_plan_reads_each_row_of_a_head_once_for_each_of_its_query_rows(lengths, runs, spare, layers):
+    generator, group, R = torch.Generator().manual_seed(0), 3, 16
+    make = lambda n: on(make_context(generator, n, 16, torch.float16), DEVICE)  # noqa: E731
+    table = context_table([make([0, 0])] * layers, 4)
+    for place, each in enumerate(lengths):
+        put_context_(table, place, [make([n + 40 * layer for n in each]) for layer in range(layers)])
+    rows, pages = make_rows(runs, spare=spare), make_pages(generator, [70] * len(runs), 2, R, 16, torch.float16)
+    plan = plan_triton(table, rows, query_heads=2 * group, dtype=torch.float16, pages=pages)
+    context = rows.context.tolist()
+    order = sorted(range(len(context)), key=lambda n: context[n] if context[n] >= 0 else 4)
+    assert plan.order.tolist() == order
+    for layer in range(layers):
+        expected = {
+            (context[n], head, j, at * group + g): 1
+            for at, n in enumerate(order)
+            if context[n] >= 0
+            for head in range(2)
+            for j in range(*table.offsets[layer, context[n], head : head + 2].tolist())
+            for g in range(group)
+        }
+        assert reads(plan.items[layer], plan.launches[layer].block_m) == expected
+    starts = [sum(t for _, t, _ in runs[:s]) for s in range(len(runs))]
+    expected = {
+        (s, head, j, (starts[s] + t) * group + g): 1
+        for s, (_, tokens, end) in enumerate(runs)
+        for t in range(tokens)
+        for head in range(2)
+        for j in range(end)
+        for g in range(group)
+    }
+    assert reads(plan.tail_items, plan.tail_block) == expected
+
+
 @pytest.mark.parametrize("window", [None, 50])
 def test_rows_of_one_context_are_what_decode_gives(window):
     """Questions of three tokens with dense tails, and the same as flat rows with pages."""
@@ -311,14 +360,10 @@ def test_rows_of_one_context_are_what_decode_gives(window):
 def test_a_context_that_is_dropped_is_seen_no_more():
     q, contexts, rows, pages = one_batch()
     table = make_table(contexts)
+    drop_context_(table, 0)
     for run in RUN:
-        none = run(q, table, 0, replace(rows, context=torch.full_like(rows.context, -1)), scale=0.1, pages=pages)
-        drop_context_(table, 0)
         got = run(q, table, 0, rows, scale=0.1, pages=pages)
-        own = rows.context == 0
-        for a, b in zip(got, none, strict=True):
-            torch.testing.assert_close(a[own], b[own], rtol=1e-3, atol=1e-3)
-        put_context_(table, 0, [contexts[0]])
+        obeys(got, q, [None, *contexts[1:]], rows, pages, run, scale=0.1)
 
 
 def test_a_table_refuses_what_its_kernels_could_not_read():
@@ -338,6 +383,55 @@ def test_a_table_refuses_what_its_kernels_could_not_read():
     with pytest.raises(ValueError, match="1 layers, got 2"):
         put_context_(table, 0, [contexts[0]] * 2)
     assert table.layers[0] == (contexts[0],)
+
+
+COMPILE = """
+import torch
+from kvzip.ops import *
+from kvzip.ops.triton import decode_launch, decode_plan, decode_rows
+decode_launch.overlaps_launches = decode_plan.overlaps_launches = lambda x: {capability} >= 90
+def go(D, G, N, S, dtype, bits=(16, 16), softcap=None, window=None, bias=False):
+    offsets = torch.tensor([0, 400, 900], dtype=torch.int32)
+    def part(bits, channels):
+        if bits == 16:
+            return torch.empty(900, D, dtype=dtype)
+        steps, own = torch.empty(900, max(1, D // 128), dtype=torch.float16), torch.empty(2, D)
+        codes = torch.empty(900, D * bits // 8, dtype=torch.uint8)
+        return Quantized(codes, steps, steps, bits, min(D, 128), Channels(own, own) if channels else None)
+    bias = torch.empty(900, dtype=torch.float16) if bias else None
+    context = Context(part(bits[0], True), part(bits[1], False), offsets, bias)
+    rows = QueryRows(*(torch.zeros(N, dtype=torch.int32) for _ in range(3)))
+    pages = Pages(*(torch.empty(S * 8, 2, 64, D, dtype=dtype) for _ in "kv"), torch.zeros(S, 8, dtype=torch.int32))
+    q = torch.empty(N, 2 * G, D, dtype=dtype)
+    table = context_table([context], 4)
+    decode_rows.decode_rows_triton(q, table, 0, rows, scale=1.0, softcap=softcap, window=window, pages=pages)
+"""
+
+
+def compiled(calls: list[str], capability: int) -> None:
+    assert_fits(compile_calls(COMPILE, calls, capability=capability), capability=capability)
+
+
+@pytest.mark.parametrize(("D", "capability"), [(128, 90), (80, 90), (128, 80)])
+def test_kernels_compile_without_spills(D, capability):
+    one, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 128, 64, torch.bfloat16"
+    compiled([one + ", bias=True", many, one + ", (8, 4)", many + ", (4, 4), bias=True"], capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
+    if capability == 80 and D > 128:
+        pytest.skip("the sizes of D=256 are for sm_90, the only one it was tuned on")
+    calls = [
+        f"{D}, {G}, {N}, {S}, torch.{dtype}, {bits}{rest}"
+        for G, N, S in ((4, 1, 1), (7, 24, 8), (4, 128, 128), (4, 600, 4))
+        for bits in ((16, 16), (8, 8), (4, 4), (8, 4), (4, 8), (16, 8), (4, 16))
+        for rest in (", bias=True", ", 5.0, 9")
+    ]
+    compiled(calls, capability)
 
 
 @pytest.mark.gpu
@@ -411,8 +505,4 @@ def test_one_graph_replays_any_mix_of_contexts_and_rows(bits):
         pages.table.copy_(torch.randperm(60, generator=generator)[: S * X].view(S, X).int())
         q.copy_(draw(generator, *q.shape, dtype=dtype))
         graph.replay()
-        plain = decode_rows_reference(q, table, 0, rows, scale=0.09, pages=pages)
-        exact_table = make_table([exactly(contexts[c]) for c in chosen])
-        exact = decode_rows_reference(q.double(), exact_table, 0, rows, scale=0.09, pages=widened(pages))
-        assert_as_accurate(out, exact[0], plain[0])
-        torch.testing.assert_close(lse, exact[1].float(), rtol=1e-4, atol=1e-4)
+        obeys((out, lse), q, [contexts[c] for c in chosen], rows, pages, scale=0.09)

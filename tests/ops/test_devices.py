@@ -138,6 +138,18 @@ def decoding(move, bits):
     return ops.decode(q, k, v, offsets, scale=0.125, tail=tuple(tail))
 
 
+def decoding_rows(move):
+    offsets = torch.tensor([0, 700, 700, 1000], dtype=torch.int32)
+    q, k, v, page_k, page_v = tensors((5, 6, 64), (1000, 64), (1000, 64), (4, 3, 32, 64), (4, 3, 32, 64))
+    context = ops.Context(move(k), move(v), move(offsets), move(torch.linspace(-1, 1, 1000)))
+    table = ops.context_table([context], 2)
+    ops.put_context_(table, 1, [context])
+    numbers = ([1, 0, 1, 1, -1], [0, 1, 2, 2, 3], [9, 0, 31, 32, 5])
+    rows = ops.QueryRows(*(move(torch.tensor(x, dtype=torch.int32)) for x in numbers))
+    pages = ops.Pages(move(page_k), move(page_v), move(torch.tensor([[2], [0], [3], [1]], dtype=torch.int32)))
+    return ops.decode_rows(move(q), table, 0, rows, scale=0.125, pages=pages)
+
+
 def appended(move):
     tail_k, tail_v = (torch.zeros(2, 3, 9, 64, dtype=torch.bfloat16) for _ in "kv")
     k, v = tensors((2, 3, 5, 64), (2, 3, 5, 64))
@@ -149,6 +161,11 @@ def appended(move):
 def projected(move, rows):
     x, weight, scale, residual = (move(x) for x in tensors((rows, 128), (192, 128), (128,), (rows, 96)))
     return ops.linear(x, weight, norm=ops.Norm(scale, 1e-6, 0), gate="silu", residual=residual)
+
+
+def packed(move, kind, rows):
+    x, weight, residual = (move(x) for x in tensors((rows, 256), (192, 256), (rows, 192)))
+    return ops.linear(x, ops.quantize_weight(weight, kind), residual=residual)
 
 
 def pruned(move):
@@ -166,8 +183,11 @@ OPS = {
     "decode": lambda move: decoding(move, None),
     "decode, 8 bits": lambda move: decoding(move, 8),
     "decode, 4 bits": lambda move: decoding(move, 4),
+    "decode rows": decoding_rows,
     "linear, one row": lambda move: projected(move, 1),
     "linear, rows": lambda move: projected(move, 5),
+    "linear, 4 bits": lambda move: packed(move, "int4", 3),
+    "linear, 8 bits, many rows": lambda move: packed(move, "e4m3", 90),
     "merge": lambda move: ops.merge(*(move(x) for x in tensors((7, 64), (7,), (7, 64), (7,), dtype=torch.float32))),
     "norm": lambda move: ops.rms_norm(*(move(x) for x in tensors((5, 96), (96,))), eps=1e-6),
     "prune": pruned,

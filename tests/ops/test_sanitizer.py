@@ -51,6 +51,25 @@ for width in (80, 128):
         assert out.isfinite().all() and lse.isfinite().all()
         ops.merge(out, lse, *ops.decode(q, *kv, offsets, scale=width**-0.5, window=50))
 """,
+    "decode_rows": """
+offsets = [torch.tensor(x, device="cuda", dtype=torch.int32) for x in ([0, 131, 131, 700], [0, 0, 0, 9])]
+number = lambda *x: torch.tensor(x, device="cuda", dtype=torch.int32)
+rows = ops.QueryRows(number(0, 1, -1, 0, 0, 5), number(0, 1, 2, 3, 3, -1), number(70, 1, 9, 64, 65, 0))
+for width in (80, 128):
+    pages = ops.Pages(rand(9, 3, 64, width), rand(9, 3, 64, width), torch.arange(8, device="cuda").view(4, 2).int())
+    q = rand(6, 6, width)
+    for bits in ((None, None), (8, 4), (4, 8)):
+        table = None
+        for place, at in enumerate(offsets):
+            kv = [rand(int(at[-1]), width) for _ in "kv"]
+            kv = [x if b is None else ops.quantize(x, bits=b) for x, b in zip(kv, bits)]
+            layer = ops.Context(*kv, at, torch.rand(int(at[-1]), device="cuda"))
+            table = table or ops.context_table([layer], 3)
+            ops.put_context_(table, place, [layer])
+        window = None if width == 80 else 50
+        out, lse = ops.decode_rows(q, table, 0, rows, scale=width**-0.5, pages=pages, window=window)
+        assert out.isfinite().all() and lse[:5].isfinite().all()
+""",
     "score": """
 for width in (80, 128):
     q, k, k_sink, k_self = rand(6, 77, width), rand(3, 61, width), rand(3, 5, width), rand(3, 77, width)

@@ -63,15 +63,16 @@ def say(client, name, model="tiny"):
     return answer.json()["choices"][0]["message"]["content"]
 
 
-def directly(model, text, bits=None, ratio=0.3):
+def directly(model, text, bits=None, ratio=0.3, refit=False):
     """The answer from a document compressed as the server does it."""
     part = work.SEGMENT[0]
     if bits is None:
-        cache = kvzip.prefill_compressed(model, text, ratio, segment=part, chunk=part // 2)
+        share = "segment" if refit else "running"
+        cache = kvzip.prefill_compressed(model, text, ratio, segment=part, chunk=part // 2, share=share, refit=refit)
     else:
-        cache = kvzip.compress(
-            kvzip.score(model, kvzip.prefill(model, text, chunk=part), chunk=part // 2), ratio, bits=bits
-        )
+        dense = kvzip.score(model, kvzip.prefill(model, text, chunk=part), chunk=part // 2)
+        cache = kvzip.compress(dense, ratio, bits=bits)
+        cache = kvzip.refit(model, dense, cache, chunk=part // 2) if refit else cache
     return kvzip.generate(model, cache, "Of what?", max_tokens=8).text
 
 
@@ -91,15 +92,23 @@ def test_a_posted_document_is_compressed_and_asked(web, model):
     ).json()["id"]
     assert ready(client, other)["title"] == "Whale"
     assert say(client, other) == directly(model, TEXTS["whale"], bits=8, ratio=0.4)
-    assert [x["id"] for x in client.get("/v1/documents").json()["data"]] == sorted(
-        [name, other], key=[name, other].index
-    )
+    assert [x["id"] for x in client.get("/v1/documents").json()["data"]] == [name, other]
     assert {x["id"] for x in client.get("/v1/models").json()["data"]} == {"tiny", f"tiny:{name}", f"tiny:{other}"}
     assert read_header(running.service.library._directory / f"{name}.kvz")["note"]["title"] == "Light"
     assert client.delete(f"/v1/documents/{name}").json()["deleted"] is True
     assert client.get(f"/v1/documents/{name}").status_code == 404
     assert client.post("/v1/chat/completions", json={"model": f"tiny:{name}", **PLAIN}).status_code == 404
     assert {path.name for path in running.service.library._directory.iterdir()} == {".lock", f"{other}.kvz"}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_document_is_fitted_if_that_is_asked(web, model, bits):
+    running, client = web
+    asked = {"text": TEXTS["light"], "ratio": 0.2, "bits": bits, "refit": True}
+    name = client.post("/v1/documents", json=asked).json()["id"]
+    assert ready(client, name)["status"] == "ready"
+    assert kvzip.load_cache(running.service.library._directory / f"{name}.kvz").method.endswith("refit")
+    assert say(client, name) == directly(model, TEXTS["light"], bits, 0.2, refit=True)
 
 
 @pytest.mark.parametrize("title", ["../../etc/passwd", "/tmp/x", "a\0b", "..", "CON", "x" * 300, "\ud83c\udf09 é"])

@@ -17,10 +17,13 @@ def answer(model, cache, ids: list[int], tokens: int) -> tuple[list[int], list[b
         width, heads = model.config.head_dim, model.config.num_kv_heads
         none = torch.zeros(heads + 1, dtype=torch.int32)
         layers = [(torch.empty(0, width, dtype=model.dtype),) * 2 + (none,) for _ in model.config.layers]
+        biases = [None for _ in layers]
         start, past = 0, 0
     else:
         cache = as_ragged(cache)
-        layers = [(layer.k, layer.v, layer.offsets) for layer in all_ragged(cache.context)]
+        given_layers = all_ragged(cache.context)
+        layers = [(layer.k, layer.v, layer.offsets) for layer in given_layers]
+        biases = [layer.bias for layer in given_layers]
         start, past = cache.context_length, len(cache.token_ids) - cache.context_length
     shape = (1, model.config.num_kv_heads, 0, model.config.head_dim)
     k = [torch.empty(shape, dtype=model.dtype) for _ in layers]
@@ -34,7 +37,7 @@ def answer(model, cache, ids: list[int], tokens: int) -> tuple[list[int], list[b
         config = model.config
         return decode_reference(
             q, *layers[layer], scale=config.attn_scale, softcap=config.attn_softcap,
-            window=config.layers[layer].window, tail=(k[layer], v[layer], seen),
+            window=config.layers[layer].window, bias=biases[layer], tail=(k[layer], v[layer], seen),
         )[0]  # fmt: skip
 
     said, clear, given, at = [], [], list(ids), start + past

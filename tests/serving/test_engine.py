@@ -56,6 +56,7 @@ def caches_of(model):
         "dense": other,
         "ragged": ragged,
         "few": kvzip.compress(other, 0.1),
+        "refit": kvzip.refit(model, dense, ragged, chunk=20),
         "int8": kvzip.compress(dense, 0.5, bits=8),
         "int4": kvzip.compress(other, 0.6, bits=4),
         "turn": kvzip.ask(model, ragged, QUERIES[0], max_tokens=5)[1],

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from kvzip.ops.schedule import decode_schedule
-from kvzip.ops.triton.common import check_rows, interpreted, on_device, overlaps_launches
+from kvzip.ops.triton.common import check_rows, interpreted, overlaps_launches
 from kvzip.ops.triton.decode_kernel import QueryArgs, TailArgs, WorkArgs
 from kvzip.ops.triton.decode_launch import (
     Sizes,
@@ -23,7 +23,6 @@ from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 _TAIL_ROWS = 256  # rows of a tail in one split, for each block of query rows
 
 
-@on_device
 def decode_triton(
     q: Float[Tensor, "B Hq T D"],
     k: Float[Tensor, "N D"] | Quantized,
@@ -57,8 +56,8 @@ def decode_triton(
     check_rows(q=q, k=context.k, v=context.v, tail_k=tail_k, tail_v=tail_v)
     capacity = 0 if tail is None else tail_k.shape[2]
     shapes = forms(
-        q, k, v, config, group=group, tail_m=tail_block(config, tokens * group, q.dtype), softcap=softcap is not None, window=window is not None,
-        bias=bias is not None, short=len(context.k) < config.block_n,
+        q, k, v, config, group=group, tail_m=tail_block(config, tokens * group, q.dtype), softcap=softcap is not None,
+        window=window is not None, bias=bias is not None, short=len(context.k) < config.block_n,
     )  # fmt: skip
     tail_blocks = triton.cdiv(tokens * group, shapes[1].M)
     tail_rows = _TAIL_ROWS * tail_blocks
@@ -75,11 +74,12 @@ def decode_triton(
     context_items = sizes.count * sizes.row_blocks
     tail_items = queries * heads * sizes.tail_splits * tail_blocks
     run(
+        out, lse,
         QueryArgs(q, *q.stride()[:3], lengths, offsets),
         context,
         TailArgs(tail_k, tail_v, offsets, *tail_k.stride()[:3], *tail_v.stride()[:3]),
         WorkArgs(splits.bounds, offsets, splits.first, offsets),
-        sizes, shapes, config, out, lse,
+        sizes, shapes, config,
         places=context_items * sizes.pitch + tail_items * sizes.tail_pitch, programs=context_items + tail_items,
         scale=scale, softcap=softcap, window=window, tokens=tokens, tail_rows=tail_rows, capacity=capacity,
         tailed=tail_items > 0 or window is None,  # matters with a window only; else one variant to compile

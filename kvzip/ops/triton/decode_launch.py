@@ -7,8 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvzip.ops.triton.common import compute_dtype, interpreted, launch_options, overlaps_launches, shared_memory
-from kvzip.ops.triton.decode_kernel import ContextArgs, QueryArgs, TailArgs, WorkArgs, combine_kernel, decode_kernel
+from kvzip.ops.triton.common import (
+    compute_dtype,
+    interpreted,
+    launch_options,
+    on_device,
+    overlaps_launches,
+    shared_memory,
+)
+from kvzip.ops.triton.decode_combine import combine_kernel
+from kvzip.ops.triton.decode_kernel import ContextArgs, QueryArgs, TailArgs, WorkArgs, decode_kernel
 from kvzip.ops.triton.decode_split import Form
 from kvzip.ops.types import DecodeSchedule, Quantized, Splits
 
@@ -23,13 +31,14 @@ class Launch(NamedTuple):
     per_sm: int = 2  # programs that run at once on an SM: 1, 2, 4 or 8
     early: bool = False  # start by programmatic dependent launch and prefetch the first rows to L2
     reserve: int = 0  # bytes of unused shared memory, which keep an SM to `per_sm` programs
-    keys_first: bool = False  # keys are the rows of products; always with codes
+    registers: int | None = None  # at most so many for a thread, so that programs of the next launch find room
 
 
 def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
-    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`. Tuned on an H100, 2026-11-26: docs/tuning.md.
+    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`.
 
-    GPUs before Hopper multiply from registers and get smaller tiles where registers would spill; not tuned there.
+    Tuned on an H100, 2026-11-26: docs/tuning.md. GPUs before Hopper multiply from registers and get smaller tiles where
+    registers would spill; not tuned there.
     """
     padded = triton.next_power_of_2(D) != D  # tiles are wider than rows
     if dtype == torch.float32:  # products in plain float32: no tensor cores
@@ -38,22 +47,30 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:
+        if padded and bits not in (4, 8):  # keys and values in different bits
+            return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
             wide = bits > 8 or (padded and bits > 4) or (D > 64 and not hopper and (padded or bits <= 4))
             reserve = (8 if bits > 4 else 25) * 1024 if D == 128 else 0  # keeps it at four programs on an SM
             # few rows: keys are the rows of products, and four programs on an SM hide the loads
             early = bits > 4 or D == 128
-            return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve)  # 64 wide keys would spill
+            registers = 208 if hopper and D >= 128 and bits > 4 else None  # would be 247
+            return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
-            return Launch(16, keys, 4, 4, early=True)  # two programs with four stages fill an SM
-        return Launch(16, keys if hopper or not padded else 32, 4, 3)  # 64 padded keys would spill before Hopper
+            return Launch(16, keys, 4, 4, early=True, registers=208)  # two programs with four stages fill an SM
+        registers = None
+        if hopper and (padded or D > 128):  # width 256 would take 235, and padded rows spill to have fewer
+            registers = 240 if padded else 208
+        # 64 padded keys would spill before Hopper
+        return Launch(16, keys if hopper or not padded else 32, 4, 3, registers=registers)
     if rows <= 64:
         block = 32 if rows <= 32 else 64
-        return Launch(block, keys, 4 if D <= 128 and (hopper or block == 32) else 8, 3)  # 4 warps would spill elsewhere
+        few = D <= 128 and (block == 32 or (hopper and not padded))
+        return Launch(block, keys, 4 if few else 8, 3)  # 4 warps would spill elsewhere
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
 
@@ -137,10 +154,10 @@ def forms(
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
         K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None, PAGE=0,
-        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16 or config.keys_first,
+        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16,
     )  # fmt: skip
     tail = context._replace(
-        M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # tiles have as many bytes as those of contexts
+        M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # as many bytes as a context's tile
         K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, K_COMPUTE=compute, V_COMPUTE=compute, PACKED=False,
         BIAS=False, CHANNELS=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
     )  # fmt: skip
@@ -160,7 +177,10 @@ class Sizes(NamedTuple):
     tail_pitch: int
 
 
+@on_device
 def run(
+    out: Tensor,
+    lse: Tensor,
     query: QueryArgs,
     context: ContextArgs,
     tail: TailArgs,
@@ -168,8 +188,6 @@ def run(
     sizes: Sizes,
     shapes: tuple[Form, Form],
     config: Launch,
-    out: Tensor,
-    lse: Tensor,
     *,
     places: int,
     programs: int,
@@ -195,7 +213,8 @@ def run(
             *sizes, tail_rows, capacity,
             CONTEXT=form, TAIL=tail_form, TAILED=tailed, LISTED=listed, OVERLAP=overlap, EARLY=early,
             RESERVED=shared_memory(config.reserve if overlap and config.early else 0),
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_options(early),
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, enable_fp_fusion=True,
+            **launch_options(early),
         )  # fmt: skip
     splits = sizes.count // sizes.heads + sizes.tail_splits
     block_r, block_d, block_p = combine_config(form.D, sizes.rows * sizes.heads, 2 if listed else splits)

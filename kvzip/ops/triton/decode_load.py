@@ -139,6 +139,6 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
             q *= tl.load(spread_ptr + EACH * w + part, mask=w < W, other=0)[:, None]
         lift = 16.0 if EACH == 4 and part % 2 == 1 else 1.0  # low halves of a byte count less: see `codes`
         q = (q * (factor * lift)).to(F.K_COMPUTE)
-        parts = parts + (q,)
+        parts += (q,)
         total += q.to(tl.float32) * (1 / lift)
     return parts, total, tl.sum(total, 0), unit, central

@@ -24,7 +24,7 @@ def decode_rows_triton(
     plan: Plan | None = None,
 ) -> tuple[Float[Tensor, "N Hq D"], Float[Tensor, "N Hq"]]:
     """`decode_rows` by two launches whose grids follow from shapes alone."""
-    count, query_heads, width = q.shape
+    count, query_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if q.numel() == 0:
@@ -43,11 +43,12 @@ def decode_rows_triton(
     tails = 0 if pages is None else len(plan.tail_items)
     sizes = Sizes(count * shapes[0].G, heads, plan.items.shape[1], 1, 0, 1, shapes[0].M, shapes[1].M)
     run(
+        out, lse,
         QueryArgs(q, q.stride(0), q.stride(1), 0, rows.length, plan.order),
         context_args(form.k, form.v, form.offsets, form.bias, table.addresses[layer]),
         TailArgs(tail_k, tail_v, names, *tail_k.stride()[:3], *tail_v.stride()[:3]),
         WorkArgs(plan.items[layer], plan.tail_items, plan.first[layer], plan.places),
-        sizes, shapes, config, out, lse,
+        sizes, shapes, config,
         places=plan.items.shape[1] * shapes[0].M + tails * shapes[1].M, programs=plan.items.shape[1] + tails,
         scale=scale, softcap=softcap, window=window, tokens=1, tail_rows=0,
         capacity=0 if pages is None else page * pages.table.shape[1], tailed=True, listed=True,

@@ -1,4 +1,4 @@
-"""Attention of query rows over one split of a context's head or of a tail: one loop for every format of keys and values.
+"""Attention of query rows over one split of a context's head or of a tail: one loop for all formats of rows.
 
 Up to 8 bits keys are the rows (M) of the products and query rows the columns (N), where 8 need no padding to 16. With
 16 bits query rows are the rows. Tuning: docs/tuning.md.
@@ -64,16 +64,22 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     DEFER: tl.constexpr = M <= 16
     CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
+    # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
+    limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
+    at = tl.minimum(begin, limit)
+    ahead = _load_ahead(keys, values, extra, at, stop, F)
+    if F.V_BITS < 16:
+        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
         queries = load_queries(q_at, live, F.D, F.K_COMPUTE)
     acc = ()
-    for part in tl.static_range(EACH):
+    for _ in tl.static_range(EACH):
         if F.KEYS_FIRST:
-            acc = acc + (tl.zeros([BLOCK_W, M], tl.float32),)
+            acc += (tl.zeros([BLOCK_W, M], tl.float32),)
         else:
-            acc = acc + (tl.zeros([M, BLOCK_W], tl.float32),)
+            acc += (tl.zeros([M, BLOCK_W], tl.float32),)
     peak = tl.full([M], float("-inf"), tl.float32)
     if DEFER and F.KEYS_FIRST:
         total = tl.zeros([8, M], tl.float32)
@@ -81,15 +87,11 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         total = tl.zeros([M, N], tl.float32)
     else:
         total = tl.zeros([M], tl.float32)
-    # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
-    limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
-    at = tl.minimum(begin, limit)
-    ahead = _load_ahead(keys, values, extra, at, stop, F)
     # Weights times steps are 16-bit operands of the tensor cores. To keep them near 1 for any steps, the exponent of a
     # key's largest step, relative to that of the split's first key (0 if its step is 0), moves into the key's logit.
     common = tl.zeros([], tl.int32)
     if F.V_BITS < 16:
-        first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP)).to(tl.float32)
+        first = first.to(tl.float32)
         common = tl.where(first == 0, 0, tl.minimum(_exponent(first), 60))
     state = (acc, peak, total, total, ahead)
     if CODED or F.BANDED:
@@ -114,10 +116,10 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     w = tl.arange(0, BLOCK_W)
     for part in tl.static_range(EACH):
         if F.KEYS_FIRST:
-            at_part = part_ptr + place[None, :] * F.D + (EACH * w + part)[:, None]
+            at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
             seen = (w < W)[:, None] & live[None, :]
         else:
-            at_part = part_ptr + place[:, None] * F.D + w[None, :]
+            at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
             seen = live[:, None] & (w < W)[None, :]
         if F.V_BITS < 16:
             unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
@@ -168,13 +170,12 @@ def _tile(
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, True)  # fmt: skip
+    k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
+    v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
     mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
-    if F.K_BITS < 16:
-        k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     if F.V_BITS < 16:
-        v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
         largest = v_step
         for part in tl.static_range(1, F.D // F.V_GROUP):
             other = load_vector(values[1], at, stop, part, F.D // F.V_GROUP, F.SHORT, F.N)
@@ -294,7 +295,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
     w = tl.arange(0, BLOCK_W)
     sums = ()
     for part in tl.static_range(EACH):
-        sums = sums + (acc[part] * decay[None, :],)
+        sums += (acc[part] * decay[None, :],)
     for group in tl.static_range(Q):
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
@@ -309,12 +310,12 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
         for part in tl.static_range(EACH):
             code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED)  # [BLOCK_W, N]
             if Q == 1:
-                added = added + (add_product(sums[part], code, weight),)
+                added += (add_product(sums[part], code, weight),)
             else:
                 inside = (w // (F.V_GROUP // EACH) == group)[:, None]
                 unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
                 more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
-                added = added + (sums[part] + tl.where(inside, more, 0),)
+                added += (sums[part] + tl.where(inside, more, 0),)
         sums = added
     return sums, shift
 
