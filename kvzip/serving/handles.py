@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import suppress
 
 from ..answers import Answer
 
@@ -14,20 +16,24 @@ class Handle:
         for piece in engine.submit(context, "Who signed it?"):
             print(piece, end="")
 
-    Iterating gives the answer's pieces of text from the first one on, as they come; `async for` does too. Pieces joined
-    are `result().text`. None ends within a character or within what may become a stop text.
+    Iterating gives the answer's pieces of text from the first one on, as they come; `async for` does too, and joins
+    those that came while its reader was busy. Pieces joined are `result().text`. None ends within a character or within
+    what may become a stop text.
 
     `question_tokens` are the tokens that were read for this request, `context_tokens` those that it found in place.
+    `begun` is when it was made, `times` are those of the answer's tokens so far (`time.monotonic()`, seconds).
     """
 
     def __init__(self, cancel: Callable[["Handle"], None], *, question_tokens: int, context_tokens: int) -> None:
         self.question_tokens, self.context_tokens = question_tokens, context_tokens
+        self.begun = time.monotonic()
+        self.times: list[float] = []
         self._cancel = cancel
         self._changed = threading.Condition()
         self._pieces: list[str] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def __repr__(self) -> str:
         state = "answered" if self._answer else "failed" if self._error else "under way"
@@ -74,20 +80,17 @@ class Handle:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        loop, news, at = asyncio.get_running_loop(), asyncio.Event(), 0
-
-        def tell() -> None:
-            loop.call_soon_threadsafe(news.set)
-
+        news, at = asyncio.Event(), 0
+        listener = (asyncio.get_running_loop(), news)
         with self._changed:
-            self._listeners.append(tell)
+            self._listeners.append(listener)
         try:
             while True:
                 news.clear()
                 with self._changed:
                     new, over = self._pieces[at:], self.done()
-                for piece in new:
-                    yield piece
+                if new:
+                    yield "".join(new)
                 at += len(new)
                 if over:
                     break
@@ -95,32 +98,47 @@ class Handle:
                     await news.wait()
         finally:
             with self._changed:
-                self._listeners.remove(tell)
+                self._listeners.remove(listener)
         if self._error is not None:
             raise self._error
 
 
 def add_piece(handle: Handle, piece: str) -> None:
-    """Adds a piece of text. For the engine."""
+    """Adds a piece of text. For the engine, as all below; asynchronous readers hear of it by `tell`."""
     with handle._changed:
         handle._pieces.append(piece)
-    _tell(handle)
+        handle._changed.notify_all()
 
 
 def finish(handle: Handle, answer: Answer) -> None:
-    """Ends a handle with its answer, unless it is done. For the engine."""
+    """Ends a handle with its answer, unless it is done."""
     with handle._changed:
         if not handle.done():
             handle._answer = answer
-    _tell(handle)
+        handle._changed.notify_all()
 
 
 def fail(handle: Handle, error: BaseException) -> None:
-    """Ends a handle with an error, unless it is done. For the engine."""
+    """Ends a handle with an error, unless it is done."""
     with handle._changed:
         if not handle.done():
             handle._error = error
-    _tell(handle)
+        handle._changed.notify_all()
+
+
+def tell(changed: Iterable[Handle]) -> None:
+    """Wakes the asynchronous readers of handles that changed: each event loop once, however many readers it has.
+
+    A wake-up costs a system call, in which another thread may take Python's lock.
+    """
+    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for handle in changed:
+        with handle._changed:
+            for loop, news in handle._listeners:
+                waiting.setdefault(loop, []).append(news)
+    for loop, events in waiting.items():
+        with suppress(RuntimeError):  # the loop of readers that are gone was closed
+            loop.call_soon_threadsafe(_set, events)
 
 
 def cancelled() -> CancelledError:
@@ -128,12 +146,6 @@ def cancelled() -> CancelledError:
     return CancelledError("expected an answer, got none: the request was cancelled")
 
 
-def _tell(handle: Handle) -> None:
-    with handle._changed:
-        handle._changed.notify_all()
-        listeners = list(handle._listeners)
-    for listener in listeners:
-        try:
-            listener()
-        except RuntimeError:  # the loop of a reader that is gone was closed
-            continue
+def _set(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import torch
 from ..decoding import NO_TOKEN
 from ..models import Model
 from . import handles
+from .handles import Handle
 from .pages import give_pages_, make_pool, pages_for, take_pages_, write_tail_
 from .requests import Request, add_rows
 from .scheduler import Reading, Waiting, admit, portions
@@ -42,6 +44,7 @@ class Loop:
         self.news = self.closing = self.ended = False
         self.broken: BaseException | None = None
         self._moved = 0
+        self._changed: list[Handle] = []  # handles whose readers are to be told
 
     def run(self) -> None:
         """Works until the engine is closed and all is done."""
@@ -56,8 +59,9 @@ class Loop:
             with self.changed:
                 self.broken = error
                 for request in [*self.waiting, *self.running]:
-                    handles.fail(request.handle, error)
+                    self._end(request, error)
                 self.waiting, self.running = [], []
+                self._tell()
         with self.changed:
             self.ended = True
             self.runner.forget_graphs()
@@ -91,6 +95,7 @@ class Loop:
         ahead = 1 if self.model.device.type == "cuda" and members else 0
         while len(self.flight) > ahead:
             self._receive(*self.flight.popleft())
+        self._tell()
 
     def _plan(self) -> tuple[Step, list[tuple[Request, bool]]]:
         """The rows of the next step, and the requests that they belong to, with whether each gets a token."""
@@ -133,6 +138,8 @@ class Loop:
                 "overflowed, load it in bfloat16 or float32"
             )
         request.got += 1
+        request.handle.times.append(time.monotonic())
+        self._changed.append(request.handle)
         answer = request.stream.add(token, self.model.stop_ids)
         if answer is None and request.got == request.limit:
             answer = request.stream.finish("length")
@@ -149,6 +156,12 @@ class Loop:
     def _end(self, request: Request, error: BaseException) -> None:
         request.over = True
         handles.fail(request.handle, error)
+        self._changed.append(request.handle)
+
+    def _tell(self) -> None:
+        """Lets readers know what changed, those of a whole step at once."""
+        changed, self._changed = self._changed, []
+        handles.tell(changed)
 
     def _tidy(self) -> None:
         """Ends what was cancelled, and drops contexts that are to be removed."""
@@ -161,6 +174,7 @@ class Loop:
             if not any(request.context is held for request in [*self.waiting, *self.running]):
                 self.store.remove(held)
                 self.changed.notify_all()
+        self._tell()
 
     def _release(self) -> None:
         """Takes back slots and pages of requests that are over, once no step that was launched reads them."""
@@ -199,6 +213,7 @@ class Loop:
             self._begin(by_number[number])
         begun = set(chosen)
         self.waiting = [request for request in self.waiting if request.number not in begun]
+        self._tell()
         return bool(chosen)
 
     def _wanted_contexts(self) -> list[Held]:

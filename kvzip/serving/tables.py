@@ -61,8 +61,8 @@ def layers_of(cache: RaggedCache) -> tuple[Context, ...]:
     found = []
     for layer in all_ragged(cache.context):
         k, v = (_readable(x) if isinstance(x, Tensor) else _readable_codes(x) for x in (layer.k, layer.v))
-        bias = layer.bias if isinstance(layer, RaggedKV) else None
-        found.append(Context(k, v, layer.offsets.contiguous(), None if bias is None else _readable(bias)))
+        bias = None if layer.bias is None else _readable(layer.bias)
+        found.append(Context(k, v, layer.offsets.contiguous(), bias))
     return tuple(found)
 
 
