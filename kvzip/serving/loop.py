@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 class Loop:
     """The state of an engine, and the work of its thread. Others touch it under the lock `changed`, and notify it.
 
-    `news` says that a waiting request may be able to begin.
+    `news` says that a waiting request may be able to begin. `ahead` is how many steps are launched before the oldest is
+    looked at: one on a GPU, so that it never waits for the host.
     """
 
     def __init__(self, model: Model, limits: Limits) -> None:
@@ -40,6 +41,7 @@ class Loop:
         self.slots = list(range(limits.requests - 1, -1, -1))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.ahead = 1 if model.device.type == "cuda" else 0
         self.flight: deque[tuple[list[tuple[Request, bool]], Callable[[], list[int]]]] = deque()
         self.news = self.closing = self.ended = False
         self.broken: BaseException | None = None
@@ -85,15 +87,14 @@ class Loop:
         return True
 
     def _advance(self) -> None:
-        """Launches the next step. On a GPU the one before it is looked at only then, so that the device never waits."""
+        """Launches the next step, and looks at those that are `ahead` before it."""
         step, members = self._plan()
         if members:
             try:
                 self.flight.append((members, self.runner.run(step)))
             except Exception as error:  # of this step; others may do better
                 self._lose(members, error)
-        ahead = 1 if self.model.device.type == "cuda" and members else 0
-        while len(self.flight) > ahead:
+        while len(self.flight) > (self.ahead if members else 0):
             self._receive(*self.flight.popleft())
         self._tell()
 

@@ -57,6 +57,11 @@ class Held:
     removed: bool = field(default=False, repr=False)
 
     @property
+    def chat(self) -> bool:
+        """Whether it is the beginning of a chat turn, which `submit(template=True)` goes on with."""
+        return self.meta.chat
+
+    @property
     def where(self) -> str:
         """The fastest memory that holds it: "device", "host" or "disk"."""
         return "device" if self.device is not None else "host" if self.host is not None else "disk"
