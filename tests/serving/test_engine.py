@@ -85,13 +85,17 @@ def slow_steps(engine, monkeypatch, seconds=0.005):
     monkeypatch.setattr(engine._loop.runner, "run", slow)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ahead"), [(name, n % 2) for n, name in enumerate(FAMILIES)])
 @unchecked()
-def test_answers_are_those_of_a_plain_loop(family):
-    """Contexts of every kind in one batch, questions read in portions, and one without a context."""
+def test_answers_are_those_of_a_plain_loop(family, ahead):
+    """Contexts of every kind in one batch, questions read in portions, and one without a context.
+
+    Every other time a step is launched before the one in front is looked at, as on a GPU.
+    """
     model = made(family)
     caches = {**caches_of(model), "none": None}
     with kvzip.Engine(model, portion=24) as engine:
+        engine._loop.ahead = ahead
         contexts = {name: None if cache is None else engine.add(cache) for name, cache in caches.items()}
         pairs = [(name, query) for query in QUERIES[:3] for name in caches]
         asked = [(name, query, engine.submit(contexts[name], query, max_tokens=5)) for name, query in pairs]
@@ -197,9 +201,11 @@ def test_a_seeded_answer_is_independent_of_its_batch(model, caches):
         assert [handle.result(60) for handle in handles[-4:-1]] == plain
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @unchecked()
-def test_cancelled_requests_end_and_give_their_room_back(model, caches, monkeypatch):
+def test_cancelled_requests_end_and_give_their_room_back(model, caches, monkeypatch, ahead):
     with kvzip.Engine(model, requests=1) as engine:
+        engine._loop.ahead = ahead
         slow_steps(engine, monkeypatch)
         context = engine.add(caches["ragged"])
         running, waiting, last = (engine.submit(context, "Why?", max_tokens=n) for n in (3000, 3000, 4))
@@ -247,15 +253,17 @@ def test_logits_that_are_no_numbers_end_their_request_alone(model, caches):
         assert len(handles[1].result(60).token_ids) == 5
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @unchecked()
-def test_answers_end_where_generate_ends_them(caches):
-    """Stop tokens, stop texts and pieces: those of `generate`."""
+def test_answers_end_where_generate_ends_them(caches, ahead):
+    """Stop tokens, stop texts and pieces are those of `generate`; with a step ahead there is a token too many."""
     model = random_model.make(random_model.config(**FAMILIES["llama"]))
     cache = caches["ragged"]
-    options = {"max_tokens": 60, "temperature": 1.0}
+    options = {"max_tokens": 40, "temperature": 1.0}
     with kvzip.Engine(model) as engine:
+        engine._loop.ahead = ahead
         context = engine.add(cache)
-        for seed in range(3):
+        for seed in range(2):
             plain = kvzip.generate(model, cache, QUERIES[0], seed=seed, **options)
             stop = plain.text[7:9] or "zz"
             for stops in ((), (stop,)):
