@@ -27,7 +27,10 @@ from test_cli import TEXT, write_model
 from test_layering import imports_of, modules_of
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("bs4", "datasets", "docx", "huggingface_hub", "matplotlib", "pandas", "pypdf", "transformers")
+HEAVY = (
+    *("bs4", "datasets", "docx", "fastapi", "huggingface_hub", "matplotlib", "pandas", "pydantic", "pypdf"),
+    *("transformers", "uvicorn"),
+)
 IMPORTED = {"beautifulsoup4": "bs4", "python-docx": "docx"}
 """Packages whose modules have another name."""
 IMPORT_SECONDS = 1.5

@@ -170,9 +170,8 @@ def _over_http(
         for documents, readers in loads:
             stage(f"asking {documents} x {readers} over HTTP")
             names = [f"model:{link.stem}" for link in links[:documents]] * readers
-            for _ in range(2):
-                found = pace_over_http(url, names, QUESTION, tokens=max_tokens)
-            yield asdict(found)
+            pace_over_http(url, names, QUESTION, tokens=max_tokens)
+            yield asdict(pace_over_http(url, names, QUESTION, tokens=max_tokens))
 
 
 def _show(facts: dict[str, Any]) -> None:

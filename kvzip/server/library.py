@@ -244,8 +244,6 @@ def _own_directory(directory: Path) -> IO[bytes]:
 
 def _described(found: Entry) -> Document:
     context = found.context
-    ready = None if context is None else (context.tokens, context.nbytes, context.where)
-    tokens, size, where = ready or (None, None, None)
     failed = "failed" if found.error else "compressing" if found.working else "queued"
     return Document(
         id=found.id,
@@ -253,8 +251,8 @@ def _described(found: Entry) -> Document:
         progress=1.0 if context is not None else min(found.done, 1.0),
         title=found.title,
         created=int(found.created),
-        tokens=tokens,
-        bytes=size,
-        where=where,
+        tokens=None if context is None else context.tokens,
+        bytes=None if context is None else context.nbytes,
+        where=None if context is None else context.where,
         error=found.error,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -62,7 +63,7 @@ class Held:
         return self.meta.chat
 
     @property
-    def where(self) -> str:
+    def where(self) -> Literal["device", "host", "disk"]:
         """The fastest memory that holds it: "device", "host" or "disk"."""
         return "device" if self.device is not None else "host" if self.host is not None else "disk"
 
