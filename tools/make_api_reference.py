@@ -34,7 +34,19 @@ STAGES = (
 )
 """The public names of `kvzip`, in the order in which they are used."""
 
-MODULES = ("scores", "head_scores", "sources", "tuning", "cache", "models", "attention", "prompts", "ops", "serving", "evals")
+MODULES = (
+    "scores",
+    "head_scores",
+    "sources",
+    "tuning",
+    "cache",
+    "models",
+    "attention",
+    "prompts",
+    "ops",
+    "serving",
+    "evals",
+)
 
 HEAD = """\
 # API reference

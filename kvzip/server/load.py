@@ -1,10 +1,5 @@
-"""Readers of a server, for timing it: many streams at once from a process of their own, so that they take none of the
-server's time.
+"""Timing of a server: its app in a thread, and many readers in a process of their own."""
 
-    python -m kvzip.server.load < request.json
-"""
-
-import asyncio
 import contextlib
 import json
 import subprocess
@@ -12,8 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..serving.timing import Pace, pace
 
@@ -46,63 +41,9 @@ def pace_over_http(url: str, models: Sequence[str], query: str, *, tokens: int, 
     Raises: RuntimeError for a stream that ends before its answer does.
     """
     asked = {"url": url, "models": list(models), "query": query, "tokens": tokens}
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-I", str(Path(__file__).with_name("readers.py"))]
     run = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=timeout, check=False)
     if run.returncode:
         raise RuntimeError(f"expected answers of {url}, got none: {run.stderr.strip()[-500:]}")
     told = json.loads(run.stdout)
     return pace(told["begun"], told["times"], told["tokens"])
-
-
-def main() -> None:
-    """Asks what standard input says, and prints when what came."""
-    asked = json.load(sys.stdin)
-    where = urlsplit(asked["url"])
-
-    async def all_of_them() -> list[tuple[float, list[float], int]]:
-        streams = (_stream(where.hostname or "", where.port or 80, _body(model, asked)) for model in asked["models"])
-        return await asyncio.gather(*streams)
-
-    begun, times, tokens = zip(*asyncio.run(all_of_them()), strict=True)
-    json.dump({"begun": begun, "times": times, "tokens": tokens}, sys.stdout)
-
-
-def _body(model: str, asked: dict[str, Any]) -> bytes:
-    return json.dumps(
-        {
-            "model": model,
-            "messages": [{"role": "user", "content": asked["query"]}],
-            "max_tokens": asked["tokens"],
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-
-
-async def _stream(host: str, port: int, body: bytes) -> tuple[float, list[float], int]:
-    """When one stream was asked for, when each of its pieces came, and how many tokens they were."""
-    begun, times, tokens = time.monotonic(), [], 0
-    reader, writer = await asyncio.open_connection(host, port)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
-    try:
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise RuntimeError(f"{status.decode().strip()}: {(await reader.read(4096)).decode()[-400:]}")
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line[6:])
-                if chunk.get("usage"):
-                    tokens = chunk["usage"]["completion_tokens"]
-                elif chunk["choices"][0]["delta"].get("content"):
-                    times.append(time.monotonic())
-    finally:
-        writer.close()
-    if not tokens:
-        raise RuntimeError("the stream ended before its answer did")
-    return begun, times, tokens
-
-
-if __name__ == "__main__":
-    main()
