@@ -64,7 +64,7 @@ class Stream:
             while self.ids and prompts.decode(self.tokenizer, self.ids[:-1]).startswith(self.text):
                 self.ids.pop()
             return Answer(self.text, self.ids, "stop")
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        held = max((_begun(stop, self.text) for stop in self.stops), default=0)
         self._send(len(self.text) - held)
         return None
 
@@ -72,3 +72,9 @@ class Stream:
         if self.emit is not None and upto > self.sent:
             self.emit(self.text[self.sent : upto], self.index)
         self.sent = max(self.sent, upto)
+
+
+def _begun(stop: str, text: str) -> int:
+    """How many characters of a stop text, not all, the text ends with."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -33,7 +33,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _FAILS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 500, 503, 507)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 503, 507)
 }
 _OPEN = ("/health",)  # what needs no key
 _QUERY = {
@@ -160,7 +160,10 @@ def _document_of(body: bytes, http: Request) -> DocumentRequest:
         if kind == "application/json":
             return DocumentRequest.model_validate_json(body)
         if kind not in ("text/plain", "text/markdown", "application/octet-stream"):
-            raise ApiError(400, f"expected application/json or text/plain, got {kind or 'no content type'!r}")
+            told = (
+                f"expected application/json or text/plain, got {kind[:80] or 'no content type'!r}: send the text of it"
+            )
+            raise ApiError(400, told)
         return DocumentRequest.model_validate_strings({**http.query_params, "text": body.decode()})
     except UnicodeDecodeError as error:
         raise ApiError(400, f"expected text in UTF-8, got byte {error.start} that is none") from error
@@ -192,7 +195,7 @@ class _Guard:
             await refusal(scope, receive, send)
             return
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
-        known = self.hosts is None or re.sub(r":\d+$", "", host) in self.hosts
+        known = self.hosts is None or re.sub(r":\d+$", "", host).lower() in self.hosts
         if not known or (origin and origin.partition("://")[2] != host):
             told = f"expected a request to this server by its own name, got {host[:80]!r} {origin[:80]!r}"
             body = error_body(403, told)

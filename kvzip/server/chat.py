@@ -21,7 +21,7 @@ from .metrics import Metrics
 from .schemas import ChatRequest, ChatResponse, Choice, PromptDetails, ReplyMessage, Usage
 
 _HANG_UP_S = 0.2  # how often a request whose answer is not streamed looks whether its client is still there
-_STOPS = 16  # stop texts of a request, at most
+_STOPS = (16, 256)  # stop texts of a request, and characters of each, at most: they are looked for after each token
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,10 @@ def _check_supported(request: ChatRequest) -> None:
             value = json.dumps(getattr(request, name))[:80]
             raise ApiError(400, f"expected no {name}, got {value}: this server does not support it", param=name)
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stops) > _STOPS or "" in stops:
-        raise ApiError(400, f"expected at most {_STOPS} stop texts with a character in each", param="stop")
+    most, longest = _STOPS
+    if len(stops) > most or not all(0 < len(stop) <= longest for stop in stops):
+        told = f"expected at most {most} stop texts of 1 to {longest} characters, got {len(stops)} or of other lengths"
+        raise ApiError(400, told, param="stop")
 
 
 def _context_of(service: Service, request: ChatRequest) -> Held | None:

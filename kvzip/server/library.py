@@ -21,12 +21,14 @@ from ..cache import read_header, save
 from ..files.schema import entry
 from ..files.writing import whole_file
 from ..serving import Engine, Held
+from .errors import ApiError
 from .schemas import Document, DocumentRequest
 from .work import Stopped, compress_document
 
 logger = logging.getLogger(__name__)
 
 SUFFIX, WAITS = ".kvz", ".json"
+MOST_WAITING = 1_000  # documents that are not compressed yet; more are refused
 _LEFT = re.compile(r"\.doc-[0-9a-f]{16}\.(kvz|json)\.[0-9a-f]{12}\.partial")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
@@ -108,7 +110,11 @@ class Library:
         return None if found is None else found.context
 
     def post(self, request: DocumentRequest) -> Document:
-        """Accepts a document. Raises OSError if it cannot be written down."""
+        """Accepts a document. Raises ApiError if too many wait; OSError if it cannot be written down."""
+        with self._lock:
+            waiting = sum(each.context is None and each.error is None for each in self._entries.values())
+        if waiting >= MOST_WAITING:
+            raise ApiError(429, f"expected fewer than {MOST_WAITING} documents that wait, got {waiting}: post it later")
         name = f"doc-{secrets.token_hex(8)}"
         created, path = time.time(), self._directory / f"{name}{SUFFIX}"
         asked = request.model_dump() | {"created": created}
@@ -207,8 +213,8 @@ class Library:
                 waiting.path.unlink(missing_ok=True)
                 return
             context = self._engine.add(waiting.path)
+            path.unlink(missing_ok=True)
             self._entries[waiting.id] = replace(waiting, context=context, done=1.0, working=False)
-        path.unlink(missing_ok=True)
 
     def _fail(self, waiting: Entry, error: Exception) -> None:
         text = str(error) or type(error).__name__
@@ -216,10 +222,13 @@ class Library:
             if waiting.id not in self._entries:
                 return
             self._entries[waiting.id] = replace(waiting, error=text, working=False)
-        path = waiting.path.with_suffix(WAITS)
         asked = {"title": waiting.title, "created": waiting.created, "error": text}
-        with whole_file(path) as written:
-            written.write_text(json.dumps(asked), encoding="utf-8")
+        try:
+            waiting.path.unlink(missing_ok=True)
+            with whole_file(waiting.path.with_suffix(WAITS)) as written:
+                written.write_text(json.dumps(asked), encoding="utf-8")
+        except OSError as problem:  # it is tried again after a restart
+            logger.warning("document %s: why it failed is not written down: %s", waiting.id, problem)
 
 
 def _own_directory(directory: Path) -> IO[bytes]:

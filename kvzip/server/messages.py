@@ -39,11 +39,10 @@ def conversation_ids(model: Model, document: RaggedCache | None, messages: list[
     except ValueError as error:
         raise ApiError(400, f"expected one user message, got several: {error}", param="messages") from error
     opening = (prompt.separator or "")[len(close) :]
-    held = [] if document is None else document.token_ids.tolist()
-    for answer, query in zip(later[::2], later[1::2], strict=True):
-        ids += prompts.encode_text(tokenizer, answer, before=prompts.text_of(tokenizer, held + ids)) if answer else []
-        ids += prompts.encode_control(tokenizer, close, before=prompts.text_of(tokenizer, held + ids))
-        before = prompts.text_of(tokenizer, held + ids)
+    for answer, query in zip(later[::2], later[1::2], strict=True):  # `ids` ends with the question in front
+        ids += prompts.encode_text(tokenizer, answer, before=prompts.text_of(tokenizer, ids)) if answer else []
+        ids += prompts.encode_control(tokenizer, close, before=prompts.text_of(tokenizer, ids))
+        before = prompts.text_of(tokenizer, ids)
         ids += prompts.encode_turn(tokenizer, opening + query.strip(), prompt.postfix, before=before)
     return torch.tensor(ids)
 

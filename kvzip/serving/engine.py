@@ -42,7 +42,8 @@ class Engine:
     Any thread may call any method. On a GPU steps are CUDA graphs; on a CPU the same code runs without them.
 
     Args:
-        memory: bytes of contexts on the model's device; None takes what is free but for a reserve.
+        memory: bytes of contexts on the model's device; None takes what is free now but for a reserve, so make the
+            engine before its caches, or say how much.
         host_memory: bytes of contexts in the host's pinned memory, for those not used lately; None takes half of what
             is free. 0 where the model is on the host itself.
         directory: where contexts go that have no room in either; None: nowhere, `add` then refuses them.

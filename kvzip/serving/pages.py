@@ -64,7 +64,7 @@ def make_pool(model: Model, *, pages: int, slots: int) -> PagePool:
 def take_pages_(pool: PagePool, slot: int, count: int) -> list[int]:
     """Takes `count` pages, which must be free, for a slot."""
     taken = [pool.free.pop() for _ in range(count)]
-    pool.table[slot, :count] = torch.tensor(taken, dtype=torch.int32)
+    pool.table[slot, :count] = _sent(torch.tensor(taken, dtype=torch.int32), pool.table.device)
     return taken
 
 
@@ -92,7 +92,7 @@ def write_rows_(
 
 def write_tail_(pool: PagePool, pages: Sequence[int], tail: Tail, length: int) -> None:
     """Copies the first `length` rows of a context's own tail to the beginning of a request's pages."""
-    rows = row_numbers(pages, 0, length).to(pool.table.device)
+    rows = _sent(row_numbers(pages, 0, length), pool.table.device)
     for layer, (k, v) in enumerate(zip(tail.k, tail.v, strict=True)):
         write_rows_(pool, layer, rows, *(x[0, :, :length].transpose(0, 1) for x in (k, v)))
 
@@ -101,3 +101,8 @@ def row_numbers(pages: Sequence[int], begin: int, stop: int) -> Int64[Tensor, " 
     """Returns where rows begin:stop of a request lie, as `write_rows_` takes them."""
     places = torch.arange(begin, stop)
     return torch.tensor(pages, dtype=torch.long)[places // ROWS] * ROWS + places % ROWS
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. The host does not wait: a step may be running."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -263,19 +263,22 @@ class Store:
         """Sends contexts from the host to disk until `size` bytes are free there; False if they cannot go."""
         if size > self.limits.host_memory:
             return False
-        while self.on_host + size > self.limits.host_memory:
+        while True:
             with self._lock:
+                if self.on_host + size <= self.limits.host_memory:
+                    return True
                 idle = [x for x in self.held if x.host is not None and not x.moving]
-            if not idle:
-                return False
-            oldest = min(idle, key=lambda x: x.used)
-            assert oldest.host is not None
-            if oldest.path is None and oldest.device is None:
+                if not idle:
+                    return False
+                oldest = min(idle, key=lambda x: x.used)
+                if oldest.path is not None or oldest.device is not None:  # both under the lock, or it might lose both
+                    oldest.host = None
+                    continue
                 if self.limits.directory is None:
                     return False
-                self._write(oldest, oldest.host)
-            oldest.host = None
-        return True
+                cache = oldest.host
+            assert cache is not None
+            self._write(oldest, cache)
 
     def _write(self, held: Held, cache: RaggedCache) -> None:
         if self.limits.directory is None:

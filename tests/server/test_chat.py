@@ -131,6 +131,7 @@ def test_a_system_message_must_be_the_document_s(server):
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"stop": [""]}, "stop texts"),
+        ({"stop": ["x" * 257]}, "of 1 to 256 characters"),
         ({"max_tokens": 10_000_000, "messages": [{"role": "user", "content": "x" * 5000}]}, "4096 positions"),
         ({"extra_body": {"guided_json": {}}}, "guided_json"),
         ({"extra_body": {"document": "whale"}}, "expected one document, got two"),

@@ -150,6 +150,34 @@ def test_bad_documents_are_refused_and_one_that_fails_says_why(web, model):
     assert client.delete(f"/v1/documents/{long}").status_code == 200
 
 
+def test_a_full_disk_fails_a_document_and_not_those_that_follow(web, monkeypatch):
+    running, client = web
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "save", full)
+        name = client.post("/v1/documents", json={"text": TEXTS["light"]}).json()["id"]
+        patch.setattr(library, "whole_file", full)
+        assert "No space left" in ready(client, name)["error"]
+        refused = client.post("/v1/documents", json={"text": TEXTS["light"]})
+        assert refused.status_code == 507 and "No space left" in refused.json()["error"]["message"]
+    other = client.post("/v1/documents", json={"text": TEXTS["light"]}).json()["id"]
+    assert ready(client, other)["status"] == "ready"
+    assert len(client.get("/v1/documents").json()["data"]) == 2
+
+
+def test_a_long_queue_takes_no_more(web, monkeypatch):
+    running, client = web
+    monkeypatch.setattr(library, "MOST_WAITING", 1)
+    monkeypatch.setattr(running.service.library, "_next", lambda: None)  # nothing is compressed
+    assert client.post("/v1/documents", json={"text": "one"}).status_code == 202
+    refused = client.post("/v1/documents", json={"text": "two"})
+    assert refused.status_code == 429 and "post it later" in refused.json()["error"]["message"]
+    assert len(client.get("/v1/documents").json()["data"]) == 1
+
+
 def test_answers_go_on_while_a_document_is_compressed(web, model, monkeypatch):
     running, client = web
     monkeypatch.setattr(work, "SEGMENT", (20, 20))
