@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from typing import SupportsFloat
 
 from ..answers import Answer
 
@@ -43,7 +44,7 @@ class Handle:
         """Whether the answer is complete, failed or cancelled."""
         return self._answer is not None or self._error is not None
 
-    def result(self, timeout: float | None = None) -> Answer:
+    def result(self, timeout: SupportsFloat | None = None) -> Answer:
         """Waits for the whole answer.
 
         Args:
@@ -53,7 +54,7 @@ class Handle:
             numbers; what the device raised.
         """
         with self._changed:
-            if not self._changed.wait_for(self.done, timeout):
+            if not self._changed.wait_for(self.done, None if timeout is None else float(timeout)):
                 raise TimeoutError(
                     f"expected an answer within {timeout} s, got {len(self._pieces)} pieces of it so far"
                 )

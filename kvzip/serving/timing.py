@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import SupportsFloat
 
 from .handles import Handle
 
@@ -50,7 +51,7 @@ def pace(begun: Sequence[float], times: Sequence[Sequence[float]], tokens: Seque
     )
 
 
-def pace_of(handles: Sequence[Handle], timeout: float | None = None) -> Pace:
+def pace_of(handles: Sequence[Handle], timeout: SupportsFloat | None = None) -> Pace:
     """Waits for answers and returns their pace. Raises as `Handle.result` and `pace` do."""
     for handle in handles:
         handle.result(timeout)

@@ -151,7 +151,7 @@ def test_bad_documents_are_refused_and_one_that_fails_says_why(web, model):
 
 
 def test_a_full_disk_fails_a_document_and_not_those_that_follow(web, monkeypatch):
-    running, client = web
+    _, client = web
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")
