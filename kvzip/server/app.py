@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
+from ..serving import Handle
 from ..version import VERSION
 from . import chat, errors
 from .chat import Service
@@ -106,10 +107,8 @@ def create_app(
         """Answers a question, about a document if `model` or `document` names one."""
         if not asked.stream:
             return await chat.whole(service, asked, http)
-        begun = time.monotonic()
         handle = await chat.begin(service, asked)
-        events = chat.streamed(service, asked, handle, begun)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return _Events(chat.streamed(service, asked, handle), handle)
 
     @app.get("/v1/documents")
     def documents() -> DocumentList:
@@ -152,6 +151,20 @@ def create_app(
         return Deleted(id=name)
 
     return app
+
+
+class _Events(StreamingResponse):
+    """A streamed answer. A client that hangs up before the first event ends the request too."""
+
+    def __init__(self, events: AsyncIterator[str], handle: Handle) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._handle = handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._handle.cancel()
 
 
 def _document_of(body: bytes, http: Request) -> DocumentRequest:

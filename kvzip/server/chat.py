@@ -42,7 +42,8 @@ async def begin(service: Service, request: ChatRequest) -> Handle:
     try:
         return await run_in_threadpool(_submit, service, request, context)
     except ValueError as error:
-        raise ApiError(400, str(error)) from error
+        gone = context is not None and context.removed  # since it was looked up
+        raise ApiError(404 if gone else 400, str(error)) from error
     except RuntimeError as error:  # the engine is closed, or failed
         raise ApiError(503, str(error)) from error
 
@@ -65,9 +66,8 @@ def _submit(service: Service, request: ChatRequest, context: Held | None) -> Han
 
 async def whole(service: Service, request: ChatRequest, http: Request) -> ChatResponse:
     """Returns the whole answer to a request. A client that hangs up ends it."""
-    begun = time.monotonic()
     handle = await begin(service, request)
-    collecting = asyncio.ensure_future(_collect(service, handle, begun))
+    collecting = asyncio.ensure_future(_collected(handle))
     try:
         while not collecting.done():
             await asyncio.wait([collecting], timeout=_HANG_UP_S)
@@ -83,7 +83,7 @@ async def whole(service: Service, request: ChatRequest, http: Request) -> ChatRe
     finally:
         handle.cancel()
         collecting.cancel()
-    _count(service, answer)
+    _count(service, handle, answer)
     return ChatResponse(
         id=_new_id(),
         created=int(time.time()),
@@ -93,8 +93,8 @@ async def whole(service: Service, request: ChatRequest, http: Request) -> ChatRe
     )
 
 
-async def streamed(service: Service, request: ChatRequest, handle: Handle, begun: float) -> AsyncIterator[str]:
-    """Yields an answer as server-sent events. When the client hangs up, the iterator is closed and the request ends."""
+async def streamed(service: Service, request: ChatRequest, handle: Handle) -> AsyncIterator[str]:
+    """Yields an answer as server-sent events. Once begun it ends the request when it is closed."""
     shared = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
     asked = request.stream_options
     usage: dict[str, Any] = {"usage": None} if asked is not None and asked.include_usage else {}
@@ -103,16 +103,12 @@ async def streamed(service: Service, request: ChatRequest, handle: Handle, begun
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return _event({**shared, "choices": [choice], **usage})
 
-    first = True
     try:
         yield chunk({"role": "assistant", "content": ""})
         async for piece in handle:
-            if first:
-                _count_first(service, begun)
-            first = False
             yield chunk({"content": piece})
         answer = handle.result()
-        _count(service, answer)
+        _count(service, handle, answer)
         yield chunk({}, answer.stopped)
         if usage:
             yield _event({**shared, "choices": [], "usage": _usage(handle, answer).model_dump()})
@@ -130,12 +126,9 @@ async def streamed(service: Service, request: ChatRequest, handle: Handle, begun
         handle.cancel()
 
 
-async def _collect(service: Service, handle: Handle, begun: float) -> Answer:
-    first = True
+async def _collected(handle: Handle) -> Answer:
     async for _ in handle:
-        if first:
-            _count_first(service, begun)
-        first = False
+        pass
     return handle.result()
 
 
@@ -204,14 +197,18 @@ def _usage(handle: Handle, answer: Answer) -> Usage:
     )
 
 
-def _count(service: Service, answer: Answer) -> None:
+def _count(service: Service, handle: Handle, answer: Answer) -> None:
+    """Counts an answer that is complete, with the times of its tokens."""
     service.metrics.add(f'kvzip_requests_total{{outcome="{answer.stopped}"}}')
     service.metrics.add("kvzip_answer_tokens_total", len(answer.token_ids))
-
-
-def _count_first(service: Service, begun: float) -> None:
-    service.metrics.add("kvzip_first_piece_seconds_sum", time.monotonic() - begun)
-    service.metrics.add("kvzip_first_piece_seconds_count")
+    first, last = handle.times[0], handle.times[-1]
+    spans = {
+        "kvzip_first_token_seconds": (first - handle.begun, 1),
+        "kvzip_token_seconds": (last - first, len(handle.times) - 1),
+    }
+    for name, (seconds, count) in spans.items():
+        service.metrics.add(f"{name}_sum", seconds)
+        service.metrics.add(f"{name}_count", count)
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -179,6 +180,33 @@ def test_clients_that_hang_up_end_their_requests(server, client, stream, monkeyp
             client.with_options(timeout=0.3).chat.completions.create(**asked)
     idle(server)
     assert server.service.engine.facts["tail_tokens"] == 0
+
+
+def test_a_client_that_is_gone_before_the_first_event_ends_its_request(server):
+    """The server's answer to a request whose client hung up while it was read."""
+    from kvzip.server.app import _Events
+
+    service = server.service
+    handle = service.engine.submit(service.library.context("light"), "Of what?", max_tokens=3000)
+
+    async def never():
+        raise AssertionError("it is not begun")
+        yield ""
+
+    async def gone(message):
+        raise OSError("the client hung up")
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def answer():
+        await _Events(never(), handle)({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, gone)
+
+    with pytest.raises(Exception):  # noqa: B017 (Starlette's own)
+        asyncio.run(answer())
+    idle(server)
+    with pytest.raises(CancelledError):
+        handle.result(0)
 
 
 def test_an_error_within_a_stream_is_told_in_it(server, client, monkeypatch):

@@ -234,7 +234,8 @@ def test_metrics_count_what_happened(web):
     text = client.get("/metrics").text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert lines['kvzip_requests_total{outcome="length"}'] == "1"
-    assert lines["kvzip_answer_tokens_total"] == "8" and lines["kvzip_first_piece_seconds_count"] == "1"
+    assert lines["kvzip_answer_tokens_total"] == "8" and lines["kvzip_first_token_seconds_count"] == "1"
+    assert lines["kvzip_token_seconds_count"] == "7" and float(lines["kvzip_token_seconds_sum"]) > 0
     assert lines['kvzip_documents{status="ready"}'] == "1"
     assert all(line.startswith(("# HELP kvzip_", "# TYPE kvzip_", "kvzip_")) for line in text.splitlines())
 
