@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, options, prompts
 from ..answers import Stream
-from ..cache import DenseCache, RaggedCache, free_bytes
+from ..cache import DenseCache, RaggedCache, as_ragged, free_bytes, load_cache
 from ..checks import check_kind, check_text_or_ids
 from ..inputs import context_ids, lone_query_ids, query_ids, tokenizer_of
 from ..models import Model
@@ -98,10 +98,13 @@ class Engine:
         Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if
             there is no place for it beside the others; what `load_cache` raises for a file.
         """
-        given = Path(cache) if isinstance(cache, (str, Path)) else check_cache_of(self.model, cache)
+        if isinstance(cache, (str, Path)):
+            path, given = Path(cache), as_ragged(load_cache(cache, model=self.model, pairs=False))
+        else:
+            path, given = None, check_cache_of(self.model, cache)
         with self._loop.changed:
             self.check_open()
-            held = self._loop.store.add(given)
+            held = self._loop.store.add(given, path)
             self._loop.changed.notify_all()
             return held
 

@@ -10,8 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..cache import DenseCache, RaggedCache, as_ragged, check_pairs, free_bytes, load_cache, nbytes
-from ..checks import check_path
+from ..cache import DenseCache, RaggedCache, as_ragged, check_pairs, free_bytes, nbytes
 from ..inputs import check_fingerprint
 from ..models import Model
 from . import moves
@@ -102,17 +101,12 @@ class Store:
         """Bytes of contexts in the host's memory, if the model is elsewhere."""
         return sum(x.nbytes for x in self.held if x.host is not None)
 
-    def add(self, cache: RaggedCache | Path) -> Held:
-        """Takes a cache, or the file of one.
+    def add(self, cache: RaggedCache, path: Path | None = None) -> Held:
+        """Takes a cache, or one without its pairs and the file that they are in.
 
         Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if it
             cannot be held beside the others.
         """
-        path = cache if isinstance(cache, Path) else None
-        if path is not None:
-            check_path(path, "path")
-            cache = as_ragged(load_cache(path, model=self.model, pairs=False))
-        assert isinstance(cache, RaggedCache)
         cache = moves.bare(cache)
         size = nbytes(cache)
         if size > self.limits.memory:

@@ -1,6 +1,7 @@
 """Chat completions by the official client: what is answered, what is refused, and what happens when clients go."""
 
 import asyncio
+import gc
 import json
 import time
 from concurrent.futures import CancelledError
@@ -163,6 +164,10 @@ def test_two_hundred_streams_at_once_and_no_document_in_another_s_answer(server,
     assert [text == expected[name].text for name, text in answers] == [True] * 200
     assert len({answer.text for answer in expected.values()}) == len(TEXTS)
     idle(server)
+    until = time.monotonic() + 10
+    while any(type(each) is kvzip.Handle for each in gc.get_objects()):  # nothing of them stays
+        assert time.monotonic() < until
+        gc.collect()
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain_answers import answer, assert_said
+from plain_answers import answer, assert_as_likely_as_rounding_allows, assert_said
 
 import kvzip
 import random_model
@@ -108,6 +108,27 @@ def test_answers_are_those_of_a_plain_loop(family, ahead):
                 (ids,) = query_ids(model, cache, [query], template=True)
             certain += assert_said(handle.result(60), answer(model, cache, ids, 5))
         assert certain > 4 * len(asked)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@unchecked()
+def test_answers_in_bfloat16_are_as_right_as_rounding_allows(family, device, monkeypatch):
+    config = random_model.config(**{"head_dim": 16, **FAMILIES[family]})
+    model = replace(random_model.make(config, dtype=torch.bfloat16, device=device), stop_ids=())
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT))
+    caches = [None, dense, kvzip.compress(dense, 0.4)]
+    with kvzip.Engine(model) as engine:
+        contexts = [None if cache is None else engine.add(cache) for cache in caches]
+        handles = [engine.submit(context, QUERIES[0], max_tokens=6) for context in contexts]
+        answers = [handle.result(60).token_ids for handle in handles]
+    monkeypatch.setenv("KVZIP_BACKEND", "reference")
+    for cache, said in zip(caches, answers, strict=True):
+        if cache is None:
+            asked = lone_query_ids(model, QUERIES[0], template=True)
+        else:
+            (asked,) = query_ids(model, cache, QUERIES[:1], template=True)
+        assert_as_likely_as_rounding_allows(model, cache, asked, said)
 
 
 def test_an_answer_checked_for_types(model, caches):
