@@ -50,7 +50,7 @@ LEFT = 4_000_000_000  # bytes of the card left for tails, graphs and activations
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the parts are. `loads` are documents x readers of each, `question` and `tail` tokens of each reader."""
+    """How large the parts are. `loads`: documents x readers of each; a reader's `tail`: its `question` and answer."""
 
     tokens: int = 32_768
     long: int = 126_000
@@ -103,13 +103,12 @@ def main() -> None:
 
 def capacity(model: Model, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Documents that are held, each of which answers at the same time as all others."""
-    tail = sizes.question + sizes.tail
     for bits in (None, 8, 4):
         cache = document(model, sizes.tokens, 0.3, bits)
         size = kvzip.nbytes(cache)
         free = free_bytes(model.device) if model.device.type == "cuda" else 40 * size + LEFT
         count = min((free - LEFT + size) // size, 256)  # the one that is there is the first
-        rows = -(-tail // 32) * 32
+        rows = -(-sizes.tail // 32) * 32
         with Engine(model, memory=count * size, requests=count, tail_tokens=count * rows) as engine:
             contexts = [engine.add(cache), *(engine.add(copy(cache, model)) for _ in range(count - 1))]
             said = [handle.result().token_ids for handle in ask(engine, contexts, sizes)]
@@ -129,7 +128,7 @@ def grid(model: Model, sizes: Sizes) -> Iterator[dict[str, Any]]:
         if model.device.type == "cuda":
             count = min(count, ((free_bytes(model.device) or 0) - LEFT + size) // size)
         most = max(documents * readers for documents, readers in sizes.loads)
-        limits = {"memory": count * size, "requests": most, "tail_tokens": most * (sizes.question + sizes.tail + 32)}
+        limits = {"memory": count * size, "requests": most, "tail_tokens": most * (sizes.tail + 32)}
         with Engine(model, **limits) as engine:
             contexts = [engine.add(cache), *(engine.add(copy(cache, model)) for _ in range(count - 1))]
             for documents, readers in sizes.loads:
@@ -207,7 +206,7 @@ def http(model: Model, sizes: Sizes) -> Iterator[dict[str, Any]]:
     from kvzip.server.load import pace_over_http
 
     cache = document(model, sizes.tokens, 0.3, None)
-    question = "x" * sizes.question
+    question, tokens = "x" * sizes.question, sizes.tail - sizes.question
     count = max(documents for documents, _ in sizes.loads)
     with served(model, cache, count, sizes) as (engine, contexts, url):
         del cache
@@ -215,9 +214,9 @@ def http(model: Model, sizes: Sizes) -> Iterator[dict[str, Any]]:
             held = contexts[:documents] * readers
             names = [f"model:{n}" for n in range(documents)] * readers
             for _ in range(2):
-                handles = [engine.submit(own, question, max_tokens=sizes.tail, template=own.chat) for own in held]
+                handles = [engine.submit(own, question, max_tokens=tokens, template=own.chat) for own in held]
                 inside = pace_of(handles)
-                outside = pace_over_http(url, names, question, tokens=sizes.tail)
+                outside = pace_over_http(url, names, question, tokens=tokens)
             yield {"documents": documents, "readers": readers, "engine": told(inside), "http": told(outside),
                    "share": outside.tokens_per_s / inside.tokens_per_s}  # fmt: skip
 
@@ -261,7 +260,7 @@ def copy(cache: RaggedCache, model: Model) -> RaggedCache:
 def ask(engine: Engine, contexts: Sequence[Held], sizes: Sizes) -> list[kvzip.Handle]:
     """One question of each context, all at once."""
     ids = torch.randint(256, (sizes.question,), generator=torch.Generator().manual_seed(1))
-    return [engine.submit(context, ids, max_tokens=sizes.tail) for context in contexts]
+    return [engine.submit(context, ids, max_tokens=sizes.tail - sizes.question) for context in contexts]
 
 
 def measured(engine: Engine, contexts: Sequence[Held], sizes: Sizes) -> Pace:
@@ -272,7 +271,7 @@ def measured(engine: Engine, contexts: Sequence[Held], sizes: Sizes) -> Pace:
 
 
 def first_ms(engine: Engine, context: Held, sizes: Sizes) -> float:
-    (handle,) = ask(engine, [context], replace(sizes, tail=1))
+    (handle,) = ask(engine, [context], replace(sizes, tail=sizes.question + 1))
     handle.result()
     return 1e3 * (handle.times[0] - handle.begun)
 

@@ -42,7 +42,7 @@ def test_bench_serve_times_each_load(tmp_path):
 
 @unchecked()
 def test_the_benchmark_of_serving_runs_at_sizes_of_a_toy():
-    sizes = replace(benchmark.TINY, loads=((1, 1), (2, 2)), tail=6, lives=(10, 2), forms=((0.3, None), (1.0, None)))
+    sizes = replace(benchmark.TINY, loads=((1, 1), (2, 2)), tail=12, lives=(10, 2), forms=((0.3, None), (1.0, None)))
     model = replace(random_model.make(random_model.config()), stop_ids=())
     lines = {part: list(getattr(benchmark, part)(model, sizes)) for part in benchmark.PARTS[1:]}
     assert [line["bits"] for line in lines["capacity"]] == [16, 8, 4]
