@@ -314,6 +314,29 @@ def test_nothing_is_lost_or_mixed_when_the_server_is_killed(tmp_path):
         process.wait(20)
 
 
+@pytest.mark.parametrize(
+    ("given", "status", "told"),
+    [
+        (["--host", "0.0.0.0"], 2, "set KVZIP_API_KEY, or pass --no-key"),
+        (["--host", "::"], 2, "set KVZIP_API_KEY, or pass --no-key"),
+        (["--host", "example.org"], 2, "set KVZIP_API_KEY, or pass --no-key"),
+        (["--name", "a:b"], 2, "without a colon"),
+        (["--memory", "nan"], 2, "finite number"),
+        (["none.kvz"], 1, "expected a cache file, got no file none.kvz"),
+    ],
+)
+def test_the_command_refuses_what_it_should_not_serve(tmp_path, given, status, told):
+    from click.testing import CliRunner
+
+    from kvzip.cli import main
+    from test_cli import write_model
+
+    model = str(write_model(tmp_path / "tiny"))
+    run = ["serve", model, "--device", "cpu", "--port", "0", "--documents", str(tmp_path / "posted"), *given]
+    refused = CliRunner(env={"KVZIP_API_KEY": ""}).invoke(main, run)
+    assert refused.exit_code == status and told in " ".join(refused.stderr.split())
+
+
 def test_the_schema_is_kept_whatever_is_sent(model, tmp_path):
     """Random requests by the schema: nothing answers 500, and every answer is as described."""
     schemathesis = pytest.importorskip("schemathesis")
