@@ -8,17 +8,19 @@ from .version import VERSION
 
 if TYPE_CHECKING:
     from . import head_scores, models, ops, prompts, scores, sources
+    from .answers import Answer
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
     from .conversation import append, ask, extend, fold, fork
     from .decoding import Decoder
-    from .generation import Answer, generate
+    from .generation import generate
     from .interop import from_transformers, to_transformers
     from .models import Model, ModelConfig, load
     from .opening import open
     from .prefilling import prefill
     from .refitting import refit
     from .scoring import score
+    from .serving import Engine, Handle
     from .sources import Source
     from .streaming import prefill_compressed
     from .tuning import tune
@@ -27,6 +29,8 @@ __all__ = [
     "Answer",
     "Decoder",
     "DenseCache",
+    "Engine",
+    "Handle",
     "Model",
     "ModelConfig",
     "RaggedCache",
@@ -68,13 +72,15 @@ _HOMES = {
     "compression": ("compress", "keep_mask"),
     "conversation": ("append", "ask", "extend", "fold", "fork"),
     "decoding": ("Decoder",),
-    "generation": ("Answer", "generate"),
+    "answers": ("Answer",),
+    "generation": ("generate",),
     "interop": ("from_transformers", "to_transformers"),
     "models": ("Model", "ModelConfig", "load"),
     "opening": ("open",),
     "prefilling": ("prefill",),
     "refitting": ("refit",),
     "scoring": ("score",),
+    "serving": ("Engine", "Handle"),
     "sources": ("Source",),
     "streaming": ("prefill_compressed",),
     "tuning": ("tune",),

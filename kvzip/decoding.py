@@ -150,7 +150,7 @@ class Decoder:
             return
         key = (token_ids.data_ptr(), self._sampled, self._penalized)
         if key not in self._graphs:
-            self._graphs[key] = _capture(lambda: self._advance(token_ids), self.model.device)
+            self._graphs[key] = capture(lambda: self._advance(token_ids), self.model.device)
         self._graphs[key]()
 
     @torch.no_grad()
@@ -205,12 +205,14 @@ def penalize(
 
 def sample(
     scores: Float[Tensor, "B V"],
-    draw: Float32[Tensor, " 1"],
+    draw: Float32[Tensor, "*each 1"],
     *,
-    temperature: Float[Tensor, ""],
-    top_p: Float[Tensor, ""],
+    temperature: Float[Tensor, "*own"],
+    top_p: Float[Tensor, "*own"],
 ) -> Int64[Tensor, " B"]:
     """Returns a token of each row, drawn from softmax(scores / temperature) among the most likely that sum to top_p.
+
+    Draw, temperature and top_p are one for all rows, or [B 1], one for each.
 
     It inverts the cumulative probabilities at `draw`, uniform in [0, 1), so that the host does not wait for the device.
     Sums are float64: no temperature above 0 turns finite scores into NaN, and a top_p just below 1 differs from 1.
@@ -234,28 +236,31 @@ def tail_bytes_per_token(model: Model) -> int:
     return 2 * len(config.layers) * config.num_kv_heads * config.head_dim * model.dtype.itemsize
 
 
-def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def capture(run: Callable[[], None], device: torch.device, *, memory: Any = None) -> Callable[[], None]:
     """Returns a function that replays a CUDA graph of what `run` launches. Capturing executes nothing.
+
+    Graphs of one `memory` (`torch.cuda.graph_pool_handle`) share theirs, so none may run while another does.
 
     torch gives the memory of deleted graphs back to the driver when an allocation fails, but not during a capture. If
     a capture runs out of memory, that memory is freed here and the capture is tried once more.
     """
     try:
-        return _capture_once(run, device)
+        return _capture_once(run, device, memory)
     except RuntimeError as error:  # torch's OutOfMemoryError, or a driver error without a type of its own
         if "out of memory" not in str(error):
             raise
     torch.cuda.empty_cache()  # not in the except block, where the exception still holds the failed capture's tensors
-    return _capture_once(run, device)
+    return _capture_once(run, device, memory)
 
 
-def _capture_once(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def _capture_once(run: Callable[[], None], device: torch.device, memory: Any) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # torch.cuda.graph would also collect garbage and empty the allocator's cache, which is slower than the capture
-        graph.capture_begin(capture_error_mode="relaxed")  # kernels may be compiled and loaded during the capture
+        # relaxed: kernels may be compiled and loaded during the capture
+        graph.capture_begin(pool=memory, capture_error_mode="relaxed")
         try:
             run()
         except BaseException:

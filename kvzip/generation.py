@@ -2,32 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, overload
+from dataclasses import replace
+from typing import overload
 
 from . import checks, options, prompts
+from .answers import Answer as Answer
+from .answers import Stream
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
 from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
 from .inputs import check_belongs, query_ids, tokenizer_of
 from .models import Model
 from .parallel import agreed, everyone
-from .sources import Source, find_sources
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer, without the stop token or stop text that ended it.
-
-    `token_ids` decode to `text`; if a stop text begins within the last token, they decode to `text` and the part of the
-    stop text in that token. `stopped` is "stop" for a stop token or text, "length" for max_tokens or the model's last
-    position. `sources` are the passages of the context that the answer attended to most, where they were asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    stopped: Literal["stop", "length"]
-    sources: tuple[Source, ...] = ()
+from .sources import find_sources
 
 
 @overload
@@ -127,7 +114,7 @@ def generate(
             f"context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
         )
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token
-    streams = [_Stream(tokenizer_of(model), sampling.stop, emit, n) for n in range(len(ids))]
+    streams = [Stream(tokenizer_of(model), sampling.stop, emit, n) for n in range(len(ids))]
     limit = min(sampling.max_tokens, room)
     rows = max(map(len, ids)) + limit
     if decoder is None:
@@ -168,7 +155,7 @@ def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
     return max(1, min(questions, *everyone(model.share, int(0.8 * free) // needed)))
 
 
-def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:
+def _decode(decoder: Decoder, streams: list[Stream], stop_ids: tuple[int, ...], limit: int) -> list[Answer]:
     """Answers of the questions that the decoder has read.
 
     On a GPU the next step is launched before the host looks at the last tokens, so that the device never waits for the
@@ -196,54 +183,3 @@ def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...
         if all(answers):
             break
     return [answer or stream.finish("length") for answer, stream in zip(answers, streams, strict=True)]
-
-
-@dataclass
-class _Stream:
-    """One answer as it grows: ids become text, held back while a stop text or a character is incomplete."""
-
-    tokenizer: prompts.Tokenizer
-    stops: tuple[str, ...]
-    emit: Callable[[str, int], None] | None
-    index: int
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    sent: int = 0
-    window: int = 0  # ids[window:read] are decoded again with each new id, to place spaces right
-    read: int = 0
-
-    def add(self, token: int, stop_ids: tuple[int, ...]) -> Answer | None:
-        """Takes one token; returns the answer if it ends it."""
-        if token in stop_ids:
-            return self.finish("stop")
-        self.ids.append(token)
-        return self._read(final=False)
-
-    def finish(self, reason: Literal["stop", "length"]) -> Answer:
-        """Ends the answer, with the text that was held back."""
-        stopped = self._read(final=True)
-        self._send(len(self.text))
-        return stopped or Answer(self.text, self.ids, reason)
-
-    def _read(self, *, final: bool) -> Answer | None:
-        """Decodes the new ids and sends the text; returns the answer if a stop text ends it."""
-        before = prompts.decode(self.tokenizer, self.ids[self.window : self.read])
-        now = prompts.decode(self.tokenizer, self.ids[self.window :])
-        if len(now) > len(before) and (final or not now.endswith("\ufffd")):
-            self.text += now[len(before) :]
-            self.window, self.read = self.read, len(self.ids)
-        found = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self._send(len(self.text))
-            while self.ids and prompts.decode(self.tokenizer, self.ids[:-1]).startswith(self.text):
-                self.ids.pop()
-            return Answer(self.text, self.ids, "stop")
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
-        self._send(len(self.text) - held)
-        return None
-
-    def _send(self, upto: int) -> None:
-        if self.emit is not None and upto > self.sent:
-            self.emit(self.text[self.sent : upto], self.index)
-        self.sent = max(self.sent, upto)

@@ -117,6 +117,25 @@ def query_ids(model: Model, cache: DenseCache | RaggedCache, queries: list[str],
     return [prompts.encode_turn(tokenizer, opening + query.strip(), prompt.postfix, before=before) for query in queries]
 
 
+def lone_query_ids(model: Model, query: str, *, template: bool, turn: Turn | None = None) -> list[int]:
+    """Returns the ids of a query without a context, up to where its answer begins.
+
+    Raises: ValueError for a query without text, or a model without a chat template unless template=False.
+    """
+    prompts.check_text(query)
+    if not query.strip():
+        raise ValueError("expected a query with text in it, got an empty one: ask something")
+    turn = turn or Turn(template=template)
+    if not template:
+        return [*prefix_ids(model, turn), *prompts.encode_text(tokenizer_of(model), query)]
+    tokenizer, prompt = tokenizer_of(model), prompt_of(model, turn)
+    query = query.strip()
+    asked = query + prompts.control_text(tokenizer, prompt.postfix)
+    before = prompts.prefix_text(tokenizer, prompt)
+    ids = prompts.encode_context(tokenizer, asked, before=before)
+    return [*prompts.encode_prefix(tokenizer, prompt, context=query[:OPENING]), *ids]
+
+
 def following_ids(model: Model, cache: DenseCache | RaggedCache, text: str) -> list[int]:
     """Returns the ids of a text that continues a cache's tokens."""
     tokenizer, held = tokenizer_of(model), cache.token_ids.tolist()

@@ -390,22 +390,22 @@ def run_of(happened, errors):
 def test_a_capture_that_runs_out_of_memory_is_made_again_once_memory_was_given_back(cuda, ends):
     Graph.ends = ends
     run = run_of(cuda, [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")])
-    assert decoding._capture(run, torch.device("cpu"))() == "replayed"
+    assert decoding.capture(run, torch.device("cpu"))() == "replayed"
     assert cuda == ["run", "give back", "run"]
 
 
 def test_so_is_one_whose_graph_the_driver_has_no_memory_for(cuda):
     Graph.ends = ["CUDA error: out of memory"]
-    assert decoding._capture(run_of(cuda, []), torch.device("cpu"))() == "replayed"
+    assert decoding.capture(run_of(cuda, []), torch.device("cpu"))() == "replayed"
     assert cuda == ["run", "give back", "run"]
 
 
 def test_other_errors_of_a_capture_are_raised_as_they_are(cuda):
     Graph.ends = ["CUDA error: operation not permitted"]
     with pytest.raises(RuntimeError, match="not permitted"):
-        decoding._capture(run_of(cuda, []), torch.device("cpu"))
+        decoding.capture(run_of(cuda, []), torch.device("cpu"))
     with pytest.raises(ValueError, match="too long"):
-        decoding._capture(run_of(cuda, [ValueError("too long")]), torch.device("cpu"))
+        decoding.capture(run_of(cuda, [ValueError("too long")]), torch.device("cpu"))
     assert cuda == ["run", "run"]
 
 

@@ -63,6 +63,15 @@ NOT_RUN = {
     ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
     ("docs/gpu_tests.md", "wheels='flashinfer-python==0.6.13 apache-tvm-ffi==0.1.15.post2'"),
     ("docs/gpu_tests.md", "python -m pytest -q -o addopts= -m gpu tests/ops/test_devices.py"),
+    ("docs/serving.md", "pip install -e '.[serve,demo]' openai"),
+    ("docs/serving.md", "$ head -n 6 kvzip/data/museum.txt > guide.txt"),
+    ("docs/serving.md", "import openai"),
+    (
+        "docs/serving.md",
+        "curl --data-binary @contract.txt -H 'Content-Type: text/plain' "
+        "'http://127.0.0.1:8000/v1/documents?ratio=0.3&title=Contract'",
+    ),
+    ("docs/serving.md", "KVZIP_API_KEY=secret kvzip serve small guide.kvz --host 0.0.0.0"),
 }
 """Page and first line of every block that is not run."""
 

@@ -9,6 +9,7 @@ import chat
 import custom_scorer
 import head_scores
 import kvzip
+import many_documents
 import many_questions
 import museum
 import quickstart
@@ -111,6 +112,14 @@ def test_a_batch_of_32_questions_is_answered_as_one_by_one(paragraphs, capsys: p
         "the text answers the first questions only"
     )
     assert "4 of the 4 that were asked alone too got the same answer" in printed
+
+
+def test_two_documents_are_asked_at_once(paragraphs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert many_documents.main(paragraphs(3)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = ([line for line in lines if line.startswith(name)] for name in ("first ", "second "))
+    assert first[0].startswith("first half: ") and len(first) == len(second) == 3
+    assert right("".join(first)) == 2 and right("".join(second)) == 0, "each half answers what it has"
 
 
 def test_heads_chosen_ahead_answer_without_a_scoring_pass(capsys: pytest.CaptureFixture[str], paragraphs) -> None:

@@ -147,7 +147,7 @@ def test_the_ids_end_where_the_text_ends(model, texts, stops):
     ids = [(spell(model, words) + spell(model, ["zzzzzzzzzzzzzzzzzz"]) * 3)[:length] for words in texts]
     said = [[] for _ in texts]
     streams = [
-        generation._Stream(model.tokenizer, tuple(stops), lambda piece, n: said[n].append(piece), n)
+        generation.Stream(model.tokenizer, tuple(stops), lambda piece, n: said[n].append(piece), n)
         for n in range(len(texts))
     ]
     answers = generation._decode(Pieces(model, ids), streams, (), length)
@@ -171,7 +171,7 @@ def test_a_token_in_which_the_text_ends_is_the_last(words, stop):
     raw = WordTokenizer(WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="a"))
     raw.decoder = decoders.Fuse()
     tokenizer = prompts.make_tokenizer(raw)
-    stream = generation._Stream(tokenizer, (stop,), None, 0)
+    stream = generation.Stream(tokenizer, (stop,), None, 0)
     ids = [vocabulary.index(word) for word in words]
     answer = next((done for done in (stream.add(i, ()) for i in ids) if done is not None), None)
     answer = answer or stream.finish("length")

@@ -40,13 +40,23 @@ _STAGES = (
     "streaming",
     "scores",
     "sources",
+    "answers",
     "decoding",
+    "serving",
     "generation",
     "conversation",
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.tuning", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
+TOPS = [
+    "kvzip.interop",
+    "kvzip.evals",
+    "kvzip.tuning",
+    "kvzip.report",
+    "kvzip.server",
+    "kvzip.cli",
+    "kvzip.__main__",
+]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 

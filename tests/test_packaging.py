@@ -20,14 +20,17 @@ from packaging.requirements import Requirement
 
 import kvzip
 import random_model
-from kvzip.cli import documents
+from kvzip.cli import documents, serve
 from kvzip.evals import plots, tasks
 from kvzip.small import packages as small_models
 from test_cli import TEXT, write_model
 from test_layering import imports_of, modules_of
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("bs4", "datasets", "docx", "huggingface_hub", "matplotlib", "pandas", "pypdf", "transformers")
+HEAVY = (
+    *("bs4", "datasets", "docx", "fastapi", "huggingface_hub", "matplotlib", "pandas", "pydantic", "pypdf"),
+    *("transformers", "uvicorn"),
+)
 IMPORTED = {"beautifulsoup4": "bs4", "python-docx": "docx"}
 """Packages whose modules have another name."""
 IMPORT_SECONDS = 1.5
@@ -200,6 +203,10 @@ def _demo(directory: Path) -> None:
     small_models.model_dir("smollm2-135m-instruct", directory)
 
 
+def _serve(_: Path) -> None:
+    serve._uvicorn()
+
+
 EXTRAS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "hub": ("huggingface_hub", lambda _: kvzip.load("someone/some-model")),
     "pdf": ("pypdf", _pdf),
@@ -209,6 +216,7 @@ EXTRAS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "eval": ("datasets", _eval),
     "transformers": ("transformers", _transformers),
     "demo": ("gguf", _demo),
+    "serve": ("fastapi", _serve),
 }
 """Each extra, a package that it brings, and something that needs it."""
 

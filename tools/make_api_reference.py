@@ -28,12 +28,25 @@ STAGES = (
         "Answers and conversations",
         ("generate", "Answer", "Source", "Decoder", "ask", "extend", "fork", "fold", "append"),
     ),
+    ("Many documents, many readers", ("Engine", "Handle")),
     ("Caches", ("DenseCache", "RaggedCache", "save", "load_cache", "open", "to", "nbytes")),
     ("Transformers", ("from_transformers", "to_transformers")),
 )
 """The public names of `kvzip`, in the order in which they are used."""
 
-MODULES = ("scores", "head_scores", "sources", "tuning", "cache", "models", "attention", "prompts", "ops", "evals")
+MODULES = (
+    "scores",
+    "head_scores",
+    "sources",
+    "tuning",
+    "cache",
+    "models",
+    "attention",
+    "prompts",
+    "ops",
+    "serving",
+    "evals",
+)
 
 HEAD = """\
 # API reference

@@ -1,6 +1,5 @@
 """`kvzip bench`: how fast a model is on this machine, from its full cache and from compressed ones."""
 
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,19 +11,17 @@ import click
 
 from ..display import visible_line
 from ..hub import Loading
+from .bench_serve import QUESTION, bench_serve, document_ids
 from .output import Stage, echo, put, put_json, say, size, stages
 from .plumbing import Ratio, command, positive
 from .ranks import share_of
 from .sources import find_model, load_model, model_options, short
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..cache import DenseCache, RaggedCache
     from ..models import Model
 
 CHECKOUT = Path(__file__).parents[2]
-QUESTION = "What is the value of the first key?"
 
 
 @command(
@@ -35,6 +32,7 @@ QUESTION = "What is the value of the first key?"
     epilog="""
     kvzip bench -m DIR
     kvzip bench -m DIR --tokens 32000 -r 0.3 -r 0.1 --json
+    kvzip bench serve -m DIR --at 8x4
     kvzip bench
     kvzip bench ops --only decode
     """,
@@ -68,8 +66,12 @@ def bench(
     """Time a model on this machine.
 
     Reading, scoring and compressing a document of keys and values, and answering from what is left of it, once each
-    after a warm-up. With NAME, a benchmark of the checkout, which gets the ARGUMENTS; with nothing, a list of those.
+    after a warm-up. With NAME "serve", many readers of many documents (kvzip bench serve --help). With another, a
+    benchmark of the checkout, which gets the ARGUMENTS; with nothing, a list of those.
     """
+    if name == "serve" and model is None:
+        code = bench_serve.main(list(arguments), prog_name="kvzip bench serve", standalone_mode=False)
+        raise click.exceptions.Exit(code or 0)
     if model is None:
         if share_of() is not None:
             raise click.UsageError("expected -m MODEL under torchrun, got none: benchmarks are started by themselves")
@@ -133,15 +135,6 @@ def measure(
         "peak_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
         "answers": rows,
     }
-
-
-def document_ids(model: "Model", tokens: int) -> "Tensor":
-    """Returns the ids of a made-up document of so many tokens, the same on every machine: keys and their values."""
-    from ..inputs import context_ids
-
-    draw = random.Random(0)
-    lines = (f'"{draw.getrandbits(128):032x}": "{draw.getrandbits(128):032x}"' for _ in range(tokens // 10 + 1))
-    return context_ids(model, "{" + ",\n ".join(lines))[:tokens]
 
 
 def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -> dict[str, int | float]:

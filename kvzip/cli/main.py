@@ -16,6 +16,7 @@ from .info import info
 from .listing import ls
 from .plumbing import Group
 from .report import report
+from .serve import serve
 from .tune import tune
 
 
@@ -27,6 +28,7 @@ from .tune import tune
     kvzip compress contract.pdf -m qwen2.5-7b -r 0.3 -o contract.kvz
     kvzip ask contract.kvz "Who signed it?" "When?"
     kvzip chat contract.kvz
+    kvzip serve qwen2.5-7b contract.kvz
     eval "$(_KVZIP_COMPLETE=bash_source kvzip)"    # completion in bash; in zsh zsh_source
     """,
 )
@@ -35,5 +37,5 @@ def main() -> None:
     """Compress documents once, answer any question later from a fraction of the key-value cache."""
 
 
-for each in (demo, compress, tune, ask, chat, append, ls, info, report, compare, heads, evaluate, bench):
+for each in (demo, compress, tune, ask, chat, append, ls, info, report, compare, heads, evaluate, bench, serve):
     main.add_command(each)

@@ -25,10 +25,13 @@ WEIGHTS = ("fp8", "int8", "int4")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def model_options(*, required: bool, about: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def model_options(
+    *, required: bool, about: str = "", named: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds --model, which a command takes as `model`, and the options that it takes together as `loading`.
 
     Args:
+        named: False leaves --model out, for a command that takes the model as an argument.
         required: False for a command that opens a file, which says what made it: the options replace what it says.
         about: what a model that is not required is for, where there is no file.
     """
@@ -63,7 +66,7 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
                 group, device = launch.share.group, launch.device
             return function(**others, loading=Loading(dtype, device, max_length, rope, weights, group=group))
 
-        for option in reversed(options):
+        for option in reversed(options if named else options[1:]):
             collected = option(collected)
         return collected
 

@@ -501,7 +501,7 @@ def test_a_streamed_answer_is_the_text_of_its_tokens(kind: str, data: st.DataObj
     token = st.integers(0, tokenizer.control.get_vocab_size() - 1)
     ids = data.draw(st.lists(token, min_size=1, max_size=12))
     pieces: list[str] = []
-    stream = generation._Stream(tokenizer, (), lambda piece, _: pieces.append(piece), 0)
+    stream = generation.Stream(tokenizer, (), lambda piece, _: pieces.append(piece), 0)
     for i in ids:
         stream.add(i, ())
     answer = stream.finish("length")

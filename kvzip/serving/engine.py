@@ -1,0 +1,307 @@
+"""The engine: one thread that owns the device and decodes for any number of requests over any number of contexts."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from .. import checks, options, prompts
+from ..answers import Stream
+from ..cache import DenseCache, RaggedCache, as_ragged, free_bytes, load_cache
+from ..checks import check_kind, check_text_or_ids
+from ..inputs import context_ids, lone_query_ids, query_ids, tokenizer_of
+from ..models import Model
+from . import handles
+from .handles import Handle
+from .loop import Loop
+from .pages import ROWS, page_bytes, pages_for
+from .requests import Request
+from .steps import SIZES
+from .store import Held, Limits, check_cache_of, free_or
+
+_RESERVE = 4_000_000_000  # bytes at most of free memory that are left for answers, graphs and activations
+_UNKNOWN = 8_000_000_000  # free bytes where they cannot be known
+_USUAL = 2_048  # tokens of a question and its answer, by which pages are counted at most
+
+
+class Engine:
+    """Answers questions about many contexts at once, each read once a step for all of its readers.
+
+        with kvzip.Engine(model) as engine:
+            contract, report = engine.add(cache), engine.add(other)
+            answers = [engine.submit(contract, "Who signed it?"), engine.submit(report, "What is new?")]
+            print([answer.result().text for answer in answers])
+
+    It starts itself. Requests join and leave between steps; questions are read in portions beside answers that grow.
+    Any thread may call any method. On a GPU steps are CUDA graphs; on a CPU the same code runs without them.
+
+    Args:
+        memory: bytes of contexts on the model's device; None takes what is free now but for a reserve, so make the
+            engine before its caches, or say how much.
+        host_memory: bytes of contexts in the host's pinned memory, for those not used lately; None takes half of what
+            is free. 0 where the model is on the host itself.
+        directory: where contexts go that have no room in either; None: nowhere, `add` then refuses them.
+        tail_tokens: tokens of questions and answers of all requests that run; None takes a part of the reserve.
+        requests: that run at a time; others wait.
+        portion: question tokens of a step. More of them read questions faster, and make answers beside them slower.
+
+    Raises: ValueError for numbers out of range; torch.OutOfMemoryError that says what needed the memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        memory: int | None = None,
+        host_memory: int | None = None,
+        directory: str | Path | None = None,
+        tail_tokens: int | None = None,
+        requests: int = 256,
+        portion: int = 512,
+    ) -> None:
+        check_kind(model, Model)
+        self.model = model
+        self.limits = _limits(model, memory, host_memory, directory, tail_tokens, requests, portion)
+        self._loop = Loop(model, self.limits)
+        self._number = 0
+        self._thread = threading.Thread(target=self._loop.run, name="kvzip-engine", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        with self._loop.changed:
+            return (
+                f"Engine({len(self._loop.store.held)} contexts, {len(self._loop.running)} requests running, "
+                f"{len(self._loop.waiting)} waiting, on {self.model.device})"
+            )
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(cancel=error is not None)
+
+    def add(self, cache: DenseCache | RaggedCache | str | Path) -> Held:
+        """Takes a context and returns it as `submit` names it.
+
+        The cache's tensors stay where they are, shared with the caller, who drops the cache to let its memory go when
+        the context is moved. A cache's own tail, as `ask` leaves one, comes before every question. A file that
+        `kvzip.save` wrote is read when it is needed, and never written or deleted.
+
+        Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if
+            there is no place for it beside the others; what `load_cache` raises for a file.
+        """
+        if isinstance(cache, (str, Path)):
+            path, given = Path(cache), as_ragged(load_cache(cache, model=self.model, pairs=False))
+        else:
+            path, given = None, check_cache_of(self.model, cache)
+        with self._loop.changed:
+            self.check_open()
+            held = self._loop.store.add(given, path)
+            self._loop.changed.notify_all()
+            return held
+
+    def remove(self, context: Held, *, cancel: bool = False) -> None:
+        """Lets a context go, once its requests are answered.
+
+        Args:
+            cancel: cancels them instead.
+
+        Raises: ValueError for a context that this engine does not hold.
+        """
+        with self._loop.changed:
+            self.check_open()
+            self._check_held(context)
+            context.removed = True
+            for request in [*self._loop.waiting, *self._loop.running]:
+                if cancel and request.context is context:
+                    request.cancelled = True
+            self._loop.changed.notify_all()
+            self._loop.changed.wait_for(lambda: context not in self._loop.store.held or self._loop.ended)
+
+    @property
+    def contexts(self) -> list[Held]:
+        """The contexts that it holds."""
+        with self._loop.changed:
+            return list(self._loop.store.held)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What it does now: requests running and waiting, steps run, pages and bytes in use."""
+        with self._loop.changed:
+            return {
+                "running": len(self._loop.running),
+                "waiting": len(self._loop.waiting),
+                "steps": self._loop.runner.steps,
+                "tail_tokens": ROWS * (self._loop.pool.total - len(self._loop.pool.free)),
+                "device_bytes": self._loop.store.on_device,
+                "host_bytes": self._loop.store.on_host,
+            }
+
+    def submit(
+        self,
+        context: Held | None,
+        query: str | Int64[Tensor, " S"],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        template: bool = True,
+    ) -> Handle:
+        """Takes a question and returns at once; the answer comes through the handle.
+
+        Args:
+            context: what `add` returned, or None for a question without a context.
+            query: a text, or the token ids that follow the context's, up to where the answer begins.
+            max_tokens, temperature, top_p, seed, stop, template: as in `kvzip.generate`. A seeded answer does not
+                depend on what else runs.
+
+        Raises: ValueError for a context that this engine does not hold, an empty query, options out of range, a
+            question that does not fit in the model's length, or one that with its answer is larger than the room for
+            all; RuntimeError for an engine that is closed.
+        """
+        sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
+        for text in sampling.stop:
+            prompts.encode_text(tokenizer_of(self.model), text)  # raises for a text that no answer can contain
+        check_text_or_ids(query, "query")
+        if context is not None:
+            with self._loop.changed:
+                self._check_held(context)
+        ids = self._ids(context, query, template)
+        used = len(ids) + (0 if context is None else context.tokens)
+        room = self.model.config.max_length - used
+        if room < 1:
+            raise ValueError(
+                f"expected room for an answer within {self.model.config.max_length} positions (the model's length), "
+                f"got a context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and "
+                "max_length=)"
+            )
+        limit, meta = min(sampling.max_tokens, room), None if context is None else context.meta
+        start = 0 if meta is None else meta.context_length
+        past = 0 if context is None else context.tokens - start
+        pages = pages_for(past + len(ids) + limit)
+        if pages > min(self._loop.pool.total, self._loop.pool.table.shape[1]):
+            raise ValueError(
+                f"expected a question and answer of at most {ROWS * self._loop.pool.total} tokens (the room for all "
+                f"requests that run), got {past + len(ids)} and {limit}: lower max_tokens, or give the engine more "
+                "tail_tokens="
+            )
+        draws = []
+        if sampling.temperature > 0:
+            draws = torch.rand(limit, generator=torch.Generator().manual_seed(sampling.seed)).tolist()
+        handle = Handle(self._cancel, question_tokens=len(ids), context_tokens=used - len(ids))
+        stream = Stream(tokenizer_of(self.model), sampling.stop, lambda piece, _: handles.add_piece(handle, piece), 0)
+        with self._loop.changed:
+            self.check_open()
+            if context is not None:
+                self._check_held(context)
+            self._number += 1
+            request = Request(self._number, handle, context, ids, sampling, draws, limit, past, start, pages, stream)
+            self._loop.waiting.append(request)
+            self._loop.news = True
+            self._loop.changed.notify_all()
+        return handle
+
+    @contextmanager
+    def long_work(self) -> Iterator[Callable[[], None]]:
+        """Lets the caller use the device for work of its own, such as compressing a document, in parts between steps.
+
+            with engine.long_work() as pause:
+                dense = kvzip.prefill(model, text, chunk=1_000, progress=lambda done, total: pause())
+
+        `pause()` lets steps run for as long as the part before it took.
+        """
+        settle: Callable[[], Any] = lambda: None  # noqa: E731
+        if self.model.device.type == "cuda":
+            settle = lambda: torch.cuda.current_stream(self.model.device).synchronize()  # noqa: E731
+        with self._loop.turns.parts(settle) as pause:
+            yield pause
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Ends the engine: no further requests are taken, and those that it has are answered, or cancelled.
+
+        Closing one that is closed does nothing.
+        """
+        with self._loop.changed:
+            self._loop.closing = True
+            if cancel:
+                for request in [*self._loop.waiting, *self._loop.running]:
+                    request.cancelled = True
+            self._loop.changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+            self._loop.store.close()
+
+    def _ids(self, context: Held | None, query: str | Tensor, template: bool) -> list[int]:
+        if not isinstance(query, str):
+            ids = context_ids(self.model, query).tolist()
+            if not ids:
+                raise ValueError("expected a query of at least one token, got none: ask something")
+            return ids
+        if context is None:
+            return lone_query_ids(self.model, query, template=template)
+        return query_ids(self.model, context.meta, [query], template=template)[0]
+
+    def check_open(self) -> None:
+        """Raises RuntimeError if the engine takes no requests, because it was closed or failed."""
+        if self._loop.broken is not None:
+            raise RuntimeError(f"expected an engine that runs, got one that failed ({self._loop.broken}): make another")
+        if self._loop.closing:
+            raise RuntimeError("expected an engine that is open, got one that was closed: make another")
+
+    def _check_held(self, context: Held) -> None:
+        check_kind(context, Held)
+        if context.removed or context not in self._loop.store.held:
+            raise ValueError("expected a context that this engine holds, got one of another, or one removed: add it")
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._loop.changed:
+            for request in [*self._loop.waiting, *self._loop.running]:
+                if request.handle is handle:
+                    request.cancelled = True
+            self._loop.changed.notify_all()
+
+
+def _limits(
+    model: Model, memory: Any, host_memory: Any, directory: Any, tail_tokens: Any, requests: Any, portion: Any
+) -> Limits:
+    """The limits of an engine, those that are None chosen by what is free now."""
+    requests = checks.whole(requests, "requests", least=1)
+    portion = checks.whole(portion, "portion", least=1)
+    if requests > SIZES[-1] // 2 or portion > SIZES[-1] - requests:
+        raise ValueError(
+            f"expected requests and portion of at most {SIZES[-1]} together, and at most {SIZES[-1] // 2} requests, "
+            f"got {requests} and {portion}: a step has no more rows"
+        )
+    free = free_or(model, _UNKNOWN)
+    reserve = min(free // 8, _RESERVE)
+    if tail_tokens is None:
+        longest = pages_for(model.config.max_length)  # of one request
+        usual = min(max(requests * pages_for(_USUAL), longest), requests * longest)
+        tail_tokens = ROWS * max(1, min(usual, reserve // 2 // page_bytes(model)))
+    tail_tokens = checks.whole(tail_tokens, "tail_tokens", least=1)
+    if memory is None:
+        memory = max(1, (free - reserve) // (1 if model.device.type == "cuda" else 2))
+    if model.device.type != "cuda":
+        host_memory = 0
+    elif host_memory is None:
+        host_memory = (free_bytes(torch.device("cpu")) or 0) // 2
+    if directory is not None:
+        checks.check_path(directory, "directory")
+    return Limits(
+        checks.whole(memory, "memory", least=1),
+        checks.whole(host_memory, "host_memory", least=0),
+        None if directory is None else Path(directory),
+        tail_tokens,
+        requests,
+        portion,
+    )
