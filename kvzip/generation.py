@@ -1,6 +1,5 @@
 """Generation: answers from a dense or a compressed cache, one question or many over the same frozen context."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import overload
@@ -10,7 +9,7 @@ from .answers import Answer as Answer
 from .answers import Stream
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
-from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
+from .decoding import Decoder, tail_bytes_per_token
 from .inputs import check_belongs, query_ids, tokenizer_of
 from .models import Model
 from .parallel import agreed, everyone
@@ -130,14 +129,7 @@ def generate(
     answers: list[Answer] = []
     for first in range(0, len(ids), decoder.batch):
         group = slice(first, first + decoder.batch)
-        decoder.read(
-            ids[group],
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            repetition_penalty=sampling.repetition_penalty,
-        )
-        answers += _decode(decoder, streams[group], model.stop_ids, limit)
+        answers += decoder.answers(ids[group], sampling, limit, streams[group])
     if named:
         said = zip(ids, answers, strict=True)
         answers = [replace(a, sources=find_sources(model, cache, q, a.token_ids, count=named)) for q, a in said]
@@ -153,33 +145,3 @@ def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
     widest = 4 * (model.config.intermediate_size + model.config.hidden_size) * model.dtype.itemsize
     needed = rows * (tail_bytes_per_token(model) + widest) + 64 * model.config.vocab_size
     return max(1, min(questions, *everyone(model.share, int(0.8 * free) // needed)))
-
-
-def _decode(decoder: Decoder, streams: list[Stream], stop_ids: tuple[int, ...], limit: int) -> list[Answer]:
-    """Answers of the questions that the decoder has read.
-
-    On a GPU the next step is launched before the host looks at the last tokens, so that the device never waits for the
-    host; one step is wasted when all answers have ended.
-    """
-    answers: list[Answer | None] = [None] * len(streams)
-    ahead = 1 if decoder.model.device.type == "cuda" else 0
-    waiting: deque[Callable[[], list[int]]] = deque()
-    for step in range(limit + ahead):
-        if step < limit:
-            if step > 0:
-                decoder.step()
-            waiting.append(decoder.fetch())
-        if step < ahead:
-            continue
-        for n, token in enumerate(waiting.popleft()()[: len(streams)]):
-            if answers[n] is not None:
-                continue
-            if token == NO_TOKEN:
-                raise ValueError(
-                    f"expected logits that are numbers, got NaN for token {len(streams[n].ids) + 1} of an answer: the "
-                    "model overflowed, load it in bfloat16 or float32"
-                )
-            answers[n] = streams[n].add(token, stop_ids)
-        if all(answers):
-            break
-    return [answer or stream.finish("length") for answer, stream in zip(answers, streams, strict=True)]

@@ -360,7 +360,7 @@ def test_a_consumed_cache_is_refused_by_name_by_all_that_take_one(plain, consume
 
 def test_all_that_take_a_cache_are_found():
     named = {"compression.compress", "scoring.score", "generation.generate", "conversation.fold", "cache.io.save"}
-    assert {*FOUND} > NO_PAIRS | named | {"cache.caches.nbytes", "interop.to_transformers", "decoding.Decoder"}
+    assert {*FOUND} > NO_PAIRS | named | {"cache.caches.nbytes", "interop.to_transformers", "decoding.decoder.Decoder"}
 
 
 def test_a_consumed_cache_stays_refused_whatever_is_replaced(consumed):

@@ -290,7 +290,7 @@ def test_out_of_memory_says_for_what_and_leaves_the_cache(model, monkeypatch):
     monkeypatch.setattr("kvzip.prefilling.run_attention", fail)
     with pytest.raises(torch.OutOfMemoryError, match="prefill_compressed"):
         kvzip.prefill(model, TEXT)
-    monkeypatch.setattr("kvzip.decoding.roomy_tail", fail)
+    monkeypatch.setattr("kvzip.decoding.alone.roomy_tail", fail)
     with pytest.raises(torch.OutOfMemoryError, match="fewer questions"):
         kvzip.generate(model, cache, "x")
     for kv, (k, v) in zip(cache.layers, before, strict=True):
@@ -368,7 +368,7 @@ def cuda(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(Graph, "ends", [], raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(decoding, "_capture_stream", lambda device: stream)
+    monkeypatch.setattr(decoding.graphs, "_capture_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("give back"))

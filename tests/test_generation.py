@@ -14,7 +14,10 @@ from tokenizers.models import WordLevel
 import kvzip
 import random_model
 from kvzip import generation, prompts
+from kvzip.decoding.batch import Batch, advance
+from kvzip.decoding.sequences import Sequence
 from kvzip.evals.comparison import answer_probabilities
+from kvzip.options import Sampling
 from unchecked import unchecked
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
@@ -116,18 +119,14 @@ def test_one_stop_text_is_a_list_of_one(model, dense):
     assert answers == answers[:1] * 3 and answers[0].text == text[: text.index(stop)]
 
 
-class Pieces(kvzip.Decoder):
-    """A decoder whose answers are given: every question gets its own ids."""
+class Pieces:
+    """Steps whose tokens are given: every question gets its own ids."""
 
-    def __init__(self, model, answers):
-        self.model, self.waiting, self.batch = model, list(zip(*answers, strict=True)), len(answers)
+    def __init__(self, answers):
+        self.answers = answers
 
-    def step(self):
-        pass
-
-    def fetch(self):
-        ids = list(self.waiting.pop(0))
-        return lambda: ids
+    def run(self, parts):
+        return lambda: [self.answers[part.sequence.slot][part.sequence.asked - 1] for part in parts]
 
 
 WORDS = ["a", "END", "xE", "ND", "é", "E", "N", "D", "\n", "日本", "Dz"]
@@ -146,11 +145,15 @@ def test_the_ids_end_where_the_text_ends(model, texts, stops):
     length = max(len(spell(model, words)) for words in texts)
     ids = [(spell(model, words) + spell(model, ["zzzzzzzzzzzzzzzzzz"]) * 3)[:length] for words in texts]
     said = [[] for _ in texts]
-    streams = [
-        generation.Stream(model.tokenizer, tuple(stops), lambda piece, n: said[n].append(piece), n)
-        for n in range(len(texts))
-    ]
-    answers = generation._decode(Pieces(model, ids), streams, (), length)
+    batch = Batch(Pieces(ids), (), ahead=0)
+    for n in range(len(texts)):
+        stream = generation.Stream(model.tokenizer, tuple(stops), lambda piece, n: said[n].append(piece), n)
+        batch.running.append(
+            Sequence(ids=[1], sampling=Sampling(), draws=[], limit=length, past=0, start=0, stream=stream, slot=n)
+        )
+    while advance(batch):
+        pass
+    answers = [sequence.answer for sequence in batch.running]
     for answer, own, pieces in zip(answers, ids, said, strict=True):
         whole = model.tokenizer.control.decode(own)
         found = [whole.find(stop) for stop in stops if stop in whole]

@@ -15,14 +15,15 @@ from .. import checks, options, prompts
 from ..answers import Stream
 from ..cache import DenseCache, RaggedCache, as_ragged, free_bytes, load_cache
 from ..checks import check_kind, check_text_or_ids
+from ..decoding.decoder import draws_of
+from ..decoding.paged import SIZES
+from ..decoding.pages import ROWS, page_bytes, pages_for
 from ..inputs import context_ids, lone_query_ids, query_ids, tokenizer_of
 from ..models import Model
 from . import handles
 from .handles import Handle
 from .loop import Loop
-from .pages import ROWS, page_bytes, pages_for
 from .requests import Request
-from .steps import SIZES
 from .store import Held, Limits, check_cache_of, free_or
 
 _RESERVE = 4_000_000_000  # bytes at most of free memory that are left for answers, graphs and activations
@@ -155,21 +156,26 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        repetition_penalty: float = 1.0,
         template: bool = True,
+        sources: int = 0,
     ) -> Handle:
         """Takes a question and returns at once; the answer comes through the handle.
 
         Args:
             context: what `add` returned, or None for a question without a context.
             query: a text, or the token ids that follow the context's, up to where the answer begins.
-            max_tokens, temperature, top_p, seed, stop, template: as in `kvzip.generate`. A seeded answer does not
-                depend on what else runs.
+            max_tokens, temperature, top_p, seed, stop, repetition_penalty, template, sources: as in `kvzip.generate`.
+                A seeded answer does not depend on what else runs.
 
         Raises: ValueError for a context that this engine does not hold, an empty query, options out of range, a
             question that does not fit in the model's length, or one that with its answer is larger than the room for
             all; RuntimeError for an engine that is closed.
         """
-        sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
+        sampling = options.sampling(max_tokens, temperature, top_p, seed, stop, repetition_penalty)
+        named = checks.whole(sources, "sources", least=0)
+        if named and context is None:
+            raise ValueError("expected a context to name sources of, got none: pass a context, or sources=0")
         for text in sampling.stop:
             prompts.encode_text(tokenizer_of(self.model), text)  # raises for a text that no answer can contain
         check_text_or_ids(query, "query")
@@ -195,9 +201,7 @@ class Engine:
                 f"requests that run), got {past + len(ids)} and {limit}: lower max_tokens, or give the engine more "
                 "tail_tokens="
             )
-        draws = []
-        if sampling.temperature > 0:
-            draws = torch.rand(limit, generator=torch.Generator().manual_seed(sampling.seed)).tolist()
+        draws = draws_of(sampling, limit)
         handle = Handle(self._cancel, question_tokens=len(ids), context_tokens=used - len(ids))
         stream = Stream(tokenizer_of(self.model), sampling.stop, lambda piece, _: handles.add_piece(handle, piece), 0)
         with self._loop.changed:
@@ -205,7 +209,21 @@ class Engine:
             if context is not None:
                 self._check_held(context)
             self._number += 1
-            request = Request(self._number, handle, context, ids, sampling, draws, limit, past, start, pages, stream)
+            request = Request(
+                number=self._number,
+                handle=handle,
+                context=context,
+                ids=ids,
+                sampling=sampling,
+                draws=draws,
+                limit=limit,
+                past=past,
+                start=start,
+                pages_needed=pages,
+                stream=stream,
+                times=handle.times,
+                sources=named,
+            )
             self._loop.waiting.append(request)
             self._loop.news = True
             self._loop.changed.notify_all()

@@ -2,22 +2,25 @@
 
 import logging
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import replace
 
 import torch
 
-from ..decoding import NO_TOKEN
+from ..answers import Answer
+from ..decoding.batch import Batch, advance
+from ..decoding.paged import SIZES, Paged
+from ..decoding.pages import give_pages_, make_pool, pages_for, take_pages_, write_tail_
+from ..decoding.sequences import end
+from ..decoding.steps import Runner
+from ..decoding.tables import enter_, leave_, make_tables
 from ..models import Model
+from ..sources import find_sources
 from . import handles
 from .handles import Handle
-from .pages import give_pages_, make_pool, pages_for, take_pages_, write_tail_
-from .requests import Request, add_rows
+from .requests import Request
 from .scheduler import Reading, Waiting, admit, portions
-from .steps import SIZES, Runner, Step
 from .store import Held, Limits, Store
-from .tables import enter_, leave_, make_tables
 from .turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -26,8 +29,7 @@ logger = logging.getLogger(__name__)
 class Loop:
     """The state of an engine, and the work of its thread. Others touch it under the lock `changed`, and notify it.
 
-    `news` says that a waiting request may be able to begin. `ahead` is how many steps are launched before the oldest is
-    looked at: one on a GPU, so that it never waits for the host.
+    `news` says that a waiting request may be able to begin.
     """
 
     def __init__(self, model: Model, limits: Limits) -> None:
@@ -35,18 +37,21 @@ class Loop:
         self.changed = threading.Condition(threading.RLock())
         self.tables = make_tables(model)
         self.pool = make_pool(model, pages=pages_for(limits.tail_tokens), slots=limits.requests)
-        self.runner = Runner(model, self.pool, self.tables)
+        self.runner = Runner(model, Paged(model, self.pool, self.tables), slots=limits.requests + 1)
+        self.batch: Batch[Request] = Batch(self.runner, model.stop_ids, ahead=1 if model.device.type == "cuda" else 0)
         self.store = Store(model, limits, self.changed, self._leave)
         self.turns = Turns()
         self.slots = list(range(limits.requests - 1, -1, -1))
         self.waiting: list[Request] = []
-        self.running: list[Request] = []
-        self.ahead = 1 if model.device.type == "cuda" else 0
-        self.flight: deque[tuple[list[tuple[Request, bool]], Callable[[], list[int]]]] = deque()
         self.news = self.closing = self.ended = False
         self.broken: BaseException | None = None
         self._moved = 0
         self._changed: list[Handle] = []  # handles whose readers are to be told
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have begun and are not over, or that a step under way still reads."""
+        return self.batch.running
 
     def run(self) -> None:
         """Works until the engine is closed and all is done."""
@@ -62,7 +67,8 @@ class Loop:
                 self.broken = error
                 for request in [*self.waiting, *self.running]:
                     self._end(request, error)
-                self.waiting, self.running = [], []
+                self.waiting.clear()
+                self.running.clear()
                 self._tell()
         with self.changed:
             self.ended = True
@@ -73,7 +79,7 @@ class Loop:
         """Waits until there is something to do; False when the engine is closed and all is done."""
         with self.changed:
             self._tidy()
-            while not (self.flight or any(r.decodes or r.read < len(r.ids) for r in self.running)):
+            while not (self.batch.flight or any(request.decodes or request.left for request in self.running)):
                 if self._admit():
                     break
                 if self.closing and not self.waiting and not self.running:
@@ -87,75 +93,40 @@ class Loop:
         return True
 
     def _advance(self) -> None:
-        """Launches the next step, and looks at those that are `ahead` before it."""
-        step, members = self._plan()
-        if members:
-            try:
-                self.flight.append((members, self.runner.run(step)))
-            except Exception as error:  # of this step; others may do better
-                self._lose(members, error)
-        while len(self.flight) > (self.ahead if members else 0):
-            self._receive(*self.flight.popleft())
+        """One step, after which readers hear of what it gave."""
+        advance(self.batch, self._portions)
+        changed, self.batch.changed = self.batch.changed, []
+        for request in changed:
+            if request.answer is not None and not request.handle.done():
+                self._finish(request, request.answer)
+            elif request.error is not None:
+                handles.fail(request.handle, request.error)
+            self._changed.append(request.handle)
+        self._release()
         self._tell()
 
-    def _plan(self) -> tuple[Step, list[tuple[Request, bool]]]:
-        """The rows of the next step, and the requests that they belong to, with whether each gets a token."""
-        step = Step()
-        decoding = [request for request in self.running if request.decodes]
-        reading = [
-            Reading(request.number, request.key, len(request.ids) - request.read)
-            for request in self.running
-            if not request.over and request.read < len(request.ids)
-        ]
-        counts = portions(reading, min(self.limits.portion, SIZES[-1] - len(decoding)))
-        members = [(request, add_rows(step, request, 0)) for request in decoding]
-        members += [
-            (request, add_rows(step, request, counts[request.number]))
-            for request in self.running
-            if counts.get(request.number)
-        ]
-        return step, members
-
-    def _receive(self, members: list[tuple[Request, bool]], wait: Callable[[], list[int]]) -> None:
-        """Takes a step's tokens to their requests."""
+    def _finish(self, request: Request, answer: Answer) -> None:
+        """Gives a request its answer, with its sources if they were asked for: it still holds its context."""
         try:
-            tokens = wait()
-        except Exception as error:
-            self._lose(members, error)
-            return
-        for (request, gives), token in zip(members, tokens, strict=True):
-            request.under_way -= 1
-            if gives and not request.over:
-                try:
-                    self._take(request, token)
-                except Exception as error:
-                    self._end(request, error)
-        self._release()
-
-    def _take(self, request: Request, token: int) -> None:
-        if token == NO_TOKEN:
-            raise ValueError(
-                f"expected logits that are numbers, got NaN for token {request.got + 1} of an answer: the model "
-                "overflowed, load it in bfloat16 or float32"
-            )
-        request.got += 1
-        request.handle.times.append(time.monotonic())
-        self._changed.append(request.handle)
-        answer = request.stream.add(token, self.model.stop_ids)
-        if answer is None and request.got == request.limit:
-            answer = request.stream.finish("length")
-        if answer is not None:
-            request.over = True
+            if request.sources:
+                assert request.context is not None and request.context.device is not None
+                cache = request.context.device
+                found = find_sources(self.model, cache, request.ids, answer.token_ids, count=request.sources)
+                answer = replace(answer, sources=found)
             handles.finish(request.handle, answer)
+        except Exception as error:
+            handles.fail(request.handle, error)
 
-    def _lose(self, members: list[tuple[Request, bool]], error: BaseException) -> None:
-        for request, _ in members:
-            request.under_way -= 1
-            self._end(request, error)
-        self._release()
+    def _portions(self) -> dict[Request, int]:
+        """How many tokens of which questions the next step reads."""
+        decoding = sum(request.decodes for request in self.running)
+        reading = {request.number: request for request in self.running if request.left}
+        listed = [Reading(number, request.key, request.left) for number, request in reading.items()]
+        counts = portions(listed, min(self.limits.portion, SIZES[-1] - decoding))
+        return {reading[number]: count for number, count in counts.items()}
 
     def _end(self, request: Request, error: BaseException) -> None:
-        request.over = True
+        end(request, error)
         handles.fail(request.handle, error)
         self._changed.append(request.handle)
 
@@ -232,6 +203,7 @@ class Loop:
             assert context.device is not None
             if context.table is None:
                 context.table = enter_(self.tables, context.device)
+            request.place = context.table
             if context.device.tail is not None and request.past:
                 write_tail_(self.pool, request.pages, context.device.tail, request.past)
         except Exception as error:

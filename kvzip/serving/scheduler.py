@@ -93,8 +93,3 @@ def _by_context(each: Sequence) -> dict[int, list]:
     for one in each:
         queues.setdefault(one.context, []).append(one)
     return queues
-
-
-def bucket(count: int, sizes: Sequence[int]) -> int:
-    """Returns the least of `sizes`, ascending, that holds `count`; beyond the last, `count` itself."""
-    return next((size for size in sizes if size >= count), count)

@@ -95,7 +95,7 @@ def test_answers_are_those_of_a_plain_loop(family, ahead):
     model = made(family)
     caches = {**caches_of(model), "none": None}
     with kvzip.Engine(model, portion=24) as engine:
-        engine._loop.ahead = ahead
+        engine._loop.batch.ahead = ahead
         contexts = {name: None if cache is None else engine.add(cache) for name, cache in caches.items()}
         pairs = [(name, query) for query in QUERIES[:3] for name in caches]
         asked = [(name, query, engine.submit(contexts[name], query, max_tokens=5)) for name, query in pairs]
@@ -163,7 +163,7 @@ def test_a_question_is_read_in_portions_beside_answers(model, caches):
         run = engine._loop.runner.run
 
         def counted(step):
-            sizes.append((len(step.rows), len(step.slots)))
+            sizes.append((sum(len(part.tokens) for part in step), len(step)))
             return run(step)
 
         engine._loop.runner.run = counted
@@ -226,7 +226,7 @@ def test_a_seeded_answer_is_independent_of_its_batch(model, caches):
 @unchecked()
 def test_cancelled_requests_end_and_give_their_room_back(model, caches, monkeypatch, ahead):
     with kvzip.Engine(model, requests=1) as engine:
-        engine._loop.ahead = ahead
+        engine._loop.batch.ahead = ahead
         slow_steps(engine, monkeypatch)
         context = engine.add(caches["ragged"])
         running, waiting, last = (engine.submit(context, "Why?", max_tokens=n) for n in (3000, 3000, 4))
@@ -282,7 +282,7 @@ def test_answers_end_where_generate_ends_them(caches, ahead):
     cache = caches["ragged"]
     options = {"max_tokens": 40, "temperature": 1.0}
     with kvzip.Engine(model) as engine:
-        engine._loop.ahead = ahead
+        engine._loop.batch.ahead = ahead
         context = engine.add(cache)
         for seed in range(2):
             plain = kvzip.generate(model, cache, QUERIES[0], seed=seed, **options)
@@ -293,6 +293,25 @@ def test_answers_end_where_generate_ends_them(caches, ahead):
                 assert handle.result() == kvzip.generate(model, cache, QUERIES[0], seed=seed, stop=stops, **options)
                 assert "".join(pieces) == handle.result().text
                 assert list(handle) == pieces
+
+
+@unchecked()
+def test_penalties_and_sources_are_those_of_generate(model, caches):
+    """In a batch with answers that have none, over contexts with a tail and with codes."""
+    asked = [("ragged", 1.0, 0), ("ragged", 1.6, 2), ("turn", 1.3, 3), ("int8", 1.6, 0)]
+    with kvzip.Engine(model, requests=3) as engine:
+        held = {name: engine.add(caches[name]) for name, *_ in asked}
+        options = [{"max_tokens": 12, "repetition_penalty": p, "sources": n} for _, p, n in asked]
+        handles = [
+            engine.submit(held[name], "Why?", **o) for _ in "ab" for (name, *_), o in zip(asked, options, strict=True)
+        ]
+        answers = [handle.result(60) for handle in handles]
+        with pytest.raises(ValueError, match="a context to name sources of"):
+            engine.submit(None, "Why?", sources=1)
+    plain = [kvzip.generate(model, caches[name], "Why?", **o) for (name, *_), o in zip(asked, options, strict=True)]
+    assert answers == plain * 2
+    assert [len(answer.sources) > 0 for answer in plain] == [False, True, True, False]
+    assert plain[0].token_ids != plain[1].token_ids
 
 
 @unchecked()

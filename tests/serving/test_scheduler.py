@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvzip.serving.scheduler import QUANTUM, Reading, Waiting, admit, bucket, portions
+from kvzip.decoding.steps import bucket
+from kvzip.serving.scheduler import QUANTUM, Reading, Waiting, admit, portions
 
 WAITING = st.lists(
     st.tuples(st.integers(0, 3), st.integers(1, 9), st.sampled_from([True, True, True, False])), max_size=12

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from ..cache import Tail, explain_out_of_memory
 from ..models import Model
-from ..ops import Pages
+from ..ops import Pages, append_
 
 ROWS = 32  # of a page: less is wasted at the end of an answer, and attention takes 64 at a time in two of them
 _SPARE = 0  # the page that rows of no request are written to
@@ -81,13 +81,18 @@ def layer_pages(pool: PagePool, layer: int, table: Int32[Tensor, "S X"]) -> Page
 def write_rows_(
     pool: PagePool,
     layer: int,
-    rows: Int64[Tensor, " N"],
+    rows: Int32[Tensor, " N"],
     k: Float[Tensor, "N H D"],
     v: Float[Tensor, "N H D"],
 ) -> None:
     """Writes new rows of a layer. rows[n] is page * ROWS + place of row n."""
-    for x, new in ((pool.k[layer], k), (pool.v[layer], v)):
-        x.view(-1, *x.shape[2:]).index_copy_(0, rows, new)
+    flat = [x.view(-1, *x.shape[2:]) for x in (pool.k[layer], pool.v[layer])]
+    if k.is_cuda:  # one launch that overlaps with those around it, where index_copy_ takes two
+        tail_k, tail_v = (x.transpose(0, 1).expand(len(rows), -1, -1, -1) for x in flat)
+        append_(tail_k, tail_v, rows, k[:, :, None], v[:, :, None])
+        return
+    for x, new in zip(flat, (k, v), strict=True):
+        x.index_copy_(0, rows.long(), new)
 
 
 def write_tail_(pool: PagePool, pages: Sequence[int], tail: Tail, length: int) -> None:
@@ -97,10 +102,10 @@ def write_tail_(pool: PagePool, pages: Sequence[int], tail: Tail, length: int) -
         write_rows_(pool, layer, rows, *(x[0, :, :length].transpose(0, 1) for x in (k, v)))
 
 
-def row_numbers(pages: Sequence[int], begin: int, stop: int) -> Int64[Tensor, " n"]:
+def row_numbers(pages: Sequence[int], begin: int, stop: int) -> Int32[Tensor, " n"]:
     """Returns where rows begin:stop of a request lie, as `write_rows_` takes them."""
     places = torch.arange(begin, stop)
-    return torch.tensor(pages, dtype=torch.long)[places // ROWS] * ROWS + places % ROWS
+    return (torch.tensor(pages, dtype=torch.long)[places // ROWS] * ROWS + places % ROWS).int()
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,50 @@
+"""CUDA graphs: captured at first use, replayed later."""
+
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+
+def capture(run: Callable[[], None], device: torch.device, *, memory: Any = None) -> Callable[[], None]:
+    """Returns a function that replays a CUDA graph of what `run` launches. Capturing executes nothing.
+
+    Graphs of one `memory` (`torch.cuda.graph_pool_handle`) share theirs, so none may run while another does.
+
+    torch gives the memory of deleted graphs back to the driver when an allocation fails, but not during a capture. If
+    a capture runs out of memory, that memory is freed here and the capture is tried once more.
+    """
+    try:
+        return _capture_once(run, device, memory)
+    except RuntimeError as error:  # torch's OutOfMemoryError, or a driver error without a type of its own
+        if "out of memory" not in str(error):
+            raise
+    torch.cuda.empty_cache()  # not in the except block, where the exception still holds the failed capture's tensors
+    return _capture_once(run, device, memory)
+
+
+def _capture_once(run: Callable[[], None], device: torch.device, memory: Any) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    stream = _capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        # torch.cuda.graph would also collect garbage and empty the allocator's cache, which is slower than the capture
+        # relaxed: kernels may be compiled and loaded during the capture
+        graph.capture_begin(pool=memory, capture_error_mode="relaxed")
+        try:
+            run()
+        except BaseException:
+            with suppress(RuntimeError):  # ending a broken capture may fail too; the first error is the cause
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for all captures on a device: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
+    return torch.cuda.Stream(device)
