@@ -19,6 +19,7 @@ _USES = {
     "RaggedCache": "kvzip.compress(cache, ratio) gives one",
     "Scores": "kvzip.score(model, cache).scores are some",
     "HeadScores": "kvzip.head_scores.make(model, text) gives some",
+    "Held": "kvzip.Engine(model).add(cache) gives one",
     "Decoder": "kvzip.Decoder(model, cache) makes one",
 }
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

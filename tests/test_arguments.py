@@ -29,21 +29,25 @@ try:
 except ImportError:
     DynamicCache = dict
 
+engine = kvzip.Engine(model)
+held = engine.add(small)
 MODEL, DENSE, CACHE, RAGGED, TEXT, IDS = "model", "dense", "cache", "ragged", "text", "ids"
-NUMBER, PATH, SCORES, HEADS = "number", "path", "scores", "heads"
+NUMBER, PATH, SCORES, HEADS, HELD = "number", "path", "scores", "heads", "held"
 good = {MODEL: [model], DENSE: [dense], CACHE: [dense, small], RAGGED: [small], TEXT: ["Who?"], IDS: ["Who?", ids],
-        NUMBER: [0.4], PATH: [path], SCORES: [dense.scores], HEADS: [heads]}
+        NUMBER: [0.4], PATH: [path], SCORES: [dense.scores], HEADS: [heads], HELD: [held]}
 wrong = {"model": model, "dense": dense, "small": small, "text": "abc", "None": None, "texts": ["a"], "number": 3,
          "float": 0.5, "floats": torch.ones(3), "square": torch.ones(2, 2, dtype=torch.long), "scores": dense.scores,
          "heads": heads, "object": object(), "bytes": b"ab", "type": dict}
 fits = {MODEL: ["model"], DENSE: ["dense"], CACHE: ["dense", "small"], RAGGED: ["small"], TEXT: ["text"],
-        IDS: ["text"], NUMBER: ["number", "float"], PATH: ["text"], SCORES: ["scores"], HEADS: ["heads"]}
+        IDS: ["text"], NUMBER: ["number", "float"], PATH: ["text"], SCORES: ["scores"], HEADS: ["heads"], HELD: ["None"]}
 functions = {
     "prefill": (kvzip.prefill, MODEL, IDS), "score": (kvzip.score, MODEL, DENSE),
     "compress": (kvzip.compress, DENSE, NUMBER), "keep_mask": (kvzip.keep_mask, SCORES, NUMBER),
     "refit": (kvzip.refit, MODEL, DENSE, RAGGED),
     "prefill_compressed": (kvzip.prefill_compressed, MODEL, IDS, NUMBER),
     "generate": (kvzip.generate, MODEL, CACHE, TEXT), "Decoder": (kvzip.Decoder, MODEL, CACHE),
+    "Engine": (kvzip.Engine, MODEL), "Engine.add": (engine.add, CACHE), "Engine.remove": (engine.remove, HELD),
+    "Engine.submit": (engine.submit, HELD, IDS),
     "extend": (kvzip.extend, MODEL, CACHE, IDS), "ask": (kvzip.ask, MODEL, CACHE, TEXT), "fork": (kvzip.fork, CACHE),
     "append": (kvzip.append, MODEL, CACHE, IDS), "tune": (kvzip.tune, MODEL, DENSE, TEXT),
     "fold": (kvzip.fold, MODEL, CACHE, NUMBER), "save": (kvzip.save, CACHE, PATH), "to": (kvzip.to, CACHE, None),
@@ -82,6 +86,7 @@ found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
 several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
            "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model", "None"]}, "evals.compare": {2: ["texts"]},
+           "Engine.add": {0: ["text"]},
            "tune": {2: ["texts", "None"]}}
 for name, (function, *kinds) in functions.items():
     for place, kind in enumerate(kinds):
@@ -158,6 +163,10 @@ options = {
                  "stop": {"number": 3, "numbers": [3], "empty": "", "no axis": torch.tensor(5)}},
     "Decoder": {"batch": counts, "tail": counts},
     "ask": {"max_tokens": counts},
+    "Engine": {"requests": counts, "portion": counts, "host_memory": {"less": -1, "float": 2.5, "text": "a"},
+               **{name: {k: x for k, x in counts.items() if x is not None} for name in ("memory", "tail_tokens")},
+               "directory": {"number": 3, "bytes": b"x", "nul": "a\0"}},
+    "Engine.submit": {"max_tokens": counts, "sources": hints, "stop": {"number": 3, "empty": ""}},
     "evals.compare": {"method": choices, "max_tokens": counts, "stop": {"number": 3, "numbers": [3], "empty": ""}},
 }
 answered = kvzip.ask(model, small, "Who?", max_tokens=2)[1]
@@ -210,6 +219,6 @@ def test_stop_texts_that_come_once_end_every_answer(walked):
 
 
 def test_no_public_function_is_left_out(walked):
-    no_functions = {"Answer", "DenseCache", "Model", "ModelConfig", "RaggedCache", "Scores", "Source"}
+    no_functions = {"Answer", "DenseCache", "Handle", "Model", "ModelConfig", "RaggedCache", "Scores", "Source"}
     modules = {"head_scores", "models", "ops", "prompts", "scores", "sources"}
     assert set(walked["all"]) - no_functions - modules <= set(walked["names"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cache import Tail, explain_out_of_memory
 from ..models import Model
 from ..ops import Pages, append_
+from ..ops.backend import use_triton
 
 ROWS = 32  # of a page: less is wasted at the end of an answer, and attention takes 64 at a time in two of them
 _SPARE = 0  # the page that rows of no request are written to
@@ -87,7 +88,7 @@ def write_rows_(
 ) -> None:
     """Writes new rows of a layer. rows[n] is page * ROWS + place of row n."""
     flat = [x.view(-1, *x.shape[2:]) for x in (pool.k[layer], pool.v[layer])]
-    if k.is_cuda:  # one launch that overlaps with those around it, where index_copy_ takes two
+    if use_triton(k):  # one launch that overlaps with those around it, where index_copy_ takes two
         tail_k, tail_v = (x.transpose(0, 1).expand(len(rows), -1, -1, -1) for x in flat)
         append_(tail_k, tail_v, rows, k[:, :, None], v[:, :, None])
         return

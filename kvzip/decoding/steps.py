@@ -16,7 +16,7 @@ from .graphs import capture
 from .sequences import Part, Wait
 
 _GRAPHS = 24  # kept at a time
-_AHEAD = 4  # host buffers: more than steps that are under way
+_BUFFERS = 8  # on the host: two for each step, and steps under way are fewer than four
 _DOUBLE = 2  # int32 numbers that a float64 takes
 
 
@@ -162,13 +162,13 @@ class Runner:
 
     def _host_buffers(self, numbers: int, width: int) -> "_HostBuffers":
         """Pinned buffers that no step under way uses: those used longest ago of a few."""
-        host = self._host.pop(0) if len(self._host) == 2 * _AHEAD else None
-        if host is not None:
-            host.copied.synchronize()  # no wait, unless more steps are launched than are looked at
-        if host is None or len(host.numbers) < numbers or len(host.tokens) < width:
+        if not self._host or len(self._host[0].numbers) < numbers or len(self._host[0].tokens) < width:
             sizes = [1 << (max(n, 64) - 1).bit_length() for n in (numbers, width)]
-            host = _HostBuffers(_pinned(sizes[0], torch.int32), _pinned(sizes[1], torch.long), torch.cuda.Event())
+            both = (_pinned((_BUFFERS, n), kind) for n, kind in zip(sizes, (torch.int32, torch.long), strict=True))
+            self._host = [_HostBuffers(*each, torch.cuda.Event()) for each in zip(*both, strict=True)]
+        host = self._host.pop(0)
         self._host.append(host)
+        host.copied.synchronize()  # no wait, unless more steps are launched than are looked at
         return host
 
     def _captured(self, size: int, shape: "_Shape", grows: tuple[slice, slice] | None) -> "_Graph":
@@ -213,8 +213,8 @@ class _HostBuffers:
     copied: torch.cuda.Event
 
 
-def _pinned(size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, dtype=dtype, pin_memory=True)
+def _pinned(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def bucket(count: int, sizes: tuple[int, ...]) -> int:

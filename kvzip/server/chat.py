@@ -58,6 +58,7 @@ def _submit(service: Service, request: ChatRequest, context: Held | None) -> Han
         top_p=1.0 if request.top_p is None else float(request.top_p),
         seed=request.seed,
         stop=request.stop or (),
+        repetition_penalty=1.0 if request.repetition_penalty is None else float(request.repetition_penalty),
     )
     service.metrics.add("kvzip_question_tokens_total", handle.question_tokens)
     service.metrics.add("kvzip_document_tokens_total", handle.context_tokens)

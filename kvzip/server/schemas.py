@@ -63,6 +63,7 @@ class ChatRequest(_Strict):
     tools: list[dict[str, Any]] | None = Field(default=None, description="Not supported.")
     tool_choice: str | dict[str, Any] | None = Field(default=None, description="Not supported.")
     response_format: dict[str, Any] | None = Field(default=None, description='{"type": "text"} alone.')
+    repetition_penalty: float | None = Field(default=1.0, ge=1, le=100, description="1: none. Ours; others have two.")
     frequency_penalty: float | None = Field(default=0.0, description="0: no penalties.")
     presence_penalty: float | None = Field(default=0.0, description="0: no penalties.")
     logit_bias: dict[str, float] | None = Field(default=None, description="Not supported.")

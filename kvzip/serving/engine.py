@@ -309,15 +309,16 @@ def _limits(
     tail_tokens = checks.whole(tail_tokens, "tail_tokens", least=1)
     if memory is None:
         memory = max(1, (free - reserve) // (1 if model.device.type == "cuda" else 2))
+    if host_memory is None:
+        host_memory = (free_bytes(torch.device("cpu")) or 0) // 2
+    host_memory = checks.whole(host_memory, "host_memory", least=0)
     if model.device.type != "cuda":
         host_memory = 0
-    elif host_memory is None:
-        host_memory = (free_bytes(torch.device("cpu")) or 0) // 2
     if directory is not None:
         checks.check_path(directory, "directory")
     return Limits(
         checks.whole(memory, "memory", least=1),
-        checks.whole(host_memory, "host_memory", least=0),
+        host_memory,
         None if directory is None else Path(directory),
         tail_tokens,
         requests,

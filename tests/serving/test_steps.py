@@ -96,7 +96,9 @@ def test_pages_are_taken_and_given_back():
     assert pool.table[1, :4].tolist() == pages[1] and pool.table[3].tolist() == [0] * pool.table.shape[1]
 
 
-def test_rows_are_written_where_they_belong():
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_are_written_where_they_belong(backend, monkeypatch):
+    monkeypatch.setenv("KVZIP_BACKEND", backend)
     runner, _, pages, _ = parts()
     rows = row_numbers(pages[2], 30, 34)
     assert rows.tolist() == [pages[2][0] * 32 + 30, pages[2][0] * 32 + 31, pages[2][1] * 32, pages[2][1] * 32 + 1]
@@ -128,9 +130,9 @@ def played(monkeypatch):
         runner._replays = True
         return runner, sent
 
-    def pinned(size, dtype):
+    def pinned(shape, dtype):
         sent.append(dtype)
-        return torch.full((size,), 99, dtype=dtype)
+        return torch.full(shape, 99, dtype=dtype)
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
