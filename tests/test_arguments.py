@@ -39,7 +39,8 @@ wrong = {"model": model, "dense": dense, "small": small, "text": "abc", "None": 
          "float": 0.5, "floats": torch.ones(3), "square": torch.ones(2, 2, dtype=torch.long), "scores": dense.scores,
          "heads": heads, "object": object(), "bytes": b"ab", "type": dict}
 fits = {MODEL: ["model"], DENSE: ["dense"], CACHE: ["dense", "small"], RAGGED: ["small"], TEXT: ["text"],
-        IDS: ["text"], NUMBER: ["number", "float"], PATH: ["text"], SCORES: ["scores"], HEADS: ["heads"], HELD: ["None"]}
+        IDS: ["text"], NUMBER: ["number", "float"], PATH: ["text"], SCORES: ["scores"], HEADS: ["heads"],
+        HELD: ["None"]}
 functions = {
     "prefill": (kvzip.prefill, MODEL, IDS), "score": (kvzip.score, MODEL, DENSE),
     "compress": (kvzip.compress, DENSE, NUMBER), "keep_mask": (kvzip.keep_mask, SCORES, NUMBER),

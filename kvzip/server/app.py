@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Muta
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -36,6 +37,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _FAILS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 503, 507)
 }
+_DELETIONS = 4  # that wait for answers at a time, on threads of their own: other requests need theirs
 _OPEN = ("/health",)  # what needs no key
 _QUERY = {
     "title": {"type": "string", "maxLength": 300},
@@ -100,6 +102,7 @@ def create_app(
                 return entry
         raise ApiError(404, f"expected a name of /v1/models, got {name!r}", code="model_not_found")
 
+    waits = CapacityLimiter(_DELETIONS)
     stream_too = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
     @app.post("/v1/chat/completions", response_model=ChatResponse, responses=stream_too)
@@ -144,9 +147,9 @@ def create_app(
         return found
 
     @app.delete("/v1/documents/{name}")
-    def delete(name: str) -> Deleted:
+    async def delete(name: str) -> Deleted:
         """Takes a document out, once its requests are answered. Its file goes if it was posted."""
-        if not service.library.delete(name):
+        if not await to_thread.run_sync(service.library.delete, name, limiter=waits):
             raise ApiError(404, f"expected a document of /v1/documents, got {name!r}")
         return Deleted(id=name)
 

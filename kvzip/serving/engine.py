@@ -1,6 +1,7 @@
 """The engine: one thread that owns the device and decodes for any number of requests over any number of contexts."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from .store import Held, Limits, check_cache_of, free_or
 
 _RESERVE = 4_000_000_000  # bytes at most of free memory that are left for answers, graphs and activations
 _UNKNOWN = 8_000_000_000  # free bytes where they cannot be known
+_PATIENCE_S = 1.0  # for an engine to end when the program does
 _USUAL = 2_048  # tokens of a question and its answer, by which pages are counted at most
 
 
@@ -73,6 +75,7 @@ class Engine:
         self._number = 0
         self._thread = threading.Thread(target=self._loop.run, name="kvzip-engine", daemon=True)
         self._thread.start()
+        weakref.finalize(self, _abandon, self._loop, self._thread)
 
     def __repr__(self) -> str:
         with self._loop.changed:
@@ -287,6 +290,17 @@ class Engine:
                 if request.handle is handle:
                     request.cancelled = True
             self._loop.changed.notify_all()
+
+
+def _abandon(loop: Loop, thread: threading.Thread) -> None:
+    """Ends an engine that nobody closed and nobody can ask any more, also where the program ends."""
+    with loop.changed:
+        loop.closing = True
+        for request in [*loop.waiting, *loop.running]:
+            request.cancelled = True
+        loop.changed.notify_all()
+    if threading.current_thread() is not thread:
+        thread.join(_PATIENCE_S)
 
 
 def _limits(

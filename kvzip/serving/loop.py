@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -122,7 +123,7 @@ class Loop:
         decoding = sum(request.decodes for request in self.running)
         reading = {request.number: request for request in self.running if request.left}
         listed = [Reading(number, request.key, request.left) for number, request in reading.items()]
-        counts = portions(listed, min(self.limits.portion, SIZES[-1] - decoding))
+        counts = portions(listed, min(self.limits.portion, SIZES[-1] - decoding), turn=self.runner.steps)
         return {reading[number]: count for number, count in counts.items()}
 
     def _end(self, request: Request, error: BaseException) -> None:
@@ -166,19 +167,9 @@ class Loop:
             return False
         self.news, self._moved = False, self.store.moved
         ready = {held.number: self.store.want(held) for held in self._wanted_contexts()}
-        for request in self.waiting:
-            if request.context is not None and request.context.failure is not None:
-                self._end(request, request.context.failure)
-        for held in self.store.held:
-            held.failure = None
-        self.waiting = [request for request in self.waiting if not request.over]
-        of_each: Counter[int] = Counter()
-        listed = []
-        for r in self.waiting:
-            of_each[r.key] += 1
-            if of_each[r.key] <= len(self.slots):  # more of a context cannot begin now
-                listed.append(Waiting(r.number, r.key, r.pages_needed, ready.get(r.key, True)))
+        self.news = self._end_failed()
         counts = Counter(request.key for request in self.running)
+        listed = self._listed(ready)
         chosen = admit(listed, counts, pages=len(self.pool.free), slots=len(self.slots))
         by_number = {request.number: request for request in self.waiting}
         for number in chosen:
@@ -186,7 +177,36 @@ class Loop:
         begun = set(chosen)
         self.waiting = [request for request in self.waiting if request.number not in begun]
         self._tell()
-        return bool(chosen)
+        return bool(chosen) or self.news
+
+    def _end_failed(self) -> bool:
+        """Ends requests whose context cannot be brought; whether there were any, so that others may have its place."""
+        failed = [r for r in self.waiting if r.context is not None and r.context.failure is not None]
+        for request in failed:
+            assert request.context is not None and request.context.failure is not None
+            self._end(request, request.context.failure)
+        for held in self.store.held:
+            held.failure = None
+        self.waiting = [request for request in self.waiting if not request.over]
+        return bool(failed)
+
+    def _listed(self, ready: Mapping[int, bool]) -> list[Waiting]:
+        """The waiting requests among which some may begin.
+
+        Those of a context that is in the way of one for which there is no room wait if they came after its first, or
+        it might never have its turn.
+        """
+        of_each: Counter[int] = Counter()
+        leaving: set[int] = set()
+        listed = []
+        for request in self.waiting:
+            key, context = request.key, request.context
+            if context is not None and not ready[key] and not of_each[key]:
+                leaving |= self.store.in_the_way(context)
+            of_each[key] += 1
+            if key not in leaving and of_each[key] <= len(self.slots):  # more of a context cannot begin now
+                listed.append(Waiting(request.number, key, request.pages_needed, ready.get(key, True)))
+        return listed
 
     def _wanted_contexts(self) -> list[Held]:
         return list(dict.fromkeys(r.context for r in self.waiting if r.context is not None))

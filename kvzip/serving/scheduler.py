@@ -59,7 +59,7 @@ def admit(waiting: Sequence[Waiting], running: Mapping[int, int], *, pages: int,
     return chosen
 
 
-def portions(reading: Sequence[Reading], room: int) -> dict[int, int]:
+def portions(reading: Sequence[Reading], room: int, *, turn: int = 0) -> dict[int, int]:
     """Returns how many tokens of which questions a step reads, `room` at most.
 
     Contexts take turns of QUANTUM tokens, each for its request that came first, so that a long question neither waits
@@ -67,8 +67,12 @@ def portions(reading: Sequence[Reading], room: int) -> dict[int, int]:
 
     Args:
         reading: in order of arrival.
+        turn: of the step: which context begins. Where there is no room for all, none is always left out.
     """
     queues = _by_context(reading)
+    order = list(queues)
+    begin = turn % max(1, len(order))
+    queues = {context: queues[context] for context in (*order[begin:], *order[:begin])}
     left = {each.request: each.left for each in reading}
     found: dict[int, int] = {}
     while queues and room > 0:

@@ -166,6 +166,24 @@ class Store:
             )
         return False
 
+    def in_the_way(self, held: Held) -> set[int]:
+        """Returns the contexts that leave, or must leave, before a wanted one has room; none if it is on its way.
+
+        Of those in use that is the ones with the fewest requests.
+        """
+        if held.device is not None or held.moving:
+            return set()
+        missing = self.on_device + held.nbytes - self.limits.memory
+        leaving = [x for x in self.held if x.device is not None and x.moving]
+        missing -= sum(x.nbytes for x in leaving)
+        found = {x.number for x in leaving}
+        for each in sorted((x for x in self.held if x.uses and not x.moving), key=lambda x: (x.uses, x.used)):
+            if missing <= 0:
+                break
+            found.add(each.number)
+            missing -= each.nbytes
+        return found
+
     def remove(self, held: Held) -> None:
         """Drops a context that nothing uses and that is not moving."""
         assert not held.uses and not held.moving

@@ -1,5 +1,6 @@
 """The engine against a plain loop, and its promises: joining, leaving, waiting, refusing, cancelling, seeds, text."""
 
+import gc
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -240,6 +241,33 @@ def test_cancelled_requests_end_and_give_their_room_back(model, caches, monkeypa
         last.cancel()
         assert last.result().stopped == "length"
         assert engine.facts["tail_tokens"] == 0
+
+
+@unchecked()
+def test_a_question_cancelled_while_it_is_read_gives_its_room_back(model, caches, monkeypatch):
+    with kvzip.Engine(model, requests=2, portion=8) as engine:
+        slow_steps(engine, monkeypatch)
+        contexts = engine.add(caches["dense"]), engine.add(caches["ragged"])
+        long, other = (engine.submit(c, q, max_tokens=9) for c, q in zip(contexts, ("x" * 800, "Why?"), strict=True))
+        while not other.times:
+            time.sleep(0.001)
+        assert not long.done() and not long.times
+        long.cancel()
+        with pytest.raises(CancelledError):
+            long.result(10)
+        assert other.result(60) == kvzip.generate(model, caches["ragged"], "Why?", max_tokens=9)
+        assert engine.facts["tail_tokens"] == 0
+
+
+@unchecked()
+def test_an_engine_that_nobody_has_any_more_ends(model, caches):
+    engine = kvzip.Engine(model)
+    thread = engine._thread
+    assert engine.submit(engine.add(caches["ragged"]), "Why?", max_tokens=3).result(60).token_ids
+    del engine
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @unchecked()

@@ -55,9 +55,9 @@ READING = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300)), max_size=8
 )
 
 
-@given(reading=READING, room=st.integers(0, 600))
-def test_portions_fill_the_room_and_no_more(reading, room):
-    found = portions(reading, room)
+@given(reading=READING, room=st.integers(0, 600), turn=st.integers(0, 9))
+def test_portions_fill_the_room_and_no_more(reading, room, turn):
+    found = portions(reading, room, turn=turn)
     assert sum(found.values()) == min(room, sum(each.left for each in reading))
     assert all(0 < found.get(each.request, each.left) <= each.left for each in reading)
     for context in range(4):  # the first of a context is read to its end before the next begins
@@ -69,6 +69,12 @@ def test_portions_fill_the_room_and_no_more(reading, room):
 def test_contexts_take_turns():
     reading = [Reading(0, 7, 1000), Reading(1, 7, 5), Reading(2, 8, 30), Reading(3, 9, 1000)]
     assert portions(reading, 2 * QUANTUM + 30) == {0: QUANTUM, 2: 30, 3: QUANTUM}
+
+
+def test_no_context_is_always_left_out():
+    reading = [Reading(n, n, 1000) for n in range(5)]
+    found = [portions(reading, QUANTUM, turn=turn) for turn in range(3, 8)]
+    assert [list(each) for each in found] == [[3], [4], [0], [1], [2]]
 
 
 def test_buckets():

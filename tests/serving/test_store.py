@@ -130,6 +130,37 @@ def test_files_are_read_when_they_are_needed_and_left_where_they_are(model, cach
 
 
 @unchecked()
+def test_a_context_that_needs_room_has_its_turn_however_many_ask_for_others(model, caches, expected, tmp_path):
+    """Requests for what is there do not overtake one for what is not, though they could begin at once."""
+    kvzip.save(caches[1], tmp_path / "other.kvz")
+    with kvzip.Engine(model, memory=max(map(kvzip.nbytes, caches[:2])), directory=tmp_path, requests=2) as engine:
+        there, other = engine.add(caches[0]), engine.add(tmp_path / "other.kvz")
+        sooner = [engine.submit(there, "Of what?", **OPTIONS) for _ in range(4)]
+        one = engine.submit(other, "Of what?", **OPTIONS)
+        later = [engine.submit(there, "Of what?", **OPTIONS) for _ in range(8)]
+        assert [handle.result(60) for handle in (*sooner, *later)] == [expected[0]] * 12
+        assert one.result(60) == expected[1]
+        assert one.times[0] < min(handle.times[0] for handle in later)
+        assert max(handle.times[0] for handle in sooner) < one.times[0]
+
+
+@unchecked()
+def test_several_contexts_that_cannot_come_are_told_so(model, caches, expected, tmp_path):
+    """None is left waiting for another one's error."""
+    for n in (1, 2):
+        kvzip.save(caches[n], tmp_path / f"{n}.kvz")
+    with kvzip.Engine(model, memory=max(map(kvzip.nbytes, caches[:3]))) as engine:
+        here = engine.add(caches[0])
+        contexts = [engine.add(tmp_path / f"{n}.kvz") for n in (1, 2, 1)]
+        with engine._loop.changed:  # all of them wait before any is looked at
+            handles = [engine.submit(context, "Of what?", **OPTIONS) for context in contexts]
+        for handle in handles:
+            with pytest.raises(MemoryError, match="nowhere to go"):
+                handle.result(20)
+        assert engine.submit(here, "Of what?", **OPTIONS).result(60) == expected[0]
+
+
+@unchecked()
 def test_what_there_is_no_place_for_is_refused(model, caches, tmp_path):
     size = kvzip.nbytes(caches[1])
     with kvzip.Engine(model, memory=size + 10) as engine:
