@@ -9,7 +9,7 @@ from .answers import Answer as Answer
 from .answers import Stream
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
-from .decoding import Decoder, tail_bytes_per_token
+from .decoding import Decoder, answers_of, tail_bytes_per_token
 from .inputs import check_belongs, query_ids, tokenizer_of
 from .models import Model
 from .parallel import agreed, everyone
@@ -129,7 +129,7 @@ def generate(
     answers: list[Answer] = []
     for first in range(0, len(ids), decoder.batch):
         group = slice(first, first + decoder.batch)
-        answers += decoder.answers(ids[group], sampling, limit, streams[group])
+        answers += answers_of(decoder, ids[group], sampling, limit, streams[group])
     if named:
         said = zip(ids, answers, strict=True)
         answers = [replace(a, sources=find_sources(model, cache, q, a.token_ids, count=named)) for q, a in said]

@@ -1,7 +1,6 @@
 """A decoder: a batch of its own over one frozen context, for callers who wait."""
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Listed
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,7 +15,8 @@ from ..models import Model
 from ..options import Sampling
 from .alone import alone
 from .batch import Batch, advance, forget
-from .sequences import Sequence, next_parts
+from .sequences import Sequence as Asked
+from .sequences import next_parts
 from .steps import Runner
 
 
@@ -51,31 +51,14 @@ class Decoder:
         with explain_out_of_memory(needed, "ask fewer questions at once or lower max_tokens"):
             self._reader = alone(model, cache, batch=batch, rows=tail)
             self._runner = Runner(model, self._reader, slots=batch)
-        self._work: Batch[Sequence] = Batch(self._runner, model.stop_ids, ahead=1 if model.device.type == "cuda" else 0)
+        self._sequences: Batch[Asked] = Batch(
+            self._runner, model.stop_ids, ahead=1 if model.device.type == "cuda" else 0
+        )
         self._wait: Callable[[], list[int]] = list
-
-    def answers(
-        self, questions: Listed[Listed[int]], sampling: Sampling, limit: int, streams: Iterable[Stream]
-    ) -> list[Answer]:
-        """Returns the answers to up to `batch` questions, of at most `limit` tokens, through their streams.
-
-        Raises: ValueError for a model whose logits are not numbers; what a stream's reader or the device raises.
-        """
-        sequences = self._begin(questions, sampling, limit)
-        for sequence, stream in zip(sequences, streams, strict=True):
-            sequence.stream = stream
-        try:
-            while advance(self._work):
-                self._raise_errors()
-            self._raise_errors()
-        finally:
-            forget(self._work)
-        found = [sequence.answer for sequence in sequences]
-        return [answer for answer in found if answer is not None]
 
     def read(
         self,
-        questions: Listed[Listed[int]],
+        questions: Sequence[Sequence[int]],
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -93,14 +76,14 @@ class Decoder:
         seed = checks.whole(seed, "seed")
         sampling = options.sampling(1, temperature, top_p, seed, repetition_penalty=repetition_penalty)
         self._begin(questions, sampling, None)
-        self._wait = self._runner.run(next_parts(self._work.running))
+        self._wait = self._runner.run(next_parts(self._sequences.running))
 
     def step(self) -> None:
         """Feeds the last tokens (0 for NO_TOKEN) and chooses the next; the host does not wait.
 
         Raises: ValueError where the tail is full, or nothing was read.
         """
-        running = self._work.running
+        running = self._sequences.running
         if not running or not all(sequence.decodes for sequence in running):
             raise ValueError(
                 f"expected questions that were read, with room for another token in {self.rows}, got none: read "
@@ -118,11 +101,11 @@ class Decoder:
     @torch.no_grad()
     def hidden(self, token_ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
         """Returns the hidden states of T tokens in each row, right after the cache; earlier questions are dropped."""
-        forget(self._work)
+        forget(self._sequences)
         lengths = torch.full((len(token_ids),), self._reader.past, dtype=torch.int32, device=token_ids.device)
         return self._reader.read(token_ids, lengths)
 
-    def _begin(self, questions: Listed[Listed[int]], sampling: Sampling, limit: int | None) -> list[Sequence]:
+    def _begin(self, questions: Sequence[Sequence[int]], sampling: Sampling, limit: int | None) -> list[Asked]:
         """Takes questions in place of those before; limit None: as many tokens as the tail has room for."""
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
@@ -133,8 +116,8 @@ class Decoder:
         context_ids(self.model, torch.tensor([i for ids in questions for i in ids]))  # or a GPU aborts the process
         rows, where = self.rows, self._reader
         draws = draws_of(sampling, rows if limit is None else limit)
-        self._work.running = [
-            Sequence(
+        self._sequences.running = [
+            Asked(
                 ids=list(ids),
                 sampling=sampling,
                 draws=draws,
@@ -145,13 +128,30 @@ class Decoder:
             )
             for slot, ids in enumerate(questions)
         ]
-        return self._work.running
+        return self._sequences.running
 
-    def _raise_errors(self) -> None:
-        for sequence in self._work.changed:
-            if sequence.error is not None:
-                raise sequence.error
-        self._work.changed.clear()
+
+def answers_of(
+    decoder: Decoder, questions: Sequence[Sequence[int]], sampling: Sampling, limit: int, streams: Iterable[Stream]
+) -> list[Answer]:
+    """Returns the answers to up to `batch` questions, of at most `limit` tokens, through their streams.
+
+    Raises: ValueError for a model whose logits are not numbers; what a stream's reader or the device raises.
+    """
+    sequences, batch = decoder._begin(questions, sampling, limit), decoder._sequences
+    for sequence, stream in zip(sequences, streams, strict=True):
+        sequence.stream = stream
+    try:
+        going = True
+        while going:
+            going = advance(batch)
+            for sequence in batch.changed:
+                if sequence.error is not None:
+                    raise sequence.error
+            batch.changed.clear()
+    finally:
+        forget(batch)
+    return [sequence.answer for sequence in sequences if sequence.answer is not None]
 
 
 def draws_of(sampling: Sampling, count: int) -> list[float]:

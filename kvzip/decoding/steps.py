@@ -164,8 +164,8 @@ class Runner:
         """Pinned buffers that no step under way uses: those used longest ago of a few."""
         if not self._host or len(self._host[0].numbers) < numbers or len(self._host[0].tokens) < width:
             sizes = [1 << (max(n, 64) - 1).bit_length() for n in (numbers, width)]
-            both = (_pinned((_BUFFERS, n), kind) for n, kind in zip(sizes, (torch.int32, torch.long), strict=True))
-            self._host = [_HostBuffers(*each, torch.cuda.Event()) for each in zip(*both, strict=True)]
+            both = _pinned((_BUFFERS, sizes[0]), torch.int32), _pinned((_BUFFERS, sizes[1]), torch.long)
+            self._host = [_HostBuffers(ints, longs, torch.cuda.Event()) for ints, longs in zip(*both, strict=True)]
         host = self._host.pop(0)
         self._host.append(host)
         host.copied.synchronize()  # no wait, unless more steps are launched than are looked at
