@@ -44,13 +44,34 @@ def test_bench_serve_times_each_load(tmp_path):
 def test_the_benchmark_of_serving_runs_at_sizes_of_a_toy():
     sizes = replace(benchmark.TINY, loads=((1, 1), (2, 2)), tail=12, lives=(10, 2), forms=((0.3, None), (1.0, None)))
     model = replace(random_model.make(random_model.config()), stop_ids=())
-    lines = {part: list(getattr(benchmark, part)(model, sizes)) for part in benchmark.PARTS[1:]}
+    lines: dict[str, list] = {part: [] for part in benchmark.PARTS}
+    for name, case in benchmark.cases(sizes).items():
+        lines[name.partition(" ")[0]] += case(model)
+    assert lines["check"][0]["answers"] == 12
     assert [line["bits"] for line in lines["capacity"]] == [16, 8, 4]
     assert [(line["ratio"], line["documents"]) for line in lines["grid"]] == [(0.3, 1), (0.3, 2), (1.0, 1), (1.0, 2)]
-    assert {line["from"] for line in lines["first"]} == {"device", "disk", "text"}
-    assert [line["by"] for line in lines["single"]] == ["engine"]
+    assert [line["from"] for line in lines["first"]] == ["device", "disk", "text"]
+    assert [line.get("by", line.get("from")) for line in lines["long"]] == ["engine", "device", "disk", "text"]
     assert len(lines["http"]) == 2 and all(line["share"] > 0 for line in lines["http"])
     assert [line["tail_tokens"] for line in lines["life"]] == [0] * 10
+
+
+def test_the_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr(benchmark, "cases", lambda sizes: {n: lambda model, n=n: iter([{"n": n}]) for n in "ab"})
+    monkeypatch.setattr(benchmark, "PARTS", ("a", "b"))
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["serving.py", "--tiny", "--commit", "c", "--results", str(results), *options])
+        benchmark.main()
+
+    with pytest.raises(SystemExit, match="75"):
+        run("--only", "a", "b", "--limit", "-1")
+    run("--only", "a")
+    run("--only", "a", "b")
+    assert [json.loads(line)["case"] for line in results.read_text().splitlines()] == ["a", "b"]
+    run("--only", "a", "--commit", "d")
+    assert len(results.read_text().splitlines()) == 3
 
 
 def test_a_dead_address_is_said():
