@@ -59,19 +59,14 @@ class Paged:
         fields[5:7] = -1
         ends = np.zeros((2, shape.parts), dtype=np.int32)
         ends[0] = len(self.pool.table) - 1
-        at = 0
+        rows: list[tuple[int, ...]] = []  # faster than arrays where most parts are one token
         for n, part in enumerate(parts):
-            sequence, count = part.sequence, len(part.tokens)
-            places = np.arange(part.first, part.first + count)
-            pages = np.array(sequence.pages[: places[-1] // ROWS + 1])
-            table, place = sequence.place
-            fields[:3, at : at + count] = (
-                places + 1, sequence.start + places, pages[places // ROWS] * ROWS + places % ROWS
-            )  # fmt: skip
-            fields[4, at : at + count] = part.tokens
-            fields[[3, 5, 6, 7], at : at + count] = np.array([1, n, place, table])[:, None]
-            at += count
-            ends[:, n] = sequence.slot, at - 1
+            sequence, (table, place) = part.sequence, part.sequence.place
+            for row, token in enumerate(part.tokens, start=part.first):
+                number = sequence.pages[row // ROWS] * ROWS + row % ROWS
+                rows.append((row + 1, sequence.start + row, number, 1, token, n, place, table))
+            ends[:, n] = sequence.slot, len(rows) - 1
+        fields[:, : len(rows)] = np.array(rows, dtype=np.int32).T
         return np.concatenate([fields.reshape(-1), ends.reshape(-1)])
 
     def hidden(
