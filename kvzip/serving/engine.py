@@ -19,7 +19,7 @@ from ..checks import check_kind, check_text_or_ids
 from ..decoding.decoder import draws_of
 from ..decoding.paged import SIZES
 from ..decoding.pages import ROWS, page_bytes, pages_for
-from ..inputs import context_ids, lone_query_ids, query_ids, tokenizer_of
+from ..inputs import check_whole_model, context_ids, lone_query_ids, query_ids, tokenizer_of
 from ..models import Model
 from . import handles
 from .handles import Handle
@@ -54,7 +54,8 @@ class Engine:
         requests: that run at a time; others wait.
         portion: question tokens of a step. More of them read questions faster, and make answers beside them slower.
 
-    Raises: ValueError for numbers out of range; torch.OutOfMemoryError that says what needed the memory.
+    Raises: ValueError for numbers out of range, or a model that ranks share; torch.OutOfMemoryError that says what
+        needed the memory.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Engine:
         portion: int = 512,
     ) -> None:
         check_kind(model, Model)
+        check_whole_model(model, "an engine")  # ranks would step at times of their own
         self.model = model
         self.limits = _limits(model, memory, host_memory, directory, tail_tokens, requests, portion)
         self._loop = Loop(model, self.limits)

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,13 @@ def test_a_question_cancelled_while_it_is_read_gives_its_room_back(model, caches
             long.result(10)
         assert other.result(60) == kvzip.generate(model, caches["ragged"], "Why?", max_tokens=9)
         assert engine.facts["tail_tokens"] == 0
+
+
+@unchecked()
+def test_a_model_that_ranks_share_is_refused(model):
+    shared = replace(model, share=SimpleNamespace(rank=1, size=2))
+    with pytest.raises(ValueError, match="in one process for an engine, got rank 1 of 2"):
+        kvzip.Engine(shared)
 
 
 @unchecked()
