@@ -117,13 +117,21 @@ def test_what_the_library_imports_is_declared(built: Built) -> None:
     found = {name.split(".")[0] for module, path in modules.items() for name in imports_of(module, path, set(modules))}
     declared = {r.name for r in built.core}.union(*(built.extra(name) for name in EXTRAS))
     assert found - {"kvzip", *sys.stdlib_module_names} == {IMPORTED.get(name, name) for name in declared}
+    others = {module: path for module, path in modules.items() if not module.startswith("kvzip.server")}
+    at_once = [
+        node
+        for path in others.values()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     always = {
         node.module.split(".")[0] if isinstance(node, ast.ImportFrom) and node.module else node.names[0].name
-        for path in modules.values()
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+        for node in at_once
+        if not getattr(node, "level", 0)
     }
     assert not always & set(HEAVY), "an extra must be imported where it is used"
+    rooms = {node.module or "" for node in at_once if isinstance(node, ast.ImportFrom) and node.level}
+    assert not {name for name in rooms if name.split(".")[0] == "server"}, "the server's room needs its extra"
 
 
 def test_the_wheel_runs_where_only_its_dependencies_are(built: Built, tmp_path: Path) -> None:

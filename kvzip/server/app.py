@@ -1,13 +1,14 @@
 """The routes of `kvzip serve`."""
 
+import asyncio
 import hmac
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -61,13 +62,14 @@ def create_app(
         hosts: names that requests may call the server by; None: any. A web page that a browser shows could otherwise
             ask a server on the same machine under a name of its own.
     """
-    started = int(time.time())
+    started, deletions = int(time.time()), ThreadPoolExecutor(_DELETIONS, thread_name_prefix="kvzip-deletions")
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(service.library.close)
         await run_in_threadpool(service.engine.close, cancel=True)
+        deletions.shutdown(cancel_futures=True)
 
     app = FastAPI(title="kvzip", version=VERSION, lifespan=life, responses=_FAILS, redirect_slashes=False)
     app.add_middleware(_Guard, key=key, largest=largest, hosts=hosts)
@@ -102,7 +104,6 @@ def create_app(
                 return entry
         raise ApiError(404, f"expected a name of /v1/models, got {name!r}", code="model_not_found")
 
-    waits = CapacityLimiter(_DELETIONS)
     stream_too = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
     @app.post("/v1/chat/completions", response_model=ChatResponse, responses=stream_too)
@@ -149,7 +150,7 @@ def create_app(
     @app.delete("/v1/documents/{name}")
     async def delete(name: str) -> Deleted:
         """Takes a document out, once its requests are answered. Its file goes if it was posted."""
-        if not await to_thread.run_sync(service.library.delete, name, limiter=waits):
+        if not await asyncio.get_running_loop().run_in_executor(deletions, service.library.delete, name):
             raise ApiError(404, f"expected a document of /v1/documents, got {name!r}")
         return Deleted(id=name)
 
