@@ -1,5 +1,6 @@
 """`kvzip serve`: documents and answers over HTTP."""
 
+import gc
 import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,8 @@ def serve(model: str, files: tuple[Path, ...], loading: Loading, **asked: Any) -
     say(f"{name} and {ready} documents; {size(limits.memory)} for documents, {limits.tail_tokens:,} tokens of answers")
     with config.bind_socket() as listening:
         address = f"[{asked['host']}]" if ":" in asked["host"] else asked["host"]
+        gc.collect()
+        gc.freeze()  # what there is now stays: looking through it again would stop all answers for a fifth of a second
         say(f"listening on http://{address}:{listening.getsockname()[1]}/v1")
         server.run(sockets=[listening])
 

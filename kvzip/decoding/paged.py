@@ -17,7 +17,9 @@ from .steps import Packed, bucket
 from .tables import Tables
 
 _FIELDS = 8  # of a row: length, position, row number; by how much these grow; token or NO_TOKEN, part, place, table
-SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # rows that graphs are made for
+SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # rows of steps without questions
+_ROWS, _PARTS = (32, 64, 128, 256, 384, 512, 768), (8, 32, 96, 384)
+"""Rows and parts of steps that read questions: few of them, for each pair is a graph."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,10 @@ class Paged:
 
         Padding is of no part, and writes to page 0.
         """
-        rows, parts_ = sum(len(part.tokens) for part in parts), len(parts)
-        if padded:
-            parts_ = bucket(len(parts), SIZES)
-            rows = parts_ if rows == len(parts) else bucket(max(rows, parts_), SIZES)
+        rows, width = sizes_of(sum(len(part.tokens) for part in parts), len(parts), padded=padded)
         used = sorted({part.sequence.place[0] for part in parts if part.sequence.place[1] >= 0} or {0})
-        shape = Rows(rows, parts_, tuple((number, self.tables.versions[number]) for number in used))
-        return Packed(self.numbers(parts, shape), shape, parts_, list(range(len(parts))), _grows(rows))
+        shape = Rows(rows, width, tuple((number, self.tables.versions[number]) for number in used))
+        return Packed(self.numbers(parts, shape), shape, width, list(range(len(parts))), _grows(rows))
 
     def numbers(self, parts: list[Part], shape: Rows) -> np.ndarray:
         """The numbers of a step, padded to a shape."""
@@ -86,6 +85,16 @@ class Paged:
     def kept(self, shape: Rows) -> list[Any]:
         """The tables of a shape."""
         return [self.tables.tables[number] for number, _ in shape.tables]
+
+
+def sizes_of(rows: int, parts: int, *, padded: bool) -> tuple[int, int]:
+    """Returns the rows and parts of a step, with the padding of graphs if it is to be padded."""
+    if not padded:
+        return rows, parts
+    if rows == parts:
+        return (bucket(rows, SIZES),) * 2
+    parts = bucket(parts, _PARTS)
+    return bucket(max(rows, parts), _ROWS), parts
 
 
 def _grows(rows: int) -> tuple[slice, slice]:

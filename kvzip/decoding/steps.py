@@ -15,7 +15,7 @@ from .choosing import CHOICES, GREEDY, choose
 from .graphs import capture
 from .sequences import Part, Wait
 
-_GRAPHS = 24  # kept at a time
+_GRAPHS = 48  # kept at a time
 _BUFFERS = 8  # on the host: two for each step, and steps under way are fewer than four
 _DOUBLE = 2  # int32 numbers that a float64 takes
 

@@ -192,16 +192,14 @@ class Store:
         held.host = None
         for other in self.held:
             other.stuck = False  # there may be room now
-        if held.owned and held.path is not None:
-            held.path.unlink(missing_ok=True)
+        _delete(held)
 
     def close(self) -> None:
         """Waits for moves under way, and deletes the files that the store made. Not under the lock."""
         self._movers.shutdown(wait=True)
         for held in self.held:
             held.device = held.host = None
-            if held.owned and held.path is not None:
-                held.path.unlink(missing_ok=True)
+            _delete(held)
 
     def _touch(self, held: Held) -> None:
         self._clock += 1
@@ -302,6 +300,15 @@ class Store:
         path = self.limits.directory / f"context-{id(self):x}-{held.number}.kvz"
         moves.to_disk(cache, path)
         held.path, held.owned = path, True
+
+
+def _delete(held: Held) -> None:
+    """Deletes a context's file if the store made it. One that cannot be deleted is no reason for an engine to fail."""
+    if held.owned and held.path is not None:
+        try:
+            held.path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", held.path, error)
 
 
 def check_cache_of(model: Model, cache: DenseCache | RaggedCache) -> RaggedCache:

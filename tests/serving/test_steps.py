@@ -12,7 +12,7 @@ import kvzip
 import random_model
 from kvzip.cache import as_ragged
 from kvzip.decoding import steps
-from kvzip.decoding.paged import Paged
+from kvzip.decoding.paged import SIZES, Paged, sizes_of
 from kvzip.decoding.pages import give_pages_, make_pool, row_numbers, take_pages_, write_rows_
 from kvzip.decoding.sequences import Sequence, next_parts
 from kvzip.decoding.steps import Runner
@@ -85,6 +85,19 @@ def test_what_a_step_leaves_on_the_device_is_what_the_next_one_reads():
         sent += not np.array_equal(expected, after.numbers)
         assert before.shape == after.shape and before.grows == after.grows
     assert sent == 1
+
+
+def test_steps_have_few_sizes():
+    """So that no load makes graphs without end: all that an engine may run fit in those that are kept."""
+    most = SIZES[-1]
+    sizes = {
+        sizes_of(rows, parts, padded=True) for parts in range(1, 385, 7) for rows in (parts, *range(parts, most, 9))
+    }
+    for rows, parts in ((1, 1), (384, 384), (768, 384), (2, 1), (33, 30)):
+        padded = sizes_of(rows, parts, padded=True)
+        assert padded[0] >= rows and padded[1] >= parts and padded[0] >= padded[1]
+    assert len(sizes) <= steps._GRAPHS
+    assert sizes_of(7, 3, padded=False) == (7, 3)
 
 
 def test_pages_are_taken_and_given_back():

@@ -107,6 +107,7 @@ def test_a_context_in_use_is_not_moved_and_others_wait_for_it(model, caches, exp
         while not long.done():
             assert first.where == "device" or long.done()
             assert not other.done() or long.done()
+            time.sleep(0.001)
         assert other.result(60) == expected[1]
         assert second.where == "device" and first.where == "disk"
 
