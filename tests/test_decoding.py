@@ -95,6 +95,13 @@ def test_a_decoder_must_fit(model, small):
         decoder.read([[1] * 21])
     with pytest.raises(ValueError, match="1 to 1 questions"):
         decoder.read([[1], [2]])
+    with pytest.raises(ValueError, match=r"questions that were read, .*: read questions first"):
+        decoder.step()
+    decoder.read([[1] * 18])
+    for _ in range(2):
+        decoder.step()
+    with pytest.raises(ValueError, match=r"room for another token in 20, .* larger tail"):
+        decoder.step()
 
 
 @functools.cache
