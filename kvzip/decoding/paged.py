@@ -92,7 +92,7 @@ def sizes_of(rows: int, parts: int, *, padded: bool) -> tuple[int, int]:
     if not padded:
         return rows, parts
     if rows == parts:
-        return (bucket(rows, SIZES),) * 2
+        return bucket(rows, SIZES), bucket(rows, SIZES)
     parts = bucket(parts, _PARTS)
     return bucket(max(rows, parts), _ROWS), parts
 
