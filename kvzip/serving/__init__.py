@@ -2,6 +2,7 @@
 
 from .engine import Engine
 from .handles import Handle
-from .store import Held, Limits
+from .limits import Limits
+from .store import Held
 
 __all__ = ["Engine", "Handle", "Held", "Limits"]

@@ -14,23 +14,20 @@ from torch import Tensor
 
 from .. import checks, options, prompts
 from ..answers import Stream
-from ..cache import DenseCache, RaggedCache, as_ragged, free_bytes, load_cache
+from ..cache import DenseCache, RaggedCache, as_ragged, load_cache
 from ..checks import check_kind, check_text_or_ids
 from ..decoding.decoder import draws_of
-from ..decoding.paged import SIZES
-from ..decoding.pages import ROWS, page_bytes, pages_for
+from ..decoding.pages import ROWS, pages_for
 from ..inputs import check_whole_model, context_ids, lone_query_ids, query_ids, tokenizer_of
 from ..models import Model
 from . import handles
 from .handles import Handle
+from .limits import limits_of
 from .loop import Loop
 from .requests import Request
-from .store import Held, Limits, check_cache_of, free_or
+from .store import Held, check_cache_of
 
-_RESERVE = 4_000_000_000  # bytes at most of free memory that are left for answers, graphs and activations
-_UNKNOWN = 8_000_000_000  # free bytes where they cannot be known
 _PATIENCE_S = 1.0  # for an engine to end when the program does
-_USUAL = 2_048  # tokens of a question and its answer, by which pages are counted at most
 
 
 class Engine:
@@ -72,7 +69,7 @@ class Engine:
         check_kind(model, Model)
         check_whole_model(model, "an engine")  # ranks would step at times of their own
         self.model = model
-        self.limits = _limits(model, memory, host_memory, directory, tail_tokens, requests, portion)
+        self.limits = limits_of(model, memory, host_memory, directory, tail_tokens, requests, portion)
         self._loop = Loop(model, self.limits)
         self._number = 0
         self._thread = threading.Thread(target=self._loop.run, name="kvzip-engine", daemon=True)
@@ -303,40 +300,3 @@ def _abandon(loop: Loop, thread: threading.Thread) -> None:
         loop.changed.notify_all()
     if threading.current_thread() is not thread:
         thread.join(_PATIENCE_S)
-
-
-def _limits(
-    model: Model, memory: Any, host_memory: Any, directory: Any, tail_tokens: Any, requests: Any, portion: Any
-) -> Limits:
-    """The limits of an engine, those that are None chosen by what is free now."""
-    requests = checks.whole(requests, "requests", least=1)
-    portion = checks.whole(portion, "portion", least=1)
-    if requests > SIZES[-1] // 2 or portion > SIZES[-1] - requests:
-        raise ValueError(
-            f"expected requests and portion of at most {SIZES[-1]} together, and at most {SIZES[-1] // 2} requests, "
-            f"got {requests} and {portion}: a step has no more rows"
-        )
-    free = free_or(model, _UNKNOWN)
-    reserve = min(free // 8, _RESERVE)
-    if tail_tokens is None:
-        longest = pages_for(model.config.max_length)  # of one request
-        usual = min(max(requests * pages_for(_USUAL), longest), requests * longest)
-        tail_tokens = ROWS * max(1, min(usual, reserve // 2 // page_bytes(model)))
-    tail_tokens = checks.whole(tail_tokens, "tail_tokens", least=1)
-    if memory is None:
-        memory = max(1, (free - reserve) // (1 if model.device.type == "cuda" else 2))
-    if host_memory is None:
-        host_memory = (free_bytes(torch.device("cpu")) or 0) // 2
-    host_memory = checks.whole(host_memory, "host_memory", least=0)
-    if model.device.type != "cuda":
-        host_memory = 0
-    if directory is not None:
-        checks.check_path(directory, "directory")
-    return Limits(
-        checks.whole(memory, "memory", least=1),
-        host_memory,
-        None if directory is None else Path(directory),
-        tail_tokens,
-        requests,
-        portion,
-    )

@@ -19,9 +19,10 @@ from ..models import Model
 from ..sources import find_sources
 from . import handles
 from .handles import Handle
+from .limits import Limits
 from .requests import Request
 from .scheduler import Reading, Waiting, admit, portions
-from .store import Held, Limits, Store
+from .store import Held, Store
 from .turns import Turns
 
 logger = logging.getLogger(__name__)

@@ -10,30 +10,13 @@ from typing import Literal
 
 import torch
 
-from ..cache import DenseCache, RaggedCache, as_ragged, check_pairs, free_bytes, nbytes
+from ..cache import DenseCache, RaggedCache, as_ragged, check_pairs, nbytes
 from ..inputs import check_belongs
 from ..models import Model
 from . import moves
+from .limits import Limits
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much memory contexts and answers may take.
-
-    memory: bytes of contexts on the model's device. host_memory: bytes of contexts in pinned memory of the host, 0
-    where the model is on the host. directory: where contexts go for which there is no room in either; None: nowhere.
-    tail_tokens: tokens of questions and answers of all requests that run. requests: that run at a time. portion:
-    question tokens of a step.
-    """
-
-    memory: int
-    host_memory: int
-    directory: Path | None
-    tail_tokens: int
-    requests: int
-    portion: int
 
 
 @dataclass(eq=False)
@@ -316,9 +299,3 @@ def check_cache_of(model: Model, cache: DenseCache | RaggedCache) -> RaggedCache
     check_pairs(cache)
     check_belongs(model, cache)
     return as_ragged(cache)
-
-
-def free_or(model: Model, otherwise: int) -> int:
-    """Returns the free bytes on the model's device, or `otherwise` where that is not known."""
-    free = free_bytes(model.device)
-    return otherwise if free is None else free
