@@ -123,10 +123,7 @@ class Engine:
             self.check_open()
             self._check_held(context)
             context.removed = True
-            for request in [*self._loop.waiting, *self._loop.running]:
-                if cancel and request.context is context:
-                    request.cancelled = True
-            self._loop.changed.notify_all()
+            self._loop.cancel(lambda request: cancel and request.context is context)
             self._loop.changed.wait_for(lambda: context not in self._loop.store.held or self._loop.ended)
 
     @property
@@ -253,10 +250,7 @@ class Engine:
         """
         with self._loop.changed:
             self._loop.closing = True
-            if cancel:
-                for request in [*self._loop.waiting, *self._loop.running]:
-                    request.cancelled = True
-            self._loop.changed.notify_all()
+            self._loop.cancel(lambda request: cancel)
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self._loop.store.close()
@@ -285,18 +279,13 @@ class Engine:
 
     def _cancel(self, handle: Handle) -> None:
         with self._loop.changed:
-            for request in [*self._loop.waiting, *self._loop.running]:
-                if request.handle is handle:
-                    request.cancelled = True
-            self._loop.changed.notify_all()
+            self._loop.cancel(lambda request: request.handle is handle)
 
 
 def _abandon(loop: Loop, thread: threading.Thread) -> None:
     """Ends an engine that nobody closed and nobody can ask any more, also where the program ends."""
     with loop.changed:
         loop.closing = True
-        for request in [*loop.waiting, *loop.running]:
-            request.cancelled = True
-        loop.changed.notify_all()
+        loop.cancel(lambda request: True)
     if threading.current_thread() is not thread:
         thread.join(_PATIENCE_S)

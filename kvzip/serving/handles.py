@@ -65,7 +65,8 @@ class Handle:
 
     def cancel(self) -> None:
         """Ends the request, at the latest after the step that runs now. One that is done stays as it is."""
-        self._cancel(self)
+        if not self.done():
+            self._cancel(self)
 
     def __iter__(self) -> Iterator[str]:
         at = 0

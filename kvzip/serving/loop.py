@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Loop:
     """The state of an engine, and the work of its thread. Others touch it under the lock `changed`, and notify it.
 
-    `news` says that a waiting request may be able to begin.
+    `news` says that a waiting request may be able to begin, `cancels` that one was cancelled.
     """
 
     def __init__(self, model: Model, limits: Limits) -> None:
@@ -45,10 +45,17 @@ class Loop:
         self.turns = Turns()
         self.slots = list(range(limits.requests - 1, -1, -1))
         self.waiting: list[Request] = []
-        self.news = self.closing = self.ended = False
+        self.news = self.cancels = self.closing = self.ended = False
         self.broken: BaseException | None = None
         self._moved = 0
         self._changed: list[Handle] = []  # handles whose readers are to be told
+
+    def cancel(self, which: Callable[[Request], bool]) -> None:
+        """Asks the thread to end those requests. Under the lock, as all from outside."""
+        for request in [*self.waiting, *self.running]:
+            request.cancelled = request.cancelled or which(request)
+        self.cancels = True
+        self.changed.notify_all()
 
     @property
     def running(self) -> list[Request]:
@@ -139,10 +146,12 @@ class Loop:
 
     def _tidy(self) -> None:
         """Ends what was cancelled, and drops contexts that are to be removed."""
-        for request in [*self.waiting, *self.running]:
-            if request.cancelled and not request.over:
-                self._end(request, handles.cancelled())
-        self.waiting = [request for request in self.waiting if not request.over]
+        if self.cancels:  # looked for only then: thousands may be waiting
+            self.cancels = False
+            for request in [*self.waiting, *self.running]:
+                if request.cancelled and not request.over:
+                    self._end(request, handles.cancelled())
+            self.waiting = [request for request in self.waiting if not request.over]
         self._release()
         for held in [x for x in self.store.held if x.removed and not x.moving]:
             if not any(request.context is held for request in [*self.waiting, *self.running]):
