@@ -1,5 +1,6 @@
 """A step's padding changes nothing, and on a GPU its graphs give what the same pass gives without them."""
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -212,6 +213,37 @@ def test_so_they_do_over_one_context(played, heat):
     lengths = [len(answer.token_ids) for answer in answers[0][0]]
     assert answers[0] == answers[1] and len(set(lengths)) > 1
     assert len(copies) < 10 or heat > 0
+
+
+@unchecked()
+def test_an_engine_that_replays_answers_as_generate_does(played):
+    """Requests of all kinds join and leave while others go on, with a step launched ahead, as on a GPU."""
+    model = random_model.make(random_model.config(windows=(6, None), head_dim=16))
+    model = replace(model, stop_ids=tuple(range(0, 260, 20)))
+    dense = kvzip.score(model, kvzip.prefill(model, TEXT))
+    caches = [kvzip.compress(dense, 0.4), kvzip.ask(model, dense, "So?", max_tokens=3)[1]]
+    caches.append(kvzip.compress(dense, 0.5, bits=8))
+    draw = random.Random(3)
+    asked = [
+        (draw.randrange(3), "times " * draw.randint(1, 9), draw.choice([0.0, 0.0, 1.0]), draw.choice([1.0, 1.5]))
+        for _ in range(20)
+    ]
+
+    def options(heat, penalty):
+        return {"max_tokens": 24, "temperature": heat, "seed": 7, "repetition_penalty": penalty}
+
+    with kvzip.Engine(model, requests=6, portion=32) as engine:
+        runner, _ = played(engine._loop.runner)
+        engine._loop.batch.ahead = 1
+        copies, contexts = copies_of(runner), [engine.add(cache) for cache in caches]
+        handles = []
+        for n, query, *how in asked:
+            engine.submit(contexts[n], query, max_tokens=50).cancel()
+            handles.append(engine.submit(contexts[n], query, **options(*how)))
+        answers = [handle.result(60) for handle in handles]
+        assert len(copies) < runner.steps
+    plain = [kvzip.generate(model, caches[n], query, **options(*how)) for n, query, *how in asked]
+    assert answers == plain and len({len(answer.token_ids) for answer in plain}) > 4
 
 
 @pytest.mark.gpu

@@ -210,7 +210,7 @@ def test_a_long_life_takes_no_more_memory(model, caches):
         for _ in range(3):
             handles = [
                 engine.submit(draw.choice(contexts), "x" * draw.randint(1, 40), max_tokens=draw.randint(1, 5))
-                for _ in range(60)
+                for _ in range(100)
             ]
             for handle in handles:
                 handle.result(60)
