@@ -57,8 +57,15 @@ class Quantization:
     form: str = ""  # what its tensors do not say, for the model's fingerprint
 
     def of(self, name: str) -> Scheme | None:
-        """The scheme of the linear layer `name`, as `model.layers.0.mlp.up_proj`; None if no group has it."""
-        if self.method == "compressed-tensors" and any(_matches(name, target) for target in self.ignored):
+        """The scheme of the linear layer `name`, as `model.layers.0.mlp.up_proj`; None if no group has it.
+
+        compressed-tensors lists whole names and expressions, the others names or parts of them, as `mlp.down_proj`.
+        """
+        if self.method == "compressed-tensors":
+            left_out = any(_matches(name, target) for target in self.ignored)
+        else:
+            left_out = any(f".{part}." in f".{name}." for part in self.ignored)
+        if left_out:
             return None
         named = (scheme for targets, scheme in self.groups if any(_matches(name, target) for target in targets))
         of_class = (scheme for targets, scheme in self.groups if "Linear" in targets)
