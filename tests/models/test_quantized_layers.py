@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import quantized_files as files
 import torch
+from safetensors.torch import load_file, save_file
 from test_quantized_checkpoints import STACKS, check_weights, load
 from torch import Tensor
 
@@ -225,9 +226,9 @@ def test_static_scales_that_are_missing_or_differ_are_named(tmp_path: Path) -> N
     for changed, message in ((torch.tensor(0.05), r"q_proj\.input_scale to be one number"), (None, "input_scale")):
         files.write(tmp_path, form)
         path = tmp_path / "model.safetensors"
-        stored = files.load_file(path)
+        stored = load_file(path)
         stored = {key: x for key, x in stored.items() if changed is not None or not key.endswith("input_scale")}
-        files.save_file(stored | ({} if changed is None else {name: changed}), path)
+        save_file(stored | ({} if changed is None else {name: changed}), path)
         load(tmp_path)
         with pytest.raises(ValueError, match=message):
             load(tmp_path, activations="checkpoint")
