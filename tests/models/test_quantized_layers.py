@@ -115,6 +115,21 @@ def test_a_field_that_is_not_known_is_named_unless_it_says_nothing(method: str) 
             read_quantization({"quantization_config": {**config, "rotated": value}})
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_what_auto_round_adds_is_known(method: str) -> None:
+    config = {
+        **files.FORMATS[METHODS[method]].config,
+        "provider": "auto-round",
+        "autoround_version": "0.16.1",
+        "iters": 200,
+    }
+    want = read_quantization({"quantization_config": files.FORMATS[METHODS[method]].config})
+    assert read_quantization({"quantization_config": {**config, "data_type": "int"}}) == want
+    for field, value in (("data_type", "mx_fp"), ("regex_config", {".*down.*": {"bits": 8}})):
+        with pytest.raises(ValueError, match=field):
+            read_quantization({"quantization_config": {**config, field: value}})
+
+
 def test_early_spellings_of_compressed_tensors() -> None:
     config = files.FORMATS["int8, channel"].config
     want = read_quantization({"quantization_config": config})
