@@ -44,6 +44,7 @@ def load(
     rope: Mapping[str, Any] | Any = None,  # Any: a file's values are checked here, with our message
     max_length: int | Any = None,
     weights: str | Any = None,
+    head_weights: str | Any = None,
     activations: str | Any = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
@@ -59,6 +60,8 @@ def load(
         weights: "fp8", "int8" or "int4" rounds the linear layers of a 16-bit checkpoint while it is read, all but
             embedding and head; see `ops.quantize_weight`. None takes them as they are stored: a quantized checkpoint
             (fp8, fbgemm_fp8, compressed-tensors, awq, gptq, QServe's W8A8) stays in its 8 or 4 bits.
+        head_weights: "fp8", "int8" or "int4" rounds a head of 16 bits too, and the embedding where it is tied to the
+            head; also where the checkpoint's other layers are quantized.
         activations: "checkpoint" rounds the inputs of linear layers to 8 bits too, where a quantized checkpoint says
             how; None leaves them in `dtype`.
         chat_template: jinja source, for a checkpoint without one or in place of its own.
@@ -74,6 +77,7 @@ def load(
     check_text(chat_template, "chat_template")
     check_mapping(template_options, "template_options")
     check_choice(weights, "weights", tuple(FORMS))
+    check_choice(head_weights, "head_weights", tuple(FORMS))
     check_choice(activations, "activations", ("checkpoint",))
     directory = resolve(source)
     raw = read_json(config_of(directory))
@@ -99,7 +103,8 @@ def load(
     ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = torch.empty(0, device=device).device  # "cuda" is the device current now, whichever will be later
-    reading = Reading(dtype, device, kind=FORMS.get(weights), round_inputs=activations is not None)
+    kinds = FORMS.get(weights), FORMS.get(head_weights)
+    reading = Reading(dtype, device, *kinds, round_inputs=activations is not None)
     tensors, checkpoint = read_weights(files, config, layer_names, reading=reading, quantization=quantization)
     return Model(
         config=replace(config, tied=tensors.unembed is tensors.embed),
@@ -114,6 +119,7 @@ def load(
         rope=None if rope is None else dict(rope),
         max_length=None if max_length is None else config.max_length,
         quantized=weights,
+        quantized_head=head_weights,
         activations=activations,
         form="" if quantization is None else quantization.form,
     )

@@ -29,6 +29,7 @@ class Reading:
     dtype: torch.dtype
     device: torch.device
     kind: str | None = None
+    head: str | None = None  # the same of the head, and of the embedding where it is tied
     round_inputs: bool = False  # as the checkpoint says
 
 
@@ -77,6 +78,8 @@ def read_weights(
         raise ValueError(
             f"expected a checkpoint of 16 bits to quantize, got {min(schemes)!r} that is quantized: leave out weights="
         )
+    if reading.head is not None and HEAD in schemes:
+        raise ValueError("expected a head of 16 bits to quantize, got one that is quantized: leave out head_weights=")
     if reading.round_inputs and not schemes:
         raise ValueError(
             "expected a checkpoint that says how activations are rounded, got one of 16 bits: leave out activations="
@@ -167,10 +170,12 @@ def _assembled(
             names = tuple(f"layers.{index}.{name}" for name in layer_names[field])
             if reading.kind is not None or any(name in schemes for name in names):
                 stacks[f"layers.{index}.{field}"] = names
-    if HEAD in schemes:
-        stacks["unembed"] = (HEAD,)
-    for names in stacks.values():
-        plain = [name for name in names if reading.kind is None and name not in schemes]
+    head = ("embed", EMBED) if config.tied else ("unembed", HEAD)
+    if HEAD in schemes or reading.head is not None:
+        stacks[head[0]] = (head[1],)
+    kinds = {stack: reading.head if stack == head[0] else reading.kind for stack in stacks}
+    for stack, names in stacks.items():
+        plain = [name for name in names if kinds[stack] is None and name not in schemes]
         if plain:
             raise ValueError(
                 f"expected the layers of one product quantized alike, got {plain[0]!r} in 16 bits beside "
@@ -179,13 +184,15 @@ def _assembled(
     weights = _allocated(config, set(stacks), layer_names, reading)
     made: dict[str, QuantizedWeight] = {}
     digest = checkpoint_digest(
-        _filled(found, slots(config, weights, layer_names), stacks, schemes, config, reading, made)
+        _filled(found, slots(config, weights, layer_names), stacks, schemes, kinds, reading, made)
     )
     layers = [
         replace(layer, **{field: made[name] for field in LINEAR if (name := f"layers.{n}.{field}") in made})
         for n, layer in enumerate(weights.layers)
     ]
-    return replace(weights, layers=tuple(layers), unembed=made.get("unembed", weights.unembed)), digest
+    embed = made.get("embed", weights.embed)
+    unembed = embed if config.tied else made.get("unembed", weights.unembed)
+    return replace(weights, embed=embed, layers=tuple(layers), unembed=unembed), digest
 
 
 def _allocated(config: ModelConfig, left_out: set[str], layer_names: Mapping[str, Any], reading: Reading) -> Weights:
@@ -212,7 +219,7 @@ def _filled(
     places: Mapping[str, Tensor],
     stacks: Mapping[str, tuple[str, ...]],
     schemes: Mapping[str, Scheme],
-    config: ModelConfig,
+    kinds: Mapping[str, str | None],
     reading: Reading,
     made: dict[str, QuantizedWeight],
 ) -> Iterator[StoredTensor]:
@@ -237,7 +244,7 @@ def _filled(
                 yield stored_tensor(short, tensor)
             elif stack not in made:
                 read: dict[str, Tensor] = {}
-                made[stack] = _stack(stacks[stack], found, places, schemes, tensor_of, reading, read)
+                made[stack] = _stack(stacks[stack], found, places, schemes, kinds[stack], tensor_of, reading, read)
                 yield from (stored_tensor(name, tensor) for name, tensor in read.items())
 
 
@@ -246,6 +253,7 @@ def _stack(
     found: Mapping[str, Place],
     places: Mapping[str, Tensor],
     schemes: Mapping[str, Scheme],
+    kind: str | None,
     tensor_of: Callable[[Place], Tensor],
     reading: Reading,
     read: dict[str, Tensor],
@@ -259,9 +267,9 @@ def _stack(
         return read.get(name)
 
     stems = [name.removesuffix(".weight") for name in names]
-    if reading.kind is not None:
+    if kind is not None:
         whole = [get(stem, "weight") for stem in stems]
-        return stack_weights([quantize_weight(x.to(reading.device), reading.kind) for x in whole if x is not None])
+        return stack_weights([quantize_weight(x.to(reading.device), kind) for x in whole if x is not None])
     gets = [partial(get, stem) for stem in stems]
     parts = [
         read_part(stem, schemes[name], own, *places[name].shape)

@@ -1,11 +1,11 @@
 """Weights in 8 and 4 bits: one form for all that checkpoints have, how it is made, and what it means."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
-from jaxtyping import Float, Float32, Int8, Shaped
+from jaxtyping import Float, Float32, Int8, Int64, Shaped
 from torch import Tensor
 
 KINDS = ("e4m3", "int8", "int4")
@@ -108,6 +108,20 @@ def expand(
         values -= weight.zero[owner].to(wide)[..., None]
     values *= weight.scale[owner].to(wide)[..., None]  # in place: fresh memory costs a processor more than the product
     return values.flatten(1)[:, : weight.inputs].to(dtype)
+
+
+def embedding(
+    ids: Int64[Tensor, "*b"], weight: Float[Tensor, "N K"] | QuantizedWeight, dtype: torch.dtype
+) -> Float[Tensor, "*b K"]:
+    """Returns the rows of a table in a floating dtype; of a quantized one, the rows asked for are expanded."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.embedding(ids, weight)
+    flat = ids.flatten()
+    codes = weight.codes.view(torch.uint8)[flat].view(weight.codes.dtype)
+    owner = flat // weight.rows
+    zero = None if weight.zero is None else weight.zero[owner]
+    picked = replace(weight, codes=codes, scale=weight.scale[owner], zero=zero, rows=1)
+    return expand(picked, dtype).view(*ids.shape, weight.inputs)
 
 
 def plain(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Float[Tensor, "N K"]:

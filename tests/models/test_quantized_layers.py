@@ -87,6 +87,18 @@ def test_a_head_may_be_quantized_beside_an_embedding_in_16_bits(name: str, tmp_p
     check_weights(model, meant)
 
 
+def test_a_head_of_16_bits_may_be_rounded_beside_quantized_layers(tmp_path: Path) -> None:
+    form = files.FORMATS["packed 4, group"]
+    files.write(tmp_path, form)
+    model = load(tmp_path, head_weights="int8")
+    own, plain = model.weights.unembed, load(tmp_path).weights.unembed
+    assert isinstance(own, QuantizedWeight) and isinstance(plain, Tensor) and isinstance(model.weights.embed, Tensor)
+    assert torch.equal(expand(own, torch.float64), expand(ops.quantize_weight(plain, "int8"), torch.float64))
+    files.write(tmp_path, told(form, ignore=[]), head="quantized")
+    with pytest.raises(ValueError, match="a head of 16 bits to quantize, got one that is quantized"):
+        load(tmp_path, head_weights="int8")
+
+
 def test_an_embedding_in_codes_is_refused(tmp_path: Path) -> None:
     form = replace(files.FORMATS["int8, channel"])
     files.write(tmp_path, form)
