@@ -209,7 +209,7 @@ def own_logits(model: kvzip.Model, ids: Tensor) -> Tensor:
 
 def answers(model: kvzip.Model) -> list[str]:
     cache = kvzip.prefill(model, TEXT)
-    return [answer.text.strip() for answer in kvzip.generate(model, cache, list(QUESTIONS), max_tokens=24)]
+    return [answer.text.strip() for answer in kvzip.generate(model, cache, list(QUESTIONS), max_tokens=12)]
 
 
 def compared(source: Path, directory: Path, name: str, ids: Tensor, base: Mapping[str, Any]) -> dict[str, Any]:
