@@ -174,14 +174,14 @@ def packed_weights(directory: Path, maker: str) -> dict[str, Tensor]:
         def unpack(own: dict[str, Tensor]) -> Tensor:
             inputs, outputs = own["qweight"].shape[0] * 32 // bits, own["qweight"].shape[1]
             layer = QuantLinear(bits, group, inputs, outputs, False, weight_dtype=torch.float32)
-            for name in ("qweight", "qzeros", "g_idx"):
+            for name in ("qweight", "qzeros"):  # with g_idx it leaves out outputs beyond the number of inputs
                 setattr(layer, name, own[name])
             layer.scales = own["scales"].float()
             layer.post_init()
             return layer(torch.eye(inputs)).T.contiguous()
 
     names = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
-    parts = ("qweight", "qzeros", "scales", "g_idx")
+    parts = ("qweight", "qzeros", "scales")
     return {
         name: unpack({x: stored[f"{name}.{x}"] for x in parts if f"{name}.{x}" in stored}) for name in sorted(names)
     }

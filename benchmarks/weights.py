@@ -108,6 +108,7 @@ def quality_part(options: argparse.Namespace) -> int:
                     return UNFINISHED
                 example = contexts[key]
                 cache = kvzip.score(model, prefill_example(model, example, form=options.chat))
+                assert cache.scores is not None
                 masks = [torch.stack([*kvzip.keep_mask(cache.scores, ratio)]).cpu() for ratio in RATIOS]
                 wanted.setdefault(key, masks)
                 if key not in left:
