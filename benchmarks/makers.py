@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def meant_logits(source: Path, directory: Path, maker: str, ids: Tensor) -> dict
 
     if maker == "llmcompressor":
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        found = {"inputs": model(ids).logits}
+        found, rounds = {"inputs": model(ids).logits}, False
         for layer in model.modules():
             scheme = getattr(layer, "quantization_scheme", None)
             if scheme is not None:
@@ -162,7 +162,6 @@ def packed_weights(directory: Path, maker: str) -> dict[str, Tensor]:
     stored = {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     bits, group = config["bits"], config["group_size"]
-    unpack: Callable[[dict[str, Tensor]], Tensor]
     if maker == "auto_awq":
         from auto_round.export.export_to_awq.utils import dequantize_gemm  # pyright: ignore[reportMissingImports]
 

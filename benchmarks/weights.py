@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parts = parser.add_subparsers(dest="part", required=True)
-    device = {"default": "cuda" if torch.cuda.is_available() else "cpu"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     quality = parts.add_parser("quality")
     quality.add_argument("models", type=Path, nargs="+")
     quality.add_argument("--data", help="directory of JSONL files")
@@ -72,7 +72,7 @@ def main() -> int:
     quality.add_argument("--max-tokens", type=int, default=64, help="of an answer, at most")
     quality.add_argument("--chat", default="chat", choices=("chat", "cloze"), help="how questions are asked")
     quality.add_argument("--dtype", default="bfloat16")
-    quality.add_argument("--device", **device)
+    quality.add_argument("--device", default=device)
     quality.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing new is begun")
     size = parts.add_parser("size")
     size.add_argument("--shape", default="llama-3.1-70b", choices=shapes())
@@ -82,7 +82,7 @@ def main() -> int:
     size.add_argument("--ratio", type=float, default=0.3)
     size.add_argument("--segment", type=int, default=16_000)
     size.add_argument("--steps", type=int, default=32)
-    size.add_argument("--device", **device)
+    size.add_argument("--device", default=device)
     parts.add_parser("show")
     options = parser.parse_args()
     return {"quality": quality_part, "size": size_part, "show": show_part}[options.part](options)
