@@ -137,7 +137,7 @@ def meant_logits(source: Path, directory: Path, maker: str, ids: Tensor) -> dict
     """Transformers' logits in float32 with the weights that the library reads, and with inputs rounded by it."""
     from transformers import AutoModelForCausalLM
 
-    if maker == "llmcompressor":
+    if maker == "llmcompressor" and config_of(directory)["format"] != "pack-quantized":
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         found, rounds = {"inputs": model(ids).logits}, False
         for layer in model.modules():
@@ -156,13 +156,30 @@ def meant_logits(source: Path, directory: Path, maker: str, ids: Tensor) -> dict
 
 
 def packed_weights(directory: Path, maker: str) -> dict[str, Tensor]:
-    """The weights of packed layers in float32, unpacked by AutoRound's own layers."""
+    """The weights of packed layers in float32, unpacked by the library's own means.
+
+    Transformers 5.24 refuses files of compressed-tensors with packed zero points: it expects another shape of them.
+    """
     from safetensors.torch import load_file
 
     stored = {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
-    config = json.loads((directory / "config.json").read_text())["quantization_config"]
-    bits, group = config["bits"], config["group_size"]
-    if maker == "auto_awq":
+    config = config_of(directory)
+    bits, group = config.get("bits"), config.get("group_size")
+    main = "qweight"
+    if maker == "llmcompressor":
+        from compressed_tensors.compressors import BaseCompressor  # pyright: ignore[reportMissingImports]
+        from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
+            QuantizationArgs,
+            QuantizationScheme,
+        )
+
+        main, compressor = "weight_packed", BaseCompressor.load_from_registry("pack-quantized")
+        weights = QuantizationArgs(**config["config_groups"]["group_0"]["weights"])
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+
+        def unpack(own: dict[str, Tensor]) -> Tensor:
+            return compressor.decompress({**own, "weight_scale": own["weight_scale"].float()}, scheme)["weight"]
+    elif maker == "auto_awq":
         from auto_round.export.export_to_awq.utils import dequantize_gemm  # pyright: ignore[reportMissingImports]
 
         def unpack(own: dict[str, Tensor]) -> Tensor:
@@ -179,11 +196,17 @@ def packed_weights(directory: Path, maker: str) -> dict[str, Tensor]:
             layer.post_init()
             return layer(torch.eye(inputs)).T.contiguous()
 
-    names = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
-    parts = ("qweight", "qzeros", "scales")
-    return {
-        name: unpack({x: stored[f"{name}.{x}"] for x in parts if f"{name}.{x}" in stored}) for name in sorted(names)
-    }
+    names = {name.removesuffix(f".{main}") for name in stored if name.endswith(f".{main}")}
+    layers: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(names)}
+    for name, tensor in stored.items():
+        stem, _, suffix = name.rpartition(".")
+        if stem in layers:
+            layers[stem][suffix] = tensor
+    return {name: unpack(own) for name, own in layers.items()}
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
 # --- read by kvzip
