@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..parallel import Share, Sum, whole_logits
+from ..parallel.reduction import BESIDE_BYTES
 from ..prompts import ChatTemplate
 from .config import ModelConfig
 from .division import HEAD_UNIT
@@ -155,9 +156,13 @@ def _run(
 def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, model: Model) -> Tensor:
     """The rest of a layer, in blocks of rows.
 
-    The product of each block is begun before the sum over ranks of the one before is waited for.
+    The product of each block is begun before the sum over ranks of the one before is waited for, so ranks have at least
+    two blocks of rows whose sums take long.
     """
-    blocks = zip(hidden.split(_ROWS_PER_BLOCK), attended.split(_ROWS_PER_BLOCK), strict=True)
+    rows = _ROWS_PER_BLOCK
+    if model.add is not None and hidden.nbytes >= 2 * BESIDE_BYTES:
+        rows = min(rows, -(-len(hidden) // 2))
+    blocks = zip(hidden.split(rows), attended.split(rows), strict=True)
     sums = deque(_adding(*block, layer.o, layer.o_bias, layer.attn_post_norm, model) for block in blocks)
     outs = deque[Callable[[], Tensor]]()
     while sums:  # each is dropped with what it holds
