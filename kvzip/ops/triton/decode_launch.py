@@ -76,6 +76,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         block = 32 if rows <= 32 else 64
         few = D <= 128 and (block == 32 or (hopper and not padded))
         return Launch(block, keys, 4 if few else 8, 3)  # 4 warps would spill elsewhere
+    if D > 64 and not hopper:
+        keys = 32  # 64 would spill
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
 
