@@ -100,14 +100,11 @@ def _case(
     variants: dict[str, Variant] = {"kvzip": calls(form, own), "kvzip, bf16": calls(None, own)}
     variants |= {what: calls(form, run, prepare) for what, (run, prepare) in _alternatives(form, rows).items()}
     if launches:
-        from kvzip.ops.triton import linear, linear_quantized, linear_row4
+        from kvzip.ops.triton import linear, linear_quantized
 
         for config in linear_quantized.LAUNCHES[KINDS[form]]:
             run = lambda x, weight, options, c=config: linear_quantized.few_rows(x, weight, **options, config=c)  # noqa: E731
             variants[f"launch {tuple(config)}"] = calls(form, run)
-        for config in linear_row4.LAUNCHES if form == "int4" else ():
-            run = lambda x, weight, options, c=config: linear_row4.row_of_4_bits(x, weight, **options, config=c)  # noqa: E731
-            variants[f"launch of one row {tuple(config)}"] = calls(form, run)
         for config in linear.LAUNCHES if form != "int4" else ():
             run = lambda x, weight, options, c=config: linear.one_row(x, weight, **options, config=c)  # noqa: E731
             variants[f"launch of one row {tuple(config)}"] = calls(form, run)
