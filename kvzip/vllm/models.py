@@ -1,10 +1,6 @@
 """vLLM's models, which bring kvzip's state of a batch."""
 
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-
+from kvzip.vllm import interfaces as vllm
 from kvzip.vllm.state import DocumentState
 
 
@@ -14,17 +10,17 @@ class _WithDocuments:
         return DocumentState
 
 
-class KvzipLlamaForCausalLM(_WithDocuments, LlamaForCausalLM):
+class KvzipLlamaForCausalLM(_WithDocuments, vllm.LlamaForCausalLM):
     """Llama."""
 
 
-class KvzipMistralForCausalLM(_WithDocuments, MistralForCausalLM):
+class KvzipMistralForCausalLM(_WithDocuments, vllm.MistralForCausalLM):
     """Mistral."""
 
 
-class KvzipQwen2ForCausalLM(_WithDocuments, Qwen2ForCausalLM):
+class KvzipQwen2ForCausalLM(_WithDocuments, vllm.Qwen2ForCausalLM):
     """Qwen 2 and 2.5."""
 
 
-class KvzipQwen3ForCausalLM(_WithDocuments, Qwen3ForCausalLM):
+class KvzipQwen3ForCausalLM(_WithDocuments, vllm.Qwen3ForCausalLM):
     """Qwen 3."""
