@@ -20,7 +20,7 @@ def register_all() -> None:
             hook = type(f"Kvzip{architecture}Config", (Prepared, before), {})
             vllm.MODELS_CONFIG_MAP[architecture] = hook
     if vllm.current_platform.is_cpu():  # which has one backend, whatever is asked for
-        vllm.register_backend(vllm.AttentionBackendEnum.CPU_ATTN, "kvzip.vllm.attention.BackendOfHost")
+        vllm.register_backend(vllm.AttentionBackendEnum.CPU_ATTN, "kvzip.vllm.host_attention.BackendOfHost")
 
 
 class Prepared(vllm.VerifyAndUpdateConfig):
