@@ -21,7 +21,7 @@ def with_documents(source: str, tokens: dict[str, str] | None = None) -> str:
     Raises: ValueError for a template that does not write each message once, or changes what a message says.
     """
     prompt = render(ChatTemplate(source, tokens or {}))
-    blank, postfix, separator = (json.dumps(x) for x in (QUERY_SEPARATOR, prompt.postfix, prompt.separator or ""))
+    blank, postfix, separator = (json.dumps(x, ensure_ascii=False) for x in (QUERY_SEPARATOR, prompt.postfix, prompt.separator or ""))
     rest = (
         "{%- for m in messages %}"
         "{%- if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
@@ -32,4 +32,5 @@ def with_documents(source: str, tokens: dict[str, str] | None = None) -> str:
         f"{{%- else %}}{{{{- {blank} if loop.first else {separator} }}}}{{{{- text | trim }}}}{{{{- {postfix} }}}}"
         "{%- endif %}{%- endfor %}"
     )
-    return f"{{%- if {FLAG} is defined and {FLAG} %}}{rest}{{%- else %}}{source}{{%- endif %}}"
+    # jinja drops a newline at the end of a template, and here the end is another one
+    return f"{{%- if {FLAG} is defined and {FLAG} %}}{rest}{{%- else %}}{source.removesuffix(chr(10))}{{% endif %}}"
