@@ -34,8 +34,9 @@ def describe(source: str, overrides: Any = None) -> tuple[ModelConfig, bool]:
 def fingerprint(model: torch.nn.Module, config: ModelConfig, *, source: str, dtype: torch.dtype, files: bool) -> str:
     """Returns the fingerprint that `kvzip.load` gives the model that vLLM runs, from vLLM's parameters.
 
-    A tensor is looked at in the dtype in which the checkpoint stores it. Where the parameters are narrower than that,
-    and with `files` (quantized weights), the checkpoint's files are read instead: 512 bytes of each tensor.
+    A tensor is looked at in the dtype in which the checkpoint stores it. Where the parameters are narrower than that or
+    were packed for a processor, and with `files` (quantized weights), the checkpoint's files are read instead: 512 bytes
+    of each tensor.
 
     Raises: FileNotFoundError if files are asked for and not there.
     """
@@ -45,17 +46,18 @@ def fingerprint(model: torch.nn.Module, config: ModelConfig, *, source: str, dty
         if files:
             raise
         stored = {}
-    found = list(stored.values()) if files else [*_seen(dict(_named(model, config)), stored)]
+    found = list(stored.values()) if files else [*(stored | {x.name: x for x in _seen(model, config, stored)}).values()]
     return fingerprint_of(config, identity_of(config, checkpoint_digest(found)), dtype)
 
 
-def _seen(tensors: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> Iterator[StoredTensor]:
-    for name, tensor in tensors.items():
+def _seen(
+    model: torch.nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor]
+) -> Iterator[StoredTensor]:
+    """The parameters that can be seen as the checkpoint stores them."""
+    for name, tensor in _named(model, config):
         kept = stored.get(name)
         dtype = tensor.dtype if kept is None else _FLOATS.get(kept.dtype, tensor.dtype)
-        if kept is not None and dtype.itemsize > tensor.dtype.itemsize:
-            yield kept
-        else:
+        if kept is None or dtype.itemsize <= tensor.dtype.itemsize:
             yield stored_tensor(name, tensor.to(dtype))
 
 
@@ -67,6 +69,8 @@ def _named(model: torch.nn.Module, config: ModelConfig) -> Iterator[tuple[str, T
         "mlp.gate_up_proj": (("gate_proj", "up_proj"), (config.intermediate_size,) * 2),
     }
     for full, parameter in model.named_parameters():
+        if not parameter.numel():  # packed by vLLM for a CPU
+            continue
         name = full.removeprefix("model.")
         block, field = name.rpartition(".")[::2]
         joined = next((key for key in stacked if block.endswith(key)), None)

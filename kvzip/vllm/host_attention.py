@@ -41,9 +41,9 @@ class HostImpl(vllm.CPUAttentionBackendImpl):
         **options: Any,
     ) -> Tensor:
         """Attention of the batch into `output`, [tokens, heads, width] or those joined."""
-        step = getattr(attn_metadata, "kvzip", None)
-        if step is None:  # of a warm-up
-            return output
+        if attn_metadata is None:  # of a warm-up
+            return output.zero_()
+        step = attn_metadata.kvzip
         count = attn_metadata.num_actual_tokens
         query, rows = query[:count], step.rows
         k, v = kv_cache.split(self.head_size, dim=-1)

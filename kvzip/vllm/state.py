@@ -92,7 +92,7 @@ class DocumentState(vllm.DefaultModelState):
         steps: dict[int, Step] = {}
         for layer in metadata.values():
             count = layer.num_actual_tokens
-            if whole or reads:
+            if whole or reads or self._positions.device.type == "cpu":
                 steps.setdefault(count, Step(self.documents.table, QueryRows(*self._rows[:, :count])))
             layer.kvzip = steps.get(count)
         return metadata
