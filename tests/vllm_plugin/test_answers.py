@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 
 import kvzip
@@ -24,17 +23,9 @@ def expected(model: Any, cache: Any, ids: list[int]) -> list[int]:
     return found
 
 
-def ask(engine: Any, prompts: list[list[int]], names: list[str | None], **given: Any) -> list[Any]:
+def ask(engine: Any, prompts: list[list[int]], names: list[str | None]) -> list[Any]:
     """The requests' outputs, all asked at once."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False,
-            extra_args=None if name is None else {"kvzip": name}, **given,
-        )
-        for name in names
-    ]  # fmt: skip
+    params = [sampling(TOKENS, name) for name in names]
     return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
@@ -53,3 +44,88 @@ def test_two_documents_and_a_plain_request_in_one_batch(engine: Any, model: Any,
     assert len({tuple(x) for x in wanted}) == 4
     empty = kvzip.prefill(model, torch.tensor(plain[:1]), template=False)
     assert found[-1] == expected(model, empty, plain[1:])
+
+
+def test_pages_are_shared_within_a_document_and_never_between_two(
+    engine: Any, model: Any, caches: dict[str, Any]
+) -> None:
+    question = query_ids(model, caches["a"], ["Which of the numbers above is the largest one, and why?"], template=True)[0]
+    wanted = {name: expected(model, cache, question) for name, cache in caches.items()}
+    assert wanted["a"] != wanted["b"]
+    first = ask(engine, [question], ["a"])
+    other = ask(engine, [question], ["b"])
+    again = ask(engine, [question] * 3, ["a", "b", None])
+    assert tokens(first) == [wanted["a"]] and tokens(other) == [wanted["b"]]
+    assert tokens(again)[:2] == [wanted["a"], wanted["b"]] and tokens(again)[2] not in wanted.values()
+    assert [x.num_cached_tokens for x in (*first, *other)] == [0, 0]
+    size = block_size(engine)
+    assert [x.num_cached_tokens for x in again] == [len(question) // size * size] * 2 + [0]
+
+
+def test_pages_hold_questions_and_answers_only(engine: Any, model: Any, caches: dict[str, Any]) -> None:
+    assert min(cache.context_length for cache in caches.values()) > engine.model_config.max_model_len
+    question = query_ids(model, caches["b"], ["How long is it?"], template=True)[0]
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    free, used = pool.get_num_free_blocks(), []
+    engine.llm_engine.add_request("r", {"prompt_token_ids": question}, sampling(3, "b"))
+    while engine.llm_engine.has_unfinished_requests():
+        engine.llm_engine.step()
+        used.append(free - pool.get_num_free_blocks())
+    assert max(used) == -(-(len(question) + 2) // block_size(engine))
+    assert pool.get_num_free_blocks() == free
+
+
+def test_documents_come_and_go_while_requests_run(
+    engine: Any, model: Any, caches: dict[str, Any], files: Any
+) -> None:
+    (files / "c.kvz").write_bytes((files / "a.kvz").read_bytes())
+    assert call(engine, "kvzip_load", "c", "c.kvz")["answer"]["kept"] == caches["a"].kept
+    question = query_ids(model, caches["a"], ["Is it so?"], template=True)[0]
+    engine.llm_engine.add_request("c", {"prompt_token_ids": question}, sampling(TOKENS, "c"))
+    engine.llm_engine.step()
+    assert call(engine, "kvzip_drop", "c")["answer"]["requests"] == 1
+    assert [x["name"] for x in call(engine, "kvzip_list")["answer"]] == ["a", "b"]
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += engine.llm_engine.step()
+    assert list(outputs[-1].outputs[0].token_ids) == expected(model, caches["a"], question)
+    documents = engine.llm_engine.engine_core.engine_core.scheduler.documents
+    assert sum(x is not None for x in documents.table.layers) == 2
+    assert call(engine, "kvzip_drop", "c") == {"status": 404, "answer": "no document 'c'"}
+    assert call(engine, "kvzip_load", "d", "../d.kvz")["status"] == 403
+    assert call(engine, "kvzip_load", "d", "d.kvz")["status"] == 404
+    assert "a name that is not in use" in call(engine, "kvzip_load", "a", "a.kvz")["answer"]
+
+
+def test_an_unknown_document_ends_its_request_and_no_other(engine: Any, model: Any, caches: dict[str, Any]) -> None:
+    question = query_ids(model, caches["a"], ["Who?"], template=True)[0]
+    outputs = ask(engine, [question, question], ["missing", "a"])
+    assert outputs[0].outputs[0].finish_reason == "error" and not outputs[0].outputs[0].token_ids
+    assert tokens(outputs)[1] == expected(model, caches["a"], question)
+
+
+def test_a_question_longer_than_a_step_is_read_in_parts(engine: Any, model: Any, caches: dict[str, Any]) -> None:
+    asked = [(name, query_ids(model, caches[name], [f"{n} " + "why " * 15], template=True)[0])
+             for n in range(5) for name in caches]  # fmt: skip
+    assert sum(len(ids) for _, ids in asked) > 2 * 256
+    found = tokens(ask(engine, [ids for _, ids in asked], [name for name, _ in asked]))
+    assert found == [expected(model, caches[name], ids) for name, ids in asked]
+
+
+def sampling(count: int, name: str | None) -> Any:
+    """Parameters of a greedy request."""
+    from vllm import SamplingParams
+
+    extra = None if name is None else {"kvzip": name}
+    return SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)
+
+
+def block_size(engine: Any) -> int:
+    """Tokens of a page."""
+    return engine.llm_engine.vllm_config.cache_config.block_size
+
+
+def call(engine: Any, method: str, *args: str) -> dict[str, Any]:
+    """What the worker answers."""
+    return engine.collective_rpc(method, args=args)[0]
