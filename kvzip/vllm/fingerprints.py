@@ -50,9 +50,7 @@ def fingerprint(model: torch.nn.Module, config: ModelConfig, *, source: str, dty
     return fingerprint_of(config, identity_of(config, checkpoint_digest(found)), dtype)
 
 
-def _seen(
-    model: torch.nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor]
-) -> Iterator[StoredTensor]:
+def _seen(model: torch.nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Iterator[StoredTensor]:
     """The parameters that can be seen as the checkpoint stores them."""
     for name, tensor in _named(model, config):
         kept = stored.get(name)

@@ -56,7 +56,9 @@ def _reasons(config: Any) -> list[str | None]:
         f"quantized pages ({pages}): leave out --kv-cache-dtype, documents have their own bits"
         if pages not in plain
         else None,
-        f"a sliding window of {windows}: no layer of this model may forget the document" if windows is not None else None,
+        f"a sliding window of {windows}: no layer of this model may forget the document"
+        if windows is not None
+        else None,
         "a KV connector: leave out --kv-transfer-config, others would not know the pages' documents"
         if getattr(config, "kv_transfer_config", None) is not None
         else None,

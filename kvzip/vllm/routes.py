@@ -124,7 +124,8 @@ def _refusal(name: str, documents: dict[str, Any], *, chat: bool) -> Any:
         return _error(404, f"expected a document that is loaded ({known}), got {name[:200]!r}: load it at {PATH}")
     if chat and not documents[name]["chat"]:
         return _error(
-            400, f"expected a document with a chat prefix, got {name!r} without one: send its questions to {COMPLETIONS}"
+            400,
+            f"expected a document with a chat prefix, got {name!r} without one: send its questions to {COMPLETIONS}",
         )
     return None
 

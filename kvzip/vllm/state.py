@@ -59,7 +59,9 @@ class DocumentState(vllm.DefaultModelState):
             model, config, source=self.model_config.model, dtype=self.dtype, files=quantized
         )
         self.documents = documents_of(vllm_config.instance_id)
-        server = Server(config, found, torch.empty(0, device=device).device, self.dtype, self.max_model_len, _longest(model))
+        server = Server(
+            config, found, torch.empty(0, device=device).device, self.dtype, self.max_model_len, _longest(model)
+        )
         self.documents.start(server, settings_of(vllm_config.additional_config))
         self._host = np.zeros((2, self.max_num_reqs), dtype=np.int32)  # place of the document and its tokens
         self._host[0] = -1

@@ -21,7 +21,9 @@ def with_documents(source: str, tokens: dict[str, str] | None = None) -> str:
     Raises: ValueError for a template that does not write each message once, or changes what a message says.
     """
     prompt = render(ChatTemplate(source, tokens or {}))
-    blank, postfix, separator = (json.dumps(x, ensure_ascii=False) for x in (QUERY_SEPARATOR, prompt.postfix, prompt.separator or ""))
+    blank, postfix, separator = (
+        json.dumps(x, ensure_ascii=False) for x in (QUERY_SEPARATOR, prompt.postfix, prompt.separator or "")
+    )
     rest = (
         "{%- for m in messages %}"
         "{%- if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOM = 96  # tokens of a question and its answer: less than each document has
-RATIOS = {"a": 0.3, "b": 0.5}
+RATIOS = {"a": 0.3, "b": 0.5}  # of the documents
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -78,21 +77,6 @@ def files(model: Any, caches: dict[str, Any], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def engine(model_dir: Path, files: Path) -> Iterator[Any]:
     """vLLM with both documents, its prefix caching on."""
+    from vllm_engines import start
+
     yield start(model_dir, {"documents": {n: str(files / f"{n}.kvz") for n in RATIOS}, "directory": str(files)})
-
-
-def start(model_dir: Path, settings: dict[str, Any], **options: Any) -> Any:
-    """Returns a `vllm.LLM` with kvzip's backend."""
-    from vllm import LLM
-
-    given = {"dtype": "float32", "attention_backend": "CUSTOM", "enforce_eager": True, **options}
-    return LLM(
-        model=str(model_dir),
-        max_model_len=ROOM,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        enable_prefix_caching=True,
-        disable_log_stats=False,
-        additional_config={"kvzip": settings},
-        **given,
-    )

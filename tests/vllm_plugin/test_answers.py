@@ -5,33 +5,10 @@ from typing import Any
 import torch
 
 import kvzip
-from kvzip.decoding import Decoder
 from kvzip.inputs import query_ids
+from vllm_engines import TOKENS, ask, block_size, call, expected, sampling, tokens
 
 QUESTIONS = ("What is a7?", "And which numbers are squares?")
-TOKENS = 10
-
-
-def expected(model: Any, cache: Any, ids: list[int]) -> list[int]:
-    """The most likely tokens of kvzip's own decoder."""
-    decoder = Decoder(model, cache, batch=1, tail=len(ids) + TOKENS)
-    decoder.read([ids])
-    found = [int(decoder.tokens)]
-    for _ in range(TOKENS - 1):
-        decoder.step()
-        found.append(int(decoder.tokens))
-    return found
-
-
-def ask(engine: Any, prompts: list[list[int]], names: list[str | None]) -> list[Any]:
-    """The requests' outputs, all asked at once."""
-    params = [sampling(TOKENS, name) for name in names]
-    return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-
-
-def tokens(outputs: list[Any]) -> list[list[int]]:
-    """The tokens of each answer."""
-    return [list(x.outputs[0].token_ids) for x in outputs]
 
 
 def test_two_documents_and_a_plain_request_in_one_batch(engine: Any, model: Any, caches: dict[str, Any]) -> None:
@@ -49,7 +26,9 @@ def test_two_documents_and_a_plain_request_in_one_batch(engine: Any, model: Any,
 def test_pages_are_shared_within_a_document_and_never_between_two(
     engine: Any, model: Any, caches: dict[str, Any]
 ) -> None:
-    question = query_ids(model, caches["a"], ["Which of the numbers above is the largest one, and why?"], template=True)[0]
+    question = query_ids(
+        model, caches["a"], ["Which of the numbers above is the largest one, and why?"], template=True
+    )[0]
     wanted = {name: expected(model, cache, question) for name, cache in caches.items()}
     assert wanted["a"] != wanted["b"]
     first = ask(engine, [question], ["a"])
@@ -76,9 +55,7 @@ def test_pages_hold_questions_and_answers_only(engine: Any, model: Any, caches: 
     assert pool.get_num_free_blocks() == free
 
 
-def test_documents_come_and_go_while_requests_run(
-    engine: Any, model: Any, caches: dict[str, Any], files: Any
-) -> None:
+def test_documents_come_and_go_while_requests_run(engine: Any, model: Any, caches: dict[str, Any], files: Any) -> None:
     (files / "c.kvz").write_bytes((files / "a.kvz").read_bytes())
     assert call(engine, "kvzip_load", "c", "c.kvz")["answer"]["kept"] == caches["a"].kept
     question = query_ids(model, caches["a"], ["Is it so?"], template=True)[0]
@@ -111,21 +88,3 @@ def test_a_question_longer_than_a_step_is_read_in_parts(engine: Any, model: Any,
     assert sum(len(ids) for _, ids in asked) > 2 * 256
     found = tokens(ask(engine, [ids for _, ids in asked], [name for name, _ in asked]))
     assert found == [expected(model, caches[name], ids) for name, ids in asked]
-
-
-def sampling(count: int, name: str | None) -> Any:
-    """Parameters of a greedy request."""
-    from vllm import SamplingParams
-
-    extra = None if name is None else {"kvzip": name}
-    return SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)
-
-
-def block_size(engine: Any) -> int:
-    """Tokens of a page."""
-    return engine.llm_engine.vllm_config.cache_config.block_size
-
-
-def call(engine: Any, method: str, *args: str) -> dict[str, Any]:
-    """What the worker answers."""
-    return engine.collective_rpc(method, args=args)[0]
