@@ -42,7 +42,7 @@ _STAGES = (
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
+TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.vllm", "kvzip.cli", "kvzip.__main__"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 

@@ -1,5 +1,7 @@
 """vLLM engines of tests, what they are asked, and what kvzip's own decoder answers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,26 @@ ROOM = 96  # tokens of a question and its answer: less than each document has
 TOKENS = 10
 
 
-def start(model_dir: Path, settings: dict[str, Any], **options: Any) -> Any:
-    """Returns a `vllm.LLM` with kvzip's backend."""
+@contextmanager
+def running(model_dir: Path, settings: dict[str, Any], **options: Any) -> Iterator[Any]:
+    """Gives a `vllm.LLM` with kvzip's backend; after it there can be another one in this process."""
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     given = {"dtype": "float32", "attention_backend": "CUSTOM", "enforce_eager": True, **options}
-    return LLM(
-        model=str(model_dir),
-        max_model_len=ROOM,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        enable_prefix_caching=True,
-        disable_log_stats=False,
-        additional_config={"kvzip": settings},
-        **given,
-    )
+    try:
+        yield LLM(
+            model=str(model_dir),
+            max_model_len=ROOM,
+            max_num_seqs=8,
+            max_num_batched_tokens=256,
+            enable_prefix_caching=True,
+            disable_log_stats=False,
+            additional_config={"kvzip": settings},
+            **given,
+        )
+    finally:
+        cleanup_dist_env_and_memory()
 
 
 def expected(model: Any, cache: Any, ids: list[int]) -> list[int]:

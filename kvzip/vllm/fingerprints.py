@@ -35,8 +35,8 @@ def fingerprint(model: torch.nn.Module, config: ModelConfig, *, source: str, dty
     """Returns the fingerprint that `kvzip.load` gives the model that vLLM runs, from vLLM's parameters.
 
     A tensor is looked at in the dtype in which the checkpoint stores it. Where the parameters are narrower than that or
-    were packed for a processor, and with `files` (quantized weights), the checkpoint's files are read instead: 512 bytes
-    of each tensor.
+    were packed for a processor, and with `files` (quantized weights), the checkpoint's files are read instead: 512
+    bytes of each tensor.
 
     Raises: FileNotFoundError if files are asked for and not there.
     """

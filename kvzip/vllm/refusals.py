@@ -22,8 +22,8 @@ def check_architecture(model: Any) -> None:
     given = [name.removeprefix("Kvzip") for name in getattr(model.hf_config, "architectures", None) or ["none"]]
     if given[0] not in ARCHITECTURES:
         raise ValueError(
-            f"expected a model of {', '.join(ARCHITECTURES)} for kvzip's vLLM backend, got {given[0]}: serve it without "
-            "--attention-backend CUSTOM, or ask its documents with kvzip itself"
+            f"expected a model of {', '.join(ARCHITECTURES)} for kvzip's vLLM backend, got {given[0]}: serve it "
+            "without --attention-backend CUSTOM, or ask its documents with kvzip itself"
         )
 
 

@@ -47,8 +47,8 @@ def prepare_(config: Any) -> None:
     settings_of(config.additional_config)
     if not config.use_v2_model_runner:
         raise ValueError(
-            "expected vLLM's second model runner for kvzip's backend, got the first: set VLLM_USE_V2_MODEL_RUNNER=1, or "
-            "leave out the options that vLLM says it does not support"
+            "expected vLLM's second model runner for kvzip's backend, got the first: set VLLM_USE_V2_MODEL_RUNNER=1, "
+            "or leave out the options that vLLM says it does not support"
         )
     config.model_config.hf_config.architectures = [
         name if name.startswith("Kvzip") else f"Kvzip{name}" for name in config.model_config.hf_config.architectures

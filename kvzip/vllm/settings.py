@@ -13,8 +13,8 @@ KEY = "kvzip"
 class Settings:
     """documents: files to load at start, by name. directory: where routes may load files from; None: nowhere.
 
-    capacity: documents at most. bits: 8 or 4 if the rows of all documents are quantized to them. bias: whether documents
-    may have biases.
+    capacity: documents at most. bits: 8 or 4 if the rows of all documents are quantized to them. bias: whether
+    documents may have biases.
 
     Raises: ValueError for a value of another kind.
     """

@@ -1,4 +1,4 @@
-"""Methods that vLLM mixes into its worker, for `collective_rpc`. They return errors, so that HTTP can tell them apart."""
+"""Methods that vLLM mixes into its worker, for `collective_rpc`. They return errors, so that HTTP tells them apart."""
 
 from collections.abc import Callable
 from typing import Any

@@ -74,9 +74,11 @@ def files(model: Any, caches: dict[str, Any], tmp_path_factory: pytest.TempPathF
     return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(model_dir: Path, files: Path) -> Iterator[Any]:
     """vLLM with both documents, its prefix caching on."""
-    from vllm_engines import start
+    from vllm_engines import running
 
-    yield start(model_dir, {"documents": {n: str(files / f"{n}.kvz") for n in RATIOS}, "directory": str(files)})
+    settings = {"documents": {n: str(files / f"{n}.kvz") for n in RATIOS}, "directory": str(files)}
+    with running(model_dir, settings) as found:
+        yield found

@@ -63,6 +63,10 @@ def server(model_dir: Path, files: Path) -> Iterator[Any]:
     yield send
     loop.run_until_complete(client.aclose())
     engine.shutdown()
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
     loop.close()
     patch.undo()
 
