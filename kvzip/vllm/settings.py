@@ -19,11 +19,11 @@ class Settings:
     Raises: ValueError for a value of another kind.
     """
 
-    documents: Mapping[str, str] = field(default_factory=dict)
-    directory: str | None = None
-    capacity: int = 64
-    bits: int | None = None
-    bias: bool = False
+    documents: Mapping[str, str] | Any = field(default_factory=dict)  # Any: JSON, checked here with our message
+    directory: str | Any = None
+    capacity: int | Any = 64
+    bits: int | Any = None
+    bias: bool | Any = False
 
     def __post_init__(self) -> None:
         named = isinstance(self.documents, Mapping) and all(isinstance(x, str) for x in self.documents.values())

@@ -128,7 +128,8 @@ class DocumentState(vllm.DefaultModelState):
 
 def _longest(model: torch.nn.Module) -> int:
     """The positions that the model's rotary tables have."""
-    tables = [x.cos_sin_cache for x in model.modules() if getattr(x, "cos_sin_cache", None) is not None]
+    found: list[Any] = [getattr(module, "cos_sin_cache", None) for module in model.modules()]
+    tables = [table for table in found if table is not None]
     if not tables:
         raise ValueError("expected a model with tables of rotary positions, got none: kvzip continues such positions")
     return min(len(table) for table in tables)
