@@ -17,7 +17,7 @@ def write(directory: Path, *, seed: int = 0, family: str = "Llama", **changes: A
     """Writes a checkpoint of "Llama", "Mistral", "Qwen2" or "Qwen3"; `changes` are fields of config.json."""
     directory.mkdir()
     config = random_model.config(
-        vocab_size=WORDS, hidden_size=64, intermediate_size=96, head_dim=32, attn_scale=32**-0.5, max_length=2048,
+        vocab_size=WORDS, hidden_size=128, intermediate_size=96, head_dim=32, attn_scale=32**-0.5, max_length=2048,
         qkv_bias=family == "Qwen2", qk_norm=family == "Qwen3",
     )  # fmt: skip
     model = random_model.make(config, seed=seed)
