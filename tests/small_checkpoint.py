@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 import random_model
@@ -13,7 +14,9 @@ from kvzip.models.weights import slots
 WORDS = 1024
 
 
-def write(directory: Path, *, seed: int = 0, family: str = "Llama", **changes: Any) -> Path:
+def write(
+    directory: Path, *, seed: int = 0, family: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """Writes a checkpoint of "Llama", "Mistral", "Qwen2" or "Qwen3"; `changes` are fields of config.json."""
     directory.mkdir()
     config = random_model.config(
@@ -22,14 +25,14 @@ def write(directory: Path, *, seed: int = 0, family: str = "Llama", **changes: A
     )  # fmt: skip
     model = random_model.make(config, seed=seed)
     tensors = {
-        name if name.startswith("lm_head") else f"model.{name}": tensor.clone()
+        name if name.startswith("lm_head") else f"model.{name}": tensor.to(dtype, copy=True)
         for name, tensor in slots(config, model.weights, LAYER_NAMES).items()
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     described = {
         "architectures": [f"{family}ForCausalLM"],
         "model_type": family.lower(),
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

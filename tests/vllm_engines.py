@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvzip.decoding import Decoder
 
 ROOM = 96  # tokens of a question and its answer: less than each document has
@@ -18,6 +20,8 @@ def running(model_dir: Path, settings: dict[str, Any], **options: Any) -> Iterat
     from vllm.distributed import cleanup_dist_env_and_memory
 
     given = {"dtype": "float32", "attention_backend": "CUSTOM", "enforce_eager": True, **options}
+    if torch.cuda.is_available():
+        given = {"gpu_memory_utilization": 0.3, **given}
     try:
         yield LLM(
             model=str(model_dir),
