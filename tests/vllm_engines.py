@@ -26,6 +26,7 @@ def running(model_dir: Path, settings: dict[str, Any], **options: Any) -> Iterat
         yield LLM(
             model=str(model_dir),
             max_model_len=ROOM,
+            block_size=16,  # so that questions fill pages
             max_num_seqs=8,
             max_num_batched_tokens=256,
             enable_prefix_caching=True,

@@ -1,5 +1,6 @@
 """vLLM with documents: the same tokens as kvzip's own decoder, in one continuous batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def test_pages_are_shared_within_a_document_and_never_between_two(
     assert tokens(again)[:2] == [wanted["a"], wanted["b"]] and tokens(again)[2] not in wanted.values()
     assert [x.num_cached_tokens for x in (*first, *other)] == [0, 0]
     size = block_size(engine)
+    assert len(question) > 2 * size
     assert [x.num_cached_tokens for x in again] == [len(question) // size * size] * 2 + [0]
 
 
@@ -88,3 +90,21 @@ def test_a_question_longer_than_a_step_is_read_in_parts(engine: Any, model: Any,
     assert sum(len(ids) for _, ids in asked) > 2 * 256
     found = tokens(ask(engine, [ids for _, ids in asked], [name for name, _ in asked]))
     assert found == [expected(model, caches[name], ids) for name, ids in asked]
+
+
+def test_tokens_that_pad_a_graph_have_no_document() -> None:
+    from kvzip.vllm.state import DocumentState
+
+    state: Any = object.__new__(DocumentState)
+    state._counts = torch.arange(8, dtype=torch.int32)
+    state._of_request = torch.tensor([[-1, 3, 5], [0, 70, 90]], dtype=torch.int32)
+    state._rows, state._positions = torch.zeros((3, 8), dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+    batch = SimpleNamespace(
+        num_tokens_after_padding=7, num_tokens=5, num_reqs=2, idx_mapping=torch.tensor([2, 1], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 4, 5, 5, 5], dtype=torch.int32), positions=torch.tensor([6, 7, 8, 9, 2, 0, 0]),
+    )  # fmt: skip
+    state._fill(batch)
+    assert state._rows[0, :7].tolist() == [5, 5, 5, 5, 3, -1, -1]
+    assert state._rows[1, :5].tolist() == [0, 0, 0, 0, 1]
+    assert state._rows[2, :5].tolist() == [7, 8, 9, 10, 3]
+    assert state._positions[:5].tolist() == [96, 97, 98, 99, 72]
