@@ -70,7 +70,7 @@ class Documents:
         like = _formats(server, settings, list(caches.values()))
         self._table = ops.context_table(like, settings.capacity, biased=settings.bias)
         for name, file in settings.documents.items():
-            self._put(name, Path(file), caches[name])
+            self.put(name, caches[name], file=Path(file).name, key=_key(Path(file)))
 
     @property
     def table(self) -> ContextTable:
@@ -88,7 +88,25 @@ class Documents:
         if name in self._named:
             raise ValueError(f"expected a name that is not in use, got {name!r}: drop it first, or choose another")
         self._free_place()
-        return self._put(name, path, self._read(path))
+        return self.put(name, self._read(path), file=path.name, key=_key(path))
+
+    def put(self, name: str, cache: RaggedCache, *, file: str, key: str) -> dict[str, Any]:
+        """Makes a cache a document; nothing but the format of its rows is checked. See `Document` for the arguments."""
+        place = self._free_place()
+        layers = [_fitted(layer, form) for layer, form in zip(_contexts(cache), self.table.formats, strict=True)]
+        ops.put_context_(self.table, place, layers)
+        self._named[name] = Document(
+            name=name,
+            file=file,
+            key=key,
+            place=place,
+            tokens=len(cache.token_ids),
+            chat=cache.chat,
+            kept=cache.kept,
+            total=cache.total,
+            size_bytes=sum(_bytes(x) for layer in layers for x in (layer.k, layer.v)),
+        )
+        return _shown(self._named[name], readers=0)
 
     def list(self) -> list[dict[str, Any]]:
         """Returns what each document is, with the number of requests that read it."""
@@ -156,23 +174,6 @@ class Documents:
                 f"({header['tokens']} of {path.name}, and --max-model-len {server.room}): lower --max-model-len"
             )
         return as_ragged(load_cache(path, model=server))
-
-    def _put(self, name: str, path: Path, cache: RaggedCache) -> dict[str, Any]:
-        place = self._free_place()
-        layers = [_fitted(layer, form) for layer, form in zip(_contexts(cache), self.table.formats, strict=True)]
-        ops.put_context_(self.table, place, layers)
-        self._named[name] = Document(
-            name=name,
-            file=path.name,
-            key=_key(path),
-            place=place,
-            tokens=len(cache.token_ids),
-            chat=cache.chat,
-            kept=cache.kept,
-            total=cache.total,
-            size_bytes=sum(_bytes(x) for layer in layers for x in (layer.k, layer.v)),
-        )
-        return _shown(self._named[name], readers=0)
 
 
 @functools.cache
