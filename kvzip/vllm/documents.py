@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -176,10 +177,18 @@ class Documents:
         return as_ragged(load_cache(path, model=server))
 
 
-@functools.cache
 def documents_of(instance: str) -> Documents:
-    """Returns the documents of the engine of that `instance_id`, the same for its scheduler and its worker."""
-    return Documents()
+    """Returns the documents of the engine of that `instance_id`, the same for its scheduler and its worker.
+
+    They live as long as one of the two does.
+    """
+    return _engines().setdefault(instance, Documents())
+
+
+@functools.cache
+def _engines() -> WeakValueDictionary[str, Documents]:
+    """The documents of the engines of this process: vLLM's scheduler and worker have nothing in common but a name."""
+    return WeakValueDictionary()
 
 
 def _contexts(cache: RaggedCache) -> list[Context]:
