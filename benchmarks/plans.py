@@ -137,13 +137,27 @@ BITS = {
     "gemma-3-270m": bits_plans("cloze", 2_000, 4),
     "smollm2-135m-instruct": bits_plans("cloze", 1_500, 4),
 }
-ALL = {"eval": {name: (plan,) for name, plan in PLANS.items()}, "study": STUDIES, "scoring": SCORINGS, "bits": BITS}
+REFITS = {
+    name: (Plan((FULL,), (1.0,), plan.tasks), Plan(tuple(studies.REFITS), ratios, plan.tasks))
+    for name, plan in PLANS.items()
+    for ratios in [(0.3, 0.5) if name.startswith("gemma") else (0.1, 0.2, 0.3, 0.5)]
+    if not name.startswith("smollm")
+}
+"""The published tasks, by pairs that are fitted and by as many bytes of pairs that are not."""
+ALL = {
+    "eval": {name: (plan,) for name, plan in PLANS.items()},
+    "study": STUDIES,
+    "scoring": SCORINGS,
+    "bits": BITS,
+    "refit": REFITS,
+}
 """The plans of each kind of evaluation, by model."""
 KNOWN = {
     "eval": METHODS,
     "study": METHODS | studies.STUDY,
     "scoring": studies.SCORING | studies.STREAMS,
     "bits": studies.BITS | studies.HEADS,
+    "refit": studies.REFITS,
 }
 """The methods of each kind, by name."""
 FILES = {
@@ -151,5 +165,6 @@ FILES = {
     "study": "study-{}.jsonl.gz",
     "scoring": "scoring-quality.jsonl.gz",
     "bits": "quality-bits.jsonl.gz",
+    "refit": "refit-{}.jsonl.gz",
 }
 """The results of each kind; {} is the name of the model."""

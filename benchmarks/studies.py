@@ -9,10 +9,14 @@ also attends to the chunk before; "logit" and "kvzip+" are methods in scope chun
 end of its chunk; "stream-segment", "stream-running" and "stream-final" are shares of `prefill_compressed` in segments
 of 2,000 tokens, "stream-unknown" is "running" with the length unknown.
 
+FITS has the variants of `refit`, and REFITS those that the published tasks are asked of: "select" keeps pairs by scope
+chunk, the others are fitted and keep as many pairs fewer as their biases take bytes.
+
 BITS has the bits, and whole heads by the scores that come with the library: "heads", and "heads and ends" where dropped
 heads keep 16 first and 64 last tokens.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,12 +26,14 @@ import torch
 import kvzip
 from kvzip import DenseCache, Model, RaggedCache, head_scores, prompts, score
 from kvzip.attention import Formula, Sight, score_attend
-from kvzip.cache import Scores, global_layers
+from kvzip.cache import RaggedKV, Scores, global_layers
+from kvzip.cache.caches import tensors_of
 from kvzip.evals.methods import METHODS, Method
 from kvzip.generation import query_ids
 from kvzip.inputs import tokenizer_of
 from kvzip.models import run_attention
-from kvzip.options import Scoring
+from kvzip.options import Refitting, Scoring
+from kvzip.refitting import refit_and_measure
 from kvzip.scores import attach
 from kvzip.scoring import score_chunks
 
@@ -134,6 +140,31 @@ def packed(name: str, bits: int | None, level: str = "pair", sink: int = 0, rece
     return Method(name, score if level == "pair" else by_heads, level, "", pack)
 
 
+def floored(cache: DenseCache, ratio: float, floor: float) -> RaggedCache:
+    """Returns what compress keeps of a ratio, of which each head has at least the part `floor` of its equal share."""
+    return kvzip.compress(cache, ratio, min_rows=int(floor * ratio * (cache.length - cache.start)))
+
+
+def equal_bytes(cache: DenseCache, ratio: float, floor: float = 0.0) -> RaggedCache:
+    """Returns what `floored` does, less as many pairs as make room for a bias of 2 bytes for every row."""
+    small = floored(cache, ratio, floor)
+    layers = [layer for layer in small.context if isinstance(layer, RaggedKV)]
+    rows = sum(len(layer.positions) for layer in layers)
+    row = sum(x.nbytes for x in tensors_of([(layer.k, layer.v, layer.positions) for layer in layers])) / rows  # bytes
+    kept = small.kept - math.ceil(2 * rows / (row + 2))
+    return floored(cache, max(1, kept) / small.total, floor)
+
+
+def refitted(name: str, options: Refitting, floor: float = 0.0, scores: str = "kvzip") -> Method:
+    """Pairs by scope chunk, fitted, in the bytes of those that are not."""
+
+    def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
+        return refit_and_measure(model, cache, equal_bytes(cache, ratio, floor), options)[0]
+
+    own = repeated(name, "chunk", method=scores)
+    return replace(own, cite="Attention Matching, arXiv 2602.16284", pack=pack)
+
+
 def named(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
 
@@ -167,3 +198,25 @@ HEADS = named(
     packed("heads and ends", None, "head", SINK, RECENT),
     packed("heads and ends, 4 bits", 4, "head", SINK, RECENT),
 )
+FLOORS = {"": 0.0, "+tenth": 0.1, "+fifth": 0.2, "+third": 1 / 3, "+half": 0.5}
+"""After a variant's name: this part of what the ratio keeps is the same in every head, as `min_rows`."""
+FITS = {
+    "bias": Refitting(values=False),
+    "values": Refitting(bound=0.0),
+    "both": Refitting(),
+    **{f"bias:bound={x:g}": Refitting(values=False, bound=x) for x in (0.5, 1.0, 2.0, 5.0)},
+    **{f"both:bound={x:g}": Refitting(bound=x) for x in (0.5, 1.0, 2.0, 5.0)},
+    **{f"both:pull={x:g}": Refitting(pull=x) for x in (1e-2, 1.0)},
+    **{f"both:ridge={x:g}": Refitting(ridge=x) for x in (1e-2, 1e-1)},
+    **{f"both:every={n}": Refitting(every=n) for n in (2, 4, 8)},
+}
+REFITS = named(
+    repeated("select", "chunk"),
+    refitted("bias", FITS["bias"]),
+    refitted("refit", FITS["both"]),
+    refitted("refit+fifth", FITS["both"], FLOORS["+fifth"]),
+    repeated("select@kvzip+", "chunk", method="kvzip+"),
+    refitted("refit@kvzip+", FITS["both"], scores="kvzip+"),
+    refitted("refit+fifth@kvzip+", FITS["both"], FLOORS["+fifth"], "kvzip+"),
+)
+"""Of pairs by the scores of "kvzip+" after @; floors as in FLOORS."""

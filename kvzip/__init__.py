@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION
 
 if TYPE_CHECKING:
-    from . import head_scores, models, ops, prompts, scores
+    from . import head_scores, models, ops, prompts, scores, sources
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
-    from .conversation import ask, extend, fold, fork
+    from .conversation import append, ask, extend, fold, fork
     from .decoding import Decoder
     from .generation import Answer, generate
     from .interop import from_transformers, to_transformers
     from .models import Model, ModelConfig, load
     from .opening import open
     from .prefilling import prefill
+    from .refitting import refit
     from .scoring import score
+    from .sources import Source
     from .streaming import prefill_compressed
+    from .tuning import tune
 
 __all__ = [
     "Answer",
@@ -28,6 +31,8 @@ __all__ = [
     "ModelConfig",
     "RaggedCache",
     "Scores",
+    "Source",
+    "append",
     "ask",
     "compress",
     "extend",
@@ -46,11 +51,14 @@ __all__ = [
     "prefill",
     "prefill_compressed",
     "prompts",
+    "refit",
     "save",
     "score",
     "scores",
+    "sources",
     "to",
     "to_transformers",
+    "tune",
 ]
 
 __version__ = VERSION
@@ -58,15 +66,18 @@ __version__ = VERSION
 _HOMES = {
     "cache": ("DenseCache", "RaggedCache", "Scores", "load_cache", "nbytes", "save", "to"),
     "compression": ("compress", "keep_mask"),
-    "conversation": ("ask", "extend", "fold", "fork"),
+    "conversation": ("append", "ask", "extend", "fold", "fork"),
     "decoding": ("Decoder",),
     "generation": ("Answer", "generate"),
     "interop": ("from_transformers", "to_transformers"),
     "models": ("Model", "ModelConfig", "load"),
     "opening": ("open",),
     "prefilling": ("prefill",),
+    "refitting": ("refit",),
     "scoring": ("score",),
+    "sources": ("Source",),
     "streaming": ("prefill_compressed",),
+    "tuning": ("tune",),
 }
 
 

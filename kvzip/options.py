@@ -54,6 +54,20 @@ class Budget:
     min_rows: int = 0
     sink: int = 0
     recent: int = 0
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Refitting:
+    """How kept rows are fitted: see `kvzip.refit`. `every`: only every n-th token of a repeat asks."""
+
+    values: bool = True
+    bound: float = 3.0
+    ridge: float = 1e-3
+    pull: float = 1e-1
+    chunk: int = 2_000
+    hint: int = 8
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
 
 
 def turn(system: Any, instruction: Any, template: Any) -> Turn:
@@ -89,6 +104,21 @@ def scoring(scope: Any, method: Any, chunk: Any, hint: Any) -> Scoring:
     return Scoring(scope, method, chunk, hint)
 
 
+def refitting(values: Any, bound: Any, ridge: Any, pull: Any, chunk: Any, hint: Any) -> Refitting:
+    """Returns Refitting options.
+
+    Raises: ValueError for numbers out of range; TypeError for what is no number.
+    """
+    bound, ridge, pull = (checks.number(x, name) for x, name in ((bound, "bound"), (ridge, "ridge"), (pull, "pull")))
+    if not 0 <= bound <= 10:
+        raise ValueError(f"expected a bound from 0 to 10 (nats), got {bound}: 3 lets a row count for up to 20 rows")
+    for value, name in ((ridge, "ridge"), (pull, "pull")):
+        if not value > 0:
+            raise ValueError(f"expected a {name} above 0, got {value}: a larger one changes less")
+    chunk, hint = checks.whole(chunk, "chunk", least=1), checks.whole(hint, "hint", least=0)
+    return Refitting(bool(values), bound, ridge, pull, chunk, hint)
+
+
 def budget(
     ratio: Any,
     level: Any = "pair",
@@ -98,6 +128,7 @@ def budget(
     min_rows: Any = 0,
     sink: Any = 0,
     recent: Any = 0,
+    floor: Any = 0.0,
 ) -> Budget:
     """Returns a Budget.
 
@@ -122,6 +153,13 @@ def budget(
         raise ValueError(
             f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
         )
+    part = floor_of(floor)
+    if part and (threshold is not None or level == "head"):
+        given = "whole heads" if threshold is None else "a threshold"
+        raise ValueError(
+            f"expected no floor with {given}, got {part:g}: it is a part of what a ratio or a budget gives to every "
+            "head; use min_rows="
+        )
     return Budget(
         None if ratio is None else checks.kept_ratio(ratio),
         level,
@@ -130,7 +168,16 @@ def budget(
         spans(protect),
         checks.whole(min_rows, "min_rows"),
         *ends,
+        part,
     )
+
+
+def floor_of(floor: Any) -> float:
+    """Returns a floor as a float. Raises ValueError for one outside of 0 to 1, TypeError for what is no number."""
+    part = checks.number(floor, "floor")
+    if not 0 <= part <= 1:
+        raise ValueError(f"expected a floor from 0 to 1 of an equal share, got {part}: 0.2 is a fifth of it")
+    return part
 
 
 def spans(protect: Any) -> tuple[tuple[int, int], ...]:
@@ -165,7 +212,9 @@ def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> Non
             )
 
 
-def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = ()) -> Sampling:
+def sampling(
+    max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = (), repetition_penalty: Any = 1.0
+) -> Sampling:
     """Returns Sampling options, with a random seed if none is given.
 
     Raises: TypeError for what is no number or no text; ValueError for options out of range.
@@ -182,4 +231,7 @@ def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any
     stops = tuple(check_texts(stop, "stop"))
     if "" in stops:
         raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
-    return Sampling(most, heat, mass, drawn, stops)
+    penalty = checks.number(repetition_penalty, "repetition_penalty")
+    if not penalty >= 1:
+        raise ValueError(f"expected a repetition_penalty of 1 (none) or more, got {penalty}: 1.1 is a usual one")
+    return Sampling(most, heat, mass, drawn, stops, penalty)

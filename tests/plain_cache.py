@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -93,9 +94,31 @@ def within(layer: RaggedKV, head: int, old: Sequence[Sequence[float]], new: Sequ
     )
 
 
+def biases(cache: kvzip.RaggedCache) -> list[list[list[float]]]:
+    """Returns the bias of each row of every layer and head of a cache without a tail, in the order of `read`."""
+    found = []
+    for layer, heads in zip(cache.context, read(cache), strict=True):
+        if not isinstance(layer, RaggedKV) or layer.bias is None:
+            found.append([[0.0] * len(rows) for rows in heads])
+        else:
+            bounds = layer.offsets.tolist()
+            found.append([layer.bias[a:b].tolist() for a, b in pairwise(bounds)])
+    return found
+
+
 @torch.no_grad()
-def run(model: kvzip.Model, held: Held, token_ids: Sequence[int], start: int) -> Pass:
-    """Returns a forward pass of tokens at positions `start` and on, which attend to what is held and to themselves."""
+def run(
+    model: kvzip.Model,
+    held: Held,
+    token_ids: Sequence[int],
+    start: int,
+    bias: Sequence[Sequence[Sequence[float]]] | None = None,
+) -> Pass:
+    """Returns a forward pass of tokens at positions `start` and on, which attend to what is held and to themselves.
+
+    Args:
+        bias: what is added to the logit of each row that is held.
+    """
     config, new = model.config, Pass(torch.empty(0), [], [], [])
     places = torch.arange(start, start + len(token_ids))
 
@@ -115,6 +138,8 @@ def run(model: kvzip.Model, held: Held, token_ids: Sequence[int], start: int) ->
             logits = q[0, head * group : (head + 1) * group] @ keys.mT * config.attn_scale
             if config.attn_softcap is not None:
                 logits = config.attn_softcap * torch.tanh(logits / config.attn_softcap)
+            if bias is not None:
+                logits[..., : len(old_k)] += torch.tensor(bias[layer][head], dtype=q.dtype)
             logits = logits.masked_fill(~seen, -torch.inf)
             outs.append(torch.exp(logits - logits.logsumexp(-1, keepdim=True)) @ values)  # rounds as `ops.decode` does
         return torch.cat(outs)[None]

@@ -41,9 +41,11 @@ fits = {MODEL: ["model"], DENSE: ["dense"], CACHE: ["dense", "small"], RAGGED: [
 functions = {
     "prefill": (kvzip.prefill, MODEL, IDS), "score": (kvzip.score, MODEL, DENSE),
     "compress": (kvzip.compress, DENSE, NUMBER), "keep_mask": (kvzip.keep_mask, SCORES, NUMBER),
+    "refit": (kvzip.refit, MODEL, DENSE, RAGGED),
     "prefill_compressed": (kvzip.prefill_compressed, MODEL, IDS, NUMBER),
     "generate": (kvzip.generate, MODEL, CACHE, TEXT), "Decoder": (kvzip.Decoder, MODEL, CACHE),
     "extend": (kvzip.extend, MODEL, CACHE, IDS), "ask": (kvzip.ask, MODEL, CACHE, TEXT), "fork": (kvzip.fork, CACHE),
+    "append": (kvzip.append, MODEL, CACHE, IDS), "tune": (kvzip.tune, MODEL, DENSE, TEXT),
     "fold": (kvzip.fold, MODEL, CACHE, NUMBER), "save": (kvzip.save, CACHE, PATH), "to": (kvzip.to, CACHE, None),
     "open": (kvzip.open, PATH), "open model": (lambda path, model: kvzip.open(path, model=model), PATH, PATH),
     "nbytes": (kvzip.nbytes, CACHE), "load": (kvzip.load, PATH), "load_cache": (kvzip.load_cache, PATH),
@@ -79,7 +81,8 @@ functions |= {
 found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
 several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
-           "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model", "None"]}, "evals.compare": {2: ["texts"]}}
+           "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model", "None"]}, "evals.compare": {2: ["texts"]},
+           "tune": {2: ["texts", "None"]}}
 for name, (function, *kinds) in functions.items():
     for place, kind in enumerate(kinds):
         if kind is None:
@@ -113,7 +116,10 @@ options = {
     "prefill": {"chunk": counts, "system": notes | {"text": 3}, "instruction": {"list": ["a"], "number": 3}},
     "score": {"chunk": counts, "hint": hints, "scope": choices, "method": choices},
     "fold": {"chunk": counts, "hint": hints, "method": choices},
+    "refit": {"chunk": counts, "hint": hints, **{name: {"less": -1, "nan": float("nan"), "infinity": float("inf"),
+              "text": "1", "true": True, "None": None, "list": [1]} for name in ("bound", "ridge", "pull")}},
     "extend": {"chunk": counts},
+    "append": {"chunk": counts, "hint": hints, "method": choices},
     "compress": {"protect": spans, "level": choices, "min_rows": hints, "sink": hints, "recent": hints,
                  "bits": {label: value for label, value in counts.items() if value is not None}},
     "prefill_compressed": {"checkpoint": {"number": 3, "bytes": b"x", "nul": "a\0", "half": "a\ud800"},
@@ -143,6 +149,7 @@ options = {
         "generate": lambda cache: kvzip.generate(model, cache, "Who?"),
         "ask": lambda cache: kvzip.ask(model, cache, "a"),
         "extend": lambda cache: kvzip.extend(model, cache, "a"), "score": lambda cache: kvzip.score(model, cache),
+        "refit": lambda cache: kvzip.refit(model, dense, kvzip.load_cache(ragged, pairs=False)),
         "save": lambda cache: kvzip.save(cache, path + "w"), "to": lambda cache: kvzip.to(cache, "cpu"),
         "Decoder": lambda cache: kvzip.Decoder(model, cache), "fold": lambda cache: kvzip.fold(model, cache, 0.5),
         "answer_probabilities": lambda cache: answer_probabilities(model, cache, "Who?", [1]),
@@ -155,6 +162,8 @@ options = {
 }
 answered = kvzip.ask(model, small, "Who?", max_tokens=2)[1]
 kvzip.save(dense, path)
+ragged = path + "r"
+kvzip.save(small, ragged)
 for name, named in options.items():
     function, *kinds = functions[name]
     arguments = [answered if name == "fold" and kind is CACHE else good[kind][0] for kind in kinds]
@@ -201,6 +210,6 @@ def test_stop_texts_that_come_once_end_every_answer(walked):
 
 
 def test_no_public_function_is_left_out(walked):
-    no_functions = {"Answer", "DenseCache", "Model", "ModelConfig", "RaggedCache", "Scores"}
-    modules = {"head_scores", "models", "ops", "prompts", "scores"}
+    no_functions = {"Answer", "DenseCache", "Model", "ModelConfig", "RaggedCache", "Scores", "Source"}
+    modules = {"head_scores", "models", "ops", "prompts", "scores", "sources"}
     assert set(walked["all"]) - no_functions - modules <= set(walked["names"])

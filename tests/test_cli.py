@@ -278,10 +278,8 @@ def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -
     os.close(end)
     for junk in (b"\xff\xfe\0", b"a\0b"):
         result = CliRunner().invoke(main, ["compress", "-", "-m", "x", "-o", str(out)], input=junk)
-        assert (
-            one_line(result)
-            == "kvzip: expected text in UTF-8 or a PDF, got standard input that is neither: convert it first"
-        )
+        formats = "text in UTF-8, HTML, a PDF or a Word document (.docx)"
+        assert one_line(result) == f"kvzip: expected {formats}, got standard input that is none: convert it first"
 
 
 def test_several_documents_are_told_apart(document: Path) -> None:
@@ -385,8 +383,8 @@ def test_pieces_are_shown_as_they_come(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""  # in its turn
     on_token("e", 0)
     assert capsys.readouterr().out == "e"
-    finish(["one", "two"])
-    assert capsys.readouterr().out == "\n\n> b?\ntwo\n"
+    finish(["one", "two"], ["", "\n    from there"])
+    assert capsys.readouterr().out == "\n\n> b?\ntwo\n    from there\n"
 
 
 def test_chat_keeps_forks_and_folds_its_turns(
@@ -477,6 +475,34 @@ def test_info_says_what_fits_in_memory(model_dir: Path, model: kvzip.Model) -> N
 
 
 # --- the rest
+
+
+def test_refit_fits_what_is_kept_and_says_what_it_gave(
+    document: Path, model_dir: Path, model: kvzip.Model, tmp_path: Path
+) -> None:
+    path, dense = tmp_path / "fitted.kvz", kvzip.score(model, kvzip.prefill(model, TEXT))
+    wanted = kvzip.refit(model, dense, kvzip.compress(dense, 0.3))
+    how = ("-m", model_dir, "--device", "cpu", "--refit")
+    facts = json.loads(call("compress", document, *how, "-o", path, "--json").stdout)
+    assert [*facts["seconds"]] == ["prefill", "score", "compress", "refit"] and facts["method"] == wanted.method
+    assert 0 < facts["mass_kept"]["before"] < facts["mass_kept"]["after"] < 1.2
+    back = kvzip.load_cache(path)
+    for ours, theirs in zip(back.context, wanted.context, strict=True):
+        assert torch.equal(ours.bias, theirs.bias) and torch.equal(ours.v, theirs.v)
+    shape = dense.scores.values.shape[:2]
+    held = read_header(path)["note"]["mass_kept"]
+    assert {name: torch.tensor(part).shape for name, part in held.items()} == {"before": shape, "after": shape}
+    said = call("compress", document, *how, "-o", path, "--force", "-r", 0.5, "--bits", 8).stdout
+    assert re.search(
+        r"refitted \d+% of the repeat's attention in the mean head \(\d+% in the least\), \d+% \(\d+%\)", said
+    )
+    info = json.loads(call("info", path, "--json").stdout)
+    assert info["refitted"] and "packed into 8 bits, with a bias for each row" in call("info", path).stdout
+    streamed = tmp_path / "streamed.kvz"
+    assert call("compress", document, *how, "-o", streamed, "--segment", 150).exit_code == 0
+    assert read_header(streamed)["method"] == "kvzip-chunk/stream-segment+refit"
+    shown = json.loads(call("compare", document, "Who?", "-m", model_dir, "-n", 2, "--refit", "--json").stdout)
+    assert shown["fit"]["layers"] == [0, 1] and shown["fit"]["seconds"] > 0
 
 
 def test_compare_bench_and_tasks(
@@ -608,7 +634,7 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
             ("compress", "none.txt", "-m", model_dir, "-o", out),
             "expected a document, got no file or directory none.txt",
         ),
-        (("compress", binary, "-m", model_dir, "-o", out), "that is neither: convert it first"),
+        (("compress", binary, "-m", model_dir, "-o", out), "that is none: convert it first"),
         (("compress", empty, "-m", model_dir, "-o", out), "with text in it, got none in empty.txt"),
         (("compress", document, "-m", "no-model", "-o", out), "got 'no-model': no such directory"),
         (("compress", document, "-m", tmp_path, "-o", out), "expected config.json in"),

@@ -21,7 +21,7 @@ from kvzip.ops import decode_schedule
 from rewritten import put, retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
-KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded", "named"]
+KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded", "named", "biased"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def caches(model):
     return {
         "turn": turn,
         "named": in_levels(ragged),
+        "biased": biased(ragged),
         "folded": kvzip.fold(model, turn, 0.6),
         "dense": dense,
         "scored": scored,
@@ -63,6 +64,14 @@ def files(model, caches, tmp_path_factory):
 def options(kind, model):
     """What a kind is saved with: "named" with its model and scores of 8 bits."""
     return {"model": model, "score_bits": 8} if kind == "named" else {}
+
+
+def biased(cache):
+    """The cache with a bias for each row, in float16 in one layer and in float32 in the next."""
+    rows = [torch.linspace(-1.5, 2, len(x.positions)) if isinstance(x, RaggedKV) else None for x in cache.context]
+    rows[0] = rows[0].half()
+    pairs = zip(cache.context, rows, strict=True)
+    return replace(cache, context=tuple(x if own is None else replace(x, bias=own) for x, own in pairs))
 
 
 def in_levels(cache):
@@ -240,6 +249,34 @@ def test_tensors_that_lie_are_refused(model, caches, tmp_path, name, change):
     kvzip.save(caches["named"], path, **options("named", model))
     retouch(path, lambda tensors: change(tensors[name]))
     with pytest.raises(ValueError, match="truncated or tampered"):
+        kvzip.load_cache(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors["layers.0.bias"][0].fill_(torch.nan),
+        lambda tensors: tensors["layers.0.bias"][3].fill_(-torch.inf),
+        lambda tensors: tensors.update({"layers.0.bias": tensors["layers.0.bias"][1:].clone()}),
+        lambda tensors: tensors.update({"layers.0.bias": tensors["layers.0.bias"].bfloat16()}),
+        lambda tensors: tensors.pop("layers.0.bias"),
+    ],
+    ids=["nan", "infinite", "short", "bfloat16", "missing"],
+)
+def test_biases_that_lie_are_refused(caches, tmp_path, change):
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches["biased"], path)
+    retouch(path, change)
+    with pytest.raises(ValueError, match=r"truncated or tampered.*layers\.0\.bias"):
+        kvzip.load_cache(path)
+
+
+def test_biases_are_not_read_past_silently(caches, tmp_path):
+    """A header that does not speak of them would let a reader attend as if there were none."""
+    path = tmp_path / "doc.kvz"
+    kvzip.save(caches["biased"], path)
+    rewrite(path, lambda header: header["layers"][0].pop("bias"))
+    with pytest.raises(ValueError, match="of which the header says otherwise"):
         kvzip.load_cache(path)
 
 

@@ -1,10 +1,12 @@
 """The schema of files: the page of the format has its tables, what is written is what it says, and the bytes stay."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ SAVED = {
     "named": "bef6becbdbd424a57b685c2a70d76653218e7a00e03449bd6204624b3b128a34",
     "plain": "0b370ad4a8dd2b25c0d30b9760b0fe26d0a2e11f449f7960d6e727e88d960f27",
     "scores": "53584ba0a142ebc0865fdec178516e689087707207bda2c0b2a3c70c8ddb40a3",
+    "biased": "b5ade908b30e0c801a4ebacbf7b4f7dfcda4448c15d56a018f59abf924946ee2",
     "heads": "c8608e1e96ef962eb04ef7ef84552d19635cffe322e9f04f552449b47f75edf8",
 }
 """SHA-256 of the files of `fixed_cache` in version 3.0, with "0" for the library's version."""
@@ -68,9 +71,17 @@ def fixed_cache():
     )
 
 
+def with_biases(cache):
+    """The cache with a bias of each row in float16, and in the last layer in float32."""
+    first, window, last = cache.context
+    own = torch.arange(5.0) / 4 - 1
+    return replace(cache, context=(replace(first, bias=own.half()), window, replace(last, bias=own)))
+
+
 def fixed_origin() -> Any:
     how = {"config": None, "fingerprint": "ab-bfloat16", "device": torch.device("cpu"), "dtype": torch.bfloat16}
     told = {"source": "org/name", "rope": {"rope_type": "linear", "factor": 2.0}, "max_length": 99}
+    told |= {"quantized": None, "activations": None}
     return types.SimpleNamespace(**how, **told, tokenizer=random_model.tokenizer())
 
 
@@ -81,13 +92,15 @@ def saved(tmp_path_factory):
     source = head_scores.Source("a", 3, "ff")
     heads = head_scores.HeadScores(torch.ones(2, 2), (0, 2), "ab", "f", "m", (source,))
     model = random_model.make(random_model.config(windows=(None, 6)))
+    model = dataclasses.replace(model, quantized="int8", activations="checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "LIBRARY", "0")
         kvzip.save(cache, directory / "named", model=fixed_origin(), score_bits=8, note={"title": "Anna"})
         kvzip.save(cache, directory / "plain")
+        kvzip.save(with_biases(cache), directory / "biased")
         scores.save(cache, directory / "scores", note={"a": 1})
         head_scores.save(heads, directory / "heads")
-        kvzip.save(kvzip.prefill(model, "Happy families"), directory / "dense")
+        kvzip.save(kvzip.prefill(model, "Happy families"), directory / "dense", model=model)
     return {path.name: path for path in directory.iterdir()}
 
 
@@ -97,9 +110,10 @@ def test_the_bytes_of_version_3_0_stay_as_they_are(saved, kind):
     assert hashlib.sha256(saved[kind].read_bytes()).hexdigest() == SAVED[kind]
 
 
-@pytest.mark.parametrize("kind", ["named", "plain"])
+@pytest.mark.parametrize("kind", ["named", "plain", "biased"])
 def test_the_fixed_cache_comes_back(saved, kind):
     back, cache = kvzip.load_cache(saved[kind]), fixed_cache()
+    cache = with_biases(cache) if kind == "biased" else cache
     assert back.scores is not None and cache.scores is not None
     for ours, theirs in zip(tensors_of(back), tensors_of(cache), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)

@@ -1,6 +1,7 @@
 """Attention over dense keys and values: causal, sliding-window, with softcap; by torch's fused kernels if they can."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,21 @@ def causal_attention(
         return _softcapped(q, keys, values, k, v, config)
     own = sdpa(q, k, v, scale=config.attn_scale, causal=True)
     return own if past == 0 else ops.merge(*sdpa(q, keys, values, scale=config.attn_scale), *own)
+
+
+def open_attention(
+    q: Float[Tensor, "1 Hq T D"], k: Float[Tensor, "1 H C D"], v: Float[Tensor, "1 H C D"], config: ModelConfig
+) -> tuple[Float[Tensor, "1 Hq T D"], Float[Tensor, "1 Hq T"]]:
+    """Returns attention of all T tokens to all C keys, without any mask, with its log-sum-exp."""
+    if config.attn_softcap is None:
+        return sdpa(q, k, v, scale=config.attn_scale)
+    heads, length = k.shape[1:3]
+    keys, values = (rearrange(x, "1 h s d -> (h s) d") for x in (k, v))
+    offsets = torch.arange(heads + 1, dtype=torch.int32, device=q.device) * length
+    how: Any = {"scale": config.attn_scale, "softcap": config.attn_softcap}
+    parts = [ops.decode(rows, keys, values, offsets, **how) for rows in q.split(_TOKENS_AT_ONCE, dim=2)]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def window_attention(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..cache import DenseKV, RaggedKV, Tail, WindowKV
 from ..models import Attend, ModelConfig
-from .dense import causal_attention, window_attention
+from .dense import causal_attention, open_attention, window_attention
 
 
 def prefill_attend(config: ModelConfig, layers: list[DenseKV | WindowKV], length: int) -> Attend:
@@ -115,6 +116,42 @@ def score_attend(
     return attend
 
 
+Look = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""look(layer, q, out, lse, chunk_out, chunk_lse): queries [Hq T D], what they get from all that they attend to, and
+what they would get from the chunk alone, each with its log-sum-exp [Hq T]."""
+
+
+def repeat_attend(
+    config: ModelConfig,
+    layers: Sequence[DenseKV | WindowKV],
+    look: Look,
+    *,
+    start: int,
+    first: int,
+    stop: int,
+    gap: bool = False,
+) -> Attend:
+    """Returns the strategy of a repeat pass in scope "chunk" that shows its attention to `look` in each global layer.
+
+    It attends to the prefix (the first `start` tokens), to tokens first:stop of a dense cache, and causally to itself,
+    as `score_attend` with `Sight(local=True, gap=gap)` does. It changes no pair.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window, kv = config.layers[layer].window, layers[layer]
+        if window is not None:
+            if not gap:
+                k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
+            return window_attention(q, k, v, window, config)
+        own = causal_attention(q, [kv.k[:, :, :start]], [kv.v[:, :, :start]], k, v, config)
+        chunk = open_attention(q, kv.k[:, :, first:stop], kv.v[:, :, first:stop], config)
+        out, lse = ops.merge(*chunk, *own)
+        look(layer, q[0], out[0], lse[0], chunk[0][0], chunk[1][0])
+        return out
+
+    return attend
+
+
 def score_rows(
     config: ModelConfig,
     formula: Formula,
@@ -195,9 +232,8 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
             seen = tail.lengths + k.shape[2]  # rows that the last new token attends to, the same in every layer
         ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
         kv, window, own = context[layer], config.layers[layer].window, (tail.k[layer], tail.v[layer], seen)
-        return ops.decode(
-            q, kv.k, kv.v, kv.offsets, scale=scale, softcap=softcap, window=window, schedule=kv.schedule, tail=own
-        )[0]
+        how: Any = {"scale": scale, "softcap": softcap, "window": window}
+        return ops.decode(q, kv.k, kv.v, kv.offsets, **how, schedule=kv.schedule, tail=own, bias=kv.bias)[0]
 
     return attend
 
@@ -207,6 +243,6 @@ def _after_ragged(
 ) -> tuple[Tensor, Tensor]:
     """`causal_attention` with a ragged layer in front of the dense past."""
     assert isinstance(past, RaggedKV)
-    scale, softcap = config.attn_scale, config.attn_softcap
-    out, lse = ops.decode(q, past.k, past.v, past.offsets, scale=scale, softcap=softcap, schedule=past.schedule)
+    how: Any = {"scale": config.attn_scale, "softcap": config.attn_softcap, "schedule": past.schedule}
+    out, lse = ops.decode(q, past.k, past.v, past.offsets, **how, bias=past.bias)
     return ops.merge(out, lse, *causal_attention(q, [dense_k], [dense_v], k, v, config))

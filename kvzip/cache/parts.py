@@ -56,7 +56,8 @@ class WindowKV(Layer):
 class RaggedKV(Layer):
     """One pruned layer. Head h owns rows offsets[h]:offsets[h+1], oldest first; keys are already rotated.
 
-    positions[n] is the token that row n came from. `schedule` says how decoding splits the heads on a GPU.
+    positions[n] is the token that row n came from. `schedule` says how decoding splits the heads on a GPU. bias[n] is
+    added to the logit of row n, after scale and softcap: a row of bias b counts like exp(b) rows of its key. None is 0.
     """
 
     k: Float[Tensor, "N D"] | Quantized
@@ -64,6 +65,7 @@ class RaggedKV(Layer):
     offsets: Int32[Tensor, " H1"]  # H + 1
     positions: Int32[Tensor, " N"]
     schedule: DecodeSchedule
+    bias: Float[Tensor, " N"] | None = None  # float16 or float32
 
     @property
     def heads(self) -> int:

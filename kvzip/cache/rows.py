@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.types import LARGEST, Quantized, owners
+from ..parallel import everyone
 from .caches import DenseCache, RaggedCache, check_cache
 from .parts import RaggedKV
 
@@ -31,7 +32,10 @@ def prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor
 
 
 def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
-    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix, on the CPU."""
+    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix, on the CPU.
+
+    Where ranks share the model every one must call it; the heads are those of all.
+    """
     check_cache(cache)
     layers = [cache.context[n] for n in cache.scored_layers]
     mask = torch.ones(len(layers), cache.heads if layers else 0, cache.context_length, dtype=torch.bool)
@@ -39,6 +43,9 @@ def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
         if isinstance(layer, RaggedKV):
             kept.fill_(False)
             kept[owners(layer.offsets, len(layer.positions)).cpu(), layer.positions.long().cpu()] = True
+    if cache.share is not None:
+        masks = everyone(cache.share, mask)
+        mask = torch.cat([masks[rank] for rank in cache.share.speakers], 1)
     return mask[:, :, cache.start :]
 
 
@@ -85,13 +92,15 @@ def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
     counts = torch.bincount(owners(layer.offsets, len(keep))[keep], minlength=layer.heads)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     k, v = (x[keep] if isinstance(x, Tensor) else ops.take_rows(x, keep) for x in (layer.k, layer.v))
-    return RaggedKV(k, v, offsets, layer.positions[keep], ops.decode_schedule(offsets))
+    bias = None if layer.bias is None else layer.bias[keep]
+    return RaggedKV(k, v, offsets, layer.positions[keep], ops.decode_schedule(offsets), bias)
 
 
 def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
     """Returns a layer whose heads have their own rows first, then those of `more`, which are not quantized.
 
-    If the layer is quantized, the new rows are too, with the same bits, groups and channels.
+    If the layer is quantized, the new rows are too, with the same bits, groups and channels. If one of the two has
+    biases, the other's rows get bias 0.
     """
     old = torch.arange(len(layer.positions), device=layer.offsets.device)
     old += more.offsets[owners(layer.offsets, len(layer.positions))]
@@ -112,8 +121,18 @@ def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
         return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
 
     k, v, positions = rows(layer.k, more.k), rows(layer.v, more.v), put(layer.positions, more.positions)
-    offsets = layer.offsets + more.offsets
-    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets))
+    offsets, bias = layer.offsets + more.offsets, None
+    if layer.bias is not None or more.bias is not None:
+        bias = put(*(biases(x, like=y) for x, y in ((layer, more), (more, layer))))
+    return RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets), bias)
+
+
+def biases(layer: RaggedKV, *, like: RaggedKV | None = None) -> Float[Tensor, " N"]:
+    """Returns the bias of each row of a layer; zeros where it has none, in the dtype that `like` has."""
+    if layer.bias is not None:
+        return layer.bias
+    dtype = torch.float16 if like is None or like.bias is None else like.bias.dtype
+    return torch.zeros(len(layer.positions), dtype=dtype, device=layer.positions.device)
 
 
 def interleave(held: Tensor, new: Any, sizes: list[int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import click
 
 from ..hub import Loading
+from ..ratios import FLOOR
 from . import documents
 from .ask import follow
 from .output import put, put_json, stages
@@ -31,6 +32,7 @@ from .sources import find_model, load_model, model_options
     help="Fraction of pairs KEPT.",
 )
 @click.option("--method", default="kvzip", show_default=True, help="See `kvzip eval tasks`.")
+@click.option("--refit", is_flag=True, help="Fit what is kept, as `kvzip compress --refit` does.")
 @click.option("--plain", is_flag=True, help="Questions continue the document, no chat template.")
 @click.option("-n", "--max-tokens", type=positive, default=256, show_default=True, help="Tokens of an answer, at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
@@ -41,6 +43,7 @@ def compare(
     loading: Loading,
     ratio: float,
     method: str,
+    refit: bool,
     plain: bool,
     max_tokens: int,
     as_json: bool,
@@ -67,6 +70,8 @@ def compare(
             [follow(question, chat=not plain) for question in asked],
             ratio,
             method=method,
+            refit=refit,
+            floor=FLOOR if refit else 0.0,
             template=not plain,
             max_tokens=max_tokens,
             on_step=stage,

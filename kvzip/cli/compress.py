@@ -1,6 +1,7 @@
 """`kvzip compress`: documents into one file."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +9,16 @@ import click
 
 from ..display import visible_line
 from ..hub import Loading
+from ..ratios import FLOOR
 from . import documents
 from .output import echo, hint, put_json, say, size, stages
 from .plumbing import FileName, Ratio, command, finite, positive, resuming
+from .ranks import agreed, share_of
 from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_output, force_option, is_kvzip_file, say_replaced
 
 if TYPE_CHECKING:
+    from .. import refitting
     from ..cache import RaggedCache
 
 RATIO = 0.3
@@ -23,6 +27,7 @@ SUFFIX = ".kvz"
 
 @command(
     "compress",
+    shares=True,
     epilog="""
     kvzip compress report.pdf -m qwen2.5-7b -r 0.3 -o report.kvz
     kvzip compress src/ notes.md -m DIR -o project.kvz
@@ -49,6 +54,18 @@ SUFFIX = ".kvz"
     help="Where the budget is shared [default: pair].",
 )
 @click.option("--bits", type=click.Choice(["8", "4"]), help="Pack what is kept into so many bits.")
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Fit biases and new values, so that what is kept gets the attention of all: one more pass. With --segment, "
+    "each segment keeps its own share.",
+)
+@click.option(
+    "--floor",
+    type=click.FloatRange(0, 1),
+    callback=finite,
+    help=f"Part of an equal share that every head keeps at least [default: {FLOOR} with --refit, otherwise 0].",
+)
 @click.option(
     "--scope",
     type=click.Choice(["context", "chunk"]),
@@ -96,6 +113,8 @@ def compress(
     threshold: float | None,
     level: str | None,
     bits: str | None,
+    refit: bool,
+    floor: float | None,
     scope: str | None,
     method: str,
     heads: str | None,
@@ -124,11 +143,18 @@ def compress(
         raise click.UsageError("--heads takes no --scope, --level or --threshold: nothing is scored, heads stay whole")
     if not heads and (sink is not None or recent is not None):
         raise click.UsageError("--sink and --recent go with --heads: without it no head is dropped; see --help")
+    if floor and (heads or threshold is not None or level == "head"):
+        raise click.UsageError(
+            "--floor takes no --heads, --threshold or --level head: it is a part of each head's share"
+        )
+    if floor is None:
+        floor = FLOOR if refit and not heads and threshold is None and level != "head" else 0.0
     ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     scores = None if heads is None else find_heads(heads)
-    held = check_output(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
-    text, named = documents.read(documents_)
+    share = share_of()
+    held = agreed(share, partial(check_output, output, kind="file of kvzip", ours=is_kvzip_file, force=force))
+    text, named = agreed(share, partial(documents.read, documents_))
     directory = find_model(model)
     positions = made_for(directory, rope=loading.rope)
     from .. import options  # torch is imported here, after all that can be refused without it
@@ -144,8 +170,9 @@ def compress(
                 output,
                 turn=options.turn(system, instruction, not plain),
                 scoring=options.scoring(scope or "chunk", method, chunk, 8),
-                budget=options.budget(ratio, level=level or "pair", budget=budget, threshold=threshold),
+                budget=options.budget(ratio, level or "pair", budget=budget, threshold=threshold, floor=floor),
                 bits=int(bits) if bits else None,
+                refit=refit,
                 segment=segment,
                 heads=None if scores is None else job.scores_of(scores, loaded, sink=sink, recent=recent),
                 positions=positions,
@@ -159,7 +186,9 @@ def compress(
 
 def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: bool) -> None:
     """Prints facts of a file that was written: those of its cache and its note."""
+    from .. import refitting
     from ..cache import WindowKV, full_nbytes, nbytes
+    from ..parallel import everyone
 
     ratio = cache.kept / cache.total
     windows = sum(isinstance(layer, WindowKV) for layer in cache.context)
@@ -173,13 +202,16 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
         "method": cache.method,
         "layers": len(cache.context),
         "window_layers": windows,
-        "full_bytes": full_nbytes(cache),
-        "cache_bytes": nbytes(cache),
-        "file_bytes": output.stat().st_size,
+        "full_bytes": sum(everyone(cache.share, full_nbytes(cache) or 0)),
+        "cache_bytes": sum(everyone(cache.share, nbytes(cache))),
+        "file_bytes": agreed(cache.share, lambda: output.stat().st_size),
         "seconds": note["seconds"],
     }
     if "heads" in note:
         facts["heads"] = note["heads"]
+    held = refitting.mass_of_note(note)
+    if held is not None:
+        facts["mass_kept"] = {"before": held.before.mean().item(), "after": held.after.mean().item()}
     if as_json:
         put_json(facts)
     else:
@@ -190,6 +222,8 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
         )
         if "heads" in note:
             echo(whole_heads_line(note["heads"]))
+        if held is not None:
+            echo(mass_line(held))
         if windows:
             echo(windows_line(windows, facts["layers"]))
     if f"{ratio:.1%}" == "0.0%":
@@ -202,6 +236,15 @@ def windows_line(windows: int, layers: int) -> str:
     return (
         f"windows  {windows} of {layers} layers see their last tokens only and stay as they are: "
         f"only the pairs of the other {layers - windows} are counted and dropped"
+    )
+
+
+def mass_line(mass: "refitting.Mass") -> str:
+    """Returns what to say of the attention that a refitted cache keeps."""
+    (before, least), (after, lowest) = ((x.mean().item(), x.min().item()) for x in (mass.before, mass.after))
+    return (
+        f"refitted {after:.0%} of the repeat's attention in the mean head ({lowest:.0%} in the least), "
+        f"{before:.0%} ({least:.0%}) without biases"
     )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cache, compression, head_scores, inputs, prefilling, scoring, streaming
+from .. import cache, compression, head_scores, inputs, prefilling, refitting, scoring, streaming
 from ..cache import DenseCache, RaggedCache
 from ..head_scores import HeadScores
 from ..models import Model
-from ..options import Budget, Scoring, Turn
+from ..options import Budget, Refitting, Scoring, Turn
+from . import ranks
 from .output import Stage, hint, size
 from .plumbing import resuming
 from .targets import check_space, peek, unwritten
@@ -35,6 +36,7 @@ class Job:
     scoring: Scoring
     budget: Budget
     bits: int | None
+    refit: bool
     segment: int | None
     heads: HeadScores | None
     positions: int | None
@@ -80,7 +82,7 @@ def left(output: Path, segment: int | None, tokens: int = 0) -> str:
     partial = _partial(output)
     if segment is not None and partial.exists():
         return f"what is done is in {partial}: the same command goes on from there"
-    useful = _segment_for(tokens) if tokens and (segment is None or segment >= tokens) else None
+    useful = _segment_for(tokens) if ranks.count() == 1 and tokens and (segment is None or segment >= tokens) else None
     return unwritten(output) + (f", or with --segment {useful}, which can go on where it stopped" if useful else "")
 
 
@@ -120,10 +122,11 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
         # half a head more than are kept, so that rounding cannot make it one less
         budget = replace(budget, ratio=min(1.0, (whole + 0.5) / heads), budget=None, level="head", **ends)
     full_bytes = prefilling.dense_bytes(model, start + tokens) + 8 * (start + tokens)  # and the ids, as in `nbytes`
-    _check_memory(model, full_bytes, tokens)
+    packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
+    packed_bytes = int((budget.ratio or 0) * packing * full_bytes)
+    _check_memory(model, full_bytes + packed_bytes * job.refit, tokens)
     if budget.ratio is not None:
-        packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
-        check_space(job.output, int(budget.ratio * packing * full_bytes))
+        check_space(job.output, ranks.count() * packed_bytes)
     progress = stage("reading the document")
     progress(0, start + tokens)
     step = PREFILL_CHUNK[model.device.type == "cuda"]
@@ -137,16 +140,24 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
         dense = head_scores.attach(dense, scores)
     scored = time.monotonic()
     stage("dropping the others")
-    small = compression.compress(dense, **asdict(budget), bits=job.bits, consume=True)
+    small = compression.compress(dense, **asdict(budget), bits=job.bits, consume=not job.refit)
     packed = time.monotonic()
-    return small, note | _seconds(prefill=prefilled - begun, score=scored - prefilled, compress=packed - scored)
+    seconds = {"prefill": prefilled - begun, "score": scored - prefilled, "compress": packed - scored}
+    if job.refit:
+        progress = stage("fitting what is kept")
+        progress(0, tokens)
+        how = Refitting(chunk=job.scoring.chunk, hint=job.scoring.hint)
+        small, mass = refitting.refit_and_measure(model, dense, small, how, progress=progress)
+        note |= {"mass_kept": refitting.note_of(mass)}
+        seconds["refit"] = time.monotonic() - packed
+    return small, note | _seconds(**seconds)
 
 
 def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, begun: float) -> Made:
     """Compresses a segment at a time. The note has what is new in it."""
     assert job.segment is not None and job.budget.ratio is not None  # no other budget goes with --segment
     partial = _partial(job.output)
-    check_space(job.output, int(job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
+    check_space(job.output, int(ranks.count() * job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
     held = peek(partial)
     first, stop = held.get("start"), held.get("tokens")  # unchecked: anyone may have written the file
     done = max(0, stop - first) if isinstance(first, int) and isinstance(stop, int) else 0
@@ -160,9 +171,12 @@ def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, 
             job.text,
             job.budget.ratio,
             segment=job.segment,
+            share="segment" if job.refit else "running",
+            refit=job.refit,
+            floor=job.budget.floor,
             **asdict(job.scoring),
             **asdict(job.turn),
-            checkpoint=partial,
+            checkpoint=partial if model.share is None else None,
             progress=progress,
         )
     except ValueError as error:

@@ -18,11 +18,13 @@ from ..cache import DenseCache, RaggedCache, check_pairs, nbytes
 from ..checks import check_kind, check_texts
 from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
-from ..inputs import check_fingerprint, tokenizer_of
+from ..inputs import check_belongs, tokenizer_of
 from ..machine import timed
 from ..models import Model
+from ..options import Refitting, floor_of
 from ..prefilling import prefill
 from ..prompts import Tokenizer
+from ..refitting import refit_and_measure
 from .asking import answer_logits
 from .methods import METHODS, Method
 
@@ -72,6 +74,19 @@ class AnswerPair:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What `refit` did: its time, and which part of the repeat's attention each head of the scored layers keeps.
+
+    `before` counts each kept pair once, `after` with its bias.
+    """
+
+    seconds: float
+    layers: tuple[int, ...]
+    before: tuple[tuple[float, ...], ...]
+    after: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What compression did to one document: times in seconds, sizes of the caches in bytes, and pairs of answers."""
 
@@ -87,6 +102,7 @@ class Comparison:
     full_bytes: int
     small_bytes: int
     answers: tuple[AnswerPair, ...]
+    fit: Fit | None = None
 
 
 def compare(
@@ -96,6 +112,8 @@ def compare(
     ratio: SupportsFloat,
     *,
     method: str = "kvzip",
+    refit: bool = False,
+    floor: SupportsFloat = 0.0,
     instruction: str | None = None,
     template: bool = True,
     max_tokens: int = 256,
@@ -111,6 +129,8 @@ def compare(
     Args:
         ratio: fraction of pairs KEPT, 0 < ratio <= 1.
         method: name in `available` of what scores the pairs.
+        refit: fits what is kept by `kvzip.refit`.
+        floor: as in `kvzip.compress`; only of a method that does no more than score.
         instruction: opens the user turn, before the document; only with a chat template.
         template: False lets the questions continue the document as plain text.
         stop: a text that ends an answer, or several, as `generate` takes them.
@@ -131,7 +151,14 @@ def compare(
     full, prefill_s = timed(model.device, read)
     step("scoring pairs")
     scored, score_s = timed(model.device, lambda: how.score(model, full))
-    small, compress_s = timed(model.device, lambda: how.compressed(model, scored, ratio))
+    least = floor_of(floor)
+    small, compress_s = timed(model.device, lambda: how.compressed(model, scored, ratio, floor=least))
+    fit = None
+    if refit:
+        step("fitting what is kept")
+        (small, mass), seconds = timed(model.device, lambda: refit_and_measure(model, full, small, Refitting()))
+        before, after = (tuple(map(tuple, part.tolist())) for part in (mass.before, mass.after))
+        fit = Fit(seconds, full.scored_layers, before, after)
 
     def answer(cache: DenseCache | RaggedCache, query: str) -> tuple[Answer, float]:
         made = partial(generate, model, cache, query, max_tokens=max_tokens, template=template, stop=stop)
@@ -160,6 +187,7 @@ def compare(
         full_bytes=nbytes(full),
         small_bytes=nbytes(small),
         answers=tuple(pairs),
+        fit=fit,
     )
 
 
@@ -175,7 +203,7 @@ def answer_probabilities(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     if not isinstance(query, str):
         raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
     asked = query_ids(model, cache, [query], template=template)
@@ -204,13 +232,24 @@ def render(comparison: Comparison) -> RenderableType:
     sizes.add_row("cache, MB", f"{full_mb:.2f}", f"{small_mb:.2f}")
     sizes.add_row("reading the document, s", f"{c.prefill_s:.2f}", "the same")
     sizes.add_row("scoring and packing, s", "", f"{c.score_s:.2f} + {c.compress_s:.2f}")
+    if c.fit is not None:
+        sizes.add_row("fitting, s", "", f"{c.fit.seconds:.2f}")
     full_s, small_s = sum(pair.full_s for pair in c.answers), sum(pair.small_s for pair in c.answers)
     sizes.add_row("answering, s", f"{full_s:.2f}", f"{small_s:.2f}")
     legend = (
         "Points are hundredths of a probability, compressed minus full, over the tokens of the full cache's answer: "
         "+5 is from 40% to 45%."
     )
-    return Group(Text(verdict, "bold"), Text(about), "", sizes, *map(_render_pair, c.answers), "", Text(legend))
+    fit = [] if c.fit is None else ["", _render_fit(c.fit)]
+    return Group(Text(verdict, "bold"), Text(about), "", sizes, *fit, *map(_render_pair, c.answers), "", Text(legend))
+
+
+def _render_fit(fit: Fit) -> Table:
+    """The attention that heads keep, a line for each layer."""
+    table = Table("layer", "attention kept, by head, %", "with biases, %", box=None, pad_edge=False)
+    for layer, before, after in zip(fit.layers, fit.before, fit.after, strict=True):
+        table.add_row(str(layer), *(" ".join(f"{100 * x:.0f}" for x in part) for part in (before, after)))
+    return table
 
 
 def _moved(

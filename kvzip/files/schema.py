@@ -79,6 +79,7 @@ LAYER = (
     Entry("start", "count, optional", "`WindowKV`: the token of its first row"),
     Entry("bits, group", "count, optional", "of quantized rows: 4 or 8 bits, and how many values share a scale"),
     Entry("channels", "flag, optional", "whether keys have `center` and `spread` too, see the tensors"),
+    Entry("bias", "flag, optional", "`RaggedKV`: whether rows have biases, see the tensors"),
 )
 """What an object of `layers` has."""
 
@@ -95,6 +96,7 @@ MODEL = (
     Entry("dtype", "dtype", "of its weights and its cache"),
     Entry("max_length", "length, optional", "as `kvzip.load` was given it"),
     Entry("rope", "object, optional", "as `kvzip.load` was given it"),
+    Entry("weights, activations", "text, optional", "as `kvzip.load` was given them"),
 )
 """What the object `model` has."""
 
@@ -123,6 +125,7 @@ TENSORS = (
     Stored("layers.N.X", "float", "1, H, W, D", "tokens `start` to `length`, of a layer with a window", "WindowKV"),
     Stored("layers.N.offsets", "i32", "H + 1", "of `RaggedKV`: head h owns rows `offsets[h]` to `offsets[h + 1]`"),
     Stored("layers.N.positions", "i32", "rows", "of `RaggedKV`: the token of each row, ascending within a head"),
+    Stored("layers.N.bias", "f16 or f32", "rows", "of `RaggedKV`: added to each row's logit, after scale and softcap"),
     Stored("layers.N.X.codes", "u8", "rows, D * bits / 8", "quantized rows in place of `layers.N.X`, see below"),
     Stored("layers.N.X.scale", "f16 or f32", "rows, D / group", "value d: `zero + scale * code` of group `d // group`"),
     Stored("layers.N.X.zero", "f16 or f32", "rows, D / group", "the value of code 0 in each group"),
@@ -216,3 +219,13 @@ def _check(values: Mapping[str, Any], entries: tuple[Entry, ...]) -> None:
             value = values.get(name)
             if value is not None or not optional:
                 require(_TYPES[kind](value), f"{name} is {value!r}")
+
+
+def is_offsets(name: str) -> bool:
+    """Whether a tensor says where the rows of each head begin."""
+    return name.startswith("layers.") and name.endswith(".offsets")
+
+
+def is_divided(name: str) -> bool:
+    """Whether a tensor holds rows or heads, of which a rank has its own."""
+    return name.startswith(("layers.", "tail.k.", "tail.v.")) and not is_offsets(name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvzip.ops.types import DecodeSchedule, Splits
 
-_TILE = 64  # rows that a kernel takes at a time: a partly filled tile costs as much as a full one
+TILE = 64  # rows that a kernel takes at a time: a partly filled tile costs as much as a full one
 _SHORTEST = 2  # tiles of a split; below this, merging partial results costs more than a longer loop
 
 
@@ -21,9 +21,7 @@ def decode_schedule(
         processors: SMs (streaming multiprocessors) to fill; None asks the device of `offsets`, and takes 8 on a CPU.
         bounds: the values of `offsets` where the host knows them; None reads them, which waits for the device.
     """
-    sms = processors
-    if sms is None:
-        sms = torch.cuda.get_device_properties(offsets.device).multi_processor_count if offsets.is_cuda else 8
+    sms = processors_of(offsets) if processors is None else processors
     bounds = offsets.tolist() if bounds is None else bounds
     targets = [8 * sms, 4 * sms, 2 * sms, sms]
     while targets[-1] // 2 >= len(bounds):
@@ -39,12 +37,17 @@ def decode_schedule(
     return DecodeSchedule(tuple(Splits(table.view(-1, 3), first) for table, first in cuts), sms)
 
 
+def processors_of(x: Tensor) -> int:
+    """SMs of x's device; 8 stand for them on a CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+
+
 def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
     """Cuts heads into equal splits of whole tiles, as short as `target` splits in all allow; at least one per head.
 
     Returns (head, first row, row after the last) of one split after the other, and each head's first split.
     """
-    tiles = [-(-(stop - begin) // _TILE) for begin, stop in itertools.pairwise(bounds)]
+    tiles = [-(-(stop - begin) // TILE) for begin, stop in itertools.pairwise(bounds)]
     target = max(target, sum(n > 0 for n in tiles))
     low, high = _SHORTEST, max(_SHORTEST, *tiles)
     while low < high:
@@ -57,7 +60,7 @@ def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
     for h, n in enumerate(tiles):
         count = -(-n // low)
         for i in range(count):
-            begin, end = bounds[h] + _TILE * (n * i // count), bounds[h] + _TILE * (n * (i + 1) // count)
+            begin, end = bounds[h] + TILE * (n * i // count), bounds[h] + TILE * (n * (i + 1) // count)
             splits += [h, begin, min(end, bounds[h + 1])]
         first.append(first[-1] + count)
     return splits, first

@@ -3,12 +3,15 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..options import Scoring
+from ..options import Refitting, Scoring
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides which pairs stay. `prefix`: ids in front of the context; `expected`: its tokens, if known."""
+    """What decides which pairs stay. `prefix`: ids in front of the context; `expected`: its tokens, if known.
+
+    `refitting`: how each segment is fitted before it is packed, None if it is not.
+    """
 
     ratio: float
     segment: int
@@ -18,6 +21,8 @@ class Plan:
     template: bool
     prefix: tuple[int, ...]
     expected: int | None
+    refitting: Refitting | None = None
+    floor: float = 0.0
 
     @property
     def start(self) -> int:
@@ -34,7 +39,9 @@ def note_of(plan: Plan) -> dict[str, Any]:
     """The settings as the note of a checkpoint holds them."""
     spans, scoring = [list(span) for span in plan.protect], asdict(plan.scoring)
     first = {"ratio": plan.ratio, "segment": plan.segment, "share": plan.share, "protect": spans}
-    return {**first, **scoring, "template": plan.template, "prefix": list(plan.prefix), "expected": plan.expected}
+    fitted = None if plan.refitting is None else asdict(plan.refitting)
+    last = {"prefix": list(plan.prefix), "expected": plan.expected, "refitting": fitted, "floor": plan.floor}
+    return {**first, **scoring, "template": plan.template, **last}
 
 
 def count_protected(plan: Plan, begin: int, stop: int) -> int:

@@ -53,6 +53,24 @@ def test_answers_and_sizes_are_those_of_the_stages(model: kvzip.Model, compariso
     assert min(comparison.prefill_s, comparison.score_s, comparison.compress_s) > 0
 
 
+def test_a_fit_is_compared_with_its_mass(model: kvzip.Model, comparison: Comparison) -> None:
+    fitted = compare(model, TEXT, QUERIES[:1], 0.2, refit=True, max_tokens=4)
+    full = kvzip.score(model, kvzip.prefill(model, TEXT))
+    small = kvzip.refit(model, full, kvzip.compress(full, 0.2))
+    said = kvzip.generate(model, small, QUERIES[0], max_tokens=4)
+    assert fitted.answers[0].small.token_ids == said.token_ids
+    assert fitted.small_bytes == kvzip.nbytes(small) > comparison.small_bytes
+    assert comparison.fit is None and fitted.fit is not None
+    before, after = torch.tensor(fitted.fit.before), torch.tensor(fitted.fit.after)
+    assert before.shape == full.scores.values.shape[:2] and (before < 1).all() and after.mean() > before.mean()
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(fitted))
+    shown = console.file.getvalue()
+    layer, row = fitted.fit.layers[-1], (fitted.fit.before[-1], fitted.fit.after[-1])
+    words = [" ".join(f"{100 * x:.0f}" for x in part) for part in row]
+    assert re.search(rf"\n{layer} +{words[0]} +{words[1]}", shown) and "fitting, s" in shown
+
+
 def test_a_ratio_of_any_type_is_compared_at(model: kvzip.Model, comparison: Comparison) -> None:
     again = compare(model, TEXT, QUERIES[:1], Fraction(1, 5), max_tokens=6)
     assert (again.ratio, again.kept) == (comparison.ratio, comparison.kept) == (0.2, int(0.2 * comparison.total))

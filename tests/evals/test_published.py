@@ -60,7 +60,7 @@ def test_the_results_hold_every_answer_of_the_plan(name: str, monkeypatch: pytes
 def worker(waiting: list[Work], directory: Path, seconds: float = 600) -> list[tuple[str, str]]:
     """What a worker says of the work that it takes."""
     said: Any = queue.Queue()
-    evaluation.worker(waiting, multiprocessing.Value("i", 0), said, directory, None, seconds, "c0ffee", 0.9)
+    evaluation.worker((0, 1), waiting, multiprocessing.Value("i", 0), said, directory, None, seconds, "c0ffee")
     return [said.get() for _ in range(said.qsize())]
 
 
@@ -144,11 +144,26 @@ def test_methods_of_studies_keep_what_they_are_asked_to() -> None:
         studies.STREAMS["stream-running"].compressed(model, asked, 0.5)
 
 
+def test_fits_take_no_more_bytes_than_the_pairs_beside_them() -> None:
+    """And nearly as many; the floor gives each head its part."""
+    model = random_model.make(random_model.config())
+    dense = kvzip.prefill(model, "Happy families are all alike; every unhappy family is unhappy in its own way. " * 6)
+    for ratio in (0.1, 0.3, 1.0):
+        made = {name: how.compressed(model, how.score(model, dense), ratio) for name, how in studies.REFITS.items()}
+        for name, cache in made.items():
+            beside = kvzip.nbytes(made["select@kvzip+" if "@" in name else "select"])
+            assert 0.98 * beside < kvzip.nbytes(cache) <= beside
+            if name.startswith("refit+fifth"):
+                least = int(studies.FLOORS["+fifth"] * cache.kept / cache.total * (dense.length - dense.start))
+                assert min(int(layer.offsets.diff().min()) for layer in cache.context) >= dense.start + least
+
+
 @pytest.mark.slow
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    shutil.copy(ROOT / "docs" / "evals.md", tmp_path)
+    pages = ("evals.md", "refitting.md")
+    for page in pages:
+        shutil.copy(ROOT / "docs" / page, tmp_path)
     evaluation.render(RESULTS, tmp_path)
-    assert (tmp_path / "evals.md").read_text(encoding="utf-8") == (ROOT / "docs" / "evals.md").read_text(
-        encoding="utf-8"
-    )
+    for page in pages:
+        assert (tmp_path / page).read_text(encoding="utf-8") == (ROOT / "docs" / page).read_text(encoding="utf-8")
