@@ -1,25 +1,27 @@
 """Times long documents served to many users by vLLM: its own prefix caching beside kvzip's plugin, on one GPU.
 
-    python benchmarks/vllm_serving.py [--shape llama-3.1-8b] [--tokens 32768] [--loads 1x32 8x4 8x16]
-                                      [--ways prefix prefix-fp8 kvzip-0.3 kvzip-1.0]
+    python benchmarks/vllm_serving.py [--shape llama-3.1-8b] [--tokens 32768] [--loads 8x16 8x4 1x32]
+                                      [--ways kvzip-0.3 kvzip-1.0 prefix-fp8 prefix] [--limit 150]
 
-A load is documents x users of each. Every way and load has a process of its own, in which answers are checked before
-times are reported: with kvzip, log-probabilities of vLLM's answers are compared with those of kvzip's own decoder over
-the same weights and documents; with prefix caching, every document must come from the cache and answers must be those
-that the same users get when they are asked one document after the other. Weights are random. In a step every user gets
-a token; figures are the median of steps, and their 99th percentile, from a run without prefills. Each is one JSON line
-appended to benchmarks/results/vllm.jsonl.
+A load is documents x users of each. The ways of kvzip share an engine, each of the others has its own; an engine is a
+process, which is ended after `--limit` seconds. Each figure is one JSON line, appended to benchmarks/results/vllm.jsonl
+as soon as it is known, and what is there for this commit and GPU is not measured again: the same command goes on.
+
+Before a load is timed its answers are checked in the same process (`check_documents`, `check_prefixes`). Weights and
+documents are random. Figures are of steps in which every user gets a token and nothing is read.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,123 +31,188 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from benchmarks import harness  # noqa: E402
 from benchmarks.shapes import CONFIGS, shapes  # noqa: E402
-from kvzip.cache import RaggedCache, RaggedKV  # noqa: E402
-from kvzip.decoding import Decoder  # noqa: E402
-from kvzip.models import LayerWeights, Model, Weights, logits, translate_config  # noqa: E402
-from kvzip.ops import decode_schedule  # noqa: E402
+from benchmarks.vllm_answers import (  # noqa: E402
+    QUESTION,
+    check_documents,
+    check_prefixes,
+    document,
+    documents_of,
+    runner,
+    sampling,
+    weights_of,
+)
+from kvzip.cache import RaggedCache  # noqa: E402
+from kvzip.models import Model, translate_config  # noqa: E402
 
 RESULTS = harness.RESULTS / "vllm.jsonl"
-WAYS = ("prefix", "prefix-fp8", "kvzip-0.3", "kvzip-1.0")
-QUESTION, CHECKED, TIMED = 32, 8, 96  # tokens: of a question, of answers that are checked, of those that are timed
-NATS = 0.05  # how far vLLM's choices may be below the best of kvzip's decoder, both in bfloat16
+ENGINES = {"kvzip": ("kvzip-0.3", "kvzip-1.0"), "prefix-fp8": ("prefix-fp8",), "prefix": ("prefix",)}
+WAYS = tuple(way for ways in ENGINES.values() for way in ways)
+TIMED = 96  # tokens of the answers that are timed
 MEMORY = 0.9  # of the GPU
+PAGES = 4 << 30  # bytes of pages with kvzip, which hold questions and answers
+GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 256]  # tokens of steps that are captured, in every way
+WORDS = (100, 1000)  # the range of random tokens
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes(), default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try this out")
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--loads", nargs="+", default=["1x32", "8x4", "8x16"])
+    parser.add_argument("--loads", nargs="+", default=["8x16", "8x4", "1x32"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--limit", type=int, default=150, help="seconds of one engine")
+    parser.add_argument("--tested", action="store_true", help="the plugin's tests passed on this machine a moment ago")
     parser.add_argument("--commit", help="named in the results, where git cannot be asked")
-    parser.add_argument("--alone", action="store_true", help="one way and one load, in this process, printed")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--alone", action="store_true", help="one engine, in this process; its figures are printed")
     given = parser.parse_args()
     if given.alone:
-        documents, users = map(int, given.loads[0].split("x"))
-        print("RESULT", json.dumps(run(given, given.ways[0], documents, users)), flush=True)
-        return
-    facts = harness.facts("cuda", given.commit)
-    for load in given.loads:
-        for way in given.ways:
-            command = [sys.executable, __file__, "--alone", "--shape", given.shape, "--tokens", str(given.tokens)]
-            command += ["--loads", load, "--ways", way]
-            command += [] if given.layers is None else ["--layers", str(given.layers)]
-            told = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = [line.removeprefix("RESULT ") for line in told.stdout.splitlines() if line.startswith("RESULT ")]
-            if told.returncode or not lines:
-                print(f"{way} {load}: not timed\n{told.stdout[-2000:]}\n{told.stderr[-4000:]}", flush=True)
-                continue
-            harness.record(RESULTS, [json.loads(lines[0])], facts)
+        for line in run(given):
+            print("RESULT", json.dumps(line), flush=True)
+        return 0
+    if not given.tested:
+        harness.test_or_exit(str(harness.ROOT / "tests/vllm_plugin/test_probabilities.py"))
+    facts = harness.facts("cuda" if torch.cuda.is_available() else "cpu", given.commit)
+    missing = 0
+    for ways in ENGINES.values():
+        wanted = [way for way in ways if way in given.ways]
+        loads = [load for load in given.loads if not all(is_done(given, way, load, facts) for way in wanted)]
+        if wanted and loads:
+            for line in in_a_process(given, wanted, loads):
+                if not is_done(given, line["way"], f"{line['documents']}x{line['users']}", facts):
+                    harness.record(given.out, [line], facts)
+        missing += sum(not is_done(given, way, load, facts) for way in wanted for load in given.loads)
+    if missing:
+        print(f"{missing} figures are missing, see above; the same command measures those alone", flush=True)
+    return 1 if missing else 0
 
 
-def run(given: argparse.Namespace, way: str, documents: int, users: int) -> dict[str, Any]:
-    """The figures of one way and load. Raises AssertionError if answers are wrong."""
+def is_done(given: argparse.Namespace, way: str, load: str, facts: dict[str, Any]) -> bool:
+    """Whether the results have this figure, of this commit and machine."""
+    documents, users = map(int, load.split("x"))
+    wanted = {"way": way, "documents": documents, "users": users}
+    wanted |= {name: getattr(given, name) for name in ("shape", "layers", "tokens")}
+    wanted |= {name: facts.get(name) for name in ("commit", "gpu")}
+    lines = harness.read_lines(given.out) if given.out.exists() else []
+    return any(all(line.get(name) == value for name, value in wanted.items()) for line in lines)
+
+
+def in_a_process(given: argparse.Namespace, ways: Sequence[str], loads: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The figures of an engine as they come; what it says and how it ended is printed if one is missing."""
+    command = [sys.executable, __file__, "--alone", "--shape", given.shape, "--tokens", str(given.tokens)]
+    command += ["--loads", *loads, "--ways", *ways]
+    command += [] if given.layers is None else ["--layers", str(given.layers)]
+    begin, found = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True)
+        timer = threading.Timer(given.limit, os.killpg, (child.pid, signal.SIGKILL))
+        timer.start()
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("RESULT "):
+                found += 1
+                yield json.loads(line.removeprefix("RESULT "))
+            else:
+                said.write(line)
+        code = child.wait()
+        timer.cancel()
+        print(f"{' '.join(ways)}: {found} figures in {time.perf_counter() - begin:.0f} s, status {code}", flush=True)
+        if code:
+            said.seek(0)
+            print(said.read()[-6000:], flush=True)
+
+
+def run(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures of the ways that share an engine. Raises AssertionError if answers are wrong."""
+    begin = time.perf_counter()
+    loads = [tuple(map(int, load.split("x"))) for load in given.loads]
+    most, sequences = max(documents for documents, _ in loads), max(a * b for a, b in loads)
     with tempfile.TemporaryDirectory() as directory:
-        engine = start(Path(directory), given, way, documents * users)
-    names = [f"d{n}" for n in range(documents)]
+        engine = start(Path(directory), given, given.ways[0], sequences)
+    model = weights_of(engine, translate_config(described(given)))
+    mark(f"engine started after {time.perf_counter() - begin:.0f} s")
     draw = torch.Generator().manual_seed(0)
-    questions = torch.randint(100, 30_000, (documents * users, QUESTION), generator=draw).tolist()
-    asked = [(names[n // users], ids) for n, ids in enumerate(questions)]
-    if way.startswith("kvzip"):
-        model = weights_of(engine, given)
-        caches = {
-            n: document(model, given.tokens, float(way.removeprefix("kvzip-")), seed) for seed, n in enumerate(names)
-        }
-        held = documents_of(engine)
-        for name, cache in caches.items():
-            held.put(name, cache, file=name, key=name)
-        size = held.list()[0]["size_bytes"]
-        requests: list[Any] = asked
-        checked = check_documents(engine, model, caches, asked, users)
-    else:
-        weights_of(engine, given)
-        texts = torch.randint(100, 30_000, (documents, given.tokens), generator=draw).tolist()
-        requests = [(None, [*texts[n // users], *ids]) for n, (_, ids) in enumerate(asked)]
-        size = page_bytes(engine) * given.tokens
-        checked = check_prefixes(engine, requests, users)
-    steps, wall = decode(engine, requests)
-    median = statistics.median(steps)
-    return {
-        "way": way,
-        "shape": given.shape,
-        "layers": given.layers,
-        "tokens": given.tokens,
-        "documents": documents,
-        "users": users,
-        "document_bytes": size,
-        "documents_that_fit": int(torch.cuda.mem_get_info()[1] * MEMORY - weight_bytes(engine)) // size,
-        "tokens_per_second": round(documents * users / median, 1),
-        "step_ms": round(median * 1000, 3),
-        "p99_ms": round(sorted(steps)[int(len(steps) * 0.99)] * 1000, 3),
-        "wall_s": round(wall, 2),
-        "steps": len(steps),
-        "checked": checked,
-    }
+    texts = torch.randint(*WORDS, (most, given.tokens), generator=draw).tolist()
+    questions = torch.randint(*WORDS, (sequences, QUESTION), generator=draw).tolist()
+    for way in given.ways:
+        caches = documents_for(engine, model, way, most, given.tokens)
+        size = page_bytes(engine) * given.tokens if not caches else documents_of(engine).list()[0]["size_bytes"]
+        for documents, users in loads:
+            if caches:
+                requests: list[Any] = [(f"d{n // users}", ids) for n, ids in enumerate(questions[: documents * users])]
+                checked = check_documents(engine, model, caches, requests, users)
+            else:
+                requests = [(None, [*texts[n // users], *ids]) for n, ids in enumerate(questions[: documents * users])]
+                checked = check_prefixes(engine, requests, users)
+            mark(f"{way} {documents}x{users}: checked after {time.perf_counter() - begin:.0f} s, {checked}")
+            steps, wall = decode(engine, requests)
+            median = statistics.median(steps)
+            yield {
+                "way": way,
+                "shape": given.shape,
+                "layers": given.layers,
+                "tokens": given.tokens,
+                "documents": documents,
+                "users": users,
+                "document_bytes": size,
+                "documents_that_fit": int(memory() * MEMORY - weight_bytes(engine)) // size,
+                "tokens_per_second": round(documents * users / median, 1),
+                "step_ms": round(median * 1000, 3),
+                "p99_ms": round(sorted(steps)[int(len(steps) * 0.99)] * 1000, 3),
+                "wall_s": round(wall, 2),
+                "steps": len(steps),
+                "checked": checked,
+                "vllm": version(),
+            }
+        for name in caches:
+            documents_of(engine).drop(name)
+        caches.clear()  # before there are others
 
 
 def start(directory: Path, given: argparse.Namespace, way: str, sequences: int) -> Any:
     """vLLM with the shape's config and no files of weights, in this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "kvzip"}
     from vllm import LLM
 
-    raw = json.loads((CONFIGS / f"{given.shape}.json").read_text(encoding="utf-8"))
-    raw |= {} if given.layers is None else {"num_hidden_layers": given.layers}
-    (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(described(given)), encoding="utf-8")
     room = QUESTION + TIMED + 32
     options: dict[str, Any] = {"max_model_len": room + (0 if way.startswith("kvzip") else given.tokens)}
     if way.startswith("kvzip"):
         options["attention_backend"] = "CUSTOM"
-        options["kv_cache_memory_bytes"] = 4 << 30
+        options["kv_cache_memory_bytes"] = PAGES
     else:
         options["gpu_memory_utilization"] = MEMORY
         options["kv_cache_dtype"] = "fp8" if way.endswith("fp8") else "auto"
     return LLM(
         model=str(directory), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0,
         max_num_seqs=sequences, max_num_batched_tokens=8192, enable_prefix_caching=True, disable_log_stats=False,
-        **options,
+        compilation_config={"cudagraph_capture_sizes": [n for n in GRAPHS if n <= max(sequences, 8)]}, **options,
     )  # fmt: skip
 
 
-def runner(engine: Any) -> Any:
-    """The model runner of an engine in this process."""
-    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+def described(given: argparse.Namespace) -> dict[str, Any]:
+    """The shape's config.json."""
+    raw = json.loads((CONFIGS / f"{given.shape}.json").read_text(encoding="utf-8"))
+    return raw | ({} if given.layers is None else {"num_hidden_layers": given.layers})
 
 
-def documents_of(engine: Any) -> Any:
-    """kvzip's documents of an engine."""
-    return runner(engine).model_state.documents
+def mark(text: str) -> None:
+    """Says on stderr how far a run is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def version() -> str:
+    """vLLM's."""
+    from kvzip.vllm import versions
+
+    return versions.version()
+
+
+def memory() -> int:
+    """Bytes of the GPU; of one that is common, where there is none."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 80 << 30
 
 
 def page_bytes(engine: Any) -> int:
@@ -161,137 +228,14 @@ def weight_bytes(engine: Any) -> int:
     return sum(x.numel() * x.element_size() for x in runner(engine).model.parameters())
 
 
-def weights_of(engine: Any, given: argparse.Namespace) -> Model:
-    """Fills vLLM's parameters with normal weights, and returns kvzip's model of the same memory."""
-    model = runner(engine).model
-    draw = torch.Generator(device=next(model.parameters()).device).manual_seed(0)
-    for name, x in model.named_parameters():
-        if x.ndim == 1:
-            x.data.fill_(1.0 if "norm" in name else 0.0)
-        else:
-            spread = 1.0 if "embed" in name else x.shape[-1] ** -0.5
-            x.data.normal_(0.0, spread, generator=draw)
-    raw = json.loads((CONFIGS / f"{given.shape}.json").read_text(encoding="utf-8"))
-    raw |= {} if given.layers is None else {"num_hidden_layers": given.layers}
-    config = translate_config(raw)
-    found = {name.removeprefix("model."): x.data for name, x in model.named_parameters()}
-
-    def layer(n: int) -> LayerWeights:
-        def of(name: str) -> Any:
-            return found.get(f"layers.{n}.{name}")
-
-        return LayerWeights(
-            attn_norm=of("input_layernorm.weight"),
-            qkv=of("self_attn.qkv_proj.weight"),
-            qkv_bias=of("self_attn.qkv_proj.bias"),
-            q_norm=of("self_attn.q_norm.weight"),
-            k_norm=of("self_attn.k_norm.weight"),
-            o=of("self_attn.o_proj.weight"),
-            o_bias=None,
-            attn_post_norm=None,
-            mlp_norm=of("post_attention_layernorm.weight"),
-            gate_up=of("mlp.gate_up_proj.weight"),
-            down=of("mlp.down_proj.weight"),
-            mlp_post_norm=None,
-        )
-
-    embed = found["embed_tokens.weight"][: config.vocab_size]
-    head = found.get("lm_head.weight")
-    weights = Weights(
-        embed=embed,
-        layers=tuple(layer(n) for n in range(len(config.layers))),
-        norm=found["norm.weight"],
-        unembed=embed if head is None else head[: config.vocab_size],
-    )
-    return Model(
-        config=config, weights=weights, tokenizer=None, device=embed.device, dtype=torch.bfloat16, template=None,
-        stop_ids=(), checkpoint="random", source="random",
-    )  # fmt: skip
-
-
-def document(model: Model, tokens: int, ratio: float, seed: int) -> RaggedCache:
-    """A document of random rows whose heads keep unequal parts, as scored ones do; a share of `ratio` in all."""
-    config, device = model.config, model.device
-    draw = torch.Generator().manual_seed(seed)
-    layers, heads = len(config.layers), config.num_kv_heads
-    shares = torch.rand(layers, heads, generator=draw) ** 2 + 0.05
-    if ratio < 1:
-        for _ in range(20):  # heads that would keep more than all keep all
-            shares = (shares * ratio / shares.mean()).clamp(max=1)
-    else:
-        shares = torch.ones_like(shares)
-    context = []
-    on_device = torch.Generator(device=device).manual_seed(seed)
-    for row in shares:
-        counts = (row * tokens).int().clamp(min=1)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-        total = int(offsets[-1])
-        k, v = (
-            torch.randn(total, config.head_dim, dtype=model.dtype, device=device, generator=on_device) for _ in "kv"
-        )
-        positions = torch.cat([torch.arange(int(n), dtype=torch.int32) for n in counts]).to(device)
-        bounds = offsets.tolist()
-        offsets = offsets.to(device)
-        context.append(RaggedKV(k, v, offsets, positions, decode_schedule(offsets, bounds=bounds)))
-    kept = sum(len(x.positions) for x in context)
-    return RaggedCache(
-        context=tuple(context), tail=None, context_length=tokens, start=0, chat=False,
-        token_ids=torch.zeros(tokens, dtype=torch.long), fingerprint=model.fingerprint, kept=kept,
-        total=layers * heads * tokens,
-    )  # fmt: skip
-
-
-def sampling(name: str | None, count: int, **given: Any) -> Any:
-    """Parameters of a greedy request."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=count, temperature=0, ignore_eos=True, detokenize=False,
-        extra_args=None if name is None else {"kvzip": name}, **given,
-    )  # fmt: skip
-
-
-def ask(engine: Any, requests: Sequence[Any], count: int) -> list[Any]:
-    """The requests' outputs."""
-    prompts = [{"prompt_token_ids": ids} for _, ids in requests]
-    return engine.generate(prompts, [sampling(name, count) for name, _ in requests], use_tqdm=False)
-
-
-@torch.no_grad()
-def check_documents(
-    engine: Any, model: Model, caches: dict[str, RaggedCache], asked: Sequence[Any], users: int
-) -> dict[str, Any]:
-    """Follows vLLM's answers, of one user of each document, all asked in one batch, with kvzip's own decoder."""
-    outputs = ask(engine, asked, CHECKED)
-    worst, same, count = 0.0, 0, 0
-    for (name, ids), output in list(zip(asked, outputs, strict=True))[::users]:
-        tokens = list(output.outputs[0].token_ids)
-        decoder = Decoder(model, caches[name], batch=1, tail=QUESTION + CHECKED)
-        decoder._replays = False  # the logits are looked at, and a graph has none
-        hidden = decoder._forward(torch.tensor([[*ids, *tokens[:-1]]], device=model.device))
-        found = logits(model, hidden)[0, QUESTION - 1 :].float().log_softmax(-1).cpu()
-        chosen = found.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        worst = max(worst, float((found.max(-1).values - chosen).max()))
-        same += int((found.argmax(-1) == torch.tensor(tokens)).sum())
-        count += len(tokens)
-        assert float(found.std(-1).mean()) > 0.5, "the weights give flat distributions: nothing would be checked"
-    assert worst <= NATS, f"vLLM chose a token {worst:.3f} nats below kvzip's best, allowed {NATS}"
-    answers = {tuple(x.outputs[0].token_ids) for x in outputs}
-    assert len(answers) > len(outputs) // 2, "answers do not depend on their questions"
-    return {"tokens": count, "same": same, "worst_nats": round(worst, 4)}
-
-
-def check_prefixes(engine: Any, requests: Sequence[Any], users: int) -> dict[str, Any]:
-    """Reads the documents, and sees that later requests take them from the cache and are answered as before."""
-    first = [output for n in range(0, len(requests), users) for output in ask(engine, requests[n : n + 1], CHECKED)]
-    again = ask(engine, requests, CHECKED)
-    cached = [x.num_cached_tokens for x in again]
-    tokens = len(requests[0][1]) - QUESTION
-    assert min(cached) >= tokens - 256, f"only {min(cached)} of {tokens} tokens came from the cache"
-    pairs = zip(first, again[::users], strict=True)
-    same = sum(a.outputs[0].token_ids[0] == b.outputs[0].token_ids[0] for a, b in pairs)
-    assert same >= 0.7 * len(first), f"{same} of {len(first)} first tokens are those of the request alone"
-    return {"tokens": len(first), "same": same, "cached": min(cached)}
+def documents_for(engine: Any, model: Model, way: str, count: int, tokens: int) -> dict[str, RaggedCache]:
+    """The documents of a way of kvzip, which requests may name; none of other ways."""
+    if not way.startswith("kvzip"):
+        return {}
+    found = {f"d{n}": document(model, tokens, float(way.removeprefix("kvzip-")), seed=n) for n in range(count)}
+    for name, cache in found.items():
+        documents_of(engine).put(name, cache, file=name, key=f"{way} {name}")
+    return found
 
 
 def decode(engine: Any, requests: Sequence[Any]) -> tuple[list[float], float]:
@@ -317,4 +261,4 @@ def decode(engine: Any, requests: Sequence[Any]) -> tuple[list[float], float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
