@@ -1,11 +1,12 @@
 """Times long documents served to many users by vLLM: its own prefix caching beside kvzip's plugin, on one GPU.
 
     python benchmarks/vllm_serving.py [--shape llama-3.1-8b] [--tokens 32768] [--loads 8x16 8x4 1x32]
-                                      [--ways kvzip-0.3 kvzip-1.0 prefix-fp8 prefix] [--limit 150]
+                                      [--ways kvzip-0.3 kvzip-1.0 prefix-fp8 prefix] [--limit 150] [--total 1200]
 
-A load is documents x users of each. The ways of kvzip share an engine, each of the others has its own; an engine is a
-process, which is ended after `--limit` seconds. Each figure is one JSON line, appended to benchmarks/results/vllm.jsonl
-as soon as it is known, and what is there for this commit and GPU is not measured again: the same command goes on.
+A load is documents x users of each. The ways of kvzip share an engine, each of the others has its own. An engine is a
+process, which is ended after `--limit` seconds; after `--total` none is started. Each figure is one JSON line, appended
+to benchmarks/results/vllm.jsonl as soon as it is known, and what is there for this commit and GPU is not measured
+again: the same command goes on.
 
 Before a load is timed its answers are checked in the same process (`check_documents`, `check_prefixes`). Weights and
 documents are random. Figures are of steps in which every user gets a token and nothing is read.
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--loads", nargs="+", default=["8x16", "8x4", "1x32"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--limit", type=int, default=150, help="seconds of one engine")
+    parser.add_argument("--total", type=int, default=1200, help="seconds of all engines")
     parser.add_argument("--tested", action="store_true", help="the plugin's tests passed on this machine a moment ago")
     parser.add_argument("--commit", help="named in the results, where git cannot be asked")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -74,12 +76,13 @@ def main() -> int:
     if not given.tested:
         harness.test_or_exit(str(harness.ROOT / "tests/vllm_plugin/test_probabilities.py"))
     facts = harness.facts("cuda" if torch.cuda.is_available() else "cpu", given.commit)
-    missing = 0
+    missing, end = 0, time.perf_counter() + given.total
     for ways in ENGINES.values():
         wanted = [way for way in ways if way in given.ways]
         loads = [load for load in given.loads if not all(is_done(given, way, load, facts) for way in wanted)]
-        if wanted and loads:
-            for line in in_a_process(given, wanted, loads):
+        seconds = min(given.limit, end - time.perf_counter())
+        if wanted and loads and seconds > 30:
+            for line in in_a_process(given, wanted, loads, seconds):
                 if not is_done(given, line["way"], f"{line['documents']}x{line['users']}", facts):
                     harness.record(given.out, [line], facts)
         missing += sum(not is_done(given, way, load, facts) for way in wanted for load in given.loads)
@@ -98,7 +101,9 @@ def is_done(given: argparse.Namespace, way: str, load: str, facts: dict[str, Any
     return any(all(line.get(name) == value for name, value in wanted.items()) for line in lines)
 
 
-def in_a_process(given: argparse.Namespace, ways: Sequence[str], loads: Sequence[str]) -> Iterator[dict[str, Any]]:
+def in_a_process(
+    given: argparse.Namespace, ways: Sequence[str], loads: Sequence[str], seconds: float
+) -> Iterator[dict[str, Any]]:
     """The figures of an engine as they come; what it says and how it ended is printed if one is missing."""
     command = [sys.executable, __file__, "--alone", "--shape", given.shape, "--tokens", str(given.tokens)]
     command += ["--loads", *loads, "--ways", *ways]
@@ -106,7 +111,7 @@ def in_a_process(given: argparse.Namespace, ways: Sequence[str], loads: Sequence
     begin, found = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True)
-        timer = threading.Timer(given.limit, os.killpg, (child.pid, signal.SIGKILL))
+        timer = threading.Timer(seconds, os.killpg, (child.pid, signal.SIGKILL))
         timer.start()
         assert child.stdout is not None
         for line in child.stdout:

@@ -20,8 +20,8 @@ def running(model_dir: Path, settings: dict[str, Any], **options: Any) -> Iterat
     from vllm.distributed import cleanup_dist_env_and_memory
 
     given = {"dtype": "float32", "attention_backend": "CUSTOM", "enforce_eager": True, **options}
-    if torch.cuda.is_available():
-        given = {"gpu_memory_utilization": 0.3, **given}
+    if torch.cuda.is_available():  # little, and fixed: tests may run beside each other
+        given = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28, **given}
     try:
         yield LLM(
             model=str(model_dir),
