@@ -85,10 +85,15 @@ class DocumentState(vllm.DefaultModelState):
             self._of_request.copy_(torch.from_numpy(self._host.copy()))
             self._changed = False
 
-    def prepare_attn(self, input_batch: Any, cudagraph_mode: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """vLLM's metadata of attention, with the step's documents as `kvzip` where there are any, or may be later."""
-        metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, **options)
-        whole = cudagraph_mode == vllm.CUDAGraphMode.FULL
+    def prepare_attn(
+        self, input_batch: Any, cudagraph_mode: Any, *args: Any, for_capture: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """vLLM's metadata of attention, with the step's documents as `kvzip` where there are any, or may be later.
+
+        They may be in a graph of the whole step, which is captured without any (`for_capture`, in no mode of graphs).
+        """
+        metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **options)
+        whole = for_capture or cudagraph_mode == vllm.CUDAGraphMode.FULL
         reads = (self._host[0, input_batch.idx_mapping_np[: input_batch.num_reqs]] >= 0).any()
         self._fill(input_batch)
         steps: dict[int, Step] = {}

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import kvzip
@@ -108,3 +109,28 @@ def test_tokens_that_pad_a_graph_have_no_document() -> None:
     assert state._rows[1, :5].tolist() == [0, 0, 0, 0, 1]
     assert state._rows[2, :5].tolist() == [7, 8, 9, 10, 3]
     assert state._positions[:5].tolist() == [96, 97, 98, 99, 72]
+
+
+def test_graphs_of_whole_steps_are_captured_with_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the captured step reads one or not: later steps replay it. Other steps without documents are vLLM's."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    from kvzip.vllm.state import DocumentState
+
+    told = {"layer": SimpleNamespace(num_actual_tokens=2)}
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda *args, **options: told)
+    state: Any = object.__new__(DocumentState)
+    state._fill, state.documents = lambda batch: None, SimpleNamespace(table="table")
+    state._positions = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    state._rows = torch.zeros((3, 4), dtype=torch.int32)
+    batch = SimpleNamespace(num_reqs=2, idx_mapping_np=torch.tensor([1, 0]).numpy())
+
+    def documents(mode: Any, place: int, **options: Any) -> bool:
+        state._host = torch.tensor([[-1, place], [0, 7]]).numpy()
+        return state.prepare_attn(batch, mode, **options)["layer"].kvzip is not None
+
+    assert documents(CUDAGraphMode.NONE, -1, for_capture=True)
+    assert documents(CUDAGraphMode.FULL, -1)
+    assert documents(CUDAGraphMode.PIECEWISE, 3) and documents(CUDAGraphMode.NONE, 3)
+    assert not documents(CUDAGraphMode.PIECEWISE, -1) and not documents(CUDAGraphMode.NONE, -1)
