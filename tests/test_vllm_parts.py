@@ -20,6 +20,7 @@ from kvzip.templates import ChatTemplate, _compiled
 from kvzip.vllm import fingerprints, refusals, routes, turns
 from kvzip.vllm.documents import Documents, Server
 from kvzip.vllm.settings import Settings, name_in, path_within, settings_of
+from models import quantized_files
 
 TEXT = "The lease ends in May. The deposit is 900 euros."
 
@@ -40,7 +41,7 @@ def cache(loaded: kvzip.Model) -> kvzip.RaggedCache:
 
 
 def server(model: kvzip.Model, *, room: int = 64, longest: int = 2048) -> Server:
-    return Server(model.config, model.fingerprint, model.device, model.dtype, room, longest)
+    return Server(model.config, (model.fingerprint,), model.device, model.dtype, room, longest)
 
 
 # Turns
@@ -213,12 +214,13 @@ class Stacked(torch.nn.Module):
 def test_the_fingerprint_is_that_of_kvzip(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     directory = small_checkpoint.write(tmp_path / "m", family=family)
     wanted = kvzip.load(directory, dtype=dtype, device="cpu").fingerprint
-    config, quantized = fingerprints.describe(str(directory))
+    served = fingerprints.describe(str(directory))
 
-    def found(model: torch.nn.Module, *, files: bool = False) -> str:
-        return fingerprints.fingerprint(model, config, source=str(directory), dtype=dtype, files=files)
+    def found(model: torch.nn.Module) -> str:
+        (one,) = fingerprints.fingerprints(model, served, dtype=dtype)
+        return one
 
-    assert not quantized and found(Stacked(directory, dtype)) == found(Stacked(directory, dtype), files=True) == wanted
+    assert found(Stacked(directory, dtype)) == found(torch.nn.Module()) == wanted  # of nothing seen: the files'
     if dtype == torch.float32:
         other = Stacked(directory, dtype)
         other.found["model.layers.1.self_attn.qkv_proj.weight"][-1, -1] += 1
@@ -230,20 +232,34 @@ def test_weights_narrowed_for_the_server_are_compared_as_stored(tmp_path: Path) 
     path = directory / "model.safetensors"
     save_file({name: x.bfloat16() for name, x in load_file(path).items()}, path)
     wanted = kvzip.load(directory, dtype=torch.float32, device="cpu").fingerprint
-    config, _ = fingerprints.describe(str(directory))
+    served = fingerprints.describe(str(directory))
     model = Stacked(directory, torch.float32)  # bfloat16 values, served in float32
-    found = fingerprints.fingerprint(model, config, source=str(directory), dtype=torch.float32, files=False)
-    assert found == wanted
-    path.unlink()
+    assert fingerprints.fingerprints(model, served, dtype=torch.float32) == (wanted,)
+
+
+QUANTIZED = [name for name, given in quantized_files.FORMATS.items() if given.config]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_fingerprint_of_quantized_weights_is_that_of_their_files(tmp_path: Path, name: str) -> None:
+    quantized_files.write(tmp_path, quantized_files.FORMATS[name])
+    served = fingerprints.describe(str(tmp_path))
+    found = fingerprints.fingerprints(torch.nn.Linear(1, 1), served, dtype=torch.bfloat16)
+    assert found[0] == kvzip.load(tmp_path, device="cpu").fingerprint
+    rounds = any(scheme.inputs is not None for _, scheme in served.quantization.groups)  # type: ignore[union-attr]
+    assert len(set(found)) == len(found) == 1 + rounds
+    if rounds:
+        assert found[1] == kvzip.load(tmp_path, device="cpu", activations="checkpoint").fingerprint
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
-        fingerprints.fingerprint(model, config, source=str(directory), dtype=torch.float32, files=True)
+        fingerprints.fingerprints(torch.nn.Linear(1, 1), served, dtype=torch.bfloat16)
 
 
 def test_overrides_of_rope_change_the_fingerprint(checkpoint: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}
     wanted = kvzip.load(checkpoint, dtype=torch.float32, device="cpu", rope=rope).config
-    config, _ = fingerprints.describe(str(checkpoint), {"rope_parameters": rope})
-    assert config.layers == wanted.layers != fingerprints.describe(str(checkpoint))[0].layers
+    served = fingerprints.describe(str(checkpoint), {"rope_parameters": rope})
+    assert served.config.layers == wanted.layers != fingerprints.describe(str(checkpoint)).config.layers
 
 
 # Documents
@@ -292,7 +308,7 @@ def test_documents_that_do_not_fit_are_refused(tmp_path: Path, loaded: kvzip.Mod
     with pytest.raises(ValueError, match=f"of at most {tokens + 64} positions, got {tokens + 65}"):
         tight.load("a", path)
     foreign = Documents()
-    foreign.start(replace(server(loaded), fingerprint="0" * 32 + "-float32"), Settings())
+    foreign.start(replace(server(loaded), fingerprints=("0" * 32 + "-float32",)), Settings())
     with pytest.raises(ValueError, match=r"expected a cache of this model, got a\.kvz of another"):
         foreign.load("a", path)
 

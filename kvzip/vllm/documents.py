@@ -21,15 +21,23 @@ from kvzip.vllm.settings import Settings, check_name
 
 @dataclass(frozen=True)
 class Server:
-    """What documents must fit. `room` is the number of positions that are left of the model's for questions and answers
-    (`max_model_len`), `longest` the number of positions that the model has."""
+    """What documents must fit, one of the model's `fingerprints` among it.
+
+    `room` is the number of positions that are left of the model's for questions and answers (`max_model_len`),
+    `longest` the number of positions that the model has.
+    """
 
     config: ModelConfig
-    fingerprint: str
+    fingerprints: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     room: int
     longest: int
+
+    @property
+    def fingerprint(self) -> str:
+        """The one that a file is compared with."""
+        return self.fingerprints[0]
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ class Documents:
 
     def _sweep(self) -> None:
         """Frees dropped documents that no request reads."""
+        if not self._dropped:
+            return
         held = [document.place for document in self._readers.values()]
         for document in [x for x in self._dropped if x.place not in held]:
             ops.drop_context_(self.table, document.place)
@@ -174,6 +184,8 @@ class Documents:
                 f"expected document, question and answer of at most {server.longest} positions, got {needed} "
                 f"({header['tokens']} of {path.name}, and --max-model-len {server.room}): lower --max-model-len"
             )
+        if header["fingerprint"] in server.fingerprints:
+            server = replace(server, fingerprints=(header["fingerprint"],))
         return as_ragged(load_cache(path, model=server))
 
 

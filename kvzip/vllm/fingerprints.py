@@ -1,24 +1,42 @@
-"""The fingerprint of the model that a server runs, to compare with that of the model that made a document."""
+"""The fingerprints of the model that a server runs, to compare with those of documents."""
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvzip.hub import config_of, resolve
-from kvzip.models import ModelConfig, StoredTensor, checkpoint_digest, identity_of, stored_tensor, translate_config
-from kvzip.models.files import read_json, weight_files
+from kvzip.models import (
+    ModelConfig,
+    StoredTensor,
+    checkpoint_digest,
+    identity_of,
+    stored_checkpoint,
+    stored_tensor,
+    translate_config,
+)
+from kvzip.models.files import read_json
 from kvzip.models.identity import fingerprint_of
-from kvzip.models.weights import SKIPPED, WRAPPERS
+from kvzip.models.schemes import Quantization, read_quantization
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
-def describe(source: str, overrides: Any = None) -> tuple[ModelConfig, bool]:
-    """Returns kvzip's form of a served model's config.json, and whether its weights are quantized.
+@dataclass(frozen=True)
+class Served:
+    """A served model as kvzip sees it: its config.json, overrides in it, read, and how that quantizes weights."""
+
+    source: str
+    raw: Mapping[str, Any]
+    config: ModelConfig
+    quantization: Quantization | None
+
+
+def describe(source: str, overrides: Any = None) -> Served:
+    """Returns what a served model's config.json says.
 
     Args:
         overrides: vLLM's `hf_overrides`, whose fields replace those of the file.
@@ -27,34 +45,43 @@ def describe(source: str, overrides: Any = None) -> tuple[ModelConfig, bool]:
     """
     raw = read_json(config_of(resolve(source, local_only=True)))
     raw |= overrides if isinstance(overrides, Mapping) else {}
-    quantized = raw.pop("quantization_config", None) is not None
-    return translate_config(raw), quantized
+    return Served(source, raw, translate_config(raw), read_quantization(raw))
 
 
-def fingerprint(model: torch.nn.Module, config: ModelConfig, *, source: str, dtype: torch.dtype, files: bool) -> str:
-    """Returns the fingerprint that `kvzip.load` gives the model that vLLM runs, from vLLM's parameters.
+def fingerprints(model: torch.nn.Module, served: Served, *, dtype: torch.dtype) -> tuple[str, ...]:
+    """Returns the fingerprints that `kvzip.load` may give the model that vLLM runs, from vLLM's parameters.
 
     A tensor is looked at in the dtype in which the checkpoint stores it. Where the parameters are narrower than that or
-    were packed for a processor, and with `files` (quantized weights), the checkpoint's files are read instead: 512
-    bytes of each tensor.
+    were packed for a processor, and of quantized weights, the checkpoint's files are read instead: 512 bytes of each
+    tensor. Where a checkpoint says how activations are rounded there are two: kvzip's may be rounded or not.
 
-    Raises: FileNotFoundError if files are asked for and not there.
+    Raises: FileNotFoundError for quantized weights without such files.
     """
-    try:
-        stored = _stored(source)
-    except FileNotFoundError:  # weights that were not loaded from safetensors files, such as random ones
-        if files:
-            raise
-        stored = {}
-    found = list(stored.values()) if files else [*(stored | {x.name: x for x in _seen(model, config, stored)}).values()]
-    return fingerprint_of(config, identity_of(config, checkpoint_digest(found)), dtype)
+    how = served.quantization
+
+    def stored() -> Iterator[StoredTensor]:
+        return stored_checkpoint(resolve(served.source, local_only=True), served.raw)
+
+    if how is not None:
+        digest = checkpoint_digest(stored())
+    else:
+        try:
+            kept = {x.name: x.dtype for x in stored()}
+        except FileNotFoundError:  # weights that were not loaded from safetensors files, such as random ones
+            kept = {}
+        digest = checkpoint_digest(chain(stored() if kept else (), _seen(model, served.config, kept)))
+    identity = identity_of(served.config, digest)
+    form = [how.form] if how is not None and how.form else []
+    rounded = how is not None and any(scheme.inputs is not None for _, scheme in how.groups)
+    ways = [form, [*form, "checkpoint"]] if rounded else [form]
+    return tuple(fingerprint_of(served.config, identity, dtype, rounding=way) for way in ways)
 
 
-def _seen(model: torch.nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Iterator[StoredTensor]:
+def _seen(model: torch.nn.Module, config: ModelConfig, dtypes: Mapping[str, str]) -> Iterator[StoredTensor]:
     """The parameters that can be seen as the checkpoint stores them."""
     for name, tensor in _named(model, config):
-        kept = stored.get(name)
-        dtype = tensor.dtype if kept is None else _FLOATS.get(kept.dtype, tensor.dtype)
+        kept = dtypes.get(name)
+        dtype = tensor.dtype if kept is None else _FLOATS.get(kept, tensor.dtype)
         if kept is None or dtype.itemsize <= tensor.dtype.itemsize:
             yield stored_tensor(name, tensor.to(dtype))
 
@@ -81,29 +108,3 @@ def _named(model: torch.nn.Module, config: ModelConfig) -> Iterator[tuple[str, T
             yield name, parameter.detach()[: config.vocab_size]
         else:
             yield name, parameter.detach()
-
-
-def _stored(source: str) -> dict[str, StoredTensor]:
-    """The tensors in the checkpoint's safetensors files, by their names below the decoder's wrapper."""
-    directory = resolve(source, local_only=True)
-    found = {}
-    for path in weight_files(directory, read_json(config_of(directory)).get("transformers_weights")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for full, entry in header.items():
-            if full == "__metadata__" or full.startswith(SKIPPED) or full.endswith(".rotary_emb.inv_freq"):
-                continue
-            name = next((full.removeprefix(x) for x in WRAPPERS if full.startswith(x)), full)
-            begin, end = (8 + size + at for at in entry["data_offsets"])
-            found[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, _reader(path, begin))
-    return found
-
-
-def _reader(path: Path, begin: int) -> Any:
-    def read(start: int, stop: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(begin + start)
-            return file.read(stop - start)
-
-    return read

@@ -54,13 +54,11 @@ class DocumentState(vllm.DefaultModelState):
     def __init__(self, vllm_config: Any, model: torch.nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         refusals.check(vllm_config)
-        config, quantized = fingerprints.describe(self.model_config.model, self.model_config.hf_overrides)
-        found = fingerprints.fingerprint(
-            model, config, source=self.model_config.model, dtype=self.dtype, files=quantized
-        )
+        served = fingerprints.describe(self.model_config.model, self.model_config.hf_overrides)
+        found = fingerprints.fingerprints(model, served, dtype=self.dtype)
         self.documents = documents_of(vllm_config.instance_id)
         server = Server(
-            config, found, torch.empty(0, device=device).device, self.dtype, self.max_model_len, _longest(model)
+            served.config, found, torch.empty(0, device=device).device, self.dtype, self.max_model_len, _longest(model)
         )
         self.documents.start(server, settings_of(vllm_config.additional_config))
         self._host = np.zeros((2, self.max_num_reqs), dtype=np.int32)  # place of the document and its tokens
