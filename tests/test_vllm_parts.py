@@ -1,6 +1,5 @@
 """The parts of the vLLM plugin that need no vLLM; what needs it is in tests/vllm_plugin."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvzip
-import random_model
 import small_checkpoint
 from kvzip import ops
-from kvzip.inputs import query_ids
 from kvzip.ops.types import Context, Pages, QueryRows
-from kvzip.templates import ChatTemplate, _compiled
-from kvzip.vllm import fingerprints, refusals, routes, turns
+from kvzip.vllm import fingerprints, refusals
 from kvzip.vllm.documents import Documents, Server
-from kvzip.vllm.settings import Settings, name_in, path_within, settings_of
+from kvzip.vllm.settings import Settings
 from models import quantized_files
 
 TEXT = "The lease ends in May. The deposit is 900 euros."
@@ -44,92 +40,6 @@ def server(model: kvzip.Model, *, room: int = 64, longest: int = 2048) -> Server
     return Server(model.config, (model.fingerprint,), model.device, model.dtype, room, longest)
 
 
-# Turns
-
-
-def written(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
-    return _compiled(source).render(messages=messages, add_generation_prompt=True, **options)
-
-
-@pytest.mark.parametrize("ending", ["", "\n", "  \n"])
-def test_a_template_without_a_document_writes_what_it_wrote(ending: str) -> None:
-    source = random_model.TEMPLATE + ending
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " q\n"}]
-    assert written(turns.with_documents(source), messages) == written(source, messages)
-
-
-def test_a_turn_behind_a_document_is_what_kvzip_appends(loaded: kvzip.Model, cache: kvzip.RaggedCache) -> None:
-    source = turns.with_documents(random_model.TEMPLATE)
-    for content in ("Wer? ü 語 \"'\\ {{x}} \n", [{"type": "text", "text": "Wer?"}, {"type": "text", "text": " Und?"}]):
-        text = written(source, [{"role": "user", "content": content}], kvzip_document=True)
-        query = content if isinstance(content, str) else "Wer? Und?"
-        ids = loaded.tokenizer.control.encode(text, add_special_tokens=False).ids
-        assert ids == query_ids(loaded, cache, [query], template=True)[0]
-    said = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", " b"), ("user", " c "))]
-    assert written(source, said, kvzip_document=True) == (
-        "\n\na<|end|><|assistant|> b<|end|><|user|>c<|end|><|assistant|>"
-    )
-
-
-def test_system_messages_behind_a_document_are_errors() -> None:
-    source = turns.with_documents(random_model.TEMPLATE)
-    with pytest.raises(Exception, match="got one of system: the document has the system prompt already"):
-        written(source, [{"role": "system", "content": "s"}], kvzip_document=True)
-
-
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
-def test_real_templates_are_written_as_before(name: str) -> None:
-    path = Path("/tmp/models") / name / "tokenizer_config.json"
-    if not path.exists():
-        pytest.skip(f"expected {path}, a real model's")
-    source = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-    said = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    for messages in (said, [{"role": "system", "content": "s"}, *said]):
-        both = [written(x, messages, tools=None) for x in (source, turns.with_documents(source))]
-        assert both[0] == both[1]
-    behind = written(turns.with_documents(source), said, kvzip_document=True)
-    assert written(source, said, tools=None).endswith(behind.removeprefix("\n\n"))
-    assert ChatTemplate(source).source == source
-
-
-# Settings and requests
-
-
-def test_settings_are_checked() -> None:
-    assert settings_of({}) == Settings() == settings_of({"other": 1, "kvzip": {}})
-    given = {"documents": {"a": "x.kvz"}, "directory": "/d", "capacity": 8, "bits": 4, "bias": True}
-    assert settings_of({"kvzip": given}) == Settings({"a": "x.kvz"}, "/d", 8, 4, True)
-    for wrong in (
-        {"bits": 5},
-        {"capacity": 0},
-        {"documents": ["a"]},
-        {"documents": {"a/b": "x"}},
-        {"bias": 1},
-        {"n": 1},
-    ):
-        with pytest.raises(ValueError, match="expected "):
-            settings_of({"kvzip": wrong})
-
-
-def test_routes_load_files_of_the_directory_only(tmp_path: Path) -> None:
-    assert path_within(str(tmp_path), "in/a.kvz") == tmp_path / "in/a.kvz"
-    (tmp_path / "link").symlink_to("/etc")
-    for file in ("../a.kvz", "/etc/passwd", "link/passwd"):
-        with pytest.raises(PermissionError, match="a file within the server's directory"):
-            path_within(str(tmp_path), file)
-    with pytest.raises(PermissionError, match="expected a directory to load documents from, got none"):
-        path_within(None, "a.kvz")
-
-
-def test_requests_that_name_no_document_are_left_alone() -> None:
-    assert routes._parsed(b'{"prompt": "kvzip", "vllm_xargs": {"x": 1}}').get("vllm_xargs") == {"x": 1}
-    assert routes._parsed(b'{"kvzip": [') == routes._parsed(b"[]") == routes._parsed(b'["kvzip"]') == {}
-    assert name_in({"x": 1}) is None and name_in(None) is None and name_in({"kvzip": "a"}) == "a"
-    asked = {"prompt": "p", "add_special_tokens": True}
-    assert routes._completed(asked, chat=False) == asked
-    assert routes._completed({"prompt": "p"}, chat=False)["add_special_tokens"] is False
-
-
 # Refusals
 
 
@@ -138,7 +48,8 @@ def configured(**changes: Any) -> SimpleNamespace:
     hf = SimpleNamespace(architectures=["KvzipLlamaForCausalLM"], sliding_window=None)
     parts = {
         "model_config": SimpleNamespace(
-            hf_config=hf, hf_text_config=hf, dtype=torch.bfloat16, runner_type="generate"
+            hf_config=hf, hf_text_config=hf, dtype=torch.bfloat16, runner_type="generate", quantization=None,
+            revision=None, enable_sleep_mode=False,
         ),
         "parallel_config": SimpleNamespace(
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1, decode_context_parallel_size=1,
@@ -163,6 +74,8 @@ def configured(**changes: Any) -> SimpleNamespace:
 def test_what_is_not_supported_is_refused_by_name() -> None:
     refusals.check(configured())
     refusals.check(configured(cache_config__cache_dtype="bfloat16"))
+    stored = SimpleNamespace(architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "awq"})
+    refusals.check(configured(model_config__hf_config=stored, model_config__quantization="awq_marlin"))
     gemma = SimpleNamespace(architectures=["Gemma3ForCausalLM"])
     window = SimpleNamespace(sliding_window=4096)
     for said, changes in {
@@ -172,6 +85,9 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         "data parallelism over 4": {"parallel_config__data_parallel_size": 4},
         "decode context parallelism": {"parallel_config__decode_context_parallel_size": 2},
         "got LoRA": {"lora_config": object()},
+        r"got weights that vLLM quantizes itself \(fp8\)": {"model_config__quantization": "fp8"},
+        r"got a revision \(main\)": {"model_config__revision": "main"},
+        "got sleep mode": {"model_config__enable_sleep_mode": True},
         "got speculative decoding": {"speculative_config": object()},
         r"got quantized pages \(fp8\)": {"cache_config__cache_dtype": "fp8"},
         "got a sliding window of 4096": {"model_config__hf_text_config": window},
@@ -291,6 +207,16 @@ def test_a_document_is_attended_to_as_it_is_in_its_file(
     other = kvzip.compress(scored, ratio=0.4, bits=None if bits else 8)
     with pytest.raises(ValueError, match=r"expected a document of .*, got b\.kvz of "):
         documents.load("b", saved(other, tmp_path / "b.kvz", loaded))
+
+
+def test_biases_need_a_server_that_expects_them(tmp_path: Path, loaded: kvzip.Model) -> None:
+    scored = kvzip.score(loaded, kvzip.prefill(loaded, TEXT * 3))
+    path = saved(kvzip.refit(loaded, scored, kvzip.compress(scored, ratio=0.4)), tmp_path / "a.kvz", loaded)
+    documents = Documents()
+    documents.start(server(loaded), Settings())
+    with pytest.raises(ValueError, match=r'expected a document without biases, got a\.kvz with some: .*"bias": true'):
+        documents.load("a", path)
+    assert documents.list() == []
 
 
 def test_documents_that_do_not_fit_are_refused(tmp_path: Path, loaded: kvzip.Model, cache: kvzip.RaggedCache) -> None:

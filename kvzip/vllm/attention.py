@@ -68,3 +68,8 @@ class Backend(vllm.FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type:
         return BackendImpl
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """How a document's rows are split depends on the batch."""
+        return False

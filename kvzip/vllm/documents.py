@@ -18,6 +18,9 @@ from kvzip.models import ModelConfig
 from kvzip.ops.types import Context, ContextTable, Quantized
 from kvzip.vllm.settings import Settings, check_name
 
+SALT = "kvzip:"
+"""What salts of pages begin with that stand for a document."""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -65,6 +68,7 @@ class Documents:
         self._table: ContextTable | None = None
         self._server: Server | None = None
         self._bits: int | None = None
+        self._biased = False
         self._named: dict[str, Document] = {}
         self._dropped: list[Document] = []
         self._readers: dict[str, Document] = {}  # by request
@@ -74,7 +78,7 @@ class Documents:
 
         Raises: as `load` does.
         """
-        self._server, self._bits = server, settings.bits
+        self._server, self._bits, self._biased = server, settings.bits, settings.bias
         caches = {name: self._read(Path(file)) for name, file in settings.documents.items()}
         like = _formats(server, settings, list(caches.values()))
         self._table = ops.context_table(like, settings.capacity, biased=settings.bias)
@@ -186,7 +190,21 @@ class Documents:
             )
         if header["fingerprint"] in server.fingerprints:
             server = replace(server, fingerprints=(header["fingerprint"],))
-        return as_ragged(load_cache(path, model=server))
+        cache = as_ragged(load_cache(path, model=server))
+        if not self._biased and any(layer.bias is not None for layer in _contexts(cache)):
+            raise ValueError(
+                f"expected a document without biases, got {path.name} with some: compress it without --refit, or serve "
+                'with "bias": true for kvzip in --additional-config'
+            )
+        return cache
+
+
+def salted(key: str | None, salt: str | None) -> str:
+    """Returns the salt of pages behind a document of that key (None: of none), for a request with a salt of its own.
+
+    It begins with `SALT`, and is another for each other pair.
+    """
+    return SALT + hashlib.sha256(json.dumps([key, salt]).encode()).hexdigest()
 
 
 def documents_of(instance: str) -> Documents:

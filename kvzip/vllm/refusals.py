@@ -49,8 +49,17 @@ def _reasons(config: Any) -> list[str | None]:
     windows = getattr(model.hf_text_config, "sliding_window", None)
     if getattr(model.hf_text_config, "use_sliding_window", True) is False:
         windows = None
+    stored = any(getattr(model.hf_config, field, None) for field in ("quantization_config", "compression_config"))
     return [
         *found,
+        f"weights that vLLM quantizes itself ({model.quantization}): leave out --quantization, or serve a checkpoint "
+        "that is stored so"
+        if model.quantization is not None and not stored
+        else None,
+        f"a revision ({model.revision}): serve the directory of a snapshot, the one that documents were made with"
+        if model.revision is not None
+        else None,
+        "sleep mode: leave out --enable-sleep-mode, documents would not sleep" if model.enable_sleep_mode else None,
         "LoRA: leave out --enable-lora, documents belong to the base model" if config.lora_config is not None else None,
         "speculative decoding: leave out --speculative-config" if config.speculative_config is not None else None,
         f"quantized pages ({pages}): leave out --kv-cache-dtype, documents have their own bits"

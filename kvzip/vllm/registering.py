@@ -1,10 +1,11 @@
 """What vLLM is told at start: our models, and what a configuration that chooses our backend becomes."""
 
+import os
 from typing import Any
 
 from kvzip.vllm import interfaces as vllm
 from kvzip.vllm import refusals
-from kvzip.vllm.settings import settings_of
+from kvzip.vllm.settings import KEY, settings_of
 
 REFUSED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 """Refused before the engine starts, by name; what is in neither list is refused when the model is loaded."""
@@ -45,6 +46,12 @@ def prepare_(config: Any) -> None:
     """
     refusals.check(config)
     settings_of(config.additional_config)
+    if KEY not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        raise ValueError(
+            f"expected VLLM_PLUGINS to name kvzip for its backend, got {os.environ.get('VLLM_PLUGINS', '')!r}: set "
+            "VLLM_PLUGINS=kvzip (with commas between several), or a server has no routes of kvzip, and writes chats "
+            "behind a document with BOS and system prompt"
+        )
     if not config.use_v2_model_runner:
         raise ValueError(
             "expected vLLM's second model runner for kvzip's backend, got the first: set VLLM_USE_V2_MODEL_RUNNER=1, "

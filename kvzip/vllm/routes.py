@@ -10,6 +10,8 @@ from kvzip.vllm.turns import FLAG, with_documents
 
 PATH = "/v1/kvzip/documents"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+UNREAD = ("chat_template", "chat_template_kwargs", "tools", "documents")
+"""Fields of a chat that its template reads, which behind a document writes the rest of a turn and nothing else."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,23 +56,26 @@ class Endpoints:
             if holder is not None:
                 source, tokens = _template(holder.chat_template, engine_client)
                 if source is not None:
-                    holder.chat_template = with_documents(source, tokens)
+                    options = getattr(args, "default_chat_template_kwargs", None)
+                    holder.chat_template = with_documents(source, tokens, options)
 
 
 class Requests:
     """ASGI middleware: looks at requests that name a document, and passes others on as they came.
 
-    A document that is not loaded is answered with 404. A chat gets the template's variable; neither chat nor completion
-    gets special tokens in front of its prompt, unless a completion asks for them.
+    A document that is not loaded is answered with 404, and what would be rendered wrongly behind one with 400. A chat
+    gets the template's variable; neither chat nor completion gets special tokens in front of its prompt, unless a
+    completion asks for them.
     """
 
     def __init__(self, app: Any, *, state: Any) -> None:
         self.app, self.state = app, state
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in (CHAT, COMPLETIONS):
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self.app(scope, receive, send)
             return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         body, more = b"", True
         while more:
             message = await receive()
@@ -81,11 +86,11 @@ class Requests:
         name = name_in(asked.get("vllm_xargs"))
         if name is not None:
             documents = {x["name"]: x for x in (await _call(self.state, "kvzip_list"))["answer"]}
-            refused = _refusal(name, documents, chat=scope["path"] == CHAT)
+            refused = _refusal(name, asked, documents, path)
             if refused is not None:
-                await refused(scope, receive, send)
+                await _error(*refused)(scope, receive, send)
                 return
-            body = json.dumps(_completed(asked, chat=scope["path"] == CHAT)).encode()
+            body = json.dumps(_completed(asked, chat=path == CHAT)).encode()
             headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
         sent = False
@@ -111,21 +116,36 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return asked if isinstance(asked, dict) else {}
 
 
+def _is_json(scope: Any) -> bool:
+    """Whether a request has, or may have, a body in JSON."""
+    kind = dict(scope["headers"]).get(b"content-type", b"application/json")
+    return b"json" in kind.lower()
+
+
 def _completed(asked: dict[str, Any], *, chat: bool) -> dict[str, Any]:
     if not chat:
         return {"add_special_tokens": False, **asked}
-    options = asked.get("chat_template_kwargs") or {}
-    return {**asked, "add_special_tokens": False, "chat_template_kwargs": {**options, FLAG: True}}
+    return {**asked, "add_special_tokens": False, "chat_template_kwargs": {FLAG: True}}
 
 
-def _refusal(name: str, documents: dict[str, Any], *, chat: bool) -> Any:
+def _refusal(name: str, asked: dict[str, Any], documents: dict[str, Any], path: str) -> tuple[int, str] | None:
+    """The status and message of a request that cannot be answered from the document that it names."""
+    if path not in (CHAT, COMPLETIONS):
+        return 400, f"expected a document's question at {CHAT} or {COMPLETIONS}, got it at {path[:200]}: send it there"
     if name not in documents:
         known = ", ".join(sorted(documents)) or "none"
-        return _error(404, f"expected a document that is loaded ({known}), got {name[:200]!r}: load it at {PATH}")
-    if chat and not documents[name]["chat"]:
-        return _error(
-            400,
-            f"expected a document with a chat prefix, got {name!r} without one: send its questions to {COMPLETIONS}",
+        return 404, f"expected a document that is loaded ({known}), got {name[:200]!r}: load it at {PATH}"
+    if path != CHAT:
+        return None
+    if not documents[name]["chat"]:
+        return 400, (
+            f"expected a document with a chat prefix, got {name!r} without one: send its questions to {COMPLETIONS}"
+        )
+    unread = next((field for field in UNREAD if asked.get(field)), None)
+    if unread is not None:
+        return 400, (
+            f"expected a chat behind a document without {', '.join(UNREAD)}, got {unread}: the document stands where "
+            "the template would write it; leave it out (--default-chat-template-kwargs holds for all requests)"
         )
     return None
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvzip.vllm import interfaces as vllm
-from kvzip.vllm.documents import documents_of
+from kvzip.vllm.documents import SALT, documents_of, salted
 from kvzip.vllm.settings import name_in
 
 
@@ -27,9 +27,9 @@ class _WithDocuments:
             if document is None:
                 self._refused.append(request)
                 return
-            request.cache_salt = f"{request.cache_salt or ''}|kvzip:{document.key}"
-            request.block_hashes.clear()
-            request.update_block_hashes()
+            _salt_(request, document.key)
+        elif name is None and (request.cache_salt or "").startswith(SALT):  # which nobody can give to share its pages
+            _salt_(request, None)
         super().add_request(request)  # type: ignore[misc]
 
     def has_requests(self) -> bool:
@@ -49,6 +49,13 @@ class _WithDocuments:
     def _free_request(self, request: Any, *args: Any, **options: Any) -> Any:
         self.documents.release(request.request_id)
         return super()._free_request(request, *args, **options)  # type: ignore[misc]
+
+
+def _salt_(request: Any, key: str | None) -> None:
+    """Hashes a request's pages anew, with a salt of the document's key and its own salt."""
+    request.cache_salt = salted(key, request.cache_salt)
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 class Scheduler(_WithDocuments, vllm.Scheduler):

@@ -8,6 +8,7 @@ import torch
 
 import kvzip
 from kvzip.inputs import query_ids
+from kvzip.vllm.documents import salted
 from vllm_engines import TOKENS, ask, block_size, call, expected, sampling, tokens
 
 QUESTIONS = ("What is a7?", "And which numbers are squares?")
@@ -83,6 +84,26 @@ def test_an_unknown_document_ends_its_request_and_no_other(engine: Any, model: A
     outputs = ask(engine, [question, question], ["missing", "a"])
     assert outputs[0].outputs[0].finish_reason == "error" and not outputs[0].outputs[0].token_ids
     assert tokens(outputs)[1] == expected(model, caches["a"], question)
+
+
+def test_an_unknown_document_alone_ends_too(engine: Any) -> None:
+    (output,) = ask(engine, [[1, 2, 3]], ["missing"])
+    assert output.outputs[0].finish_reason == "error" and not engine.llm_engine.has_unfinished_requests()
+
+
+def test_no_salt_of_a_client_reaches_the_pages_of_a_document(engine: Any, model: Any, caches: dict[str, Any]) -> None:
+    question = query_ids(model, caches["a"], ["Which of the sums that you saw is odd, and is it?"], template=True)[0]
+    documents = engine.llm_engine.engine_core.engine_core.scheduler.documents
+    salt = salted(documents.hold("other", "a").key, None)
+    documents.release("other")
+
+    def cached(name: str | None, **given: str) -> int:
+        prompt = {"prompt_token_ids": question, **given}
+        return engine.generate([prompt], sampling(2, name), use_tqdm=False)[0].num_cached_tokens
+
+    assert cached("a") == 0 and cached("a") > 0
+    assert cached(None, cache_salt=salt) == 0 and cached(None, cache_salt=salt) > 0
+    assert cached("a", cache_salt="mine") == 0 and cached("a", cache_salt="mine") > 0
 
 
 def test_a_question_longer_than_a_step_is_read_in_parts(engine: Any, model: Any, caches: dict[str, Any]) -> None:

@@ -16,15 +16,28 @@ TEXT = " ".join(f"The number {n} is {n * n % 97}." for n in range(12))
 
 
 @pytest.mark.parametrize(
-    ("family", "bits"), [("Mistral", None), ("Qwen2", None), ("Qwen3", None), ("Llama", 8), ("Llama", 4)]
+    ("family", "bits", "refitted"),
+    [
+        ("Mistral", None, False),
+        ("Qwen2", None, True),
+        ("Qwen3", None, False),
+        ("Llama", 8, True),
+        ("Llama", 4, False),
+    ],
 )
-def test_families_and_bits_answer_as_kvzip_does(tmp_path: Path, family: str, bits: int | None) -> None:
+def test_families_bits_and_biases_answer_as_kvzip_does(
+    tmp_path: Path, family: str, bits: int | None, refitted: bool
+) -> None:
     directory = small_checkpoint.write(tmp_path / "model", family=family)
     model = kvzip.load(directory, dtype=torch.float32, device="cpu")
-    cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXT)), ratio=0.4, bits=bits)
+    scored = kvzip.score(model, kvzip.prefill(model, TEXT))
+    cache = kvzip.compress(scored, ratio=0.4, bits=bits)
+    cache = kvzip.refit(model, scored, cache) if refitted else cache
+    assert any(layer.bias is not None and layer.bias.any() for layer in cache.context) == refitted
     kvzip.save(cache, tmp_path / "a.kvz", model=model)
     asked = query_ids(model, cache, ["What is it?", "And 7?"], template=True)
-    with running(directory, {"documents": {"a": str(tmp_path / "a.kvz")}, "bits": bits}) as engine:
+    settings = {"documents": {"a": str(tmp_path / "a.kvz")}, "bits": bits, "bias": refitted}
+    with running(directory, settings) as engine:
         found = tokens(ask(engine, asked, ["a", "a"]))
         (shown,) = engine.collective_rpc("kvzip_list")[0]["answer"]
     assert found == [expected(model, cache, ids) for ids in asked]
@@ -59,6 +72,14 @@ def test_a_document_of_another_model_stops_the_start(tmp_path: Path, model_dir: 
     documents = {"documents": {"a": str(tmp_path / "a.kvz")}}
     with pytest.raises(ValueError, match=r"got a\.kvz of another"), running(model_dir, documents):
         pass
+
+
+def test_a_server_without_the_routes_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ValueError, match="expected VLLM_PLUGINS to name kvzip for its backend, got 'other'"):
+        EngineArgs(model=str(model_dir), dtype="float32", attention_backend="CUSTOM").create_engine_config()
 
 
 def test_other_backends_are_left_as_they_are(model_dir: Path) -> None:
