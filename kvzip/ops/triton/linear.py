@@ -21,6 +21,7 @@ from kvzip.ops.triton.common import (
 )
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
+from kvzip.ops.triton.linear_row4 import row_of_4_bits
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
@@ -166,6 +167,8 @@ def _quantized(
         x = round_inputs(x, weight.activations)
     if rows == 1 and has_plain_codes(weight):
         return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
+    if rows == 1 and weight.kind == "int4" and suits(weight) and x.dtype != torch.float32:
+        return row_of_4_bits(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if norm is not None:
