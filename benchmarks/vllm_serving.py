@@ -118,6 +118,8 @@ def in_a_process(
             if line.startswith("RESULT "):
                 found += 1
                 yield json.loads(line.removeprefix("RESULT "))
+            elif line.startswith("MARK "):
+                print(line.removeprefix("MARK "), end="", flush=True)
             else:
                 said.write(line)
         code = child.wait()
@@ -188,6 +190,7 @@ def start(directory: Path, given: argparse.Namespace, way: str, sequences: int) 
         options["attention_backend"] = "CUSTOM"
         options["kv_cache_memory_bytes"] = PAGES
     else:
+        options["attention_backend"] = "FLASH_ATTN"
         options["gpu_memory_utilization"] = MEMORY
         options["kv_cache_dtype"] = "fp8" if way.endswith("fp8") else "auto"
     return LLM(
@@ -204,8 +207,8 @@ def described(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def mark(text: str) -> None:
-    """Says on stderr how far a run is."""
-    print(text, file=sys.stderr, flush=True)
+    """Says how far a run is."""
+    print(f"MARK {text}", flush=True)
 
 
 def version() -> str:
