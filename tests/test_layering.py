@@ -46,7 +46,15 @@ _STAGES = (
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.tuning", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
+TOPS = [
+    "kvzip.interop",
+    "kvzip.evals",
+    "kvzip.tuning",
+    "kvzip.report",
+    "kvzip.vllm",
+    "kvzip.cli",
+    "kvzip.__main__",
+]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 

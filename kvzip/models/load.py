@@ -1,7 +1,7 @@
 """An HF directory, hub id or alias, loaded into a Model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from .config import ModelConfig, check_integer
 from .division import divided, own_head, share_in
 from .fields import reject
 from .files import read_json, weight_files
-from .reading import read_weights
+from .identity import StoredTensor
+from .reading import read_weights, stored_tensors
 from .schemes import read_quantization
 from .stacks import Reading
 from .transformer import Model
@@ -145,6 +146,18 @@ def translate_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Returns the ModelConfig of a parsed `config.json`. Raises ValueError for one that is not understood."""
     read_quantization(raw)
     return _family(raw)[0](raw, None)
+
+
+def stored_checkpoint(directory: Path, raw: Mapping[str, Any]) -> Iterator[StoredTensor]:
+    """Yields the tensors of a local checkpoint with that `config.json` of which its digest is made.
+
+    Each can be read until the next is asked for.
+
+    Raises: FileNotFoundError where there are no safetensors files; ValueError for what `load` refuses by name or shape.
+    """
+    translate, layer_names, _ = _family(raw)
+    files = weight_files(directory, raw.get("transformers_weights"))
+    return stored_tensors(files, translate(raw, None), layer_names, quantization=read_quantization(raw))
 
 
 def _family(raw: Mapping[str, Any]) -> Family:

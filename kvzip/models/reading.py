@@ -1,6 +1,6 @@
 """Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..parallel import agreed, together
 from ..parallel.reduction import head_rows
 from .config import ModelConfig
 from .division import HEAD_UNIT, Part, check_units, divided, parts_of
-from .identity import checkpoint_digest
+from .identity import StoredTensor, checkpoint_digest
 from .packed import MAIN, OF_CACHES, OTHERS
 from .schemes import QSERVE, Quantization, Scheme
 from .shards import Place, copy_, opened, same, shards, stored
@@ -46,11 +46,9 @@ def read_weights(
     Raises: ValueError that names a damaged file, or a tensor that is unknown, missing, given twice or of the wrong
     shape or type.
     """
-    untied = replace(config, tied=False)
-    shapes = slots(untied, empty_weights(untied, dtype=reading.dtype, device="meta"), layer_names)
-    linear = {f"layers.{n}.{x}" for n in range(len(config.layers)) for field in LINEAR for x in layer_names[field]}
-    found = _located(files, shapes, {x.removesuffix(".weight") for x in (*linear, HEAD)}, quantization)
-    schemes = _schemes(found, sorted(linear | {HEAD}), quantization)
+    shapes, linear = _expected(config, layer_names, reading.dtype)
+    found = _located(files, shapes, linear, quantization)
+    schemes = _schemes(found, sorted(linear), quantization)
     present = set(found) | set(schemes)
     if config.tied:
         if EMBED not in present and HEAD in found:
@@ -84,11 +82,35 @@ def read_weights(
     return _assembled(found, schemes, config, layer_names, reading)
 
 
+def stored_tensors(
+    files: Iterable[Path],
+    config: ModelConfig,
+    layer_names: Mapping[str, tuple[str, ...]],
+    *,
+    quantization: Quantization | None = None,
+) -> Iterator[StoredTensor]:
+    """Yields the tensors that a checkpoint's digest is made of; each can be read until the next is asked for.
+
+    Raises: ValueError for tensors that `read_weights` refuses by name, shape or type.
+    """
+    return stored(_located(files, *_expected(config, layer_names, torch.float32), quantization))
+
+
+def _expected(
+    config: ModelConfig, layer_names: Mapping[str, tuple[str, ...]], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of a checkpoint of 16 bits, on the meta device, by name, and which of them may be quantized."""
+    untied = replace(config, tied=False)
+    linear = {f"layers.{n}.{x}" for n in range(len(config.layers)) for field in LINEAR for x in layer_names[field]}
+    return slots(untied, empty_weights(untied, dtype=dtype, device="meta"), layer_names), linear | {HEAD}
+
+
 def _located(
     files: Iterable[Path], shapes: Mapping[str, Tensor], linear: set[str], quantization: Quantization | None
 ) -> dict[str, Place]:
     """The place of each tensor by its name below the wrapper, in the order of the files."""
     found: dict[str, Place] = {}
+    stems = {name.removesuffix(".weight") for name in linear}
     for path in files:
         with opened(path) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -97,9 +119,9 @@ def _located(
                 if short is None or (quantization and suffix in OF_CACHES):
                     continue
                 place = Place(path, name, shard.get_slice(name).get_dtype())
-                coded = suffix == "weight" and stem in linear and place.dtype in _CODES
-                known = short in shapes or (stem in linear and suffix in COMPANIONS)
-                if not known and suffix == "bias" and stem in linear and not bool(shard.get_tensor(name).any()):
+                coded = suffix == "weight" and stem in stems and place.dtype in _CODES
+                known = short in shapes or (stem in stems and suffix in COMPANIONS)
+                if not known and suffix == "bias" and stem in stems and not bool(shard.get_tensor(name).any()):
                     continue  # GPTQ's programs write biases of zeros where the layer has none
                 if not known or short in found:
                     unread = "only tensors of the model, got one it does not read"
