@@ -45,6 +45,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         half = padded and bits < 16 and not hopper  # eight warps would spill
         mixed = 8 < bits < 16  # keys or values in codes, the others as they are
         stages = 1 if (D <= 64 and 4 < bits < 16) or (D > 128 and mixed) else 2  # two would spill
+        if bits == 6 and D == 128 and not hopper:
+            stages = 3  # here too
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:

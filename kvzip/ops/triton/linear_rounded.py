@@ -1,6 +1,6 @@
-"""Products of many rows in 8 bits, inputs rounded too: for `activations`."""
+"""Products of many rows in 8 bits, inputs rounded too, by the libraries that torch brings: for `activations`."""
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -12,32 +12,7 @@ from kvzip.ops.triton.common import await_launch, launch_options, on_device, ove
 from kvzip.ops.weights import Activations, QuantizedWeight
 
 _BLOCK = 128  # inputs, and outputs, that share a scale in products by blocks
-
-
-class Launch(NamedTuple):
-    """Sizes of one launch: rows and outputs of a tile, warps, tiles of 128 inputs in flight."""
-
-    block_r: int
-    block_n: int
-    warps: int
-    stages: int
-
-
-LAUNCHES = (
-    Launch(128, 256, 8, 3),
-    Launch(128, 128, 8, 4),
-    Launch(128, 128, 4, 4),
-    Launch(128, 256, 8, 4),
-    Launch(256, 128, 8, 3),
-    Launch(128, 128, 8, 3),
-    Launch(64, 128, 4, 4),
-)
-"""What was tried of them on an H100: docs/tuning.md."""
-
-
-def launch_config(grouped: bool, *, hopper: bool = True) -> Launch:
-    """The launch for products of many rows in 8 bits."""
-    return Launch(128, 256, 8, 3) if hopper and not grouped else Launch(128, 128, 8, 4 if hopper else 3)
+_ROWS = 2048  # whose integer sums, 4 bytes each, are held at once
 
 
 def rounded_product(x: Float[Tensor, "R K"], weight: QuantizedWeight) -> Float[Tensor, "R N"] | None:
@@ -52,7 +27,7 @@ def rounded_product(x: Float[Tensor, "R K"], weight: QuantizedWeight) -> Float[T
     if not fits or x.shape[0] <= 16 or inputs % 16 or outputs % 16 or x.dtype == torch.float32:
         return None
     if how.kind == "int8":
-        return _products(x, weight, how) if whole and how.group is None else None
+        return _integers(x, weight, how) if whole and how.group is None else None
     ready = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
     if ready and whole and how.group is None and x.dtype == torch.bfloat16:
         codes, scale = round_rows(x, how)
@@ -62,26 +37,36 @@ def rounded_product(x: Float[Tensor, "R K"], weight: QuantizedWeight) -> Float[T
     blocks = weight.group == how.group == _BLOCK and weight.rows == _BLOCK
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     if blocks and hopper and inputs % (4 * _BLOCK) == 0 and outputs % _BLOCK == 0:
-        return _products(x, weight, how)
+        return _by_blocks(x, weight, how)
     return None
 
 
 @on_device
-def _products(x: Tensor, weight: QuantizedWeight, how: Activations, config: Launch | None = None) -> Tensor:
-    """By a kernel of our own: one scale for each row and output, or for each of their groups of 128 inputs."""
-    rows, (outputs, inputs), grouped = x.shape[0], weight.shape, how.group is not None
-    codes, scale = round_rows(x, how)
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    overlap = overlaps_launches(x)  # from Hopper on
-    config = config or launch_config(grouped, hopper=overlap)
-    tiles = triton.cdiv(rows, config.block_r), triton.cdiv(outputs, config.block_n)
-    _product_kernel[(tiles[0] * tiles[1],)](
-        codes, weight.codes, scale, weight.scale, out, rows, scale.stride(0), scale.stride(1),
-        N=outputs, K=inputs, Q=weight.scale.shape[1], SHARED=weight.rows, GROUPED=grouped,
-        BLOCK_R=config.block_r, BLOCK_N=config.block_n, BLOCK_K=_BLOCK, STAGES=config.stages, OVERLAP=overlap,
-        num_warps=config.warps, enable_fp_fusion=True, **launch_options(overlap),
-    )  # fmt: skip
+def _integers(x: Tensor, weight: QuantizedWeight, how: Activations) -> Tensor:
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    scale = weight.scale[:, 0].float()
+    for start in range(0, x.shape[0], _ROWS):
+        stop = min(start + _ROWS, x.shape[0])
+        first = min(start, max(0, stop - 32))  # the library takes no fewer than 17 rows
+        codes, own = round_rows(x[first:stop], how)
+        sums = torch._int_mm(codes, weight.codes.t())
+        overlap = overlaps_launches(x)
+        _rescale_kernel[(stop - first, triton.cdiv(weight.shape[0], 1024))](
+            sums, own, scale, out[first:stop], N=weight.shape[0], BLOCK=1024, OVERLAP=overlap, num_warps=4,
+            **launch_options(overlap),
+        )  # fmt: skip
     return out
+
+
+def _by_blocks(x: Tensor, weight: QuantizedWeight, how: Activations) -> Tensor:
+    rows = x.shape[0]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))  # the library takes rows in fours
+    codes, scale = round_rows(padded, how)
+    kind = torch.nn.functional.ScalingType
+    own = weight.scale.float().contiguous().t()
+    return torch.nn.functional.scaled_mm(
+        codes, weight.codes.t(), scale, kind.BlockWise1x128, own, kind.BlockWise128x128, output_dtype=x.dtype
+    )[:rows]
 
 
 @on_device
@@ -160,40 +145,14 @@ def _round_kernel(
             tl.store(codes_ptr + row * K + k, code.to(tl.int8).to(tl.uint8, bitcast=True), mask=k < K)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 @no_type_check
-def _product_kernel(
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, out_ptr, rows, x_scale_row, x_scale_group, N: tl.constexpr, K: tl.constexpr,
-    Q: tl.constexpr, SHARED: tl.constexpr, GROUPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program: a tile of the product. Eight tiles of rows go through all outputs, so that L2 keeps their codes."""
-    program, across = tl.program_id(0), (N + BLOCK_N - 1) // BLOCK_N
-    band = program // (8 * across)
-    high = tl.minimum(8, (rows + BLOCK_R - 1) // BLOCK_R - band * 8)
-    inside = program - band * 8 * across
-    r = ((band * 8 + inside % high) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    n = (inside // high * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    row, output, k = tl.minimum(r, rows - 1), tl.minimum(n, N - 1), tl.arange(0, BLOCK_K)
-    x_at, w_at = x_ptr + row[:, None] * K + k[None, :], w_ptr + output[None, :] * K + k[:, None]
-    x_scale_at, w_scale_at = x_scale_ptr + row * x_scale_row, w_scale_ptr + output // SHARED * Q
+def _rescale_kernel(
+    sums_ptr, row_scale_ptr, scale_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     await_launch(OVERLAP)
-    acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32 if GROUPED or x_ptr.dtype.element_ty != tl.int8 else tl.int32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            x = tl.load(x_at + start)
-            w = tl.load(w_at + start)
-        else:
-            x = tl.load(x_at + start, mask=(start + k < K)[None, :], other=0)
-            w = tl.load(w_at + start, mask=(start + k < K)[:, None], other=0)
-        if GROUPED:
-            scale = tl.load(x_scale_at + start // BLOCK_K * x_scale_group)[:, None]
-            scale = scale * tl.load(w_scale_at + start // BLOCK_K).to(tl.float32)[None, :]
-            acc += tl.dot(x, w).to(tl.float32) * scale
-        else:
-            acc = tl.dot(x, w, acc)
-    out = acc.to(tl.float32)
-    if not GROUPED:
-        out *= tl.load(x_scale_at)[:, None] * tl.load(w_scale_at).to(tl.float32)[None, :]
-    at = out_ptr + r[:, None] * N + n[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=(r < rows)[:, None] & (n < N)[None, :])
+    sums = tl.load(sums_ptr + row * N + n, mask=n < N, other=0).to(tl.float32)
+    out = sums * tl.load(row_scale_ptr + row) * tl.load(scale_ptr + n, mask=n < N, other=0)
+    tl.store(out_ptr + row * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
