@@ -189,12 +189,16 @@ def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def spread(pairs: Sequence[tuple[float, float]], draws: int = 2_000) -> str:
-    """The mean, the mean difference, and its 95% interval."""
+    """The mean and the mean difference, each with its 95% interval."""
     values = torch.tensor(pairs, dtype=torch.float64)
-    lost = values[:, 0] - values[:, 1]
-    drawn = lost[torch.randint(len(lost), (draws, len(lost)), generator=torch.Generator().manual_seed(0))].mean(1)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return f"{values[:, 0].mean():.3f}, {lost.mean():+.3f} [{low:+.3f}, {high:+.3f}] of {len(pairs)} questions"
+    places = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
+
+    def shown(x: Tensor, form: str) -> str:
+        low, high = x[places].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=x.dtype)).tolist()
+        return f"{x.mean():{form}} [{low:{form}}, {high:{form}}]"
+
+    own, lost = values[:, 0], values[:, 0] - values[:, 1]
+    return f"{shown(own, '.3f')}, {shown(lost, '+.3f')} of {len(pairs)} questions"
 
 
 # --- size
