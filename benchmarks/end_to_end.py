@@ -29,6 +29,7 @@ import kvzip  # noqa: E402
 from accuracy import assert_as_accurate  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from benchmarks.harness import ROOT, release  # noqa: E402
+from benchmarks.linear import FORMS  # noqa: E402
 from benchmarks.shapes import random_model, shapes, with_scores  # noqa: E402
 from kvzip.attention import decode_attend  # noqa: E402
 from kvzip.cache import all_ragged, empty_tail  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=shapes(), default=["llama-3.1-8b"])
     parser.add_argument("--model", type=Path, help="an HF directory: real weights instead of a shape")
     parser.add_argument("--tokens", nargs="+", type=int, default=[32_768, 126_000])
-    parser.add_argument("--weights", choices=("fp8", "int8", "int4"), help="linear layers in 8 or 4 bits")
+    parser.add_argument("--weights", choices=FORMS, help="linear layers in 8 or 4 bits; with rounded inputs")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -7,6 +7,7 @@ product alone: the table `LAUNCHES` of kvzip/ops/triton/linear_quantized.py is c
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from benchmarks.harness import Variant
 from kvzip import ops
-from kvzip.ops.weights import GROUP, QuantizedWeight, empty_weight
+from kvzip.ops.weights import GROUP, LARGEST, QuantizedWeight, empty_weight
 
 COLD_BYTES = 256 * 2**20
 TESTS = ("linear_quantized", "layers")
 KINDS = {"fp8": "e4m3", "int8": "int8", "int4": "int4"}
+FORMS = (*KINDS, "fp8+rows", "fp8+blocks", "int8+rows")  # after a plus: inputs are rounded too, a row or 128 at a time
 
 
 class Product(NamedTuple):
@@ -54,18 +56,20 @@ def bench_linear(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, V
 
 
 def random_weight(form: str | None, outputs: int, inputs: int, *, device: torch.device | str = "cuda") -> Weight:
-    """A weight with random codes, as `ops.quantize_weight` would shape it; None is bfloat16."""
+    """A weight with random codes, as `ops.quantize_weight` would shape it, or in blocks; None is bfloat16."""
     if form is None:
         return torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * inputs**-0.5
-    kind = KINDS[form]
-    group, dtype = (GROUP, torch.float16) if kind == "int4" else (inputs, torch.float32)
-    weight = empty_weight(outputs, inputs, kind=kind, group=group, scale_dtype=dtype, device=device)
+    name, _, rounded = form.partition("+")
+    kind, shared = KINDS[name], GROUP if rounded == "blocks" else None
+    group, dtype = (GROUP, torch.float16) if kind == "int4" else (shared or inputs, torch.float32)
+    weight = empty_weight(outputs, inputs, kind=kind, group=group, rows=shared or 1, scale_dtype=dtype, device=device)
     codes = weight.codes.view(torch.uint8)
     codes.random_(0, 256)
     if kind == "e4m3":
         codes.masked_fill_(codes & 127 == 127, 0)
     weight.scale.fill_(inputs**-0.5 / {"e4m3": 100, "int8": 64, "int4": 4}[kind])
-    return weight
+    how = ops.Activations(kind, LARGEST[kind], group=shared) if rounded else None
+    return replace(weight, activations=how)
 
 
 def _inputs(product: Product, rows: int) -> tuple[Tensor, dict]:

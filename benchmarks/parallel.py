@@ -233,11 +233,17 @@ def check_replays(model: Model, cache: kvzip.RaggedCache, way: str) -> None:
 
 
 def imbalance(share: Share | None, cache: kvzip.RaggedCache) -> dict[str, float]:
-    """How many more rows than the mean the rank with most has, as a factor: over layers the mean and the worst."""
+    """How many more rows than the mean the rank with most has, as a factor: in a layer on average, in the worst layer,
+    and in all layers together."""
     rows = [len(layer.positions) for layer in cache.context if isinstance(layer, RaggedKV)]
     layers = list(zip(*everyone(share, rows), strict=True))
     factors = [max(each) * len(each) / sum(each) for each in layers]
-    return {"imbalance_mean": statistics.mean(factors), "imbalance_worst": max(factors)}
+    totals = [sum(each) for each in zip(*layers, strict=True)]
+    return {
+        "imbalance_mean": statistics.mean(factors),
+        "imbalance_worst": max(factors),
+        "imbalance_total": max(totals) * len(totals) / sum(totals),
+    }
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def random_model(
     Args:
         layers: how many, counted from the first; None takes all.
         max_length: in place of the config's.
-        form: "fp8", "int8" or "int4" for linear layers of random codes; no 16-bit ones are made before.
+        form: one of `linear.FORMS` for linear layers of random codes; no 16-bit ones are made before.
         group: a process group whose ranks share the model, as for `kvzip.load`.
     """
     config = translate_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))

@@ -45,6 +45,7 @@ class Loading:
     max_length: int | None = None
     rope: Mapping[str, Any] | None = None
     weights: str | None = None
+    head_weights: str | None = None
     activations: str | None = None
     group: Any = None
 

@@ -18,6 +18,7 @@ from .files.schema import dtype_of, entry, foreign
 from .hub import Loading, resolve
 from .models import Model, load
 
+ROUNDING = ("weights", "head_weights", "activations")  # options of `load` that change what a model computes
 _LONGEST = 4096  # characters of a source: the limit of a path on Linux
 
 
@@ -30,6 +31,7 @@ def open(
     rope: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     weights: str | None = None,
+    head_weights: str | None = None,
     activations: str | None = None,
     group: Any = None,
 ) -> tuple[Model, DenseCache | RaggedCache]:
@@ -42,8 +44,8 @@ def open(
 
     Args:
         model: a model, or the source of one (downloaded if needed), in place of the one that the file names.
-        dtype, rope, max_length, weights, activations: as for `load`, in place of the file's; the cache must be of the
-            model that this gives.
+        dtype, rope, max_length, weights, head_weights, activations: as for `load`, in place of the file's; the cache
+            must be of the model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
         group: a torch.distributed process group whose ranks share the model, as for `load`.
 
@@ -52,7 +54,7 @@ def open(
     """
     if isinstance(model, Model):
         options = {"dtype": dtype, "rope": rope, "max_length": max_length}
-        options |= {"weights": weights, "activations": activations, "group": group}
+        options |= {"weights": weights, "head_weights": head_weights, "activations": activations, "group": group}
         given = ", ".join(name for name, value in options.items() if value is not None)
         if given:
             raise ValueError(
@@ -61,8 +63,9 @@ def open(
             )
     elif model is not None:
         check_path(model, "model")
+    loading = Loading(dtype, device, max_length, rope, weights, head_weights, activations, group)
     with open_cache(path) as file:
-        return read(file, model=model, loading=Loading(dtype, device, max_length, rope, weights, activations, group))
+        return read(file, model=model, loading=loading)
 
 
 def read(
@@ -73,7 +76,7 @@ def read(
         return model, read_cache(file, model=model, device=loading.device)
     source, made = maker_of(file)
     dtype: Any = loading.dtype or made.dtype or torch.bfloat16  # `load` refuses anything but a dtype
-    rounding = {name: getattr(loading, name) or getattr(made, name) for name in ("weights", "activations")}
+    rounding = {name: getattr(loading, name) or getattr(made, name) for name in ROUNDING}
     loaded = load(
         find(file) if model is None else model,
         dtype=dtype,
@@ -120,7 +123,7 @@ def maker_of(file: OpenFile) -> tuple[str | None, Loading]:
     with refusing(file.path):
         require(fits, f"a model from {source!r}")
     dtype = getattr(torch, told.get("dtype") or dtype_of(file.header["fingerprint"]) or "", None)
-    how = {name: told.get(name) for name in ("max_length", "rope", "weights", "activations")}
+    how = {name: told.get(name) for name in ("max_length", "rope", *ROUNDING)}
     return source, Loading(dtype, **how)
 
 

@@ -22,6 +22,8 @@ from .parallel import whole_scores
 from .prefilling import Progress
 
 Observe = Callable[[int, Tensor], None]
+AT_ONCE = 4  # repeat passes that a GPU runs side by side, at most
+ROWS_AT_ONCE = 8_192  # tokens of them in all, at most
 PLAIN_POSTFIX = "\n\nAnswer: "  # between the repeat prompt and the repeat, without a chat template
 
 
@@ -107,7 +109,8 @@ def score_chunks(
     passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, before=before))
     told = None if progress is None else lambda stop: progress(stop - start, shape[2])
     needed = f"beside {values.nbytes:,} bytes of scores"
-    run_repeats(model, passes, max(here, end), attend, observe=observe, progress=told, needed=needed)
+    at_once = AT_ONCE if model.device.type == "cuda" else 1
+    run_repeats(model, passes, max(here, end), attend, observe=observe, progress=told, needed=needed, at_once=at_once)
     # rounding may make exp(logit - log-sum-exp) exceed 1
     return values.clamp_(max=1) if scoring.method == "kvzip" else values
 
@@ -121,14 +124,18 @@ def run_repeats(
     observe: Observe | None = None,
     progress: Callable[[int], None] | None = None,
     needed: str = "",
+    at_once: int = 1,
 ) -> None:
     """Runs repeat passes (see `repeats`), each at positions from `position` on.
+
+    Passes of one length may run side by side, as a batch: larger products, and fewer launches.
 
     Args:
         attend: attend(first=..., stop=...) returns the strategy of the pass that repeats these tokens.
         observe: given to `models.run_attention`.
         progress: called with `stop` after each pass.
         needed: what is in memory besides a pass, for the error message if memory runs out.
+        at_once: passes that may run side by side; their strategies then see the layers of all in turn.
 
     Raises: ValueError before the first pass if the longest goes beyond the model's length.
     """
@@ -136,13 +143,48 @@ def run_repeats(
     longest = max(sizes)
     check_length(model, position + longest, f"a cache of {position} and a repeat pass of {longest} tokens")
     on_device = torch.cat([ids for _, _, ids in passes]).to(model.device)  # one copy for all, as each copy waits
-    for (first, stop, _), ids in zip(passes, on_device.split(sizes), strict=True):
-        positions = torch.arange(position, position + len(ids), device=model.device)
-        beside = f"the activations of a repeat pass of {len(ids)} tokens {needed}".rstrip()
+    for group in batches(sizes, at_once):
+        first, last = group[0], group[-1]
+        length, ids = sizes[first], on_device[sum(sizes[:first]) :][: len(group) * sizes[first]]
+        positions = torch.arange(position, position + length, device=model.device).expand(len(group), -1)
+        strategy, look = side_by_side([attend(first=passes[n][0], stop=passes[n][1]) for n in group], observe)
+        count = f"{len(group)} repeat passes" if len(group) > 1 else "a repeat pass"
+        beside = f"the activations of {count} of {length} tokens {needed}".rstrip()
         with torch.no_grad(), explain_out_of_memory(beside, "lower chunk; the cache is as it was"):
-            run_attention(model, ids[None], positions, attend(first=first, stop=stop), observe=observe)
+            run_attention(model, ids.view(len(group), length), positions, strategy, observe=look)
         if progress is not None:
-            progress(stop)
+            progress(passes[last][1])
+
+
+def batches(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Yields neighbouring passes of one size that run side by side: at most `most` of them, and ROWS_AT_ONCE tokens."""
+    first = 0
+    while first < len(sizes):
+        stop = first + 1
+        while stop < len(sizes) and sizes[stop] == sizes[first] and stop - first < most:
+            if (stop + 1 - first) * sizes[first] > ROWS_AT_ONCE:
+                break
+            stop += 1
+        yield range(first, stop)
+        first = stop
+
+
+def side_by_side(strategies: Sequence[Attend], observe: Observe | None) -> tuple[Attend, Observe | None]:
+    """Returns one strategy for a batch, in which each pass has its own, and what shows each pass its layers' input."""
+    if len(strategies) == 1:
+        return strategies[0], observe
+    inputs: dict[int, Tensor] = {}
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for n, strategy in enumerate(strategies):
+            if observe is not None:
+                observe(layer, inputs[layer][n : n + 1])
+            outs.append(strategy(layer, q[n : n + 1], k[n : n + 1], v[n : n + 1]))
+        inputs.clear()
+        return torch.cat(outs)
+
+    return attend, None if observe is None else inputs.__setitem__
 
 
 def repeats(

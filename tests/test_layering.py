@@ -54,6 +54,7 @@ TOPS = [
     "kvzip.tuning",
     "kvzip.report",
     "kvzip.server",
+    "kvzip.vllm",
     "kvzip.cli",
     "kvzip.__main__",
 ]

@@ -23,6 +23,7 @@ import random_model
 from kvzip.cli import documents, serve
 from kvzip.evals import plots, tasks
 from kvzip.small import packages as small_models
+from kvzip.vllm import versions
 from test_cli import TEXT, write_model
 from test_layering import imports_of, modules_of
 
@@ -225,6 +226,7 @@ EXTRAS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "transformers": ("transformers", _transformers),
     "demo": ("gguf", _demo),
     "serve": ("fastapi", _serve),
+    "vllm": ("vllm", lambda _: versions.version()),
 }
 """Each extra, a package that it brings, and something that needs it."""
 

@@ -1,6 +1,7 @@
 """Scoring: what is read, what is written, how scopes relate, what is refused."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 import kvzip
 import random_model
+from kvzip import scoring
 from kvzip.options import Scoring
-from kvzip.scoring import repeats, score_chunks
+from kvzip.scoring import ROWS_AT_ONCE, batches, repeats, score_chunks
 
 TEXT = "The quick brown fox jumps over the lazy dog, twice."
 
@@ -64,6 +66,36 @@ def test_neighbors_of_a_chunk_are_attended_to_and_not_scored():
     torch.testing.assert_close(local(99)[..., 34:], context[..., 34:])  # the last chunk then sees all
     torch.testing.assert_close(local(17)[..., 17:34], local(99)[..., 17:34])
     assert (local(16)[..., 17:34] - local(99)[..., 17:34]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("method", ["kvzip", "kvzip+", "logit"])
+@pytest.mark.parametrize("scope", ["chunk", "context"])
+def test_passes_side_by_side_score_as_one_after_the_other(scope, method, monkeypatch):
+    model = random_model.make(random_model.config(windows=(None, 6, None)))
+    cache = kvzip.prefill(model, TEXT)
+    done = []
+
+    def scored(at_once):
+        monkeypatch.setattr(scoring, "batches", lambda sizes, most: batches(sizes, at_once))
+        told = kvzip.score(model, cache, chunk=10, scope=scope, method=method, progress=lambda *x: done.append(x[0]))
+        return told.scores.values
+
+    alone, two = scored(1), scored(2)
+    torch.testing.assert_close(two, alone, rtol=1e-5, atol=1e-6)
+    # the first quotes no tokens and the last has one: they are alone
+    assert done == [10, 20, 30, 40, 50, 51, 10, 30, 50, 51]
+
+
+@given(sizes=st.lists(st.sampled_from([5, 40, 2090, 9000]), min_size=1, max_size=12), most=st.integers(1, 5))
+def test_batches_are_all_passes_in_order_of_one_length_and_bounded(sizes, most):
+    found = list(batches(sizes, most))
+    assert [n for group in found for n in group] == list(range(len(sizes)))
+    for group in found:
+        assert len(group) <= most and len({sizes[n] for n in group}) == 1
+        assert len(group) == 1 or len(group) * sizes[group[0]] <= ROWS_AT_ONCE
+    for group, later in itertools.pairwise(found):  # none is smaller than it could be
+        alike = sizes[group[0]] == sizes[later[0]]
+        assert not alike or len(group) == most or (len(group) + 1) * sizes[group[0]] > ROWS_AT_ONCE
 
 
 def test_the_scale_is_the_models_own():

@@ -23,9 +23,7 @@ def main() -> int:
     if platform.system() != "Linux" or has_nvidia_gpu():
         return pip("torch")
     print(f"no NVIDIA GPU: installing a CPU build ({CPU_BUILD}, or what uv finds)", flush=True)
-    if pip(CPU_BUILD) == 0:
-        return 0
-    if pip("uv") == 0 and uv_cpu_build() == 0:
+    if cpu_build() == 0:
         return 0
     print(
         f"expected a CPU build of torch for Python {platform.python_version()}, pip and uv found none: "
@@ -41,15 +39,18 @@ def has_nvidia_gpu() -> bool:
     return command is not None and subprocess.run([command], capture_output=True, check=False).returncode == 0
 
 
-def pip(requirement: str) -> int:
-    """Installs a requirement with pip; returns its exit status."""
-    return subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", requirement], check=False).returncode
+def pip(*arguments: str) -> int:
+    """Installs requirements with pip; returns its exit status."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+    return subprocess.run(command, check=False).returncode
 
 
-def uv_cpu_build() -> int:
-    """Installs the newest CPU build that uv finds; returns its exit status."""
-    command = ["-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend=cpu", "torch"]
-    return subprocess.run([sys.executable, *command], check=False).returncode
+def cpu_build(otherwise: str = "torch") -> int:
+    """Installs the CPU build through pip, or `otherwise` as uv finds it; returns the exit status."""
+    if pip(CPU_BUILD) == 0:
+        return 0
+    command = ["-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend=cpu", otherwise]
+    return pip("uv") or subprocess.run([sys.executable, *command], check=False).returncode
 
 
 if __name__ == "__main__":

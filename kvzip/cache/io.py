@@ -37,6 +37,8 @@ class Origin(BelongsTo, Protocol):
     @property
     def quantized(self) -> str | None: ...
     @property
+    def quantized_head(self) -> str | None: ...
+    @property
     def activations(self) -> str | None: ...
 
 
@@ -56,8 +58,8 @@ def save(
     Args:
         note: anything that JSON can hold, for the header.
         model: the cache's own. The header then says under "model" where it came from (a local directory by its absolute
-            path) and with which dtype, max_length, rope, weights and activations it was loaded, and the file holds the
-            text of each token, so that it can be shown without the model.
+            path) and with which dtype, max_length, rope, weights, head_weights and activations it was loaded, and the
+            file holds the text of each token, so that it can be shown without the model.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 values (`levels.encode_levels`), a quarter of the bytes.
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -89,7 +91,7 @@ def save(
             "max_length": model.max_length,
             "rope": model.rope,
         }
-        rounding = {"weights": model.quantized, "activations": model.activations}
+        rounding = {"weights": model.quantized, "head_weights": model.quantized_head, "activations": model.activations}
         header["model"] |= {name: how for name, how in rounding.items() if how is not None}
         if model.tokenizer is not None:
             tensors |= _texts(model.tokenizer, cache.token_ids)

@@ -136,6 +136,8 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
         forms = {stored: scheme.kind}
     sizes = {name: weight_bytes(config, torch.bfloat16, kind=kind) for name, kind in forms.items()}
     weights = sizes[stored]
+    own = forms[stored]
+    heads = {name: weights - weight_bytes(config, torch.bfloat16, kind=own, head=kind) for name, kind in FORMS.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = "given" if memory else torch.cuda.get_device_name(device) if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
@@ -161,7 +163,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     facts = {"model": source, "family": config.family, "layers": len(config.layers), "global_layers": global_layers}
     facts |= {"window": max(windows, default=None), "query_heads": config.num_heads, "kv_heads": config.num_kv_heads}
     facts |= {"head_dim": config.head_dim, "max_length": config.max_length, "weight_bytes": weights}
-    facts |= {"weights": stored, "weight_bytes_by_form": sizes}
+    facts |= {"weights": stored, "weight_bytes_by_form": sizes, "head_weights_save": heads}
     facts |= {"window_bytes": fixed, "bytes_per_token": pairs * pair_bytes[None]}
     return facts | {"memory_bytes": memory, "memory": where, "fits": fits}
 
@@ -215,6 +217,8 @@ def _show_model(facts: dict[str, Any]) -> None:
     others = [f"{size(n)} in {name}" for name, n in facts["weight_bytes_by_form"].items() if name != facts["weights"]]
     more = f"; with --weights {', '.join(others)}" if others else ""
     echo(f"weights  {size(facts['weight_bytes'])} in {facts['weights']}{more}")
+    saved = ", ".join(f"{size(n)} in {name}" for name, n in facts["head_weights_save"].items())
+    echo(f"head     --head-weights saves {saved}")
     echo(f"cache    {size(facts['bytes_per_token'])} for each token{windows}")
     if facts["memory_bytes"] is None:
         return

@@ -41,11 +41,13 @@ def model_options(
     dtype = "In place of the file's." if of_file else "Of weights and cache [default: bfloat16]."
     device = "cpu, cuda, cuda:1 [default: a GPU if there is one]."
     weights = "Round the weights of a 16-bit checkpoint to 8 or 4 bits while loading it."
+    head = "Round the head too, which is not by --weights, and the embedding where it is the same matrix."
     length = "Positions, in place of the model's own limit; more make sense only with --rope."
     options = [
         click.option("-m", "--model", required=required, help=about + which),
         click.option("--dtype", type=click.Choice(DTYPES), help=dtype),
         click.option("--weights", type=click.Choice(WEIGHTS), help=weights),
+        click.option("--head-weights", type=click.Choice(WEIGHTS), help=head),
         click.option("--device", metavar="DEVICE", callback=_device, help=device),
         click.option("--max-length", type=click.IntRange(min=1), help=length),
         click.option("--rope", metavar="JSON", callback=_json, help="RoPE scaling in place of the config's."),
@@ -56,6 +58,7 @@ def model_options(
         def collected(
             dtype: str | None,
             weights: str | None,
+            head_weights: str | None,
             device: str | None,
             max_length: int | None,
             rope: dict[str, Any] | None,
@@ -64,7 +67,8 @@ def model_options(
             group = None
             if (launch := launch_of()) is not None:
                 group, device = launch.share.group, launch.device
-            return function(**others, loading=Loading(dtype, device, max_length, rope, weights, group=group))
+            loading = Loading(dtype, device, max_length, rope, weights, head_weights, group=group)
+            return function(**others, loading=loading)
 
         for option in reversed(options if named else options[1:]):
             collected = option(collected)

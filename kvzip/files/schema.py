@@ -96,7 +96,7 @@ MODEL = (
     Entry("dtype", "dtype", "of its weights and its cache"),
     Entry("max_length", "length, optional", "as `kvzip.load` was given it"),
     Entry("rope", "object, optional", "as `kvzip.load` was given it"),
-    Entry("weights, activations", "text, optional", "as `kvzip.load` was given them"),
+    Entry("weights, head_weights, activations", "text, optional", "as `kvzip.load` was given them"),
 )
 """What the object `model` has."""
 

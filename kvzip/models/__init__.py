@@ -4,7 +4,7 @@ from ..hub import ALIASES
 from .config import LayerSpec, ModelConfig, RopeSpec
 from .files import read_json
 from .identity import StoredTensor, checkpoint_digest, identity_of, stored_tensor
-from .load import load, translate_config
+from .load import load, stored_checkpoint, translate_config
 from .transformer import Attend, Model, forward, logits, run_attention
 from .weights import LayerWeights, Weights, empty_weights
 
@@ -26,6 +26,7 @@ __all__ = [
     "logits",
     "read_json",
     "run_attention",
+    "stored_checkpoint",
     "stored_tensor",
     "translate_config",
 ]

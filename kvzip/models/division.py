@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.weights import BLOCK, GROUP
+from ..ops import QuantizedWeight
+from ..ops.weights import BLOCK, GROUP, outputs
 from ..parallel import Share, share_of
 from ..parallel.reduction import head_rows
 from .config import ModelConfig
@@ -92,6 +93,13 @@ def parts_of(
         for field, names in layer_names.items():
             found |= {f"layers.{index}.{x}": y for x, y in zip(names, of_fields.get(field, ()), strict=False)}
     return found
+
+
+def own_head(embed: Tensor | QuantizedWeight, share: Share) -> Tensor | QuantizedWeight:
+    """Returns the rows of a tied head whose logits a rank computes, in the embedding's memory."""
+    if isinstance(embed, Tensor):
+        return embed[head_rows(share, embed.shape[0])]
+    return outputs(embed, head_rows(share, embed.shape[0], unit=HEAD_UNIT))
 
 
 def check_units(

@@ -1,7 +1,7 @@
 """An HF directory, hub id or alias, loaded into a Model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 from ..checks import check_choice, check_dtype, check_mapping, check_path, check_text
 from ..hub import config_of, resolve
 from ..parallel import make_sum
-from ..parallel.reduction import head_rows
 from . import gemma, llama, qwen
 from .config import ModelConfig, check_integer
-from .division import divided, share_in
+from .division import divided, own_head, share_in
 from .fields import reject
 from .files import read_json, weight_files
-from .reading import read_weights
+from .identity import StoredTensor
+from .reading import read_weights, stored_tensors
 from .schemes import read_quantization
 from .stacks import Reading
 from .transformer import Model
@@ -49,6 +49,7 @@ def load(
     rope: Mapping[str, Any] | Any = None,  # Any: a file's values are checked here, with our message
     max_length: int | Any = None,
     weights: str | Any = None,
+    head_weights: str | Any = None,
     activations: str | Any = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
@@ -65,6 +66,8 @@ def load(
         weights: "fp8", "int8" or "int4" rounds the linear layers of a 16-bit checkpoint while it is read, all but
             embedding and head; see `ops.quantize_weight`. None takes them as they are stored: a quantized checkpoint
             (fp8, fbgemm_fp8, compressed-tensors, awq, gptq, QServe's W8A8) stays in its 8 or 4 bits.
+        head_weights: "fp8", "int8" or "int4" rounds a head of 16 bits too, and the embedding where it is tied to the
+            head; also where the checkpoint's other layers are quantized.
         activations: "checkpoint" rounds the inputs of linear layers to 8 bits too, where a quantized checkpoint says
             how; None leaves them in `dtype`.
         chat_template: jinja source, for a checkpoint without one or in place of its own.
@@ -82,6 +85,7 @@ def load(
     check_text(chat_template, "chat_template")
     check_mapping(template_options, "template_options")
     check_choice(weights, "weights", tuple(FORMS))
+    check_choice(head_weights, "head_weights", tuple(FORMS))
     check_choice(activations, "activations", ("checkpoint",))
     directory = resolve(source)
     raw = read_json(config_of(directory))
@@ -108,11 +112,12 @@ def load(
     ends = stop_ids(directory, raw, vocabulary)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = torch.empty(0, device=device).device  # "cuda" is the device current now, whichever will be later
-    reading = Reading(dtype, device, kind=FORMS.get(weights), round_inputs=activations is not None, share=share)
+    kinds = FORMS.get(weights), FORMS.get(head_weights)
+    reading = Reading(dtype, device, *kinds, round_inputs=activations is not None, share=share)
     tensors, checkpoint = read_weights(files, config, layer_names, reading=reading, quantization=quantization)
     config = replace(config, tied=tensors.unembed is tensors.embed)
     if share is not None and config.tied:
-        tensors = replace(tensors, unembed=tensors.embed[head_rows(share, config.vocab_size)])
+        tensors = replace(tensors, unembed=own_head(tensors.embed, share))
     return Model(
         config=divided(config, share),
         weights=tensors,
@@ -126,6 +131,7 @@ def load(
         rope=None if rope is None else dict(rope),
         max_length=None if max_length is None else config.max_length,
         quantized=weights,
+        quantized_head=head_weights,
         activations=activations,
         form="" if quantization is None else quantization.form,
         share=share,
@@ -140,6 +146,18 @@ def translate_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Returns the ModelConfig of a parsed `config.json`. Raises ValueError for one that is not understood."""
     read_quantization(raw)
     return _family(raw)[0](raw, None)
+
+
+def stored_checkpoint(directory: Path, raw: Mapping[str, Any]) -> Iterator[StoredTensor]:
+    """Yields the tensors of a local checkpoint with that `config.json` of which its digest is made.
+
+    Each can be read until the next is asked for.
+
+    Raises: FileNotFoundError where there are no safetensors files; ValueError for what `load` refuses by name or shape.
+    """
+    translate, layer_names, _ = _family(raw)
+    files = weight_files(directory, raw.get("transformers_weights"))
+    return stored_tensors(files, translate(raw, None), layer_names, quantization=read_quantization(raw))
 
 
 def _family(raw: Mapping[str, Any]) -> Family:

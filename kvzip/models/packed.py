@@ -94,7 +94,7 @@ def _shaped(
     name: str, suffix: str, scale: Tensor, scheme: Scheme, outputs: int, inputs: int
 ) -> tuple[Tensor, int, int]:
     """A scale as [S, Q], with how many inputs and outputs share one."""
-    scale = scale.float() if scale.dtype in (torch.float64, getattr(torch, "float8_e8m0fnu", None)) else scale
+    scale = scale.float() if scale.dtype in (torch.float64, torch.float8_e8m0fnu) else scale
     group = inputs if scheme.group is None else scheme.group
     options = {
         "tensor": ([(), (1,), (1, 1)], inputs, outputs),

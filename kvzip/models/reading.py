@@ -1,6 +1,6 @@
 """Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..parallel import agreed, together
 from ..parallel.reduction import head_rows
 from .config import ModelConfig
 from .division import HEAD_UNIT, Part, check_units, divided, parts_of
-from .identity import checkpoint_digest
+from .identity import StoredTensor, checkpoint_digest
 from .packed import MAIN, OF_CACHES, OTHERS
 from .schemes import QSERVE, Quantization, Scheme
 from .shards import Place, copy_, opened, same, shards, stored
@@ -46,11 +46,9 @@ def read_weights(
     Raises: ValueError that names a damaged file, or a tensor that is unknown, missing, given twice or of the wrong
     shape or type.
     """
-    untied = replace(config, tied=False)
-    shapes = slots(untied, empty_weights(untied, dtype=reading.dtype, device="meta"), layer_names)
-    linear = {f"layers.{n}.{x}" for n in range(len(config.layers)) for field in LINEAR for x in layer_names[field]}
-    found = _located(files, shapes, {x.removesuffix(".weight") for x in (*linear, HEAD)}, quantization)
-    schemes = _schemes(found, sorted(linear | {HEAD}), quantization)
+    shapes, linear = _expected(config, layer_names, reading.dtype)
+    found = _located(files, shapes, linear, quantization)
+    schemes = _schemes(found, sorted(linear), quantization)
     present = set(found) | set(schemes)
     if config.tied:
         if EMBED not in present and HEAD in found:
@@ -70,6 +68,8 @@ def read_weights(
         raise ValueError(
             f"expected a checkpoint of 16 bits to quantize, got {min(schemes)!r} that is quantized: leave out weights="
         )
+    if reading.head is not None and HEAD in schemes:
+        raise ValueError("expected a head of 16 bits to quantize, got one that is quantized: leave out head_weights=")
     if reading.round_inputs and not schemes:
         raise ValueError(
             "expected a checkpoint that says how activations are rounded, got one of 16 bits: leave out activations="
@@ -82,11 +82,35 @@ def read_weights(
     return _assembled(found, schemes, config, layer_names, reading)
 
 
+def stored_tensors(
+    files: Iterable[Path],
+    config: ModelConfig,
+    layer_names: Mapping[str, tuple[str, ...]],
+    *,
+    quantization: Quantization | None = None,
+) -> Iterator[StoredTensor]:
+    """Yields the tensors that a checkpoint's digest is made of; each can be read until the next is asked for.
+
+    Raises: ValueError for tensors that `read_weights` refuses by name, shape or type.
+    """
+    return stored(_located(files, *_expected(config, layer_names, torch.float32), quantization))
+
+
+def _expected(
+    config: ModelConfig, layer_names: Mapping[str, tuple[str, ...]], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of a checkpoint of 16 bits, on the meta device, by name, and which of them may be quantized."""
+    untied = replace(config, tied=False)
+    linear = {f"layers.{n}.{x}" for n in range(len(config.layers)) for field in LINEAR for x in layer_names[field]}
+    return slots(untied, empty_weights(untied, dtype=dtype, device="meta"), layer_names), linear | {HEAD}
+
+
 def _located(
     files: Iterable[Path], shapes: Mapping[str, Tensor], linear: set[str], quantization: Quantization | None
 ) -> dict[str, Place]:
     """The place of each tensor by its name below the wrapper, in the order of the files."""
     found: dict[str, Place] = {}
+    stems = {name.removesuffix(".weight") for name in linear}
     for path in files:
         with opened(path) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -95,9 +119,9 @@ def _located(
                 if short is None or (quantization and suffix in OF_CACHES):
                     continue
                 place = Place(path, name, shard.get_slice(name).get_dtype())
-                coded = suffix == "weight" and stem in linear and place.dtype in _CODES
-                known = short in shapes or (stem in linear and suffix in COMPANIONS)
-                if not known and suffix == "bias" and stem in linear and not bool(shard.get_tensor(name).any()):
+                coded = suffix == "weight" and stem in stems and place.dtype in _CODES
+                known = short in shapes or (stem in stems and suffix in COMPANIONS)
+                if not known and suffix == "bias" and stem in stems and not bool(shard.get_tensor(name).any()):
                     continue  # GPTQ's programs write biases of zeros where the layer has none
                 if not known or short in found:
                     unread = "only tensors of the model, got one it does not read"
@@ -165,31 +189,35 @@ def _assembled(
             names = tuple(f"layers.{index}.{name}" for name in layer_names[field])
             if reading.kind is not None or any(name in schemes for name in names):
                 stacks[f"layers.{index}.{field}"] = names
-    if HEAD in schemes:
-        stacks["unembed"] = (HEAD,)
-    for names in stacks.values():
-        plain = [name for name in names if reading.kind is None and name not in schemes]
+    head = ("embed", EMBED) if config.tied else ("unembed", HEAD)
+    if HEAD in schemes or reading.head is not None:
+        stacks[head[0]] = (head[1],)
+    kinds = {stack: reading.head if stack == head[0] else reading.kind for stack in stacks}
+    for stack, names in stacks.items():
+        plain = [name for name in names if kinds[stack] is None and name not in schemes]
         if plain:
             raise ValueError(
                 f"expected the layers of one product quantized alike, got {plain[0]!r} in 16 bits beside "
                 f"{next(name for name in names if name in schemes)!r}: take another checkpoint"
             )
-    share, unit = reading.share, HEAD_UNIT if HEAD in schemes else 1
+    share, unit = reading.share, 1 if HEAD not in schemes and reading.head is None else HEAD_UNIT
     parts: Mapping[str, Part] = {}
     if share is not None:
         check_units(config, layer_names, share, schemes=schemes, kind=reading.kind)
         parts = parts_of(config, layer_names, share, unit=unit)
     own = divided(config, share)
-    head = head_rows(share, config.vocab_size, unit=unit)
     with together(share):
-        weights = _allocated(own, set(stacks), reading, head.stop - head.start)
+        head_part = head_rows(share, config.vocab_size, unit=unit)
+        weights = _allocated(own, set(stacks), reading, head_part.stop - head_part.start)
         files = Files(found, slots(own, weights, layer_names), schemes, parts, reading)
-        made = _filled(files, stacks)
+        made = _filled(files, stacks, kinds)
     layers = [
         replace(layer, **{field: made[name] for field in LINEAR if (name := f"layers.{n}.{field}") in made})
         for n, layer in enumerate(weights.layers)
     ]
-    weights = replace(weights, layers=tuple(layers), unembed=made.get("unembed", weights.unembed))
+    embed = made.get("embed", weights.embed)
+    unembed = embed if config.tied else made.get("unembed", weights.unembed)
+    weights = replace(weights, embed=embed, layers=tuple(layers), unembed=unembed)
     # a head tied to the embedding is stored too: in the checkpoint's dtype the two may differ, and the digest must not
     # depend on the dtype of the weights
     return weights, agreed(share, lambda: checkpoint_digest(stored(found)))
@@ -214,8 +242,13 @@ def _allocated(config: ModelConfig, left_out: set[str], reading: Reading, head: 
     return Weights(embed=embed, layers=tuple(layers), norm=real("norm", meta.norm), unembed=unembed)
 
 
-def _filled(files: Files, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, QuantizedWeight]:
-    """Copies every tensor into its place, file by file, and returns the stacks that are quantized."""
+def _filled(
+    files: Files, stacks: Mapping[str, tuple[str, ...]], kinds: Mapping[str, str | None]
+) -> dict[str, QuantizedWeight]:
+    """Copies every tensor into its place, file by file, and returns the stacks that are quantized.
+
+    `kinds`: to what those of 16 bits are.
+    """
     stack_of = {
         f"{name.removesuffix('.weight')}.{suffix}": stack
         for stack, names in stacks.items()
@@ -229,7 +262,7 @@ def _filled(files: Files, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, Qu
             if stack is None and short in files.places:
                 copy_(files.places[short], read, place, index_of(files.parts.get(short)))
             elif stack is not None and stack not in made:
-                names = stacks[stack]
-                make = read_stack if files.reading.kind is None else rounded_stack
-                made[stack] = on_device(make(names, files, read), files.reading.device)
+                names, kind = stacks[stack], kinds[stack]
+                weight = read_stack(names, files, read) if kind is None else rounded_stack(names, files, read, kind)
+                made[stack] = on_device(weight, files.reading.device)
     return made

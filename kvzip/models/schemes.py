@@ -11,11 +11,16 @@ METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq")
 NOT_READ = "kvzip does not implement it, so its results would be wrong"
 
 _COMMON = "quant_method modules_to_not_convert"
+_AUTO_ROUND = (  # how AutoRound found the codes, which it writes in the formats of awq and gptq
+    "data_type autoround_version provider to_quant_block_names enable_quanted_input enable_minmax_tuning iters lr amp "
+    "enable_norm_bias_tuning minmax_lr nsamples seqlen scale_dtype low_gpu_mem_usage gradient_accumulate_steps "
+)
 _KNOWN = {  # what a method's configuration may say; each field is checked, or does not change what stored tensors mean
     "fp8": "fmt activation_scheme weight_block_size ignored_layers scale_fmt dequantize",
     "fbgemm_fp8": "activation_scale_ub",
-    "awq": "bits group_size zero_point version backend do_fuse fuse_max_seq_len",
-    "gptq": (
+    "awq": _AUTO_ROUND + "bits group_size zero_point sym version backend do_fuse fuse_max_seq_len batch_size",
+    "gptq": _AUTO_ROUND
+    + (
         "bits group_size sym desc_act checkpoint_format format damp_percent damp_auto_increment static_groups "
         "true_sequential model_name_or_path model_file_base_name is_marlin_format lm_head pack_dtype meta dynamic "
         "dataset tokenizer batch_size block_name_to_quantize module_name_preceding_first_block pad_token_id "
@@ -57,8 +62,15 @@ class Quantization:
     form: str = ""  # what its tensors do not say, for the model's fingerprint
 
     def of(self, name: str) -> Scheme | None:
-        """The scheme of the linear layer `name`, as `model.layers.0.mlp.up_proj`; None if no group has it."""
-        if self.method == "compressed-tensors" and any(_matches(name, target) for target in self.ignored):
+        """The scheme of the linear layer `name`, as `model.layers.0.mlp.up_proj`; None if no group has it.
+
+        compressed-tensors lists whole names and expressions, the others names or parts of them, as `mlp.down_proj`.
+        """
+        if self.method == "compressed-tensors":
+            left_out = any(_matches(name, target) for target in self.ignored)
+        else:
+            left_out = any(f".{part}." in f".{name}." for part in self.ignored)
+        if left_out:
             return None
         named = (scheme for targets, scheme in self.groups if any(_matches(name, target) for target in targets))
         of_class = (scheme for targets, scheme in self.groups if "Linear" in targets)
@@ -159,6 +171,8 @@ def _fbgemm(found: Mapping[str, Any]) -> Quantization:
 def _awq(found: Mapping[str, Any]) -> Quantization:
     _only(found, "bits", (4,))
     _only(found, "zero_point", (True,))
+    _only(found, "sym", (None, False))
+    _only(found, "data_type", (None, "int"))
     version = found.get("version", "gemm")
     if str(version).lower() != "gemm":
         _refuse("version", version, "'gemm'")
@@ -168,6 +182,7 @@ def _awq(found: Mapping[str, Any]) -> Quantization:
 
 def _gptq(found: Mapping[str, Any]) -> Quantization:
     _only(found, "bits", (4, 8))
+    _only(found, "data_type", (None, "int"))
     _only(found, "pack_dtype", (None, "int32"))
     _only(found, "is_marlin_format", (None, False))
     _only(found, "dynamic", (None, {}, []))

@@ -28,6 +28,7 @@ class Reading:
     dtype: torch.dtype
     device: torch.device
     kind: str | None = None
+    head: str | None = None  # the same of the head, and of the embedding where it is tied
     round_inputs: bool = False  # as the checkpoint says
     share: Share | None = None  # of what is read
 
@@ -76,14 +77,12 @@ def read_stack(names: Sequence[str], files: Files, read: Read) -> QuantizedWeigh
     return stack_weights(parts)
 
 
-def rounded_stack(names: Sequence[str], files: Files, read: Read) -> QuantizedWeight:
-    """The matrices of one product, quantized while they are read.
+def rounded_stack(names: Sequence[str], files: Files, read: Read, kind: str) -> QuantizedWeight:
+    """The matrices of one product, quantized to a kind while they are read.
 
     A row's scale is of its largest weight, wherever it is: rows are read whole, and rounded before they are divided.
     """
-    kind, device = files.reading.kind, files.reading.device
-    assert kind is not None
-    rounded = []
+    device, rounded = files.reading.device, []
     for name in names:
         place, part = files.found[name], files.parts.get(name)
         if part is None or part.axis == 0:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .. import ops
 from ..parallel import Share, Sum, whole_logits
+from ..parallel.reduction import BESIDE_BYTES
 from ..prompts import ChatTemplate
 from .config import ModelConfig
 from .division import HEAD_UNIT
@@ -33,9 +33,10 @@ class Model:
 
     `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`). `rope` and
     `max_length` are the arguments of `load`, kept so that a file can say how to load the model again; so are
-    `quantized` (its `weights`) and `activations`. `form` is what the checkpoint's config says of quantized weights that
-    its tensors do not. `identity` is a digest of the shape and the stored weights. `fingerprint`, which ties caches to
-    the model, adds the RoPE, how weights and activations are rounded, a dash and the dtype.
+    `quantized` (its `weights`), `quantized_head` (its `head_weights`) and `activations`. `form` is what the
+    checkpoint's config says of quantized weights that its tensors do not. `identity` is a digest of the shape and the
+    stored weights. `fingerprint`, which ties caches to the model, adds the RoPE, how weights and activations are
+    rounded, a dash and the dtype.
 
     Where several ranks share a model, `share` says which part this one has, `config` has the sizes of that part, in
     which it computes, `whole` those of the model, and `add` adds up tensors over the ranks.
@@ -53,6 +54,7 @@ class Model:
     rope: Mapping[str, Any] | None = None
     max_length: int | None = None
     quantized: str | None = None
+    quantized_head: str | None = None
     activations: str | None = None
     form: str = ""
     share: Share | None = None
@@ -65,7 +67,8 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        rounding = [x for x in (self.form, self.quantized, self.activations) if x]
+        head = self.quantized_head and f"head {self.quantized_head}"
+        rounding = [x for x in (self.form, self.quantized, head, self.activations) if x]
         return fingerprint_of(self.whole or self.config, self.identity, self.dtype, rounding=rounding)
 
     def __repr__(self) -> str:
@@ -124,7 +127,7 @@ def _run(
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     config, weights = model.config, model.weights
-    hidden = F.embedding(token_ids, weights.embed)
+    hidden = ops.embedding(token_ids, weights.embed, model.dtype)
     if config.embed_scale != 1.0:
         hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
     tables = {rope: cos_sin(rope, positions, config.head_dim, hidden.dtype) for rope in {s.rope for s in config.layers}}
@@ -153,9 +156,13 @@ def _run(
 def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, model: Model) -> Tensor:
     """The rest of a layer, in blocks of rows.
 
-    The product of each block is begun before the sum over ranks of the one before is waited for.
+    The product of each block is begun before the sum over ranks of the one before is waited for, so ranks have at least
+    two blocks of rows whose sums take long.
     """
-    blocks = zip(hidden.split(_ROWS_PER_BLOCK), attended.split(_ROWS_PER_BLOCK), strict=True)
+    rows = _ROWS_PER_BLOCK
+    if model.add is not None and hidden.nbytes >= 2 * BESIDE_BYTES:
+        rows = min(rows, -(-len(hidden) // 2))
+    blocks = zip(hidden.split(rows), attended.split(rows), strict=True)
     sums = deque(_adding(*block, layer.o, layer.o_bias, layer.attn_post_norm, model) for block in blocks)
     outs = deque[Callable[[], Tensor]]()
     while sums:  # each is dropped with what it holds

@@ -44,7 +44,7 @@ class LayerWeights:
 class Weights:
     """All weights. `unembed is embed` where the embedding is tied."""
 
-    embed: Tensor
+    embed: Tensor | QuantizedWeight
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     unembed: Tensor | QuantizedWeight
@@ -86,19 +86,25 @@ def empty_weights(
     return Weights(embed=embed, layers=layers, norm=new(hidden), unembed=unembed)
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, kind: str | None = None, group: int = GROUP) -> int:
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, *, kind: str | None = None, head: str | None = None, group: int = GROUP
+) -> int:
     """Returns the bytes of a model's weights, its linear layers in codes of a kind, embedding and head in `dtype`.
 
     Args:
+        head: a kind for the head too, and for the embedding where it is tied.
         group: inputs that share a scale in 4 bits; in 8 bits an output's all do.
     """
     total = 0
     for name, weight in named_weights(empty_weights(config, dtype=dtype, device="meta")):
-        if kind is not None and name.rpartition(".")[2] in LINEAR and isinstance(weight, Tensor):
+        own = kind if name.rpartition(".")[2] in LINEAR else None
+        if name == ("embed" if config.tied else "unembed"):
+            own = head
+        if own is not None:
             outputs, inputs = weight.shape
-            scale_dtype = torch.float16 if kind == "int4" else torch.float32
-            size = group if kind == "int4" else inputs
-            weight = empty_weight(outputs, inputs, kind=kind, group=size, scale_dtype=scale_dtype, device="meta")
+            scale_dtype = torch.float16 if own == "int4" else torch.float32
+            size = group if own == "int4" else inputs
+            weight = empty_weight(outputs, inputs, kind=own, group=size, scale_dtype=scale_dtype, device="meta")
         total += weight.nbytes
     return total
 
@@ -127,7 +133,9 @@ def named_weights(weights: Weights) -> Iterator[tuple[str, Tensor | QuantizedWei
 
 def slots(config: ModelConfig, weights: Weights, layer_names: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Returns the view that each HF tensor fills, by its name below the decoder's wrapper; quantized ones have none."""
-    found = {EMBED: weights.embed, "norm.weight": weights.norm}
+    found = {"norm.weight": weights.norm}
+    if isinstance(weights.embed, Tensor):
+        found[EMBED] = weights.embed
     if not config.tied and isinstance(weights.unembed, Tensor):
         found[HEAD] = weights.unembed
     q_rows, kv_rows = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))

@@ -14,7 +14,7 @@ from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
 from kvzip.ops.types import Channels, Context, ContextTable, DecodeSchedule, Norm, Pages, Quantized, QueryRows
-from kvzip.ops.weights import Activations, QuantizedWeight, quantize_weight
+from kvzip.ops.weights import Activations, QuantizedWeight, embedding, quantize_weight
 
 __all__ = [
     "Activations",
@@ -35,6 +35,7 @@ __all__ = [
     "decode_schedule",
     "dequantize",
     "drop_context_",
+    "embedding",
     "linear",
     "merge",
     "prune",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import gcd, lcm
 
 import torch
-from jaxtyping import Float, Float32, Int8, Shaped
+from jaxtyping import Float, Float32, Int8, Int64, Shaped
 from torch import Tensor
 
 KINDS = ("e4m3", "int8", "int4")
@@ -110,6 +110,20 @@ def expand(
     return values.flatten(1)[:, : weight.inputs].to(dtype)
 
 
+def embedding(
+    ids: Int64[Tensor, "*b"], weight: Float[Tensor, "N K"] | QuantizedWeight, dtype: torch.dtype
+) -> Float[Tensor, "*b K"]:
+    """Returns the rows of a table in a floating dtype; of a quantized one, the rows asked for are expanded."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.embedding(ids, weight)
+    flat = ids.flatten()
+    codes = weight.codes.view(torch.uint8)[flat].view(weight.codes.dtype)
+    owner = flat // weight.rows
+    zero = None if weight.zero is None else weight.zero[owner]
+    picked = replace(weight, codes=codes, scale=weight.scale[owner], zero=zero, rows=1)
+    return expand(picked, dtype).view(*ids.shape, weight.inputs)
+
+
 def plain(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Float[Tensor, "N K"]:
     """Returns all of a weight as a plain matrix: one that is plain already as it is, a quantized one in `dtype`."""
     return weight if isinstance(weight, Tensor) else expand(weight, dtype)
@@ -164,6 +178,18 @@ def stack_weights(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         rows=rows,
         activations=first.activations,
     )
+
+
+def outputs(weight: QuantizedWeight, part: slice) -> QuantizedWeight:
+    """Returns a range of outputs, in the same memory, which begins where `weight.rows` do.
+
+    Raises: ValueError for outputs that begin within.
+    """
+    if part.start % weight.rows:
+        raise ValueError(f"expected outputs from a multiple of {weight.rows}, got {part.start}: they share scales")
+    scales = slice(part.start // weight.rows, -(-part.stop // weight.rows))
+    zero = None if weight.zero is None else weight.zero[scales]
+    return replace(weight, codes=weight.codes[part], scale=weight.scale[scales], zero=zero)
 
 
 def columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:

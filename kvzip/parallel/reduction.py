@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import gathered
+from .exchange import everyone, gathered
 from .share import Share
 
 REDUCTIONS = ("nccl", "one-shot")
@@ -27,7 +27,7 @@ def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str
     All ranks get the same bits: else their tokens would part. CUDA graphs may capture it. Every rank must call this.
 
     Args:
-        how: one of REDUCTIONS, on a GPU; None for NCCL.
+        how: one of REDUCTIONS, on a GPU; None for "one-shot" where all GPUs can read each other's memory, else "nccl".
 
     Raises: ValueError for an unknown way, or one that these ranks cannot take.
     """
@@ -50,7 +50,22 @@ def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str
         return wait
 
     by_library(torch.zeros(1, dtype=dtype, device=device))  # makes the communicator, which no graph can capture
+    how = how or default_way(share, device)
     return _one_shot(share, by_library, device=device, dtype=dtype) if how == "one-shot" else by_library
+
+
+def default_way(share: Share, device: torch.device) -> str:
+    """Returns "one-shot" where each rank's GPU can read those of all others, which then are in one machine.
+
+    All ranks get one answer, and every rank must call it.
+    """
+    if device.type != "cuda" or share.size not in _SIZES:
+        return "nccl"
+    seen = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    own = torch.cuda.current_device() if device.index is None else device.index
+    others = [x for rank, x in enumerate(everyone(share, seen[own])) if rank != share.rank]
+    readable = all(x in seen and torch.cuda.can_device_access_peer(own, seen.index(x)) for x in others)
+    return "one-shot" if all(everyone(share, readable)) else "nccl"
 
 
 def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: torch.dtype) -> Sum:
@@ -59,7 +74,10 @@ def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: tor
 
     count, name = ONE_SHOT_BYTES // dtype.itemsize, share.group.group_name
     buffer = symmetric.empty(count, dtype=dtype, device=device)
-    symmetric.rendezvous(buffer, group=name)
+    try:
+        symmetric.rendezvous(buffer, group=name)
+    except RuntimeError as error:
+        raise RuntimeError(f"GPUs cannot read each other's memory: set KVZIP_REDUCTION=nccl ({error})") from error
 
     def add(x: Tensor) -> Callable[[], Tensor]:
         if x.dtype != dtype or x.numel() > count or x.nbytes % 16 or not x.is_contiguous():

@@ -4,7 +4,7 @@ Nothing here shares code with the readers: values are placed one field at a time
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,7 @@ TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token",
 FORMATS: dict[str, Format] = {
     "fp8 block": fp8([16, 16], dtype=torch.bfloat16),
     "fp8 uneven block": fp8([40, 40]),
+    "fp8 block, scales of powers of 2": fp8([16, 32], dtype=torch.float8_e8m0fnu),
     "fp8 tensor": fp8(None),
     "fp8 tensor, static": fp8(None, static=True),
     "fp8 tensor, static, other names": fp8(None, static=True, scale="weight_scale"),
@@ -243,9 +244,11 @@ FORMATS: dict[str, Format] = {
     ),
     "float, block": compressed("float-quantized", 8, "float", "block", block=[16, 32]),
     "int8, channel": compressed("int-quantized", 8, "int", "channel", inputs={**TOKEN, "type": "int"}),
+    "int8, tensor": compressed("int-quantized", 8, "int", "tensor"),
     "int8, channel, zeros": compressed("int-quantized", 8, "int", "channel", symmetric=False),
     "packed 4, group": compressed("pack-quantized", 4, "int", "group", group=32),
     "packed 4, group, zeros": compressed("pack-quantized", 4, "int", "group", group=32, symmetric=False),
+    "packed 4, a short last group": compressed("pack-quantized", 4, "int", "group", group=64, symmetric=False),
     "packed 4, channel, zeros": compressed("pack-quantized", 4, "int", "channel", symmetric=False),
     "packed 8, group": compressed("pack-quantized", 8, "int", "group", group=16),
     "packed 8, channel, zeros": compressed("pack-quantized", 8, "int", "channel", symmetric=False),
@@ -261,12 +264,22 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def write(directory: Path, form: Format, *, plain: tuple[str, ...] = (), shards: int = 1) -> dict[str, Tensor]:
+def write(
+    directory: Path,
+    form: Format,
+    *,
+    plain: tuple[str, ...] = (),
+    shards: int = 1,
+    others: Mapping[str, Format] | None = None,
+    head: str = "plain",
+) -> dict[str, Tensor]:
     """Writes a checkpoint; returns the tensors of the 16-bit model that it means, in float64.
 
     Args:
         plain: layers that stay in 16 bits, as `layers.1.mlp.up_proj`.
         shards: files, among which the tensors of a layer are spread.
+        others: formats of layers whose name has the key in it, in place of `form`.
+        head: "plain", "tied" (the file has none) or "quantized".
     """
     generator = torch.Generator().manual_seed(0)
     stored: dict[str, Tensor] = {}
@@ -278,21 +291,25 @@ def write(directory: Path, form: Format, *, plain: tuple[str, ...] = (), shards:
     }
     for layer in range(LAYERS):
         names |= {f"model.layers.{layer}.{x}_layernorm.weight": (HIDDEN,) for x in ("input", "post_attention")}
+    if head != "plain":
+        del names["lm_head.weight"]
     for name, shape in names.items():
         stored[name] = torch.randn(shape, generator=generator).to(torch.bfloat16)
         meant[name] = stored[name].double()
-    for layer in range(LAYERS):
-        for name, shape in SHAPES.items():
-            full = f"model.layers.{layer}.{name}"
-            if full.removeprefix("model.") in plain:
-                stored[f"{full}.weight"] = (torch.randn(shape, generator=generator) * 0.1).to(torch.bfloat16)
-                meant[f"{full}.weight"] = stored[f"{full}.weight"].double()
-                continue
-            made = form.make(*shape, generator)
-            stored |= {f"{full}.{suffix}": tensor for suffix, tensor in made.tensors.items()}
-            meant[f"{full}.weight"] = made.meant
+    linear = {f"model.layers.{n}.{name}": shape for n in range(LAYERS) for name, shape in SHAPES.items()}
+    for full, shape in (linear | ({"lm_head": (VOCAB, HIDDEN)} if head == "quantized" else {})).items():
+        if full.removeprefix("model.") in plain:
+            stored[f"{full}.weight"] = (torch.randn(shape, generator=generator) * 0.1).to(torch.bfloat16)
+            meant[f"{full}.weight"] = stored[f"{full}.weight"].double()
+            continue
+        own = next((other for part, other in (others or {}).items() if part in full), form)
+        made = own.make(*shape, generator)
+        stored |= {f"{full}.{suffix}": tensor for suffix, tensor in made.tensors.items()}
+        meant[f"{full}.weight"] = made.meant
+    if head == "tied":
+        meant["lm_head.weight"] = meant["model.embed_tokens.weight"]
     stored |= form.extra
-    config = {**CONFIG, **({form.key: form.config} if form.config else {})}
+    config = {**CONFIG, **({form.key: form.config} if form.config else {}), "tie_word_embeddings": head != "plain"}
     (directory / "config.json").write_text(json.dumps(config))
     if shards == 1:
         save_file(stored, directory / "model.safetensors")

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import quantized_files as files
 
 import kvzip
+from kvzip.models import division as division_module
 from kvzip.models import reading as reading_module
-from kvzip.models.division import divided, parts_of
+from kvzip.models.division import divided, own_head, parts_of
 from kvzip.models.files import weight_files
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.load import translate_config
@@ -41,9 +42,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(files.CONFIG, "intermediate_size", 128)
 
 
-def read(path: Path, share: Share | None, *, kind: str | None = None) -> tuple[Weights, str]:
+def read(path: Path, share: Share | None, *, kind: str | None = None, head: str | None = None) -> tuple[Weights, str]:
     raw = json.loads((path / "config.json").read_text())
-    how = Reading(torch.float32, torch.device("cpu"), kind=kind, share=share)
+    how = Reading(torch.float32, torch.device("cpu"), kind=kind, head=head, share=share)
     config = translate_config(raw)
     return read_weights(weight_files(path), config, LAYER_NAMES, reading=how, quantization=read_quantization(raw))
 
@@ -74,9 +75,12 @@ def test_a_rank_reads_its_part_of_every_form(name: str, tmp_path: Path) -> None:
     digest = read(tmp_path, None)[1]
     for size in (2, 4):
         group = {"fp8 uneven block": 40, "awq": 32, "packed 4, group": 32, "fp8 block": 16, "packed 8, group": 16}
+        group["fp8 block, scales of powers of 2"] = 32
         width = 64 // size  # inputs of o on a rank
         shared = size == 4 and "gptq" in name and "one group" not in name
-        shared |= size == 4 and ("packed 4, group" in name or "early" in name or name == "float, block")
+        shared |= size == 4 and (
+            "packed 4, group" in name or "short" in name or "early" in name or name == "float, block"
+        )
         for rank in range(size):
             share = Share(rank, size, 2, None, None)
             if shared or width % group.get(name, 1):
@@ -118,6 +122,26 @@ def test_rounding_while_reading_gives_the_codes_of_one_process(kind: str, tmp_pa
             meant |= {f"model.layers.{n}.{x}.weight": part for x, part in zip(names, parts, strict=True)}
     for rank in range(2):
         check(read(tmp_path, Share(rank, 2, 2, None, None), kind=kind)[0], meant, rank, 2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "e4m3", "int4"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_a_head_rounded_while_reading_is_divided_after_it(
+    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write(tmp_path, files.FORMATS["int8, channel"], head="tied" if tied else "plain")
+    for module in (reading_module, division_module):
+        monkeypatch.setattr(module, "HEAD_UNIT", 8)
+
+    def head_of(share: Share | None) -> Tensor:
+        weights = read(tmp_path, share, head=kind)[0]
+        head = weights.unembed if share is None or not tied else own_head(weights.embed, share)
+        assert isinstance(head, QuantizedWeight) and (weights.unembed is weights.embed) == tied
+        return expand(head, torch.float64)
+
+    ranks = [head_of(Share(rank, 2, 2, None, None)) for rank in range(2)]
+    assert [len(x) for x in ranks] == [24, 16]
+    assert torch.equal(torch.cat(ranks), head_of(None))
 
 
 def test_ranks_that_do_not_divide_a_model_are_refused_naming_those_that_do() -> None:

@@ -43,7 +43,10 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     padded = triton.next_power_of_2(D) != D  # tiles are wider than rows
     if dtype == torch.float32:  # products in plain float32: no tensor cores
         half = padded and bits < 16 and not hopper  # eight warps would spill
-        stages = 1 if D <= 64 and 4 < bits < 16 else 2  # two would spill
+        mixed = 8 < bits < 16  # keys or values in codes, the others as they are
+        stages = 1 if (D <= 64 and 4 < bits < 16) or (D > 128 and mixed) else 2  # two would spill
+        if bits == 6 and D == 128 and not hopper:
+            stages = 3  # here too
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:
@@ -55,7 +58,7 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             # few rows: keys are the rows of products, and four programs on an SM hide the loads
             early = bits > 4 or D == 128
             registers = None
-            if hopper and D >= 128 and bits > 4:
+            if hopper and D >= 128 and bits > 4 and not (D > 128 and bits > 8):  # wide mixed rows need all of them
                 registers = 208  # would be 247
             elif hopper and not padded and (D <= 64 if bits > 4 else D > 128):
                 registers = 144 if D <= 64 else 208  # ptxas spills to have fewer
@@ -75,6 +78,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         block = 32 if rows <= 32 else 64
         few = D <= 128 and (block == 32 or (hopper and not padded))
         return Launch(block, keys, 4 if few else 8, 3)  # 4 warps would spill elsewhere
+    if D > 64 and not hopper:
+        keys = 32  # 64 would spill
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
 
 
