@@ -100,7 +100,7 @@ def main() -> None:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device: these figures need one (--tiny tries the script)")
     if "http" in options.only and find_spec("uvicorn") is None:
-        parser.error('no uvicorn: install kvzip[serve], or leave "http" out (--only)')
+        parser.error('no uvicorn: install the extra serve, or leave "http" out (--only)')
     facts = harness.facts("cpu" if options.tiny else "cuda", options.commit)
     sizes, shape = (TINY, "tiny") if options.tiny else (Sizes(), options.shape)
     same = {"shape": shape, **{name: facts[name] for name in ("commit", "gpu", "cpu") if name in facts}}

@@ -72,7 +72,7 @@ NOT_RUN = {
         "'http://127.0.0.1:8000/v1/documents?ratio=0.3&title=Contract'",
     ),
     ("docs/serving.md", "KVZIP_API_KEY=secret kvzip serve small guide.kvz --host 0.0.0.0"),
-    ("docs/vllm.md", "pip install 'kvzip[vllm]'"),
+    ("docs/vllm.md", "pip install -e '.[vllm]'"),
     ("docs/vllm.md", "VLLM_PLUGINS=kvzip vllm serve meta-llama/Llama-3.1-8B-Instruct --attention-backend CUSTOM \\"),
     ("docs/vllm.md", "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"),
     ("docs/vllm.md", "python -m pytest -o addopts= tests/vllm_plugin/test_probabilities.py"),

@@ -59,7 +59,7 @@ class _Load(click.ParamType):
     help="Documents x readers of each; may be repeated.",
 )
 @click.option("-n", "--max-tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Of each answer.")
-@click.option("--http", is_flag=True, help="Time the same over HTTP too. Needs kvzip[serve].")
+@click.option("--http", is_flag=True, help="Time the same over HTTP too. Needs the extra serve.")
 @click.option("--json", "as_json", is_flag=True, help="Print times as JSON.")
 def bench_serve(model: str, loading: Loading, as_json: bool, **asked: Any) -> None:
     """Time many readers of many documents on this machine.

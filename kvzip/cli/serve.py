@@ -158,7 +158,7 @@ def _uvicorn() -> Any:
         import uvicorn  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            f"expected FastAPI and uvicorn for a server, got no {error.name}: pip install 'kvzip[serve]' "
+            f"expected FastAPI and uvicorn for a server, got no {error.name}: pip install fastapi uvicorn "
             "(in a checkout pip install -e '.[serve]')"
         ) from error
     return uvicorn
