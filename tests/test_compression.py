@@ -298,7 +298,7 @@ NO_PAIRS = {
 FOUND = {
     f"{module.removeprefix('kvzip.')}.{name}": (module, name)
     for module in (info.name for info in pkgutil.walk_packages(kvzip.__path__, "kvzip."))
-    if not module.startswith(("kvzip.cli", "kvzip.ops.triton"))
+    if not module.startswith(("kvzip.cli", "kvzip.ops.triton", "kvzip.vllm"))  # vLLM is not here
     for name, found in vars(importlib.import_module(module)).items()
     if getattr(found, "__module__", None) == module and (inspect.isfunction(found) or name == "Decoder")
     if not name.startswith("_") and any("DenseCache" in str(p) for p in inspect.signature(found).parameters.values())

@@ -13,7 +13,7 @@ def version() -> str:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    raise ImportError("expected vllm, got none: pip install 'kvzip[vllm]'")
+    raise ImportError("expected vllm, got none: pip install 'vllm<0.28' (in a checkout pip install -e '.[vllm]')")
 
 
 def unsupported() -> str | None:
@@ -23,7 +23,7 @@ def unsupported() -> str | None:
         return None
     return (
         f"expected vLLM {' or '.join(SUPPORTED)}, got {found}: kvzip's plugin uses interfaces of vLLM that change from "
-        "version to version (kvzip/vllm/interfaces.py); pip install 'kvzip[vllm]', or serve without kvzip's backend"
+        "version to version (kvzip/vllm/interfaces.py); pip install 'vllm>=0.26,<0.28', or serve without it"
     )
 
 
