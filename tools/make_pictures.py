@@ -2,8 +2,8 @@
 
     python tools/make_pictures.py
 
-Each is an SVG on a card of its own color, so that it reads on light and dark pages. tests/test_docs.py fails when a file
-is not what this draws, or when its text is too small or leaves the card.
+Each is an SVG on a card of its own color, so that it reads on light and dark pages. tests/test_docs.py fails when a
+file is not what this draws, or when its text is too small or leaves the card.
 """
 
 from collections.abc import Callable, Iterable
