@@ -66,7 +66,7 @@ NOT_RUN = {
     ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
     ("docs/gpu_tests.md", "wheels='flashinfer-python==0.6.13 apache-tvm-ffi==0.1.15.post2'"),
     ("docs/gpu_tests.md", "python -m pytest -q -o addopts= -m gpu tests/ops/test_devices.py"),
-    ("docs/vllm.md", "pip install 'kvzip[vllm]'"),
+    ("docs/vllm.md", "pip install -e '.[vllm]'"),
     ("docs/vllm.md", "VLLM_PLUGINS=kvzip vllm serve meta-llama/Llama-3.1-8B-Instruct --attention-backend CUSTOM \\"),
     ("docs/vllm.md", "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"),
     ("docs/vllm.md", "python -m pytest -o addopts= tests/vllm_plugin/test_probabilities.py"),
