@@ -4,7 +4,6 @@ from importlib import metadata
 
 SUPPORTED = ("0.26", "0.27")
 """Of 0.26, 0.26.0 runs on GPUs; of 0.27, 0.27.1 is what tests run with on a CPU. No other was run."""
-INSTALL = "pip install 'vllm>=0.26,<0.28' (in a checkout pip install -e '.[vllm]')"
 
 
 def version() -> str:
@@ -14,7 +13,7 @@ def version() -> str:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    raise ImportError(f"expected vllm, got none: {INSTALL}")
+    raise ImportError("expected vllm, got none: pip install 'vllm<0.28' (in a checkout pip install -e '.[vllm]')")
 
 
 def unsupported() -> str | None:
@@ -24,7 +23,7 @@ def unsupported() -> str | None:
         return None
     return (
         f"expected vLLM {' or '.join(SUPPORTED)}, got {found}: kvzip's plugin uses interfaces of vLLM that change from "
-        f"version to version (kvzip/vllm/interfaces.py); {INSTALL}, or serve without kvzip's backend"
+        "version to version (kvzip/vllm/interfaces.py); pip install 'vllm>=0.26,<0.28', or serve without it"
     )
 
 
