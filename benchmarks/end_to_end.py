@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py [--shape llama-3.1-8b ...] [--tokens 32768 126000] [--only decode ...]
     python benchmarks/end_to_end.py --model DIRECTORY      # real weights
-    python benchmarks/end_to_end.py --render               # the latest lines to a plot in docs/ and the README's table
+    python benchmarks/end_to_end.py --render               # the latest lines to docs/speed.md and its plot
 
 Every run first checks that the paths it times agree: kernels against plain PyTorch by the project's accuracy rule, the
 CUDA graph against step by step, a batch against each question alone. Weights of a named shape are random. Each figure
@@ -39,10 +39,6 @@ from kvzip.models import Model, forward, logits  # noqa: E402
 RESULTS = harness.RESULTS / "end-to-end.jsonl"
 PARTS = ("check", "prefill", "decode", "batch", "question", "memory", "first", "ratios")
 QUESTION = 30  # tokens
-REFERENCE = {  # the authors' code on the same chip, Llama-3.1-8B shape: prefill s, decode ms full, decode ms at 0.3
-    32_768: (1.82, 21.0, 26.0),
-    126_000: (16.4, 27.0, 26.8),
-}
 READ_BANDWIDTH = 3.07e12  # bytes a second of one H100, a sum over 2 GiB
 
 
@@ -60,7 +56,7 @@ def main() -> None:
     if options.render:
         latest = read_latest(options.results)
         plot(latest, ROOT / "docs" / "end-to-end.png")
-        render_table(latest, ROOT / "README.md")
+        render_table(latest, ROOT / "docs" / "speed.md")
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these figures need one")
@@ -281,9 +277,6 @@ def plot(latest: dict[tuple[Any, ...], dict[str, Any]], path: Path) -> None:
         axes[0].plot(ratios, [steps[tokens, r]["ms"] for r in ratios], "o-", color=color, label=f"kvzip, {label}")
         floor = [1e3 * (weights + r * tokens * 131_072) / READ_BANDWIDTH for r in ratios]
         axes[0].plot(ratios, floor, ":", color=color, label=f"floor (bytes at 3.07 TB/s), {label}")
-        if tokens in REFERENCE:
-            _, full, kept = REFERENCE[tokens]
-            axes[0].plot([0.3, 1.0], [kept, full], "x--", color=color, label=f"authors' code, {label}")
         sizes = {r: steps[tokens, r]["gb"] for r in ratios if "gb" in steps[tokens, r]}
         memory = latest.get((shape, tokens, "memory", None, None))
         if memory is not None:
@@ -300,8 +293,8 @@ def plot(latest: dict[tuple[Any, ...], dict[str, Any]], path: Path) -> None:
     print(f"wrote {path}")
 
 
-def render_table(latest: dict[tuple[Any, ...], dict[str, Any]], readme: Path) -> None:
-    """Writes the table between its markers in the README, each figure linked to its line."""
+def render_table(latest: dict[tuple[Any, ...], dict[str, Any]], page: Path) -> None:
+    """Writes the table between its markers in a page, each figure linked to its line."""
     columns = [
         ("prefill", "prefill", None, None, "s", 1, " s"),
         ("ms/token, full", "decode", 1.0, 1, "ms", 1, ""),
@@ -319,10 +312,10 @@ def render_table(latest: dict[tuple[Any, ...], dict[str, Any]], readme: Path) ->
         cells = []
         for _, what, ratio, questions, field, digits, unit in columns:
             record = latest.get((shape, tokens, what, ratio, questions))
-            link = None if record is None else f"benchmarks/results/end-to-end.jsonl#L{record['line']}"
+            link = None if record is None else f"../benchmarks/results/end-to-end.jsonl#L{record['line']}"
             cells.append("-" if record is None else f"[{record[field]:.{digits}f}{unit}]({link})")
         rows.append(f"| {shape} | {tokens:,} | " + " | ".join(cells) + " |")
-    harness.write_between(readme, "end-to-end", "\n".join(rows))
+    harness.write_between(page, "end-to-end", "\n".join(rows))
 
 
 if __name__ == "__main__":

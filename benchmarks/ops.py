@@ -1,7 +1,7 @@
 """Times every op beside the alternatives that are installed, and appends one JSON line for each figure.
 
     python benchmarks/ops.py [--only select prune] [--commit HASH] [--flex] [--workers 12]
-    python benchmarks/ops.py --table        # renders the latest lines into README.md
+    python benchmarks/ops.py --table        # renders the latest lines into docs/speed.md, some of them into README.md
 
 It runs the ops' tests on the GPU first and times nothing if one fails. Variants of a case take turns, from CUDA
 graphs where they can be captured ("graph" in a line; others are launched one by one, "eager"). The least time for a
@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,10 +48,11 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
     parser.add_argument("--launches", action="store_true", help="also time every launch of the quantized linear layer")
     parser.add_argument("--workers", type=int, default=1, help="processes that run the tests, with pytest-xdist")
-    parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
+    parser.add_argument("--table", action="store_true", help="render the latest lines into the pages and stop")
     options = parser.parse_args()
     if options.table:
-        render_table(options.results, ROOT / "README.md")
+        render_table(options.results, ROOT / "docs" / "speed.md")
+        render_table(options.results, ROOT / "README.md", block="speed", cases=IN_README)
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
@@ -316,15 +318,33 @@ BENCHMARKS = {
 }
 
 
-def render_table(results: Path, readme: Path) -> None:
-    """Puts the latest figures between the markers in the README: kvzip's and the best of the others timed."""
+IN_README = (
+    ("decode", "0.3 of 131,072, skewed"),
+    ("decode", "0.3 of 131,072, skewed, 32 questions"),
+    ("decode", "8 contexts of 0.3 of 32,768, 16 questions each"),
+    ("decode", "0.3 of 131,072, skewed, 512 new tokens"),
+    ("score", "one chunk of 2,000, 32/8 heads"),
+    ("select", "32 x 8 x 131,072 fp32"),
+    ("prune", "[8, 131072, 128] bf16, 0.3 kept"),
+)
+"""Op and case of the rows that the README shows: one for each thing that a user waits for."""
+
+
+def render_table(
+    results: Path, page: Path, *, block: str = "ops", cases: Sequence[tuple[str, str]] | None = None
+) -> None:
+    """Puts the latest figures between the markers of a page: kvzip's and the best of the others timed.
+
+    Args: `cases` are the op and case of the rows wanted, in their order; None takes all, in that of the results.
+    """
     latest: dict[tuple[str, str], dict[str, dict]] = {}
     for line in harness.read_lines(results):
         if line["op"] != "floor":
             latest.setdefault((line["op"], line["case"]), {})[line["variant"]] = line
-    link = os.path.relpath(results, readme.parent)
+    link = os.path.relpath(results, page.parent)
     rows = ["| op | case | kvzip | of the floor | best alternative timed |", "| --- | --- | ---: | ---: | --- |"]
-    for (op, case), variants in latest.items():
+    for op, case in latest if cases is None else [case for case in cases if case in latest]:
+        variants = latest[op, case]
         own = variants.pop("kvzip", None)
         cells = ["-", "-", "-"]
         if own is not None:
@@ -335,7 +355,7 @@ def render_table(results: Path, readme: Path) -> None:
             name, line = min((others or plain).items(), key=lambda item: item[1]["median_us"])
             cells[2] = f"{'' if others else 'none; '}{name}, [{_time(line)}]({link}#L{line['line']})"
         rows.append(f"| {op} | {case} | {' | '.join(cells)} |")
-    harness.write_between(readme, "ops", "\n".join(rows))
+    harness.write_between(page, block, "\n".join(rows))
 
 
 def _time(line: dict) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from markdown_it import MarkdownIt
 
 import kvzip
 import make_api_reference
+import make_pictures
 from kvzip.cli import main
 from kvzip.small import packages as small_models
 from test_cli import write_model
@@ -48,9 +50,10 @@ FILES = {"contract.txt": PARAGRAPH * 4, "book.txt": PARAGRAPH * 8, "huge.txt": P
 
 NOT_RUN = {
     ("README.md", "pip install -e '.[demo]'"),
-    ("README.md", "$ kvzip demo"),
-    ("README.md", "make demo    # the same demo, in an environment of its own"),
-    ("README.md", "pip install -e .          # from a checkout"),
+    ("README.md", "kvzip demo"),
+    ("docs/start.md", "$ kvzip demo"),
+    ("README.md", "make demo    # the demo, in an environment of its own"),
+    ("docs/start.md", "pip install -e '.[demo]'            # from a checkout, with what the demo needs"),
     ("docs/evals.md", "pip install matplotlib datasets"),
     ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
@@ -290,6 +293,44 @@ def test_the_api_page_is_made_from_the_docstrings() -> None:
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == make_api_reference.reference(), (
         "docs/api.md is not what the docstrings say: run  python tools/make_api_reference.py"
     )
+
+
+@pytest.mark.parametrize("name", make_pictures.PICTURES)
+def test_pictures_are_drawn_by_their_script_and_can_be_read(name: str) -> None:
+    picture = make_pictures.PICTURES[name]()
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == picture.svg(), (
+        f"docs/{name} is not what its script draws: run  python tools/make_pictures.py"
+    )
+    words = ElementTree.fromstring(picture.svg()).findall("{http://www.w3.org/2000/svg}text")
+    assert len(words) > 5 and all(float(word.attrib["font-size"]) >= 12 for word in words)
+    left = {"start": 0.0, "middle": 0.5, "end": 1.0}
+    for word in words:
+        width = 0.62 * float(word.attrib["font-size"]) * len(word.text or "")  # a letter is narrower in any usual font
+        start = float(word.attrib["x"]) - left[word.attrib["text-anchor"]] * width
+        assert start >= 0 and start + width <= picture.width and float(word.attrib["y"]) <= picture.height - 8, (
+            word.text
+        )
+    assert (ROOT / "docs" / name).name in "".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_readme_is_short_and_tables_of_speed_have_one_place() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and text.count("![") == 1, (
+        "the README is one screen, then depth: move it to docs/"
+    )
+    for name in ("ops", "end-to-end"):
+        assert f"<!-- {name}:start -->" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+def test_cited_lines_say_what_code_and_day_they_are_of() -> None:
+    cited = 0
+    for page in PAGES:
+        for target in links_of(page):
+            if (line := re.fullmatch(r"(.*\.jsonl)#L(\d+)", target)) is not None:
+                record = json.loads((page.parent / line[1]).read_text(encoding="utf-8").splitlines()[int(line[2]) - 1])
+                assert record.get("commit") and record.get("date"), f"{page.name}: {target} has no commit or date"
+                cited += 1
+    assert cited > 100
 
 
 def links_of(page: Path) -> list[str]:

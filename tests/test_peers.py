@@ -1,4 +1,4 @@
-"""The alternatives of the benchmark of ops get the same rows as kvzip, and the README names the best that was timed."""
+"""The alternatives of the benchmark of ops get the same rows as kvzip, and the pages name the best that was timed."""
 
 import inspect
 import json
