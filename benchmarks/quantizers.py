@@ -1,0 +1,149 @@
+"""Quantizers that are only simulated: rows are rounded and restored in plain PyTorch, and their bytes are counted.
+
+A `Way` says what is done to the rows of a head before they are rounded, and which of them share a step and a zero. What
+it would store is counted by `stored_bytes`: codes without padding but to whole bytes of a row, and 16-bit numbers, but
+for centers and spreads, which `ops.quantize` has in float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+from kvzip.ops.quantize import measure_channels
+from kvzip.ops.types import owners
+
+BLOCK = 128
+_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+_ROUNDS = 16  # of balancing rows and channels
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the rows of one tensor are quantized, in this order.
+
+    center, spread: each head's channels are moved to the mean 0, and divided by powers of two, see `ops.Channels`.
+    rotate: rows are multiplied by an orthonormal Hadamard matrix.
+    balance: in each block of 128 rows of a head, rows and channels are divided by scales that make the standard
+        deviations of all rows, and of all channels, equal (KVarN, arXiv 2606.03458).
+    channels: the rows of a block share a step and a zero in each channel; else the values of a row do.
+    clip: the range that is rounded to is the one with the least squared error, not that from least to greatest.
+    group: values of a row that share a step, 0: all; not with channels.
+    """
+
+    center: bool = False
+    spread: bool = False
+    rotate: bool = False
+    balance: bool = False
+    channels: bool = False
+    clip: bool = False
+    group: int = 0
+
+
+def hadamard(width: int, like: Tensor) -> Float[Tensor, "D D"]:
+    """Returns the orthonormal Hadamard matrix of a power of two, by Sylvester's construction; it is symmetric."""
+    if width & (width - 1):
+        raise ValueError(f"expected a head width that is a power of two to rotate, got {width}: take a way without")
+    one = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    while len(one) < width:
+        one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
+    return one / math.sqrt(width)
+
+
+def restored(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, way: Way) -> Float[Tensor, "N D"]:
+    """Returns the rows as they come back from `bits` bits, in float32 and then in x's dtype; 16 bits are unchanged."""
+    if bits >= 16 or len(x) == 0:
+        return x
+    values, head = x.float(), owners(offsets, len(x))
+    found = measure_channels(x, offsets)
+    center = found.center[head] if way.center else torch.zeros((), device=x.device)
+    spread = found.spread[head] if way.spread else torch.ones((), device=x.device)
+    rest = (values - center) / spread
+    turn = hadamard(x.shape[1], rest) if way.rotate else None
+    rest = rest if turn is None else rest @ turn
+    back = _blocked(rest, offsets, bits, way) if way.balance or way.channels else rounded(rest, bits, way)
+    back = back if turn is None else back @ turn
+    return (back * spread + center).to(x.dtype)
+
+
+def rounded(x: Float[Tensor, "*B D"], bits: int, way: Way) -> Float[Tensor, "*B D"]:
+    """Returns rows rounded each on its own, with 16-bit steps and zeros, group after group."""
+    groups = x.unflatten(-1, (-1, way.group or x.shape[-1]))
+    return _rounded(groups, bits, -1, way.clip).flatten(-2)
+
+
+def stored_bytes(counts: list[int], width: int, bits: int, way: Way, element: int) -> int:
+    """Returns the bytes of a layer's keys, or of its values, with counts[h] rows in head h; `element` those of 16."""
+    rows = sum(counts)
+    if bits >= 16:
+        return rows * width * element
+    blocks = sum(math.ceil(count / BLOCK) for count in counts)
+    size = rows * math.ceil(width * bits / 8)
+    size += blocks * width * 4 if way.channels else rows * 4 * (width // (way.group or width))
+    if way.balance:  # one factor per row where steps are the channels', and one per channel where they are the rows'
+        size += 2 * rows if way.channels else blocks * width * 2
+    return size + (way.center + way.spread) * len(counts) * width * 4
+
+
+def _blocked(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, way: Way) -> Float[Tensor, "N D"]:
+    """Rounds blocks of 128 rows of a head. A shorter block repeats rows, which keeps ends and about the deviations."""
+    rows, used = blocks_of(offsets, len(x))
+    tile = x[rows]  # [blocks 128 D]
+    row, channel = _balanced(tile) if way.balance else (torch.ones_like(tile[..., :1]), torch.ones_like(tile[:, :1]))
+    back = _rounded(tile / row / channel, bits, 1 if way.channels else 2, way.clip) * row * channel
+    out = torch.empty_like(x)
+    out[rows[used]] = back[used]
+    return out
+
+
+def blocks_of(offsets: Int32[Tensor, " H1"], rows: int) -> tuple[Int64[Tensor, "b 128"], Bool[Tensor, "b 128"]]:
+    """Returns the rows of each block of 128 of a head, and which places of a block are not repeated rows."""
+    found, used = [], []
+    for begin, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        for at in range(begin, end, BLOCK):
+            count = min(BLOCK, end - at)
+            place = torch.arange(BLOCK, device=offsets.device)
+            found.append(at + place % count)
+            used.append(place < count)
+    return torch.stack(found), torch.stack(used)
+
+
+def _balanced(tile: Float[Tensor, "b n D"]) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b 1 D"]]:
+    """Factors of rows and channels by which a block is divided: of 16 rounds those with the most equal deviations."""
+    tile = tile / tile.std((1, 2), keepdim=True).clamp_min(1e-12)  # the bounds below are for entries near 1
+    row, channel = torch.zeros_like(tile[..., :1]), torch.zeros_like(tile[:, :1])
+    best, kept = torch.full_like(row[:, :1], torch.inf), (row, channel)
+    for _ in range(_ROUNDS):
+        now = tile * torch.exp(-row - channel)
+        uneven = sum(s.amax((1, 2), True) / s.amin((1, 2), True) for s in (_deviation(now, 2), _deviation(now, 1)))
+        better = uneven < best
+        best = torch.where(better, uneven, best)
+        kept = (torch.where(better, row, kept[0]), torch.where(better, channel, kept[1]))
+        row = (row + _deviation(now, 2).log()).clamp(-0.3, 10)
+        channel = (channel + _deviation(tile * torch.exp(-row - channel), 1).log()).clamp(-0.3, 10)
+    return kept[0].exp().half().float(), kept[1].exp().half().float()
+
+
+def _deviation(x: Tensor, dim: int) -> Tensor:
+    return x.std(dim, keepdim=True).clamp(1e-3, 1e3)
+
+
+def _rounded(x: Tensor, bits: int, dim: int, clip: bool) -> Tensor:
+    """Rounds x with a step and a zero along an axis: from the least to the greatest value, or within them."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    middle, half = (low + high) / 2, (high - low) / 2
+    best, least = None, None
+    for part in _SHRUNK if clip else (1.0,):
+        step = (2 * part * half / (2**bits - 1)).half().float()
+        zero = (middle - part * half).half().float()
+        codes = ((x - zero) / step.clamp_min(1e-30)).round().clamp(0, 2**bits - 1)
+        back = codes * step + zero
+        off = (back - x).square().sum(dim, keepdim=True)
+        if best is None or least is None:
+            best, least = back, off
+        else:
+            best, least = torch.where(off < least, back, best), torch.minimum(off, least)
+    assert best is not None
+    return best
