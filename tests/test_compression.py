@@ -26,7 +26,7 @@ from kvzip import compression
 from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
-from kvzip.options import Scoring
+from kvzip.options import Budget, Scoring
 from unchecked import unchecked
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
@@ -313,6 +313,8 @@ def arguments_of(function, model, cache, path):
         "form": "chat",
         "values": cache.scores.values,
         "scoring": Scoring(chunk=9, hint=2),
+        "rows": [[4, 5], [6, 7]],
+        "budget": Budget(budget_bytes=9),
     }
     parameters = inspect.signature(function).parameters.values()
     return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
@@ -520,7 +522,7 @@ def test_bad_input_is_named(plain):
     for ratio in (0.0, -0.1, 1.01, float("nan")):
         with pytest.raises(ValueError, match="0 < ratio <= 1"):
             kvzip.compress(cache, ratio)
-    with pytest.raises(ValueError, match=r"exactly one of ratio, budget and threshold.*ratio=0.3"):
+    with pytest.raises(ValueError, match=r"exactly one of ratio, budget, budget_bytes and threshold.*ratio=0.3"):
         kvzip.compress(cache)
     with pytest.raises(ValueError, match="exactly one"):
         kvzip.compress(cache, 0.3, budget=4.0)

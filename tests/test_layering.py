@@ -33,6 +33,7 @@ _STAGES = (
     "inputs",
     "prefilling",
     "scoring",
+    "choosing",
     "compression",
     "refitting",
     "streaming",

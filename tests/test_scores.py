@@ -131,7 +131,7 @@ def test_what_is_gone_does_not_come_back(model, cache):
             scores_of.shrink(small, **more)
     with pytest.raises(ValueError, match=r"expected to keep 80 \(protected\) to \d+ pairs .*got 6:"):
         scores_of.shrink(kvzip.compress(cache, 0.4, protect=[(0, 20)]), 0.01, protect=[(0, 20)])
-    with pytest.raises(ValueError, match="exactly one of ratio, budget and threshold"):
+    with pytest.raises(ValueError, match="exactly one of ratio, budget, budget_bytes and threshold"):
         scores_of.shrink(small, 0.1, budget=3.0)
     with pytest.raises(ValueError, match="0 < ratio <= 1"):
         scores_of.shrink(small, 0.0)

@@ -70,14 +70,20 @@ def pack(
     keep: Bool[Tensor, "H S"],
     counts: list[int],
     *,
-    bits: int | None = None,
+    bits: tuple[int, int] | None = None,
 ) -> RaggedKV:
-    """Returns the ragged layer of the tokens to keep, counts[h] of them for head h, quantized to `bits` if given."""
+    """Returns the ragged layer of the tokens to keep, counts[h] of them for head h.
+
+    Args:
+        bits: of keys and of values, to quantize them.
+    """
     bounds = [0, *itertools.accumulate(counts)]
     k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
     schedule = ops.decode_schedule(offsets, bounds=bounds)
-    rows = (k, v) if bits is None else (ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits))
-    return RaggedKV(*rows, offsets, positions, schedule)
+    if bits is None:
+        return RaggedKV(k, v, offsets, positions, schedule)
+    packed = ops.quantize(k, bits=bits[0], offsets=offsets), ops.quantize(v, bits=bits[1])
+    return RaggedKV(*packed, offsets, positions, schedule)
 
 
 def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:

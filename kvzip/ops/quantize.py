@@ -81,6 +81,16 @@ def dequantize(
     return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).clamp_(-most, most).to(dtype)
 
 
+def packed_nbytes(rows: int, width: int, *, bits: int, scale: int, heads: int = 0) -> int:
+    """Returns the bytes of what `quantize` returns for so many rows, with groups as it takes them.
+
+    Args:
+        scale: bytes of a scale, and of a zero: 2 or 4.
+        heads: whose channels are measured, 0 without offsets.
+    """
+    return rows * (width * bits // 8 + 2 * scale * (width // min(128, width))) + 8 * heads * width
+
+
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
     """Returns some of the rows, by an index, a mask or a slice, with unchanged channels."""
     return replace(q, codes=q.codes[rows], scale=q.scale[rows], zero=q.zero[rows])
