@@ -35,15 +35,15 @@ from torch import Tensor
 
 import kvzip
 from benchmarks import harness, studying
-from benchmarks.quantizers import Way, restored, rounded, stored_bytes
-from benchmarks.quantizers import hadamard as hadamard_matrix
+from benchmarks.quantizers import Way, hadamard, moments, restored, rounded, stored_bytes
 from kvzip import DenseCache, Model, RaggedCache
-from kvzip.cache import RaggedKV, nbytes
+from kvzip.cache import RaggedKV, WindowKV, nbytes
 from kvzip.cache.rows import first_rows
 from kvzip.evals.asking import gold_logits
 from kvzip.evals.tasks import Example
 from kvzip.options import Refitting
 from kvzip.refitting import fit_rows
+from kvzip.refitting.fitting import Rows
 from kvzip.refitting.solving import Fit
 from kvzip.refitting.systems import Systems
 
@@ -58,6 +58,8 @@ FORMS = {  # of keys, of values
     "rotated": (Way(center=True, rotate=True), Way(rotate=True)),
     "spread": (Way(center=True, spread=True, rotate=True), Way(rotate=True)),
     "centered": (Way(center=True, rotate=True), Way(center=True, rotate=True)),
+    "scaled": (Way(center=True, rotate=True, asked="scale"), Way(rotate=True)),
+    "matched": (Way(center=True, rotate=True, asked="matrix"), Way(rotate=True)),
     "tiles": (Way(center=True, rotate=True, channels=True), Way(rotate=True)),
     "kvarn": (Way(center=True, rotate=True, balance=True, channels=True), Way(rotate=True, balance=True)),
 }
@@ -112,30 +114,32 @@ def made(
         small = kvzip.compress(scored, wanted["ratio"])
     told = {"bytes": bytes_of(small, how), "kept": round(small.kept / small.total, 6)}
     told["pair"] = round((told["bytes"] - bytes_of(small, how, pairs=False)) / rows_of(small), 2)
-    context_ = tuple(
-        replaced(x, k=back(x, 0, how, small.start)) if isinstance(x, RaggedKV) else x for x in small.context
-    )
+    if how.ways[0].asked and "moments" not in held:
+        held["moments"] = moments(model, scored, options.chunk)
+    asked = held["moments"] if how.ways[0].asked else {}
+    layers = [
+        replace(x, k=back(x, 0, how, small.start, asked.get(n))) if isinstance(x, RaggedKV) else x
+        for n, x in enumerate(small.context)
+    ]
     if how.refit:
         fit = partial(by_gram, how=how) if how.gram else None
         with torch.no_grad():
-            fitted, _ = fit_rows(model, scored, context_, Refitting(chunk=options.chunk), rounded=fit)
-        context_ = tuple(
-            x if rows is None else replaced(x, v=rows.values, bias=rows.bias)
-            for x, rows in zip(context_, fitted, strict=True)
-        )
-    context_ = tuple(replaced(x, v=back(x, 1, how, small.start)) if isinstance(x, RaggedKV) else x for x in context_)
-    return replace(small, context=context_), told
+            fitted, _ = fit_rows(model, scored, layers, Refitting(chunk=options.chunk), rounded=fit)
+        pairs = zip(layers, fitted, strict=True)
+        layers = [x if isinstance(x, WindowKV) or own is None else with_rows(x, own) for x, own in pairs]
+    layers = [replace(x, v=back(x, 1, how, small.start)) if isinstance(x, RaggedKV) else x for x in layers]
+    return replace(small, context=tuple(layers)), told
 
 
-def replaced(layer: Any, **fields: Tensor) -> Any:
-    return replace(layer, **fields)
+def with_rows(layer: RaggedKV, rows: Rows) -> RaggedKV:
+    return replace(layer, v=rows.values, bias=rows.bias)
 
 
-def back(layer: RaggedKV, part: int, how: Variant, start: int) -> Float[Tensor, "N D"]:
+def back(layer: RaggedKV, part: int, how: Variant, start: int, asked: Tensor | None = None) -> Float[Tensor, "N D"]:
     """Returns a layer's keys (part 0) or values (1) as they are restored."""
     x = (layer.k, layer.v)[part]
     assert isinstance(x, Tensor)
-    found = restored(x, layer.offsets, how.bits[part], how.ways[part])
+    found = restored(x, layer.offsets, how.bits[part], how.ways[part], asked)
     if how.prefix:
         rows = first_rows(layer, start).flatten()
         found = found.index_copy(0, rows, x[rows])
@@ -156,7 +160,7 @@ def by_gram(systems: Systems, fit: Fit, how: Variant) -> Fit:
     upper = torch.linalg.cholesky(torch.linalg.inv(matrix.double()), upper=True).to(matrix.dtype)
     rows = order[..., None].expand_as(systems.old)
     target = (systems.old + fit.change + systems.mean[:, None]).gather(1, rows)
-    turn = hadamard_matrix(target.shape[2], target) if way.rotate else None
+    turn = hadamard(target.shape[2], target) if way.rotate else None
     target = target if turn is None else target @ turn
     kept = torch.empty_like(target)
     for j in range(systems.width):
@@ -262,7 +266,7 @@ def show_part(options: argparse.Namespace) -> int:
         }
         found |= {"bytes": line["bytes"] / whole["bytes"], "kept": line["kept"], "pair": line["pair"]}
         cells.setdefault((line["model"], size, line["variant"]), {}).setdefault(line["task"], []).append(found)
-    before = None
+    before, names = None, []
     for (model, size, variant), tasks in sorted(cells.items(), key=lambda cell: (*cell[0][:2], mean(cell[1], "kl"))):
         if (model, size) != before:
             before = model, size

@@ -12,8 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from kvzip import DenseCache, Model
+from kvzip.attention import repeat_attend
+from kvzip.models import Attend
 from kvzip.ops.quantize import measure_channels
 from kvzip.ops.types import owners
+from kvzip.scoring import repeats, run_repeats
 
 BLOCK = 128
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
@@ -29,6 +33,10 @@ class Way:
     balance: in each block of 128 rows of a head, rows and channels are divided by scales that make the standard
         deviations of all rows, and of all channels, equal (KVarN, arXiv 2606.03458).
     channels: the rows of a block share a step and a zero in each channel; else the values of a row do.
+    asked: "scale" divides channels by the root of how large queries are there, relative to keys, which lets the sum of
+        squared errors of logits be least if each channel is rounded as coarsely; "matrix" does so for any axes: rows
+        are multiplied by M^(1/2), M the geometric mean of the second moment of queries and the inverse of the rows'.
+        Needs `asked` of `restored`. Matrices are not counted among the bytes: they would be the model's.
     clip: the range that is rounded to is the one with the least squared error, not that from least to greatest.
     group: values of a row that share a step, 0: all; not with channels.
     """
@@ -38,6 +46,7 @@ class Way:
     rotate: bool = False
     balance: bool = False
     channels: bool = False
+    asked: str = ""
     clip: bool = False
     group: int = 0
 
@@ -52,8 +61,17 @@ def hadamard(width: int, like: Tensor) -> Float[Tensor, "D D"]:
     return one / math.sqrt(width)
 
 
-def restored(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, way: Way) -> Float[Tensor, "N D"]:
-    """Returns the rows as they come back from `bits` bits, in float32 and then in x's dtype; 16 bits are unchanged."""
+def restored(
+    x: Float[Tensor, "N D"],
+    offsets: Int32[Tensor, " H1"],
+    bits: int,
+    way: Way,
+    asked: Float[Tensor, "H D D"] | None = None,
+) -> Float[Tensor, "N D"]:
+    """Returns the rows as they come back from `bits` bits, in float32 and then in x's dtype; 16 bits are unchanged.
+
+    `asked` is the second moment of what the rows of a head are multiplied with.
+    """
     if bits >= 16 or len(x) == 0:
         return x
     values, head = x.float(), owners(offsets, len(x))
@@ -61,10 +79,15 @@ def restored(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, 
     center = found.center[head] if way.center else torch.zeros((), device=x.device)
     spread = found.spread[head] if way.spread else torch.ones((), device=x.device)
     rest = (values - center) / spread
+    there = again = None
+    if way.asked and asked is not None:
+        there, again = matched(rest, offsets, asked, way.asked)
+        rest = by_head(rest, offsets, there)
     turn = hadamard(x.shape[1], rest) if way.rotate else None
     rest = rest if turn is None else rest @ turn
     back = _blocked(rest, offsets, bits, way) if way.balance or way.channels else rounded(rest, bits, way)
     back = back if turn is None else back @ turn
+    back = back if again is None else by_head(back, offsets, again)
     return (back * spread + center).to(x.dtype)
 
 
@@ -84,7 +107,53 @@ def stored_bytes(counts: list[int], width: int, bits: int, way: Way, element: in
     size += blocks * width * 4 if way.channels else rows * 4 * (width // (way.group or width))
     if way.balance:  # one factor per row where steps are the channels', and one per channel where they are the rows'
         size += 2 * rows if way.channels else blocks * width * 2
-    return size + (way.center + way.spread) * len(counts) * width * 4
+    return size + (way.center + way.spread + (way.asked == "scale")) * len(counts) * width * 4
+
+
+def by_head(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], by: Float[Tensor, "H D D"]) -> Float[Tensor, "N D"]:
+    """Returns the rows of each head multiplied by its matrix."""
+    return torch.cat([own @ m for own, m in zip(x.split(offsets.diff().tolist()), by, strict=True)])
+
+
+def matched(
+    x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], asked: Float[Tensor, "H D D"], how: str
+) -> tuple[Float[Tensor, "H D D"], Float[Tensor, "H D D"]]:
+    """Returns for each head what its rows are multiplied by before they are rounded, and after."""
+    rows = torch.stack([own.mT @ own / max(1, len(own)) for own in x.split(offsets.diff().tolist())]).double()
+    asked = asked.double()
+    if how == "scale":
+        ratio = asked.diagonal(dim1=1, dim2=2).clamp_min(1e-12) / rows.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+        factor = ratio.pow(0.25)
+        return factor.diag_embed().float(), (1 / factor).diag_embed().float()
+    rows, asked = (m + 1e-3 * _trace(m) / m.shape[1] * torch.eye(m.shape[1], device=m.device) for m in (rows, asked))
+    half, less = _power(rows, 0.5), _power(rows, -0.5)
+    mean = less @ _power(half @ asked @ half, 0.5) @ less
+    return _power(mean, 0.5).float(), _power(mean, -0.5).float()
+
+
+def _trace(m: Float[Tensor, "H D D"]) -> Float[Tensor, "H 1 1"]:
+    return m.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(1e-12)
+
+
+def _power(m: Float[Tensor, "H D D"], exponent: float) -> Float[Tensor, "H D D"]:
+    values, vectors = torch.linalg.eigh(m)
+    return vectors * values.clamp_min(1e-12).pow(exponent)[:, None] @ vectors.mT
+
+
+def moments(model: Model, cache: DenseCache, chunk: int) -> dict[int, Float[Tensor, "H D D"]]:
+    """Returns the second moment of the queries that each KV head of each scored layer is asked by in the repeats."""
+    found: dict[int, Tensor] = {}
+
+    def look(layer: int, q: Tensor, *_: Tensor) -> None:
+        own = q.float().unflatten(0, (cache.heads, -1)).flatten(1, 2)
+        found[layer] = found.get(layer, 0) + own.mT @ own / own.shape[1]
+
+    def strategy(first: int, stop: int) -> Attend:
+        return repeat_attend(model.config, cache.layers, look, start=cache.start, first=first, stop=stop)
+
+    with torch.no_grad():
+        run_repeats(model, list(repeats(model, cache, chunk=chunk, hint=8)), cache.length, strategy)
+    return found
 
 
 def _blocked(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, way: Way) -> Float[Tensor, "N D"]:
