@@ -8,7 +8,8 @@
 variant is a form of FORMS, bits of keys and values, and what is added: "rotated:4/2", "kvarn:4/2+refit". "+refit" fits
 biases and values for quantized keys; "+gram" rounds the fitted values of a chunk one row after the other, so that later
 rows make up for what earlier ones lost by the fit's Gram matrix (GPTQ, arXiv 2210.17323); "+clip" searches each range;
-"+g32" has a step for 32 values; "+prefix" keeps the prefix in 16 bits. Rows of 16 bits are "plain:16/16".
+"+g32" has a step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. Rows of 16 bits
+are "plain:16/16".
 `show`: bytes of a kept pair and of the cache as a part of the full one, nats of the answers lost to it, and how far
 predictions are from its own (in nats a token, which tells variants apart with few questions; lowest first).
 Each figure is one JSON line appended to benchmarks/results/bits.jsonl; the study goes on where it stopped (exit code 75
@@ -71,6 +72,7 @@ VARIANTS = (
     *(f"rotated:{bits}+gram" for bits in ("4/4", "4/2")), "plain:16/16+refit",
 )  # fmt: skip
 BIAS = 2  # bytes of a row's
+FIRST = {"prefix": 1 << 30, "first1": 1, "first4": 4}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Variant:
     bits: tuple[int, int]
     refit: bool = False
     gram: bool = False
-    prefix: bool = False
+    first: int = 0  # rows of each head that stay in 16 bits, at most the prefix
 
 
 def variant_of(name: str) -> Variant:
@@ -89,11 +91,13 @@ def variant_of(name: str) -> Variant:
     base, *more = name.split("+")
     form, _, bits = base.partition(":")
     found = [int(x) for x in bits.split("/") if x.isdigit()]
-    if form not in FORMS or len(found) != 2 or set(more) - {"refit", "gram", "prefix", "clip", "g32"}:
+    if form not in FORMS or len(found) != 2 or set(more) - {"refit", "gram", "clip", "g32", *FIRST}:
         raise ValueError(f"expected a variant such as kvarn:4/2+refit, got {name!r}: forms are {', '.join(FORMS)}")
     k, v = (replace(way, clip="clip" in more, group=32 * ("g32" in more)) for way in FORMS[form])
     gram = "gram" in more
-    return Variant((k, v), (found[0], found[1]), gram or "refit" in more, gram, "prefix" in more)
+    return Variant(
+        (k, v), (found[0], found[1]), gram or "refit" in more, gram, max(FIRST.get(x, 0) for x in more or [""])
+    )
 
 
 def made(
@@ -140,8 +144,8 @@ def back(layer: RaggedKV, part: int, how: Variant, start: int, asked: Tensor | N
     x = (layer.k, layer.v)[part]
     assert isinstance(x, Tensor)
     found = restored(x, layer.offsets, how.bits[part], how.ways[part], asked)
-    if how.prefix:
-        rows = first_rows(layer, start).flatten()
+    if how.first:
+        rows = first_rows(layer, min(how.first, start)).flatten()
         found = found.index_copy(0, rows, x[rows])
     return found
 
@@ -231,7 +235,7 @@ def bytes_of(cache: RaggedCache, how: Variant, *, pairs: bool = True) -> int:
             size -= layer.positions.nbytes
             continue
         counts, element = layer.offsets.diff().tolist(), layer.k.element_size()
-        own = [count - cache.start for count in counts] if how.prefix else counts
+        own = [count - min(how.first, cache.start) for count in counts]
         for way, bits in zip(how.ways, how.bits, strict=True):
             size += stored_bytes(own, layer.width, bits, way, element)
             size += (sum(counts) - sum(own)) * layer.width * element
