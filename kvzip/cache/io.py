@@ -173,7 +173,10 @@ def _describe_layer(name: str, layer: DenseKV | WindowKV | RaggedKV) -> tuple[di
     for part in ("k", "v"):
         x = getattr(layer, part)
         if isinstance(x, Quantized):
-            spec |= {"bits": x.bits, "group": x.group}
+            if part == "k" or "bits" not in spec:
+                spec |= {"bits": x.bits, "group": x.group}
+            elif x.bits != spec["bits"]:
+                spec["value_bits"] = x.bits
             tensors |= {f"{name}.{part}.{each}": getattr(x, each) for each in ("codes", "scale", "zero")}
             if x.channels is not None:
                 spec["channels"] = True

@@ -203,7 +203,8 @@ class _Reader:
     def ragged(self, name: str, spec: dict[str, Any]) -> RaggedKV:
         offsets, positions = self.take(f"{name}.offsets"), self.take(f"{name}.positions")
         start, length = self.header["start"], self.header["length"]
-        k, v = (self.rows(f"{name}.{part}", spec, len(positions)) for part in ("k", "v"))
+        k = self.rows(f"{name}.k", spec, spec.get("bits"), len(positions))
+        v = self.rows(f"{name}.v", spec, spec.get("value_bits", spec.get("bits")), len(positions))
         if spec.get("channels"):
             if not isinstance(k, Quantized):
                 raise Damaged(f"channels of {name}, which is not quantized")
@@ -234,8 +235,8 @@ class _Reader:
         require(bool(bias.isfinite().all()), f"{name} that is not finite")
         return bias
 
-    def rows(self, name: str, spec: dict[str, Any], count: int) -> Tensor | Quantized:
-        bits, group = spec.get("bits"), spec.get("group") or 0
+    def rows(self, name: str, spec: dict[str, Any], bits: int | None, count: int) -> Tensor | Quantized:
+        group = spec.get("group") or 0
         if bits is None:
             return self.take(name, {"rows": count}, of="RaggedKV")
         codes = self.take(f"{name}.codes", {"rows": count})

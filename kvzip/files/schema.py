@@ -78,6 +78,7 @@ LAYER = (
     Entry("kind", "text", "`RaggedKV`, `DenseKV` or `WindowKV`"),
     Entry("start", "count, optional", "`WindowKV`: the token of its first row"),
     Entry("bits, group", "count, optional", "of quantized rows: 4 or 8 bits, and how many values share a scale"),
+    Entry("value_bits", "count, optional", "bits of quantized values where they are not those of keys, `bits`"),
     Entry("channels", "flag, optional", "whether keys have `center` and `spread` too, see the tensors"),
     Entry("bias", "flag, optional", "`RaggedKV`: whether rows have biases, see the tensors"),
 )
@@ -180,9 +181,13 @@ def ratio_of(kept: int, total: int) -> float:
     return kept / total if total else 1.0
 
 
-def bits_of(header: Mapping[str, Any]) -> int | None:
-    """Returns the bits of a cache's quantized rows; None if they are in the model's dtype."""
-    return next((spec["bits"] for spec in header["layers"] if spec.get("bits") is not None), None)
+def bits_of(header: Mapping[str, Any]) -> int | list[int] | None:
+    """Returns the bits of a cache's quantized rows, [keys, values] if they differ; None if rows are in its dtype."""
+    for spec in header["layers"]:
+        if spec.get("bits") is not None:
+            own = spec.get("value_bits")
+            return spec["bits"] if own is None else [spec["bits"], own]
+    return None
 
 
 def entry(header: Mapping[str, Any], name: str) -> dict[str, Any]:

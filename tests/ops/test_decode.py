@@ -36,11 +36,12 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, devi
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     k, v = (draw(sum(lengths), D) for _ in "kv")
     found = {"q": draw(B, H * G, T, D), "k": k, "v": v, "offsets": offsets}
+    bits = (bits, bits) if isinstance(bits, int) else bits
     if bits is not None and sum(lengths):
         if channels:
             found["k"] = stretch(found["k"], generator)
-        found["k"] = quantize(found["k"], bits=bits, offsets=offsets if channels else None)
-        found["v"] = quantize(found["v"], bits=bits)
+        found["k"] = quantize(found["k"], bits=bits[0], offsets=offsets if channels else None)
+        found["v"] = quantize(found["v"], bits=bits[1])
     if bias is not None:
         found["bias"] = (torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 6 - 3).to(bias)
     if R:
@@ -182,7 +183,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
 @given(
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
-    bits=st.sampled_from([8, 4]),
+    bits=st.sampled_from([8, 4, (8, 4), (4, 8)]),
     channels=st.booleans(),
     **SHAPES,
 )
@@ -389,11 +390,12 @@ def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
     offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
     v = k
-    if bits < 16:
-        steps = torch.empty(9000, max(1, D // 128), dtype=torch.float16)
-        codes, channels = torch.empty(9000, D * bits // 8, dtype=torch.uint8), torch.empty(2, D)
-        v = Quantized(codes, steps, steps, bits, min(D, 128))
-        k = Quantized(codes, steps, steps, bits, min(D, 128), Channels(channels, channels))
+    if bits != 16:
+        steps, channels = torch.empty(9000, max(1, D // 128), dtype=torch.float16), torch.empty(2, D)
+        k_bits, v_bits = bits if isinstance(bits, tuple) else (bits, bits)
+        codes = [torch.empty(9000, D * x // 8, dtype=torch.uint8) for x in (k_bits, v_bits)]
+        k = Quantized(codes[0], steps, steps, k_bits, min(D, 128), Channels(channels, channels))
+        v = Quantized(codes[1], steps, steps, v_bits, min(D, 128))
     ends = (torch.empty(B, 2, 512, D, dtype=dtype),) * 2 + (torch.empty(B, dtype=torch.int32),)
     schedule = decode_schedule(offsets, processors=132)
     module.decode_triton(q, k, v, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
@@ -409,7 +411,7 @@ def compiled(calls: list[str], capability: int) -> None:
 @pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
-    compiled([few, many, few + ", 8", few + ", 4", f"{D}, 7, 1, 1, torch.float32"], capability)
+    compiled([few, many, few + ", 8", few + ", 4", few + ", (8, 4)", f"{D}, 7, 1, 1, torch.float32"], capability)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -436,7 +438,7 @@ def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
     calls = [
         f"{D}, {G}, {B}, 1, torch.{dtype}, {bits}{rest}"
         for G, B in ((1, 1), (7, 4), (16, 4), (4, 32))
-        for bits in (16, 8, 4)
+        for bits in (16, 8, 4, (8, 4))
         for rest in ("", ", 5.0, 9")
     ]
     compiled(calls, capability)
@@ -456,7 +458,7 @@ def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, (8, 4)])
 @pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
 def test_compiled_kernel_over_the_grid_of_quantized_rows(dtype, D, bits, B, G):
     check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits, channels=G == 4), scale=D**-0.5)
@@ -507,7 +509,7 @@ def test_interpreter_runs_where_there_is_no_gpu():
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4]), channels=st.booleans())
+@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4, (8, 4)]), channels=st.booleans())
 def test_reference_of_quantized_rows_is_the_reference_of_their_values(seed, bits, channels):
     inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits, channels)
     head, _ = split(inputs)
