@@ -20,7 +20,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,16 @@ from torch import Tensor
 
 import kvzip
 from benchmarks import harness, studying
-from benchmarks.quantizers import Way, hadamard, moments, restored, rounded, stored_bytes
+from benchmarks.other_data import TASKS
+from benchmarks.quantizers import Way, hadamard, matched, moments, moments_of, restored, rounded, stored_bytes
 from kvzip import DenseCache, Model, RaggedCache
 from kvzip.cache import RaggedKV, WindowKV, nbytes
+from kvzip.cache.caches import as_ragged
 from kvzip.cache.rows import first_rows
-from kvzip.evals.asking import gold_logits
+from kvzip.evals.asking import gold_logits, prefill_example
 from kvzip.evals.tasks import Example
+from kvzip.ops.quantize import measure_channels
+from kvzip.ops.types import owners
 from kvzip.options import Refitting
 from kvzip.refitting import fit_rows
 from kvzip.refitting.fitting import Rows
@@ -61,6 +65,7 @@ FORMS = {  # of keys, of values
     "centered": (Way(center=True, rotate=True), Way(center=True, rotate=True)),
     "scaled": (Way(center=True, rotate=True, asked="scale"), Way(rotate=True)),
     "matched": (Way(center=True, rotate=True, asked="matrix"), Way(rotate=True)),
+    "model": (Way(center=True, rotate=True, asked="model"), Way(rotate=True)),
     "tiles": (Way(center=True, rotate=True, channels=True), Way(rotate=True)),
     "kvarn": (Way(center=True, rotate=True, balance=True, channels=True), Way(rotate=True, balance=True)),
 }
@@ -118,9 +123,7 @@ def made(
         small = kvzip.compress(scored, wanted["ratio"])
     told = {"bytes": bytes_of(small, how), "kept": round(small.kept / small.total, 6)}
     told["pair"] = round((told["bytes"] - bytes_of(small, how, pairs=False)) / rows_of(small), 2)
-    if how.ways[0].asked and "moments" not in held:
-        held["moments"] = moments(model, scored, options.chunk)
-    asked = held["moments"] if how.ways[0].asked else {}
+    asked = asked_of(model, scored, how.ways[0].asked, held, options) if how.ways[0].asked else {}
     layers = [
         replace(x, k=back(x, 0, how, small.start, asked.get(n))) if isinstance(x, RaggedKV) else x
         for n, x in enumerate(small.context)
@@ -135,11 +138,36 @@ def made(
     return replace(small, context=tuple(layers)), told
 
 
+def asked_of(
+    model: Model, cache: DenseCache, how: str, held: dict[str, Any], options: argparse.Namespace
+) -> dict[int, tuple[Tensor, ...]]:
+    """Returns for each layer what `restored` takes: moments of this context's repeats, or matrices of another's."""
+    if how != "model":
+        if "moments" not in held:
+            held["moments"] = {n: (x,) for n, x in moments(model, cache, options.chunk).items()}
+        return held["moments"]
+    if "matrices" not in held:
+        request = replace(studying.request_of(model, options), seed=options.seed + 1, length=options.calibration)
+        other = prefill_example(model, next(iter(TASKS["quote"].make(request))), form=options.form)
+        own = as_ragged(other)
+        held["matrices"] = {}
+        for n, queries in moments(model, other, options.chunk).items():
+            layer = own.context[n]
+            assert isinstance(layer, RaggedKV) and isinstance(layer.k, Tensor)
+            rest = (
+                layer.k.float() - measure_channels(layer.k, layer.offsets).center[owners(layer.offsets, len(layer.k))]
+            )
+            held["matrices"][n] = matched(moments_of(rest, layer.offsets), queries, "matrix")
+    return held["matrices"]
+
+
 def with_rows(layer: RaggedKV, rows: Rows) -> RaggedKV:
     return replace(layer, v=rows.values, bias=rows.bias)
 
 
-def back(layer: RaggedKV, part: int, how: Variant, start: int, asked: Tensor | None = None) -> Float[Tensor, "N D"]:
+def back(
+    layer: RaggedKV, part: int, how: Variant, start: int, asked: Sequence[Tensor] | None = None
+) -> Float[Tensor, "N D"]:
     """Returns a layer's keys (part 0) or values (1) as they are restored."""
     x = (layer.k, layer.v)[part]
     assert isinstance(x, Tensor)
@@ -310,6 +338,7 @@ def main() -> int:
     study = parts.add_parser("study")
     studying.add_options(study)
     study.add_argument("--variants", nargs="+", default=VARIANTS)
+    study.add_argument("--calibration", type=int, default=3_000, help="tokens of the text of the form model")
     study.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     study.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the full cache's bytes")
     show = parts.add_parser("show")

@@ -6,6 +6,7 @@ for centers and spreads, which `ops.quantize` has in float32.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,8 @@ class Way:
     asked: "scale" divides channels by the root of how large queries are there, relative to keys, which lets the sum of
         squared errors of logits be least if each channel is rounded as coarsely; "matrix" does so for any axes: rows
         are multiplied by M^(1/2), M the geometric mean of the second moment of queries and the inverse of the rows'.
-        Needs `asked` of `restored`. Matrices are not counted among the bytes: they would be the model's.
+        Needs `asked` of `restored`. "model" takes the matrices of another context. Matrices are
+        not counted among the bytes.
     clip: the range that is rounded to is the one with the least squared error, not that from least to greatest.
     group: values of a row that share a step, 0: all; not with channels.
     """
@@ -66,11 +68,11 @@ def restored(
     offsets: Int32[Tensor, " H1"],
     bits: int,
     way: Way,
-    asked: Float[Tensor, "H D D"] | None = None,
+    asked: Sequence[Float[Tensor, "H D D"]] | None = None,
 ) -> Float[Tensor, "N D"]:
     """Returns the rows as they come back from `bits` bits, in float32 and then in x's dtype; 16 bits are unchanged.
 
-    `asked` is the second moment of what the rows of a head are multiplied with.
+    `asked` has the second moment of what the rows of a head are multiplied with, or what `matched` returns of others.
     """
     if bits >= 16 or len(x) == 0:
         return x
@@ -81,7 +83,7 @@ def restored(
     rest = (values - center) / spread
     there = again = None
     if way.asked and asked is not None:
-        there, again = matched(rest, offsets, asked, way.asked)
+        there, again = matched(moments_of(rest, offsets), asked[0], way.asked) if len(asked) == 1 else asked
         rest = by_head(rest, offsets, there)
     turn = hadamard(x.shape[1], rest) if way.rotate else None
     rest = rest if turn is None else rest @ turn
@@ -116,11 +118,10 @@ def by_head(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], by: Float[Te
 
 
 def matched(
-    x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], asked: Float[Tensor, "H D D"], how: str
+    rows: Float[Tensor, "H D D"], asked: Float[Tensor, "H D D"], how: str
 ) -> tuple[Float[Tensor, "H D D"], Float[Tensor, "H D D"]]:
-    """Returns for each head what its rows are multiplied by before they are rounded, and after."""
-    rows = torch.stack([own.mT @ own / max(1, len(own)) for own in x.split(offsets.diff().tolist())]).double()
-    asked = asked.double()
+    """Returns for each head what its rows, of these second moments, are multiplied by before and after rounding."""
+    rows, asked = rows.double(), asked.double()
     if how == "scale":
         ratio = asked.diagonal(dim1=1, dim2=2).clamp_min(1e-12) / rows.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
         factor = ratio.pow(0.25)
@@ -129,6 +130,11 @@ def matched(
     half, less = _power(rows, 0.5), _power(rows, -0.5)
     mean = less @ _power(half @ asked @ half, 0.5) @ less
     return _power(mean, 0.5).float(), _power(mean, -0.5).float()
+
+
+def moments_of(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Float[Tensor, "H D D"]:
+    """Returns the second moment of the rows of each head."""
+    return torch.stack([own.mT @ own / max(1, len(own)) for own in x.split(offsets.diff().tolist())])
 
 
 def _trace(m: Float[Tensor, "H D D"]) -> Float[Tensor, "H 1 1"]:
