@@ -8,8 +8,9 @@
 variant is a form of FORMS, bits of keys and values, and what is added: "rotated:4/2", "kvarn:4/2+refit". "+refit" fits
 biases and values for quantized keys; "+gram" rounds the fitted values of a chunk one row after the other, so that later
 rows make up for what earlier ones lost by the fit's Gram matrix (GPTQ, arXiv 2210.17323); "+clip" searches each range;
-"+g32" has a step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. Rows of 16 bits
-are "plain:16/16".
+"+shaped" does so with the channels of keys by what queries ask, and "+model" takes the moments of queries and keys of
+another context; "+g32" has a step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits.
+Rows of 16 bits are "plain:16/16".
 `show`: bytes of a kept pair and of the cache as a part of the full one, nats of the answers lost to it, and how far
 predictions are from its own (in nats a token, which tells variants apart with few questions; lowest first).
 Each figure is one JSON line appended to benchmarks/results/bits.jsonl; the study goes on where it stopped (exit code 75
@@ -37,15 +38,12 @@ from torch import Tensor
 import kvzip
 from benchmarks import harness, studying
 from benchmarks.other_data import TASKS
-from benchmarks.quantizers import Way, hadamard, matched, moments, moments_of, restored, rounded, stored_bytes
+from benchmarks.quantizers import Way, hadamard, moments, restored, rounded, stored_bytes
 from kvzip import DenseCache, Model, RaggedCache
 from kvzip.cache import RaggedKV, WindowKV, nbytes
-from kvzip.cache.caches import as_ragged
 from kvzip.cache.rows import first_rows
 from kvzip.evals.asking import gold_logits, prefill_example
 from kvzip.evals.tasks import Example
-from kvzip.ops.quantize import measure_channels
-from kvzip.ops.types import owners
 from kvzip.options import Refitting
 from kvzip.refitting import fit_rows
 from kvzip.refitting.fitting import Rows
@@ -65,7 +63,8 @@ FORMS = {  # of keys, of values
     "centered": (Way(center=True, rotate=True), Way(center=True, rotate=True)),
     "scaled": (Way(center=True, rotate=True, asked="scale"), Way(rotate=True)),
     "matched": (Way(center=True, rotate=True, asked="matrix"), Way(rotate=True)),
-    "model": (Way(center=True, rotate=True, asked="model"), Way(rotate=True)),
+    "white": (Way(center=True, rotate=True, asked="white"), Way(rotate=True)),
+    "axes": (Way(center=True, rotate=True, asked="axes"), Way(rotate=True)),
     "tiles": (Way(center=True, rotate=True, channels=True), Way(rotate=True)),
     "kvarn": (Way(center=True, rotate=True, balance=True, channels=True), Way(rotate=True, balance=True)),
 }
@@ -88,6 +87,7 @@ class Variant:
     bits: tuple[int, int]
     refit: bool = False
     gram: bool = False
+    model: bool = False
     first: int = 0  # rows of each head that stay in 16 bits, at most the prefix
 
 
@@ -96,12 +96,17 @@ def variant_of(name: str) -> Variant:
     base, *more = name.split("+")
     form, _, bits = base.partition(":")
     found = [int(x) for x in bits.split("/") if x.isdigit()]
-    if form not in FORMS or len(found) != 2 or set(more) - {"refit", "gram", "clip", "g32", *FIRST}:
+    if form not in FORMS or len(found) != 2 or set(more) - {"refit", "gram", "clip", "g32", "shaped", "model", *FIRST}:
         raise ValueError(f"expected a variant such as kvarn:4/2+refit, got {name!r}: forms are {', '.join(FORMS)}")
     k, v = (replace(way, clip="clip" in more, group=32 * ("g32" in more)) for way in FORMS[form])
-    gram = "gram" in more
+    k, gram = replace(k, shaped="shaped" in more), "gram" in more
     return Variant(
-        (k, v), (found[0], found[1]), gram or "refit" in more, gram, max(FIRST.get(x, 0) for x in more or [""])
+        (k, v),
+        (found[0], found[1]),
+        gram or "refit" in more,
+        gram,
+        "model" in more,
+        max(FIRST.get(x, 0) for x in more or [""]),
     )
 
 
@@ -123,7 +128,7 @@ def made(
         small = kvzip.compress(scored, wanted["ratio"])
     told = {"bytes": bytes_of(small, how), "kept": round(small.kept / small.total, 6)}
     told["pair"] = round((told["bytes"] - bytes_of(small, how, pairs=False)) / rows_of(small), 2)
-    asked = asked_of(model, scored, how.ways[0].asked, held, options) if how.ways[0].asked else {}
+    asked = asked_of(model, scored, how, held, options)
     layers = [
         replace(x, k=back(x, 0, how, small.start, asked.get(n))) if isinstance(x, RaggedKV) else x
         for n, x in enumerate(small.context)
@@ -139,26 +144,24 @@ def made(
 
 
 def asked_of(
-    model: Model, cache: DenseCache, how: str, held: dict[str, Any], options: argparse.Namespace
+    model: Model, cache: DenseCache, how: Variant, held: dict[str, Any], options: argparse.Namespace
 ) -> dict[int, tuple[Tensor, ...]]:
-    """Returns for each layer what `restored` takes: moments of this context's repeats, or matrices of another's."""
-    if how != "model":
+    """Returns for each layer what `restored` takes: moments of this context's repeats, or those of another context."""
+    if not how.ways[0].asked:
+        return {}
+    if not how.model:
         if "moments" not in held:
             held["moments"] = {n: (x,) for n, x in moments(model, cache, options.chunk).items()}
         return held["moments"]
-    if "matrices" not in held:
+    if "others" not in held:
         request = replace(studying.request_of(model, options), seed=options.seed + 1, length=options.calibration)
         other = prefill_example(model, next(iter(TASKS["quote"].make(request))), form=options.form)
-        own = as_ragged(other)
-        held["matrices"] = {}
+        held["others"] = {}
         for n, queries in moments(model, other, options.chunk).items():
-            layer = own.context[n]
-            assert isinstance(layer, RaggedKV) and isinstance(layer.k, Tensor)
-            rest = (
-                layer.k.float() - measure_channels(layer.k, layer.offsets).center[owners(layer.offsets, len(layer.k))]
-            )
-            held["matrices"][n] = matched(moments_of(rest, layer.offsets), queries, "matrix")
-    return held["matrices"]
+            keys = other.layers[n].k[0, :, 1:].float()  # not the first, to which most attention goes
+            rest = keys - keys.mean(1, keepdim=True)
+            held["others"][n] = queries, rest.mT @ rest / rest.shape[1]
+    return held["others"]
 
 
 def with_rows(layer: RaggedKV, rows: Rows) -> RaggedKV:

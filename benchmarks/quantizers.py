@@ -34,11 +34,11 @@ class Way:
     balance: in each block of 128 rows of a head, rows and channels are divided by scales that make the standard
         deviations of all rows, and of all channels, equal (KVarN, arXiv 2606.03458).
     channels: the rows of a block share a step and a zero in each channel; else the values of a row do.
-    asked: "scale" divides channels by the root of how large queries are there, relative to keys, which lets the sum of
-        squared errors of logits be least if each channel is rounded as coarsely; "matrix" does so for any axes: rows
-        are multiplied by M^(1/2), M the geometric mean of the second moment of queries and the inverse of the rows'.
-        Needs `asked` of `restored`. "model" takes the matrices of another context. Matrices are
-        not counted among the bytes.
+    asked: keys are brought to axes where errors cost about the same, by a head's second moments C of its rows and Q of
+        the queries that ask them. "scale" divides channels by (C / Q)^(1/4), "matrix" multiplies rows by M^(1/2), M the
+        geometric mean of Q and the inverse of C, so that the sum of squared errors of logits is least where all axes
+        are rounded alike; "white" by C^(-1/2); "axes" by nothing. Matrices are not counted among the bytes.
+    shaped: channels are rounded one after the other, and later ones make up for what earlier ones lose, as Q says.
     clip: the range that is rounded to is the one with the least squared error, not that from least to greatest.
     group: values of a row that share a step, 0: all; not with channels.
     """
@@ -49,6 +49,7 @@ class Way:
     balance: bool = False
     channels: bool = False
     asked: str = ""
+    shaped: bool = False
     clip: bool = False
     group: int = 0
 
@@ -72,7 +73,7 @@ def restored(
 ) -> Float[Tensor, "N D"]:
     """Returns the rows as they come back from `bits` bits, in float32 and then in x's dtype; 16 bits are unchanged.
 
-    `asked` has the second moment of what the rows of a head are multiplied with, or what `matched` returns of others.
+    `asked` has the second moments of what the rows of each head are multiplied with, and of rows if not of these.
     """
     if bits >= 16 or len(x) == 0:
         return x
@@ -81,16 +82,17 @@ def restored(
     center = found.center[head] if way.center else torch.zeros((), device=x.device)
     spread = found.spread[head] if way.spread else torch.ones((), device=x.device)
     rest = (values - center) / spread
-    there = again = None
+    turn = hadamard(x.shape[1], rest) if way.rotate else torch.eye(x.shape[1], device=x.device)
+    there = again = turn.expand(len(offsets) - 1, -1, -1)
     if way.asked and asked is not None:
-        there, again = matched(moments_of(rest, offsets), asked[0], way.asked) if len(asked) == 1 else asked
-        rest = by_head(rest, offsets, there)
-    turn = hadamard(x.shape[1], rest) if way.rotate else None
-    rest = rest if turn is None else rest @ turn
-    back = _blocked(rest, offsets, bits, way) if way.balance or way.channels else rounded(rest, bits, way)
-    back = back if turn is None else back @ turn
-    back = back if again is None else by_head(back, offsets, again)
-    return (back * spread + center).to(x.dtype)
+        before, after = matched(asked[1] if len(asked) > 1 else moments_of(rest, offsets), asked[0], way.asked)
+        there, again = before @ turn, turn @ after
+    rest = by_head(rest, offsets, there)
+    if way.shaped and asked is not None:
+        back = _shaped(rest, offsets, bits, again @ asked[0] @ again.mT)
+    else:
+        back = _blocked(rest, offsets, bits, way) if way.balance or way.channels else rounded(rest, bits, way)
+    return (by_head(back, offsets, again) * spread + center).to(x.dtype)
 
 
 def rounded(x: Float[Tensor, "*B D"], bits: int, way: Way) -> Float[Tensor, "*B D"]:
@@ -126,8 +128,13 @@ def matched(
         ratio = asked.diagonal(dim1=1, dim2=2).clamp_min(1e-12) / rows.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
         factor = ratio.pow(0.25)
         return factor.diag_embed().float(), (1 / factor).diag_embed().float()
+    if how == "axes":
+        one = torch.eye(rows.shape[1], device=rows.device).expand_as(rows)
+        return one, one
     rows, asked = (m + 1e-3 * _trace(m) / m.shape[1] * torch.eye(m.shape[1], device=m.device) for m in (rows, asked))
     half, less = _power(rows, 0.5), _power(rows, -0.5)
+    if how == "white":
+        return less.float(), half.float()
     mean = less @ _power(half @ asked @ half, 0.5) @ less
     return _power(mean, 0.5).float(), _power(mean, -0.5).float()
 
@@ -160,6 +167,24 @@ def moments(model: Model, cache: DenseCache, chunk: int) -> dict[int, Float[Tens
     with torch.no_grad():
         run_repeats(model, list(repeats(model, cache, chunk=chunk, hint=8)), cache.length, strategy)
     return found
+
+
+def _shaped(
+    x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, asked: Float[Tensor, "H D D"]
+) -> Float[Tensor, "N D"]:
+    """Rounds channel after channel; the error of each is made up for by those after it (GPTQ, arXiv 2210.17323)."""
+    width = x.shape[1]
+    matrix = asked.double() + 1e-2 * _trace(asked.double()) / width * torch.eye(width, device=x.device)
+    upper = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True).float()[owners(offsets, len(x))]  # [N D D]
+    low, high = x.amin(1), x.amax(1)
+    step, zero = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-30), low.half().float()
+    target, back = x.clone(), torch.empty_like(x)
+    for d in range(width):
+        codes = ((target[:, d] - zero) / step).round().clamp(0, 2**bits - 1)
+        back[:, d] = codes * step + zero
+        off = (target[:, d] - back[:, d]) / upper[:, d, d]
+        target[:, d + 1 :] -= off[:, None] * upper[:, d, d + 1 :]
+    return back
 
 
 def _blocked(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], bits: int, way: Way) -> Float[Tensor, "N D"]:
