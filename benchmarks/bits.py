@@ -9,8 +9,9 @@ variant is a form of FORMS, bits of keys and values, and what is added: "rotated
 biases and values for quantized keys; "+gram" rounds the fitted values of a chunk one row after the other, so that later
 rows make up for what earlier ones lost by the fit's Gram matrix (GPTQ, arXiv 2210.17323); "+clip" searches each range;
 "+shaped" does so with the channels of keys by what queries ask, and "+model" takes the moments of queries and keys of
-another context; "+g32" has a step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits.
-Rows of 16 bits are "plain:16/16".
+another context; with "+outputs" values are treated as keys, by what the output projection makes of them; "+g32" has a
+step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. Rows of 16 bits are
+"plain:16/16".
 `show`: bytes of a kept pair and of the cache as a part of the full one, nats of the answers lost to it, and how far
 predictions are from its own (in nats a token, which tells variants apart with few questions; lowest first).
 Each figure is one JSON line appended to benchmarks/results/bits.jsonl; the study goes on where it stopped (exit code 75
@@ -96,10 +97,15 @@ def variant_of(name: str) -> Variant:
     base, *more = name.split("+")
     form, _, bits = base.partition(":")
     found = [int(x) for x in bits.split("/") if x.isdigit()]
-    if form not in FORMS or len(found) != 2 or set(more) - {"refit", "gram", "clip", "g32", "shaped", "model", *FIRST}:
+    if (
+        form not in FORMS
+        or len(found) != 2
+        or set(more) - {"refit", "gram", "clip", "g32", "shaped", "model", "outputs", *FIRST}
+    ):
         raise ValueError(f"expected a variant such as kvarn:4/2+refit, got {name!r}: forms are {', '.join(FORMS)}")
     k, v = (replace(way, clip="clip" in more, group=32 * ("g32" in more)) for way in FORMS[form])
     k, gram = replace(k, shaped="shaped" in more), "gram" in more
+    v = replace(v, asked=k.asked, shaped=k.shaped) if "outputs" in more else v
     return Variant(
         (k, v),
         (found[0], found[1]),
@@ -130,7 +136,7 @@ def made(
     told["pair"] = round((told["bytes"] - bytes_of(small, how, pairs=False)) / rows_of(small), 2)
     asked = asked_of(model, scored, how, held, options)
     layers = [
-        replace(x, k=back(x, 0, how, small.start, asked.get(n))) if isinstance(x, RaggedKV) else x
+        replace(x, k=back(x, 0, how, small.start, asked.get((0, n)))) if isinstance(x, RaggedKV) else x
         for n, x in enumerate(small.context)
     ]
     if how.refit:
@@ -139,19 +145,28 @@ def made(
             fitted, _ = fit_rows(model, scored, layers, Refitting(chunk=options.chunk), rounded=fit)
         pairs = zip(layers, fitted, strict=True)
         layers = [x if isinstance(x, WindowKV) or own is None else with_rows(x, own) for x, own in pairs]
-    layers = [replace(x, v=back(x, 1, how, small.start)) if isinstance(x, RaggedKV) else x for x in layers]
+    layers = [
+        replace(x, v=back(x, 1, how, small.start, asked.get((1, n)))) if isinstance(x, RaggedKV) else x
+        for n, x in enumerate(layers)
+    ]
     return replace(small, context=tuple(layers)), told
 
 
 def asked_of(
     model: Model, cache: DenseCache, how: Variant, held: dict[str, Any], options: argparse.Namespace
-) -> dict[int, tuple[Tensor, ...]]:
-    """Returns for each layer what `restored` takes: moments of this context's repeats, or those of another context."""
+) -> dict[tuple[int, int], tuple[Tensor, ...]]:
+    """Returns what `restored` takes for keys (0) and values (1) of each layer: moments of this context, or another."""
     if not how.ways[0].asked:
         return {}
+    if "outputs" not in held:
+        width, heads = model.config.head_dim, model.config.num_kv_heads
+        own = {n: model.weights.layers[n].o.float().unflatten(1, (heads, -1, width)) for n in cache.scored_layers}
+        held["outputs"] = {n: torch.einsum("mhgc,mhgd->hcd", o, o) for n, o in own.items()}
+    outputs = held["outputs"]
     if not how.model:
         if "moments" not in held:
-            held["moments"] = {n: (x,) for n, x in moments(model, cache, options.chunk).items()}
+            held["moments"] = {(0, n): (x,) for n, x in moments(model, cache, options.chunk).items()}
+            held["moments"] |= {(1, n): (x,) for n, x in outputs.items()}
         return held["moments"]
     if "others" not in held:
         request = replace(studying.request_of(model, options), seed=options.seed + 1, length=options.calibration)
@@ -160,7 +175,9 @@ def asked_of(
         for n, queries in moments(model, other, options.chunk).items():
             keys = other.layers[n].k[0, :, 1:].float()  # not the first, to which most attention goes
             rest = keys - keys.mean(1, keepdim=True)
-            held["others"][n] = queries, rest.mT @ rest / rest.shape[1]
+            held["others"][0, n] = queries, rest.mT @ rest / rest.shape[1]
+            values = other.layers[n].v[0, :, 1:].float()
+            held["others"][1, n] = outputs[n], values.mT @ values / values.shape[1]
     return held["others"]
 
 
