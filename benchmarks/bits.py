@@ -69,13 +69,16 @@ FORMS = {  # of keys, of values
     "tiles": (Way(center=True, rotate=True, channels=True), Way(rotate=True)),
     "kvarn": (Way(center=True, rotate=True, balance=True, channels=True), Way(rotate=True, balance=True)),
 }
-BITS = ("4/4", "4/2", "5/3", "6/2", "4/3", "8/4", "3/3", "2/2")
+BEST = "+first1+model+shaped+outputs"
 VARIANTS = (
-    "plain:16/16", *(f"{form}:{bits}" for bits in BITS for form in FORMS if form != "plain"),
-    *(f"rotated:{bits}+clip" for bits in ("4/4", "4/2", "3/3")), "rotated:4/4+g32", "rotated:4/2+prefix",
-    *(f"{form}:{bits}+refit" for bits in ("4/4", "4/2", "5/3") for form in ("today", "rotated", "kvarn")),
-    *(f"rotated:{bits}+gram" for bits in ("4/4", "4/2")), "plain:16/16+refit",
-)  # fmt: skip
+    *("plain:16/16", "today:8/8", "today:8/4", "today:4/4", "today:4/2", "rows:4/4", "blocks:4/4", "tiles:4/4"),
+    *(f"{form}:{bits}" for form in ("rotated", "kvarn") for bits in ("4/4", "5/3", "6/2", "4/2", "3/3")),
+    *("rotated:4/4+first1", "kvarn:4/4+first1", "matched:4/4+first1", "matched:4/4+first1+model"),
+    *("white:4/4+first1+model+shaped", "white:4/4+first1+shaped+outputs", f"axes:4/4{BEST}", f"matched:4/4{BEST}"),
+    *(f"white:{bits}{BEST}" for bits in ("5/4", "4/4", "4/3", "3/3", "4/2", "3/2", "2/2")),
+    *("plain:16/16+refit", "today:4/4+refit", "rotated:4/4+refit", "rotated:4/4+gram"),
+    *(f"white:{bits}{BEST}+refit" for bits in ("4/4", "4/3", "3/3", "3/2")),
+)
 BIAS = 2  # bytes of a row's
 FIRST = {"prefix": 1 << 30, "first1": 1, "first4": 4}
 

@@ -175,15 +175,15 @@ def _shaped(
     """Rounds channel after channel; the error of each is made up for by those after it (GPTQ, arXiv 2210.17323)."""
     width = x.shape[1]
     matrix = asked.double() + 1e-2 * _trace(asked.double()) / width * torch.eye(width, device=x.device)
-    upper = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True).float()[owners(offsets, len(x))]  # [N D D]
+    upper, head = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True).float(), owners(offsets, len(x))
     low, high = x.amin(1), x.amax(1)
     step, zero = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-30), low.half().float()
     target, back = x.clone(), torch.empty_like(x)
     for d in range(width):
         codes = ((target[:, d] - zero) / step).round().clamp(0, 2**bits - 1)
         back[:, d] = codes * step + zero
-        off = (target[:, d] - back[:, d]) / upper[:, d, d]
-        target[:, d + 1 :] -= off[:, None] * upper[:, d, d + 1 :]
+        off = (target[:, d] - back[:, d]) / upper[head, d, d]
+        target[:, d + 1 :] -= off[:, None] * upper[head, d, d + 1 :]
     return back
 
 
