@@ -41,8 +41,8 @@ class Channels:
 class Quantized:
     """N rows of D values: value[n, d] = zero[n, d // group] + scale[n, d // group] * code[n, d].
 
-    With 8 bits byte d is code d; with 4 bits byte i is code 2i in its high half and code 2i + 1 in its low half. With
-    `channels` these are the rests of the values: see `Channels`.
+    With 8 bits byte d is code d, with 4 bits byte i holds codes 2i and 2i + 1, and with 2 bits codes 4i to 4i + 3, the
+    first in its highest bits. With `channels` these are the rests of the values: see `Channels`.
     """
 
     codes: UInt8[Tensor, "N P"]  # P = D * bits / 8

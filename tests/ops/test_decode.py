@@ -70,7 +70,8 @@ def move(x, device):
 def widen(x, offsets):
     """The same values in float64; quantized rows stand for their value in exact arithmetic."""
     if isinstance(x, Quantized):
-        codes = x.codes if x.bits == 8 else torch.stack([x.codes >> 4, x.codes & 15], dim=2).flatten(1)
+        places = range(8 - x.bits, -1, -x.bits)
+        codes = torch.stack([x.codes >> place & 2**x.bits - 1 for place in places], dim=2).flatten(1)
         steps = codes.double().unflatten(1, (-1, x.group))
         rest = (steps * x.scale.double()[..., None] + x.zero.double()[..., None]).flatten(1)
         if x.channels is None:
@@ -183,7 +184,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
 @given(
     D=st.sampled_from([64, 80, 256]),
     dtype=st.sampled_from(KERNEL_DTYPES),
-    bits=st.sampled_from([8, 4, (8, 4), (4, 8)]),
+    bits=st.sampled_from([8, 4, 2, (8, 4), (4, 8), (4, 2), (8, 2)]),
     channels=st.booleans(),
     **SHAPES,
 )
@@ -194,7 +195,7 @@ def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
     """Rows scaled from 1e-4 to 1e4, constant rows and zero rows: weights times steps must not leave 16 bits."""
@@ -411,7 +412,10 @@ def compiled(calls: list[str], capability: int) -> None:
 @pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
-    compiled([few, many, few + ", 8", few + ", 4", few + ", (8, 4)", f"{D}, 7, 1, 1, torch.float32"], capability)
+    compiled(
+        [few, many, few + ", 8", few + ", 4", few + ", (8, 4)", few + ", (4, 2)", f"{D}, 7, 1, 1, torch.float32"],
+        capability,
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -438,7 +442,7 @@ def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
     calls = [
         f"{D}, {G}, {B}, 1, torch.{dtype}, {bits}{rest}"
         for G, B in ((1, 1), (7, 4), (16, 4), (4, 32))
-        for bits in (16, 8, 4, (8, 4))
+        for bits in (16, 8, 4, (8, 4), (4, 2))
         for rest in ("", ", 5.0, 9")
     ]
     compiled(calls, capability)
@@ -458,7 +462,7 @@ def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [8, 4, (8, 4)])
+@pytest.mark.parametrize("bits", [8, 4, 2, (8, 4), (4, 2)])
 @pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
 def test_compiled_kernel_over_the_grid_of_quantized_rows(dtype, D, bits, B, G):
     check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits, channels=G == 4), scale=D**-0.5)
@@ -509,7 +513,7 @@ def test_interpreter_runs_where_there_is_no_gpu():
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4, (8, 4)]), channels=st.booleans())
+@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4, 2, (4, 2)]), channels=st.booleans())
 def test_reference_of_quantized_rows_is_the_reference_of_their_values(seed, bits, channels):
     inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits, channels)
     head, _ = split(inputs)

@@ -20,7 +20,7 @@ class Form(NamedTuple):
     D: int
     M: int  # query rows of a tile
     N: int  # keys of a tile
-    K_BITS: int  # 16: rows of the model's own dtype; 8 or 4: codes
+    K_BITS: int  # 16: rows of the model's own dtype; 8, 4 or 2: codes
     V_BITS: int
     K_GROUP: int  # values that share a step
     V_GROUP: int
@@ -122,7 +122,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
             at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
             seen = live[:, None] & (w < W)[None, :]
         if F.V_BITS < 16:
-            unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
+            unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
             tl.store(at_part, (acc[part] * unit + shift[None, :]) * share[None, :], mask=seen)
         else:
             tl.store(at_part, acc[part] * (share[None, :] if F.KEYS_FIRST else share[:, None]), mask=seen)
@@ -254,7 +254,7 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     Q: tl.constexpr = F.D // F.K_GROUP
-    UNIT: tl.constexpr = 2.0**-20 if F.K_BITS == 4 else 2.0**-24  # of products of q and codes
+    UNIT: tl.constexpr = 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
     CENTER: tl.constexpr = HALF if tl.float32 == F.K_COMPUTE else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
@@ -313,7 +313,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
                 added += (add_product(sums[part], code, weight),)
             else:
                 inside = (w // (F.V_GROUP // EACH) == group)[:, None]
-                unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
+                unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
                 more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
                 added += (sums[part] + tl.where(inside, more, 0),)
         sums = added
