@@ -53,7 +53,7 @@ def compress(
         sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
             heads do; level "head" only. The prefix is always kept and not counted in `sink`; DuoAttention counts it.
             `recent` counts from the end of the context: it does not slide while a question is answered.
-        bits: 8 or 4 quantizes the kept keys and values, prefix included, to that many bits (see `ops.quantize`), and
+        bits: 8, 4 or 2 quantizes the kept keys and values, prefix included, to that many bits (see `ops.quantize`), and
             (8, 4) keys to 8 and values to 4; window layers and the tail stay as they are.
         biases: with budget_bytes, leaves room for the biases that `kvzip.refit` will give the rows.
         consume: frees each dense layer once it is packed. Using `cache` afterwards, or another that shares its pairs,
@@ -125,7 +125,7 @@ def _pack(
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
     explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
-    remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True")
+    remedy = "keep less (ratio, bits=8, 4 or 2)" + ("" if consume else ", or pass consume=True")
     if consume:  # before the list is emptied, so that these errors leave the cache intact
         free = free_bytes(cache.device)
         if free is not None and free < needed:

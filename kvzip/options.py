@@ -13,7 +13,7 @@ from . import checks
 from .checks import check_text, check_texts
 
 LEVELS = ("pair", "layer", "uniform", "head")
-BITS = (8, 4)
+BITS = (8, 4, 2)
 """What keys and values can be quantized to."""
 
 
@@ -183,7 +183,7 @@ def bits(value: Any) -> tuple[int, int] | None:
     found = [checks.whole(x, "bits") for x in (value if several else (value, value))]
     if len(found) != 2 or set(found) - set(BITS):
         raise ValueError(
-            f"expected bits of 8 or 4, a pair of them for keys and values, or None for the cache's own dtype, got "
+            f"expected bits of 8, 4 or 2, a pair of them for keys and values, or None for the cache's own dtype, got "
             f"{value!r}: (8, 4) keeps keys in 8 bits and values in 4"
         )
     return found[0], found[1]

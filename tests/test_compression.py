@@ -513,7 +513,7 @@ def test_packed_contexts_are_smaller_and_within_half_a_step(model, bits):
             torch.testing.assert_close(got.channels.center, centers, atol=0.2, rtol=0)
         assert (error <= got.scale.float() * spread / 2 * (1 + 1e-3) + 1e-6).all()
     assert kvzip.generate(model, packed, ["Who?", "x"], max_tokens=4)
-    with pytest.raises(ValueError, match="bits of 8 or 4"):
+    with pytest.raises(ValueError, match="bits of 8, 4 or 2"):
         kvzip.compress(cache, 0.5, bits=3)
 
 

@@ -40,7 +40,7 @@ def caches(model):
     return {
         "dense": dense,
         "ragged": ragged,
-        "mixed": kvzip.compress(dense, 0.4, bits=(8, 4)),
+        "mixed": kvzip.compress(dense, 0.4, bits=(4, 2)),
         "int4": kvzip.compress(dense, 0.4, bits=4),
         "turn": kvzip.ask(model, ragged, QUERIES[0], max_tokens=5)[1],
         "folded": kvzip.fold(model, kvzip.extend(model, ragged, "So far so good."), 0.5),
@@ -231,7 +231,7 @@ def test_answers_after_fold_at_one_are_those_before(model, caches, kind):
     assert same_fields(kvzip.fold(model, twice), twice)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("mixed", (8, 4)), ("int4", (4, 4))])
+@pytest.mark.parametrize(("kind", "bits"), [("mixed", (4, 2)), ("int4", (4, 4))])
 def test_a_quantized_context_folds_rows_quantized_alike(model, caches, kind, bits):
     cache = kvzip.extend(model, caches[kind], QUERIES[1])
     folded = kvzip.fold(model, cache)

@@ -240,8 +240,8 @@ class _Reader:
         if bits is None:
             return self.take(name, {"rows": count}, of="RaggedKV")
         codes = self.take(f"{name}.codes", {"rows": count})
-        width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
-        whole = group > 0 and width > 0 and width % group == 0 and (bits == 8 or group % 2 == 0)
+        width = codes.shape[1] * 8 // bits if bits in (8, 4, 2) else 0
+        whole = group > 0 and width > 0 and width % group == 0 and group % (8 // bits) == 0
         require(whole, f"{name} of {bits} bits in groups of {group}")
         scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group})
         zero = self.take(f"{name}.zero", like=scale)

@@ -31,7 +31,7 @@ IN_THE_LIBRARY = {
     "system or instruction with template=False": "--system or --instruction with --plain",
     "ask with template=False, or pass another one as chat_template=": "compress with --plain",
     "leave out system=, or pass another template as chat_template=": "leave out --system, or compress with --plain",
-    "keep less (ratio, bits=8 or 4)": "keep less (--ratio, --bits)",
+    "keep less (ratio, bits=8, 4 or 2)": "keep less (--ratio, --bits)",
     "raise budget_bytes or protect less": "raise --budget-bytes",
     "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
 }
@@ -64,12 +64,12 @@ class Bits(click.ParamType):
     name = "bits"
 
     def get_metavar(self, param: click.Parameter, *_: Any) -> str:
-        return "[8|4|8,4]"
+        return "[8|4|2|8,4|...]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         parts = str(value).split(",")
-        if len(parts) > 2 or any(part.strip() not in ("8", "4") for part in parts):
-            self.fail(f"expected 8, 4, or 8,4 for keys in 8 and values in 4 bits, got {value}", param, ctx)
+        if len(parts) > 2 or any(part.strip() not in ("8", "4", "2") for part in parts):
+            self.fail(f"expected 8, 4 or 2, or 8,4 for keys in 8 and values in 4 bits, got {value}", param, ctx)
         return int(parts[0]), int(parts[-1])
 
 

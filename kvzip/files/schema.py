@@ -77,7 +77,7 @@ CACHE = (
 LAYER = (
     Entry("kind", "text", "`RaggedKV`, `DenseKV` or `WindowKV`"),
     Entry("start", "count, optional", "`WindowKV`: the token of its first row"),
-    Entry("bits, group", "count, optional", "of quantized rows: 4 or 8 bits, and how many values share a scale"),
+    Entry("bits, group", "count, optional", "of quantized rows: 8, 4 or 2 bits, and how many values share a scale"),
     Entry("value_bits", "count, optional", "bits of quantized values where they are not those of keys, `bits`"),
     Entry("channels", "flag, optional", "whether keys have `center` and `spread` too, see the tensors"),
     Entry("bias", "flag, optional", "`RaggedKV`: whether rows have biases, see the tensors"),
