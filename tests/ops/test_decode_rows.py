@@ -35,7 +35,7 @@ from test_decode import DEVICE, KERNEL_DTYPES, lse_rounding, move, stretch, wide
 from kvzip.ops.triton.decode_plan import plan_triton
 from kvzip.ops.triton.decode_rows import decode_rows_triton
 
-FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (None, 8), (4, None)]  # bits of keys and values
+FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (4, 2), (None, 8), (4, None)]  # bits of keys and values
 
 
 def draw(generator, *shape, dtype):
