@@ -45,7 +45,7 @@ class Cache:
         tensors, k, scores = tensors_of(self), layers[0].k, self.scores
         share = f" ({self.kept / self.total:.1%})" if self.total else ""
         packed = [x.bits for x in (k, layers[0].v) if isinstance(x, Quantized)]
-        rows = shown_bits(packed) if packed else str(k.dtype).removeprefix("torch.")
+        rows = str(k.dtype).removeprefix("torch.") if isinstance(k, Tensor) else shown_bits(packed)
         device = next((x.device for x in tensors if x is not self.token_ids and not x.is_meta), "cpu")
         parts = [f"{len(self.token_ids):,} tokens", f"{self.kept:,} of {self.total:,} pairs{share}"]
         parts += [f"{nbytes(self) / 1e6:,.2f} MB", rows, str(device)]

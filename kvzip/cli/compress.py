@@ -55,7 +55,12 @@ SUFFIX = ".kvz"
     type=click.Choice(["pair", "layer", "uniform", "head"]),
     help="Where the budget is shared [default: pair].",
 )
-@click.option("--bits", type=Bits(), help="Pack what is kept into so many bits; 8,4: keys in 8 and values in 4.")
+@click.option(
+    "--bits",
+    type=Bits(),
+    metavar="[8|4|2|8,4|...]",
+    help="Pack what is kept into so many bits; 8,4: keys in 8 and values in 4.",
+)
 @click.option(
     "--refit",
     is_flag=True,

@@ -63,9 +63,6 @@ class Bits(click.ParamType):
 
     name = "bits"
 
-    def get_metavar(self, param: click.Parameter, *_: Any) -> str:
-        return "[8|4|2|8,4|...]"
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         parts = str(value).split(",")
         if len(parts) > 2 or any(part.strip() not in ("8", "4", "2") for part in parts):
