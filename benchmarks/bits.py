@@ -259,7 +259,7 @@ def within(cache: DenseCache, limit: int, how: Variant) -> RaggedCache:
         fits = bytes_of(kvzip.compress(cache, budget=middle / per_head(cache)), how) <= limit
         low, high = (middle, high) if fits else (low, middle - 1)
     if not low:
-        raise ValueError(
+        raise studying.Impossible(
             f"expected room for a pair in {limit} bytes, got none: take a longer context or a larger share"
         )
     return kvzip.compress(cache, budget=low / per_head(cache))

@@ -44,6 +44,10 @@ Measure = Callable[
 """Returns what is measured of a cache."""
 
 
+class Impossible(Exception):
+    """What is wanted of this context cannot be; why."""
+
+
 def add_options(study: argparse.ArgumentParser) -> None:
     """Adds what every study takes."""
     study.add_argument("models", type=Path, nargs="+")
@@ -137,7 +141,11 @@ def work(
             if time.monotonic() - begun > options.limit:
                 left.value += 1
                 return
-            cache, told = make(model, context, held, one, options)
+            try:
+                cache, told = make(model, context, held, one, options)
+            except Impossible as why:
+                print(f"{path.name}, {task}, {dict(one)}: {why}", flush=True)
+                continue
             line = {"what": "study", **about, **one, "chunk": options.chunk, "tokens": held["kvzip"].length}
             found = measure(model, cache, context, held, options) | generated(model, cache, context, options)
             told |= {key: round(value, 4) for key, value in found.items()}
