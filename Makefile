@@ -19,7 +19,7 @@ WORKERS ?= 2
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(RUN) examples/demo.py $(MODEL)
+	$(RUN) -m kvzip demo $(if $(MODEL),-m $(MODEL))
 
 # One thread per worker: more of them would wait for each other. A worker that is done takes tests from the other's end
 # (worksteal), so that neighbors, which share what a fixture builds, stay on one worker.

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=shapes(), default=["llama-3.1-8b"])
     parser.add_argument("--model", type=Path, help="an HF directory: real weights instead of a shape")
     parser.add_argument("--tokens", nargs="+", type=int, default=[32_768, 126_000])
+    parser.add_argument("--weights", choices=("fp8", "int8", "int4"), help="linear layers in 8 or 4 bits")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -66,12 +67,15 @@ def main() -> None:
     names = [str(options.model)] if options.model else options.shape
     for name in names:
         if "check" in options.only and not options.model:
-            check_paths(name)
+            check_paths(name, options.weights)
         model = (
-            kvzip.load(options.model) if options.model else random_model(name, max_length=max(options.tokens) + 4096)
+            kvzip.load(options.model, weights=options.weights)
+            if options.model
+            else random_model(name, max_length=max(options.tokens) + 4096, form=options.weights)
         )
         for tokens in options.tokens:
             for line in measure(model, tokens, options.only):
+                line |= {"weights": options.weights} if options.weights else {}
                 harness.record(options.results, [{"shape": Path(name).name, "tokens": tokens, **line}], facts)
         del model
         release()
@@ -189,10 +193,10 @@ def first_token_ms(model: Model, cache: kvzip.DenseCache) -> dict[str, float]:
 # --- agreement before timing
 
 
-def check_paths(name: str) -> None:
+def check_paths(name: str, form: str | None = None) -> None:
     """Exits unless the fast paths give what the plain ones give, on two to six layers of the shape."""
     layers = 6 if "gemma" in name else 2  # a global layer among them
-    model = random_model(name, layers=layers, max_length=8192)
+    model = random_model(name, layers=layers, max_length=8192, form=form)
     exact = replace(model, weights=copied(model.weights, torch.float64), dtype=torch.float64)
     ids = torch.randint(256, (1_500,), generator=torch.Generator().manual_seed(0))
     small = kvzip.compress(with_scores(kvzip.prefill(model, ids), model), 0.3)
@@ -247,9 +251,14 @@ def backend(name: str) -> Iterator[None]:
 
 
 def read_latest(results: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The latest line of each figure, by shape, tokens, what it is, ratio and questions; `line` is its number."""
+    """The latest line of each figure, by shape, tokens, what it is, ratio and questions; `line` is its number.
+
+    Those of weights in 8 and 4 bits are left out.
+    """
     latest = {}
     for record in harness.read_lines(results):
+        if record.get("weights"):
+            continue
         key = (record["shape"], record["tokens"], record["what"], record.get("ratio"), record.get("questions"))
         latest[key] = record
     return latest

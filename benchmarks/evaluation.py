@@ -1,4 +1,4 @@
-"""The evaluation whose results are published: each model's tasks by each method, several processes on one GPU.
+"""The evaluation whose results are published: each model's tasks by each method, in several processes.
 
     python benchmarks/evaluation.py MODEL_DIR [MODEL_DIR ...] --data DATA --work WORK [--workers 6] [--limit 560]
     python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `studies.py`
@@ -6,10 +6,11 @@
     python benchmarks/evaluation.py MODEL_DIR --refit ...    # instead, fitted pairs in the bytes of pairs that are not
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
-`plans.py` says what is asked. One work is one task by one method; its answers go to a file of its own under WORK. A
-process that is done with one takes the next. Finished work is not repeated: the same command goes on after a time limit
-(exit code 75) or a kill, also on another machine that WORK was copied to. When all work of a model is done, its lines
-are added to a file of `benchmarks/results/`, each once. For one task and method use `kvzip eval run`.
+`plans.py` says what is asked. Processes take the GPUs in turn: six for each. One work is one task by one method; its
+answers go to a file of its own under WORK. A process that is done with one takes the next. Finished work is not
+repeated: the same command goes on after a time limit (exit code 75) or a kill, also on another machine that WORK was
+copied to. When all work of a model is done, its lines are added to a file of `benchmarks/results/`, each once. For one
+task and method use `kvzip eval run`.
 """
 
 import argparse
@@ -28,12 +29,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import quality
-from benchmarks.harness import DOCS, RESULTS, write_between
+from benchmarks.harness import DOCS, RESULTS, take_place, write_between
 from benchmarks.plans import ALL, FILES, KNOWN, PLANS, Asked, Plan
 from kvzip.cli.evaluate import UNFINISHED
 from kvzip.evals.plan import FULL
 from kvzip.evals.results import append, content_of, group, mend, read
 from kvzip.evals.run import run_eval
+
+DRAWN = {
+    "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"}
+}  # if not as kvzip
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,9 @@ def work_off(
     """Does the work in `workers` processes until all are done or it is time to stop; returns how many failed."""
     context = multiprocessing.get_context("spawn")
     taken, said = context.Value("i", 0), context.Queue()
-    arguments = (list(waiting), taken, said, directory, data, stop - time.monotonic(), commit, 0.95 / workers)
-    processes = [context.Process(target=worker, args=arguments) for _ in range(min(workers, len(waiting)))]
+    arguments = (list(waiting), taken, said, directory, data, stop - time.monotonic(), commit)
+    workers = min(workers, len(waiting))
+    processes = [context.Process(target=worker, args=((n, workers), *arguments)) for n in range(workers)]
     for process in processes:
         process.start()
     begun, ended, failed = time.monotonic(), 0, 0
@@ -133,6 +139,7 @@ def work_off(
 
 
 def worker(
+    place: tuple[int, int],
     waiting: list[Work],
     taken: Any,
     said: Any,
@@ -140,21 +147,17 @@ def worker(
     data: str | None,
     seconds: float,
     commit: str | None,
-    share: float,
 ) -> None:
     """Does one work after the other until none is left or time is up; loads a model only when it changes.
 
     Args:
+        place: which worker it is, of how many.
         taken: a counter, shared by all workers, of the work that was begun.
         said: a queue for the name and the outcome of each work.
-        share: the fraction of the GPU's memory that this worker may use.
     """
-    import torch
-
     import kvzip
 
-    if torch.cuda.is_available():  # at this limit torch frees what graphs of earlier caches held, and tries again
-        torch.cuda.set_per_process_memory_fraction(share)
+    take_place(*place)
     logging.getLogger("kvzip").setLevel(logging.WARNING)
     stop = time.monotonic() + seconds
     source, model = None, None
@@ -222,7 +225,8 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def render(results: Path, docs: Path) -> None:
     """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, and of fits `docs/refitting*`."""
-    from kvzip.evals.report import figures, overview
+    from kvzip.evals.plots import figures
+    from kvzip.evals.report import overview
 
     for kind, page, stem in (("eval", "evals", "evals"), ("study", "evals", ""), ("refit", "refitting", "refitting")):
         tables = []
@@ -230,7 +234,7 @@ def render(results: Path, docs: Path) -> None:
             title = f"{model}:" if kind == "study" else f"### {model}"
             tables.append(f"{title}\n\n{deeper(overview(own))}")
             if stem and len(PLANS[model].ratios) > 1:
-                for name, figure in figures(own, model).items():
+                for name, figure in figures(own, model, **DRAWN.get(kind, {})).items():
                     (docs / f"{stem}-{name}.png").write_bytes(figure)
         if tables or kind != "refit":
             write_between(docs / f"{page}.md", kind, "\n\n".join(tables))

@@ -117,6 +117,17 @@ def time_variants(variants: dict[str, Variant], *, rounds: int = 30, budget_ms: 
     return figures
 
 
+def take_place(number: int, workers: int) -> None:
+    """Gives worker `number` of so many its GPU, in turn, and its part of the memory; where there are none, nothing.
+
+    At this limit torch frees what graphs of earlier caches held, and tries again.
+    """
+    devices = torch.cuda.device_count()
+    if devices:
+        torch.cuda.set_device(number % devices)
+        torch.cuda.set_per_process_memory_fraction(0.95 / -(-workers // devices))
+
+
 def release() -> None:
     """Frees the GPU memory of deleted tensors."""
     gc.collect()

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness, peers
+from benchmarks import harness, linear, peers
 from benchmarks.harness import ROOT, Variant, record, test_or_exit, time_variants
 from benchmarks.layouts import Batch, starts_of
 from kvzip import ops
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--launches", action="store_true", help="also time every launch of the quantized linear layer")
     parser.add_argument("--workers", type=int, default=1, help="processes that run the tests, with pytest-xdist")
     parser.add_argument("--table", action="store_true", help="render the latest lines into README.md and stop")
     options = parser.parse_args()
@@ -52,7 +54,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA device: timings need one")
-    tests = [str(path) for op in options.only for path in sorted((ROOT / "tests" / "ops").glob(f"test_{op}*.py"))]
+    files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op, f"{op}_*"))]
+    tests = [str(path) for name in files for path in sorted((ROOT / "tests" / "ops").glob(f"test_{name}.py"))]
     test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
@@ -207,13 +210,10 @@ def decode_case(
         if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
             k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
         caches.append((k, v))
-    biases = [torch.randn(n, device="cuda").half() for _ in caches]
+    decode = partial(ops.decode, q, offsets=offsets, scale=scale, schedule=schedule)
     variants: dict[str, Variant] = {
-        "kvzip": [lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in caches],
-        "kvzip, with a bias": [
-            lambda k=k, v=v, bias=bias: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule, bias=bias)
-            for (k, v), bias in zip(caches, biases, strict=True)
-        ],
+        "kvzip": [partial(decode, k=k, v=v) for k, v in caches],
+        "kvzip, with a bias": [partial(decode, k=k, v=v, bias=torch.randn(n, device="cuda").half()) for k, v in caches],
     }
     if bits is not None:
         size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
@@ -221,9 +221,7 @@ def decode_case(
             (ops.dequantize(k, dtype=torch.bfloat16, offsets=offsets), ops.dequantize(v, dtype=torch.bfloat16))
             for k, v in caches[:2]
         ]
-        variants["kvzip, bf16"] = [
-            lambda k=k, v=v: ops.decode(q, k, v, offsets, scale=scale, schedule=schedule) for k, v in plain
-        ]
+        variants["kvzip, bf16"] = [partial(decode, k=k, v=v) for k, v in plain]
     else:
         others = peers.available(peers.decode_peers(q, caches, lengths, scale, flex=options.flex))
         variants |= peers.agreeing(others, variants["kvzip"][0]()[0])
@@ -310,6 +308,7 @@ def bench_score(options: argparse.Namespace):
 
 BENCHMARKS = {
     "decode": bench_decode,
+    "linear": linear.bench_linear,
     "prune": bench_prune,
     "quantize": bench_quantize,
     "score": bench_score,

@@ -4,16 +4,21 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from benchmarks.linear import random_weight
 from kvzip import DenseCache, prompts
 from kvzip.cache import Scores
-from kvzip.models import Model, checkpoint_digest, empty_weights, stored_tensor
+from kvzip.models import LayerWeights, Model, Weights, checkpoint_digest, empty_weights, stored_tensor
+from kvzip.models.division import COLUMNS, divided, share_in
 from kvzip.models.load import translate_config
-from kvzip.models.weights import named_tensors
+from kvzip.models.weights import LINEAR, named_tensors, named_weights
+from kvzip.parallel import agreed, make_sum
+from kvzip.parallel.reduction import head_rows
 from kvzip.prompts import ChatTemplate, Tokenizer, make_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
@@ -36,40 +41,82 @@ def random_model(
     device: torch.device | str = "cuda",
     layers: int | None = None,
     max_length: int | None = None,
+    form: str | None = None,
+    group: Any = None,
 ) -> Model:
     """Returns a model of a published shape with normally distributed weights; it never stops by itself.
 
     Args:
         layers: how many, counted from the first; None takes all.
         max_length: in place of the config's.
+        form: "fp8", "int8" or "int4" for linear layers of random codes; no 16-bit ones are made before.
+        group: a process group whose ranks share the model, as for `kvzip.load`.
     """
     config = translate_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
     config = replace(config, layers=config.layers[:layers], max_length=max_length or config.max_length)
-    weights = empty_weights(config, dtype=dtype, device=device)
-    generator = torch.Generator(weights.embed.device).manual_seed(0)
-    for _, tensor in named_tensors(weights):
+    share = share_in(config, group)
+    own, rows = divided(config, share), head_rows(share, config.vocab_size)
+    weights = empty_weights(
+        own,
+        dtype=dtype,
+        device=device if form is None else "meta",
+        head=None if share is None else rows.stop - rows.start,
+    )
+    if form is not None:
+        weights = _in_codes(weights, form, device)
+    alike = torch.Generator(weights.embed.device).manual_seed(0)  # what every rank has whole
+    apart = alike if share is None else torch.Generator(weights.embed.device).manual_seed(1 + share.rank)
+    for called, tensor in named_weights(weights):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        field = called.rpartition(".")[2]
         if tensor.ndim > 1:
-            tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+            inputs = tensor.shape[-1] * (share.size if share is not None and field in COLUMNS else 1)
+            tensor.normal_(std=inputs**-0.5, generator=alike if field == "embed" else apart)
         else:
-            tensor.fill_(1 - config.norm_offset).add_(torch.empty_like(tensor).normal_(std=0.1, generator=generator))
+            noise = torch.empty_like(tensor).normal_(std=0.1, generator=apart if field == "qkv_bias" else alike)
+            tensor.fill_(1 - config.norm_offset).add_(noise)
+    if share is not None and config.tied:
+        weights = replace(weights, unembed=weights.embed[rows])
     return Model(
-        config=config,
+        config=own,
         weights=weights,
         tokenizer=_tokenizer(),
         device=weights.embed.device,
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
         stop_ids=(),
-        checkpoint=checkpoint_digest(stored_tensor(*named) for named in named_tensors(weights)),
+        checkpoint=agreed(share, lambda: checkpoint_digest(stored_tensor(*x) for x in named_tensors(weights))),
         source=name,
+        quantized=form,
+        share=share,
+        whole=config,
+        add=None if share is None else make_sum(share, device=weights.embed.device, dtype=dtype),
     )
+
+
+def _in_codes(meta: Weights, form: str, device: torch.device | str) -> Weights:
+    """Weights of the same shapes on a device: linear layers of random codes, the others uninitialised."""
+
+    def real(field: str, tensor: Any) -> Any:
+        if isinstance(tensor, torch.Tensor):
+            return random_weight(form, *tensor.shape, device=device) if field in LINEAR else empty(tensor)
+        return tensor
+
+    def empty(tensor: Any) -> Any:
+        return torch.empty_like(tensor, device=device)
+
+    layers = [LayerWeights(**{field: real(field, x) for field, x in vars(layer).items()}) for layer in meta.layers]
+    embed = empty(meta.embed)
+    unembed = embed if meta.unembed is meta.embed else empty(meta.unembed)
+    return Weights(embed=embed, layers=tuple(layers), norm=empty(meta.norm), unembed=unembed)
 
 
 def with_scores(cache: DenseCache, model: Model) -> DenseCache:
     """The cache with random scores whose heads differ as real ones do: some keep most of their pairs, some few."""
     layers = tuple(i for i, spec in enumerate(model.config.layers) if spec.window is None)
     generator = torch.Generator(model.device).manual_seed(1)
-    shape = (len(layers), model.config.num_kv_heads, cache.length - cache.start)
+    shape = (len(layers), cache.all_heads, cache.length - cache.start)
     values = torch.rand(shape, generator=generator, device=model.device)
     values += 0.5 * torch.randn(shape[:2], generator=generator, device=model.device)[..., None]
     return replace(

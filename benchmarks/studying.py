@@ -56,7 +56,7 @@ def add_options(study: argparse.ArgumentParser) -> None:
     study.add_argument("--contexts", type=int, default=2, help="of each task")
     study.add_argument("--questions", type=int, default=12, help="of each context")
     study.add_argument("--max-tokens", type=int, default=0, help="of an answer, at most; 0 takes likelihoods alone")
-    study.add_argument("--workers", type=int, default=1, help="processes, spread over the visible devices")
+    study.add_argument("--workers", type=int, default=1, help="processes, which take the GPUs in turn")
     study.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     study.add_argument("--chunk", type=int, default=2_000)
     study.add_argument("--form", default="chat", choices=("chat", "cloze"))
@@ -94,7 +94,7 @@ def study(options: argparse.Namespace, wanted: Sequence[Wanted], make: Make, mea
 
 
 def work(
-    worker: int,
+    place: int,
     options: argparse.Namespace,
     waiting: Sequence[tuple[Path, str, int]],
     wanted: Sequence[Wanted],
@@ -107,12 +107,8 @@ def work(
 ) -> None:
     """Does one context after the other until none is left or the time is up, which `left` counts."""
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    device = options.device
-    if device == "cuda":  # at this limit torch frees what graphs of earlier caches held, and tries again
-        count = torch.cuda.device_count()
-        device = f"cuda:{worker % count}"
-        torch.cuda.set_device(device)
-        torch.cuda.set_per_process_memory_fraction(0.95 / -(-options.workers // count))
+    if options.device == "cuda":
+        harness.take_place(place, options.workers)
     done, model, source = {key_of(line) for line in lines_of(options.results)}, None, None
     while True:
         with taken.get_lock():
@@ -127,7 +123,7 @@ def work(
             continue
         if source != path:
             model = None
-            source, model = path, kvzip.load(path, dtype=getattr(torch, options.dtype), device=device)
+            source, model = path, kvzip.load(path, dtype=getattr(torch, options.dtype), device=options.device)
         assert model is not None
         stem, _, length = task.partition("@")
         request = request_of(model, options)

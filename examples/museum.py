@@ -1,7 +1,6 @@
 """What the examples share: a guide through a museum, questions about it, and the small model that answers them."""
 
 import argparse
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ import torch
 import kvzip
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DOCUMENT = Path(__file__).parent / "document.txt"
-SMALL_MODELS = Path(__file__).parents[1] / "tools" / "small_models.py"
+DOCUMENT = Path(kvzip.__file__).parent / "data" / "museum.txt"
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,11 @@ def parser(description: str | None, *, tokens: int = 12) -> argparse.ArgumentPar
 
 
 def load(source: str | None, dtype: torch.dtype | None = None) -> kvzip.Model:
-    """Returns the model, by default the small one; ends the program where that cannot be had, which the tool says."""
-    if source is None:
-        built = subprocess.run([sys.executable, SMALL_MODELS, DEFAULT_MODEL], stdout=subprocess.PIPE, check=False)
-        if built.returncode:
-            sys.exit(built.returncode)
-        source = built.stdout.decode().strip()
-    return kvzip.load(source, dtype=dtype or default_dtype())
+    """Returns the model, by default the small one; ends the program where that cannot be had."""
+    try:
+        return kvzip.load(source or "small", dtype=dtype or default_dtype())
+    except OSError as missing:
+        sys.exit(str(missing))
 
 
 def default_dtype() -> torch.dtype:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION
 
 if TYPE_CHECKING:
-    from . import head_scores, models, ops, prompts, scores
+    from . import head_scores, models, ops, prompts, scores, sources
     from .cache import DenseCache, RaggedCache, Scores, load_cache, nbytes, save, to
     from .compression import compress, keep_mask
-    from .conversation import ask, extend, fold, fork
+    from .conversation import append, ask, extend, fold, fork
     from .decoding import Decoder
     from .generation import Answer, generate
     from .interop import from_transformers, to_transformers
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .prefilling import prefill
     from .refitting import refit
     from .scoring import score
+    from .sources import Source
     from .streaming import prefill_compressed
+    from .tuning import tune
 
 __all__ = [
     "Answer",
@@ -29,6 +31,8 @@ __all__ = [
     "ModelConfig",
     "RaggedCache",
     "Scores",
+    "Source",
+    "append",
     "ask",
     "compress",
     "extend",
@@ -51,8 +55,10 @@ __all__ = [
     "save",
     "score",
     "scores",
+    "sources",
     "to",
     "to_transformers",
+    "tune",
 ]
 
 __version__ = VERSION
@@ -60,7 +66,7 @@ __version__ = VERSION
 _HOMES = {
     "cache": ("DenseCache", "RaggedCache", "Scores", "load_cache", "nbytes", "save", "to"),
     "compression": ("compress", "keep_mask"),
-    "conversation": ("ask", "extend", "fold", "fork"),
+    "conversation": ("append", "ask", "extend", "fold", "fork"),
     "decoding": ("Decoder",),
     "generation": ("Answer", "generate"),
     "interop": ("from_transformers", "to_transformers"),
@@ -69,7 +75,9 @@ _HOMES = {
     "prefilling": ("prefill",),
     "refitting": ("refit",),
     "scoring": ("score",),
+    "sources": ("Source",),
     "streaming": ("prefill_compressed",),
+    "tuning": ("tune",),
 }
 
 

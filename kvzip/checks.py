@@ -63,6 +63,13 @@ def check_text(value: Any, name: str) -> None:
         raise TypeError(f"expected {name} to be a text, got {_shown(value)}: pass a str, or None")
 
 
+def check_choice(value: Any, name: str, choices: Iterable[str]) -> None:
+    """Raises ValueError unless value is None or one of some words."""
+    words = list(choices)
+    if value is not None and not (isinstance(value, str) and value in words):
+        raise ValueError(f"expected {name} to be one of {words}, got {_shown(value)}: pass one, or None")
+
+
 def check_dtype(value: Any) -> None:
     """Raises TypeError unless value is a floating dtype of 16 bits or more."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:

@@ -30,9 +30,14 @@ def keep_bytes(cache: DenseCache, budget: Budget, *, bits: tuple[int, int] | Non
     Scales take two bytes or four, which is known when rows are packed: where they are float32 after all, layers are
     packed once more with fewer rows.
 
-    Raises: ValueError if the cache was consumed, or even the fewest pairs do not fit.
+    Raises: ValueError if the cache was consumed or is a share of one, or even the fewest pairs do not fit.
     """
     check_whole(cache)
+    if cache.share is not None:
+        raise ValueError(
+            "expected a whole cache with budget_bytes, got a share of one: each process has other heads, so pass a "
+            "ratio or a budget of tokens"
+        )
     width = 4 if cache.layers[0].k.dtype == torch.float32 else 2
     scales = [(width, width)] * len(cache.scored_layers)
     while True:
@@ -89,11 +94,11 @@ def _largest(cache: DenseCache, budget: Budget, bits: tuple[int, int] | None, sc
 def _least(scores: Scores, budget: Budget) -> int:
     """The fewest pairs (of a shared budget) that `_select` accepts; no head need stay whole."""
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
-    forced = _forced(scores, budget, nan)
+    forced = _forced(scores, budget, nan, 0)
     if forced is None or budget.level == "head":
         return 0
-    _, heads, evictable = scores.values.shape
-    sharing = {"layer": heads, "uniform": 1}.get(budget.level, len(forced) * heads)
+    layers, heads, evictable = scores.values.shape
+    sharing = _sharing(budget, layers, heads)
     return int(forced.reshape(-1, sharing * evictable).sum(-1).max())
 
 
@@ -111,10 +116,15 @@ def _scales(
     return found
 
 
+def _sharing(budget: Budget, layers: int, heads: int) -> int:
+    """How many heads share one budget."""
+    return {"layer": heads, "uniform": 1}.get(budget.level, layers * heads)
+
+
 def keep_pairs(scores: Scores, budget: Budget, *, count: int | None = None) -> Kept:
     """Returns what a budget keeps. `count`: so many pairs share each budget, in place of those that it says."""
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
-    forced = _forced(scores, budget, nan)
+    forced = _forced(scores, budget, nan, count)
     if budget.threshold is None:
         keep = _select(scores.values, budget, forced, nan, count)
     else:
@@ -132,18 +142,21 @@ def keep_pairs(scores: Scores, budget: Budget, *, count: int | None = None) -> K
     return keep, [counts[i : i + keep.shape[1]] for i in range(0, len(counts), keep.shape[1])]
 
 
-def _forced(scores: Scores, budget: Budget, nan: Tensor) -> Bool[Tensor, "L H E"] | None:
-    """The pairs kept whatever their score, or None where there are none."""
-    evictable = scores.values.shape[2]
+def _forced(scores: Scores, budget: Budget, nan: Tensor, count: int | None) -> Bool[Tensor, "L H E"] | None:
+    """The pairs kept whatever their score, or None where there are none. `count`: as in `keep_pairs`."""
+    layers, heads, evictable = scores.values.shape
     options.check_spans(budget.protect, evictable)
-    if not budget.protect and not budget.min_rows:
-        return None
     if not 0 <= budget.min_rows <= evictable:
         raise ValueError(
             f"expected 0 <= min_rows <= {evictable} (context tokens), got {budget.min_rows}: no head has more rows to "
             "keep"
         )
-    forced = ops.select_uniform_count(scores.values, count=budget.min_rows, nan=nan)
+    every = layers * heads
+    total = count_of(budget, every, evictable) if count is None else count * (every // _sharing(budget, layers, heads))
+    rows = max(budget.min_rows, int(budget.floor * (total or 0) / every))
+    if not budget.protect and not rows:
+        return None
+    forced = ops.select_uniform_count(scores.values, count=rows, nan=nan)
     for first, stop in budget.protect:
         forced[:, :, first:stop] = True
     return forced
@@ -157,7 +170,7 @@ def _select(
     count: int | None,
 ) -> Bool[Tensor, "L H E"]:
     layers, heads, evictable = values.shape
-    sharing = {"layer": heads, "uniform": 1}.get(budget.level, layers * heads)  # heads that share one budget
+    sharing = _sharing(budget, layers, heads)
     count = count_of(budget, sharing, evictable) if count is None else count
     assert count is not None
     if budget.level == "head":

@@ -13,6 +13,7 @@ from .cache.caches import ragged_of
 from .cache.rows import pack
 from .checks import check_kind
 from .choosing import keep_bytes, keep_pairs
+from .parallel import together
 
 
 def compress(
@@ -25,6 +26,7 @@ def compress(
     threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: SupportsIndex = 0,
+    floor: SupportsFloat = 0.0,
     sink: SupportsIndex = 0,
     recent: SupportsIndex = 0,
     bits: SupportsIndex | tuple[SupportsIndex, SupportsIndex] | None = None,
@@ -50,6 +52,8 @@ def compress(
         threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
+        floor: part, from 0 to 1, of an equal share of the budget that every head keeps at least, its highest scored;
+            the rest is shared by `level`, which is not "head". `docs/refitting.md` measures 0.2.
         sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
             heads do; level "head" only. The prefix is always kept and not counted in `sink`; DuoAttention counts it.
             `recent` counts from the end of the context: it does not slide while a question is answered.
@@ -69,7 +73,9 @@ def compress(
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
     packed = options.bits(bits)
-    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent, budget_bytes, biases)
+    chosen = options.budget(
+        ratio, level, budget, threshold, protect, min_rows, sink, recent, floor, budget_bytes, biases
+    )
     if chosen.budget_bytes is None:
         keep, counts = keep_pairs(cache.scores, chosen)
     else:
@@ -88,6 +94,7 @@ def keep_mask(
     threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: SupportsIndex = 0,
+    floor: SupportsFloat = 0.0,
     sink: SupportsIndex = 0,
     recent: SupportsIndex = 0,
 ) -> Bool[Tensor, "L H E"]:
@@ -99,7 +106,7 @@ def keep_mask(
     Raises: ValueError as `compress` does.
     """
     check_kind(scores, Scores)
-    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent)
+    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent, floor)
     return keep_pairs(scores, chosen)[0]
 
 
@@ -113,6 +120,8 @@ def _pack(
 ) -> tuple[RaggedKV | WindowKV, ...]:
     """Packs the kept pairs of each layer behind its prefix; head h of scored layer l keeps counts[l][h] of them.
 
+    Mask and counts are of all heads, layers of those that are here.
+
     With `consume` each layer is freed once it is packed. The cache's list is emptied before the first layer is packed,
     and filled again if an error comes before one is freed: a cache is whole or known to be consumed. The largest is
     packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
@@ -120,20 +129,23 @@ def _pack(
     layers: list[Any] = list(cache.layers)
     scores = cache.scores
     assert scores is not None
-    rows = [[scores.start + count for count in heads] for heads in counts]
+    own = slice(None) if cache.share is None else cache.share.own
+    rows = [[scores.start + count for count in heads[own]] for heads in counts]
+    keep = keep[:, own]
     pair = 2 * layers[0].width * layers[0].k.element_size()
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
     explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
     remedy = "keep less (ratio, bits=8, 4 or 2)" + ("" if consume else ", or pass consume=True")
     if consume:  # before the list is emptied, so that these errors leave the cache intact
-        free = free_bytes(cache.device)
-        if free is not None and free < needed:
-            raise torch.OutOfMemoryError(
-                f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
-            )
-        if bits is not None:
-            _check_finite(cache, scores, keep)
+        with together(cache.share):
+            free = free_bytes(cache.device)
+            if free is not None and free < needed:
+                raise torch.OutOfMemoryError(
+                    f"expected room for {explanation}, got {free:,} bytes free: {remedy}; the cache is intact"
+                )
+            if bits is not None:
+                _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
     try:
@@ -141,7 +153,7 @@ def _pack(
             cache.layers.clear()
         for at, n in order:
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
-            with explain_out_of_memory(explanation, f"{remedy}; {state}"):
+            with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
                 whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
                 context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits)
             if consume:

@@ -11,19 +11,32 @@ from functools import partial
 from typing import SupportsFloat
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from . import checks, ops, options, prompts
 from .attention import decode_attend, score_rows
-from .cache import DenseCache, RaggedCache, RaggedKV, Tail, WindowKV, all_ragged, as_ragged, check_pairs, grow_tail
+from .cache import (
+    DenseCache,
+    RaggedCache,
+    RaggedKV,
+    Scores,
+    Tail,
+    WindowKV,
+    all_ragged,
+    as_ragged,
+    check_pairs,
+    grow_tail,
+)
 from .cache.caches import roomy_tail
 from .cache.rows import join, pack, prefix_keys
 from .checks import check_kind, check_text_or_ids, check_texts
+from .files.schema import ratio_of
 from .generation import Answer, generate
-from .inputs import check_fingerprint, check_length, context_ids, following_ids, prompt_of, query_ids, tokenizer_of
+from .inputs import check_belongs, check_length, context_ids, following_ids, prompt_of, query_ids, tokenizer_of
 from .models import Attend, Model, run_attention
 from .options import Scoring
+from .parallel import heads_of, whole_scores
 from .scoring import formula_of, repeats, run_repeats
 
 FOLDED = "+fold"  # at the end of a cache's method: some pairs of folded turns were dropped
@@ -46,7 +59,7 @@ def extend(
     check_pairs(cache)
     check_text_or_ids(text, "text")
     chunk = checks.whole(chunk, "chunk", least=1)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     ids = torch.tensor(following_ids(model, cache, text)) if isinstance(text, str) else context_ids(model, text)
     if len(ids) == 0:
         raise ValueError("expected at least one token to extend the cache by, got none: pass text or ids")
@@ -80,7 +93,9 @@ def ask(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[[str], None] | None = None,
 ) -> tuple[Answer, RaggedCache]:
     """Returns the answer to a query, and a cache that holds query and answer, for the next turn.
@@ -101,7 +116,7 @@ def ask(
         check_texts(query, "query")
         raise TypeError("expected query to be one text, got several: one turn has one, kvzip.generate takes a list")
     cache = as_ragged(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     (asked,) = query_ids(model, cache, [query], template=template)
     tokenizer = tokenizer_of(model)
     close = prompts.turn_close(prompt_of(model)) if template else ""
@@ -117,7 +132,9 @@ def ask(
         top_p=top_p,
         seed=seed,
         stop=stop,
+        repetition_penalty=repetition_penalty,
         template=template,
+        sources=sources,
         on_token=on_token,
     )
     said = [*asked, *answer.token_ids]
@@ -157,15 +174,69 @@ def fold(
     check_kind(model, Model)
     check_pairs(cache)
     scoring = options.scoring("context", method, chunk, hint)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     cache, ratio = as_ragged(cache), checks.kept_ratio(ratio, of="the tail")
     tail, begin, stop = cache.tail, cache.context_length, len(cache.token_ids)
     if tail is None or begin == stop:
         return replace(cache, tail=None)
-    keep = _keep(model, cache, tail, ratio, scoring)
-    counts = keep.sum(-1).tolist()
+    keep, _ = _keep(model, cache, tail, ratio, scoring)
+    return _folded(model, cache, tail, keep)
+
+
+def append(
+    model: Model,
+    cache: DenseCache | RaggedCache,
+    text: str | Int64[Tensor, " S"],
+    ratio: SupportsFloat | None = None,
+    *,
+    method: str = "kvzip",
+    chunk: int = 2_000,
+    hint: int = 8,
+) -> RaggedCache:
+    """Returns the cache of a document that has grown: the text is read after what is kept so far, scored and packed.
+
+    It is `extend` and then `fold`, as a segment of `prefill_compressed` is: the model reads the new text behind the
+    compressed one, repeats it, and int(ratio * L * H * n) pairs of its n tokens stay. Pairs of the old text do not
+    change, and their scores stay where a cache has some; those of the new text are not fitted where the old ones were
+    (`refit`). Meanwhile the new text is held whole.
+
+    Args:
+        text: continues the context as it is; begin it with a blank line where a paragraph should begin.
+        ratio: fraction of the new pairs KEPT; None takes that of the cache.
+        method, chunk, hint: as in `kvzip.score`; `chunk` also bounds the tokens of a pass that reads.
+
+    Raises: ValueError for a cache with turns after its context, an empty text, a cache of another model, more positions
+        than the model was made for (those of the repeat too), or options out of range; TypeError for another kind.
+    """
+    check_kind(model, Model)
+    check_pairs(cache)
+    turns = len(cache.token_ids) - cache.context_length
+    if turns:
+        raise ValueError(
+            f"expected a cache that ends with its document, got one with {turns} tokens of turns after it: fold them "
+            "into it first (kvzip.fold)"
+        )
+    scoring = options.scoring("context", method, chunk, hint)
+    held = ratio_of(cache.kept, cache.total)
+    part = checks.kept_ratio(held if ratio is None else ratio, of="the new text")
+    longer = extend(model, cache, text, chunk=scoring.chunk)
+    assert longer.tail is not None
+    keep, values = _keep(model, longer, longer.tail, part, scoring)
+    grown = _folded(model, longer, longer.tail, keep)
+    if cache.scores is None or values is None:
+        return grown
+    old = cache.scores
+    source = old.source if scoring.source in old.source else f"{old.source}, {scoring.source}"
+    joined = torch.cat([old.values, values.to(old.values.device)], dim=2)
+    return replace(grown, scores=Scores(joined, old.layers, old.start, grown.context_length, source))
+
+
+def _folded(model: Model, cache: RaggedCache, tail: Tail, keep: Bool[Tensor, "L H E"]) -> RaggedCache:
+    """The cache whose context includes the pairs of the tail that `keep` marks, of all heads."""
+    begin, stop = cache.context_length, len(cache.token_ids)
+    own = heads_of(cache.share, keep)
     context: list[RaggedKV | WindowKV] = []
-    scored = iter(zip(keep, counts, strict=True))
+    scored = iter(zip(own, own.sum(-1).tolist(), strict=True))
     for layer, k, v, spec in zip(cache.context, tail.k, tail.v, model.config.layers, strict=True):
         k, v = k[:, :, : stop - begin], v[:, :, : stop - begin]
         if isinstance(layer, WindowKV):
@@ -180,19 +251,24 @@ def fold(
         context=tuple(context),
         tail=None,
         context_length=stop,
-        kept=cache.kept + sum(map(sum, counts)),
+        kept=cache.kept + int(keep.sum()),
         total=cache.total + keep.numel(),
         scores=None,
-        method=cache.method if ratio == 1 or cache.method.endswith(FOLDED) else cache.method + FOLDED,
+        method=cache.method if bool(keep.all()) or cache.method.endswith(FOLDED) else cache.method + FOLDED,
     )
 
 
-def _keep(model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring) -> Bool[Tensor, "L H E"]:
-    """Which pairs of the tail are kept. Repeat passes write to a copy of the tail, each over the rows before it."""
+def _keep(
+    model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: Scoring
+) -> tuple[Bool[Tensor, "L H E"], Float32[Tensor, "L H E"] | None]:
+    """Which pairs of the tail are kept, of all heads, and their scores; None if all are, unscored.
+
+    Repeat passes write to a copy of the tail, each over the rows before it.
+    """
     config, begin, used = model.config, cache.context_length, len(cache.token_ids)
     shape = (len(cache.scored_layers), cache.heads, used - begin)
     if ratio == 1 or not cache.scored_layers:
-        return torch.ones(shape, dtype=torch.bool, device=model.device)
+        return torch.ones(shape[0], cache.all_heads, shape[2], dtype=torch.bool, device=model.device), None
     values = torch.empty(shape, dtype=torch.float32, device=model.device)
     passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, begin=begin))
     scratch = grow_tail(tail, 1, max(len(ids) for _, _, ids in passes))
@@ -211,6 +287,7 @@ def _keep(model: Model, cache: RaggedCache, tail: Tail, ratio: float, scoring: S
         return partial(attend, slice(first - begin, stop - begin))
 
     run_repeats(model, passes, used, strategy, observe=observe)
-    mask = ops.select(values, ratio=ratio)
+    whole = whole_scores(cache.share, values)
+    mask = ops.select(whole, ratio=ratio)
     assert isinstance(mask, Tensor)
-    return mask
+    return mask, whole

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from . import checks, options
@@ -14,7 +14,7 @@ from .attention import decode_attend
 from .cache import DenseCache, RaggedCache, all_ragged, as_ragged, check_pairs, explain_out_of_memory
 from .cache.caches import roomy_tail
 from .checks import check_kind
-from .inputs import check_fingerprint, context_ids
+from .inputs import check_belongs, context_ids
 from .models import Model, forward, logits
 
 NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf
@@ -41,7 +41,7 @@ class Decoder:
         check_kind(model, Model)
         check_pairs(cache)
         batch, tail = checks.whole(batch, "batch", least=1), checks.whole(tail, "tail", least=1)
-        check_fingerprint(model, cache.fingerprint)
+        check_belongs(model, cache)
         self.model, self.cache, self.batch, self.rows = model, cache, batch, tail
         cache = as_ragged(cache)
         self._layers, self._start = all_ragged(cache.context), cache.context_length
@@ -57,23 +57,33 @@ class Decoder:
             self._draws = torch.zeros(tail, dtype=torch.float32, device=model.device)
             self._drawn = torch.zeros(1, dtype=torch.long, device=model.device)
             self._counts = torch.zeros(batch, dtype=torch.long, device=model.device)
-        self._sampled = False
+        self._sampled = self._penalized = False
+        self._penalty = torch.ones((), dtype=torch.float32, device=model.device)
+        self._said: Tensor | None = None  # [batch, V], which tokens an answer has; made for the first penalty
         self._replays = model.device.type == "cuda"
         self._questions: dict[int, Tensor] = {}  # by padded length
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}  # by the address of the ids, and if it samples
+        self._graphs: dict[tuple[int, bool, bool], Callable[[], None]] = {}  # by the ids' address, sampled, penalized
         self._host: list[tuple[Tensor, Any]] = []
 
     def read(
-        self, questions: Sequence[Sequence[int]], *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        questions: Sequence[Sequence[int]],
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
     ) -> None:
         """Prefills one question in each row and chooses its answer's first token; earlier questions are dropped.
 
         Every question draws the same random numbers, from `seed`, so its answer does not depend on the other questions.
+        The repetition penalty holds until the next questions are read, see `generate`.
 
         Raises: ValueError for more questions than rows, an empty or too long one, ids beyond the vocabulary, or options
             out of range; TypeError for options that are no numbers.
         """
-        sampling = options.sampling(1, temperature, top_p, checks.whole(seed, "seed"))
+        seed = checks.whole(seed, "seed")
+        sampling = options.sampling(1, temperature, top_p, seed, repetition_penalty=repetition_penalty)
         longest = max(map(len, questions), default=0)
         if not 1 <= len(questions) <= self.batch or not min(map(len, questions)) >= 1 or longest > self.rows:
             raise ValueError(
@@ -93,6 +103,13 @@ class Decoder:
             self._draws.copy_(torch.rand(self.rows, generator=torch.Generator().manual_seed(sampling.seed)))
             self._controls.copy_(torch.tensor([sampling.temperature, sampling.top_p], dtype=torch.float64))
             self._drawn.zero_()
+        self._penalized = sampling.repetition_penalty > 1
+        if self._penalized:
+            if self._said is None:
+                shape = (self.batch, self.model.config.vocab_size)
+                self._said = torch.empty(shape, dtype=torch.bool, device=self.model.device)
+            self._said.zero_()
+            self._penalty.fill_(sampling.repetition_penalty)
         if not replayed:
             self._advance(padded.to(self.model.device))
             return
@@ -131,7 +148,7 @@ class Decoder:
         if not self._replays:
             self._advance(token_ids)
             return
-        key = (token_ids.data_ptr(), self._sampled)
+        key = (token_ids.data_ptr(), self._sampled, self._penalized)
         if key not in self._graphs:
             self._graphs[key] = _capture(lambda: self._advance(token_ids), self.model.device)
         self._graphs[key]()
@@ -145,6 +162,9 @@ class Decoder:
         else:
             last, count = hidden[torch.arange(self.batch, device=token_ids.device), self._counts - 1], self._counts
         scores = logits(self.model, last)
+        if self._penalized:
+            assert self._said is not None
+            scores = penalize(scores, self._said, self._penalty)
         likeliest = scores.argmax(-1, keepdim=True)  # argmax returns a NaN if there is one
         top = scores.gather(-1, likeliest)
         if self._sampled:
@@ -153,6 +173,9 @@ class Decoder:
             self._drawn.add_(1)
         else:
             chosen = likeliest[:, 0]
+        if self._penalized:
+            assert self._said is not None
+            self._said.scatter_(1, chosen[:, None], True)
         self.tokens.copy_(torch.where(top[:, 0] > -torch.inf, chosen, NO_TOKEN))
         self._tail.lengths.add_(count)
 
@@ -167,6 +190,17 @@ class Decoder:
         positions = self._start + self._tail.lengths[:, None].long() + steps
         attend = decode_attend(self.model.config, self._layers, self._tail)
         return forward(self.model, token_ids.clamp(min=0), positions, attend)
+
+
+def penalize(
+    scores: Float[Tensor, "B V"], said: Bool[Tensor, "B V"], penalty: Float32[Tensor, ""]
+) -> Float[Tensor, "B V"]:
+    """Returns scores in which those of tokens that were said are divided by the penalty, or multiplied if negative.
+
+    Source: CTRL, arXiv 1909.05858, section 4.1, with the rule for negative scores that Transformers has.
+    """
+    less = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return torch.where(said, less, scores).to(scores.dtype)
 
 
 def sample(

@@ -2,15 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
-from . import options, prompts
+from . import checks, options, prompts
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
 from .decoding import NO_TOKEN, Decoder, tail_bytes_per_token
-from .inputs import check_fingerprint, query_ids, tokenizer_of
+from .inputs import check_belongs, query_ids, tokenizer_of
 from .models import Model
+from .parallel import agreed, everyone
+from .sources import Source, find_sources
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,13 @@ class Answer:
 
     `token_ids` decode to `text`; if a stop text begins within the last token, they decode to `text` and the part of the
     stop text in that token. `stopped` is "stop" for a stop token or text, "length" for max_tokens or the model's last
-    position.
+    position. `sources` are the passages of the context that the answer attended to most, where they were asked for.
     """
 
     text: str
     token_ids: list[int]
     stopped: Literal["stop", "length"]
+    sources: tuple[Source, ...] = ()
 
 
 @overload
@@ -38,7 +41,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> Answer: ...
@@ -53,7 +58,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> list[Answer]: ...
@@ -67,7 +74,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    repetition_penalty: float = 1.0,
     template: bool = True,
+    sources: int = 0,
     on_token: Callable[..., None] | None = None,
     decoder: Decoder | None = None,
 ) -> Answer | list[Answer]:
@@ -79,7 +88,12 @@ def generate(
         seed: of the sampling, from -2**63 to 2**64 - 1. Every question has its own generator with this seed, so its
             answer does not depend on the other questions. None draws a seed.
         stop: a text that ends an answer, or several, besides the model's stop tokens.
+        repetition_penalty: 1 is none. Above, what the answer has said already becomes less likely: positive logits of
+            its tokens are divided by it, negative ones multiplied. 1.1 ends most loops. Tokens of the context and of
+            the question count as new, so that both can be quoted.
         template: False continues the context as plain text, with no chat markers after the query (cloze).
+        sources: how many passages to name that each answer attended to most (`Answer.sources`, see
+            `kvzip.sources.find_sources`); each answer is then read once more.
         on_token: called with each piece of text as soon as it is known: on_token(piece) for one query,
             on_token(piece, index) for a list.
         decoder: a decoder made for this model and cache, to be used again; None makes one for this call. More questions
@@ -91,10 +105,16 @@ def generate(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop)
+    named = checks.whole(sources, "sources", least=0)
+    if seed is None:
+        seed = agreed(
+            model.share,
+            lambda: options.sampling(max_tokens, temperature, top_p, None, stop, repetition_penalty).seed,
+        )
+    sampling = options.sampling(max_tokens, temperature, top_p, seed, stop, repetition_penalty)
     for text in sampling.stop:
         prompts.encode_text(tokenizer_of(model), text)  # raises for a text that no answer can contain
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     queries = check_texts(query, "query")
     ids = query_ids(model, cache, queries, template=template)
     if not ids:
@@ -123,8 +143,17 @@ def generate(
     answers: list[Answer] = []
     for first in range(0, len(ids), decoder.batch):
         group = slice(first, first + decoder.batch)
-        decoder.read(ids[group], temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
+        decoder.read(
+            ids[group],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            repetition_penalty=sampling.repetition_penalty,
+        )
         answers += _decode(decoder, streams[group], model.stop_ids, limit)
+    if named:
+        said = zip(ids, answers, strict=True)
+        answers = [replace(a, sources=find_sources(model, cache, q, a.token_ids, count=named)) for q, a in said]
     return answers[0] if isinstance(query, str) else answers
 
 
@@ -136,7 +165,7 @@ def _batch_that_fits(model: Model, questions: int, rows: int) -> int:
     # a question needs its tail and activations to be read, and sampling up to eight float64 values per logit
     widest = 4 * (model.config.intermediate_size + model.config.hidden_size) * model.dtype.itemsize
     needed = rows * (tail_bytes_per_token(model) + widest) + 64 * model.config.vocab_size
-    return max(1, min(questions, int(0.8 * free) // needed))
+    return max(1, min(questions, *everyone(model.share, int(0.8 * free) // needed)))
 
 
 def _decode(decoder: Decoder, streams: "list[_Stream]", stop_ids: tuple[int, ...], limit: int) -> list[Answer]:

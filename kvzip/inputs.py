@@ -134,6 +134,25 @@ def check_length(model: Model, needed: int, what: str) -> None:
         )
 
 
+def check_belongs(model: Model, cache: DenseCache | RaggedCache) -> None:
+    """Raises ValueError if a cache was made by another model, in another dtype, or has other heads than this rank."""
+    check_fingerprint(model, cache.fingerprint)
+    mine, its = ((x.share and (x.share.rank, x.share.size)) for x in (model, cache))
+    if mine != its:
+        whose = "all heads" if its is None else f"the heads of rank {its[0]} of {its[1]}"
+        own = "a model in one process" if mine is None else f"rank {mine[0]} of {mine[1]}"
+        raise ValueError(f"expected a cache with the heads of {own}, got {whose}: load the file with model=")
+
+
+def check_whole_model(model: Model, what: str) -> None:
+    """Raises ValueError where ranks share the model, for what needs all heads in one process."""
+    if model.share is not None:
+        raise ValueError(
+            f"expected a model in one process for {what}, got rank {model.share.rank} of {model.share.size}: load it "
+            "without group="
+        )
+
+
 def check_fingerprint(model: Model, fingerprint: str) -> None:
     """Raises ValueError if a cache was made by another model, or in another dtype."""
     if fingerprint != model.fingerprint:

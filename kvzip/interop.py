@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks, ops
 from .cache import DenseCache, DenseKV, RaggedCache, RaggedKV, WindowKV, as_ragged
 from .checks import check_kind, check_text_or_ids
-from .inputs import check_fingerprint, check_length, context_ids, prefix_ids
+from .inputs import check_belongs, check_length, check_whole_model, context_ids, prefix_ids
 from .models import Model
 from .options import Turn
 
@@ -49,6 +49,7 @@ def from_transformers(
     """
     check_kind(model, Model)
     check_text_or_ids(token_ids, "token_ids")
+    check_whole_model(model, "from_transformers")
     transformers = _library()
     if not isinstance(cache, transformers.DynamicCache):
         raise TypeError(f"expected a transformers.DynamicCache, got {type(cache).__name__}: prefill with that kind")
@@ -103,7 +104,8 @@ def to_transformers(model: Model, cache: DenseCache | RaggedCache) -> "DynamicCa
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
+    check_whole_model(model, "to_transformers")
     cache = as_ragged(cache)
     if any(isinstance(kv, RaggedKV) and kv.bias is not None for kv in cache.context):
         raise ValueError(

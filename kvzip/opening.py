@@ -18,6 +18,7 @@ from .files.schema import dtype_of, entry, foreign
 from .hub import Loading, resolve
 from .models import Model, load
 
+ROUNDING = ("weights", "head_weights", "activations")  # options of `load` that change what a model computes
 _LONGEST = 4096  # characters of a source: the limit of a path on Linux
 
 
@@ -29,6 +30,10 @@ def open(
     device: str | torch.device | None = None,
     rope: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    weights: str | None = None,
+    head_weights: str | None = None,
+    activations: str | None = None,
+    group: Any = None,
 ) -> tuple[Model, DenseCache | RaggedCache]:
     """Returns the model that made a cache file, loaded, and the file's cache on the model's device.
 
@@ -39,14 +44,17 @@ def open(
 
     Args:
         model: a model, or the source of one (downloaded if needed), in place of the one that the file names.
-        dtype, rope, max_length: as for `load`, in place of the file's; the cache must be of the model that this gives.
+        dtype, rope, max_length, weights, head_weights, activations: as for `load`, in place of the file's; the cache
+            must be of the model that this gives.
         device: where both go; None takes CUDA where there is one, else the CPU.
+        group: a torch.distributed process group whose ranks share the model, as for `load`.
 
     Raises: FileNotFoundError for no file, or if the model that it names is not here; ValueError for a file that names
         none, a loaded model with options to load one, and whatever `load_cache` and `load` refuse; OSError.
     """
     if isinstance(model, Model):
         options = {"dtype": dtype, "rope": rope, "max_length": max_length}
+        options |= {"weights": weights, "head_weights": head_weights, "activations": activations, "group": group}
         given = ", ".join(name for name, value in options.items() if value is not None)
         if given:
             raise ValueError(
@@ -55,8 +63,9 @@ def open(
             )
     elif model is not None:
         check_path(model, "model")
+    loading = Loading(dtype, device, max_length, rope, weights, head_weights, activations, group)
     with open_cache(path) as file:
-        return read(file, model=model, loading=Loading(dtype, device, max_length, rope))
+        return read(file, model=model, loading=loading)
 
 
 def read(
@@ -67,12 +76,14 @@ def read(
         return model, read_cache(file, model=model, device=loading.device)
     source, made = maker_of(file)
     dtype: Any = loading.dtype or made.dtype or torch.bfloat16  # `load` refuses anything but a dtype
+    rounding = {name: getattr(loading, name) or getattr(made, name) for name in ROUNDING}
     loaded = load(
         find(file) if model is None else model,
         dtype=dtype,
         device=loading.device,
         rope=made.rope if loading.rope is None else loading.rope,
         max_length=made.max_length if loading.max_length is None else loading.max_length,
+        **{name: how for name, how in (rounding | {"group": loading.group}).items() if how is not None},
     )
     if model is None and source is not None:
         loaded = replace(loaded, source=source)
@@ -112,7 +123,8 @@ def maker_of(file: OpenFile) -> tuple[str | None, Loading]:
     with refusing(file.path):
         require(fits, f"a model from {source!r}")
     dtype = getattr(torch, told.get("dtype") or dtype_of(file.header["fingerprint"]) or "", None)
-    return source, Loading(dtype, max_length=told.get("max_length"), rope=told.get("rope"))
+    how = {name: told.get(name) for name in ("max_length", "rope", *ROUNDING)}
+    return source, Loading(dtype, **how)
 
 
 def _called(source: str | None, dtype: torch.dtype | str | None) -> str:

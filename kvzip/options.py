@@ -57,6 +57,7 @@ class Budget:
     min_rows: int = 0
     sink: int = 0
     recent: int = 0
+    floor: float = 0.0
     biases: bool = False
 
 
@@ -82,6 +83,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
 
 
 def turn(system: Any, instruction: Any, template: Any) -> Turn:
@@ -130,6 +132,7 @@ def budget(
     min_rows: Any = 0,
     sink: Any = 0,
     recent: Any = 0,
+    floor: Any = 0.0,
     budget_bytes: Any = None,
     biases: Any = False,
 ) -> Budget:
@@ -159,6 +162,13 @@ def budget(
         raise ValueError(
             f"expected level 'head' with sink and recent, got {level!r}: no other level drops whole heads; use protect="
         )
+    part = floor_of(floor)
+    if part and (threshold is not None or level == "head"):
+        given = "whole heads" if threshold is None else "a threshold"
+        raise ValueError(
+            f"expected no floor with {given}, got {part:g}: it is a part of what a ratio or a budget gives to every "
+            "head; use min_rows="
+        )
     return Budget(
         None if ratio is None else checks.kept_ratio(ratio),
         level,
@@ -168,8 +178,17 @@ def budget(
         spans(protect),
         checks.whole(min_rows, "min_rows"),
         *ends,
+        part,
         bool(biases),
     )
+
+
+def floor_of(floor: Any) -> float:
+    """Returns a floor as a float. Raises ValueError for one outside of 0 to 1, TypeError for what is no number."""
+    part = checks.number(floor, "floor")
+    if not 0 <= part <= 1:
+        raise ValueError(f"expected a floor from 0 to 1 of an equal share, got {part}: 0.2 is a fifth of it")
+    return part
 
 
 def bits(value: Any) -> tuple[int, int] | None:
@@ -221,7 +240,9 @@ def check_spans(protect: tuple[tuple[int, int], ...], tokens: int | None) -> Non
             )
 
 
-def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = ()) -> Sampling:
+def sampling(
+    max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any = (), repetition_penalty: Any = 1.0
+) -> Sampling:
     """Returns Sampling options, with a random seed if none is given.
 
     Raises: TypeError for what is no number or no text; ValueError for options out of range.
@@ -238,4 +259,7 @@ def sampling(max_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any
     stops = tuple(check_texts(stop, "stop"))
     if "" in stops:
         raise ValueError("expected stop texts with a character in them, got an empty one, which is everywhere: drop it")
-    return Sampling(most, heat, mass, drawn, stops)
+    penalty = checks.number(repetition_penalty, "repetition_penalty")
+    if not penalty >= 1:
+        raise ValueError(f"expected a repetition_penalty of 1 (none) or more, got {penalty}: 1.1 is a usual one")
+    return Sampling(most, heat, mass, drawn, stops, penalty)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from . import checks, options
 from .attention import new_layers, prefill_attend
-from .cache import DenseCache, explain_out_of_memory
+from .cache import DenseCache, RaggedCache, explain_out_of_memory
+from .cache.caches import check_cache
 from .checks import check_kind, check_text_or_ids
-from .inputs import check_length, encode
+from .inputs import check_belongs, check_length, encode
 from .models import Model, run_attention
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,27 @@ def prefill(
     if len(ids) == 0:
         raise ValueError("expected a context of at least one token, got an empty one: pass the document's text or ids")
     token_ids = torch.cat([torch.tensor(prefix, dtype=torch.long), ids])
+    return _read(model, token_ids, len(prefix), bool(template), chunk, progress)
+
+
+def read_again(
+    model: Model, cache: DenseCache | RaggedCache, *, chunk: int = 16_000, progress: Progress | None = None
+) -> DenseCache:
+    """Returns the dense cache of a compressed cache's prefix and context, whose tokens the model reads once more.
+
+    Raises: ValueError for a cache of another model; and as `prefill` does.
+    """
+    check_cache(cache)
+    check_belongs(model, cache)
+    return _read(model, cache.token_ids[: cache.context_length], cache.start, cache.chat, chunk, progress)
+
+
+def _read(
+    model: Model, token_ids: Int64[Tensor, " S"], start: int, chat: bool, chunk: int, progress: Progress | None
+) -> DenseCache:
+    """The dense cache of tokens, the first `start` of which are the prefix."""
     length = len(token_ids)
-    check_length(model, length, f"a prefix of {len(prefix)} and a context of {len(ids)} tokens")
+    check_length(model, length, f"a prefix of {start} and a context of {length - start} tokens")
     limit = model.config.warn_length
     if limit is not None and length > limit:
         logger.warning("%s positions are beyond the %s for which this model needs dual chunk attention", length, limit)
@@ -71,7 +91,7 @@ def prefill(
             run_attention(model, part[None], positions, prefill_attend(model.config, layers, done))
         if progress is not None:
             progress(done + len(part), length)
-    return DenseCache(layers, length, len(prefix), bool(template), token_ids, model.fingerprint)
+    return DenseCache(layers, length, start, chat, token_ids, model.fingerprint, share=model.share)
 
 
 def dense_bytes(model: Model, length: int) -> int:

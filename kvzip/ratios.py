@@ -1,5 +1,8 @@
 """The check of a ratio. It does not import torch, so that the command line can check before loading it."""
 
+FLOOR = 0.2
+"""The part of an equal share that every head keeps at least of what is fitted: see docs/refitting.md."""
+
 
 def check_ratio(ratio: float, *, got: str | None = None, of: str = "pairs") -> float:
     """Returns a ratio as it is.

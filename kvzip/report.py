@@ -9,26 +9,46 @@ import codecs
 import html
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .cache import DenseCache, RaggedCache, RaggedKV, encode_levels, full_nbytes, nbytes
+from .cache import DenseCache, RaggedCache, RaggedKV, check_pairs, encode_levels, full_nbytes, nbytes
 from .cache.reading import open_cache, read_cache, read_texts
 from .cache.rows import kept_mask
 from .display import visible_line
 from .files import schema
 from .files.writing import whole_file
+from .generation import generate
+from .inputs import query_ids
+from .machine import timed
+from .models import Model
 from .options import LEVELS
+from .prefilling import read_again
 from .refitting import mass_of_note, note_of
+from .sources import Source, find_sources
 
 _SHOWN = ("title", "document", "model", "mass_kept")  # entries of a note that the page shows elsewhere
 
 
-def write_report(file: Path, out: Path) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """A question, its answers from the full and the compressed cache in so many seconds, and the latter's sources."""
+
+    question: str
+    full: str
+    small: str
+    full_s: float
+    small_s: float
+    sources: tuple[Source, ...]
+
+
+def write_report(file: Path, out: Path, *, answers: Sequence[Asked] = ()) -> None:
     """Writes the page of a file that `kvzip.save` wrote, whole or not at all.
 
     It shows the document with each token shaded by the fraction of layers and heads that keep its pair, a map of the
@@ -42,11 +62,41 @@ def write_report(file: Path, out: Path) -> None:
     with open_cache(file) as opened:
         cache, token_texts = read_cache(opened, pairs=False), read_texts(opened)
     facts, arrays = describe(opened.header, cache, token_texts)
+    facts["answers"] = [asdict(each) for each in answers]
     facts |= {"file": visible_line(file.name), "fileBytes": file.stat().st_size}
     facts["title"] = facts["title"] or visible_line(file.stem)
     # a note may hold lone surrogates, which UTF-8 cannot encode: they are escaped as in JSON
     with whole_file(out) as partial, open(partial, "wb") as written:
         written.writelines(part.encode("utf-8", "backslashreplace") for part in render(facts, arrays))
+
+
+def answered(
+    model: Model,
+    cache: DenseCache | RaggedCache,
+    questions: Sequence[str],
+    *,
+    sources: int = 3,
+    **options: Any,
+) -> list[Asked]:
+    """Returns the answers to questions from a cache and from the full cache of its context, which is read again.
+
+    Args:
+        questions: without a chat template each continues the document.
+        options: of `kvzip.generate`: max_tokens, stop and so on.
+
+    Raises: as `generate` and `prefill` do.
+    """
+    check_pairs(cache)
+    full, found = read_again(model, cache), []
+    for question in questions:
+        (own, full_s), (other, small_s) = (
+            timed(model.device, partial(generate, model, each, question, template=cache.chat, **options))
+            for each in (full, cache)
+        )
+        (asked,) = query_ids(model, cache, [question], template=cache.chat)
+        from_where = find_sources(model, cache, asked, other.token_ids, count=sources)
+        found.append(Asked(question.strip(), own.text, other.text, full_s, small_s, from_where))
+    return found
 
 
 def describe(
@@ -89,6 +139,7 @@ def describe(
         **{name: getattr(cache, name) for name in ("heads", "start", "kept", "total")},
         "fullBytes": full_nbytes(cache),
         "cacheBytes": nbytes(cache),
+        "answers": [],
         "note": list(_flat({key: value for key, value in note.items() if key not in _SHOWN})),
         "hasText": bool(token_texts),
         "texts": texts,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
-from . import checks, ops, options
+from . import checks, options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, check_cache
 from .cache.caches import REFITTED
 from .cache.rows import of_rows, ranked, take
@@ -24,6 +24,7 @@ from .files.header import open_file
 from .files.schema import foreign
 from .files.tensors import read_tensor, write_file
 from .inputs import digest_of
+from .parallel import agreed, everyone, heads_of, select_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,21 +105,28 @@ def shrink(
     layers, heads, evictable = scores.values.shape
     options.check_spans(chosen.protect, evictable)
     scored = [layer for layer in cache.context if isinstance(layer, RaggedKV)]
-    ranks = [of_rows(x, own, cache.start) for x, own in zip(scored, ranked(scores.values, chosen.protect), strict=True)]
+    own = ranked(heads_of(cache.share, scores.values), chosen.protect)
+    ranks = [of_rows(x, values, cache.start) for x, values in zip(scored, own, strict=True)]
     prefix = cache.start * layers * heads
-    forced = sum(int((rank == torch.inf).sum()) for rank in ranks) - prefix
+
+    def held(least: float) -> int:
+        """Rows of all heads with such a rank, without the prefix."""
+        counts = everyone(cache.share, sum(int((rank >= least).sum()) for rank in ranks))
+        return sum(counts if cache.share is None else [counts[rank] for rank in cache.share.speakers]) - prefix
+
+    forced = held(torch.inf)
     count = count_of(chosen, layers * heads, evictable)
     if count is None:
         assert chosen.threshold is not None
-        count = sum(int((rank >= chosen.threshold).sum()) for rank in ranks) - prefix
+        count = held(chosen.threshold)
     if not forced <= count <= cache.kept:
         raise ValueError(
             f"expected to keep {forced} (protected) to {cache.kept} pairs (what the cache holds of {cache.total}), a "
             f"ratio of {forced / cache.total:.4f} to {cache.kept / cache.total:.4f}, got {count}: pairs that are gone "
             "do not come back"
         )
-    keep = ops.select_count([rank[None] for rank in ranks], count=count + prefix)
-    packed = iter([take(layer, mask[0]) for layer, mask in zip(scored, keep, strict=True)])
+    keep = select_rows(cache.share, ranks, count=count + prefix)
+    packed = iter([take(layer, mask) for layer, mask in zip(scored, keep, strict=True)])
     context = tuple(next(packed) if isinstance(layer, RaggedKV) else layer for layer in cache.context)
     fitted = any(isinstance(layer, RaggedKV) and layer.bias is not None for layer in context)
     return replace(cache, context=context, kept=count, method=f"{scores.source}/pair{REFITTED if fitted else ''}")
@@ -143,7 +151,7 @@ def save(
     check_values(scores.values, "scores")
     header = {"cache": "Scores", "fingerprint": cache.fingerprint, "tokens": digest_of(cache.token_ids[: scores.stop])}
     header |= {"layers": scores.layers, "start": scores.start, "stop": scores.stop, "source": scores.source}
-    write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite)
+    agreed(cache.share, lambda: write_file(path, {"values": scores.values}, header, note=note, overwrite=overwrite))
 
 
 def load(path: str | Path, cache: DenseCache | RaggedCache) -> Scores:
@@ -214,4 +222,4 @@ def _place(cache: DenseCache | RaggedCache) -> tuple[tuple[int, ...], tuple[int,
     """The scored layers of a cache, the shape of its scores, and the tokens that they are of."""
     check_cache(cache)
     layers, length = cache.scored_layers, cache.context_length
-    return layers, (len(layers), cache.heads, length - cache.start), (cache.start, length)
+    return layers, (len(layers), cache.all_heads, length - cache.start), (cache.start, length)

@@ -14,9 +14,11 @@ from . import options, prompts
 from .attention import Formula, Sight, score_attend
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_pairs, check_whole, explain_out_of_memory
 from .checks import check_kind
-from .inputs import check_fingerprint, check_length, context_ids, prompt_of, tokenizer_of
+from .inputs import check_belongs, check_length, context_ids, prompt_of, tokenizer_of
 from .models import Attend, Model, run_attention
+from .ops.weights import plain
 from .options import Scoring
+from .parallel import whole_scores
 from .prefilling import Progress
 
 Observe = Callable[[int, Tensor], None]
@@ -63,13 +65,13 @@ def score(
     check_kind(cache, DenseCache)
     scoring = options.scoring(scope, method, chunk, hint)
     check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     layers = cache.scored_layers
     if not layers:
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
-    values = score_chunks(model, cache, scoring, progress=progress)
+    values = whole_scores(model.share, score_chunks(model, cache, scoring, progress=progress))
     scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=scoring.source)
     return replace(cache, scores=scores)
 
@@ -84,8 +86,8 @@ def score_chunks(
     past: Sequence[RaggedKV | WindowKV] | None = None,
     before: Int64[Tensor, " S"] | None = None,
     end: int = 0,
-) -> Float32[Tensor, "L H E"]:
-    """Returns the scores of a dense cache's context, which may be one segment of a longer context.
+) -> Float32[Tensor, "L h E"]:
+    """Returns the scores of a dense cache's context, which may be one segment of a longer context, of heads held here.
 
     Args:
         neighbors: context tokens before a chunk that scope "chunk" attends to as well.
@@ -189,7 +191,7 @@ def formula_of(model: Model, scoring: Scoring) -> tuple[Formula, Observe | None]
 
     def factors(layer: int, v: Float[Tensor, "H C D"]) -> tuple[Tensor, Tensor]:
         if layer not in grams:  # |W v|^2 = v' (W' W) v: a product of D x D instead of M x D for each pair
-            o = rearrange(model.weights.layers[layer].o, "m (h d) -> h m d", d=config.head_dim)
+            o = rearrange(plain(model.weights.layers[layer].o, v.dtype), "m (h d) -> h m d", d=config.head_dim)
             grams[layer] = rearrange(o.mT.to(_wide(o)) @ o.to(_wide(o)), "(h g) d e -> h g d e", h=v.shape[0])
         wide = v.to(_wide(v))[:, None]
         squares = ((wide @ grams[layer]) * wide).sum(-1).clamp(min=0)  # [H G C]

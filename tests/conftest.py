@@ -64,7 +64,7 @@ def two_layers(request: pytest.FixtureRequest) -> Any:
 def smollm2() -> Path:
     """The directory of the examples' model, SmolLM2; its tests are left out where it cannot be had."""
     import museum
-    import small_models
+    from kvzip.small import packages as small_models
 
     try:
         return small_models.model_dir(museum.DEFAULT_MODEL)

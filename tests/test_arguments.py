@@ -45,6 +45,7 @@ functions = {
     "prefill_compressed": (kvzip.prefill_compressed, MODEL, IDS, NUMBER),
     "generate": (kvzip.generate, MODEL, CACHE, TEXT), "Decoder": (kvzip.Decoder, MODEL, CACHE),
     "extend": (kvzip.extend, MODEL, CACHE, IDS), "ask": (kvzip.ask, MODEL, CACHE, TEXT), "fork": (kvzip.fork, CACHE),
+    "append": (kvzip.append, MODEL, CACHE, IDS), "tune": (kvzip.tune, MODEL, DENSE, TEXT),
     "fold": (kvzip.fold, MODEL, CACHE, NUMBER), "save": (kvzip.save, CACHE, PATH), "to": (kvzip.to, CACHE, None),
     "open": (kvzip.open, PATH), "open model": (lambda path, model: kvzip.open(path, model=model), PATH, PATH),
     "nbytes": (kvzip.nbytes, CACHE), "load": (kvzip.load, PATH), "load_cache": (kvzip.load_cache, PATH),
@@ -80,7 +81,8 @@ functions |= {
 found, calls = [], 0
 fixed = {"to": {1: "cpu"}, "from_transformers": {1: DynamicCache()}}
 several = {"generate": {2: ["texts"]}, "prefill_compressed": {1: ["texts"]}, "head_scores.make": {1: ["texts"]},
-           "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model", "None"]}, "evals.compare": {2: ["texts"]}}
+           "head_scores.shipped": {0: ["text"]}, "open model": {1: ["model", "None"]}, "evals.compare": {2: ["texts"]},
+           "tune": {2: ["texts", "None"]}}
 for name, (function, *kinds) in functions.items():
     for place, kind in enumerate(kinds):
         if kind is None:
@@ -117,6 +119,7 @@ options = {
     "refit": {"chunk": counts, "hint": hints, **{name: {"less": -1, "nan": float("nan"), "infinity": float("inf"),
               "text": "1", "true": True, "None": None, "list": [1]} for name in ("bound", "ridge", "pull")}},
     "extend": {"chunk": counts},
+    "append": {"chunk": counts, "hint": hints, "method": choices},
     "compress": {"protect": spans, "level": choices, "min_rows": hints, "sink": hints, "recent": hints,
                  "bits": {label: value for label, value in counts.items() if value is not None}},
     "prefill_compressed": {"checkpoint": {"number": 3, "bytes": b"x", "nul": "a\0", "half": "a\ud800"},
@@ -207,6 +210,6 @@ def test_stop_texts_that_come_once_end_every_answer(walked):
 
 
 def test_no_public_function_is_left_out(walked):
-    no_functions = {"Answer", "DenseCache", "Model", "ModelConfig", "RaggedCache", "Scores"}
-    modules = {"head_scores", "models", "ops", "prompts", "scores"}
+    no_functions = {"Answer", "DenseCache", "Model", "ModelConfig", "RaggedCache", "Scores", "Source"}
+    modules = {"head_scores", "models", "ops", "prompts", "scores", "sources"}
     assert set(walked["all"]) - no_functions - modules <= set(walked["names"])

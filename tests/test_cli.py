@@ -298,10 +298,8 @@ def test_a_pipe_is_read_once_and_standard_input_may_be_no_text(tmp_path: Path) -
     os.close(end)
     for junk in (b"\xff\xfe\0", b"a\0b"):
         result = CliRunner().invoke(main, ["compress", "-", "-m", "x", "-o", str(out)], input=junk)
-        assert (
-            one_line(result)
-            == "kvzip: expected text in UTF-8 or a PDF, got standard input that is neither: convert it first"
-        )
+        formats = "text in UTF-8, HTML, a PDF or a Word document (.docx)"
+        assert one_line(result) == f"kvzip: expected {formats}, got standard input that is none: convert it first"
 
 
 def test_several_documents_are_told_apart(document: Path) -> None:
@@ -405,8 +403,8 @@ def test_pieces_are_shown_as_they_come(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""  # in its turn
     on_token("e", 0)
     assert capsys.readouterr().out == "e"
-    finish(["one", "two"])
-    assert capsys.readouterr().out == "\n\n> b?\ntwo\n"
+    finish(["one", "two"], ["", "\n    from there"])
+    assert capsys.readouterr().out == "\n\n> b?\ntwo\n    from there\n"
 
 
 def test_chat_keeps_forks_and_folds_its_turns(
@@ -656,7 +654,7 @@ def test_errors_are_one_line(document: Path, model_dir: Path, kvz: Path, tmp_pat
             ("compress", "none.txt", "-m", model_dir, "-o", out),
             "expected a document, got no file or directory none.txt",
         ),
-        (("compress", binary, "-m", model_dir, "-o", out), "that is neither: convert it first"),
+        (("compress", binary, "-m", model_dir, "-o", out), "that is none: convert it first"),
         (("compress", empty, "-m", model_dir, "-o", out), "with text in it, got none in empty.txt"),
         (("compress", document, "-m", "no-model", "-o", out), "got 'no-model': no such directory"),
         (("compress", document, "-m", tmp_path, "-o", out), "expected config.json in"),

@@ -26,7 +26,7 @@ from kvzip import compression
 from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
-from kvzip.options import Budget, Scoring
+from kvzip.options import Budget, Refitting, Scoring
 from unchecked import unchecked
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
@@ -115,6 +115,21 @@ def test_protected_and_minimum_rows_come_first(dense, span, rows):
     assert small.kept == int(0.5 * cache.total)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"floor": 1.5}, "a floor from 0 to 1 of an equal share, got 1.5"),
+        ({"floor": torch.nan}, "floor"),
+        ({"floor": 0.2, "level": "head"}, "no floor with whole heads, got 0.2"),
+        ({"floor": 0.2, "ratio": None, "threshold": 0.1}, "no floor with a threshold, got 0.2"),
+        ({"floor": 1.0, "protect": [(0, 9)]}, "at most .* protected and minimum rows"),
+    ],
+)
+def test_floors_out_of_place_are_refused(dense, options, message):
+    with pytest.raises(ValueError, match=message):
+        kvzip.compress(dense, **({"ratio": 0.3} | options))
+
+
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(sorted).map(tuple), max_size=3)
 BUDGETS = st.one_of(
     st.fixed_dictionaries({"ratio": st.floats(0.001, 1.0)}),
@@ -128,15 +143,17 @@ BUDGETS = st.one_of(
     level=st.sampled_from(["pair", "layer", "uniform", "head"]),
     protect=SPANS,
     rows=st.integers(0, 9),
+    floor=st.sampled_from([0.0, 0.2, 0.7, 1.0]),
     ends=st.tuples(st.integers(0, 8), st.integers(0, 8)),
     seed=st.integers(0, 99),
 )
-def test_any_options_together_keep_what_a_plain_sort_keeps(dense, how, level, protect, rows, ends, seed):
+def test_any_options_together_keep_what_a_plain_sort_keeps(dense, how, level, protect, rows, floor, ends, seed):
     values = torch.randint(0, 12, (2, 2, len(TEXT)), generator=torch.Generator().manual_seed(seed)).float() / 2
     cache = replace(dense, scores=replace(dense.scores, values=values))
     options = {**how, "protect": protect, "min_rows": rows}
     options |= {"level": "pair"} if "threshold" in how else {"level": level}
     options |= {"sink": ends[0], "recent": ends[1]} if options["level"] == "head" else {}
+    options |= {"floor": floor} if options["level"] != "head" and "threshold" not in how else {}
     want = sorted_out(values.tolist(), **options)
     if isinstance(want, str):
         with pytest.raises(ValueError, match=want):
@@ -147,7 +164,9 @@ def test_any_options_together_keep_what_a_plain_sort_keeps(dense, how, level, pr
     assert small.kept == sum(sum(map(sum, heads)) for heads in want)
 
 
-def sorted_out(values, *, ratio=None, budget=None, threshold=None, level, protect, min_rows, sink=0, recent=0):
+def sorted_out(
+    values, *, ratio=None, budget=None, threshold=None, level, protect, min_rows, floor=0.0, sink=0, recent=0
+):
     """The mask that `compress` should keep, as lists, or the error that it should raise, by sorting plain lists."""
     layers, heads, length = len(values), len(values[0]), len(values[0][0])
     score = {(n, h, e): x for n, rows in enumerate(values) for h, row in enumerate(rows) for e, x in enumerate(row)}
@@ -161,6 +180,8 @@ def sorted_out(values, *, ratio=None, budget=None, threshold=None, level, protec
         return int(n)
 
     forced = {pair for pair in pairs if any(a <= pair[2] < b for a, b in protect)}
+    if floor:
+        min_rows = max(min_rows, int(floor * count(layers * heads) / (layers * heads)))
     for n in range(layers):
         for h in range(heads):
             forced |= set(sorted((pair for pair in pairs if pair[:2] == (n, h)), key=rank)[:min_rows])
@@ -272,7 +293,7 @@ def consumed(request, dense):
 # what a cache says without its pairs
 NO_PAIRS = {
     *("inputs.query_ids", "inputs.following_ids", "scoring.repeats", "evals.run.answer_lines"),
-    "cache.caches.ragged_of",
+    *("cache.caches.ragged_of", "inputs.check_belongs"),
 }
 FOUND = {
     f"{module.removeprefix('kvzip.')}.{name}": (module, name)
@@ -315,8 +336,15 @@ def arguments_of(function, model, cache, path):
         "scoring": Scoring(chunk=9, hint=2),
         "rows": [[4, 5], [6, 7]],
         "budget": Budget(budget_bytes=9),
+        "answered": [2],
     }
-    parameters = inspect.signature(function).parameters.values()
+    if "refitting" in function.__module__:
+        dense = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=9)
+        known |= {"small": kvzip.compress(dense, 0.4), "options": Refitting(chunk=9)}
+        known |= {"layers": known["small"].context}
+    if function.__module__ in ("kvzip.sources", "kvzip.report"):  # one question's ids; questions as texts
+        known |= {"asked": [1], "questions": ["Why?"]}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return {p.name: known[p.name] for p in parameters if p.default is p.empty or p.name == "ratio"}
 
 

@@ -12,6 +12,8 @@ import plain_cache
 import random_model
 from accuracy import assert_as_accurate, same_fields
 from kvzip.cache import WindowKV
+from kvzip.cache.caches import tensors_of
+from kvzip.cache.rows import kept_mask
 from kvzip.scoring import repeats
 from unchecked import unchecked
 
@@ -353,3 +355,38 @@ def test_bad_input_is_named(model, caches):
         kvzip.fold(tight, kvzip.extend(tight, caches["ragged"], "x" * 14), 0.5)
     answer, full = kvzip.ask(tight, caches["ragged"], "Why?")
     assert len(full.token_ids) == used + 14 and len(answer.token_ids) == 4 and answer.stopped == "length"
+
+
+MORE = " It was the age of wisdom, it was the age of foolishness."
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged", "int8"])
+def test_a_document_that_grows_keeps_its_old_pairs_and_as_large_a_part_of_the_new(model, caches, kind):
+    cache = caches[kind]
+    grown = kvzip.append(model, cache, MORE)
+    folded = kvzip.fold(model, kvzip.extend(model, cache, MORE), cache.kept / cache.total)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(grown.context), tensors_of(folded.context), strict=True))
+    assert (grown.kept, grown.total, grown.method) == (folded.kept, folded.total, folded.method)
+    new = grown.context_length - cache.context_length
+    heads = cache.heads * len(cache.scored_layers)
+    assert grown.tail is None and grown.total - cache.total == heads * new
+    assert grown.kept - cache.kept == int(cache.kept / cache.total * heads * new)
+    if kind == "dense":
+        assert grown.scores is None, "at ratio 1 nothing is scored"
+    else:
+        old = cache.total // heads
+        assert (grown.scores.start, grown.scores.stop) == (cache.scores.start, grown.context_length)
+        assert torch.equal(grown.scores.values[:, :, :old], cache.scores.values)
+        fresh, kept = grown.scores.values[:, :, old:], kept_mask(grown)[:, :, old:]
+        assert fresh[kept].min() >= fresh[~kept].max(), "the highest scored of the new text stay"
+    least = kvzip.append(model, cache, MORE, 0.1)
+    assert least.kept - cache.kept == int(0.1 * heads * new)
+
+
+def test_a_document_with_turns_or_without_a_text_does_not_grow(model, caches):
+    with pytest.raises(ValueError, match=r"got one with \d+ tokens of turns after it: fold them"):
+        kvzip.append(model, caches["turn"], MORE)
+    with pytest.raises(ValueError, match="at least one token"):
+        kvzip.append(model, caches["ragged"], "")
+    bare = kvzip.append(model, replace(caches["ragged"], scores=None), MORE)
+    assert bare.scores is None

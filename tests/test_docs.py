@@ -30,8 +30,8 @@ from markdown_it import MarkdownIt
 
 import kvzip
 import make_api_reference
-import small_models
 from kvzip.cli import main
+from kvzip.small import packages as small_models
 from test_cli import write_model
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +47,19 @@ FILES = {"contract.txt": PARAGRAPH * 4, "book.txt": PARAGRAPH * 8, "huge.txt": P
 """Documents that blocks read from the working directory, besides what a page makes itself."""
 
 NOT_RUN = {
-    ("README.md", "make demo    # compresses a document on real weights and asks five questions of it"),
+    ("README.md", "pip install -e '.[demo]'"),
+    ("README.md", "$ kvzip demo"),
+    ("README.md", "make demo    # the same demo, in an environment of its own"),
     ("README.md", "pip install -e .          # from a checkout"),
     ("docs/evals.md", "pip install matplotlib datasets"),
     ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
+    (
+        "docs/parallel.md",
+        "torchrun --nproc-per-node 4 -m kvzip compress book.txt -m meta-llama/Llama-3.1-70B-Instruct -o book.kvz",
+    ),
+    ("docs/parallel.md", "import os, torch, kvzip"),
+    ("docs/parallel.md", "torchrun --nproc-per-node 4 benchmarks/parallel.py --shape llama-3.1-70b"),
     ("docs/gpu_tests.md", 'OMP_NUM_THREADS=1 pytest -m "slow and not gpu" -n 15 tests/ops'),
     ("docs/gpu_tests.md", "wheels='flashinfer-python==0.6.13 apache-tvm-ffi==0.1.15.post2'"),
     ("docs/gpu_tests.md", "python -m pytest -q -o addopts= -m gpu tests/ops/test_devices.py"),
@@ -115,10 +123,11 @@ def loaded_once() -> Callable[..., kvzip.Model]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., kvzip.Model]) -> Path:
-    """The current directory of blocks: documents, the checkout's examples, and `kvzip` and `python` on the path."""
+    """The current directory of blocks: documents, the checkout's examples and package, and commands on the path."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "kvzip"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
     python = shlex.quote(sys.executable)
     for name, command in (("kvzip", f"{python} -m kvzip"), ("python", python)):
@@ -140,6 +149,11 @@ def run_blocks(blocks: list[Block], model: Path, directory: Path) -> None:
     if any(REAL in block.source for block in blocks) and not (directory / REAL).exists():
         try:
             (directory / REAL).symlink_to(small_models.model_dir(REAL))
+        except small_models.Unavailable as missing:
+            pytest.skip(f"left out, {REAL} cannot be had here: {missing}")
+    if any(re.search(r"-m small\b", block.source) for block in blocks):
+        try:
+            small_models.model_dir(REAL)
         except small_models.Unavailable as missing:
             pytest.skip(f"left out, {REAL} cannot be had here: {missing}")
     for block in blocks:
@@ -199,13 +213,13 @@ def sessions(source: str) -> list[tuple[str, str]]:
 
 
 def matches(printed: str, expected: str) -> bool:
-    """Whether a program printed what a page shows, but for times and space at the ends of lines."""
+    """Whether a program printed what a page shows, but for times and the ends of lines; `...` is any lines."""
 
     def plain(text: str) -> list[str]:
         return [re.sub(r"\d[\d.,]* (m?s)\b", r"N \1", line.rstrip()) for line in text.rstrip().splitlines()]
 
-    lines = [r"[\s\S]*?" if line == "..." else re.escape(line) for line in plain(expected)]
-    return re.fullmatch("\n".join(lines), "\n".join(plain(printed))) is not None
+    lines = [r"(?:.*\n)*?" if line == "..." else re.escape(line) + "\n" for line in plain(expected)]
+    return re.fullmatch("".join(lines), "".join(f"{line}\n" for line in plain(printed))) is not None
 
 
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in BLOCKS if block.language in RUN))

@@ -311,3 +311,30 @@ def test_a_consumed_cache_answers_no_empty_list(model, dense):
     kvzip.compress(gone, 0.5, consume=True)
     with pytest.raises(ValueError, match="layers are gone"):
         kvzip.generate(model, gone, [])
+
+
+def test_a_repetition_penalty_is_that_of_its_formula_and_ends_a_loop(model):
+    """The formula, written out over a forward pass of everything; only tokens of the answer count as said."""
+    model, penalty, count = replace(model, stop_ids=()), 1.6, 24
+    cache = kvzip.prefill(model, TEXT, template=False)
+    query = model.tokenizer.text.encode("And so").ids
+    ids, said = [*cache.token_ids.tolist(), *query], []
+    for _ in range(count):
+        scores = kvzip.models.logits(model, _last_hidden(model, ids + said)).double()
+        for token in set(said):
+            scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+        said.append(int(scores.argmax()))
+    options = {"max_tokens": count, "template": False, "repetition_penalty": penalty}
+    decoder = kvzip.Decoder(model, cache, batch=2, tail=40)
+    both = kvzip.generate(model, cache, ["And so", "Who?"], decoder=decoder, **options)
+    alone = kvzip.generate(model, cache, "And so", **options)
+    again = kvzip.generate(model, cache, ["And so", "Who?"], decoder=decoder, max_tokens=count, template=False)
+    assert both[0].token_ids == alone.token_ids == said, "what other questions or an earlier answer said does not count"
+    plain = kvzip.generate(model, cache, "And so", max_tokens=count, template=False).token_ids
+    assert again[0].token_ids == plain == greedy(model, ids, count)
+    assert len(set(said)) > len(set(plain))
+    answer, _ = kvzip.ask(model, cache, "And so", **options)
+    assert answer.token_ids == said
+    for wrong in (0.9, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="repetition_penalty"):
+            kvzip.generate(model, cache, "And so", repetition_penalty=wrong, template=False)

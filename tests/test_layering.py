@@ -17,15 +17,17 @@ ALLOWED = {
     "kvzip.ratios": set(),
     "kvzip.checks": {"kvzip.ratios"},
     "kvzip.display": set(),
-    "kvzip.hub": set(),
+    "kvzip.small": set(),
+    "kvzip.hub": {"kvzip.small"},
     "kvzip.options": {"kvzip.checks"},
     "kvzip.machine": set(),
     "kvzip.ops": set(),
-    "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display"},
-    "kvzip.cache": {"kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},
+    "kvzip.parallel": {"kvzip.ops"},
+    "kvzip.files": {"kvzip.version", "kvzip.checks", "kvzip.display", "kvzip.parallel"},
+    "kvzip.cache": {"kvzip.parallel", "kvzip.ops", "kvzip.prompts", "kvzip.checks", "kvzip.display", "kvzip.files"},
     "kvzip.templates": set(),
     "kvzip.prompts": {"kvzip.templates"},
-    "kvzip.models": {"kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
+    "kvzip.models": {"kvzip.parallel", "kvzip.checks", "kvzip.hub", "kvzip.ops", "kvzip.prompts"},
     "kvzip.attention": {"kvzip.ops", "kvzip.cache", "kvzip.models"},
 }
 _STAGES = (
@@ -38,13 +40,14 @@ _STAGES = (
     "refitting",
     "streaming",
     "scores",
+    "sources",
     "decoding",
     "generation",
     "conversation",
     "head_scores",
 )
 STAGES = [f"kvzip.{name}" for name in _STAGES]
-TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
+TOPS = ["kvzip.interop", "kvzip.evals", "kvzip.tuning", "kvzip.report", "kvzip.cli", "kvzip.__main__"]
 """Each stage may import the lower layers and the stages before it; the tops may import all of these."""
 
 
@@ -136,6 +139,13 @@ def test_no_import_goes_upward() -> None:
 
 def test_no_modules_import_each_other() -> None:
     assert circles(PACKAGE) == []
+
+
+def test_ranks_talk_in_one_room() -> None:
+    modules = modules_of(PACKAGE)
+    users = {m for m, path in modules.items() if "torch.distributed" in " ".join(imports_of(m, path, set(modules)))}
+    assert "kvzip.files.shared" in users
+    assert {layer_of(module) for module in users - {"kvzip.files.shared"}} == {"kvzip.parallel"}
 
 
 def test_a_circle_is_caught_in_functions_too(tmp_path: Path) -> None:

@@ -20,14 +20,16 @@ from packaging.requirements import Requirement
 
 import kvzip
 import random_model
-import small_models
 from kvzip.cli import documents
-from kvzip.evals import report, tasks
+from kvzip.evals import plots, tasks
+from kvzip.small import packages as small_models
 from test_cli import TEXT, write_model
 from test_layering import imports_of, modules_of
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("datasets", "huggingface_hub", "matplotlib", "pandas", "pypdf", "transformers")
+HEAVY = ("bs4", "datasets", "docx", "huggingface_hub", "matplotlib", "pandas", "pypdf", "transformers")
+IMPORTED = {"beautifulsoup4": "bs4", "python-docx": "docx"}
+"""Packages whose modules have another name."""
 IMPORT_SECONDS = 1.5
 
 
@@ -70,10 +72,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_the_packages_hold_the_library_and_nothing_else(built: Built) -> None:
     package = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "py.typed", "data/*.html", "data/*.json", "data/head_scores/*.safetensors")
+        for pattern in (
+            "*.py",
+            "py.typed",
+            "data/*.html",
+            "data/*.json",
+            "data/*.txt",
+            "data/head_scores/*.safetensors",
+        )
         for path in (ROOT / "kvzip").rglob(pattern)
     }
-    data = {"report.html", "words.json", "head_scores/gemma-3-270m.safetensors"}
+    data = {"report.html", "words.json", "museum.txt", "head_scores/gemma-3-270m.safetensors"}
     assert {"kvzip/py.typed", *(f"kvzip/data/{name}" for name in data)} <= package
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -103,8 +112,8 @@ def test_the_version_is_one(built: Built) -> None:
 def test_what_the_library_imports_is_declared(built: Built) -> None:
     modules = modules_of(ROOT / "kvzip")
     found = {name.split(".")[0] for module, path in modules.items() for name in imports_of(module, path, set(modules))}
-    declared = {r.name for r in built.core}.union(*(built.extra(name) for name in EXTRAS if name != "demo"))
-    assert found - {"kvzip", *sys.stdlib_module_names} == declared, "all of them are called as they are imported"
+    declared = {r.name for r in built.core}.union(*(built.extra(name) for name in EXTRAS))
+    assert found - {"kvzip", *sys.stdlib_module_names} == {IMPORTED.get(name, name) for name in declared}
     always = {
         node.module.split(".")[0] if isinstance(node, ast.ImportFrom) and node.module else node.names[0].name
         for path in modules.values()
@@ -164,6 +173,16 @@ def _pdf(directory: Path) -> None:
     documents.read([str(directory / "a.pdf")])
 
 
+def _html(directory: Path) -> None:
+    (directory / "a.html").write_bytes(b"<!doctype html><p>text")
+    documents.read([str(directory / "a.html")])
+
+
+def _docx(directory: Path) -> None:
+    (directory / "a.docx").write_bytes(b"PK\x03\x04 word/document.xml")
+    documents.read([str(directory / "a.docx")])
+
+
 def _plot(_: Path) -> None:
     kvzip.scores.plot(kvzip.Scores(torch.rand(1, 1, 4), (0,), 0, 4, "any"))
 
@@ -184,18 +203,21 @@ def _demo(directory: Path) -> None:
 EXTRAS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "hub": ("huggingface_hub", lambda _: kvzip.load("someone/some-model")),
     "pdf": ("pypdf", _pdf),
+    "html": ("beautifulsoup4", _html),
+    "docx": ("python-docx", _docx),
     "plot": ("matplotlib", _plot),
     "eval": ("datasets", _eval),
     "transformers": ("transformers", _transformers),
     "demo": ("gguf", _demo),
 }
-"""Each extra, a package of it, and something that needs it."""
+"""Each extra, a package that it brings, and something that needs it."""
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_what_needs_an_extra_names_it(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, use = EXTRAS[extra]
     monkeypatch.delenv("KVZIP_TEST_MODELS", raising=False)
+    package = IMPORTED.get(package, package)
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises((ImportError, small_models.Unavailable), match=rf"pip install .*\[{extra}\]"):
@@ -205,7 +227,7 @@ def test_what_needs_an_extra_names_it(extra: str, tmp_path: Path, monkeypatch: p
 def test_an_eval_report_names_the_plot_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib \(in a checkout pip install -e '\.\[plot\]'\)"):
-        report._canvas(1, 1, "title")
+        plots._canvas(1, 1, "title")
 
 
 def test_every_extra_is_for_something(built: Built) -> None:

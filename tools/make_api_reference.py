@@ -23,14 +23,17 @@ WIDTH = 100  # of a signature on one line
 
 STAGES = (
     ("Models and contexts", ("load", "prefill", "prefill_compressed", "Model", "ModelConfig")),
-    ("Scores and compression", ("score", "compress", "keep_mask", "refit", "Scores")),
-    ("Answers and conversations", ("generate", "Answer", "Decoder", "ask", "extend", "fork", "fold")),
+    ("Scores and compression", ("score", "compress", "tune", "keep_mask", "refit", "Scores")),
+    (
+        "Answers and conversations",
+        ("generate", "Answer", "Source", "Decoder", "ask", "extend", "fork", "fold", "append"),
+    ),
     ("Caches", ("DenseCache", "RaggedCache", "save", "load_cache", "open", "to", "nbytes")),
     ("Transformers", ("from_transformers", "to_transformers")),
 )
 """The public names of `kvzip`, in the order in which they are used."""
 
-MODULES = ("scores", "head_scores", "cache", "models", "attention", "prompts", "ops", "evals")
+MODULES = ("scores", "head_scores", "sources", "tuning", "cache", "models", "attention", "prompts", "ops", "evals")
 
 HEAD = """\
 # API reference

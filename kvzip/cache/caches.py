@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_kind
 from ..display import shown_bits, visible_line
 from ..ops import Quantized
+from ..parallel import Share
 from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_heads, grow_tail
 
 REFITTED = "+refit"
@@ -22,7 +23,8 @@ class Cache:
 
     The first `start` tokens are the system prefix: always kept, never scored. `kept` and `total` count evictable pairs,
     those of the scored layers, all heads and the context's tokens. `method` says how pairs were chosen, "" if all are
-    kept. `chat` says whether the prefix is the chat template's, with the user turn still open.
+    kept. `chat` says whether the prefix is the chat template's, with the user turn still open. Where ranks share the
+    model, `share` says which heads this one has; scores, `kept` and `total` are of all heads on every rank.
     """
 
     start: int
@@ -30,6 +32,7 @@ class Cache:
     token_ids: Int64[Tensor, " S"]
     fingerprint: str
     scores: Scores | None
+    share: Share | None
     context: Any
     context_length: Any
     tail: Any
@@ -60,8 +63,13 @@ class Cache:
 
     @property
     def heads(self) -> int:
-        """KV heads of each layer."""
+        """KV heads of each layer, of those that are here."""
         return self.context[0].heads
+
+    @property
+    def all_heads(self) -> int:
+        """KV heads of each layer, those of other ranks too."""
+        return self.heads if self.share is None else self.share.heads
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +93,7 @@ class DenseCache(Cache):
     token_ids: Int64[Tensor, " S"]
     fingerprint: str
     scores: Scores | None = None
+    share: Share | None = None
     layer_count: int = 0  # 0: as many as `layers` has now
 
     def __post_init__(self) -> None:
@@ -113,7 +122,8 @@ class DenseCache(Cache):
     @property
     def total(self) -> int:
         """Evictable pairs: (scored layer, head, context token)."""
-        return sum(layer.heads for layer in self.layers if isinstance(layer, DenseKV)) * (self.length - self.start)
+        heads = sum(self.all_heads for layer in self.layers if isinstance(layer, DenseKV))
+        return heads * (self.length - self.start)
 
     @property
     def method(self) -> str:
@@ -141,6 +151,7 @@ class RaggedCache(Cache):
     total: int
     scores: Scores | None = None
     method: str = ""
+    share: Share | None = None
 
 
 def check_whole(cache: DenseCache) -> None:
@@ -195,7 +206,7 @@ def ragged_of(
     cache: DenseCache | RaggedCache, context: tuple[RaggedKV | WindowKV, ...], *, kept: int, total: int, method: str
 ) -> RaggedCache:
     """Returns a ragged cache of these layers, without a tail; its other fields are those of `cache`."""
-    shared = ("context_length", "start", "chat", "token_ids", "fingerprint", "scores")
+    shared = ("context_length", "start", "chat", "token_ids", "fingerprint", "scores", "share")
     own: dict[str, Any] = {name: getattr(cache, name) for name in shared}
     return RaggedCache(context=context, tail=None, kept=kept, total=total, method=method, **own)
 

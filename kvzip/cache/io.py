@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..checks import check_path, check_values
 from ..files.header import open_file
-from ..files.schema import foreign, ratio_of
+from ..files.schema import foreign, is_divided, is_offsets, ratio_of
+from ..files.shared import write_shared
 from ..files.tensors import write_file
 from ..ops import Quantized
+from ..parallel import Share, everyone
 from ..prompts import token_bytes
 from .caches import DenseCache, RaggedCache, check_pairs
 from .parts import DenseKV, RaggedKV, Scores, WindowKV
@@ -32,6 +34,12 @@ class Origin(BelongsTo, Protocol):
     def rope(self) -> Mapping[str, Any] | None: ...
     @property
     def max_length(self) -> int | None: ...
+    @property
+    def quantized(self) -> str | None: ...
+    @property
+    def quantized_head(self) -> str | None: ...
+    @property
+    def activations(self) -> str | None: ...
 
 
 def save(
@@ -49,9 +57,9 @@ def save(
 
     Args:
         note: anything that JSON can hold, for the header.
-        model: the cache's own. The header then says under "model" where it came from (a local directory by its
-            absolute path) and with which dtype, max_length and rope it was loaded, and the file holds the text of each
-            token, so that it can be shown without the model.
+        model: the cache's own. The header then says under "model" where it came from (a local directory by its absolute
+            path) and with which dtype, max_length, rope, weights, head_weights and activations it was loaded, and the
+            file holds the text of each token, so that it can be shown without the model.
         score_bits: 32 keeps scores exact, so that a dense cache can be compressed at any ratio as before; 8 rounds
             them down to at most 256 values (`levels.encode_levels`), a quarter of the bytes.
         overwrite: replaces a file that kvzip wrote. Any other file is left as it is, always.
@@ -59,6 +67,9 @@ def save(
     Raises: ValueError for a consumed cache, one of another model, another number of bits, or NaN scores in 8 bits;
         TypeError for what is no cache, or a note that JSON cannot hold; FileExistsError for a file that is there and
         must not be replaced; OSError if it cannot be written.
+
+    Where ranks share the model, all of them must call it; the first writes the file, which does not depend on how many
+    there are.
     """
     check_pairs(cache)
     check_path(path, "path")
@@ -80,10 +91,16 @@ def save(
             "max_length": model.max_length,
             "rope": model.rope,
         }
+        rounding = {"weights": model.quantized, "head_weights": model.quantized_head, "activations": model.activations}
+        header["model"] |= {name: how for name, how in rounding.items() if how is not None}
         if model.tokenizer is not None:
             tensors |= _texts(model.tokenizer, cache.token_ids)
             header["pieces"] = len(tensors["pieces.ids"])
-    write_file(path, tensors, header, note=note, overwrite=overwrite)
+    if cache.share is None:
+        write_file(path, tensors, header, note=note, overwrite=overwrite)
+        return
+    whole = {name: _whole_offsets(cache.share, x) for name, x in tensors.items() if is_offsets(name)}
+    write_shared(cache.share, Path(path), tensors | whole, header, divided=is_divided, note=note, overwrite=overwrite)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def load_cache(
     """Returns the cache of a file that `save` wrote.
 
     Args:
-        model: the model that it must belong to, if given.
+        model: the model that it must belong to, if given. A rank of several reads the pairs of its heads.
         device: where its tensors go; None takes the model's, or the CPU.
         pairs: False leaves the keys and values in the file and gives meta tensors of their shapes and dtypes. Lengths,
             offsets, positions, token ids and scores are read: they say which pairs are kept.
@@ -132,6 +149,12 @@ def read_pieces(path: str | Path) -> dict[int, bytes]:
     """
     with open_cache(path) as file:
         return read_texts(file)
+
+
+def _whole_offsets(share: Share, own: Tensor) -> Tensor:
+    """Where the rows of each head begin and end among those of all ranks."""
+    counts = everyone(share, own.diff().cpu())
+    return torch.cat([counts[0].new_zeros(1), *(counts[rank] for rank in share.speakers)]).cumsum(0).int()
 
 
 def _texts(tokenizer: Any, token_ids: Tensor) -> dict[str, Tensor]:

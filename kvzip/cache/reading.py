@@ -14,8 +14,10 @@ from ..display import visible_line
 from ..files import schema
 from ..files.damage import Damaged, refusing, require
 from ..files.header import OpenFile, open_file
+from ..files.shared import SharedSums
 from ..files.tensors import DTYPES, read_tensor, staging
 from ..ops import Channels, Quantized, decode_schedule
+from ..parallel import Share, together
 from .caches import DenseCache, RaggedCache
 from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV
 from .score_codes import MOST
@@ -68,9 +70,14 @@ def read_cache(
         device = "cpu" if model is None else model.device
     torch.empty(0, device=device)  # outside of `refusing`: a missing device is not damage of the file
     with refusing(file.path):
-        cache = _Reader(file, str(device), pairs, staging(device)).cache()
-        if model is not None:
-            _check_fits(cache, model)
+        share: Share | None = getattr(model, "share", None)
+        with together(share):
+            sums = None if share is None else SharedSums(share)
+            cache = _Reader(file, str(device), pairs, staging(device), sums).cache()
+            if model is not None:
+                _check_fits(cache, model)
+        if sums is not None:
+            sums.check(file)
         return cache
 
 
@@ -107,29 +114,48 @@ class _Reader:
     device: str = "cpu"
     pairs_too: bool = True
     scratch: Tensor | None = None
+    sums: SharedSums | None = None  # of a rank that reads its heads alone
+
+    @property
+    def share(self) -> Share | None:
+        return None if self.sums is None else self.sums.share
 
     @property
     def header(self) -> dict[str, Any]:
         return self.file.header
 
     def take(
-        self, name: str, sizes: Mapping[str, int] | None = None, *, of: str = "", like: Tensor | None = None
+        self,
+        name: str,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        of: str = "",
+        like: Tensor | None = None,
+        own: slice | None = None,
     ) -> Tensor:
         """The tensor of that name, checked against the schema before it is read.
 
         Args:
             sizes: of axes, by their names in the schema; others may have any size.
             of: the kind of layer.
-            like: a tensor of the same shape and dtype.
+            like: a tensor of the same shape and dtype, of which as much was read.
+            own: the part to read, along heads or rows.
         """
         require(name in self.file.tensors, f"no tensor {name}")
         place = self.file.tensors[name]
         shape, dtype = place.shape, DTYPES[place.dtype]
         fits = schema.fits(name, of, place.dtype, shape, sizes or {})
-        fits = fits and (like is None or (shape, dtype) == (tuple(like.shape), like.dtype))
+        part = shape
+        if own is not None:
+            at = 1 if len(shape) == 4 else 0
+            part = (*shape[:at], own.stop - own.start, *shape[at + 1 :])
+        fits = fits and (like is None or (part, dtype) == (tuple(like.shape), like.dtype))
         require(fits, f"{name} of shape {list(shape)} and {dtype}")
         if not self.pairs_too and {"k", "v"} & {*name.split(".")}:
-            return torch.empty(shape, dtype=dtype, device="meta")
+            return torch.empty(part, dtype=dtype, device="meta")
+        if own is not None:
+            assert self.sums is not None
+            return self.sums.read(self.file, name, own.start, own.stop, self.device)
         if name == "token_ids" or name.startswith("pieces."):
             return read_tensor(self.file, name)
         return read_tensor(self.file, name, self.device, scratch=self.scratch)
@@ -147,7 +173,7 @@ class _Reader:
         windows = {layer.start for layer in layers if isinstance(layer, WindowKV)}
         require(len(windows) <= 1, "windows of different lengths")
         common: dict[str, Any] = {name: header[name] for name in ("start", "chat", "fingerprint")}
-        common |= {"token_ids": token_ids, "scores": self.scores(layers)}
+        common |= {"token_ids": token_ids, "scores": self.scores(layers), "share": self.share}
         kinds = {type(layer) for layer in layers}
         if header["cache"] == "DenseCache":
             require(not header["tail"], "a tail in a dense cache")
@@ -160,9 +186,10 @@ class _Reader:
             more = {name: header[name] for name in ("kept", "total", "method")}
             cache = RaggedCache(context=tuple(layers), tail=tail, context_length=length, **common, **more)
             after = int(tail.lengths[0]) if tail is not None else 0
-            ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
-            rows = sum(len(layer.positions) - start * layer.heads for layer in ragged)
-            pairs = (length - start) * len(ragged) * cache.heads
+            ragged = [n for n, layer in enumerate(layers) if isinstance(layer, RaggedKV)]
+            held = [self.file.tensors[f"layers.{n}.positions"].shape[0] for n in ragged]
+            rows = sum(held) - len(ragged) * start * cache.all_heads
+            pairs = (length - start) * len(ragged) * cache.all_heads
         require(len(token_ids) == length + after, "token ids and lengths differ")
         kept, total = header["kept"], header["total"]
         require((rows, pairs) == (kept, total), f"{rows} of {pairs} pairs, {kept} of {total} by the header")
@@ -192,27 +219,46 @@ class _Reader:
         if kind == "RaggedKV":
             return self.ragged(name, spec)
         require(kind in ("DenseKV", "WindowKV"), f"a layer of kind {kind!r}")
-        k = self.take(f"{name}.k", {"length": length}, of=kind)
-        v = self.take(f"{name}.v", of=kind, like=k)
+        own = self.heads(f"{name}.k")
+        k = self.take(f"{name}.k", {"length": length}, of=kind, own=own)
+        v = self.take(f"{name}.v", of=kind, like=k, own=own)
         if kind == "DenseKV":
             return DenseKV(k, v)
         first = length - k.shape[2]
         require(spec.get("start") == first, f"the window of {name} does not end at token {length}")
         return WindowKV(k, v, first)
 
+    def heads(self, name: str, axis: int = 1, more: int = 0) -> slice | None:
+        """The heads to read of a tensor; None for all. Raises Damaged for other heads than the model's."""
+        share = self.share
+        if share is None or name not in self.file.tensors:  # `take` says that it is missing
+            return None
+        shape = self.file.tensors[name].shape
+        held = shape[axis] - more if len(shape) > axis else 0
+        require(held == share.heads, f"{held} heads in {name}, not the model's {share.heads}")
+        return share.own
+
     def ragged(self, name: str, spec: dict[str, Any]) -> RaggedKV:
-        offsets, positions = self.take(f"{name}.offsets"), self.take(f"{name}.positions")
         start, length = self.header["start"], self.header["length"]
-        k = self.rows(f"{name}.k", spec, spec.get("bits"), len(positions))
-        v = self.rows(f"{name}.v", spec, spec.get("value_bits", spec.get("bits")), len(positions))
+        offsets, heads = self.take(f"{name}.offsets"), self.heads(f"{name}.offsets", 0, 1)
+        place = self.file.tensors.get(f"{name}.positions")
+        count, own = 0 if place is None else place.shape[0], None
+        require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == count, f"offsets of {name}")
+        require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
+        if heads is not None:
+            offsets = offsets[heads.start : heads.stop + 1]
+            own = slice(int(offsets[0]), int(offsets[-1]))
+            offsets = offsets - offsets[0]
+        positions = self.take(f"{name}.positions", own=own)
+        k = self.rows(f"{name}.k", spec, spec.get("bits"), count, own)
+        v = self.rows(f"{name}.v", spec, spec.get("value_bits", spec.get("bits")), count, own)
         if spec.get("channels"):
             if not isinstance(k, Quantized):
                 raise Damaged(f"channels of {name}, which is not quantized")
-            k = replace(k, channels=self.channels(f"{name}.k", {"H": len(offsets) - 1, "D": k.width}))
+            sizes = {"D": k.width} if heads is not None else {"H": len(offsets) - 1, "D": k.width}
+            k = replace(k, channels=self.channels(f"{name}.k", sizes, heads))
         widths = [x.shape[-1] if isinstance(x, Tensor) else x.width for x in (k, v)]
         require(widths[0] == widths[1], f"k and v of {name} differ in width")
-        require(len(offsets) > 1 and int(offsets[0]) == 0 and int(offsets[-1]) == len(positions), f"offsets of {name}")
-        require(bool((offsets.diff() >= 0).all()), f"offsets of {name} decrease")
         if len(positions):
             inside = int(positions.min()) >= 0 and int(positions.max()) < length
             require(inside, f"positions of {name} outside of {length} tokens")
@@ -235,29 +281,37 @@ class _Reader:
         require(bool(bias.isfinite().all()), f"{name} that is not finite")
         return bias
 
-    def rows(self, name: str, spec: dict[str, Any], bits: int | None, count: int) -> Tensor | Quantized:
+    def rows(
+        self, name: str, spec: dict[str, Any], bits: int | None, count: int, own: slice | None
+    ) -> Tensor | Quantized:
         group = spec.get("group") or 0
         if bits is None:
-            return self.take(name, {"rows": count}, of="RaggedKV")
-        codes = self.take(f"{name}.codes", {"rows": count})
+            return self.take(name, {"rows": count}, of="RaggedKV", own=own)
+        codes = self.take(f"{name}.codes", {"rows": count}, own=own)
         width = codes.shape[1] * 8 // bits if bits in (8, 4, 2) else 0
         whole = group > 0 and width > 0 and width % group == 0 and group % (8 // bits) == 0
         require(whole, f"{name} of {bits} bits in groups of {group}")
-        scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group})
-        zero = self.take(f"{name}.zero", like=scale)
+        scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group}, own=own)
+        zero = self.take(f"{name}.zero", like=scale, own=own)
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
         require(finite, f"scales of {name} that are not finite")
         return Quantized(codes, scale, zero, bits, group)
 
-    def channels(self, name: str, sizes: dict[str, int]) -> Channels:
-        center, spread = (self.take(f"{name}.{part}", sizes) for part in ("center", "spread"))
+    def channels(self, name: str, sizes: dict[str, int], own: slice | None) -> Channels:
+        parts = (f"{name}.{part}" for part in ("center", "spread"))
+        center, spread = (self.take(x, sizes, own=own and self.heads(x, 0)) for x in parts)
         fit = center.is_meta or bool(center.isfinite().all() and spread.isfinite().all() and (spread > 0).all())
         require(fit, f"channels of {name} that are no numbers or not above 0")
         return Channels(center, spread)
 
     def tail(self, layers: list[Any]) -> Tail:
-        k = tuple(self.take(f"tail.k.{n}", {"H": layers[0].heads, "D": x.width}) for n, x in enumerate(layers))
-        v = tuple(self.take(f"tail.v.{n}", like=x) for n, x in enumerate(k))
+        sizes = {} if self.share is not None else {"H": layers[0].heads}
+        names = [f"tail.k.{n}" for n in range(len(layers))]
+        k = tuple(
+            self.take(name, {**sizes, "D": x.width}, own=self.heads(name))
+            for name, x in zip(names, layers, strict=True)
+        )
+        v = tuple(self.take(f"tail.v.{n}", like=x, own=self.heads(f"tail.v.{n}")) for n, x in enumerate(k))
         lengths = self.take("tail.lengths")
         require(all(0 <= int(lengths[0]) <= x.shape[2] for x in k), "the tail is longer than its rows")
         require(len({x.dtype for x in k}) == 1, "the tail has other dtypes in other layers")
@@ -270,7 +324,8 @@ class _Reader:
         scored = [n for n, layer in enumerate(layers) if not isinstance(layer, WindowKV)]
         require(spec["layers"] == scored and (spec["start"], spec["stop"]) == (start, length), "scores of other tokens")
         require(spec.get("bits") in (None, 8), f"scores of {spec.get('bits')!r} bits")
-        sizes = {"L": len(scored), "H": layers[0].heads, "length - start": length - start}
+        heads = layers[0].heads if self.share is None else self.share.heads
+        sizes = {"L": len(scored), "H": heads, "length - start": length - start}
         if spec.get("bits") is None:
             values = self.take("scores.values", sizes)
         else:

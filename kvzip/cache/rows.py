@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.types import LARGEST, Quantized, owners
+from ..parallel import everyone
 from .caches import DenseCache, RaggedCache, check_cache
 from .parts import RaggedKV
 
@@ -31,7 +32,10 @@ def prefix_keys(layer: RaggedKV, start: int, dtype: torch.dtype) -> Float[Tensor
 
 
 def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
-    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix, on the CPU."""
+    """Returns which context pairs a cache holds, by scored layer, head and token after the prefix, on the CPU.
+
+    Where ranks share the model every one must call it; the heads are those of all.
+    """
     check_cache(cache)
     layers = [cache.context[n] for n in cache.scored_layers]
     mask = torch.ones(len(layers), cache.heads if layers else 0, cache.context_length, dtype=torch.bool)
@@ -39,6 +43,9 @@ def kept_mask(cache: DenseCache | RaggedCache) -> Bool[Tensor, "L H E"]:
         if isinstance(layer, RaggedKV):
             kept.fill_(False)
             kept[owners(layer.offsets, len(layer.positions)).cpu(), layer.positions.long().cpu()] = True
+    if cache.share is not None:
+        masks = everyone(cache.share, mask)
+        mask = torch.cat([masks[rank] for rank in cache.share.speakers], 1)
     return mask[:, :, cache.start :]
 
 

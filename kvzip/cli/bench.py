@@ -14,6 +14,7 @@ from ..display import visible_line
 from ..hub import Loading
 from .output import Stage, echo, put, put_json, say, size, stages
 from .plumbing import Ratio, command, positive
+from .ranks import share_of
 from .sources import find_model, load_model, model_options, short
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ QUESTION = "What is the value of the first key?"
 
 @command(
     "bench",
+    shares=True,
     # options stand before the name of a benchmark; what follows it is handed on, --help too
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog="""
@@ -69,6 +71,8 @@ def bench(
     after a warm-up. With NAME, a benchmark of the checkout, which gets the ARGUMENTS; with nothing, a list of those.
     """
     if model is None:
+        if share_of() is not None:
+            raise click.UsageError("expected -m MODEL under torchrun, got none: benchmarks are started by themselves")
         return _run_script(name, arguments)
     if name is not None:
         raise click.UsageError(f"expected a model or the name of a benchmark, got both: -m {model} and {name}")
@@ -145,6 +149,7 @@ def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -
     from ..decoding import Decoder
     from ..generation import generate, query_ids
     from ..machine import timed
+    from ..parallel import everyone
 
     (asked,) = query_ids(model, cache, [QUESTION], template=cache.chat)
     decoder = Decoder(model, cache, tail=len(asked) + tokens + 1)
@@ -154,7 +159,8 @@ def _answering(model: "Model", cache: "DenseCache | RaggedCache", tokens: int) -
         return timed(model.device, ask)[1]
 
     _, first, longer = map(seconds, (2, 1, tokens + 1))  # captures graphs and compiles kernels first
-    return {"cache_bytes": nbytes(cache), "first_token_s": first, "token_s": max(0.0, longer - first) / tokens}
+    held = sum(everyone(cache.share, nbytes(cache)))
+    return {"cache_bytes": held, "first_token_s": first, "token_s": max(0.0, longer - first) / tokens}
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import click
 
 from ..hub import Loading
+from ..ratios import FLOOR
 from . import documents
 from .ask import follow
 from .output import put, put_json, stages
@@ -70,6 +71,7 @@ def compare(
             ratio,
             method=method,
             refit=refit,
+            floor=FLOOR if refit else 0.0,
             template=not plain,
             max_tokens=max_tokens,
             on_step=stage,

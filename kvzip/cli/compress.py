@@ -1,6 +1,7 @@
 """`kvzip compress`: documents into one file."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,11 @@ import click
 
 from ..display import visible_line
 from ..hub import Loading
+from ..ratios import FLOOR
 from . import documents
 from .output import echo, hint, put_json, say, size, stages
 from .plumbing import Bits, FileName, Ratio, command, finite, in_bytes, positive, resuming
+from .ranks import agreed, share_of
 from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_output, force_option, is_kvzip_file, say_replaced
 
@@ -24,6 +27,7 @@ SUFFIX = ".kvz"
 
 @command(
     "compress",
+    shares=True,
     epilog="""
     kvzip compress report.pdf -m qwen2.5-7b -r 0.3 -o report.kvz
     kvzip compress src/ notes.md -m DIR -o project.kvz
@@ -66,6 +70,12 @@ SUFFIX = ".kvz"
     is_flag=True,
     help="Fit biases and new values, so that what is kept gets the attention of all: one more pass. With --segment, "
     "each segment keeps its own share.",
+)
+@click.option(
+    "--floor",
+    type=click.FloatRange(0, 1),
+    callback=finite,
+    help=f"Part of an equal share that every head keeps at least [default: {FLOOR} with --refit, otherwise 0].",
 )
 @click.option(
     "--scope",
@@ -116,6 +126,7 @@ def compress(
     level: str | None,
     bits: tuple[int, int] | None,
     refit: bool,
+    floor: float | None,
     scope: str | None,
     method: str,
     heads: str | None,
@@ -149,11 +160,18 @@ def compress(
         )
     if not heads and (sink is not None or recent is not None):
         raise click.UsageError("--sink and --recent go with --heads: without it no head is dropped; see --help")
+    if floor and (heads or threshold is not None or level == "head"):
+        raise click.UsageError(
+            "--floor takes no --heads, --threshold or --level head: it is a part of each head's share"
+        )
+    if floor is None:
+        floor = FLOOR if refit and not heads and threshold is None and level != "head" else 0.0
     ratio = RATIO if ratio is None and all(x is None for x in others) else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     scores = None if heads is None else find_heads(heads)
-    held = check_output(output, kind="file of kvzip", ours=is_kvzip_file, force=force)
-    text, named = documents.read(documents_)
+    share = share_of()
+    held = agreed(share, partial(check_output, output, kind="file of kvzip", ours=is_kvzip_file, force=force))
+    text, named = agreed(share, partial(documents.read, documents_))
     directory = find_model(model)
     positions = made_for(directory, rope=loading.rope)
     from .. import options  # torch is imported here, after all that can be refused without it
@@ -175,6 +193,7 @@ def compress(
                     budget=budget,
                     budget_bytes=budget_bytes,
                     threshold=threshold,
+                    floor=floor,
                     biases=refit and budget_bytes is not None,
                 ),
                 bits=bits,
@@ -194,6 +213,7 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
     """Prints facts of a file that was written: those of its cache and its note."""
     from .. import refitting
     from ..cache import WindowKV, full_nbytes, nbytes
+    from ..parallel import everyone
 
     ratio = cache.kept / cache.total
     windows = sum(isinstance(layer, WindowKV) for layer in cache.context)
@@ -207,9 +227,9 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
         "method": cache.method,
         "layers": len(cache.context),
         "window_layers": windows,
-        "full_bytes": full_nbytes(cache),
-        "cache_bytes": nbytes(cache),
-        "file_bytes": output.stat().st_size,
+        "full_bytes": sum(everyone(cache.share, full_nbytes(cache) or 0)),
+        "cache_bytes": sum(everyone(cache.share, nbytes(cache))),
+        "file_bytes": agreed(cache.share, lambda: output.stat().st_size),
         "seconds": note["seconds"],
     }
     if "heads" in note:

@@ -1,17 +1,25 @@
-"""Documents as text: files of text and Markdown, PDF, standard input, directories of code."""
+"""Documents as text: files of text and Markdown, PDF, HTML, Word, standard input, directories of code."""
 
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..display import visible_line
 from .output import say
 
 STDIN = "standard input"
 _NAMED = 20  # files that are left out for one reason
+
+_BLOCKS = {
+    *("p", "div", "section", "article", "header", "footer", "main", "aside", "nav", "blockquote", "pre", "figure"),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "dl", "dt", "dd", "table", "tr", "form", "hr"),
+}
+_UNREAD = {"script", "style", "template", "noscript", "head"}
 
 SKIPPED = ("__pycache__", "node_modules", "venv", "build", "dist")
 """Directories that are left out where git does not say what belongs to a project, as hidden ones are."""
@@ -26,8 +34,10 @@ def read(sources: Sequence[str]) -> tuple[str, str]:
     Args:
         sources: paths, or "-" for standard input.
 
+    A page of HTML that is named is read as its text; in a directory it is source code like any other.
+
     Raises: FileNotFoundError; ValueError for a file that is no text, or no text at all; ImportError for a PDF without
-        pypdf.
+        pypdf, HTML without Beautiful Soup, or a Word document without python-docx.
     """
     parts: list[tuple[str, str]] = []
     for source in sources:
@@ -60,16 +70,23 @@ def name_of(source: str) -> str:
 
 
 def _decoded(content: bytes, name: str) -> str:
-    text = _text(content, Path(name).name)
+    short = Path(name).name
+    if _is_html(content):
+        return _html(content, short)
+    text = _text(content, short)
     if text is None:
-        raise ValueError(f"expected text in UTF-8 or a PDF, got {name} that is neither: convert it first")
+        raise ValueError(
+            f"expected text in UTF-8, HTML, a PDF or a Word document (.docx), got {name} that is none: convert it first"
+        )
     return text
 
 
 def _text(content: bytes, name: str) -> str | None:
-    """The text of a file, PDFs included; None for a file of something else."""
+    """The text of a file, PDFs and Word documents included; None for a file of something else."""
     if content.startswith(b"%PDF-"):
         return _pdf(content, name)
+    if content.startswith(b"PK\x03\x04") and b"word/" in content:
+        return _docx(content, name)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -77,14 +94,77 @@ def _text(content: bytes, name: str) -> str | None:
     return None if "\0" in text else text
 
 
+def _is_html(content: bytes) -> bool:
+    """Whether a file begins as a page of HTML does."""
+    begin = content[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return begin.startswith((b"<!doctype html", b"<html")) or (begin.startswith(b"<?xml") and b"<html" in begin)
+
+
+def _html(content: bytes, name: str) -> str:
+    """The text of a page, a line for each block: without scripts, styles and what is hidden in its head."""
+    try:
+        from bs4 import BeautifulSoup  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _missing("beautifulsoup4", "html", name) from error
+    try:
+        text = "".join(_pieces(BeautifulSoup(content, "html.parser")))  # finds the encoding that the page declares
+    except RecursionError:
+        raise ValueError(f"expected a page whose parts are nested less deeply, got {name}: convert it first") from None
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", re.sub(r"\n (?=\S)", "\n", text))).strip("\n")
+    if not text.strip():
+        raise ValueError(f"expected text in {name}, got a page without any: a browser's copy of it may have some")
+    return text.lstrip(" ") + "\n"
+
+
+def _pieces(node: Any, *, whole: bool = False) -> Iterator[str]:
+    """The text of a part of a page, with line ends around blocks; `whole` keeps spaces and lines as they are."""
+    for child in node.children:
+        name = getattr(child, "name", None)
+        if name is None:
+            if type(child).__name__ in ("NavigableString", "CData"):  # no comment, no declaration
+                yield str(child) if whole else re.sub(r"\s+", " ", str(child))
+        elif name not in _UNREAD:
+            around = "\n" if name in _BLOCKS else ""
+            yield around
+            yield from _pieces(child, whole=whole or name == "pre")
+            yield {"br": "\n", "td": "\t", "th": "\t"}.get(name, around)
+
+
+def _docx(content: bytes, name: str) -> str:
+    """The text of a Word document: paragraphs and tables in their order, a line for each row, cells apart by tabs."""
+    try:
+        from docx import Document  # pyright: ignore[reportMissingImports]
+        from docx.table import Table  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _missing("python-docx", "docx", name) from error
+    try:
+        parts = [
+            "\n".join("\t".join(cell.text.strip() for cell in row.cells) for row in part.rows)
+            if isinstance(part, Table)
+            else part.text
+            for part in Document(io.BytesIO(content)).iter_inner_content()
+        ]
+    except Exception as error:  # a damaged one fails anywhere
+        raise ValueError(
+            f"expected a Word document that can be read, got {name}: {error or type(error).__name__}"
+        ) from error
+    if not any(part.strip() for part in parts):
+        raise ValueError(f"expected text in {name}, got {_counted(parts, 'paragraph')} without any")
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _missing(package: str, extra: str, name: str) -> ImportError:
+    return ImportError(
+        f"expected {package} to read {name}, got no such package: pip install {package} "
+        f"(in a checkout pip install -e '.[{extra}]')"
+    )
+
+
 def _pdf(content: bytes, name: str) -> str:
     try:
         from pypdf import PdfReader  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(
-            f"expected pypdf to read {name}, got no such package: pip install pypdf "
-            "(in a checkout pip install -e '.[pdf]')"
-        ) from error
+        raise _missing("pypdf", "pdf", name) from error
     try:
         pages = [page.extract_text() for page in PdfReader(io.BytesIO(content)).pages]
     except Exception as error:  # a damaged one fails anywhere
@@ -109,7 +189,10 @@ def _directory(path: Path) -> list[tuple[str, str]]:
         try:
             text = _text((path / name).read_bytes(), str(name))
         except (ImportError, ValueError, OSError) as error:
-            why = "as pypdf is missing (pip install pypdf)" if isinstance(error, ImportError) else f"({error})"
+            why = f"({error})"
+            if isinstance(error, ImportError):  # the same for every file that needs the package
+                package = "pypdf" if str(name).lower().endswith(".pdf") else "python-docx"
+                why = f"as {package} is missing (pip install {package})"
             left.setdefault(why, []).append(str(name))
             continue
         if text is None:

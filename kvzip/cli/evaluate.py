@@ -63,6 +63,7 @@ def _ratios(ctx: click.Context, option: click.Parameter, words: Sequence[str]) -
 @evaluate.command(
     "run",
     cls=ListCommand,
+    shares=True,
     epilog=f"""
     kvzip eval -m DIR --task kv@4096 --ratio 0.1 ... 1.0 --method full,kvzip,snapkv
     kvzip eval -m DIR --task squad@2000 ruler@4096 --ratio 0.3 0.5 --data DATA -o results.jsonl

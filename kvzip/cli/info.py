@@ -96,7 +96,7 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
 def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     """Returns the shape of a model, the bytes of its cache for each token, and how many tokens fit at which ratio.
 
-    Only the config is read. Cache and weights are counted in bfloat16.
+    Only the config is read. Caches are counted in bfloat16, weights as stored and as --weights would make them.
 
     Args:
         memory: bytes to fill with weights and cache; None takes what is free on the GPU, or in host memory.
@@ -105,14 +105,25 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     import torch
 
     from ..cache import free_bytes
-    from ..models import empty_weights, translate_config
+    from ..models import translate_config
     from ..models.files import read_json
-    from ..models.weights import named_tensors
+    from ..models.load import FORMS
+    from ..models.schemes import read_quantization
+    from ..models.weights import weight_bytes
     from ..ops import quantize
 
-    config = translate_config(read_json(directory / "config.json"))
-    meta = empty_weights(config, dtype=torch.bfloat16, device="meta")
-    weights = sum(tensor.nbytes for _, tensor in named_tensors(meta))
+    raw = read_json(directory / "config.json")
+    config, quantization = translate_config(raw), read_quantization(raw)
+    forms = {"bfloat16": None, **FORMS}
+    stored = "bfloat16"
+    if quantization is not None:  # a checkpoint in 8 or 4 bits is read as it is
+        scheme = quantization.groups[0][1]
+        stored = f"{quantization.method}, {scheme.kind}"
+        forms = {stored: scheme.kind}
+    sizes = {name: weight_bytes(config, torch.bfloat16, kind=kind) for name, kind in forms.items()}
+    weights = sizes[stored]
+    own = forms[stored]
+    heads = {name: weights - weight_bytes(config, torch.bfloat16, kind=own, head=kind) for name, kind in FORMS.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = "given" if memory else torch.cuda.get_device_name(device) if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
@@ -138,6 +149,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     facts = {"model": source, "family": config.family, "layers": len(config.layers), "global_layers": global_layers}
     facts |= {"window": max(windows, default=None), "query_heads": config.num_heads, "kv_heads": config.num_kv_heads}
     facts |= {"head_dim": config.head_dim, "max_length": config.max_length, "weight_bytes": weights}
+    facts |= {"weights": stored, "weight_bytes_by_form": sizes, "head_weights_save": heads}
     facts |= {"window_bytes": fixed, "bytes_per_token": pairs * pair_bytes[None]}
     return facts | {"memory_bytes": memory, "memory": where, "fits": fits}
 
@@ -188,7 +200,11 @@ def _show_model(facts: dict[str, Any]) -> None:
     echo(f"{short(facts['model'])}: {facts['family']}, {facts['layers']} layers{window}")
     echo(f"heads    {facts['query_heads']} query, {facts['kv_heads']} key-value of width {facts['head_dim']}")
     echo(f"length   {facts['max_length']:,} positions")
-    echo(f"weights  {size(facts['weight_bytes'])} in bfloat16")
+    others = [f"{size(n)} in {name}" for name, n in facts["weight_bytes_by_form"].items() if name != facts["weights"]]
+    more = f"; with --weights {', '.join(others)}" if others else ""
+    echo(f"weights  {size(facts['weight_bytes'])} in {facts['weights']}{more}")
+    saved = ", ".join(f"{size(n)} in {name}" for name, n in facts["head_weights_save"].items())
+    echo(f"head     --head-weights saves {saved}")
     echo(f"cache    {size(facts['bytes_per_token'])} for each token{windows}")
     if facts["memory_bytes"] is None:
         return

@@ -13,6 +13,7 @@ from ..cache import DenseCache, RaggedCache
 from ..head_scores import HeadScores
 from ..models import Model
 from ..options import Budget, Refitting, Scoring, Turn
+from . import ranks
 from .output import Stage, hint, size
 from .plumbing import resuming
 from .targets import check_space, peek, unwritten
@@ -81,7 +82,7 @@ def left(output: Path, segment: int | None, tokens: int = 0) -> str:
     partial = _partial(output)
     if segment is not None and partial.exists():
         return f"what is done is in {partial}: the same command goes on from there"
-    useful = _segment_for(tokens) if tokens and (segment is None or segment >= tokens) else None
+    useful = _segment_for(tokens) if ranks.count() == 1 and tokens and (segment is None or segment >= tokens) else None
     return unwritten(output) + (f", or with --segment {useful}, which can go on where it stopped" if useful else "")
 
 
@@ -125,7 +126,7 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
     packed_bytes = min(budget.budget_bytes or int((budget.ratio or 0) * packing * full_bytes), full_bytes)
     _check_memory(model, full_bytes + packed_bytes * job.refit, tokens)
     if packed_bytes:
-        check_space(job.output, packed_bytes)
+        check_space(job.output, ranks.count() * packed_bytes)
     progress = stage("reading the document")
     progress(0, start + tokens)
     step = PREFILL_CHUNK[model.device.type == "cuda"]
@@ -156,7 +157,7 @@ def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, 
     """Compresses a segment at a time. The note has what is new in it."""
     assert job.segment is not None and job.budget.ratio is not None  # no other budget goes with --segment
     partial = _partial(job.output)
-    check_space(job.output, int(job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
+    check_space(job.output, int(ranks.count() * job.budget.ratio * prefilling.dense_bytes(model, start + tokens)))
     held = peek(partial)
     first, stop = held.get("start"), held.get("tokens")  # unchecked: anyone may have written the file
     done = max(0, stop - first) if isinstance(first, int) and isinstance(stop, int) else 0
@@ -172,9 +173,10 @@ def _in_segments(stage: Stage, model: Model, job: Job, start: int, tokens: int, 
             segment=job.segment,
             share="segment" if job.refit else "running",
             refit=job.refit,
+            floor=job.budget.floor,
             **asdict(job.scoring),
             **asdict(job.turn),
-            checkpoint=partial,
+            checkpoint=partial if model.share is None else None,
             progress=progress,
         )
     except ValueError as error:

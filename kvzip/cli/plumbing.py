@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import click
 
 from ..display import visible, visible_line
 from ..ratios import check_ratio
+from . import ranks
 from .output import say
 
 positive = click.IntRange(min=1)
@@ -116,8 +118,9 @@ class _WithExamples(click.Command):
 class Command(_WithExamples):
     """A command that reports what goes wrong on one line; --debug shows the traceback."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shares: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.shares = shares  # whether the processes of torchrun can share it
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -132,21 +135,33 @@ class Command(_WithExamples):
         shown.setFormatter(_Line("kvzip: %(message)s"))
         logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[shown])
         logging.getLogger("kvzip").setLevel(logging.WARNING)  # those of other libraries are for programmers
-        try:
-            with warnings.catch_warnings():
-                if not debug:
-                    warnings.simplefilter("ignore")  # torch's are for programmers
+        with _reporting(ctx, debug), warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # torch's are for programmers
+            with ranks.shared(ctx, allowed=self.shares), _reporting(ctx, debug):
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
+
+
+@contextmanager
+def _reporting(ctx: click.Context, debug: bool) -> Iterator[None]:
+    """Says what went wrong within on one line, and ends the command; under torchrun, all of its processes."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except (KeyboardInterrupt, click.Abort, Stopped) as stopped:
+        text = f"interrupted: {stopped}" if isinstance(stopped, Stopped) else "interrupted"
+        text = ranks.reason(stopped) or text
+        ranks.fail(partial(say, f"kvzip: {text}"), 130, ctx)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
             raise
-        except (KeyboardInterrupt, click.Abort, Stopped) as stopped:
-            say(f"kvzip: interrupted: {stopped}" if isinstance(stopped, Stopped) else "kvzip: interrupted")
-            ctx.exit(130)
-        except Exception as error:
-            if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
-                raise
-            say(f"kvzip: {explain(error)}")
-            ctx.exit(1)
+        text = ranks.reason(error) or explain(error)
+        if not debug:
+            ranks.fail(partial(say, f"kvzip: {text}"), 1, ctx)
+        if ranks.launch_of(ctx) is None:
+            raise
+        ranks.fail(partial(say, traceback.format_exc()), 1, ctx)
 
 
 command = partial(click.command, cls=Command)
@@ -189,6 +204,7 @@ class Group(_WithExamples, click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
+        ranks.quiet()
         try:
             return super().invoke(ctx)
         except click.ClickException as error:  # it may show the name of a file, so it is made safe

@@ -15,11 +15,13 @@ import click
 from ..files.header import is_something_else
 from ..hub import Loading, config_of, resolve, shipped_name, shipped_scores
 from .output import Stage, say
+from .ranks import launch_of
 
 if TYPE_CHECKING:
     from ..cache import DenseCache, RaggedCache
     from ..models import Model
 
+WEIGHTS = ("fp8", "int8", "int4")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -35,10 +37,14 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
     which += " In place of the one that the file names." if of_file else ""
     dtype = "In place of the file's." if of_file else "Of weights and cache [default: bfloat16]."
     device = "cpu, cuda, cuda:1 [default: a GPU if there is one]."
+    weights = "Round the weights of a 16-bit checkpoint to 8 or 4 bits while loading it."
+    head = "Round the head too, which is not by --weights, and the embedding where it is the same matrix."
     length = "Positions, in place of the model's own limit; more make sense only with --rope."
     options = [
         click.option("-m", "--model", required=required, help=about + which),
         click.option("--dtype", type=click.Choice(DTYPES), help=dtype),
+        click.option("--weights", type=click.Choice(WEIGHTS), help=weights),
+        click.option("--head-weights", type=click.Choice(WEIGHTS), help=head),
         click.option("--device", metavar="DEVICE", callback=_device, help=device),
         click.option("--max-length", type=click.IntRange(min=1), help=length),
         click.option("--rope", metavar="JSON", callback=_json, help="RoPE scaling in place of the config's."),
@@ -47,9 +53,19 @@ def model_options(*, required: bool, about: str = "") -> Callable[[Callable[...,
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def collected(
-            dtype: str | None, device: str | None, max_length: int | None, rope: dict[str, Any] | None, **others: Any
+            dtype: str | None,
+            weights: str | None,
+            head_weights: str | None,
+            device: str | None,
+            max_length: int | None,
+            rope: dict[str, Any] | None,
+            **others: Any,
         ) -> Any:
-            return function(**others, loading=Loading(dtype, device, max_length, rope))
+            group = None
+            if (launch := launch_of()) is not None:
+                group, device = launch.share.group, launch.device
+            loading = Loading(dtype, device, max_length, rope, weights, head_weights, group=group)
+            return function(**others, loading=loading)
 
         for option in reversed(options):
             collected = option(collected)

@@ -18,10 +18,10 @@ from ..cache import DenseCache, RaggedCache, check_pairs, nbytes
 from ..checks import check_kind, check_texts
 from ..display import visible, visible_line
 from ..generation import Answer, generate, query_ids
-from ..inputs import check_fingerprint, tokenizer_of
+from ..inputs import check_belongs, tokenizer_of
 from ..machine import timed
 from ..models import Model
-from ..options import Refitting
+from ..options import Refitting, floor_of
 from ..prefilling import prefill
 from ..prompts import Tokenizer
 from ..refitting import refit_and_measure
@@ -113,6 +113,7 @@ def compare(
     *,
     method: str = "kvzip",
     refit: bool = False,
+    floor: SupportsFloat = 0.0,
     instruction: str | None = None,
     template: bool = True,
     max_tokens: int = 256,
@@ -129,6 +130,7 @@ def compare(
         ratio: fraction of pairs KEPT, 0 < ratio <= 1.
         method: name in `available` of what scores the pairs.
         refit: fits what is kept by `kvzip.refit`.
+        floor: as in `kvzip.compress`; only of a method that does no more than score.
         instruction: opens the user turn, before the document; only with a chat template.
         template: False lets the questions continue the document as plain text.
         stop: a text that ends an answer, or several, as `generate` takes them.
@@ -149,7 +151,8 @@ def compare(
     full, prefill_s = timed(model.device, read)
     step("scoring pairs")
     scored, score_s = timed(model.device, lambda: how.score(model, full))
-    small, compress_s = timed(model.device, lambda: how.compressed(model, scored, ratio))
+    least = floor_of(floor)
+    small, compress_s = timed(model.device, lambda: how.compressed(model, scored, ratio, floor=least))
     fit = None
     if refit:
         step("fitting what is kept")
@@ -200,7 +203,7 @@ def answer_probabilities(
     """
     check_kind(model, Model)
     check_pairs(cache)
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
     if not isinstance(query, str):
         raise TypeError(f"expected query to be one text, got {type(query).__name__}: ask one question at a time")
     asked = query_ids(model, cache, [query], template=template)

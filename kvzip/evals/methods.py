@@ -36,9 +36,11 @@ class Method:
     cite: str
     pack: Callable[[Model, DenseCache, float], RaggedCache] | None = None
 
-    def compressed(self, model: Model, scored: DenseCache, ratio: float) -> RaggedCache:
-        """Returns the cache of a ratio."""
-        return compress(scored, ratio, level=self.level) if self.pack is None else self.pack(model, scored, ratio)
+    def compressed(self, model: Model, scored: DenseCache, ratio: float, *, floor: float = 0.0) -> RaggedCache:
+        """Returns the cache of a ratio; with a floor (see `compress`) if the method does no more than score."""
+        if self.pack is not None:
+            return self.pack(model, scored, ratio)
+        return compress(scored, ratio, level=self.level, floor=floor if self.level != "head" else 0.0)
 
 
 def heads(model: Model, cache: DenseCache) -> DenseCache:

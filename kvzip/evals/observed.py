@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention import causal_attention, window_attention
 from ..cache import DenseCache, check_whole, global_layers
-from ..inputs import check_fingerprint
+from ..inputs import check_belongs, check_whole_model
 from ..models import Model, ModelConfig, run_attention
 from ..models.rope import cos_sin
 
@@ -23,7 +23,8 @@ all of its cached keys, and the log-sum-exp of each query's logits over the keys
 
 def shape_of(model: Model, cache: DenseCache) -> tuple[int, int, int]:
     """L, H, E of the scores. Raises ValueError for a cache of another model, or one with nothing to score."""
-    check_fingerprint(model, cache.fingerprint)
+    check_belongs(model, cache)
+    check_whole_model(model, "the baselines of evals")
     check_whole(cache)
     layers = len(global_layers(cache))
     if not layers:

@@ -2,20 +2,25 @@
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .plan import FULL
-from .results import Answered, Summary, by_measure, differences, group, label, read, summarize
+from .plots import figures, relative
+from .results import Answered, Summary, by_measure, differences, group, read, summarize
 
-NEEDLES = ("needle", "needles")
-MEAN = "mean of tasks, relative to the full cache"
 PROVENANCE = ("commit", "torch", "dtype", "device", "seed", "date")
-FEW_LINES = 4
-"""At most so many lines of a plot have their intervals shaded."""
-_MARKERS = "osD^vP*Xh<>p"
+_PHONE = 900
+"""Pixels of a picture above which it is scrolled on a phone, not shrunk."""
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+    "img{max-width:100%;height:auto;background:#fff;border-radius:.4rem}.story{font-size:1.15rem}"
+    "table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}"
+    "th,td{padding:.15em .8em .15em 0;border-bottom:1px solid #8884;text-align:left;white-space:nowrap}"
+    "@media(max-width:40rem){.plot img{max-width:none;width:46rem}}"
+    "h2{margin-top:2rem}@media(prefers-color-scheme:dark){body{background:#15161a;color:#e9e7e2}}"
+    "@media print{body{max-width:none}img,table{break-inside:avoid}}"
+)
 
 
 def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip") -> list[Path]:
@@ -31,18 +36,19 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     if not answers:
         raise ValueError(f"expected answers in {', '.join(map(str, results))}, got none: run the evaluation first")
     directory.mkdir(parents=True, exist_ok=True)
-    written, tables, pictures = [], [], []
+    written, tables, pictures, told = [], [], [], []
     for (model, form), own in group(answers, "model", "form").items():
         title = f"{model}, {form}"
         tables.append(f"## {title}\n\n{overview(own)}\n\n{table(own, base=base)}")
-        for name, figure in figures(own, title).items():
+        told.append(story(own, title, base=base))
+        for name, figure in figures(own, title, base=base).items():
             path = directory / f"{model}-{form}-{name}.png".replace("@", "-").replace("/", "-")
             path.write_bytes(figure)
             pictures.append((f"{title}: {name}", figure))
             written.append(path)
     text = "\n\n".join(tables) + "\n\n" + provenance(answers) + "\n"
     (directory / "table.md").write_text(text, encoding="utf-8")
-    (directory / "index.html").write_text(page(text, pictures), encoding="utf-8")
+    (directory / "index.html").write_text(page(text, pictures, story=told), encoding="utf-8")
     return [directory / "table.md", directory / "index.html", *written]
 
 
@@ -100,59 +106,67 @@ def table(answers: Sequence[Answered], *, base: str = "kvzip") -> str:
     return "\n".join(lines)
 
 
-def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
-    """Returns each method's mean over tasks of its score divided by the full cache's, by (method, ratio).
+def page(text: str, pictures: Sequence[tuple[str, bytes]], *, story: Sequence[str] = ()) -> str:
+    """Returns one HTML page without references to other files: the story, pictures, then the Markdown tables.
 
-    Tasks that the full cache scores 0 in, and methods and ratios that were not run on all the others, are left out.
+    It is as wide as its window, a phone's too, and dark where its reader wants that.
     """
-    means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
-    full = {task: mean for (task, method, _), mean in means.items() if method == FULL and mean > 0}
-    found: dict[tuple[str, float], list[float]] = {}
-    for (task, method, ratio), mean in means.items():
-        if task in full:
-            found.setdefault((method, ratio), []).append(mean / full[task])
-    return {key: sum(values) / len(values) for key, values in found.items() if len(values) == len(full)}
+    body = [f'<p class="story">{html.escape(sentence)}</p>' for sentence in story]
+    for name, png in pictures:
+        kind = "wide plot" if int.from_bytes(png[16:20], "big") > _PHONE else "wide"  # its width, in a PNG's header
+        data = base64.b64encode(png).decode()
+        body.append(f'<h2>{html.escape(name)}</h2><div class="{kind}">')
+        body.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div>')
+    rows: list[str] = []
 
+    def end_table() -> None:
+        if rows:
+            body.append(f'<div class="wide"><table>{"".join(rows)}</table></div>')
+            rows.clear()
 
-def figures(answers: Sequence[Answered], title: str) -> dict[str, bytes]:
-    """Returns PNGs by name: "tasks", "mean" where the full cache was asked, and "heat" where needles were hidden."""
-    made = {"tasks": _task_plots(answers, title)}
-    if relative(answers):
-        made["mean"] = _mean_plot(answers, title)
-    hidden = [a for a in answers if a.question["task"].partition("@")[0] in NEEDLES]
-    if hidden:
-        made["heat"] = _heat_maps(hidden, title)
-    return made
-
-
-def page(text: str, pictures: Sequence[tuple[str, bytes]]) -> str:
-    """Returns one HTML page without references to other files: pictures first, then the Markdown tables."""
-    body = [
-        f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in pictures
-    ]
     for line in text.split("\n"):
         if line.startswith("|---"):
             continue
-        if line.startswith("| task"):
-            body.append("</table><p></p><table>")
+        if line.startswith(("| task", "| method")):
+            end_table()
         if line.startswith("|"):
             cells = (html.escape(cell.strip()) for cell in line.strip("|").split("|"))
             cells = (f"<b>{cell[2:-2]}</b>" if cell.startswith("**") else cell for cell in cells)
-            body.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
-        elif line.startswith(("## ", "### ")):
+            kind = "td" if rows else "th"
+            rows.append("<tr>" + "".join(f"<{kind}>{cell}</{kind}>" for cell in cells) + "</tr>")
+            continue
+        end_table()
+        if line.startswith(("## ", "### ")):
             level = line.index(" ")
-            body.append(f"</table><h{level}>{html.escape(line[level + 1 :])}</h{level}><table>")
+            body.append(f"<h{level}>{html.escape(line[level + 1 :])}</h{level}>")
         elif line:
-            body.append(f"</table><p>{html.escape(line)}</p>")
-    style = (
-        "body{font-family:sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}"
-        "td{padding:.1em .8em;border-bottom:1px solid #ddd}"
-    )
+            body.append(f"<p>{html.escape(line)}</p>")
+    end_table()
     joined = "\n".join(body)
     marks = '<meta charset="utf-8"><meta name="generator" content="kvzip eval">'
-    return f"<!doctype html>{marks}<title>kvzip eval</title><style>{style}</style>\n{joined}\n"
+    marks += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    marks += '<meta name="color-scheme" content="light dark">'
+    return (
+        f"<!doctype html>\n<html lang=en>{marks}<title>kvzip eval</title><style>{_STYLE}</style>\n{joined}\n</html>\n"
+    )
+
+
+def story(answers: Sequence[Answered], title: str, *, base: str = "kvzip") -> str:
+    """Returns a sentence that says what `base`, or else the best method, keeps of the full cache's score."""
+    kept: dict[str, dict[float, float]] = {}
+    for (method, ratio), value in relative(answers).items():
+        if method != FULL:
+            kept.setdefault(method, {})[ratio] = value
+    if not kept:
+        return f"{title}: no method was run beside the full cache on all tasks."
+    method = base if base in kept else max(kept, key=lambda name: sum(kept[name].values()) / len(kept[name]))
+    (most, first), *rest = sorted(kept[method].items(), reverse=True)
+    parts = [f"{first:.0%} of the full cache's score with {most:.0%} of the pairs"]
+    parts += [f"{value:.0%} with {ratio:.0%}" for ratio, value in rest]
+    at = min(kept[method], key=lambda ratio: (abs(ratio - 0.3), ratio))
+    others = sorted(((kept[name][at], name) for name in kept if name != method and at in kept[name]), reverse=True)
+    beside = ", ".join(f"{name} {value:.0%}" for value, name in others[:3])
+    return f"{title}: {method} keeps {', '.join(parts)}." + (f" With {at:.0%}, {beside}." if beside else "")
 
 
 def provenance(answers: Sequence[Answered]) -> str:
@@ -168,109 +182,3 @@ def _difference(difference: Summary | None) -> str:
         return ""
     text = f"{100 * difference.mean:+.1f}"
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
-
-
-def _task_plots(answers: Sequence[Answered], title: str) -> bytes:
-    tasks = [task for (task,) in group(answers, "label")]
-    columns = min(4, len(tasks))
-    figure, axes = _canvas(-(-len(tasks) // columns), columns, title)
-    styles = _styles(answers)
-    for axis, task in zip(axes, tasks, strict=False):
-        own = [answer for answer in answers if label(answer) == task]
-        for (method,), asked in group(sorted(own, key=lambda answer: answer.ratio), "method").items():
-            rows = summarize(asked, "ratio")
-            if method == FULL:
-                axis.axhline(100 * rows[0].mean, color="black", linestyle="--", label=FULL)
-                continue
-            ratios, means = [row.group[0] for row in rows], [100 * row.mean for row in rows]
-            axis.plot(ratios, means, label=method, markersize=4, **styles[method])
-            if len(styles) <= FEW_LINES:
-                low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
-                axis.fill_between(ratios, low, high, alpha=0.12, color=styles[method]["color"])
-        axis.set(title=task, xlabel="fraction of pairs kept", ylabel="score", xlim=(0, 1.03), ylim=(-3, 103))
-    return _png_with_legend(figure, axes)
-
-
-def _mean_plot(answers: Sequence[Answered], title: str) -> bytes:
-    figure, axes = _canvas(1, 1, title, size=(5.4, 3.8))
-    styles, lines = _styles(answers), {}
-    for (method, ratio), value in sorted(relative(answers).items(), key=lambda item: item[0][1]):
-        lines.setdefault(method, []).append((ratio, 100 * value))
-    for method, points in lines.items():
-        if method != FULL:
-            axes[0].plot(*zip(*points, strict=True), label=method, markersize=4, **styles[method])
-    axes[0].axhline(100, color="black", linestyle="--", label=FULL)
-    top = max(110.0, *(value for points in lines.values() for _, value in points))
-    axes[0].set(title=MEAN, xlabel="fraction of pairs kept", ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
-    return _png_with_legend(figure, axes)
-
-
-def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
-    """A map for each method (a row of maps) and ratio (a column): lengths across, depths down, green for found.
-
-    The full cache, which has no ratio, is the first map of the last row.
-    """
-    maps = group(answers, "method", "ratio")
-    methods = sorted((method for (method,) in group(answers, "method")), key=lambda method: method == FULL)
-    ratios = sorted({ratio for method, ratio in maps if method != FULL}) or [1.0]
-    figure, axes = _canvas(len(methods), len(ratios), title, size=(1.6, 1.4))
-    lengths = sorted({length for length, _ in group(answers, "length", "depth")})
-    depths = sorted({depth for _, depth in group(answers, "length", "depth")})
-    for n, axis in enumerate(axes):
-        row, column = divmod(n, len(ratios))
-        full = methods[row] == FULL
-        axis.set_visible(not full or column == 0)
-        own = summarize(maps.get((methods[row], 1.0 if full else ratios[column]), []), "length", "depth")
-        means = {summary.group: summary.mean for summary in own}
-        if means:
-            grid = [[means.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-            axis.pcolormesh(grid, vmin=0, vmax=1, cmap="RdYlGn", edgecolors="white", linewidth=1)
-        lowest = row == len(methods) - 1 - (methods[-1] == FULL and column > 0)
-        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths if lowest else [])
-        axis.set_yticks([y + 0.5 for y in range(0, len(depths), 5)], depths[::5] if column == 0 else [])
-        axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
-        if row == 0 and not full:
-            axis.set_title(f"{ratios[column]:g} kept")
-        if column == 0:
-            axis.set_ylabel(methods[row], rotation=0, ha="right", va="center")
-    figure.supxlabel("tokens; down: depth of the needle, %")
-    return _png(figure)
-
-
-def _styles(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
-    """The same color and marker for a method in every plot."""
-    methods = [method for (method,) in group(answers, "method") if method != FULL]
-    return {
-        method: {"color": f"C{n % 10}", "marker": _MARKERS[n % len(_MARKERS)], "linestyle": ("-", "-.")[n // 10 % 2]}
-        for n, method in enumerate(methods)
-    }
-
-
-def _canvas(rows: int, columns: int, title: str, *, size: tuple[float, float] = (3.6, 3.0)) -> tuple[Any, list[Any]]:
-    """A figure with axes of that size in inches."""
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            "expected matplotlib for the plots, got none: pip install matplotlib "
-            "(in a checkout pip install -e '.[plot]')"
-        ) from error
-    figure = Figure(figsize=(1 + size[0] * columns, 0.9 + size[1] * rows), layout="constrained")
-    figure.suptitle(title)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _png_with_legend(figure: Any, axes: Sequence[Any]) -> bytes:
-    """The picture of a figure with one legend for all its axes, those without a line hidden."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        axis.set_visible(axis.has_data())
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=110)
-    return target.getvalue()

@@ -12,6 +12,7 @@ from ..cache import DenseCache, RaggedCache, nbytes
 from ..generation import Answer
 from ..inputs import tokenizer_of
 from ..models import Model
+from ..parallel import agreed, everyone
 from ..prompts import encode_text
 from ..scoring import score
 from .asking import Gold, agreement, ask, gold, prefill_example
@@ -85,8 +86,16 @@ def run_eval(
 
 def _run(model: Model, plan: Plan, out: Path, commit: str, stop: float, progress: Progress | None) -> bool:
     work = [job for task in plan.tasks for job in jobs(model, task, plan.request, max_tokens=plan.max_tokens)]
-    mend(out)
-    done = {answer.key for answer in read(out)} if out.exists() else set()
+    share = model.share
+
+    def found() -> tuple[set[tuple[Any, ...]], dict[tuple[Any, ...], str]]:
+        mend(out)
+        return ({answer.key for answer in read(out)} if out.exists() else set()), places(out)
+
+    def add(lines: list[dict[str, Any]]) -> None:
+        agreed(share, lambda: append(out, lines))
+
+    done, known = agreed(share, found)
 
     def missing(job: Job, step: Step) -> list[int]:
         return [n for n, own in enumerate(job.ids) if (model.fingerprint, plan.form, own, *step) not in done]
@@ -97,26 +106,25 @@ def _run(model: Model, plan: Plan, out: Path, commit: str, stop: float, progress
     if finished == total:
         return True
     facts = describe(model, plan, commit)
-    run = digest([facts, time.time_ns()])
-    known = places(out)
+    run = agreed(share, lambda: digest([facts, time.time_ns()]))
     written = set(known.values())
     lines = [question_lines(job, run) for job in work]
     for line in chain(*lines):
         check_place(known, facts, line)
-    append(out, [{"kind": "run", "run": run, **facts}])
+    add([{"kind": "run", "run": run, **facts}])
     for job, own, asked in zip(work, left, lines, strict=True):
         if not any(own.values()):
             continue
-        append(out, [line for line in asked if line["id"] not in written])
-        for step, cache, agreed in caches(model, job.example, [step for step in plan.steps if own[step]], plan):
+        add([line for line in asked if line["id"] not in written])
+        for step, cache, alike in caches(model, job.example, [step for step in plan.steps if own[step]], plan):
             for numbers in job.batches(own[step], plan):
-                if time.monotonic() > stop:
+                if agreed(share, lambda: time.monotonic() > stop):
                     logger.info("stopped at the time limit with %s of %s answers", finished, total)
                     return False
                 together = [job.example.questions[n] for n in numbers]
                 reply = gold if together[0].metric == GOLD else ask
                 answers = dict(zip(numbers, reply(model, cache, together, form=plan.form), strict=True))
-                append(out, answer_lines(job, run, step, cache, answers, agreed))
+                add(answer_lines(job, run, step, cache, answers, alike))
                 finished += len(numbers)
                 if progress is not None:
                     progress(finished, total, f"{job.task} {job.number + 1}, {step[0]} at {step[1]:g}")
@@ -170,17 +178,17 @@ def answer_lines(
     step: Step,
     cache: DenseCache | RaggedCache,
     answers: Mapping[int, Answer | Gold],
-    agreed: float | None = None,
+    alike: float | None = None,
 ) -> list[dict[str, Any]]:
     """Returns a line for each answer, by the number of its question, with its score."""
-    lines = []
+    lines, sizes = [], everyone(cache.share, nbytes(cache))
     for number, answer in answers.items():
         question = job.example.questions[number]
         line = {"kind": "answer", "run": run, "question": job.ids[number], "method": step[0], "ratio": step[1]}
         line["kept"] = round(cache.kept / cache.total, 6)
         if isinstance(answer, Gold):
-            line |= {"score": float(answer.exact), "loglik": round(answer.loglik, 3), "bytes": nbytes(cache)}
-            line |= {"agreement": round(agreed, 6)} if agreed is not None else {}
+            line |= {"score": float(answer.exact), "loglik": round(answer.loglik, 3), "bytes": sum(sizes)}
+            line |= {"agreement": round(alike, 6)} if alike is not None else {}
         else:
             prediction = answer.text.strip()
             line["score"] = evaluate(question.metric, prediction, question.answers, question.choices)

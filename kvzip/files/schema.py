@@ -97,6 +97,7 @@ MODEL = (
     Entry("dtype", "dtype", "of its weights and its cache"),
     Entry("max_length", "length, optional", "as `kvzip.load` was given it"),
     Entry("rope", "object, optional", "as `kvzip.load` was given it"),
+    Entry("weights, head_weights, activations", "text, optional", "as `kvzip.load` was given them"),
 )
 """What the object `model` has."""
 
@@ -223,3 +224,13 @@ def _check(values: Mapping[str, Any], entries: tuple[Entry, ...]) -> None:
             value = values.get(name)
             if value is not None or not optional:
                 require(_TYPES[kind](value), f"{name} is {value!r}")
+
+
+def is_offsets(name: str) -> bool:
+    """Whether a tensor says where the rows of each head begin."""
+    return name.startswith("layers.") and name.endswith(".offsets")
+
+
+def is_divided(name: str) -> bool:
+    """Whether a tensor holds rows or heads, of which a rank has its own."""
+    return name.startswith(("layers.", "tail.k.", "tail.v.")) and not is_offsets(name)

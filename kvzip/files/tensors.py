@@ -3,10 +3,12 @@
 Files are read and summed in blocks of about 4 MiB, which stay in a CPU's cache between the two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -31,6 +33,15 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ROW = 509  # 8-byte words of a row, whose columns are summed; prime, so that swapped ranges end in other columns
 _BLOCK = 1024 * 8 * _ROW  # bytes
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor to write whose bytes come in pieces of any size, one after the other, when they are asked for."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[Tensor]]
 
 
 def read_tensor(
@@ -63,7 +74,7 @@ def staging(device: str | torch.device) -> Tensor | None:
 
 def write_file(
     path: str | Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Pieces],
     header: Mapping[str, Any],
     *,
     note: Mapping[str, Any] | None = None,
@@ -77,7 +88,7 @@ def write_file(
     check_mapping(note, "note")
     path = Path(path)
     check_target(path, overwrite=overwrite)
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # widest first: aligned
+    ordered = {name: tensors[name] for name in in_order(tensors)}
     entries = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered.items()}
     header = {**header, "version": VERSION, "library": LIBRARY, "note": dict(note or {})}
     size = len(encode_head(entries, header, None))
@@ -91,6 +102,22 @@ def write_file(
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # errors of a full disk name no file
+
+
+def in_order(tensors: Mapping[str, Tensor | Pieces]) -> list[str]:
+    """Returns the names of tensors as they are written: the widest first, so that all are aligned."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
+def blocks_of(file: OpenFile, begin: int, size: int, first: int, end: int) -> Iterator[tuple[int, int, Tensor, bytes]]:
+    """Yields the blocks with bytes first:end of a tensor of `size` bytes at `begin`: number, place, bytes, sums."""
+    buffer = torch.empty(min(_BLOCK, size), dtype=torch.uint8)
+    for number in range(first // _BLOCK, -(-end // _BLOCK) if end > first else 0):
+        at = number * _BLOCK
+        block = buffer[: min(_BLOCK, size - at)]
+        file.raw.seek(begin + at)
+        fill(file.raw, block.numpy().data)
+        yield number, at, block, _sums(block.numpy())
 
 
 def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[bytes]]:
@@ -115,14 +142,35 @@ def _read_through(file: OpenFile, out: Tensor, scratch: Tensor) -> list[Future[b
     return sums
 
 
-def _write(out: BinaryIO, tensor: Tensor) -> str:
+def _write(out: BinaryIO, tensor: Tensor | Pieces) -> str:
     """Writes a tensor and returns its checksum."""
     sums = []
-    if tensor.numel():
-        for block in _blocks(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()):
-            out.write(block.data)
-            sums.append(_sums(block))
+    for block in _filled(tensor.pieces()) if isinstance(tensor, Pieces) else _blocks(_bytes(tensor)):
+        out.write(block.data)
+        sums.append(_sums(block))
     return digest(b"".join(sums))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+
+
+def _filled(pieces: Iterator[Tensor]) -> Iterator[np.ndarray]:
+    """The bytes of pieces in blocks as of one tensor."""
+    buffer, held = np.empty(_BLOCK, np.uint8), 0
+    with closing(cast(Generator[Tensor], pieces)):
+        for piece in pieces:
+            rest = _bytes(piece)
+            while len(rest):
+                taken = rest[: _BLOCK - held]
+                buffer[held : held + len(taken)] = taken
+                held, rest = held + len(taken), rest[len(taken) :]
+                if held == _BLOCK:
+                    yield buffer
+                    held = 0
+    if held:
+        yield buffer[:held]
 
 
 def _sums(block: np.ndarray) -> bytes:

@@ -6,7 +6,7 @@ cast, sharded or packed. So everyone who can read the checkpoint's tensors gets 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -20,7 +20,18 @@ _LEFT_OUT = ("family", "layers", "max_length", "tied", "warn_length")
 """Fields of ModelConfig that do not change the arithmetic or are covered otherwise: `layers` by windows and RoPE,
 `tied` by the checkpoint's digest."""
 
-_STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_STORED = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,18 @@ def identity_of(config: ModelConfig, checkpoint: str) -> str:
     return _digest([values, [_canonical(spec.window) for spec in config.layers], checkpoint])
 
 
-def fingerprint_of(config: ModelConfig, identity: str, dtype: torch.dtype) -> str:
-    """Returns a hex digest of an identity with its RoPE, a dash and the dtype, as `3f0c...-bfloat16`."""
+def fingerprint_of(config: ModelConfig, identity: str, dtype: torch.dtype, *, rounding: Sequence[str] = ()) -> str:
+    """Returns a hex digest of an identity with its RoPE, a dash and the dtype, as `3f0c...-bfloat16`.
+
+    Args:
+        rounding: how the stored weights are rounded when they are read, and activations; caches of 16-bit and rounded
+            weights are not the same.
+    """
     ropes = [
         {name: _canonical(getattr(spec.rope, name)) for name in ("kind", *ROPE_FIELDS[spec.rope.kind])}
         for spec in config.layers
     ]
-    return f"{_digest([identity, ropes])}-{str(dtype).removeprefix('torch.')}"
+    return f"{_digest([identity, ropes, *([list(rounding)] if rounding else [])])}-{str(dtype).removeprefix('torch.')}"
 
 
 def _canonical(value: object) -> object:

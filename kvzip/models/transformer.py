@@ -1,21 +1,24 @@
 """The one forward pass. The caller's `attend` gets q, k and v; nothing here knows about caches."""
 
+import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .. import ops
+from ..parallel import Share, Sum, whole_logits
 from ..prompts import ChatTemplate
 from .config import ModelConfig
+from .division import HEAD_UNIT
 from .identity import fingerprint_of, identity_of
 from .rope import cos_sin
-from .weights import LayerWeights, Weights, named_tensors
+from .weights import LayerWeights, Weights, named_weights
 
 _ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 
@@ -28,9 +31,14 @@ class Model:
     """A loaded model. `tokenizer` and `template` are None where the directory has none.
 
     `stop_ids` end an answer; `checkpoint` is the digest of the stored tensors (`models.checkpoint_digest`). `rope` and
-    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again. `identity` is a
-    digest of the shape and the weights. `fingerprint`, which ties caches to the model, adds the RoPE, a dash and the
-    dtype.
+    `max_length` are the arguments of `load`, kept so that a file can say how to load the model again; so are
+    `quantized` (its `weights`), `quantized_head` (its `head_weights`) and `activations`. `form` is what the
+    checkpoint's config says of quantized weights that its tensors do not. `identity` is a digest of the shape and the
+    stored weights. `fingerprint`, which ties caches to the model, adds the RoPE, how weights and activations are
+    rounded, a dash and the dtype.
+
+    Where several ranks share a model, `share` says which part this one has, `config` has the sizes of that part, in
+    which it computes, `whole` those of the model, and `add` adds up tensors over the ranks.
     """
 
     config: ModelConfig
@@ -44,20 +52,31 @@ class Model:
     source: str
     rope: Mapping[str, Any] | None = None
     max_length: int | None = None
+    quantized: str | None = None
+    quantized_head: str | None = None
+    activations: str | None = None
+    form: str = ""
+    share: Share | None = None
+    whole: ModelConfig | None = None  # None: config
+    add: Sum | None = None
 
     @property
     def identity(self) -> str:
-        return identity_of(self.config, self.checkpoint)
+        return identity_of(self.whole or self.config, self.checkpoint)
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.config, self.identity, self.dtype)
+        head = self.quantized_head and f"head {self.quantized_head}"
+        rounding = [x for x in (self.form, self.quantized, head, self.activations) if x]
+        return fingerprint_of(self.whole or self.config, self.identity, self.dtype, rounding=rounding)
 
     def __repr__(self) -> str:
-        count = sum(tensor.numel() for _, tensor in named_tensors(self.weights))
+        count = sum(math.prod(weight.shape) for _, weight in named_weights(self.weights))
         return (
             f"Model({self.config.family}, {count:,} parameters, {len(self.config.layers)} layers, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, from {self.source!r})"
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, from {self.source!r}"
+            + ("" if self.share is None else f", rank {self.share.rank} of {self.share.size}")
+            + ")"
         )
 
 
@@ -90,6 +109,9 @@ def run_attention(
 def logits(model: Model, hidden: Float[Tensor, "*b M"]) -> Float[Tensor, "*b V"]:
     """Returns next-token logits of hidden states that `forward` returned."""
     out = ops.linear(hidden, model.weights.unembed)
+    if model.share is not None:
+        unit = 1 if isinstance(model.weights.unembed, Tensor) else HEAD_UNIT
+        out = whole_logits(model.share, out, model.config.vocab_size, unit=unit)
     cap = model.config.logit_softcap
     return out if cap is None else torch.tanh(out / cap) * cap
 
@@ -104,7 +126,7 @@ def _run(
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     config, weights = model.config, model.weights
-    hidden = F.embedding(token_ids, weights.embed)
+    hidden = ops.embedding(token_ids, weights.embed, model.dtype)
     if config.embed_scale != 1.0:
         hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
     tables = {rope: cos_sin(rope, positions, config.head_dim, hidden.dtype) for rope in {s.rope for s in config.layers}}
@@ -125,24 +147,57 @@ def _run(
         attended = attend(index, q, k, v)
         if not whole and index == len(config.layers) - 1:
             return hidden
-        attended = rearrange(attended, "b h t d -> b t (h d)")
-        hidden = _add(hidden, attended, layer.o, layer.o_bias, layer.attn_post_norm, config)
-        parts = [_mlp(part, layer, config) for part in hidden.flatten(0, 1).split(_ROWS_PER_BLOCK)]
-        hidden = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(hidden.shape)
+        shape, attended = hidden.shape, rearrange(attended, "b h t d -> b t (h d)")
+        hidden = _after_attention(hidden.flatten(0, 1), attended.flatten(0, 1), layer, model).view(shape)
     return hidden
 
 
-def _mlp(hidden: Tensor, layer: LayerWeights, config: ModelConfig) -> Tensor:
+def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, model: Model) -> Tensor:
+    """The rest of a layer, in blocks of rows.
+
+    The product of each block is begun before the sum over ranks of the one before is waited for.
+    """
+    blocks = zip(hidden.split(_ROWS_PER_BLOCK), attended.split(_ROWS_PER_BLOCK), strict=True)
+    sums = deque(_adding(*block, layer.o, layer.o_bias, layer.attn_post_norm, model) for block in blocks)
+    outs = deque[Callable[[], Tensor]]()
+    while sums:  # each is dropped with what it holds
+        outs.append(_mlp(sums.popleft()(), layer, model))
+    parts = [outs.popleft()() for _ in range(len(outs))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _mlp(hidden: Tensor, layer: LayerWeights, model: Model) -> Callable[[], Tensor]:
+    config = model.config
     norm = ops.Norm(layer.mlp_norm, config.norm_eps, config.norm_offset)
     gated = ops.linear(hidden, layer.gate_up, norm=norm, gate=config.activation)
-    return _add(hidden, gated, layer.down, None, layer.mlp_post_norm, config)
+    return _adding(hidden, gated, layer.down, None, layer.mlp_post_norm, model)
 
 
-def _add(
-    hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Tensor | None, config: ModelConfig
-) -> Tensor:
-    """hidden + W x, with the product normed first in families that have a post-norm."""
-    if post_norm is None:
-        return ops.linear(x, weight, bias, residual=hidden)
-    out = ops.linear(x, weight, bias)
-    return ops.rms_norm(out, post_norm, eps=config.norm_eps, offset=config.norm_offset, residual=hidden)
+def _adding(
+    hidden: Tensor,
+    x: Tensor,
+    weight: Tensor | ops.QuantizedWeight,
+    bias: Tensor | None,
+    post_norm: Tensor | None,
+    model: Model,
+) -> Callable[[], Tensor]:
+    """Begins hidden + W x, with the product normed first in families that have a post-norm; returns what ends it.
+
+    Where ranks share the model, each has some of the columns of W and of x, and the products are added up; the first
+    adds the bias.
+    """
+    if model.add is None and post_norm is None:
+        out = ops.linear(x, weight, bias, residual=hidden)
+        return lambda: out
+    first = model.share is None or model.share.rank == 0
+    product = ops.linear(x, weight, bias if first else None)
+    wait = None if model.add is None else model.add(product)
+
+    def end() -> Tensor:
+        out = product if wait is None else wait()
+        if post_norm is None:
+            return hidden + out
+        eps, offset = model.config.norm_eps, model.config.norm_offset
+        return ops.rms_norm(out, post_norm, eps=eps, offset=offset, residual=hidden)
+
+    return end

@@ -14,8 +14,10 @@ from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
 from kvzip.ops.types import Channels, Context, ContextTable, DecodeSchedule, Norm, Pages, Quantized, QueryRows
+from kvzip.ops.weights import Activations, QuantizedWeight, embedding, quantize_weight
 
 __all__ = [
+    "Activations",
     "Channels",
     "Context",
     "ContextTable",
@@ -23,6 +25,7 @@ __all__ = [
     "Norm",
     "Pages",
     "Quantized",
+    "QuantizedWeight",
     "QueryRows",
     "append_",
     "context_table",
@@ -32,11 +35,13 @@ __all__ = [
     "decode_schedule",
     "dequantize",
     "drop_context_",
+    "embedding",
     "linear",
     "merge",
     "prune",
     "put_context_",
     "quantize",
+    "quantize_weight",
     "rms_norm",
     "rotary",
     "score",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvzip.ops.types import DecodeSchedule, Splits
 
-_TILE = 64  # rows that a kernel takes at a time: a partly filled tile costs as much as a full one
+TILE = 64  # rows that a kernel takes at a time: a partly filled tile costs as much as a full one
 _SHORTEST = 2  # tiles of a split; below this, merging partial results costs more than a longer loop
 
 
@@ -59,7 +59,7 @@ def _padded(count: int) -> int:
 
 
 def _tiles(bounds: list[int]) -> list[int]:
-    return [-(-(stop - begin) // _TILE) for begin, stop in itertools.pairwise(bounds)]
+    return [-(-(stop - begin) // TILE) for begin, stop in itertools.pairwise(bounds)]
 
 
 def _length(tiles: list[int], target: int) -> int:
@@ -85,7 +85,7 @@ def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
     for h, n in enumerate(tiles):
         count = -(-n // length)
         for i in range(count):
-            begin, end = bounds[h] + _TILE * (n * i // count), bounds[h] + _TILE * (n * (i + 1) // count)
+            begin, end = bounds[h] + TILE * (n * i // count), bounds[h] + TILE * (n * (i + 1) // count)
             splits += [h, begin, min(end, bounds[h + 1])]
         first.append(first[-1] + count)
     return splits, first

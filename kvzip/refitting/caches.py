@@ -10,7 +10,7 @@ from .. import ops, options
 from ..cache import DenseCache, RaggedCache, RaggedKV, WindowKV, check_pairs, explain_out_of_memory
 from ..cache.caches import REFITTED
 from ..checks import check_kind
-from ..inputs import check_fingerprint
+from ..inputs import check_belongs
 from ..models import Model
 from ..ops.types import owners
 from ..options import Refitting
@@ -87,7 +87,7 @@ def refit_and_measure(
     """Returns what `refit` does, and the mass that each head keeps before and after."""
     check_refit(model, cache, small)
     if small.kept == small.total:
-        whole = torch.ones(len(cache.scored_layers), cache.heads)
+        whole = torch.ones(len(cache.scored_layers), cache.all_heads)
         return small, Mass(whole, whole)
     needed = f"the new values of {small.kept:,} pairs, and {HELD:,} bytes to fit them"
     with torch.no_grad(), explain_out_of_memory(needed, "lower chunk; both caches are as they were"):
@@ -104,7 +104,12 @@ def check_refit(model: Model, cache: DenseCache, small: RaggedCache) -> None:
     check_pairs(cache)
     check_pairs(small)
     for each in (cache, small):
-        check_fingerprint(model, each.fingerprint)
+        check_belongs(model, each)
+    if model.share is not None and model.share.repeats > 1:
+        raise ValueError(
+            f"expected ranks with KV heads of their own to refit, got {model.share.size} ranks for {model.share.heads} "
+            f"KV heads: use at most {model.share.heads}"
+        )
     if not cache.scored_layers:
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing was dropped")
     if small.tail is not None:

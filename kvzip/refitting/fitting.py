@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import ops
 from ..attention import repeat_attend
-from ..cache import DenseCache, DenseKV, RaggedKV, WindowKV
+from ..cache import DenseCache, DenseKV, RaggedKV, WindowKV, check_pairs
 from ..models import Attend, Model
 from ..ops.types import Quantized, owners
 from ..options import Refitting
+from ..parallel import Share, whole_scores
 from ..prefilling import Progress
 from ..scoring import repeats, run_repeats
 from .planning import plan
@@ -64,7 +65,10 @@ def fit_rows(
         before, end: as in `scoring.score_chunks`, for a segment of a longer context.
         dtype: of the biases.
         rounded: what is to be stored in place of a fit.
+
+    Raises: ValueError for a cache whose pairs are gone.
     """
+    check_pairs(cache)
     ragged = [layer for layer in layers if isinstance(layer, RaggedKV)]
     values = values_of(ragged, [own for own in cache.layers if isinstance(own, DenseKV)])
     bias = torch.zeros(len(values), dtype=dtype, device=values.device)
@@ -123,7 +127,9 @@ def fit_rows(
     kept, weighted = (torch.where(planned.whole, total, part.view(total.shape)) for part in parts)
     counts = [len(layer.positions) for layer in ragged]
     fitted = iter(map(Rows, values.split(counts), bias.split(counts)))
-    return [next(fitted) if isinstance(layer, RaggedKV) else None for layer in layers], mass_of(kept, weighted, total)
+    return [next(fitted) if isinstance(layer, RaggedKV) else None for layer in layers], mass_of(
+        kept, weighted, total, cache.share
+    )
 
 
 def values_of(layers: Sequence[RaggedKV], dense: Sequence[DenseKV]) -> Float[Tensor, "N D"]:
@@ -144,10 +150,16 @@ def taken(
     return ops.dequantize(ops.take_rows(k, rows.long()), dtype=dtype, offsets=offsets)
 
 
-def mass_of(before: Float32[Tensor, "c L H"], after: Float32[Tensor, "c L H"], total: Float32[Tensor, "c L H"]) -> Mass:
-    """Returns the mass of that of kept rows and of all pairs of each chunk; 1 where nothing was attended to."""
-    whole = total.sum(0)
-    return Mass(*(torch.where(whole > 0, part.sum(0) / whole, 1.0).cpu() for part in (before, after)))
+def mass_of(
+    before: Float32[Tensor, "c L h"],
+    after: Float32[Tensor, "c L h"],
+    total: Float32[Tensor, "c L h"],
+    share: Share | None,
+) -> Mass:
+    """Returns the mass of all heads, of that of kept rows and of all pairs of each chunk; 1 where nothing was attended
+    to."""
+    kept, fitted, whole = whole_scores(share, torch.stack([x.sum(0) for x in (before, after, total)], -1)).unbind(-1)
+    return Mass(*(torch.where(whole > 0, part / whole, 1.0).cpu() for part in (kept, fitted)))
 
 
 def note_of(mass: Mass) -> dict[str, list[list[float]]]:

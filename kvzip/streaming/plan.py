@@ -22,6 +22,7 @@ class Plan:
     prefix: tuple[int, ...]
     expected: int | None
     refitting: Refitting | None = None
+    floor: float = 0.0
 
     @property
     def start(self) -> int:
@@ -39,7 +40,7 @@ def note_of(plan: Plan) -> dict[str, Any]:
     spans, scoring = [list(span) for span in plan.protect], asdict(plan.scoring)
     first = {"ratio": plan.ratio, "segment": plan.segment, "share": plan.share, "protect": spans}
     fitted = None if plan.refitting is None else asdict(plan.refitting)
-    last = {"prefix": list(plan.prefix), "expected": plan.expected, "refitting": fitted}
+    last = {"prefix": list(plan.prefix), "expected": plan.expected, "refitting": fitted, "floor": plan.floor}
     return {**first, **scoring, "template": plan.template, **last}
 
 

@@ -33,6 +33,7 @@ def prefill_compressed(
     segment: SupportsIndex = 16_000,
     share: str = "running",
     protect: Sequence[tuple[int, int]] = (),
+    floor: SupportsFloat = 0.0,
     length: SupportsIndex | None = None,
     scope: str = "chunk",
     method: str = "kvzip",
@@ -65,6 +66,7 @@ def prefill_compressed(
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, that stay in all layers and heads,
             as in `compress`, even while the budget of the segments so far is smaller. In a context in pieces, whose end
             is unknown, a span may reach further than there are tokens.
+        floor: part, from 0 to 1, of an equal share that every head keeps of each segment at least, as in `compress`.
         length: context tokens to expect where pieces do not tell. A repeat's positions start where the context ends, as
             in `score` (a question will come there). Without a length, or with one that is too small, they start at the
             segment's end, which keeps other pairs: an estimate is better than none.
@@ -92,6 +94,7 @@ def prefill_compressed(
         check_text_or_ids(context, "context")
     ratio, segment = checks.kept_ratio(ratio), checks.whole(segment, "segment", least=1)
     scoring, spans = options.scoring(scope, method, chunk, hint), options.spans(protect)
+    part = options.floor_of(floor)
     length = None if length is None else checks.whole(length, "length", least=1)
     save_every = None if save_every is None else checks.whole(save_every, "save_every", least=1)
     if share not in _SHARES:
@@ -101,11 +104,16 @@ def prefill_compressed(
             f"expected share 'segment' with refit=True, got {share!r}: later segments would drop rows that were fitted "
             "together with those that stay"
         )
-    heads = sum(spec.window is None for spec in model.config.layers) * model.config.num_kv_heads
+    heads = sum(spec.window is None for spec in model.config.layers) * (model.whole or model.config).num_kv_heads
     if not heads:
         raise ValueError("expected a model with global layers, got sliding windows in all: nothing can be compressed")
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
+        if model.share is not None:
+            raise ValueError(
+                f"expected no checkpoint where {model.share.size} ranks share a model, got one: what is done when one "
+                "of them ends cannot be collected; leave out checkpoint="
+            )
     path = None if checkpoint is None else Path(checkpoint)
     begun = path is not None and is_begun(path)
     turn = options.turn(system, instruction, template)
@@ -119,7 +127,7 @@ def prefill_compressed(
     options.check_spans(spans, tokens)
     expected = length if tokens is None else tokens
     fitted = Refitting(chunk=scoring.chunk, hint=scoring.hint) if refit and ratio < 1 else None
-    plan = Plan(ratio, segment, share, spans, scoring, turn.template, tuple(prefix), expected, fitted)
+    plan = Plan(ratio, segment, share, spans, scoring, turn.template, tuple(prefix), expected, fitted, part)
     if tokens is not None:
         check_protected(plan, heads, tokens)
     if expected is not None:
@@ -177,7 +185,7 @@ def _run(
                 "expected a context of at least one token, got an empty one: pass the document's text or ids"
             )
         if tokens is None:
-            check_protected(plan, len(cache.scored_layers) * cache.heads, done)
+            check_protected(plan, len(cache.scored_layers) * cache.all_heads, done)
         if path is not None:
             path.unlink(missing_ok=True)
         return cache

@@ -14,9 +14,10 @@ from .. import ops
 from ..attention import new_layers, prefill_attend, segment_attend
 from ..cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, as_ragged
 from ..cache.caches import REFITTED, map_tensors
-from ..cache.rows import biases, first_rows, gather, interleave, of_rows, pack, ranked
+from ..cache.rows import LARGEST, biases, first_rows, gather, interleave, of_rows, pack, ranked
 from ..models import Model, run_attention
 from ..ops.types import owners
+from ..parallel import Share, heads_of, select_rows, whole_scores
 from ..refitting import fit_rows
 from ..scoring import score_chunks
 from .plan import Plan, check_share, count_protected
@@ -69,20 +70,33 @@ def begin(model: Model, plan: Plan) -> Run:
         positions = torch.arange(plan.start, device=model.device)
         with torch.no_grad():
             run_attention(model, prefix[None].to(model.device), positions, prefill_attend(model.config, layers, 0))
-    dense = DenseCache(layers, plan.start, plan.start, plan.template, prefix, model.fingerprint)
+    dense = DenseCache(layers, plan.start, plan.start, plan.template, prefix, model.fingerprint, share=model.share)
     return run_of(as_ragged(dense), plan)
 
 
 def run_of(cache: RaggedCache, plan: Plan) -> Run:
     """The run that continues from a cache."""
-    none = torch.empty(len(cache.scored_layers), cache.heads, 0)
+    none = torch.empty(len(cache.scored_layers), cache.all_heads, 0)
     values = none if cache.scores is None else cache.scores.values.cpu()
-    scored = iter(values)
+    scored = iter(ranks_of(heads_of(cache.share, values), plan))
     ranks = [
-        of_rows(layer, ranked(next(scored), plan.protect), plan.start) if isinstance(layer, RaggedKV) else None
-        for layer in cache.context
+        of_rows(layer, next(scored), plan.start) if isinstance(layer, RaggedKV) else None for layer in cache.context
     ]
     return Run(list(cache.context), ranks, cache.token_ids, cache.kept, (values,))
+
+
+def ranks_of(values: Float32[Tensor, "L h E"], plan: Plan, *, first: int = 0) -> Float32[Tensor, "L h E"]:
+    """Returns the ranks of pairs, see `ranked`, from context token `first` on, with which a segment begins.
+
+    In each segment those that the floor gives to a head come right behind the protected ones.
+    """
+    ranks = ranked(values, plan.protect, first=first)
+    parts = zip(values.split(plan.segment, dim=2), ranks.split(plan.segment, dim=2), strict=True)
+    for own, rank in parts if plan.floor and values.numel() else ():
+        count = int(plan.floor * plan.ratio * own.shape[2])
+        mask = ops.select_uniform_count(own, count=count, nan=torch.zeros(1, dtype=torch.int32, device=own.device))
+        rank.masked_fill_(mask & rank.isfinite(), LARGEST)
+    return ranks
 
 
 def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
@@ -91,7 +105,8 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     stop = done + len(ids)
     segment = _prefill(model, run, ids, plan)
     older, end = run.token_ids[plan.start :], plan.start + (plan.expected or 0)
-    values = score_chunks(model, segment, plan.scoring, past=run.context, before=older, end=end)
+    own = score_chunks(model, segment, plan.scoring, past=run.context, before=older, end=end)
+    values = whole_scores(model.share, own)
     heads = values.shape[0] * values.shape[1]
     if plan.share == "segment":
         check_share(plan, heads, done, stop)
@@ -99,7 +114,8 @@ def extend(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> Run:
     kept = min(max(plan.budget(heads, stop), protected), run.kept + values.numel())
     context: list[Any] = list(segment.layers)
     ranks = list(run.ranks)
-    chosen = _choose(run, ranked(values, plan.protect, first=done), kept + heads * plan.start, plan)
+    fresh = ranks_of(heads_of(model.share, values), plan, first=done)
+    chosen = _choose(run, fresh, kept + heads * plan.start, plan, model.share)
     positions = torch.arange(plan.start + done, plan.start + stop, dtype=torch.int32, device=values.device)
     fitted = _refit_(model, segment, chosen, plan, before=older, end=end) if plan.refitting is not None else {}
     for n, (keep, sizes, rank) in zip(segment.scored_layers, chosen, strict=True):
@@ -152,10 +168,11 @@ def _prefill(model: Model, run: Run, ids: Int64[Tensor, " S"], plan: Plan) -> De
         attend = segment_attend(model.config, run.context, layers, start=start, done=done, position=length + done)
         run_attention(model, part[None], positions, attend)
     token_ids = torch.cat([run.token_ids[:start], ids])
-    return DenseCache(layers, start + len(ids), start, plan.template, token_ids, model.fingerprint)
+    length = start + len(ids)
+    return DenseCache(layers, length, start, plan.template, token_ids, model.fingerprint, share=model.share)
 
 
-def _choose(run: Run, fresh: Float32[Tensor, "L H n"], count: int, plan: Plan) -> Chosen:
+def _choose(run: Run, fresh: Float32[Tensor, "L h n"], count: int, plan: Plan, share: Share | None) -> Chosen:
     """Which `count` rows stay, prefix included, of those held and of new tokens with ranks `fresh`.
 
     Of each scored layer: `keep` and `sizes` (see `Unpacked`), and the ranks of the rows that stay. Equal ranks stay in
@@ -166,12 +183,12 @@ def _choose(run: Run, fresh: Float32[Tensor, "L H n"], count: int, plan: Plan) -
     for (layer, rank), new in zip(held, fresh, strict=True):
         old = torch.full_like(rank, torch.inf) if plan.share == "segment" else rank
         parts.append([n for rows in layer.offsets.diff().tolist() for n in (rows, fresh.shape[2])])
-        merged.append(torch.cat(interleave(old, new, parts[-1]))[None])
+        merged.append(torch.cat(interleave(old, new, parts[-1])))
     nan = torch.zeros(1, dtype=torch.int32, device=fresh.device)
-    keep = ops.select_count(merged, count=count, nan=nan)
+    keep = select_rows(share, merged, count=count, nan=nan)
     if nan.item():
         raise ValueError("expected scores without NaN, got some: the model overflowed, use bfloat16 or float32")
-    return [(mask[0], sizes, merged.pop(0)[mask]) for mask, sizes in zip(keep, parts, strict=True)]  # pop frees memory
+    return [(mask, sizes, merged.pop(0)[mask]) for mask, sizes in zip(keep, parts, strict=True)]  # pop frees memory
 
 
 def pack_(run: Run) -> None:
@@ -230,4 +247,5 @@ def cache_of(model: Model, run: Run, plan: Plan) -> RaggedCache:
         total=values.numel(),
         scores=Scores(values, scored, plan.start, length, source),
         method=f"{source}/stream-{plan.share}{REFITTED if plan.refitting is not None else ''}",
+        share=model.share,
     )

@@ -1,13 +1,16 @@
 """The report: a table with the numbers of the results, pictures, and a page that needs no other file."""
 
+import html
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvzip.evals.report import figures, overview, page, relative, table, write_report
+from kvzip.evals.plots import _styles, figures, relative
+from kvzip.evals.report import overview, page, story, table, write_report
 from kvzip.evals.results import append, read
 
 RUN = {
@@ -105,6 +108,31 @@ def test_pictures_show_what_changed(results: Path) -> None:
     fewer = [a for a in answers if not (a.question["task"] == "needles" and a.method == "random")]
     assert all(png != whole[name] for name, png in figures(fewer, "title").items())
     assert set(figures([a for a in answers if a.method != "full"], "title")) == {"tasks", "heat"}
+
+
+def test_ours_is_thick_five_others_have_colors_of_their_own_and_the_rest_is_grey(results: Path) -> None:
+    answers = [a for a in read(results) if a.method == "kvzip"]
+    many = [replace(a, method=name) for name in ("kvzip", *"abcdefgh") for a in answers]
+    styles = _styles(many, "kvzip")
+    colored = [style for style in styles.values() if "marker" in style]
+    assert len(colored) == 6 == len({style["color"] for style in colored} & {s["color"] for s in colored})
+    assert len({style["marker"] for style in colored}) == 6
+    assert styles["kvzip"]["linewidth"] == max(style["linewidth"] for style in styles.values()) > 2
+    assert len({style["color"] for style in styles.values() if "marker" not in style}) == 1 and len(styles) == 9
+
+
+def test_the_page_begins_with_what_was_found_and_fits_a_phone_and_the_dark(results: Path) -> None:
+    answers = read(results)
+    told = story(answers, "small")
+    kept = relative(answers)
+    best = max(ratio for method, ratio in kept if method == "kvzip")
+    assert told.startswith(f"small: kvzip keeps {kept['kvzip', best]:.0%} of the full cache's score with {best:.0%} of")
+    text = page("## A\n\n| task | x |\n|---|---|\n| a | 1 |\n\nend", [], story=[told])
+    assert 'name="viewport"' in text and "prefers-color-scheme:dark" in text and html.escape(told) in text
+    assert "<table><tr><th>task</th><th>x</th></tr><tr><td>a</td><td>1</td></tr></table>" in text
+    assert story([a for a in answers if a.method != "full"], "t") == (
+        "t: no method was run beside the full cache on all tasks."
+    )
 
 
 def test_names_on_the_page_are_text(results: Path) -> None:

@@ -60,7 +60,7 @@ def test_the_results_hold_every_answer_of_the_plan(name: str, monkeypatch: pytes
 def worker(waiting: list[Work], directory: Path, seconds: float = 600) -> list[tuple[str, str]]:
     """What a worker says of the work that it takes."""
     said: Any = queue.Queue()
-    evaluation.worker(waiting, multiprocessing.Value("i", 0), said, directory, None, seconds, "c0ffee", 0.9)
+    evaluation.worker((0, 1), waiting, multiprocessing.Value("i", 0), said, directory, None, seconds, "c0ffee")
     return [said.get() for _ in range(said.qsize())]
 
 

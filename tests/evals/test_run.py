@@ -15,7 +15,6 @@ import torch
 
 import kvzip
 import random_model
-import small_models
 from kvzip.cache import RaggedCache
 from kvzip.evals import asking, run
 from kvzip.evals.asking import ask, prefill_example
@@ -27,6 +26,7 @@ from kvzip.evals.report import table
 from kvzip.evals.results import Answered, read, summarize
 from kvzip.evals.run import caches, run_eval
 from kvzip.evals.tasks import TASKS, Example, Question, Request, Task
+from kvzip.small import packages as small_models
 
 TASK = "math_find@300"
 SEEN = ("full", "kvzip", "random")

@@ -25,7 +25,7 @@ from kvzip.models import (
     identity_of,
     stored_tensor,
 )
-from kvzip.models.weights import _short_name
+from kvzip.models.weights import short_name
 
 INDEX = "model.safetensors.index.json"
 
@@ -247,7 +247,7 @@ def test_whoever_has_the_stored_tensors_gets_the_digest(source: Path, model: Mod
             continue
         start, stop = entry["data_offsets"]
         own = data[start:stop]
-        short = _short_name(name)
+        short = short_name(name)
         assert short is not None
         stored.append(
             StoredTensor(short, entry["dtype"], tuple(entry["shape"]), len(own), lambda a, b, own=own: own[a:b])

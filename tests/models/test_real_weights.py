@@ -1,7 +1,7 @@
 """Real weights in float32: the same greedy tokens as Transformers, the same scores and pairs as the plain KVzip.
 
 The context is longer than Gemma's window and is scored in three chunks. Models come from registry packages
-(tools/small_models.py) and are cached outside the checkout; one that cannot be had is skipped, and says so.
+(kvzip/small) and are cached outside the checkout; one that cannot be had is skipped, and says so.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import kvzip
 import plain_kvzip
-import small_models
 from kvzip.cache import WindowKV
+from kvzip.small import packages as small_models
 
 MODELS = [
     "smollm2-135m-instruct",
@@ -24,7 +24,7 @@ MODELS = [
     "qwen2.5-coder-0.5b-instruct",
     pytest.param("qwen2.5-coder-1.5b-instruct", marks=pytest.mark.slow),
 ]
-DOCUMENT = Path(__file__).parents[2] / "examples" / "document.txt"
+DOCUMENT = Path(__file__).parents[2] / "kvzip" / "data" / "museum.txt"
 TOKENS, CHUNK, STEPS, RATIO = 700, 260, 64, 0.3
 QUERIES = ["\n\nIn short, this text is about", " The list of names that follows:\n1.", "\n\n# A poem\n"]
 MARK = "<<here>>"

@@ -141,7 +141,7 @@ def test_directories_that_are_no_checkpoints_are_named(tmp_path):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         load(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"aliases are llama3\.1-8b.*qwen2\.5-7b.*qwen3-8b.*gemma3-12b"):
+    with pytest.raises(ValueError, match=r"aliases are small, llama3\.1-8b.*qwen2\.5-7b.*qwen3-8b.*gemma3-12b"):
         load("no-such-model")
 
 

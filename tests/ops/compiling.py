@@ -48,6 +48,12 @@ def compile_launches(source: str, *, capability: int) -> list[Compiled]:
     return [Compiled(*row) for row in json.loads(run.stdout.splitlines()[-1])]
 
 
+def compile_calls(source: str, calls: list[str], *, capability: int) -> list[Compiled]:
+    """The kernels of `go(...)` for each of the calls; `source` defines it, and names the {capability}."""
+    source = source.format(capability=capability) + "\n".join(f"go({call})" for call in calls)
+    return compile_launches(source, capability=capability)
+
+
 def assert_fits(kernels: list[Compiled], *, capability: int) -> None:
     """Asserts that something was compiled, nothing spilled, and every kernel's shared memory fits the chip."""
     assert kernels

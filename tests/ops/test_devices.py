@@ -163,6 +163,11 @@ def projected(move, rows):
     return ops.linear(x, weight, norm=ops.Norm(scale, 1e-6, 0), gate="silu", residual=residual)
 
 
+def packed(move, kind, rows):
+    x, weight, residual = (move(x) for x in tensors((rows, 256), (192, 256), (rows, 192)))
+    return ops.linear(x, ops.quantize_weight(weight, kind), residual=residual)
+
+
 def pruned(move):
     k, v = (move(x) for x in tensors((3, 500, 64), (3, 500, 64)))
     return ops.prune(k, v, move(torch.arange(1500).view(3, 500) % 7 < 3))
@@ -181,6 +186,8 @@ OPS = {
     "decode rows": decoding_rows,
     "linear, one row": lambda move: projected(move, 1),
     "linear, rows": lambda move: projected(move, 5),
+    "linear, 4 bits": lambda move: packed(move, "int4", 3),
+    "linear, 8 bits, many rows": lambda move: packed(move, "e4m3", 90),
     "merge": lambda move: ops.merge(*(move(x) for x in tensors((7, 64), (7,), (7, 64), (7,), dtype=torch.float32))),
     "norm": lambda move: ops.rms_norm(*(move(x) for x in tensors((5, 96), (96,))), eps=1e-6),
     "prune": pruned,

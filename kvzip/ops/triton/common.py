@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvzip.ops.types import Quantized
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,14 +33,14 @@ def on_device(launcher: Callable[P, R]) -> Callable[P, R]:
     this costs two calls that read numbers.
 
     Args:
-        launcher: its first argument is a tensor or quantized rows.
+        launcher: its first argument is a tensor, or quantized rows or weights.
     """
     name = next(iter(inspect.signature(launcher).parameters))
 
     @functools.wraps(launcher)
     def launch(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else kwargs[name]
-        index = (first.codes if isinstance(first, Quantized) else first).get_device()  # -1 on the CPU
+        index = getattr(first, "codes", first).get_device()  # -1 on the CPU
         if index < 0 or index == torch.cuda.current_device():
             return launcher(*args, **kwargs)
         with torch.cuda.device(index):
@@ -146,6 +144,16 @@ def tanh(x):
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     far = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+@no_type_check
+def activate(x, GATE: tl.constexpr):
+    """silu(x), or gelu(x) by its formula with tanh."""
+    if GATE == "silu":
+        return x / (1 + tl.exp(-x))
+    else:
+        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit

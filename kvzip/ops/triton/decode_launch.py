@@ -43,7 +43,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
     padded = triton.next_power_of_2(D) != D  # tiles are wider than rows
     if dtype == torch.float32:  # products in plain float32: no tensor cores
         half = padded and bits < 16 and not hopper  # eight warps would spill
-        stages = 1 if D <= 64 and 4 < bits < 16 else 2  # two would spill
+        mixed = 8 < bits < 16  # keys or values in codes, the others as they are
+        stages = 1 if (D <= 64 and 4 < bits < 16) or (D > 128 and mixed) else 2  # two would spill
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:
@@ -54,7 +55,11 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             reserve = (8 if bits > 4 else 25) * 1024 if D == 128 else 0  # keeps it at four programs on an SM
             # few rows: keys are the rows of products, and four programs on an SM hide the loads
             early = bits > 4 or D == 128
-            registers = 208 if hopper and D >= 128 and bits > 4 else None  # would be 247
+            registers = None
+            if hopper and D >= 128 and bits > 4 and not (D > 128 and bits > 8):  # wide mixed rows need all of them
+                registers = 208  # would be 247
+            elif hopper and not padded and (D <= 64 if bits > 4 else D > 128):
+                registers = 144 if D <= 64 else 208  # ptxas spills to have fewer
             return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
@@ -205,6 +210,9 @@ def run(
     """Launches both kernels over `places` rows of partial results, the first by `programs` programs."""
     form, tail_form = shapes
     overlap = overlaps_launches(out)  # from Hopper on
+    registers = config.registers
+    if form.SOFTCAP and form.WINDOW and form.D == 128 and form.K_BITS == form.V_BITS == 16:
+        registers = None  # it takes 176 then, and with 208 at most it takes all and spills
     early = overlap and (config.early or listed)
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)
     part_lse = torch.empty(places, dtype=torch.float32, device=out.device)
@@ -215,7 +223,7 @@ def run(
             *sizes, tail_rows, capacity,
             CONTEXT=form, TAIL=tail_form, TAILED=tailed, LISTED=listed, OVERLAP=overlap, EARLY=early,
             RESERVED=shared_memory(config.reserve if overlap and config.early else 0),
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, enable_fp_fusion=True,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=registers, enable_fp_fusion=True,
             **launch_options(early),
         )  # fmt: skip
     splits = sizes.count // sizes.heads + sizes.tail_splits

@@ -9,12 +9,15 @@ import triton.language as tl
 from jaxtyping import Int32
 from torch import Tensor
 
+from kvzip.ops.schedule import TILE, processors_of
 from kvzip.ops.triton.common import interpreted, on_device, overlaps_launches
+from kvzip.ops.triton.decode_combine import PLACE
+from kvzip.ops.triton.decode_kernel import ITEM
 from kvzip.ops.triton.decode_launch import Launch, launch_config, tail_block, tile_bits
 from kvzip.ops.types import ContextTable, Pages, QueryRows
 
-TILE = tl.constexpr(64)  # rows that splits are multiples of
-STATS = tl.constexpr(3)  # of an owner: its first row, how many it has, and rows of its tail that they see
+_TILE = tl.constexpr(TILE)  # rows that splits are multiples of
+_STATS = tl.constexpr(3)  # of an owner: its first row, how many it has, and rows of its tail that they see
 _LENGTHS = tl.constexpr(96)  # of splits that are tried: 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... tiles
 _BLOCK = tl.constexpr(128)
 _MANY_ROWS = 1024  # query rows from which contexts are expected to have more than 64
@@ -46,7 +49,7 @@ def plan_triton(
 ) -> Plan:
     """`decode_plan`: the host knows shapes alone, and never waits for the device."""
     layers, contexts, heads = len(table.formats), len(table.layers), table.offsets.shape[2] - 1
-    count, group, sms = len(rows.context), query_heads // heads, _processors(rows.context)
+    count, group, sms = len(rows.context), query_heads // heads, processors_of(rows.context.device)
     launches = _launches(table, count * group, dtype, hopper=overlaps_launches(rows.context) or interpreted())
     block, programs = launches[0].block_m, sms * launches[0].per_sm
     sequences, capacity = (0, 0) if pages is None else (len(pages.table), pages.table.shape[1] * pages.k.shape[2])
@@ -60,10 +63,10 @@ def plan_triton(
         launches,
         own_block,
         rows.context.new_empty(count),
-        rows.context.new_empty((layers, most, 6)),
-        rows.context.new_empty((own_most if sequences else 1, 6)),
+        rows.context.new_empty((layers, most, ITEM.value)),
+        rows.context.new_empty((own_most if sequences else 1, ITEM.value)),
         rows.context.new_empty((layers, contexts * heads + 1)),
-        rows.context.new_empty((count, 7)),
+        rows.context.new_empty((count, PLACE.value)),
     )
     _fill(rows.context, rows.sequence, rows.length, table.offsets, plan, block, group, sequences, capacity)
     return plan
@@ -83,7 +86,7 @@ def _fill(
 ) -> None:
     layers, contexts, heads1 = offsets.shape
     count, heads, owners = len(context), heads1 - 1, contexts + sequences
-    stats = context.new_empty((owners, STATS.value))
+    stats = context.new_empty((owners, _STATS.value))
     own_first = context.new_empty(sequences * heads + 1)
     sizes = {"G": group, "H": heads, "M": block, "TAIL_M": plan.tail_block, "num_warps": 4, "enable_fp_fusion": True}
     _owners_kernel[(triton.cdiv(owners, 32),)](
@@ -108,7 +111,7 @@ def _fill(
 @triton.jit(do_not_specialize=["count", "contexts", "owners", "capacity"])
 @no_type_check
 def _owners_kernel(context_ptr, sequence_ptr, length_ptr, stats_ptr, count, contexts, owners, capacity):
-    """STATS of 32 contexts or, after them, sequences: rows of a context count in the order that sorts them by it."""
+    """_STATS of 32 contexts or, after them, sequences: rows of a context count in the order that sorts them by it."""
     x = tl.program_id(0) * 32 + tl.arange(0, 32)
     start, members, seen = tl.zeros([32], tl.int32), tl.zeros([32], tl.int32), tl.zeros([32], tl.int32)
     for at in range(0, count, _BLOCK):
@@ -124,7 +127,7 @@ def _owners_kernel(context_ptr, sequence_ptr, length_ptr, stats_ptr, count, cont
         start = tl.where((x >= contexts) & (members == 0), first, start + tl.sum(before.to(tl.int32), 1))
         members += tl.sum(mine.to(tl.int32), 1)
         seen = tl.maximum(seen, tl.max(tl.where(mine, length, 0), 1))
-    stats = stats_ptr + x * STATS
+    stats = stats_ptr + x * _STATS
     tl.store(stats, start, mask=x < owners)
     tl.store(stats + 1, members, mask=x < owners)
     tl.store(stats + 2, tl.minimum(seen, capacity), mask=x < owners)
@@ -135,7 +138,7 @@ def _owners_kernel(context_ptr, sequence_ptr, length_ptr, stats_ptr, count, cont
 def _head(offsets_ptr, stats_ptr, x, bound, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr):
     """Of head x % H of owner x // H: its first row, rows, tiles; first query row, query rows and blocks of those."""
     owner = x // H
-    stats = stats_ptr + owner * STATS
+    stats = stats_ptr + owner * _STATS
     row = tl.load(stats, mask=x < bound, other=0) * G
     rows = tl.load(stats + 1, mask=x < bound, other=0) * G
     if TAIL:
@@ -145,8 +148,19 @@ def _head(offsets_ptr, stats_ptr, x, bound, G: tl.constexpr, H: tl.constexpr, M:
         at = offsets_ptr + owner * (H + 1) + x % H
         begin = tl.load(at, mask=x < bound, other=0)
         length = tl.load(at + 1, mask=x < bound, other=0) - begin
-    tiles = tl.where(rows > 0, (length + TILE - 1) // TILE, 0)
+    tiles = tl.where(rows > 0, (length + _TILE - 1) // _TILE, 0)
     return begin, length, tiles, row, rows, (rows + M - 1) // M
+
+
+@triton.jit
+@no_type_check
+def _pieces(
+    offsets_ptr, stats_ptr, x, tried, bound, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr
+):
+    """Items of head x if its splits have the length that is `tried`, one of _LENGTHS."""
+    longest = ((4 + tried % 4) << (tried // 4)) >> 1
+    found = _head(offsets_ptr, stats_ptr, x, bound, G, H, M, TAIL)
+    return (found[2] + longest - 1) // longest * found[5]
 
 
 @triton.jit
@@ -159,21 +173,18 @@ def _cut(
     low, high = 0, _LENGTHS - 1
     for _ in range(7):  # pieces fall as splits grow: a binary search
         tried = (low + high) // 2
-        longest = ((4 + tried % 4) << (tried // 4)) >> 1
         pieces = 0
         for at in range(0, bound, _BLOCK):
-            found = _head(offsets_ptr, stats_ptr, at + tl.arange(0, _BLOCK), bound, G, H, M, TAIL)
-            pieces += tl.sum((found[2] + longest - 1) // longest * found[5])
+            x = at + tl.arange(0, _BLOCK)
+            pieces += tl.sum(_pieces(offsets_ptr, stats_ptr, x, tried, bound, G, H, M, TAIL))
         enough = pieces <= most
         high = tl.where(enough, tried, high)
         low = tl.where(enough, low, tl.minimum(tried + 1, high))
-    longest = ((4 + low % 4) << (low // 4)) >> 1
     total = 0
     tl.store(first_ptr, 0)
     for at in range(0, bound, _BLOCK):
         x = at + tl.arange(0, _BLOCK)
-        found = _head(offsets_ptr, stats_ptr, x, bound, G, H, M, TAIL)
-        items = (found[2] + longest - 1) // longest * found[5]
+        items = _pieces(offsets_ptr, stats_ptr, x, low, bound, G, H, M, TAIL)
         tl.store(first_ptr + 1 + x, total + tl.cumsum(items, 0), mask=x < bound)
         total += tl.sum(items)
 
@@ -190,7 +201,7 @@ def _splits_kernel(
         offsets = offsets_ptr + layer * contexts * (H + 1)
         _cut(offsets, stats_ptr, first_ptr + layer * (contexts * H + 1), contexts * H, most, G, H, M, False)
     else:
-        own = stats_ptr + contexts * STATS
+        own = stats_ptr + contexts * _STATS
         _cut(offsets_ptr, own, own_first_ptr, sequences * H, own_most, G, H, TAIL_M, True)
 
 
@@ -215,9 +226,9 @@ def _list(
     splits = tl.maximum((tl.load(first_ptr + 1 + x, mask=x >= 0, other=0) - first) // each, 1)
     split, within = (index - first) // each, (index - first) % each
     tiles = tiles.to(tl.int64)
-    from_row = (tiles * split // splits).to(tl.int32) * TILE
-    to_row = tl.minimum((tiles * (split + 1) // splits).to(tl.int32) * TILE, length)
-    at = items_ptr + index * 6
+    from_row = (tiles * split // splits).to(tl.int32) * _TILE
+    to_row = tl.minimum((tiles * (split + 1) // splits).to(tl.int32) * _TILE, length)
+    at = items_ptr + index * ITEM
     live = index < most
     tl.store(at, x // H, mask=live)
     tl.store(at + 1, x % H, mask=live)
@@ -240,11 +251,11 @@ def _items_kernel(
     if layer < layers:
         index = program % blocks * _BLOCK + tl.arange(0, _BLOCK)
         offsets = offsets_ptr + layer * contexts * (H + 1)
-        first, items = first_ptr + layer * (contexts * H + 1), items_ptr + layer * most * 6
+        first, items = first_ptr + layer * (contexts * H + 1), items_ptr + layer * most * ITEM
         _list(offsets, stats_ptr, first, items, index, contexts * H, most, G, H, M, STEPS, False)
     else:
         index = (program - layers * blocks) * _BLOCK + tl.arange(0, _BLOCK)
-        own = stats_ptr + contexts * STATS
+        own = stats_ptr + contexts * _STATS
         _list(offsets_ptr, own, own_first_ptr, own_items_ptr, index, sequences * H, own_most, G, H, TAIL_M, STEPS, True)
 
 
@@ -281,7 +292,7 @@ def _rows_kernel(
     tailed = live & (sequence < sequences)
     first = tl.load(own_first_ptr + sequence * H, mask=tailed, other=0)
     after = tl.load(own_first_ptr + sequence * H + 1, mask=tailed, other=0)
-    at = places_ptr + n * 7
+    at = places_ptr + n * PLACE
     tl.store(at, tl.where(context < contexts, context, -1), mask=live)
     tl.store(at + 1, tl.where(context < contexts, within, 0), mask=live)
     tl.store(at + 2, blocks, mask=live)
@@ -289,10 +300,6 @@ def _rows_kernel(
     tl.store(at + 4, tl.where(tailed, own, 0), mask=live)
     tl.store(at + 5, (after - first) // own_blocks, mask=live)
     tl.store(at + 6, own_blocks, mask=live)
-
-
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
 
 
 def _launches(table: ContextTable, rows: int, dtype: torch.dtype, *, hopper: bool) -> tuple[Launch, ...]:

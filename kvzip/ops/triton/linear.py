@@ -9,9 +9,23 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, on_device, overlaps_launches, tanh
+from kvzip.ops.triton.codes import expand_triton, suits, widen, widening
+from kvzip.ops.triton.common import (
+    activate,
+    await_launch,
+    check_dtype,
+    interpreted,
+    launch_options,
+    on_device,
+    overlaps_launches,
+)
+from kvzip.ops.triton.linear_quantized import few_rows, most_rows
+from kvzip.ops.triton.linear_rounded import rounded_product
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
+from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
+
+_AT_ONCE = 1 << 27  # quantized weights expanded at once
 
 
 class Launch(NamedTuple):
@@ -24,8 +38,31 @@ class Launch(NamedTuple):
     ahead: int
 
 
-def launch_config(N: int, K: int) -> Launch:
-    """The launch for one row, N outputs and K inputs. Tuned on an H100, 2026-11-24: docs/tuning.md."""
+LAUNCHES = (
+    Launch(4, 1024, 2, 4, 2048),
+    Launch(4, 1024, 2, 4, 1024),
+    Launch(4, 1024, 2, 4, 4096),
+    Launch(4, 1024, 2, 3, 2048),
+    Launch(4, 1024, 2, 5, 2048),
+    Launch(4, 512, 1, 4, 2048),
+    Launch(8, 512, 2, 4, 2048),
+    Launch(8, 1024, 4, 4, 2048),
+    Launch(8, 512, 2, 5, 2048),
+    Launch(2, 1024, 1, 4, 2048),
+    Launch(8, 1024, 4, 3, 1024),
+)
+"""What `benchmarks/ops.py --only linear --launches` times for one row of 8-bit codes."""
+
+
+def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Launch:
+    """The launch for one row, N outputs and K inputs, of a kind of codes or none.
+
+    Tuned on an H100, 2026-11-24, of codes on 2026-11-27: docs/tuning.md.
+    """
+    if kind and norm:
+        return Launch(8, 512, 2, 5, 2048)  # what norms x is read by every program: fewer of them
+    if kind:
+        return Launch(8, 1024, 4, 3, 1024) if K >= 8192 else Launch(4, 1024, 2, 4, 2048)
     if K >= 8192:
         return Launch(8, 1024, 8, 3, 1024)  # long rows: more outputs share what is read of x
     return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
@@ -34,7 +71,7 @@ def launch_config(N: int, K: int) -> Launch:
 @on_device
 def linear_triton(
     x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
     bias: Float[Tensor, " N"] | None = None,
     *,
     norm: Norm | None = None,
@@ -47,9 +84,11 @@ def linear_triton(
     norm's weight is multiplied by W, and the norm's factor is applied to the sums. The next kernel may start early
     and prefetch its weights to L2 (programmatic dependent launch). More rows go to cuBLAS,
     between fused elementwise kernels; there the product adds the residual, in float32. Measured: docs/tuning.md.
+    Quantized weights: `_quantized`.
     """
     check_dtype(x)
-    N, K = weight.shape
+    if isinstance(weight, QuantizedWeight):
+        return _quantized(x, weight, bias, norm, gate, residual)
     rows = x.numel() // x.shape[-1] if x.numel() else 0
     if rows != 1 or not weight.is_contiguous():
         if norm is not None:
@@ -61,20 +100,90 @@ def linear_triton(
         if gate is not None:
             out = gated(out, gate)
         return out if residual is None else residual + out
-    config = launch_config(N, K)
+    return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
+
+
+@on_device
+def one_row(
+    x: Float[Tensor, "*b K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+    *,
+    norm: Norm | None = None,
+    gate: str | None = None,
+    residual: Float[Tensor, "*b M"] | None = None,
+    config: Launch | None = None,
+) -> Float[Tensor, "*b M"]:
+    """`linear` of one row, with plain weights or those that `has_plain_codes`."""
+    (N, K), kind = weight.shape, weight.kind if isinstance(weight, QuantizedWeight) else ""
+    config = config or launch_config(N, K, kind, norm=norm is not None)
     N = N if gate is None else N // 2
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     overlap = overlaps_launches(x)
+    data, scale = (weight.codes.view(torch.uint8), weight.scale) if isinstance(weight, QuantizedWeight) else (weight, x)
     _row_kernel[(triton.cdiv(N, config.block_n),)](
-        x, weight, x if bias is None else bias, x if norm is None else norm.weight,
+        x, data, scale, x if bias is None else bias, x if norm is None else norm.weight,
         x if residual is None else residual.contiguous(), out, N, 0.0 if norm is None else float(norm.eps),
         K=K, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, triton.next_power_of_2(K)), STAGES=config.stages,
         AHEAD=min(config.ahead, K) if overlap else 0, OFFSET=0 if norm is None else norm.offset,
-        NORM=norm is not None, GATE=gate or "", BIAS=bias is not None, RESIDUAL=residual is not None, OVERLAP=overlap,
+        NORM=norm is not None, GATE=gate or "", BIAS=bias is not None, RESIDUAL=residual is not None, KIND=kind,
+        ASM=widening(kind) if kind and overlap and not interpreted() else "", OVERLAP=overlap,
         num_warps=config.warps, enable_fp_fusion=True, **launch_options(overlap),
     )  # fmt: skip
     return out
+
+
+def has_plain_codes(weight: QuantizedWeight) -> bool:
+    """Whether a weight is 8-bit codes with one scale for each output, without zero points."""
+    plain = weight.kind != "int4" and weight.zero is None and weight.codes.is_contiguous()
+    return plain and weight.group == weight.inputs and weight.rows == 1
+
+
+def _quantized(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    gate: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`linear` with quantized weights: up to 64 rows as one launch, more with weights expanded to x's dtype.
+
+    Where inputs are rounded too, many rows are multiplied in 8 bits if a library can.
+    """
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs if inputs else 0
+    if weight.activations is not None:
+        if norm is not None:
+            x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
+        flat = rounded_product(x.reshape(rows, -1), weight) if rows > most_rows(x) else None
+        if flat is not None:
+            out = flat.view(*x.shape[:-1], outputs)
+            out = out if bias is None else out + bias
+            out = out if gate is None else gated(out, gate)
+            return out if residual is None else residual + out
+        x = round_inputs(x, weight.activations)
+    if rows == 1 and has_plain_codes(weight):
+        return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
+    if 0 < rows <= most_rows(x) and suits(weight):
+        return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
+    if norm is not None:
+        x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    parts = blocks(weight, _AT_ONCE)
+    if len(parts) <= 1:
+        whole = expand_triton(weight, x.dtype, start=0, stop=outputs)
+        if rows != 1:
+            return linear_triton(x, whole, bias, gate=gate, residual=residual)
+        out = F.linear(x, whole, bias)
+    else:
+        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        for start, stop in parts:
+            part = expand_triton(weight, x.dtype, start=start, stop=stop)
+            out[..., start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
+    if gate is not None:
+        out = gated(out, gate)
+    return out if residual is None else residual + out
 
 
 @on_device
@@ -95,18 +204,10 @@ def gated(x: Float[Tensor, "*b N"], gate: str) -> Float[Tensor, "*b M"]:
 
 @triton.jit
 @no_type_check
-def _activate(x, GATE: tl.constexpr):
-    if GATE == "silu":
-        return x / (1 + tl.exp(-x))
-    else:
-        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-@no_type_check
-def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK_A: tl.constexpr):
+def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr):
     """Prefetches the first AHEAD values of each row to L2, 128 bytes at a time."""
-    a = tl.minimum(tl.arange(0, BLOCK_A) * 64, AHEAD - 1)
+    EACH: tl.constexpr = 1024 // at.dtype.element_ty.primitive_bitwidth
+    a = tl.minimum(tl.arange(0, triton.next_power_of_2((AHEAD + EACH - 1) // EACH)) * EACH, AHEAD - 1)
     at += tl.minimum(n, last).to(tl.int64)[:, None] * K + a[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
@@ -115,31 +216,34 @@ def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK_A: tl.conste
 
 @triton.jit
 @no_type_check
-def _tile(at, n, k, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights of some outputs and inputs, zeros outside, in float32: [BLOCK_N, BLOCK_K]."""
+def _tile(at, n, k, N, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Weights of some outputs and inputs, zeros outside, in float32 and of codes without scales: [BLOCK_N, BLOCK_K]."""
     at += n.to(tl.int64)[:, None] * K + k[None, :]
     if K % BLOCK_K == 0:
-        return tl.load(at, mask=(n < N)[:, None], other=0).to(tl.float32)
+        found = tl.load(at, mask=(n < N)[:, None], other=0)
     else:
-        return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0).to(tl.float32)
+        found = tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0)
+    if KIND == "":
+        return found.to(tl.float32)
+    else:
+        return widen(found, ASM, KIND)
 
 
 @triton.jit(do_not_specialize=["N"])
 @no_type_check
 def _row_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, N, eps,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, N, eps,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     OFFSET: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N outputs of one row."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     second_ptr = weight_ptr + N.to(tl.int64) * K  # where gated: the weights of the second half
     if AHEAD:  # weights do not depend on the kernel before
-        lines: tl.constexpr = triton.next_power_of_2((AHEAD + 63) // 64)
-        _fetch(weight_ptr, n, N - 1, K, AHEAD, lines)
+        _fetch(weight_ptr, n, N - 1, K, AHEAD)
         if GATE != "":
-            _fetch(second_ptr, n, N - 1, K, AHEAD, lines)
+            _fetch(second_ptr, n, N - 1, K, AHEAD)
     await_launch(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_2 = acc
@@ -150,20 +254,24 @@ def _row_kernel(
         if NORM:
             square += x * x
             x *= tl.load(norm_ptr + k, mask=k < K, other=0).to(tl.float32) + OFFSET
-        acc += _tile(weight_ptr, n, k, N, K, BLOCK_K) * x[None, :]
+        acc += _tile(weight_ptr, n, k, N, K, BLOCK_K, KIND, ASM) * x[None, :]
         if GATE != "":
-            acc_2 += _tile(second_ptr, n, k, N, K, BLOCK_K) * x[None, :]
+            acc_2 += _tile(second_ptr, n, k, N, K, BLOCK_K, KIND, ASM) * x[None, :]
     factor = 1.0
     if NORM:
         factor = 1 / tl.sqrt_rn(tl.sum(square, 0) / K + eps)
     out = tl.sum(acc, 1) * factor  # [BLOCK_N]
+    if KIND != "":
+        out *= tl.load(scale_ptr + n, mask=n < N, other=0).to(tl.float32)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)
     if GATE != "":
         out_2 = tl.sum(acc_2, 1) * factor
+        if KIND != "":
+            out_2 *= tl.load(scale_ptr + N + n, mask=n < N, other=0).to(tl.float32)
         if BIAS:
             out_2 += tl.load(bias_ptr + N + n, mask=n < N, other=0).to(tl.float32)
-        out = _activate(out, GATE) * out_2
+        out = activate(out, GATE) * out_2
     if RESIDUAL:
         out += tl.load(residual_ptr + n, mask=n < N, other=0).to(tl.float32)
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
@@ -177,5 +285,5 @@ def _gate_kernel(x_ptr, out_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr, GATE: t
     await_launch(OVERLAP)
     first = tl.load(x_ptr + row * 2 * N + n, mask=n < N, other=0).to(tl.float32)  # [BLOCK_N]
     second = tl.load(x_ptr + row * 2 * N + N + n, mask=n < N, other=0).to(tl.float32)
-    out = _activate(first, GATE) * second
+    out = activate(first, GATE) * second
     tl.store(out_ptr + row * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -1,6 +1,7 @@
 """Writes a GGUF file as a Hugging Face model directory: config, bf16 safetensors, tokenizer, chat template.
 
-For small_models.py, so only for what its files need: Llama, Qwen 2 and Gemma 3 text models with tied embeddings.
+For the models of `packages.py`, so only for what its files need: Llama, Qwen 2 and Gemma 3 text models with tied
+embeddings.
 The weights are dequantized, hence near the original checkpoint and not equal to it.
 """
 
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf_tokenizer import make_tokenizer
+from .gguf_tokenizer import make_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

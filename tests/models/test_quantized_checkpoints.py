@@ -1,0 +1,212 @@
+"""Quantized checkpoints: what each format means, what is refused by name, memory, identity."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized_files as files
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import kvzip
+from kvzip.models import forward, logits
+from kvzip.models.weights import named_weights
+from kvzip.ops import QuantizedWeight
+from kvzip.ops.weights import expand
+
+STACKS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> kvzip.Model:
+    return kvzip.load(path, dtype=dtype, device="cpu", **options)
+
+
+def check_weights(model: kvzip.Model, meant: dict[str, Tensor]) -> None:
+    for n, layer in enumerate(model.weights.layers):
+        for field, names in STACKS.items():
+            own, want = getattr(layer, field), torch.cat([meant[f"model.layers.{n}.{x}.weight"] for x in names])
+            if isinstance(own, QuantizedWeight):
+                torch.testing.assert_close(expand(own, torch.float64), want, rtol=1e-15, atol=0)
+            else:
+                assert torch.equal(own.double(), want)
+    assert torch.equal(model.weights.embed.double(), meant["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", files.FORMATS)
+def test_a_format_means_what_its_definition_says(name: str, tmp_path: Path) -> None:
+    meant = files.write(tmp_path, files.FORMATS[name], shards=3 if name in ("awq", "fp8 block") else 1)
+    model = load(tmp_path)
+    assert all(isinstance(getattr(layer, field), QuantizedWeight) for layer in model.weights.layers for field in STACKS)
+    check_weights(model, meant)
+
+
+def test_layers_that_stay_in_16_bits(tmp_path: Path) -> None:
+    plain = tuple(f"layers.1.{name}" for name in STACKS["qkv"] + STACKS["down"])
+    meant = files.write(tmp_path, files.FORMATS["packed 4, group, zeros"], plain=plain)
+    model = load(tmp_path)
+    assert isinstance(model.weights.layers[1].down, Tensor) and isinstance(model.weights.layers[1].qkv, Tensor)
+    check_weights(model, meant)
+
+
+def test_a_product_of_layers_in_two_forms_is_refused(tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS["awq"], plain=("layers.1.mlp.up_proj",))
+    with pytest.raises(ValueError, match=r"quantized alike, got 'layers\.1\.mlp\.up_proj\.weight' in 16 bits"):
+        load(tmp_path)
+
+
+def test_zero_biases_and_scales_of_caches_are_left_out(tmp_path: Path) -> None:
+    form = files.gptq(4, symmetric=True)
+    form.extra = {
+        "model.layers.0.mlp.up_proj.bias": torch.zeros(files.INNER),
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+    }
+    meant = files.write(tmp_path, form)
+    check_weights(load(tmp_path), meant)
+    form.extra["model.layers.0.mlp.up_proj.bias"][3] = 1
+    files.write(tmp_path, form)
+    with pytest.raises(ValueError, match=r"does not read: 'model\.layers\.0\.mlp\.up_proj\.bias'"):
+        load(tmp_path)
+
+
+CHANGES: list[tuple[str, Callable[[dict], Any], str]] = [
+    ("awq", lambda c: c.update(bits=3), "bits .* got '3'"),
+    ("awq", lambda c: c.update(version="gemv"), "version .* got 'gemv'"),
+    ("awq", lambda c: c.update(zero_point=False), "zero_point"),
+    ("awq", lambda c: c.update(rotation="hadamard"), "rotation=hadamard"),
+    ("awq", lambda c: c.update(quant_method="marlin"), r"quant_method .*got 'marlin'"),
+    ("gptq 4", lambda c: c.update(checkpoint_format="marlin"), "checkpoint_format .* got 'marlin'"),
+    ("gptq 4", lambda c: c.update(dynamic={"-:.*mlp.*": {}}), "dynamic"),
+    ("gptq 4", lambda c: c.update(group_size=0), "group_size"),
+    ("gptq 4", lambda c: c.update(sym=True), r"zero points of layers\.0\..*_proj to be 0 for symmetric"),
+    ("fp8 block", lambda c: c.update(fmt="e5m2"), "fmt .* got 'e5m2'"),
+    (
+        "fp8 block",
+        lambda c: c.update(weight_block_size=[32, 16]),
+        r"weight_scale_inv .*shape \[\[2, 6\]\], got .*\[4, 6\]",
+    ),
+    ("fbgemm", lambda c: c.update(activation_scale_ub=-1), "activation_scale_ub"),
+    ("float, channel", lambda c: c.update(format="nvfp4-pack-quantized"), "format .* got 'nvfp4"),
+    ("float, channel", lambda c: c.update(sparsity_config={"format": "sparse-24"}), r"sparsity_config\.format"),
+    ("float, channel", lambda c: c.update(transform_config={"config_groups": {"R1": {}}}), r"transform_config"),
+    ("float, channel", lambda c: c["config_groups"]["group_0"].update(output_activations={}), "output_activations"),
+    ("float, channel", lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=4), "float of 4 bits"),
+    ("float, channel", lambda c: c["config_groups"]["group_0"]["weights"].update(block_scale=1), "block_scale"),
+    ("float, channel", lambda c: c["config_groups"]["group_0"].update(targets=["re:.*mlp.*"]), "is not quantized"),
+    ("float, channel", lambda c: c.update(ignore=["re:.*down_proj"]), r"down_proj\.weight' of a floating type"),
+    ("packed 4, group", lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=16), "weight_scale"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), CHANGES)
+def test_what_is_not_understood_is_named(name: str, change: Callable, message: str, tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS[name])
+    raw = json.loads((tmp_path / "config.json").read_text())
+    change(raw["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    files.write(tmp_path, files.gptq(4, symmetric=True, shuffled=True))
+    with pytest.raises(ValueError, match=r"_proj\.g_idx .* neighbouring inputs"):
+        load(tmp_path)
+    path, base = tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj"
+    files.write(tmp_path, files.FORMATS["fp8 tensor"])
+    good = load_file(path)
+    for change, message in (
+        ({f"{base}.weight_scale_inv": None}, r"layers\.0\.mlp\.down_proj\.weight_scale"),
+        ({f"{base}.weight_scale_inv": torch.tensor(torch.inf)}, "scales of layers"),
+        ({f"{base}.weight": torch.full((64, 96), torch.nan).to(torch.float8_e4m3fn)}, "got NaN"),
+        ({f"{base}.qzeros": torch.ones(1)}, r"down_proj\.qzeros"),
+    ):
+        save_file({key: x for key, x in {**good, **change}.items() if x is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    save_file(good, path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": None}))
+    with pytest.raises(ValueError, match=r"of a floating type, got F8_E4M3 .* says nothing of quantization"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fp8 block", "packed 4, group, zeros", "awq", "gptq 4, sym", "gptq 8", "qserve"])
+def test_the_model_is_hardly_larger_than_its_file(name: str, tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS[name])
+    weights = [weight for _, weight in named_weights(load(tmp_path, torch.bfloat16).weights)]
+    held = sum(x.nbytes for x in weights if isinstance(x, QuantizedWeight))
+    stored = load_file(tmp_path / "model.safetensors")
+    packed = sum(x.nbytes for key, x in stored.items() if "_proj" in key)
+    assert held <= 1.05 * packed, (held, packed)
+
+
+def test_fingerprints_differ_by_form(tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS["int8, channel"])
+    one, rounded = load(tmp_path), load(tmp_path, activations="checkpoint")
+    assert (one.identity, one.checkpoint) == (rounded.identity, rounded.checkpoint)
+    assert one.fingerprint != rounded.fingerprint
+    changed = load_file(tmp_path / "model.safetensors")
+    changed["model.layers.1.mlp.down_proj.weight_scale"] *= 2
+    save_file(changed, tmp_path / "model.safetensors")
+    assert load(tmp_path).identity != one.identity
+    files.write(tmp_path, files.FORMATS["gptq 4"])
+    first = load(tmp_path).fingerprint
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load(tmp_path).fingerprint != first
+
+
+def run(model: kvzip.Model, ids: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return logits(model, forward(model, ids, torch.arange(ids.shape[1]), attend))
+
+
+@pytest.mark.parametrize("name", ["fp8 block", "packed 4, group, zeros", "awq", "gptq 8", "qserve"])
+def test_logits_are_those_of_the_weights_meant(name: str, tmp_path: Path) -> None:
+    """Transformers runs the model that the checkpoint means, in float32 in norms and rotation whatever the dtype."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    meant = files.write(tmp_path, files.FORMATS[name])
+    reference = LlamaForCausalLM(LlamaConfig(**files.CONFIG)).double().eval()
+    reference.load_state_dict(meant)
+    ids = torch.randint(0, files.VOCAB, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = reference(ids).logits
+        reference.model.layers[1].mlp.down_proj.weight *= 1.01
+        changed = reference(ids).logits
+    got = run(load(tmp_path, torch.float64), ids)
+    assert (got - want).norm() <= 1e-5 * want.norm() < 1e-2 * (changed - want).norm()
+
+
+ZIP = Path(__file__).parents[1] / "data" / "quantized.zip"
+with zipfile.ZipFile(ZIP) as archive:
+    MADE = sorted({name.split("/")[0] for name in archive.namelist()})
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_files_of_makers_own_libraries(name: str, tmp_path: Path) -> None:
+    """Written by compressed-tensors, autoawq and auto-gptq; logits are Transformers' (tests/data/make_quantized.py)."""
+    with zipfile.ZipFile(ZIP) as archive:
+        archive.extractall(tmp_path, [x for x in archive.namelist() if x.startswith(f"{name}/")])
+    want = load_file(tmp_path / name / "logits.safetensors")
+    ids = torch.randint(0, 12, (1, 8), generator=torch.Generator().manual_seed(1))
+    spread = want["logits"].abs().max()
+    error = (run(load(tmp_path / name), ids) - want["logits"]).abs().max() / spread
+    assert error < 1e-5
+    if "rounded_inputs" in want and not torch.equal(want["rounded_inputs"], want["logits"]):
+        rounded = run(load(tmp_path / name, activations="checkpoint"), ids)
+        without = (want["rounded_inputs"] - want["logits"]).abs().max() / spread
+        error = (rounded - want["rounded_inputs"]).abs().max() / spread
+        assert error < 1e-5 and without > 1e-3, "inputs are rounded as the library rounds them"
