@@ -29,7 +29,10 @@ _ROUNDS = 16  # of balancing rows and channels
 class Way:
     """How the rows of one tensor are quantized, in this order.
 
-    center, spread: each head's channels are moved to the mean 0, and divided by powers of two, see `ops.Channels`.
+    center, spread: each head's channels are moved to the mean 0, and divided by powers of two.
+    root: channels are divided by the square roots of their deviations, so that errors end up in between of equal and
+        in proportion to the channel.
+    first: the center moves by what the first row loses, so that this row comes back as it was.
     rotate: rows are multiplied by an orthonormal Hadamard matrix.
     balance: in each block of 128 rows of a head, rows and channels are divided by scales that make the standard
         deviations of all rows, and of all channels, equal (KVarN, arXiv 2606.03458).
@@ -41,10 +44,13 @@ class Way:
     shaped: channels are rounded one after the other, and later ones make up for what earlier ones lose, as Q says.
     clip: the range that is rounded to is the one with the least squared error, not that from least to greatest.
     group: values of a row that share a step, 0: all; not with channels.
+    narrow: part of the range from least to greatest that is rounded to, in 2 bits.
     """
 
     center: bool = False
     spread: bool = False
+    root: bool = False
+    first: bool = False
     rotate: bool = False
     balance: bool = False
     channels: bool = False
@@ -52,6 +58,7 @@ class Way:
     shaped: bool = False
     clip: bool = False
     group: int = 0
+    narrow: float = 1.0
 
 
 def hadamard(width: int, like: Tensor) -> Float[Tensor, "D D"]:
@@ -81,12 +88,20 @@ def restored(
     found = measure_channels(x, offsets)
     center = found.center[head] if way.center else torch.zeros((), device=x.device)
     spread = found.spread[head] if way.spread else torch.ones((), device=x.device)
+    if way.root:
+        spread = roots_of(values - center, offsets)[head]
     rest = (values - center) / spread
     turn = hadamard(x.shape[1], rest) if way.rotate else torch.eye(x.shape[1], device=x.device)
     there = again = turn.expand(len(offsets) - 1, -1, -1)
     if way.asked and asked is not None:
         before, after = matched(asked[1] if len(asked) > 1 else moments_of(rest, offsets), asked[0], way.asked)
         there, again = before @ turn, turn @ after
+    if way.first:
+        begin = offsets[:-1].long()
+        own = (rest[begin][:, None] @ there)[:, 0]
+        lost = ((own - rounded(own, bits, way))[:, None] @ again)[:, 0] * spread[begin]
+        center = center + lost[head]
+        rest = (values - center) / spread
     rest = by_head(rest, offsets, there)
     if way.shaped and asked is not None:
         back = _shaped(rest, offsets, bits, again @ asked[0] @ again.mT)
@@ -98,7 +113,13 @@ def restored(
 def rounded(x: Float[Tensor, "*B D"], bits: int, way: Way) -> Float[Tensor, "*B D"]:
     """Returns rows rounded each on its own, with 16-bit steps and zeros, group after group."""
     groups = x.unflatten(-1, (-1, way.group or x.shape[-1]))
-    return _rounded(groups, bits, -1, way.clip).flatten(-2)
+    return _rounded(groups, bits, -1, way.clip, way.narrow if bits == 2 else 1.0).flatten(-2)
+
+
+def roots_of(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Float[Tensor, "H D"]:
+    """Returns the square roots of the deviations of each head's channels; the first row, an outlier, does not count."""
+    found = [own[1:].square().mean(0).pow(0.25) for own in x.split(offsets.diff().tolist())]
+    return torch.stack(found).nan_to_num(1.0).clamp_min(1e-6)
 
 
 def stored_bytes(counts: list[int], width: int, bits: int, way: Way, element: int) -> int:
@@ -111,7 +132,7 @@ def stored_bytes(counts: list[int], width: int, bits: int, way: Way, element: in
     size += blocks * width * 4 if way.channels else rows * 4 * (width // (way.group or width))
     if way.balance:  # one factor per row where steps are the channels', and one per channel where they are the rows'
         size += 2 * rows if way.channels else blocks * width * 2
-    return size + (way.center + way.spread + (way.asked == "scale")) * len(counts) * width * 4
+    return size + (way.center + (way.spread or way.root) + (way.asked == "scale")) * len(counts) * width * 4
 
 
 def by_head(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], by: Float[Tensor, "H D D"]) -> Float[Tensor, "N D"]:
@@ -230,12 +251,12 @@ def _deviation(x: Tensor, dim: int) -> Tensor:
     return x.std(dim, keepdim=True).clamp(1e-3, 1e3)
 
 
-def _rounded(x: Tensor, bits: int, dim: int, clip: bool) -> Tensor:
+def _rounded(x: Tensor, bits: int, dim: int, clip: bool, narrow: float = 1.0) -> Tensor:
     """Rounds x with a step and a zero along an axis: from the least to the greatest value, or within them."""
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     middle, half = (low + high) / 2, (high - low) / 2
     best, least = None, None
-    for part in _SHRUNK if clip else (1.0,):
+    for part in _SHRUNK if clip else (narrow,):
         step = (2 * part * half / (2**bits - 1)).half().float()
         zero = (middle - part * half).half().float()
         codes = ((x - zero) / step.clamp_min(1e-30)).round().clamp(0, 2**bits - 1)

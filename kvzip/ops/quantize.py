@@ -7,6 +7,7 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
+from kvzip.ops.turning import turn
 from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, owners
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
@@ -71,14 +72,17 @@ def dequantize(
 
     Raises: ValueError for channels without offsets.
     """
-    if q.channels is None:
+    if q.channels is None and not q.turned:
         return _unpack(q, dtype)
-    if offsets is None:
+    if q.channels is not None and offsets is None:
         raise ValueError("expected offsets, got none: the rows have channels, and offsets say which head's")
-    head = owners(offsets, len(q.codes))
     rest = _unpack(q, torch.float32)
+    rest = turn(rest) if q.turned else rest
     most = torch.finfo(dtype).max
-    return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).clamp_(-most, most).to(dtype)
+    if q.channels is not None and offsets is not None:
+        head = owners(offsets, len(q.codes))
+        rest = rest.mul_(q.channels.spread[head]).add_(q.channels.center[head])
+    return rest.clamp_(-most, most).to(dtype)
 
 
 def packed_nbytes(rows: int, width: int, *, bits: int, scale: int, heads: int = 0) -> int:
@@ -171,9 +175,14 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
     part = _part(zero)[..., None]
     codes = (groups * part - zero.float()[..., None] * part) / (scale.float()[..., None] * part)
     codes = codes.where(scale[..., None] > 0, 0.0)
-    codes = (codes + 0.5).floor().clamp(0, last).to(torch.uint8).flatten(1)
-    packed = (codes.unflatten(1, (-1, 8 // bits)) << _shifts(bits, codes.device)).sum(2, dtype=torch.uint8)
-    return Quantized(packed, scale, zero, bits, group)
+    codes = (codes + 0.5).floor().clamp(0, last).flatten(1)
+    return Quantized(pack_codes(codes, bits), scale, zero, bits, group)
+
+
+def pack_codes(codes: Float[Tensor, "N D"], bits: int) -> UInt8[Tensor, "N P"]:
+    """Returns codes as bytes, the first of a byte in its highest bits."""
+    parts = codes.to(torch.uint8).unflatten(1, (-1, 8 // bits))
+    return (parts << _shifts(bits, codes.device)).sum(2, dtype=torch.uint8)
 
 
 def dequantize_reference(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:

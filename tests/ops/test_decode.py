@@ -12,6 +12,7 @@ from accuracy import assert_as_accurate
 from kvzip.ops import Channels, DecodeSchedule, Quantized, decode, decode_schedule, dequantize, merge, quantize
 from kvzip.ops.decode import decode_reference
 from kvzip.ops.merge import merge_reference
+from kvzip.ops.quantize_turned import quantize_turned
 
 pytest.importorskip("triton")
 
@@ -26,7 +27,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE, bias=None) -> dict:
+def make(
+    seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE, bias=None, turned=False
+) -> dict:
     """Random inputs of `decode`. Tails hold NaN where they are not written, and are slices of something larger."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,8 +43,9 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, devi
     if bits is not None and sum(lengths):
         if channels:
             found["k"] = stretch(found["k"], generator)
-        found["k"] = quantize(found["k"], bits=bits[0], offsets=offsets if channels else None)
-        found["v"] = quantize(found["v"], bits=bits[1])
+        for name, each in zip("kv", bits, strict=True):
+            run = quantize_turned if turned and each < 8 else quantize
+            found[name] = run(found[name], bits=each, offsets=offsets if channels and name == "k" else None)
     if bias is not None:
         found["bias"] = (torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 6 - 3).to(bias)
     if R:
@@ -63,8 +67,16 @@ def stretch(k: Tensor, generator: torch.Generator) -> Tensor:
 def move(x, device):
     if isinstance(x, Quantized):
         channels = None if x.channels is None else Channels(*(t.to(device) for t in vars(x.channels).values()))
-        return Quantized(*(t.to(device) for t in (x.codes, x.scale, x.zero)), x.bits, x.group, channels)
+        return Quantized(*(t.to(device) for t in (x.codes, x.scale, x.zero)), x.bits, x.group, channels, x.turned)
     return tuple(part.to(device) for part in x) if isinstance(x, tuple) else x.to(device)
+
+
+def turning(width: int) -> Tensor:
+    """The matrix that turns rows, in float64, by Sylvester's construction."""
+    matrix, two = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while width % (2 * len(matrix)) == 0:
+        matrix = torch.kron(matrix, two)
+    return torch.block_diag(*[matrix / len(matrix) ** 0.5] * (width // len(matrix))).to(DEVICE)
 
 
 def widen(x, offsets):
@@ -74,6 +86,7 @@ def widen(x, offsets):
         codes = torch.stack([x.codes >> place & 2**x.bits - 1 for place in places], dim=2).flatten(1)
         steps = codes.double().unflatten(1, (-1, x.group))
         rest = (steps * x.scale.double()[..., None] + x.zero.double()[..., None]).flatten(1)
+        rest = rest @ turning(x.width) if x.turned else rest
         if x.channels is None:
             return rest
         spread, center = (
@@ -114,13 +127,20 @@ def lse_rounding(inputs: dict, *, scale: float, **_) -> float:
         center, spread = (x.repeat_interleave(group, 0)[:, None] for x in (k.channels.center, k.channels.spread))
         largest = (q * center).sum(-1).abs().amax().cpu()
         q = q * spread
+    rounded = 0.0
+    if k.turned:
+        q = (q.double() @ turning(q.shape[-1])).float()
+        if inputs["q"].dtype != torch.float32:  # a turned query has more digits than float16, tensor cores' operand
+            apart = (q.half().float() - q).abs()
+            most = k.zero.float().abs() + (2**k.bits - 1) * k.scale.float()
+            rounded = scale * (apart.sum(-1).amax() * most.amax()).item()
     half = 2 ** (k.bits - 1) * k.scale.float()
     larger = (k.zero.float() + half).abs().amax()
     if inputs["q"].dtype != torch.float32:  # tensor cores multiply codes that no half was taken from: sums begin at it
         larger += half.amax()
     sums = q.unflatten(-1, (-1, k.group)).sum(-1).abs()
     largest += (sums.amax() * larger * k.zero.shape[1]).cpu()
-    return float(2 * torch.finfo(torch.float32).eps * scale * largest)
+    return float(2 * torch.finfo(torch.float32).eps * scale * largest) + rounded
 
 
 def one_row(inputs, b, head, t, scale, softcap, window) -> tuple[Tensor, Tensor]:
@@ -192,6 +212,21 @@ def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
     seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
 ):
     inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias)
+    check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
+
+
+@settings(max_examples=8)
+@given(
+    D=st.sampled_from([32, 64, 80]),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+    bits=st.sampled_from([4, 2, (8, 4), (4, 8), (4, 2), (8, 2)]),
+    channels=st.booleans(),
+    **SHAPES,
+)
+def test_kernel_reads_turned_rows_as_accurately_as_the_reference(
+    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
+):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias, turned=True)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 

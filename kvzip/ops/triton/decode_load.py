@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kvzip.ops.triton.common import LOG2_E
+from kvzip.ops.triton.turn import turn_columns
 
 
 @triton.jit
@@ -131,7 +132,8 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
     top = tl.max(tl.abs(whole), 0).to(tl.int32, bitcast=True) >> 23
     top = tl.max(tl.where(top == 255, 0, top), 0)
     top = tl.minimum(tl.maximum(top, 27), 227)
-    HIGH: tl.constexpr = 8 if F.K_BITS == 2 else 10
+    ROOM: tl.constexpr = 4 if F.TURN_K else 0  # turned values are up to sqrt(D) times as large
+    HIGH: tl.constexpr = (8 if F.K_BITS == 2 else 10) - ROOM
     factor = ((254 + HIGH - top) << 23).to(tl.float32, bitcast=True)  # brings the largest finite value near 2 ** HIGH
     unit = ((top - HIGH) << 23).to(tl.float32, bitcast=True) * (scale / softcap if F.SOFTCAP else scale * LOG2_E)
     parts = ()
@@ -143,7 +145,18 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
         if F.CHANNELS:
             q *= tl.load(spread_ptr + EACH * w + part, mask=w < W, other=0)[:, None]
         lift = 2.0 ** (part * F.K_BITS % 8)  # low bits of a byte count less: see `codes`
-        q = (q * (factor * lift)).to(F.K_COMPUTE)
-        parts += (q,)
-        total += q.to(tl.float32) * (1 / lift)
+        if F.TURN_K:
+            parts += (q,)
+        else:
+            q = (q * (factor * lift)).to(F.K_COMPUTE)
+            parts += (q,)
+            total += q.to(tl.float32) * (1 / lift)
+    if F.TURN_K:  # the matrix is symmetric: turned queries meet turned keys
+        turned = turn_columns(parts, F.D, EACH, F.TURN)
+        parts = ()
+        for part in tl.static_range(EACH):
+            lift = 2.0 ** (part * F.K_BITS % 8)
+            q = (turned[part] * (factor * lift)).to(F.K_COMPUTE)
+            parts += (q,)
+            total += q.to(tl.float32) * (1 / lift)
     return parts, total, tl.sum(total, 0), unit, central

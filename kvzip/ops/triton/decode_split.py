@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, product, tanh
 from kvzip.ops.triton.decode_load import codes, load_queries, load_queries_for_codes, load_tile, load_vector
+from kvzip.ops.triton.turn import turn_columns
 
 
 class Form(NamedTuple):
@@ -31,6 +32,9 @@ class Form(NamedTuple):
     SOFTCAP: bool
     BIAS: bool
     CHANNELS: bool  # keys have centers and spreads
+    TURN_K: bool  # keys are turned, and so queries are
+    TURN_V: bool  # values are turned, and so what they give is turned back
+    TURN: Any  # dtype of products that turn
     PAGE: int  # rows of a page, or 0
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
@@ -114,6 +118,12 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     tl.store(part_lse_ptr + place, peak + tl.log(total), mask=live)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)
     w = tl.arange(0, BLOCK_W)
+    if F.TURN_V:
+        whole = ()
+        for part in tl.static_range(EACH):
+            unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
+            whole += ((acc[part] * unit + shift[None, :]) * share[None, :],)
+        whole = turn_columns(whole, F.D, EACH, F.TURN)
     for part in tl.static_range(EACH):
         if F.KEYS_FIRST:
             at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
@@ -121,7 +131,9 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         else:
             at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
             seen = live[:, None] & (w < W)[None, :]
-        if F.V_BITS < 16:
+        if F.TURN_V:
+            tl.store(at_part, whole[part], mask=seen)
+        elif F.V_BITS < 16:
             unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
             tl.store(at_part, (acc[part] * unit + shift[None, :]) * share[None, :], mask=seen)
         else:
