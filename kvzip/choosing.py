@@ -38,11 +38,12 @@ def keep_bytes(cache: DenseCache, budget: Budget, *, bits: tuple[int, int] | Non
             "expected a whole cache with budget_bytes, got a share of one: each process has other heads, so pass a "
             "ratio or a budget of tokens"
         )
-    width = 4 if cache.layers[0].k.dtype == torch.float32 else 2
-    scales = [(width, width)] * len(cache.scored_layers)
+    wide = cache.layers[0].k.dtype == torch.float32
+    turned = (False, False) if bits is None else (bits[0] < 8, bits[1] < 4)  # as `rows.pack` does
+    scales = [(4 if wide and not turned[0] else 2, 4 if wide and not turned[1] else 2)] * len(cache.scored_layers)
     while True:
         keep, counts = _largest(cache, budget, bits, scales)
-        if bits is None or width == 4:
+        if bits is None or set(scales) == {(4, 4)}:
             return keep, counts
         found = _scales(cache, keep, counts, bits)
         if all(x <= y for new, old in zip(found, scales, strict=True) for x, y in zip(new, old, strict=True)):

@@ -1,6 +1,7 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
@@ -82,6 +83,7 @@ def compress(
         keep, counts = keep_bytes(cache, chosen, bits=packed)
     context = _pack(cache, keep, counts, bits=packed, consume=consume)
     method = f"{cache.scores.source}/{level}"
+    cache = replace(cache, scores=replace(cache.scores, asked=None)) if cache.scores.asked is not None else cache
     return ragged_of(cache, context, kept=sum(map(sum, counts)), total=keep.numel(), method=method)
 
 
@@ -147,6 +149,7 @@ def _pack(
             if bits is not None:
                 _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
+    found: list[tuple[int, int, list[Tensor]]] = []
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
     try:
         if consume:
@@ -155,14 +158,29 @@ def _pack(
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
             with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
                 whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits)
+                asked, flags = None if scores.asked is None else scores.asked[at], None if consume else []
+                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked, flags=flags)
+            found.append((at, n, flags or []))
             if consume:
                 layers[n] = None
+        for at, n in _again(found):  # with what the device found, which no layer waited for
+            whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
+            asked = None if scores.asked is None else scores.asked[at]
+            context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked)
     except BaseException:
         if consume and None not in layers:
             cache.layers[:] = layers
         raise
     return tuple(context)
+
+
+def _again(found: list[tuple[int, int, list[Tensor]]]) -> list[tuple[int, int]]:
+    """Which layers, as scored and as the model's, must be packed once more: float16 scales are too coarse, or not finite."""
+    flags = [flag for *_, own in found for flag in own]
+    if not flags:
+        return []
+    raised = iter(torch.stack(flags).any(1).tolist())
+    return [(at, n) for at, n, own in found if any([next(raised) for _ in own])]
 
 
 def _check_finite(cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"]) -> None:

@@ -287,7 +287,8 @@ class _Reader:
         group = spec.get("group") or 0
         if bits is None:
             return self.take(name, {"rows": count}, of="RaggedKV", own=own)
-        codes = self.take(f"{name}.codes", {"rows": count}, own=own)
+        turned = f"{name}.turned" in self.file.tensors
+        codes = self.take(f"{name}.{'turned' if turned else 'codes'}", {"rows": count}, own=own)
         width = codes.shape[1] * 8 // bits if bits in (8, 4, 2) else 0
         whole = group > 0 and width > 0 and width % group == 0 and group % (8 // bits) == 0
         require(whole, f"{name} of {bits} bits in groups of {group}")
@@ -295,7 +296,7 @@ class _Reader:
         zero = self.take(f"{name}.zero", like=scale, own=own)
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
         require(finite, f"scales of {name} that are not finite")
-        return Quantized(codes, scale, zero, bits, group)
+        return Quantized(codes, scale, zero, bits, group, turned=turned)
 
     def channels(self, name: str, sizes: dict[str, int], own: slice | None) -> Channels:
         parts = (f"{name}.{part}" for part in ("center", "spread"))

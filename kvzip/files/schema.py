@@ -128,6 +128,9 @@ TENSORS = (
     Stored("layers.N.positions", "i32", "rows", "of `RaggedKV`: the token of each row, ascending within a head"),
     Stored("layers.N.bias", "f16 or f32", "rows", "of `RaggedKV`: added to each row's logit, after scale and softcap"),
     Stored("layers.N.X.codes", "u8", "rows, D * bits / 8", "quantized rows in place of `layers.N.X`, see below"),
+    Stored(
+        "layers.N.X.turned", "u8", "rows, D * bits / 8", "in place of `codes`: those of rows that are turned, see below"
+    ),
     Stored("layers.N.X.scale", "f16 or f32", "rows, D / group", "value d: `zero + scale * code` of group `d // group`"),
     Stored("layers.N.X.zero", "f16 or f32", "rows, D / group", "the value of code 0 in each group"),
     Stored("layers.N.X.center", "f32", "H, D", "with `channels`: a key of head h is `center[h] + spread[h] * x`"),

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
-from kvzip.ops.quantize import pack_codes
+from kvzip.ops.quantize import pack_codes, quantize
 from kvzip.ops.turning import measure_roots, turn
 from kvzip.ops.types import LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, owners
 
@@ -81,6 +81,20 @@ def quantize_turned_ahead(
     return run(x, bits=bits, group=group, offsets=offsets, channels=channels, feedback=feedback, wide=wide)
 
 
+def quantize_like(
+    x: Float[Tensor, "N D"], like: Quantized, *, offsets: Int32[Tensor, " H1"] | None = None
+) -> Quantized:
+    """Returns further rows in the format of `like`: its bits, group and channels, and turned if it is. It waits.
+
+    Args:
+        offsets: of the heads that own the rows; needed where `like` has channels.
+    """
+    run = quantize_turned if like.turned else quantize
+    return run(
+        x, bits=like.bits, group=like.group, offsets=None if like.channels is None else offsets, channels=like.channels
+    )
+
+
 def quantize_turned_reference(
     x: Float[Tensor, "N D"],
     *,
@@ -118,9 +132,10 @@ def quantize_turned_reference(
 
 
 def measure_channels_turned(
-    x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], *, bits: int, group: int
+    x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], *, bits: int, group: int | None = None
 ) -> Channels:
     """Returns `measure_roots`, with centers moved so that each head's first row is one that codes can say."""
+    group = min(128, x.shape[1]) if group is None else group
     found = measure_roots(x, offsets)
     if len(x) == 0:
         return found
