@@ -527,19 +527,22 @@ def test_what_is_no_number_is_refused(dense, plain, name, bad):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_contexts_are_smaller_and_within_half_a_step(model, bits):
     cache = scored(model)
+    cache = replace(cache, scores=replace(cache.scores, asked=None))  # else keys are rounded by what queries ask
     wide, packed = kvzip.compress(cache, 0.5), kvzip.compress(cache, 0.5, bits=bits)
     assert torch.equal(kept(wide), kept(packed)) and wide.kept == packed.kept
     offsets = packed.context[0].offsets
     for name in ("k", "v"):
         want, got = getattr(wide.context[0], name), getattr(packed.context[0], name)
         assert got.codes.nbytes == want.numel() * bits // 8
-        error = (kvzip.ops.dequantize(got, offsets=offsets) - want).abs()
-        spread = 1.0
+        error = kvzip.ops.dequantize(got, offsets=offsets) - want
         if name == "k":
-            spread = got.channels.spread.repeat_interleave(offsets.diff(), 0)
+            error /= got.channels.spread.repeat_interleave(offsets.diff(), 0)
             centers = torch.stack([want[a:b].mean(0) for a, b in itertools.pairwise(offsets.tolist())])
-            torch.testing.assert_close(got.channels.center, centers, atol=0.2, rtol=0)
-        assert (error <= got.scale.float() * spread / 2 * (1 + 1e-3) + 1e-6).all()
+            apart = (got.channels.center - centers).abs()  # in few bits it is moved by what the first row loses
+            assert (apart <= 0.2 + (bits < 8) * got.channels.spread * got.scale.amax()).all()
+        assert got.turned == (bits < 8 if name == "k" else bits < 4)
+        error = kvzip.ops.turn(error) if got.turned else error
+        assert (error.abs() <= got.scale.float() / 2 * (1 + 1e-2) + 1e-5).all()
     assert kvzip.generate(model, packed, ["Who?", "x"], max_tokens=4)
     with pytest.raises(ValueError, match="bits of 8, 4 or 2"):
         kvzip.compress(cache, 0.5, bits=3)

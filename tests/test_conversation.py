@@ -360,7 +360,7 @@ def test_bad_input_is_named(model, caches):
 MORE = " It was the age of wisdom, it was the age of foolishness."
 
 
-@pytest.mark.parametrize("kind", ["dense", "ragged", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "ragged", "mixed"])
 def test_a_document_that_grows_keeps_its_old_pairs_and_as_large_a_part_of_the_new(model, caches, kind):
     cache = caches[kind]
     grown = kvzip.append(model, cache, MORE)
