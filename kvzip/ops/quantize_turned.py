@@ -28,11 +28,11 @@ def quantize_turned(
 ) -> Quantized:
     """Returns x turned (see `turn`) and quantized to `bits` bits. It waits for the device, once.
 
-    With offsets, rows are keys: rest = (x - center) / spread of each head's channels (`measure_roots`), turned; without,
-    x is turned. Then as in `quantize`, from float16's roundings of what is turned: zero = min, scale = (max - min) /
-    (2**bits - 1), code = floor((rest - zero) / scale + 1/2), clipped. In 2 bits without offsets, zero and scale are of
-    NARROW of that range, around its middle, which loses less. The first row of a head comes back almost exactly,
-    because the center is moved by what it loses: most attention goes to it, and all others are far from it.
+    With offsets, rows are keys: rest = (x - center) / spread of each head's channels (`measure_roots`), turned; without
+    them, x is turned. Then as in `quantize`: zero = min, scale = (max - min) / (2**bits - 1), code = floor((rest - zero)
+    / scale + 1/2), with zero and scale as they are stored. In 2 bits without offsets they are of NARROW of that range,
+    around its middle, which loses less. The first row of a head comes back almost exactly, because the center is moved
+    by what it loses: most attention goes to it, and it is far from the others.
 
     Scales and zeros are float16, or float32 where float16 would move a value by more than half a step.
 
@@ -68,7 +68,7 @@ def quantize_turned_ahead(
     feedback: Float32[Tensor, "H D D"] | None = None,
     wide: bool = False,
 ) -> tuple[Quantized, Flags]:
-    """`quantize_turned` without waiting: returns float16 scales and flags. Where one is set the rows are not to be used.
+    """`quantize_turned` without waiting: returns float16 scales, and flags. Where one is set the rows are of no use.
 
     Raises: as `quantize_turned`, but for what is not finite.
     """
@@ -111,13 +111,13 @@ def quantize_turned_reference(
     if offsets is None:
         values, head = x.float().clamp(-LIMIT, LIMIT), None
     else:
-        found = measure_channels_turned(x, offsets, bits=bits, group=group) if channels is None else channels
+        found = channels or measure_channels_turned_reference(x, offsets, bits=bits, group=group)
         channels, head = found, owners(offsets, len(x))
         values = (x.float().clamp(-LIMIT, LIMIT) - found.center[head]) / found.spread[head]
     rest = turn(values)
     if offsets is not None:
         rest = rest.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    rest = rest.to(dtype).float().nan_to_num(0.0)
+    rest = rest.nan_to_num(0.0)
     zero, scale, coarse = _grid(rest, bits, group, narrow, dtype)
     parts = [slice(None)]
     if feedback is not None and offsets is not None:
@@ -134,14 +134,27 @@ def quantize_turned_reference(
 def measure_channels_turned(
     x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], *, bits: int, group: int | None = None
 ) -> Channels:
-    """Returns `measure_roots`, with centers moved so that each head's first row is one that codes can say."""
+    """Returns `measure_roots`, with centers moved so that each head's first row is one that codes can say.
+
+    The host does not wait for the device.
+    """
+    if use_triton(x):
+        from kvzip.ops.triton.quantize_turned import measure_channels_turned_triton as run
+    else:
+        run = measure_channels_turned_reference
+    return run(x, offsets, bits=bits, group=group)
+
+
+def measure_channels_turned_reference(
+    x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], *, bits: int, group: int | None = None
+) -> Channels:
     group = min(128, x.shape[1]) if group is None else group
     found = measure_roots(x, offsets)
     if len(x) == 0:
         return found
     first = x[offsets[:-1].long().clamp(max=len(x) - 1)].float().clamp(-LIMIT, LIMIT)
     rest = turn((first - found.center) / found.spread)
-    rest = rest.clamp(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max).half().float()
+    rest = rest.clamp(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
     zero, scale, _ = _grid(rest, bits, group, 1.0, torch.float16)
     steps = _codes(rest, zero, scale, bits, group, None).unflatten(1, (-1, group))
     back = (steps * scale.float()[..., None] + zero.float()[..., None]).flatten(1)
