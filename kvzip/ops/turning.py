@@ -42,9 +42,8 @@ def measure_roots(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Cha
     then have the mean square 1. The first row does not count unless it is the only one: it is far from all others.
     """
     heads, width = len(offsets) - 1, x.shape[1]
-    plain = Channels(*(x.new_full((heads, width), value, dtype=torch.float32) for value in (0.0, 1.0)))
     if len(x) == 0:
-        return plain
+        return Channels(*(x.new_full((heads, width), value, dtype=torch.float32) for value in (0.0, 1.0)))
     counts = offsets.diff().long()[:, None]
     others = (counts - 1).clamp_min(1)
     rows = offsets[:-1, None] + (counts > 1) + torch.arange(SAMPLE, device=x.device) * others // SAMPLE
@@ -55,5 +54,5 @@ def measure_roots(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Cha
     deviation = most * (apart / most[:, None]).square().mean(1).sqrt()
     mean = deviation.mean(1, keepdim=True)
     spread = torch.sqrt(torch.maximum(deviation, LEAST_PART * mean)) * mean.sqrt()
-    usable = (counts > 0) & center.isfinite() & spread.isfinite()
-    return Channels(center.where(usable, plain.center), spread.where(usable & (spread > 0), plain.spread))
+    usable = (counts > 1) & spread.isfinite() & (spread > 0)
+    return Channels(center.where((counts > 0) & center.isfinite(), 0.0), spread.where(usable, 1.0))

@@ -429,7 +429,7 @@ import torch
 from kvzip.ops import Channels, Quantized, decode_schedule
 from kvzip.ops.triton import decode as module, decode_launch
 module.overlaps_launches = decode_launch.overlaps_launches = lambda x: {capability} >= 90
-def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
+def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True, turned=False):
     offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
     v = k
@@ -437,8 +437,8 @@ def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
         steps, channels = torch.empty(9000, max(1, D // 128), dtype=torch.float16), torch.empty(2, D)
         k_bits, v_bits = bits if isinstance(bits, tuple) else (bits, bits)
         codes = [torch.empty(9000, D * x // 8, dtype=torch.uint8) for x in (k_bits, v_bits)]
-        k = Quantized(codes[0], steps, steps, k_bits, min(D, 128), Channels(channels, channels))
-        v = Quantized(codes[1], steps, steps, v_bits, min(D, 128))
+        k = Quantized(codes[0], steps, steps, k_bits, min(D, 128), Channels(channels, channels), turned and k_bits < 8)
+        v = Quantized(codes[1], steps, steps, v_bits, min(D, 128), turned=turned and v_bits < 4)
     ends = (torch.empty(B, 2, 512, D, dtype=dtype),) * 2 + (torch.empty(B, dtype=torch.int32),)
     schedule = decode_schedule(offsets, processors=132)
     module.decode_triton(q, k, v, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
@@ -453,10 +453,9 @@ def compiled(calls: list[str], capability: int) -> None:
 @pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
-    compiled(
-        [few, many, few + ", 8", few + ", 4", few + ", (8, 4)", few + ", (4, 2)", f"{D}, 7, 1, 1, torch.float32"],
-        capability,
-    )
+    coded = [few + ", 8", few + ", 4", few + ", (8, 4)", few + ", (4, 2)"]
+    turned = [f"{few}, {bits}, turned=True" for bits in ("4", "(4, 2)", "(8, 2)")] + [f"{many}, 4, turned=True"]
+    compiled([few, many, *coded, *turned, f"{D}, 7, 1, 1, torch.float32"], capability)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -485,6 +484,11 @@ def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
         for bits in (16, 8, 4, (8, 4), (4, 2))
         for rest in ("", ", 5.0, 9")
     ]
+    calls += [
+        f"{D}, {G}, {B}, 1, torch.{dtype}, {bits}, turned=True"
+        for G, B in ((1, 1), (4, 32))
+        for bits in (4, (4, 2), (8, 2))
+    ]
     compiled(calls, capability)
 
 
@@ -506,6 +510,16 @@ def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
 @pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
 def test_compiled_kernel_over_the_grid_of_quantized_rows(dtype, D, bits, B, G):
     check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits, channels=G == 4), scale=D**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("D", [64, 80, 128, 256])
+@pytest.mark.parametrize("bits", [4, 2, (8, 2), (4, 2)])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 30), (32, 1)])
+def test_compiled_kernel_over_the_grid_of_turned_rows(dtype, D, bits, B, T):
+    inputs = make(9, B, 4, 4, T, D, [1700, 0, 1, 333], 300, dtype, bits, channels=True, turned=True)
+    check_kernel(inputs, scale=D**-0.5)
 
 
 @pytest.mark.gpu

@@ -177,7 +177,7 @@ def _channels_kernel(
     others = tl.maximum(count - 1, 1)
     start = begin + tl.where(count > 1, 1, 0)
     d = tl.arange(0, BLOCK_D)
-    seen = (count > 0) & (d < D)
+    seen = (d < D) & (d * 0 + count > 0)
     at = x_ptr + d[None, :] * stride_xd
     center = tl.zeros([BLOCK_D], tl.float32)
     for s in range(0, SAMPLE, BLOCK_N):
@@ -198,7 +198,7 @@ def _channels_kernel(
     deviation = tl.where(d < D, most * tl.sqrt(squares * (1.0 / SAMPLE)), 0)
     mean = tl.sum(deviation, 0) / D
     spread = tl.sqrt(tl.maximum(deviation, LEAST_PART * mean)) * tl.sqrt(mean)
-    usable = seen & (tl.abs(center) < float("inf")) & (spread > 0) & (spread < float("inf"))
+    usable = (d * 0 + count > 1) & (spread > 0) & (spread < float("inf"))
     spread = tl.where(usable, spread, 1.0)
     center = tl.where(seen & (tl.abs(center) < float("inf")), center, 0.0)
     tl.store(spread_ptr + head * D + d, spread, mask=d < D)
@@ -208,7 +208,7 @@ def _channels_kernel(
     x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
     x = tl.where(row, tl.div_rn(x - center[None, :], tl.broadcast_to(spread[None, :], [16, BLOCK_D])), 0)
     turned = _turn(x, D, True, MOST, C, TURN)
-    zeros, scales, coarse = _grid(turned, D, GROUP, BITS, 1.0, C, tl.float16)
+    zeros, scales, _ = _grid(turned, D, GROUP, BITS, 1.0, C, tl.float16)
     lost = ()
     for j in tl.static_range((D + C - 1) // C):
         zero, scale = zeros[j * C // GROUP].to(tl.float32)[:, None], scales[j * C // GROUP].to(tl.float32)[:, None]
@@ -225,7 +225,7 @@ def _channels_kernel(
         inside = i * C + c < D
         own = tl.load(spread_ptr + to, mask=inside, other=0) * moved
         old = tl.sum(tl.where((d[:, None] == (i * C + c)[None, :]), center[:, None], 0), 0)
-        good = (count > 0) & (tl.abs(own) < float("inf"))
+        good = (i * C + c + count > i * C + c) & (tl.abs(own) < float("inf"))
         tl.store(center_ptr + to, old + tl.where(good, own, 0), mask=inside)
 
 
