@@ -4,6 +4,7 @@
     python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `studies.py`
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
     python benchmarks/evaluation.py MODEL_DIR --refit ...    # instead, fitted pairs in the bytes of pairs that are not
+    python benchmarks/evaluation.py MODEL_DIR --bytes ...    # instead, few bits, and parts of the full cache's bytes
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
 `plans.py` says what is asked. Processes take the GPUs in turn: six for each. One work is one task by one method; its
@@ -55,7 +56,7 @@ class Work:
     def name(self) -> str:
         asked = self.asked
         sizes = f"{asked.count}x{asked.questions}x{asked.max_tokens}"
-        ratios = f".{self.ratios[0]:g}" if self.kind == "bits" else ""  # two plans of bits share a method
+        ratios = f".{self.ratios[0]:g}" if self.kind in ("bits", "bytes") else ""  # two plans share a method
         return f"{self.model.name}.{asked.task}.{asked.form}.{sizes}.{self.method}{ratios}"
 
 
@@ -65,7 +66,7 @@ def main() -> int:
     parser.add_argument("--data", help="directory of JSONL files")
     parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the answers until all are there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
-    for kind in ("study", "scoring", "bits", "refit"):
+    for kind in ("study", "scoring", "bits", "refit", "bytes"):
         parser.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help="these methods instead")
     parser.add_argument("--tasks", nargs="+", help="only these, as named in the plan")
     parser.add_argument("--methods", nargs="+", help="only these")
