@@ -10,7 +10,7 @@ from torch import Tensor
 from kvzip.ops.backend import use_triton
 from kvzip.ops.quantize import pack_codes, quantize
 from kvzip.ops.turning import measure_roots, turn
-from kvzip.ops.types import LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, owners
+from kvzip.ops.types import FINE, LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, owners
 
 Flags = Int32[Tensor, "2"]
 """What the device found: whether a value was not finite, and whether float16 scales are too coarse."""
@@ -118,7 +118,7 @@ def quantize_turned_reference(
     if offsets is not None:
         rest = rest.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     rest = rest.nan_to_num(0.0)
-    zero, scale, coarse = _grid(rest, bits, group, narrow, dtype)
+    zero, scale, coarse = _grid(rest, bits, group, narrow, 0.0 if offsets is None else FINE, dtype)
     parts = [slice(None)]
     if feedback is not None and offsets is not None:
         parts = [slice(*ends) for ends in pairwise(offsets.tolist())]
@@ -155,7 +155,7 @@ def measure_channels_turned_reference(
     first = x[offsets[:-1].long().clamp(max=len(x) - 1)].float().clamp(-LIMIT, LIMIT)
     rest = turn((first - found.center) / found.spread)
     rest = rest.clamp(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
-    zero, scale, _ = _grid(rest, bits, group, 1.0, torch.float16)
+    zero, scale, _ = _grid(rest, bits, group, 1.0, FINE, torch.float16)
     steps = _codes(rest, zero, scale, bits, group, None).unflatten(1, (-1, group))
     back = (steps * scale.float()[..., None] + zero.float()[..., None]).flatten(1)
     lost = turn(rest - back) * found.spread
@@ -190,16 +190,17 @@ def shape_feedback(asked: Float32[Tensor, "*B D D"], spread: Float32[Tensor, "*B
 
 
 def _grid(
-    rest: Float32[Tensor, "N D"], bits: int, group: int, narrow: float, dtype: torch.dtype
+    rest: Float32[Tensor, "N D"], bits: int, group: int, narrow: float, fine: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "N Q"], Float[Tensor, "N Q"], Tensor]:
-    """Zeros and scales as they are stored, and whether some are too coarse."""
+    """Zeros and scales as they are stored, and whether some are too coarse: what is below `fine` does not count."""
     groups, last = rest.unflatten(1, (-1, group)), 2**bits - 1
     low, high = groups.amin(2), groups.amax(2)
     span = (high - low) * narrow
     exact = (low + high - span) * 0.5 if narrow < 1 else low
     step = span / torch.full_like(span, last)
     zero, scale = exact.to(dtype), step.to(dtype)
-    held = ((zero.float() - exact).abs() <= step * 0.5) & ((scale.float() - step).abs() * last <= step * 0.5)
+    most = (step * 0.5).clamp_min(fine)
+    held = ((zero.float() - exact).abs() <= most) & ((scale.float() - step).abs() * last <= most)
     return zero, scale, ~held.all()
 
 

@@ -148,5 +148,6 @@ DEEP = -(2.0**64)  # while a group's least value is above this, its span is with
 NOT_FINITE = "expected finite values, got inf or NaN: they have no scale; check the forward pass that made them"
 # Of `quantize_turned`:
 LIMIT = 2.0**115  # turned values of what is clipped to this are far within float32
+FINE = 2.0**-14  # below this no error of a key's rest counts, whose mean square is 1
 NARROW = 0.8  # part of the range of values in 2 bits that is rounded to
 SHAPED = 8  # values that are rounded at once with feedback

@@ -216,6 +216,9 @@ def run(
     if form.SOFTCAP and form.WINDOW and form.D == 128 and form.K_BITS == form.V_BITS == 16:
         registers = None  # it takes 176 then, and with 208 at most it takes all and spills
     early = overlap and (config.early or listed)
+    warps = config.warps
+    if form.TURN_K and form.D == 128 and form.M == 32 and form.K_BITS == form.V_BITS:
+        warps = 8  # four would spill
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)
     part_lse = torch.empty(places, dtype=torch.float32, device=out.device)
     if programs:
@@ -225,7 +228,7 @@ def run(
             *sizes, tail_rows, capacity,
             CONTEXT=form, TAIL=tail_form, TAILED=tailed, LISTED=listed, OVERLAP=overlap, EARLY=early,
             RESERVED=shared_memory(config.reserve if overlap and config.early else 0),
-            num_warps=config.warps, num_stages=config.stages, maxnreg=registers, enable_fp_fusion=True,
+            num_warps=warps, num_stages=config.stages, maxnreg=registers, enable_fp_fusion=True,
             **launch_options(early),
         )  # fmt: skip
     splits = sizes.count // sizes.heads + sizes.tail_splits

@@ -1,8 +1,9 @@
 """Turns and quantizes rows in one launch, and measures the channels of heads in another. Neither waits for the device.
 
-A tile of rows of one head is turned 16 columns at a time by products with signs that are computed, not loaded; what
-bfloat16 loses of a row is multiplied too, so that products are exact to 2 ** -16. All columns of the tile stay in
-registers. Bytes: x read and the quantized rows written once, and with feedback D * D numbers a tile out of L2.
+A tile of rows of one head is turned some columns at a time by products with signs that are computed, not loaded, and
+then by sums and differences of these. What bfloat16 loses of a row is multiplied too, so that products are exact to
+2 ** -16. All columns of the tile stay in registers. Bytes: x read and the quantized rows written once, and with feedback
+D * D numbers a tile out of L2.
 """
 
 from typing import no_type_check
@@ -14,16 +15,17 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from kvzip.ops.triton.common import check_rows, interpreted, on_device
-from kvzip.ops.triton.turn import signs
+from kvzip.ops.triton.turn import mix_blocks, signs
 from kvzip.ops.turning import LEAST_PART, SAMPLE
-from kvzip.ops.types import LIMIT, NARROW, SHAPED, Channels, Quantized
-
-_COLUMNS = 16  # turned at a time: two blocks of SHAPED
+from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized
 
 
-def launch_config(D: int) -> tuple[int, int]:
-    """Rows of a tile and warps: the tile in float32 takes 64 registers of a thread. Not tuned."""
-    return (64 if D <= 128 else 32), 4
+def launch_config(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows of a tile, columns that are turned at a time, and warps. The tile takes 64 registers of a thread. Not tuned."""
+    columns = 16 if D <= 128 else 32  # more columns: fewer products, each a part of the kernel
+    if dtype == torch.float32:  # no tensor cores
+        return 16, columns, 4 if D <= 128 else 8
+    return 64 if D <= 128 else 32, columns, 4 if D <= 128 else 8
 
 
 @on_device
@@ -40,14 +42,14 @@ def quantize_turned_triton(
     N, D = x.shape
     group = min(128, D) if group is None else group
     check_rows(x=x)
-    _check(D, group)
+    _check(x, group)
     if offsets is not None and channels is None:
         channels = measure_channels_turned_triton(x, offsets, bits=bits, group=group)
     dtype = torch.float32 if wide else torch.float16
     codes = torch.empty(N, D * bits // 8, dtype=torch.uint8, device=x.device)
     scale, zero = torch.empty(2, N, D // group, dtype=dtype, device=x.device)
     flags = torch.zeros(2, dtype=torch.int32, device=x.device)
-    block_n, warps = launch_config(D)
+    block_n, columns, warps = launch_config(D, x.dtype)
     heads = 0 if offsets is None else len(offsets) - 1
     center, spread = (x, x) if channels is None else (channels.center, channels.spread)
     if N:
@@ -55,8 +57,8 @@ def quantize_turned_triton(
             x, codes, scale, zero, flags, x if offsets is None else offsets, center, spread,
             x if feedback is None else feedback.contiguous(), N, heads, *x.stride(),
             D=D, GROUP=group, BITS=bits, KEYS=offsets is not None, FEEDBACK=feedback is not None,
-            NARROW=NARROW if bits == 2 and offsets is None else 1.0, LIMIT=LIMIT, MOST=torch.finfo(dtype).max,
-            SHAPED=SHAPED, C=_COLUMNS, BLOCK_N=block_n, BLOCK_D=max(16, triton.next_power_of_2(D)), TURN=_turning(x),
+            NARROW=NARROW if bits == 2 and offsets is None else 1.0, FINE=FINE, LIMIT=LIMIT, MOST=torch.finfo(dtype).max,
+            SHAPED=SHAPED, C=columns, BLOCK_N=block_n, TURN=_turning(x),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return Quantized(codes, scale, zero, bits, group, channels, turned=True), flags
@@ -69,13 +71,13 @@ def measure_channels_turned_triton(
     heads, D = len(offsets) - 1, x.shape[1]
     group = min(128, D) if group is None else group
     check_rows(x=x)
-    _check(D, group)
+    _check(x, group)
     center, spread = torch.empty(2, heads, D, dtype=torch.float32, device=x.device)
     _channels_kernel[(heads,)](
         x, offsets, center, spread, *x.stride(),
         D=D, GROUP=group, BITS=bits, LIMIT=LIMIT, MOST=torch.finfo(torch.float16).max, SAMPLE=SAMPLE,
-        LEAST_PART=LEAST_PART, C=_COLUMNS, BLOCK_N=32, BLOCK_D=max(16, triton.next_power_of_2(D)), TURN=_turning(x),
-        num_warps=4, enable_fp_fusion=False,
+        LEAST_PART=LEAST_PART, C=launch_config(D, x.dtype)[1], BLOCK_N=32, BLOCK_D=max(16, triton.next_power_of_2(D)),
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Channels(center, spread)
 
@@ -84,9 +86,10 @@ def _turning(x: Tensor) -> tl.dtype:
     return tl.float32 if x.dtype == torch.float32 or interpreted() else tl.bfloat16
 
 
-def _check(D: int, group: int) -> None:
-    if group != D and group % _COLUMNS:
-        raise ValueError(f"expected a group of a multiple of {_COLUMNS} values, got {group} of D={D}: pass group=D")
+def _check(x: Tensor, group: int) -> None:
+    D, columns = x.shape[1], launch_config(x.shape[1], x.dtype)[1]
+    if group != D and group % columns:
+        raise ValueError(f"expected a group of a multiple of {columns} values, got {group} of D={D}: pass group=D")
 
 
 @triton.jit
@@ -95,8 +98,8 @@ def _quantize_turned_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, flags_ptr, offsets_ptr, center_ptr, spread_ptr, feedback_ptr,
     N, heads, stride_xn, stride_xd,
     D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, FEEDBACK: tl.constexpr,
-    NARROW: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr, SHAPED: tl.constexpr, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
+    NARROW: tl.constexpr, FINE: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr, SHAPED: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows, with KEYS of one head; it has none where heads fill fewer tiles than there are."""
     tile = tl.program_id(0)
@@ -113,24 +116,29 @@ def _quantize_turned_kernel(
     if first < stop:
         n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
         live = n < stop
-        d = tl.arange(0, BLOCK_D)
-        inside = live[:, None] & (d < D)[None, :]
-        x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :] * stride_xd, mask=inside, other=0).to(tl.float32)
-        if tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1) > 0:  # false for NaN
-            tl.store(flags_ptr, 1)
-        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-        if KEYS:
-            center = tl.load(center_ptr + head * D + d, mask=d < D, other=0)
-            spread = tl.load(spread_ptr + head * D + d, mask=d < D, other=1)
-            x = tl.where(inside, tl.div_rn(x - center[None, :], tl.broadcast_to(spread[None, :], x.shape)), 0)
-        turned = _turn(x, D, KEYS, MOST, C, TURN)
-        zeros, scales, coarse = _grid(turned, D, GROUP, BITS, NARROW, C, zero_ptr.dtype.element_ty)
+        c = tl.arange(0, C)
+        xs = ()
+        for j in tl.static_range((D + C - 1) // C):
+            d = j * C + c
+            inside = live[:, None] & (d < D)[None, :]
+            x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :] * stride_xd, mask=inside, other=0).to(tl.float32)
+            if tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1) > 0:  # false for NaN
+                tl.store(flags_ptr, 1)
+            x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+            if KEYS:
+                center = tl.load(center_ptr + head * D + d, mask=d < D, other=0)
+                spread = tl.load(spread_ptr + head * D + d, mask=d < D, other=1)
+                x = tl.where(inside, tl.div_rn(x - center[None, :], tl.broadcast_to(spread[None, :], x.shape)), 0)
+            xs += (x,)
+        turned = _turn(xs, D, KEYS, MOST, C, TURN)
+        zeros, scales, coarse = _grid(
+            turned, D, GROUP, BITS, NARROW, FINE if KEYS else 0.0, C, zero_ptr.dtype.element_ty
+        )
         if tl.max((coarse & live).to(tl.int32)) > 0:
             tl.store(flags_ptr + 1, 1)
         for g in tl.static_range(D // GROUP):
             tl.store(zero_ptr + n * (D // GROUP) + g, zeros[g], mask=live)
             tl.store(scale_ptr + n * (D // GROUP) + g, scales[g], mask=live)
-        c = tl.arange(0, C)
         bytes = tl.arange(0, C * BITS // 8)
         errors = ()
         for j in tl.static_range((D + C - 1) // C):
@@ -144,11 +152,11 @@ def _quantize_turned_kernel(
                     more = tl.load(at + i * C * D, mask=seen, other=0).to(TURN)
                     if i < j:
                         target += tl.dot(errors[i], more, input_precision="ieee")
-                    else:  # the first half of this block, for the second
-                        half = _codes(target, zero, scale, BITS) * scale + zero - target
-                        target += tl.dot(
-                            tl.where((c < SHAPED)[None, :], half, 0).to(TURN), more, input_precision="ieee"
-                        )
+                    else:  # blocks of SHAPED of these columns, for those after them
+                        for s in tl.static_range(C // SHAPED - 1):
+                            error = _codes(target, zero, scale, BITS) * scale + zero - target
+                            error = tl.where((c // SHAPED == s)[None, :], error, 0).to(TURN)
+                            target += tl.dot(error, more, input_precision="ieee")
             codes = _codes(target, zero, scale, BITS)
             if FEEDBACK:
                 errors += ((codes * scale + zero - target).to(TURN),)
@@ -168,7 +176,6 @@ def _channels_kernel(
     x_ptr, offsets_ptr, center_ptr, spread_ptr, stride_xn, stride_xd,
     D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr,
     SAMPLE: tl.constexpr, LEAST_PART: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr,
 ):  # fmt: skip
     """One program: a head. `measure_roots`, and then what the first row loses moves the center."""
     head = tl.program_id(0)
@@ -202,60 +209,67 @@ def _channels_kernel(
     spread = tl.where(usable, spread, 1.0)
     center = tl.where(seen & (tl.abs(center) < float("inf")), center, 0.0)
     tl.store(spread_ptr + head * D + d, spread, mask=d < D)
+    tl.store(center_ptr + head * D + d, center, mask=d < D)
+    tl.debug_barrier()  # they are read by other threads now
 
-    row = (tl.arange(0, 16) == 0)[:, None] & seen[None, :]  # products take 16 rows
-    x = tl.load(at + begin * stride_xn + tl.zeros([16, 1], tl.int32), mask=row, other=0).to(tl.float32)
-    x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-    x = tl.where(row, tl.div_rn(x - center[None, :], tl.broadcast_to(spread[None, :], [16, BLOCK_D])), 0)
-    turned = _turn(x, D, True, MOST, C, TURN)
-    zeros, scales, _ = _grid(turned, D, GROUP, BITS, 1.0, C, tl.float16)
-    lost = ()
+    c = tl.arange(0, C)
+    SMALL: tl.constexpr = (D & -D) if (D & -D) < C else C
+    small = signs(c[:, None], c[None, :], SMALL, tl.float32)
+    blocks = ()
+    for j in tl.static_range((D + C - 1) // C):
+        d = j * C + c
+        seen = (d < D) & (d * 0 + count > 0)
+        x = tl.load(x_ptr + begin * stride_xn + d * stride_xd, mask=seen, other=0).to(tl.float32)
+        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT) - tl.load(center_ptr + head * D + d, mask=seen, other=0)
+        x = tl.div_rn(x, tl.load(spread_ptr + head * D + d, mask=seen, other=1))
+        blocks += (tl.sum(tl.where(seen, x, 0)[:, None] * small, 0),)
+    mixed = mix_blocks(blocks, D, C)
+    turned = ()
+    for j in tl.static_range((D + C - 1) // C):
+        turned += (tl.minimum(tl.maximum(mixed[j], -MOST), MOST)[None, :],)
+    zeros, scales, _ = _grid(turned, D, GROUP, BITS, 1.0, 0.0, C, tl.float16)
+    blocks = ()
     for j in tl.static_range((D + C - 1) // C):
         zero, scale = zeros[j * C // GROUP].to(tl.float32)[:, None], scales[j * C // GROUP].to(tl.float32)[:, None]
-        lost += (turned[j] - (_codes(turned[j], zero, scale, BITS) * scale + zero),)
-    c = tl.arange(0, C)
-    BLOCK: tl.constexpr = D & -D
-    for i in tl.static_range((D + C - 1) // C):
-        moved = tl.zeros([16, C], tl.float32)
-        for j in tl.static_range((D + C - 1) // C):
-            matrix = signs((j * C + c)[:, None], (i * C + c)[None, :], BLOCK, tl.float32)
-            moved += tl.dot(lost[j], matrix, input_precision="ieee")
-        moved = tl.sum(moved, 0) * (1.0 / BLOCK**0.5)  # of the first row: the others are 0
-        to = head * D + i * C + c
-        inside = i * C + c < D
-        own = tl.load(spread_ptr + to, mask=inside, other=0) * moved
-        old = tl.sum(tl.where((d[:, None] == (i * C + c)[None, :]), center[:, None], 0), 0)
-        good = (i * C + c + count > i * C + c) & (tl.abs(own) < float("inf"))
-        tl.store(center_ptr + to, old + tl.where(good, own, 0), mask=inside)
+        lost = tl.sum(turned[j] - (_codes(turned[j], zero, scale, BITS) * scale + zero), 0)
+        blocks += (tl.sum(tl.where(j * C + c < D, lost, 0)[:, None] * small, 0),)
+    mixed = mix_blocks(blocks, D, C)
+    for j in tl.static_range((D + C - 1) // C):
+        at_block = head * D + j * C + c
+        seen = j * C + c < D
+        moved = mixed[j] * tl.load(spread_ptr + at_block, mask=seen, other=0)
+        moved = tl.where((c * 0 + count > 0) & (tl.abs(moved) < float("inf")), moved, 0)
+        tl.store(center_ptr + at_block, tl.load(center_ptr + at_block, mask=seen, other=0) + moved, mask=seen)
 
 
 @triton.jit
 @no_type_check
-def _turn(x, D: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr, C: tl.constexpr, TURN: tl.constexpr):
-    """Rows [BLOCK_N, BLOCK_D] turned, C columns after the other; with KEYS clipped to MOST."""
-    BLOCK: tl.constexpr = D & -D
-    d = tl.arange(0, x.shape[1])
+def _turn(xs, D: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr, C: tl.constexpr, TURN: tl.constexpr):
+    """Rows in tiles of C columns turned; with KEYS clipped to MOST."""
     c = tl.arange(0, C)
-    high = x.to(TURN)
-    low = (x - high.to(tl.float32)).to(TURN)
-    turned = ()
+    SMALL: tl.constexpr = (D & -D) if (D & -D) < C else C
+    matrix = signs(c[:, None], c[None, :], SMALL, TURN)
+    blocks = ()
     for j in tl.static_range((D + C - 1) // C):
-        matrix = signs(d[:, None], (j * C + c)[None, :], BLOCK, TURN)
+        high = xs[j].to(TURN)
         y = tl.dot(high, matrix, input_precision="ieee")
-        if TURN != tl.float32:
-            y = tl.dot(low, matrix, y)
-        y *= 1.0 / BLOCK**0.5
-        if KEYS:
-            y = tl.minimum(tl.maximum(y, -MOST), MOST)
-        turned += (y,)
+        if TURN != tl.float32:  # noqa: SIM300 a constexpr on the right is no tuple's item
+            y = tl.dot((xs[j] - high.to(tl.float32)).to(TURN), matrix, y)
+        blocks += (y,)
+    turned = mix_blocks(blocks, D, C)
+    if KEYS:
+        clipped = ()
+        for j in tl.static_range((D + C - 1) // C):
+            clipped += (tl.minimum(tl.maximum(turned[j], -MOST), MOST),)
+        turned = clipped
     return turned
 
 
 @triton.jit
 @no_type_check
 def _grid(
-    turned, D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
-    STORED: tl.constexpr,
+    turned, D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, NARROW: tl.constexpr, FINE: tl.constexpr,
+    C: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Zeros and scales of each group as they are stored, and of which rows they are too coarse."""
     LAST: tl.constexpr = 2**BITS - 1
@@ -278,8 +292,9 @@ def _grid(
             exact = (low + high - span) * 0.5
         step = tl.div_rn(span, tl.full([ROWS], LAST, tl.float32))
         zero, scale = exact.to(STORED), step.to(STORED)
-        held = tl.abs(zero.to(tl.float32) - exact) <= step * 0.5
-        held &= tl.abs(scale.to(tl.float32) - step) * LAST <= step * 0.5
+        most = tl.maximum(step * 0.5, FINE)
+        held = tl.abs(zero.to(tl.float32) - exact) <= most
+        held &= tl.abs(scale.to(tl.float32) - step) * LAST <= most
         coarse |= ~held
         zeros += (zero,)
         scales += (scale,)

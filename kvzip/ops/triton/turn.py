@@ -43,7 +43,31 @@ def turn_columns(parts, D: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr
     for i in tl.static_range(EACH):
         x = mixed[0]
         for j in tl.static_range(1, EACH):
-            ODD: tl.constexpr = ((i & j) ^ ((i & j) >> 1) ^ ((i & j) >> 2)) & 1
-            x = x - mixed[j] if ODD else x + mixed[j]
+            x = _added(x, mixed[j], i & j)
         turned += (x * (1.0 / BLOCK**0.5),)
     return turned
+
+
+@triton.jit
+@no_type_check
+def mix_blocks(blocks, D: tl.constexpr, C: tl.constexpr):
+    """What is left to do of turning once each block of C values was turned: sums and differences of blocks."""
+    BLOCK: tl.constexpr = D & -D
+    R: tl.constexpr = BLOCK // C if BLOCK > C else 1
+    turned = ()
+    for j in tl.static_range((D + C - 1) // C):
+        x = blocks[j // R * R]
+        for i in tl.static_range(1, R):
+            x = _added(x, blocks[j // R * R + i], i & j & (R - 1))
+        turned += (x * (1.0 / BLOCK**0.5),)
+    return turned
+
+
+@triton.jit
+@no_type_check
+def _added(x, y, BITS: tl.constexpr):
+    """x + y, or x - y where BITS, below 64, has an odd number of bits."""
+    if (BITS ^ (BITS >> 1) ^ (BITS >> 2) ^ (BITS >> 3) ^ (BITS >> 4) ^ (BITS >> 5)) & 1:
+        return x - y
+    else:
+        return x + y
