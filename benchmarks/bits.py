@@ -10,7 +10,7 @@ biases and values for quantized keys; "+gram" rounds the fitted values of a chun
 rows make up for what earlier ones lost by the fit's Gram matrix (GPTQ, arXiv 2210.17323); "+clip" searches each range;
 "+shaped" does so with the channels of keys by what queries ask, and "+model" takes the moments of queries and keys of
 another context; with "+outputs" values are treated as keys, by what the output projection makes of them; "+g32" has a
-step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. Rows of 16 bits are
+step for 32 values; the forms "roots" to "axroots" are those that the design was chosen among, on a CPU; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. Rows of 16 bits are
 "plain:16/16".
 `show`: bytes of a kept pair and of the cache as a part of the full one, nats of the answers lost to it, and how far
 predictions are from its own (in nats a token, which tells variants apart with few questions; lowest first).
@@ -82,6 +82,7 @@ VARIANTS = (
     *("white:4/4+first1+model+shaped", "white:4/4+first1+shaped+outputs", f"axes:4/4{BEST}", f"matched:4/4{BEST}"),
     *(f"white:{bits}{BEST}" for bits in ("5/4", "4/4", "4/3", "3/3", "4/2", "3/2", "2/2")),
     *("plain:16/16+refit", "today:4/4+refit", "rotated:4/4+refit", "rotated:4/4+gram"),
+    *("roots:4/4", "plainv:4/4", "axroots:4/4+shaped", "roots:4/2", "narrow8:4/2"),
     *(f"white:{bits}{BEST}+refit" for bits in ("4/4", "4/3", "3/3", "3/2")),
 )
 BIAS = 2  # bytes of a row's
@@ -213,7 +214,8 @@ def by_gram(systems: Systems, fit: Fit, how: Variant) -> Fit:
     weighted = systems.gram * w[:, :, None] * w[:, None]
     trace = weighted.diagonal(dim1=1, dim2=2).sum(1)
     pull = Refitting.pull * torch.linalg.vector_norm(weighted, dim=(1, 2)).square() / trace.clamp_min(1e-30)
-    weighted.diagonal(dim1=1, dim2=2).add_(pull[:, None].clamp_min(1e-12))
+    least = 1e-6 * trace / systems.width  # rows that no query looks at
+    weighted.diagonal(dim1=1, dim2=2).add_(torch.maximum(pull, least)[:, None].clamp_min(1e-12))
     order = weighted.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     pick = order[..., None].expand(-1, -1, systems.width)
     matrix = weighted.gather(1, pick).gather(2, pick.mT)

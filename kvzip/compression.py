@@ -58,8 +58,10 @@ def compress(
         sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
             heads do; level "head" only. The prefix is always kept and not counted in `sink`; DuoAttention counts it.
             `recent` counts from the end of the context: it does not slide while a question is answered.
-        bits: 8, 4 or 2 quantizes the kept keys and values, prefix included, to that many bits (see `ops.quantize`), and
-            (8, 4) keys to 8 and values to 4; window layers and the tail stay as they are.
+        bits: 8, 4 or 2 quantizes the kept keys and values, prefix included, to that many bits, and (4, 2) keys to 4 and
+            values to 2; window layers and the tail stay as they are. Rows in 8 bits and values in 4 are those of
+            `ops.quantize`, keys in 4 or 2 and values in 2 those of `ops.quantize_turned`, keys rounded by the queries
+            of `score` where the scores have them. See `docs/bits.md`.
         biases: with budget_bytes, leaves room for the biases that `kvzip.refit` will give the rows.
         consume: frees each dense layer once it is packed. Using `cache` afterwards, or another that shares its pairs,
             raises an error. If packing fails before the first layer is freed, they are unchanged.
@@ -175,7 +177,7 @@ def _pack(
 
 
 def _again(found: list[tuple[int, int, list[Tensor]]]) -> list[tuple[int, int]]:
-    """Which layers, as scored and as the model's, must be packed once more: float16 scales are too coarse, or not finite."""
+    """Layers, as scored and as the model's, to be packed once more: scales are too coarse, or values not finite."""
     flags = [flag for *_, own in found for flag in own]
     if not flags:
         return []

@@ -91,7 +91,8 @@ class Scores:
 
     values[l, h, e] belongs to the scored layer layers[l], KV head h and context token start + e; E = stop - start.
     `source` says which method gave them. asked[l, h] is the sum of q q^T over queries that scoring asked with, of heads
-    that are here: keys in few bits are rounded by it. It belongs to the pairs, so compressed caches and files have none.
+    that are here: keys in few bits are rounded by it. It is of use with all pairs only, so compressed caches and files
+    have none.
     """
 
     values: Float32[Tensor, "L H E"]

@@ -127,8 +127,8 @@ def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
 def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
     """Returns a layer whose heads have their own rows first, then those of `more`, which are not quantized.
 
-    If the layer is quantized, the new rows are too, with the same bits, groups and channels, and turned if it is. If one of the two has
-    biases, the other's rows get bias 0.
+    If the layer is quantized, the new rows are too, in its format. If one of the two has biases, the other's rows get
+    bias 0.
     """
     old = torch.arange(len(layer.positions), device=layer.offsets.device)
     old += more.offsets[owners(layer.offsets, len(layer.positions))]

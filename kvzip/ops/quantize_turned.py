@@ -29,10 +29,10 @@ def quantize_turned(
     """Returns x turned (see `turn`) and quantized to `bits` bits. It waits for the device, once.
 
     With offsets, rows are keys: rest = (x - center) / spread of each head's channels (`measure_roots`), turned; without
-    them, x is turned. Then as in `quantize`: zero = min, scale = (max - min) / (2**bits - 1), code = floor((rest - zero)
-    / scale + 1/2), with zero and scale as they are stored. In 2 bits without offsets they are of NARROW of that range,
-    around its middle, which loses less. The first row of a head comes back almost exactly, because the center is moved
-    by what it loses: most attention goes to it, and it is far from the others.
+    them, x is turned. Then as in `quantize`: zero = min, scale = (max - min) / (2**bits - 1), and
+    code = floor((rest - zero) / scale + 1/2), with zero and scale as they are stored. In 2 bits without offsets they
+    are of NARROW of that range, around its middle, which loses less. The first row of a head comes back almost
+    exactly, because the center is moved by what it loses: most attention goes to it, and it is far from the others.
 
     Scales and zeros are float16, or float32 where float16 would move a value by more than half a step.
 
@@ -166,9 +166,9 @@ def measure_channels_turned_reference(
 def shape_feedback(asked: Float32[Tensor, "*B D D"], spread: Float32[Tensor, "*B D"]) -> Float32[Tensor, "*B D D"]:
     """Returns what the errors of rounded values add to the targets of those after them, for keys with these spreads.
 
-    The expected square of a logit's error is e^T A e, e the error of a turned row and A = T^T S M S T, with M the second
-    moment of the queries (`asked`), S the spreads and T the matrix of `turn`, and a hundredth of A's mean diagonal added
-    for queries that were not seen. With the first i blocks of e fixed it is least where the others are e F: with
+    The expected square of a logit's error is e^T A e, e the error of a turned row and A = T^T S M S T, with M the
+    second moment of the queries (`asked`), S the spreads and T the matrix of `turn`, and a hundredth of A's mean
+    diagonal added for queries that were not seen. With the first i blocks of e fixed it is least where the others are e F: with
     A^-1 = U^T U and U upper triangular, row block i of F is U_ii^-1 U_i right of the diagonal, and 0 elsewhere. As each
     block's error is counted from its target, which has the errors before in it, these add up to that.
 
@@ -243,13 +243,13 @@ def _check(
         raise ValueError(f"expected bits to be 4 or 2, got {bits}: rows in 8 bits are not turned, use quantize")
     if group < 1 or x.shape[1] % group or group % (8 // bits):
         raise ValueError(
-            f"expected D divisible by group, and a group of whole bytes, got D={x.shape[1]} and group={group} in {bits} "
-            "bits: pass group=D"
+            f"expected D divisible by group, and a group of whole bytes, got D={x.shape[1]} and group={group} in "
+            f"{bits} bits: pass group=D"
         )
     if offsets is None and (channels is not None or feedback is not None):
         raise ValueError("expected offsets with channels or feedback, got none: they say which rows are which head's")
     heads = None if offsets is None else len(offsets) - 1
     if feedback is not None and feedback.shape != (heads, x.shape[1], x.shape[1]):
         raise ValueError(
-            f"expected feedback of shape [H={heads}, D={x.shape[1]}, D], got {list(feedback.shape)}: it is of other rows"
+            f"expected feedback of shape [H={heads}, D={x.shape[1]}, D], got {list(feedback.shape)}: it is of others"
         )

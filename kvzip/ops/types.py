@@ -43,8 +43,8 @@ class Quantized:
     """N rows of D values: value[n, d] = zero[n, d // group] + scale[n, d // group] * code[n, d].
 
     With 8 bits byte d is code d, with 4 bits byte i holds codes 2i and 2i + 1, and with 2 bits codes 4i to 4i + 3, the
-    first in its highest bits. With `turned` this row is `turn` of what is meant, and with `channels` that is the rest of
-    the values: see `Channels`.
+    first in its highest bits. With `turned` this row is `turn` of what is meant, and with `channels` that is the rest
+    of the values: see `Channels`.
     """
 
     codes: UInt8[Tensor, "N P"]  # P = D * bits / 8

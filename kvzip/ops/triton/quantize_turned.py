@@ -2,8 +2,8 @@
 
 A tile of rows of one head is turned some columns at a time by products with signs that are computed, not loaded, and
 then by sums and differences of these. What bfloat16 loses of a row is multiplied too, so that products are exact to
-2 ** -16. All columns of the tile stay in registers. Bytes: x read and the quantized rows written once, and with feedback
-D * D numbers a tile out of L2.
+2 ** -16. All columns of the tile stay in registers. Bytes: x read and the quantized rows written once, and with
+feedback D * D numbers a tile out of L2.
 """
 
 from typing import no_type_check
@@ -21,11 +21,11 @@ from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized
 
 
 def launch_config(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows of a tile, columns that are turned at a time, and warps. The tile takes 64 registers of a thread. Not tuned."""
+    """Rows of a tile, columns that are turned at a time, and warps: 64 registers of a thread hold a tile. Not tuned."""
     columns = 16 if D <= 128 else 32  # more columns: fewer products, each a part of the kernel
     if dtype == torch.float32:  # no tensor cores
-        return 16, columns, 4 if D <= 128 else 8
-    return 64 if D <= 128 else 32, columns, 4 if D <= 128 else 8
+        return 16, columns, 8 if D <= 128 else 16
+    return 64 if D <= 128 else 16, columns, 4 if D <= 128 else 8
 
 
 @on_device
@@ -57,8 +57,8 @@ def quantize_turned_triton(
             x, codes, scale, zero, flags, x if offsets is None else offsets, center, spread,
             x if feedback is None else feedback.contiguous(), N, heads, *x.stride(),
             D=D, GROUP=group, BITS=bits, KEYS=offsets is not None, FEEDBACK=feedback is not None,
-            NARROW=NARROW if bits == 2 and offsets is None else 1.0, FINE=FINE, LIMIT=LIMIT, MOST=torch.finfo(dtype).max,
-            SHAPED=SHAPED, C=columns, BLOCK_N=block_n, TURN=_turning(x),
+            NARROW=NARROW if bits == 2 and offsets is None else 1.0, FINE=FINE, LIMIT=LIMIT,
+            MOST=torch.finfo(dtype).max, SHAPED=SHAPED, C=columns, BLOCK_N=block_n, TURN=_turning(x),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return Quantized(codes, scale, zero, bits, group, channels, turned=True), flags
@@ -98,8 +98,8 @@ def _quantize_turned_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, flags_ptr, offsets_ptr, center_ptr, spread_ptr, feedback_ptr,
     N, heads, stride_xn, stride_xd,
     D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, FEEDBACK: tl.constexpr,
-    NARROW: tl.constexpr, FINE: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr, SHAPED: tl.constexpr, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, TURN: tl.constexpr,
+    NARROW: tl.constexpr, FINE: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr, SHAPED: tl.constexpr,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows, with KEYS of one head; it has none where heads fill fewer tiles than there are."""
     tile = tl.program_id(0)

@@ -36,7 +36,7 @@ def turn_columns(parts, D: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr
     for part in tl.static_range(EACH):
         high = parts[part].to(DTYPE)
         x = tl.dot(matrix, high, input_precision="ieee")
-        if DTYPE != tl.float32:
+        if DTYPE != tl.float32:  # noqa: SIM300
             x = tl.dot(matrix, (parts[part] - high.to(tl.float32)).to(DTYPE), x)
         mixed += (x,)
     turned = ()
