@@ -10,8 +10,8 @@ biases and values for quantized keys; "+gram" rounds the fitted values of a chun
 rows make up for what earlier ones lost by the fit's Gram matrix (GPTQ, arXiv 2210.17323); "+clip" searches each range;
 "+shaped" does so with the channels of keys by what queries ask, and "+model" takes the moments of queries and keys of
 another context; with "+outputs" values are treated as keys, by what the output projection makes of them; "+g32" has a
-step for 32 values; the forms "roots" to "axroots" are those that the design was chosen among, on a CPU; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. Rows of 16 bits are
-"plain:16/16".
+step for 32 values; "+prefix", "+first1" and "+first4" keep rows of the prefix in 16 bits. The forms "roots" to
+"axroots" are those that the design was chosen among at last. Rows of 16 bits are "plain:16/16".
 `show`: bytes of a kept pair and of the cache as a part of the full one, nats of the answers lost to it, and how far
 predictions are from its own (in nats a token, which tells variants apart with few questions; lowest first).
 Each figure is one JSON line appended to benchmarks/results/bits.jsonl; the study goes on where it stopped (exit code 75

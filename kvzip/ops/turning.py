@@ -39,7 +39,7 @@ def measure_roots(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Cha
     The center is a channel's mean, and the spread sqrt(s * mean of s), s the channel's standard deviation. Rounding
     adds an error in proportion to the spread: halfway, in powers, between equal errors in all channels, which lose the
     small ones, and errors in proportion to the channels, which are too much where queries ask for large ones. Turned
-    values then have the mean square 1. The first row does not count unless it is the only one: it is far from the others.
+    values then have the mean square 1. The first row does not count, unless it is the only one: it is far from others.
     """
     heads, width = len(offsets) - 1, x.shape[1]
     if len(x) == 0:
