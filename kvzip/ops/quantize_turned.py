@@ -170,7 +170,7 @@ def shape_feedback(asked: Float32[Tensor, "*B D D"], spread: Float32[Tensor, "*B
     second moment of the queries (`asked`), S the spreads and T the matrix of `turn`, and a hundredth of A's mean
     diagonal added for queries that were not seen. With the first i blocks of e fixed it is least where the others are
     e F: with A^-1 = U^T U and U upper triangular, row block i of F is U_ii^-1 U_i right of the diagonal, and 0
-    elsewhere. As each block's error is counted from its target, which has the errors before in it, these add up to that.
+    elsewhere. As each block's error is counted from its target, with the errors before it, these add up to that.
 
     The host does not wait for the device. Where `asked` is not finite F is 0.
     """

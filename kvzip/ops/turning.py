@@ -10,6 +10,7 @@ from kvzip.ops.types import Channels
 
 SAMPLE = 256  # rows of a head from which its channels are measured
 LEAST_PART = 2.0**-10  # of the mean deviation, which a channel's counts as at least
+FIRST_PART = 2.0**-8  # of the first row's distance, likewise: few rows may be all alike, and that one be far
 
 
 def turn(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
@@ -52,6 +53,8 @@ def measure_roots(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Cha
     apart = sample - center[:, None]
     most = apart.abs().amax(1).clamp_min(2.0**-60)  # squares of what is divided by it do not overflow
     deviation = most * (apart / most[:, None]).square().mean(1).sqrt()
+    first = x[offsets[:-1].long().clamp(max=len(x) - 1)].float()
+    deviation = torch.maximum(deviation, FIRST_PART * (first - center).abs())
     mean = deviation.mean(1, keepdim=True)
     spread = torch.sqrt(torch.maximum(deviation, LEAST_PART * mean)) * mean.sqrt()
     usable = (counts > 1) & spread.isfinite() & (spread > 0)

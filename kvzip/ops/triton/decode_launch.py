@@ -217,6 +217,8 @@ def run(
         registers = None  # it takes 176 then, and with 208 at most it takes all and spills
     early = overlap and (config.early or listed)
     warps = config.warps
+    if (form.TURN_K or form.TURN_V) and form.D > 128:
+        registers = None  # the rest spills
     if form.TURN_K and form.D == 128 and form.M == 32 and form.K_BITS == form.V_BITS:
         warps = 8  # four would spill
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvzip.ops.triton.common import check_rows, interpreted, on_device
 from kvzip.ops.triton.turn import mix_blocks, signs
-from kvzip.ops.turning import LEAST_PART, SAMPLE
+from kvzip.ops.turning import FIRST_PART, LEAST_PART, SAMPLE
 from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized
 
 
@@ -76,8 +76,8 @@ def measure_channels_turned_triton(
     _channels_kernel[(heads,)](
         x, offsets, center, spread, *x.stride(),
         D=D, GROUP=group, BITS=bits, LIMIT=LIMIT, MOST=torch.finfo(torch.float16).max, SAMPLE=SAMPLE,
-        LEAST_PART=LEAST_PART, C=launch_config(D, x.dtype)[1], BLOCK_N=32, BLOCK_D=max(16, triton.next_power_of_2(D)),
-        num_warps=8, enable_fp_fusion=False,
+        LEAST_PART=LEAST_PART, FIRST_PART=FIRST_PART, C=launch_config(D, x.dtype)[1], BLOCK_N=32,
+        BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Channels(center, spread)
 
@@ -175,7 +175,8 @@ def _quantize_turned_kernel(
 def _channels_kernel(
     x_ptr, offsets_ptr, center_ptr, spread_ptr, stride_xn, stride_xd,
     D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr,
-    SAMPLE: tl.constexpr, LEAST_PART: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SAMPLE: tl.constexpr, LEAST_PART: tl.constexpr, FIRST_PART: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: a head. `measure_roots`, and then what the first row loses moves the center."""
     head = tl.program_id(0)
@@ -202,7 +203,9 @@ def _channels_kernel(
         x = tl.load(at + n[:, None] * stride_xn, mask=seen[None, :], other=0).to(tl.float32)
         x = (x - center[None, :]) / most[None, :]
         squares += tl.sum(x * x, 0)
-    deviation = tl.where(d < D, most * tl.sqrt(squares * (1.0 / SAMPLE)), 0)
+    first = tl.load(x_ptr + begin * stride_xn + d * stride_xd, mask=seen, other=0).to(tl.float32)
+    deviation = tl.maximum(most * tl.sqrt(squares * (1.0 / SAMPLE)), FIRST_PART * tl.abs(first - center))
+    deviation = tl.where(d < D, deviation, 0)
     mean = tl.sum(deviation, 0) / D
     spread = tl.sqrt(tl.maximum(deviation, LEAST_PART * mean)) * tl.sqrt(mean)
     usable = (d * 0 + count > 1) & (spread > 0) & (spread < float("inf"))
