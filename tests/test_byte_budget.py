@@ -139,3 +139,26 @@ def test_a_budget_that_is_none_is_named(caches):
         kvzip.compress(cache, budget_bytes=7)
     with pytest.raises(ValueError, match="expected budget_bytes with biases=True"):
         kvzip.compress(cache, 0.3, biases=True)
+
+
+@pytest.mark.parametrize("bits", [None, (4, 2)])
+def test_a_floor_is_a_part_of_what_fits(caches, bits):
+    """Every head has a fifth of an equal share of as many pairs as fit, and one pair more would not."""
+    cache = caches[1]
+    values = cache.scores.values.clone()
+    values[0, 0] *= 1e-6  # a head that no query looks at
+    cache = replace(cache, scores=replace(cache.scores, values=values))
+    limit = kvzip.nbytes(cache) // 5
+    small = kvzip.compress(cache, budget_bytes=limit, floor=0.2, bits=bits)
+    rows = [n - cache.start for heads in rows_of(small) for n in heads]
+    assert min(rows) == int(0.2 * small.kept / len(rows)) > 0
+    assert min(map(min, rows_of(kvzip.compress(cache, budget_bytes=limit, bits=bits)))) == cache.start
+    assert kvzip.nbytes(small) <= limit < kvzip.nbytes(next_step(cache, small, "pair", bits=bits, floor=0.2))
+    plain = kvzip.compress(cache, budget=small.kept / len(rows) + 1e-9, floor=0.2, bits=bits)
+    assert torch.equal(kvzip.cache.rows.kept_mask(plain), kvzip.cache.rows.kept_mask(small))
+
+
+def test_a_share_of_a_cache_has_no_budget_of_bytes(caches):
+    share = replace(caches[0], share=object.__new__(kvzip.parallel.Share))
+    with pytest.raises(ValueError, match=r"a whole cache with budget_bytes, got a share of one: .*pass a ratio"):
+        kvzip.choosing.keep_bytes(share, kvzip.options.budget(None, budget_bytes=9_000))

@@ -218,7 +218,8 @@ def run(
     early = overlap and (config.early or listed)
     warps = config.warps
     if (form.TURN_K or form.TURN_V) and form.D > 128:
-        registers = None  # the rest spills
+        registers = None  # fewer than it takes, and it spills
+        warps = max(warps, 4) if form.TURN_V else warps
     if form.TURN_K and form.D == 128 and form.M == 32 and form.K_BITS == form.V_BITS:
         warps = 8  # four would spill
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)
