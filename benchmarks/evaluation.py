@@ -38,7 +38,8 @@ from kvzip.evals.results import append, content_of, group, mend, read
 from kvzip.evals.run import run_eval
 
 DRAWN = {
-    "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"}
+    "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"},
+    "bytes": {"base": "bytes in 4 bits, fitted", "across": "fraction of the full cache's bytes"},
 }  # if not as kvzip
 
 
@@ -225,11 +226,12 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(results: Path, docs: Path) -> None:
-    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, and of fits `docs/refitting*`."""
+    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, of fits and bits likewise."""
     from kvzip.evals.plots import figures
     from kvzip.evals.report import overview
 
-    for kind, page, stem in (("eval", "evals", "evals"), ("study", "evals", ""), ("refit", "refitting", "refitting")):
+    written = {"eval": ("evals", "evals"), "study": ("evals", ""), "refit": ("refitting",) * 2, "bytes": ("bits",) * 2}
+    for kind, (page, stem) in written.items():
         tables = []
         for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
             title = f"{model}:" if kind == "study" else f"### {model}"
@@ -237,7 +239,7 @@ def render(results: Path, docs: Path) -> None:
             if stem and len(PLANS[model].ratios) > 1:
                 for name, figure in figures(own, model, **DRAWN.get(kind, {})).items():
                     (docs / f"{stem}-{name}.png").write_bytes(figure)
-        if tables or kind != "refit":
+        if tables or kind in ("eval", "study"):
             write_between(docs / f"{page}.md", kind, "\n\n".join(tables))
 
 

@@ -43,6 +43,7 @@ Case = tuple[str, dict[str, Variant], dict[str, float]]  # name, variants, and t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS), default=sorted(BENCHMARKS))
+    parser.add_argument("--cases", help="only cases whose names have this in them; no tests are run before")
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
@@ -57,13 +58,16 @@ def main() -> None:
         parser.error("no CUDA device: timings need one")
     files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op, f"{op}_*"))]
     tests = [str(path) for name in files for path in sorted((ROOT / "tests" / "ops").glob(f"test_{name}.py"))]
-    test_or_exit("-m", "gpu", *tests, workers=options.workers)
+    if not options.cases:
+        test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
     lines = [{"op": "floor", "case": what, "variant": unit, "value": round(n, 3)} for (what, unit), n in floors.items()]
     record(options.results, show(lines), facts, show=False)
     for op in options.only:
         for case, variants, least in BENCHMARKS[op](options):
+            if options.cases and options.cases not in case:
+                continue
             least_us = max(
                 least.get("bytes", 0) / floors["copy" if least.get("copies") else "read", "TB/s"] / 1e6,
                 least.get("products", 0) / floors["product", "TFLOP/s"] / 1e6,

@@ -148,7 +148,7 @@ BYTES = {
     name: (
         Plan((FULL,), (1.0,), tasks),
         Plan(tuple(studies.FEWER), (1.0, 0.3), tasks),
-        Plan(tuple(studies.BYTES), (0.05, 0.1, 0.2, 0.3), tasks),
+        Plan(tuple(studies.BYTES), (0.05, 0.1, 0.2), tasks),
     )
     for name, plan in PLANS.items()
     if name.startswith("qwen")
