@@ -4,6 +4,7 @@
     python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `studies.py`
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
     python benchmarks/evaluation.py MODEL_DIR --refit ...    # instead, fitted pairs in the bytes of pairs that are not
+    python benchmarks/evaluation.py MODEL_DIR --bytes ...    # instead, few bits, and parts of the full cache's bytes
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
 `plans.py` says what is asked. Processes take the GPUs in turn: six for each. One work is one task by one method; its
@@ -37,7 +38,8 @@ from kvzip.evals.results import append, content_of, group, mend, read
 from kvzip.evals.run import run_eval
 
 DRAWN = {
-    "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"}
+    "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"},
+    "bytes": {"base": "bytes in 4 bits, fitted", "across": "fraction of the full cache's bytes"},
 }  # if not as kvzip
 
 
@@ -55,7 +57,7 @@ class Work:
     def name(self) -> str:
         asked = self.asked
         sizes = f"{asked.count}x{asked.questions}x{asked.max_tokens}"
-        ratios = f".{self.ratios[0]:g}" if self.kind == "bits" else ""  # two plans of bits share a method
+        ratios = f".{self.ratios[0]:g}" if self.kind in ("bits", "bytes") else ""  # two plans share a method
         return f"{self.model.name}.{asked.task}.{asked.form}.{sizes}.{self.method}{ratios}"
 
 
@@ -65,7 +67,7 @@ def main() -> int:
     parser.add_argument("--data", help="directory of JSONL files")
     parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the answers until all are there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
-    for kind in ("study", "scoring", "bits", "refit"):
+    for kind in ("study", "scoring", "bits", "refit", "bytes"):
         parser.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help="these methods instead")
     parser.add_argument("--tasks", nargs="+", help="only these, as named in the plan")
     parser.add_argument("--methods", nargs="+", help="only these")
@@ -224,11 +226,12 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(results: Path, docs: Path) -> None:
-    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, and of fits `docs/refitting*`."""
+    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, of fits and bits likewise."""
     from kvzip.evals.plots import figures
     from kvzip.evals.report import overview
 
-    for kind, page, stem in (("eval", "evals", "evals"), ("study", "evals", ""), ("refit", "refitting", "refitting")):
+    written = {"eval": ("evals", "evals"), "study": ("evals", ""), "refit": ("refitting",) * 2, "bytes": ("bits",) * 2}
+    for kind, (page, stem) in written.items():
         tables = []
         for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
             title = f"{model}:" if kind == "study" else f"### {model}"
@@ -236,7 +239,7 @@ def render(results: Path, docs: Path) -> None:
             if stem and len(PLANS[model].ratios) > 1:
                 for name, figure in figures(own, model, **DRAWN.get(kind, {})).items():
                     (docs / f"{stem}-{name}.png").write_bytes(figure)
-        if tables or kind != "refit":
+        if tables or kind in ("eval", "study"):
             write_between(docs / f"{page}.md", kind, "\n\n".join(tables))
 
 

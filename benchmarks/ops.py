@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ Case = tuple[str, dict[str, Variant], dict[str, float]]  # name, variants, and t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS), default=sorted(BENCHMARKS))
+    parser.add_argument("--cases", help="only cases whose names have this in them; no tests are run before")
     parser.add_argument("--commit", help="commit to write down, where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
@@ -58,13 +60,16 @@ def main() -> None:
         parser.error("no CUDA device: timings need one")
     files = [name for op in options.only for name in (linear.TESTS if op == "linear" else (op, f"{op}_*"))]
     tests = [str(path) for name in files for path in sorted((ROOT / "tests" / "ops").glob(f"test_{name}.py"))]
-    test_or_exit("-m", "gpu", *tests, workers=options.workers)
+    if not options.cases:
+        test_or_exit("-m", "gpu", *tests, workers=options.workers)
     facts = harness.facts("cuda", options.commit)
     floors = measure_floors()
     lines = [{"op": "floor", "case": what, "variant": unit, "value": round(n, 3)} for (what, unit), n in floors.items()]
     record(options.results, show(lines), facts, show=False)
     for op in options.only:
         for case, variants, least in BENCHMARKS[op](options):
+            if options.cases and options.cases not in case:
+                continue
             least_us = max(
                 least.get("bytes", 0) / floors["copy" if least.get("copies") else "read", "TB/s"] / 1e6,
                 least.get("products", 0) / floors["product", "TFLOP/s"] / 1e6,
@@ -172,13 +177,47 @@ def bench_quantize(options: argparse.Namespace):
         )
 
 
+def packed(k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, bits: tuple[int, int]) -> tuple[Any, Any]:
+    """Keys and values as caches have them, see `kvzip.cache.rows.pack`."""
+    keys = (ops.quantize_turned if bits[0] < 8 else ops.quantize)(k, bits=bits[0], offsets=offsets)
+    return keys, (ops.quantize_turned if bits[1] < 4 else ops.quantize)(v, bits=bits[1])
+
+
+def bench_quantize_turned(options: argparse.Namespace):
+    """Keys and values of all layers of the 8B shape, without a wait of the host."""
+    lengths, layers = [37_800] * HEADS, 32
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    k, v = (torch.randn(sum(lengths), WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    asked = torch.eye(WIDTH, device="cuda").expand(HEADS, -1, -1).contiguous()
+
+    def keys(shaped: bool) -> None:
+        channels = ops.measure_channels_turned(k, offsets, bits=4)
+        feedback = ops.shape_feedback(asked, channels.spread) if shaped else None
+        ops.quantize_turned_ahead(k, bits=4, offsets=offsets, channels=channels, feedback=feedback)
+
+    def all_layers(shaped: bool) -> None:
+        for _ in range(layers):
+            keys(shaped)
+            ops.quantize_turned_ahead(v, bits=2)
+
+    least = {"bytes": layers * (k.nbytes + v.nbytes + sum(lengths) * (WIDTH * 6 // 8 + 8)), "copies": True}
+    variants: dict[str, Variant] = {
+        "kvzip": [lambda: all_layers(True)],
+        "without feedback": [lambda: all_layers(False)],
+        "one layer's keys": [lambda: keys(True)],
+    }
+    yield "0.3 of 126,000 tokens, 32 layers, keys in 4 and values in 2 bits", variants, least
+
+
 def bench_decode(options: argparse.Namespace):
     for name, lengths in LENGTHS.items():
         yield decode_case(name, lengths, options)
     skewed = LENGTHS["0.3 of 131,072, skewed"]
     yield decode_case("0.3 of 131,072, skewed, 32 questions", skewed, options, questions=32)
-    for bits in (8, 4):
-        yield decode_case(f"0.3 of 131,072, skewed, int{bits}", skewed, options, bits=bits)
+    for name, bits in (("int8", (8, 8)), ("int4", (4, 4)), ("int4 and int2", (4, 2))):
+        yield decode_case(f"0.3 of 131,072, skewed, {name}", skewed, options, bits=bits)
+    for name, bits in (("int4", (4, 4)), ("int4 and int2", (4, 2))):
+        yield decode_case(f"0.3 of 131,072, skewed, 32 questions, {name}", skewed, options, bits=bits, questions=32)
     yield decode_case("0.3 of 131,072, skewed, D 256, 16/8 heads", skewed, options, width=256, group=2)
     yield decode_case("0.3 of 131,072, skewed, 512 new tokens", skewed, options, tokens=512)
     yield many_contexts_case("8 contexts of 0.3 of 32,768, 16 questions each", LENGTHS["0.3 of 32,768, skewed"])
@@ -195,7 +234,7 @@ def decode_case(
     *,
     questions: int = 1,
     tokens: int = 1,
-    bits: int | None = None,
+    bits: tuple[int, int] | None = None,
     width: int = WIDTH,
     group: int = QUERY_HEADS // HEADS,
 ) -> Case:
@@ -204,21 +243,19 @@ def decode_case(
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     schedule = ops.decode_schedule(offsets)
     q = torch.randn(questions, HEADS * group, tokens, width, device="cuda", dtype=torch.bfloat16)
-    size = 2 * n * width * (bits or 16) // 8
+    size = n * width * sum(bits or (16, 16)) // 8
     copies = max(2, math.ceil(COLD_BYTES / size))
     caches = []
     for _ in range(copies):
         k, v = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        if bits is not None:  # keys as a cache has them, without their heads' centers and spreads
-            k, v = ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits)
-        caches.append((k, v))
+        caches.append((k, v) if bits is None else packed(k, v, offsets, bits))
     decode = partial(ops.decode, q, offsets=offsets, scale=scale, schedule=schedule)
     variants: dict[str, Variant] = {
         "kvzip": [partial(decode, k=k, v=v) for k, v in caches],
         "kvzip, with a bias": [partial(decode, k=k, v=v, bias=torch.randn(n, device="cuda").half()) for k, v in caches],
     }
     if bits is not None:
-        size = 2 * sum(getattr(caches[0][0], part).nbytes for part in ("codes", "scale", "zero"))
+        size = sum(getattr(x, part).nbytes for x in caches[0] for part in ("codes", "scale", "zero"))
         plain = [  # two are cold too
             (ops.dequantize(k, dtype=torch.bfloat16, offsets=offsets), ops.dequantize(v, dtype=torch.bfloat16))
             for k, v in caches[:2]
@@ -313,6 +350,7 @@ BENCHMARKS = {
     "linear": linear.bench_linear,
     "prune": bench_prune,
     "quantize": bench_quantize,
+    "quantize_turned": bench_quantize_turned,
     "score": bench_score,
     "select": bench_select,
 }

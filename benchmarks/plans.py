@@ -144,12 +144,24 @@ REFITS = {
     if not name.startswith("smollm")
 }
 """The published tasks, by pairs that are fitted and by as many bytes of pairs that are not."""
+BYTES = {
+    name: (
+        Plan((FULL,), (1.0,), tasks),
+        Plan(tuple(studies.FEWER), (1.0, 0.3), tasks),
+        Plan(tuple(studies.BYTES), (0.05, 0.1, 0.2), tasks),
+    )
+    for name, plan in PLANS.items()
+    if name.startswith("qwen")
+    for tasks in [tuple(task for task in plan.tasks if not task.task.startswith("many_shot"))]
+}
+"""The published tasks in few bits at two ratios, and by parts of the full cache's bytes."""
 ALL = {
     "eval": {name: (plan,) for name, plan in PLANS.items()},
     "study": STUDIES,
     "scoring": SCORINGS,
     "bits": BITS,
     "refit": REFITS,
+    "bytes": BYTES,
 }
 """The plans of each kind of evaluation, by model."""
 KNOWN = {
@@ -158,6 +170,7 @@ KNOWN = {
     "scoring": studies.SCORING | studies.STREAMS,
     "bits": studies.BITS | studies.HEADS,
     "refit": studies.REFITS,
+    "bytes": studies.FEWER | studies.BYTES,
 }
 """The methods of each kind, by name."""
 FILES = {
@@ -166,5 +179,6 @@ FILES = {
     "scoring": "scoring-quality.jsonl.gz",
     "bits": "quality-bits.jsonl.gz",
     "refit": "refit-{}.jsonl.gz",
+    "bytes": "bytes-{}.jsonl.gz",
 }
 """The results of each kind; {} is the name of the model."""

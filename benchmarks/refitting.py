@@ -18,14 +18,11 @@ benchmarks/results/refitting.jsonl. The published tasks are `evaluation.py --ref
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,16 +35,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import kvzip
-from benchmarks import harness
-from benchmarks.other_data import STUDIED, TASKS
+from benchmarks import harness, studying
+from benchmarks.other_data import TASKS
 from benchmarks.studies import FITS, FLOORS, equal_bytes, floored
-from kvzip import DenseCache, Model, RaggedCache, prompts
+from kvzip import DenseCache, Model, RaggedCache
 from kvzip.cache import nbytes
-from kvzip.cli.evaluate import UNFINISHED
-from kvzip.evals.asking import ask, gold, prefill_example
-from kvzip.evals.metrics import evaluate
-from kvzip.evals.tasks import Example, Request, examples
-from kvzip.inputs import tokenizer_of
+from kvzip.evals.asking import gold, prefill_example
+from kvzip.evals.tasks import Example
 from kvzip.machine import timed
 from kvzip.options import Refitting
 from kvzip.refitting import fit_rows, refit_and_measure
@@ -59,7 +53,6 @@ VARIANTS = (
     *(name + floor + "@kvzip+" for name in ("select", "both") for floor in ("", "+fifth", "+half")),
     *("bias", "bias+fifth", "values", "both:pull=0.01", "both:pull=1", "both:bound=1", "both:bound=5", "both:every=4"),
 )
-KEYS = ("model", "form", "task", "example", "variant", "ratio")
 
 
 def time_part(options: argparse.Namespace) -> int:
@@ -98,7 +91,8 @@ def time_part(options: argparse.Namespace) -> int:
 def host_part(options: argparse.Namespace) -> int:
     model = kvzip.load(options.model, dtype=getattr(torch, options.dtype), device="cpu")
     facts = harness.facts("cpu", options.commit)
-    context = next(iter(TASKS[options.task].make(replace(request_of(model, options), length=options.tokens))))
+    request = studying.request_of(model, options)
+    context = next(iter(TASKS[options.task].make(replace(request, length=options.tokens))))
     full = prefill_example(model, context, form="chat")
     calls: dict[str, Callable[[], float]] = {"score": lambda: timed(model.device, lambda: kvzip.score(model, full))[1]}
     dense = kvzip.score(model, full)
@@ -127,87 +121,21 @@ def host_part(options: argparse.Namespace) -> int:
 
 
 def study_part(options: argparse.Namespace) -> int:
-    """Does what is missing, in several processes; returns 75 if the time was up before the end."""
-    begun = time.monotonic()
-    waiting = [(m, t, n) for n in range(options.contexts) for t in options.tasks for m in options.models]
-    waiting.sort(key=lambda job: options.models.index(job[0]))  # so that few processes load a second model
-    processes = multiprocessing.get_context("spawn")
-    taken, left = processes.Value("i", 0), processes.Value("i", 0)
-    how = (options, waiting, taken, left, begun, harness.facts(options.device, options.commit))
-    workers = [processes.Process(target=work, args=(n, *how)) for n in range(options.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        return 1
-    return UNFINISHED if left.value else 0
-
-
-def work(
-    place: int,
-    options: argparse.Namespace,
-    waiting: Sequence[tuple[Path, str, int]],
-    taken: Any,
-    left: Any,
-    begun: float,
-    facts: Mapping[str, Any],
-) -> None:
-    """Does one context after the other until none is left or the time is up, which `left` counts."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    if options.device == "cuda":
-        harness.take_place(place, options.workers)
-    done, model, source = done_of(options.results), None, None
-    wanted = [("full", 1.0), *((v, r) for r in options.ratios for v in options.variants)]
-    while True:
-        with taken.get_lock():
-            number = taken.value
-            taken.value += 1
-        if number >= len(waiting):
-            return
-        path, task, example = waiting[number]
-        missing = [w for w in wanted if (path.name, options.form, task, example, *w) not in done]
-        if not missing:
-            continue
-        if source != path:
-            model = None
-            source, model = path, kvzip.load(path, dtype=getattr(torch, options.dtype), device=options.device)
-        assert model is not None
-        stem, _, length = task.partition("@")
-        request = request_of(model, options)
-        made_of = TASKS[stem].make(replace(request, length=int(length))) if stem in TASKS else examples(task, request)
-        context = next(itertools.islice(made_of, example, None), None)
-        if context is None:
-            print(f"{task}: no context {example}", flush=True)
-            continue
-        dense: dict[str, DenseCache] = {}
-        for variant, ratio in missing:
-            if time.monotonic() - begun > options.limit:
-                left.value += 1
-                return
-            cache, told = made(model, context, dense, variant, ratio, options)
-            line = {"what": "study", "model": path.name, "form": options.form, "task": task, "example": example}
-            line |= {"variant": variant, "ratio": ratio, "chunk": options.chunk, "tokens": dense["kvzip"].length}
-            line |= told | answered(model, cache, context, options)
-            harness.record(options.results, [line], facts)
+    wanted = [{"variant": "full", "ratio": 1.0}]
+    wanted += [{"variant": v, "ratio": r} for r in options.ratios for v in options.variants]
+    return studying.study(options, wanted, made)
 
 
 def made(
     model: Model,
     context: Example,
-    dense: dict[str, DenseCache],
-    variant: str,
-    ratio: float,
+    held: dict[str, Any],
+    wanted: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> tuple[DenseCache | RaggedCache, dict[str, Any]]:
-    """Returns the cache of a variant, and what is to be said of it. `dense` has the caches that were scored so far."""
-    name, _, method = variant.partition("@")
-    method = method or "kvzip"
-    for each in dict.fromkeys(("kvzip", method)):
-        if each not in dense:
-            full = dense.get("kvzip") or prefill_example(model, context, form=options.form)
-            dense[each] = kvzip.score(model, full, method=each, chunk=options.chunk)
-    scored = dense[method]
+    """Returns the cache of a variant, and what is to be said of it. See `studying.Make`."""
+    name, _, method = wanted["variant"].partition("@")
+    scored, ratio = studying.scored(model, context, held, method or "kvzip", options), wanted["ratio"]
     if name == "full":
         return scored, {"bytes": nbytes(scored), "kept": 1.0}
     name, plus, floor = name.partition("+")
@@ -221,39 +149,9 @@ def made(
     return small, told | {"bytes": nbytes(small), "kept": round(small.kept / small.total, 6)}
 
 
-def answered(
-    model: Model, cache: DenseCache | RaggedCache, example: Example, options: argparse.Namespace
-) -> dict[str, float]:
-    """Returns the mean log-likelihood of the reference answers, how many are the greedy ones, and the mean score."""
-    known = gold(model, cache, example.questions, form=options.form)
-    found = {"loglik": statistics.fmean(one.loglik for one in known)}
-    found["exact"] = statistics.fmean(one.exact for one in known)
-    if options.max_tokens:
-        asked = [replace(q, max_tokens=min(q.max_tokens, options.max_tokens)) for q in example.questions]
-        answers = [answer.text.strip() for answer in ask(model, cache, asked, form=options.form)]
-        scores = [evaluate(q.metric, a, q.answers, q.choices) for q, a in zip(asked, answers, strict=True)]
-        found["score"] = statistics.fmean(scores)
-    return {key: round(value, 4) for key, value in found.items()}
-
-
-def request_of(model: Model, options: argparse.Namespace) -> Request:
-    tokenizer = tokenizer_of(model)
-    counted: Callable[[str], int] = lambda text: len(prompts.encode_text(tokenizer, text))  # noqa: E731
-    return Request(options.contexts, options.questions, 0, options.seed, options.data, counted)
-
-
-def done_of(results: Path) -> set[tuple[Any, ...]]:
-    """What the results have: model, form, task, number of the context, variant and ratio."""
-    return {tuple(line[key] for key in KEYS) for line in studied(results)}
-
-
-def studied(results: Path) -> list[dict[str, Any]]:
-    return [line for line in harness.read_lines(results) if line["what"] == "study"] if results.exists() else []
-
-
 def show_part(options: argparse.Namespace) -> int:
     """Prints means over the contexts of each task, then over tasks: as parts of the full cache's, and in nats."""
-    lines = {tuple(line[key] for key in KEYS): line for line in studied(options.results)}
+    lines = {studying.key_of(line): line for line in studying.lines_of(options.results)}
     cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in lines.values():
         cells.setdefault((line["model"], line["ratio"], line["variant"], line["task"]), []).append(line)
@@ -301,21 +199,9 @@ def main() -> int:
     host.add_argument("--dtype", default="float32")
     host.set_defaults(contexts=1, seed=19)
     study = parts.add_parser("study")
-    study.add_argument("models", type=Path, nargs="+")
-    study.add_argument("--data", help="directory of JSONL files")
-    study.add_argument("--tasks", nargs="+", default=STUDIED)
+    studying.add_options(study)
     study.add_argument("--variants", nargs="+", default=VARIANTS)
     study.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
-    study.add_argument("--contexts", type=int, default=2, help="of each task")
-    study.add_argument("--questions", type=int, default=12, help="of each context")
-    study.add_argument("--max-tokens", type=int, default=0, help="of an answer, at most; 0 takes likelihoods alone")
-    study.add_argument("--workers", type=int, default=1, help="processes, which take the GPUs in turn")
-    study.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    study.add_argument("--chunk", type=int, default=2_000)
-    study.add_argument("--form", default="chat", choices=("chat", "cloze"))
-    study.add_argument("--seed", type=int, default=19)
-    study.add_argument("--dtype", default="bfloat16")
-    study.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing new is begun")
     parts.add_parser("show")
     options = parser.parse_args()
     return {"time": time_part, "host": host_part, "study": study_part, "show": show_part}[options.part](options)

@@ -27,7 +27,7 @@ import kvzip
 from kvzip import DenseCache, Model, RaggedCache, head_scores, prompts, score
 from kvzip.attention import Formula, Sight, score_attend
 from kvzip.cache import RaggedKV, Scores, global_layers
-from kvzip.cache.caches import tensors_of
+from kvzip.cache.caches import nbytes, tensors_of
 from kvzip.evals.methods import METHODS, Method
 from kvzip.generation import query_ids
 from kvzip.inputs import tokenizer_of
@@ -38,6 +38,7 @@ from kvzip.scores import attach
 from kvzip.scoring import score_chunks
 
 CHUNK, SEGMENT = 2_000, 2_000
+Bits = int | tuple[int, int] | None
 SINK, RECENT = 16, 64
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 ASKED = {  # pairs in a context of `kv` and `ruler_niah_multikey_3`: question and answer in a chat, and as plain text
@@ -131,13 +132,24 @@ def by_heads(model: Model, cache: DenseCache) -> DenseCache:
     return head_scores.attach(cache, head_scores.shipped(model))
 
 
-def packed(name: str, bits: int | None, level: str = "pair", sink: int = 0, recent: int = 0) -> Method:
+def packed(name: str, bits: Bits, level: str = "pair", sink: int = 0, recent: int = 0) -> Method:
     """Pairs by scope chunk, or whole heads, in so many bits."""
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
         return kvzip.compress(cache, ratio, level=level, bits=bits, sink=sink, recent=recent)
 
     return Method(name, score if level == "pair" else by_heads, level, "", pack)
+
+
+def within(name: str, bits: Bits, fitted: bool) -> Method:
+    """As many pairs as fit into a part of the full cache's bytes, with a fifth of them as a floor, and fitted."""
+
+    def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
+        size = int(ratio * nbytes(cache))
+        small = kvzip.compress(cache, budget_bytes=size, floor=FLOORS["+fifth"], bits=bits, biases=fitted)
+        return kvzip.refit(model, cache, small) if fitted else small
+
+    return replace(repeated(name, "chunk"), pack=pack)
 
 
 def floored(cache: DenseCache, ratio: float, floor: float) -> RaggedCache:
@@ -192,6 +204,15 @@ STREAMS = named(
     )
 )
 BITS = named(*(packed(f"{bits} bits", None if bits == 16 else bits) for bits in (16, 8, 4)))
+FEWER = named(packed("16 bits", None), packed("4 bits", 4), packed("4 and 2 bits", (4, 2)))
+BYTES = named(
+    *(
+        within(f"bytes in {name}{', fitted' * fitted}", bits, fitted)
+        for name, bits in (("16 bits", None), ("4 bits", 4), ("4 and 2 bits", (4, 2)))
+        for fitted in (False, True)
+    )
+)
+"""Of these `ratio` is a part of the full cache's bytes."""
 HEADS = named(
     packed("heads", None, "head"),
     packed("heads, 4 bits", 4, "head"),

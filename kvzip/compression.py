@@ -1,18 +1,19 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool
 from torch import Tensor
 
-from . import checks, ops, options
+from . import options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, explain_out_of_memory, free_bytes
 from .cache.caches import ragged_of
-from .cache.rows import pack, ranked
+from .cache.rows import pack
 from .checks import check_kind
-from .options import Budget
+from .choosing import keep_bytes, keep_pairs
 from .parallel import together
 
 
@@ -22,13 +23,15 @@ def compress(
     *,
     level: str = "pair",
     budget: SupportsFloat | None = None,
+    budget_bytes: SupportsIndex | None = None,
     threshold: SupportsFloat | None = None,
     protect: Sequence[tuple[int, int]] = (),
     min_rows: SupportsIndex = 0,
     floor: SupportsFloat = 0.0,
     sink: SupportsIndex = 0,
     recent: SupportsIndex = 0,
-    bits: SupportsIndex | None = None,
+    bits: SupportsIndex | tuple[SupportsIndex, SupportsIndex] | None = None,
+    biases: bool = False,
     consume: bool = False,
 ) -> RaggedCache:
     """Returns a cache that holds only the highest scored pairs of the context; the rest are gone.
@@ -44,6 +47,9 @@ def compress(
             heads, by their highest score; dropped heads keep only protected and minimum rows, `sink` and `recent`,
             which come on top of the ratio, so `kept` may exceed it.
         budget: tokens per head on average, in place of a ratio: int(budget * L * H) pairs, at most all.
+        budget_bytes: in place of a ratio, keeps as many pairs as fit: `kvzip.nbytes` of the result is at most so many
+            bytes, prefix, window layers, token ids and all metadata counted, and with one pair more (level "pair"; one
+            in each layer, one in each head, or one head) it would be more.
         threshold: keeps every pair with score >= threshold, in place of a ratio; level "pair" only.
         protect: (start, stop) spans of context tokens, 0 the first after the prefix, kept in all layers and heads.
         min_rows: pairs that every head keeps at least, its highest scored.
@@ -52,26 +58,34 @@ def compress(
         sink, recent: number of first and last context tokens that dropped heads keep too, as DuoAttention's streaming
             heads do; level "head" only. The prefix is always kept and not counted in `sink`; DuoAttention counts it.
             `recent` counts from the end of the context: it does not slide while a question is answered.
-        bits: 8 or 4 quantizes the kept keys and values, prefix included, to that many bits (see `ops.quantize`); window
-            layers and the tail stay as they are.
+        bits: 8, 4 or 2 quantizes the kept keys and values, prefix included, to that many bits, and (4, 2) keys to 4 and
+            values to 2; window layers and the tail stay as they are. Rows in 8 bits and values in 4 are those of
+            `ops.quantize`, keys in 4 or 2 and values in 2 those of `ops.quantize_turned`, keys rounded by the queries
+            of `score` where the scores have them. See `docs/bits.md`.
+        biases: with budget_bytes, leaves room for the biases that `kvzip.refit` will give the rows.
         consume: frees each dense layer once it is packed. Using `cache` afterwards, or another that shares its pairs,
             raises an error. If packing fails before the first layer is freed, they are unchanged.
 
-    Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget and threshold is given,
-        if more rows are protected than the budget allows, or if kept pairs to quantize are not finite; TypeError for
-        what is no number; torch.OutOfMemoryError that says what needed the memory, and whether the cache is intact.
+    Raises: ValueError without scores, for NaN scores, unless exactly one of ratio, budget, budget_bytes and threshold
+        is given, if more rows are protected than the budget allows, if bytes do not suffice for what is always kept, or
+        if kept pairs to quantize are not finite; TypeError for what is no number; torch.OutOfMemoryError that says what
+        needed the memory, and whether the cache is intact.
     Source: KVzip, arXiv 2505.23416. The authors' code keeps only scores strictly above its threshold, which drops ties.
     """
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
-    bits = None if bits is None else checks.whole(bits, "bits")
-    if bits not in (None, 8, 4):
-        raise ValueError(f"expected bits of 8 or 4, or None for the cache's own dtype, got {bits}: pass one of them")
-    chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent, floor)
-    keep, counts = _keep(cache.scores, chosen)
-    context = _pack(cache, keep, counts, bits=bits, consume=consume)
+    packed = options.bits(bits)
+    chosen = options.budget(
+        ratio, level, budget, threshold, protect, min_rows, sink, recent, floor, budget_bytes, biases
+    )
+    if chosen.budget_bytes is None:
+        keep, counts = keep_pairs(cache.scores, chosen)
+    else:
+        keep, counts = keep_bytes(cache, chosen, bits=packed)
+    context = _pack(cache, keep, counts, bits=packed, consume=consume)
     method = f"{cache.scores.source}/{level}"
+    cache = replace(cache, scores=replace(cache.scores, asked=None)) if cache.scores.asked is not None else cache
     return ragged_of(cache, context, kept=sum(map(sum, counts)), total=keep.numel(), method=method)
 
 
@@ -97,84 +111,16 @@ def keep_mask(
     """
     check_kind(scores, Scores)
     chosen = options.budget(ratio, level, budget, threshold, protect, min_rows, sink, recent, floor)
-    return _keep(scores, chosen)[0]
-
-
-def count_of(budget: Budget, heads: int, tokens: int) -> int | None:
-    """Returns how many pairs to keep of `heads` heads of `tokens` pairs each; None for a threshold."""
-    if budget.ratio is not None:
-        whole = budget.level == "head"
-        return int(budget.ratio * heads) * tokens if whole else int(budget.ratio * (heads * tokens))
-    return None if budget.budget is None else int(min(budget.budget * heads, heads * tokens))
-
-
-def _keep(scores: Scores, budget: Budget) -> tuple[Bool[Tensor, "L H E"], list[list[int]]]:
-    """The mask, and on the host how many pairs of each head it keeps."""
-    nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
-    forced = _forced(scores, budget, nan)
-    if budget.threshold is None:
-        keep = _select(scores.values, budget, forced, nan)
-    else:
-        nan |= scores.values.isnan().any().int()
-        keep = scores.values >= budget.threshold
-        keep = keep if forced is None else keep | forced
-    if budget.sink or budget.recent:
-        token, tokens = torch.arange(keep.shape[2], device=keep.device), keep.shape[2]
-        keep = keep | (token < min(budget.sink, tokens)) | (token >= tokens - min(budget.recent, tokens))
-    *counts, overflowed = torch.cat([keep.sum(-1).flatten(), nan]).tolist()  # one copy, as each waits for the device
-    if overflowed:
-        raise ValueError(
-            "expected scores without NaN, got some: the model overflowed, score again in bfloat16 or float32"
-        )
-    return keep, [counts[i : i + keep.shape[1]] for i in range(0, len(counts), keep.shape[1])]
-
-
-def _forced(scores: Scores, budget: Budget, nan: Tensor) -> Bool[Tensor, "L H E"] | None:
-    """The pairs kept whatever their score, or None where there are none."""
-    evictable = scores.values.shape[2]
-    options.check_spans(budget.protect, evictable)
-    if not 0 <= budget.min_rows <= evictable:
-        raise ValueError(
-            f"expected 0 <= min_rows <= {evictable} (context tokens), got {budget.min_rows}: no head has more rows to "
-            "keep"
-        )
-    layers, heads, _ = scores.values.shape
-    rows = max(
-        budget.min_rows, int(budget.floor * (count_of(budget, layers * heads, evictable) or 0) / (layers * heads))
-    )
-    if not budget.protect and not rows:
-        return None
-    forced = ops.select_uniform_count(scores.values, count=rows, nan=nan)
-    for first, stop in budget.protect:
-        forced[:, :, first:stop] = True
-    return forced
-
-
-def _select(
-    values: Float32[Tensor, "L H E"], budget: Budget, forced: Bool[Tensor, "L H E"] | None, nan: Tensor
-) -> Bool[Tensor, "L H E"]:
-    layers, heads, evictable = values.shape
-    sharing = {"layer": heads, "uniform": 1}.get(budget.level, layers * heads)  # heads that share one budget
-    count = count_of(budget, sharing, evictable)
-    assert count is not None
-    if budget.level == "head":
-        whole = ops.select_uniform_count(values.amax(-1).view(1, 1, -1), count=count // max(1, evictable), nan=nan)
-        keep = whole.view(layers, heads, 1).expand_as(values)
-        return keep if forced is None else keep | forced
-    if forced is not None:
-        needed = int(forced.reshape(-1, sharing * evictable).sum(-1).max())
-        if needed > count:
-            raise ValueError(
-                f"expected at most {count} protected and minimum rows (the budget of level {budget.level!r}), got "
-                f"{needed}: raise the ratio or the budget, or protect less"
-            )
-        values = ranked(values).masked_fill(forced, torch.inf)
-    pools = values.reshape(layers * heads // sharing, 1, sharing * evictable)  # one row for each shared budget
-    return ops.select_uniform_count(pools, count=count, nan=nan).view(values.shape)
+    return keep_pairs(scores, chosen)[0]
 
 
 def _pack(
-    cache: DenseCache, keep: Bool[Tensor, "L H E"], counts: list[list[int]], *, bits: int | None, consume: bool
+    cache: DenseCache,
+    keep: Bool[Tensor, "L H E"],
+    counts: list[list[int]],
+    *,
+    bits: tuple[int, int] | None,
+    consume: bool,
 ) -> tuple[RaggedKV | WindowKV, ...]:
     """Packs the kept pairs of each layer behind its prefix; head h of scored layer l keeps counts[l][h] of them.
 
@@ -194,7 +140,7 @@ def _pack(
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
     explanation = f"{needed:,} bytes for the kept pairs" + (" of the largest layer" if consume else "")
-    remedy = "keep less (ratio, bits=8 or 4)" + ("" if consume else ", or pass consume=True")
+    remedy = "keep less (ratio, bits=8, 4 or 2)" + ("" if consume else ", or pass consume=True")
     if consume:  # before the list is emptied, so that these errors leave the cache intact
         with together(cache.share):
             free = free_bytes(cache.device)
@@ -205,6 +151,7 @@ def _pack(
             if bits is not None:
                 _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
+    found: list[tuple[int, int, list[Tensor]]] = []
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
     try:
         if consume:
@@ -213,14 +160,29 @@ def _pack(
             state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
             with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
                 whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits)
+                asked, flags = None if scores.asked is None else scores.asked[at], None if consume else []
+                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked, flags=flags)
+            found.append((at, n, flags or []))
             if consume:
                 layers[n] = None
+        for at, n in _again(found):  # with what the device found, which no layer waited for
+            whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
+            asked = None if scores.asked is None else scores.asked[at]
+            context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked)
     except BaseException:
         if consume and None not in layers:
             cache.layers[:] = layers
         raise
     return tuple(context)
+
+
+def _again(found: list[tuple[int, int, list[Tensor]]]) -> list[tuple[int, int]]:
+    """Layers, as scored and as the model's, to be packed once more: scales are too coarse, or values not finite."""
+    flags = [flag for *_, own in found for flag in own]
+    if not flags:
+        return []
+    raised = iter(torch.stack(flags).any(1).tolist())
+    return [(at, n) for at, n, own in found if any([next(raised) for _ in own])]
 
 
 def _check_finite(cache: DenseCache, scores: Scores, keep: Bool[Tensor, "L H E"]) -> None:

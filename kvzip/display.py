@@ -1,6 +1,7 @@
 """Text made safe to print: documents, answers, titles and file names may hold characters that control a terminal."""
 
 import re
+from collections.abc import Sequence
 
 _CONTROLS = (
     "\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
@@ -27,6 +28,12 @@ def visible_line(text: str, *, limit: int | None = None) -> str:
     """
     text = text if limit is None or len(text) <= limit else text[:limit] + "..."
     return _IN_LINE.sub(_escape, text)
+
+
+def shown_bits(bits: int | Sequence[int]) -> str:
+    """Returns "4 bits", or "8 and 4 bits" of keys and values that differ."""
+    different = dict.fromkeys([bits] if isinstance(bits, int) else bits)
+    return f"{' and '.join(map(str, different))} bits"
 
 
 def _escape(found: re.Match[str]) -> str:

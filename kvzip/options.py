@@ -13,6 +13,8 @@ from . import checks
 from .checks import check_text, check_texts
 
 LEVELS = ("pair", "layer", "uniform", "head")
+BITS = (8, 4, 2)
+"""What keys and values can be quantized to."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,20 @@ class Scoring:
 class Budget:
     """How many pairs stay, where the budget is shared, and which stay whatever their score: see `kvzip.compress`.
 
-    Exactly one of ratio, budget and threshold is set.
+    Exactly one of ratio, budget, budget_bytes and threshold is set.
     """
 
     ratio: float | None = None
     level: str = "pair"
     budget: float | None = None
+    budget_bytes: int | None = None
     threshold: float | None = None
     protect: tuple[tuple[int, int], ...] = ()
     min_rows: int = 0
     sink: int = 0
     recent: int = 0
     floor: float = 0.0
+    biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,18 +133,23 @@ def budget(
     sink: Any = 0,
     recent: Any = 0,
     floor: Any = 0.0,
+    budget_bytes: Any = None,
+    biases: Any = False,
 ) -> Budget:
     """Returns a Budget.
 
-    Raises: ValueError unless exactly one of ratio, budget and threshold is given, and in range; TypeError for what is
-        no number.
+    Raises: ValueError unless exactly one of ratio, budget, budget_bytes and threshold is given, and in range, or for
+        biases without budget_bytes; TypeError for what is no number.
     """
     threshold = None if threshold is None else checks.number(threshold, "threshold")
-    if sum(x is not None for x in (ratio, budget, threshold)) != 1:
+    if sum(x is not None for x in (ratio, budget, budget_bytes, threshold)) != 1:
         raise ValueError(
-            f"expected exactly one of ratio, budget and threshold, got ratio={ratio}, budget={budget}, "
-            f"threshold={threshold}: pass ratio=0.3 to keep 30%"
+            f"expected exactly one of ratio, budget, budget_bytes and threshold, got ratio={ratio}, budget={budget}, "
+            f"budget_bytes={budget_bytes}, threshold={threshold}: pass ratio=0.3 to keep 30%"
         )
+    size = None if budget_bytes is None else checks.whole(budget_bytes, "budget_bytes", least=1)
+    if biases and size is None:
+        raise ValueError("expected budget_bytes with biases=True, got none: biases need room only in a budget of bytes")
     if level not in LEVELS:
         raise ValueError(f"expected level 'pair', 'layer', 'uniform' or 'head', got {level!r}: pass one of them")
     tokens = None if budget is None else checks.number(budget, "budget", finite=False)  # infinity keeps all
@@ -164,11 +173,13 @@ def budget(
         None if ratio is None else checks.kept_ratio(ratio),
         level,
         tokens,
+        size,
         threshold,
         spans(protect),
         checks.whole(min_rows, "min_rows"),
         *ends,
         part,
+        bool(biases),
     )
 
 
@@ -178,6 +189,23 @@ def floor_of(floor: Any) -> float:
     if not 0 <= part <= 1:
         raise ValueError(f"expected a floor from 0 to 1 of an equal share, got {part}: 0.2 is a fifth of it")
     return part
+
+
+def bits(value: Any) -> tuple[int, int] | None:
+    """Returns the bits of keys and of values; None for the cache's own dtype. One number is that of both.
+
+    Raises: ValueError for other widths than BITS, TypeError for what is no whole number or pair of them.
+    """
+    if value is None:
+        return None
+    several = isinstance(value, (tuple, list))
+    found = [checks.whole(x, "bits") for x in (value if several else (value, value))]
+    if len(found) != 2 or set(found) - set(BITS):
+        raise ValueError(
+            f"expected bits of 8, 4 or 2, a pair of them for keys and values, or None for the cache's own dtype, got "
+            f"{value!r}: (8, 4) keeps keys in 8 bits and values in 4"
+        )
+    return found[0], found[1]
 
 
 def spans(protect: Any) -> tuple[tuple[int, int], ...]:

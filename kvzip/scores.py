@@ -16,7 +16,8 @@ from .cache import DenseCache, RaggedCache, RaggedKV, Scores, check_cache
 from .cache.caches import REFITTED
 from .cache.rows import of_rows, ranked, take
 from .checks import check_kind, check_path, check_values
-from .compression import count_of, keep_mask
+from .choosing import count_of
+from .compression import keep_mask
 from .display import visible_line
 from .files.damage import refusing, require
 from .files.header import open_file

@@ -73,8 +73,10 @@ def score(
         raise ValueError(
             "expected a model with global layers, got sliding windows in all: there is nothing to compress"
         )
-    values = whole_scores(model.share, score_chunks(model, cache, scoring, progress=progress))
-    scores = Scores(values=values, layers=layers, start=cache.start, stop=cache.length, source=scoring.source)
+    asked = torch.zeros(len(layers), cache.heads, *2 * [model.config.head_dim], device=model.device)
+    values = score_chunks(model, cache, scoring, progress=progress, asked=asked)
+    values = whole_scores(model.share, values)
+    scores = Scores(values, layers, start=cache.start, stop=cache.length, source=scoring.source, asked=asked)
     return replace(cache, scores=scores)
 
 
@@ -88,6 +90,7 @@ def score_chunks(
     past: Sequence[RaggedKV | WindowKV] | None = None,
     before: Int64[Tensor, " S"] | None = None,
     end: int = 0,
+    asked: Float32[Tensor, "L h D D"] | None = None,
 ) -> Float32[Tensor, "L h E"]:
     """Returns the scores of a dense cache's context, which may be one segment of a longer context, of heads held here.
 
@@ -97,6 +100,7 @@ def score_chunks(
         before: ids of the context tokens before the segment, whose last `hint` the first repeat quotes; None if there
             are none.
         end: position where the repeats start, if larger than the number of tokens so far.
+        asked: the sums of q q^T of queries are added to it, see `attention.score_attend`.
     """
     check_whole(cache)
     start, here = cache.start, cache.length + (0 if before is None else len(before))
@@ -105,7 +109,8 @@ def score_chunks(
     with explain_out_of_memory(f"{4 * math.prod(shape):,} bytes of scores", "free memory; the cache is as it was"):
         values = torch.empty(shape, dtype=torch.float32, device=model.device)
     sight = Sight(scoring.scope == "chunk", neighbors, gap=end > here, past=past)
-    attend = partial(score_attend, model.config, cache.layers, values, start=start, sight=sight, formula=formula)
+    options = {"start": start, "sight": sight, "formula": formula, "asked": asked}
+    attend = partial(score_attend, model.config, cache.layers, values, **options)
     passes = list(repeats(model, cache, chunk=scoring.chunk, hint=scoring.hint, before=before))
     told = None if progress is None else lambda stop: progress(stop - start, shape[2])
     needed = f"beside {values.nbytes:,} bytes of scores"

@@ -73,25 +73,33 @@ def _context_rows(layer) -> list[Rows]:
     return heads
 
 
-def half_steps(layer: RaggedKV, head: int, name: str, row: Sequence[float]) -> list[float]:
-    """Returns how far each value of a row may move when the layer packs it as one of `name` ("k" or "v") of a head."""
+def within(layer: RaggedKV, head: int, old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> bool:
+    """Whether a packed key and value of a head are within half a step of what they were.
+
+    Where rows are turned, that is said of what is turned: the rest of the values.
+    """
+    for name, row, got in zip("kv", old, new, strict=True):
+        rest, back = (_packed(layer, head, name, x) for x in (row, got))
+        step = (max(rest) - min(rest)) / (2 ** getattr(layer, name).bits - 1)
+        if any(abs(a - b) > 0.501 * step for a, b in zip(rest, back, strict=True)):
+            return False
+    return True
+
+
+def _packed(layer: RaggedKV, head: int, name: str, row: Sequence[float]) -> list[float]:
+    """What the layer packs of a row."""
     x = getattr(layer, name)
     if x.channels is None:
         center, spread = [0.0] * len(row), [1.0] * len(row)
     else:
         center, spread = x.channels.center[head].tolist(), x.channels.spread[head].tolist()
     rest = [(value - c) / s for value, c, s in zip(row, center, spread, strict=True)]
-    step = (max(rest) - min(rest)) / (2**x.bits - 1)
-    return [0.501 * step * s for s in spread]
-
-
-def within(layer: RaggedKV, head: int, old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> bool:
-    """Whether a packed key and value are within half a step of what they were."""
-    return all(
-        abs(a - b) <= most
-        for name, x, y in zip("kv", old, new, strict=True)
-        for a, b, most in zip(x, y, half_steps(layer, head, name, x), strict=True)
-    )
+    if not x.turned:
+        return rest
+    size = len(rest) & -len(rest)
+    signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    blocks = [rest[at : at + size] for at in range(0, len(rest), size)]
+    return [sum(s * y for s, y in zip(line, block, strict=True)) / size**0.5 for block in blocks for line in signs]
 
 
 def biases(cache: kvzip.RaggedCache) -> list[list[list[float]]]:

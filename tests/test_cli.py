@@ -174,6 +174,26 @@ def test_compress_prints_facts_as_json(document: Path, model_dir: Path, model: k
     assert torch.equal(cache.context[1].k.codes, expected.context[1].k.codes)  # pyright: ignore
 
 
+def test_compress_to_a_budget_of_bytes_in_two_numbers_of_bits(
+    document: Path, model_dir: Path, model: kvzip.Model
+) -> None:
+    out = document.with_name("bytes.kvz")
+    full = nbytes(kvzip.prefill(model, TEXT))
+    size = full // 3
+    made = ("compress", document, "-m", model_dir, "-o", out, "--bits", "8,4", "--chunk", 100)
+    facts = json.loads(call(*made, "--budget-bytes", f"{size / 1000}kB", "--json").stdout)
+    cache = kvzip.load_cache(out, model=model)
+    assert isinstance(cache, kvzip.RaggedCache) and cache.kept == facts["kept"] > 0
+    scored = kvzip.score(model, kvzip.prefill(model, TEXT), chunk=100)
+    assert cache.kept == kvzip.compress(scored, budget_bytes=size, bits=(8, 4)).kept
+    assert facts["cache_bytes"] <= size and json.loads(call("info", out, "--json").stdout)["bits"] == [8, 4]
+    assert "packed into 8 and 4 bits" in call("info", out).stdout
+    fitted = json.loads(call(*made, "--budget-bytes", f"{size / 1000}kB", "--json", "--refit", "--force").stdout)
+    assert fitted["cache_bytes"] <= size and fitted["kept"] < facts["kept"]
+    said = one_line(call(*made, "--budget-bytes", "1kB", "--force"))
+    assert "expected a budget of at least" in said and "raise --budget-bytes" in said
+
+
 def test_without_a_name_the_file_is_named_after_the_document(
     document: Path, model_dir: Path, model: kvzip.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,6 +690,11 @@ def test_wrong_calls_end_with_2(document: Path, kvz: Path) -> None:
         ("compress", document, "-m", "x", "-r", 1.5),
         ("compress", document, "-m", "x", "-r", 0.5, "--budget", 3),
         ("compress", document, "-m", "x", "--segment", 5, "--bits", 8),
+        *(("compress", document, "-m", "x", "--bits", wrong) for wrong in ("16", "8,", "4,4,4", "8,3")),
+        *(("compress", document, "-m", "x", "--budget-bytes", wrong) for wrong in ("12", "0MB", "much")),
+        ("compress", document, "-m", "x", "--budget-bytes", "1MB", "-r", 0.5),
+        ("compress", document, "-m", "x", "--budget-bytes", "1MB", "--segment", 5),
+        ("compress", document, "-m", "x", "--budget-bytes", "1MB", "--heads", "x"),
         ("compress", document, "-m", "x", "--rope", "{"),
         ("ask", kvz),
         ("ask", kvz, " "),

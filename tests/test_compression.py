@@ -26,7 +26,7 @@ from kvzip import compression
 from kvzip.attention import decode_attend
 from kvzip.cache import RaggedKV, all_ragged, check_whole, empty_tail, rows
 from kvzip.evals.tasks import Question
-from kvzip.options import Refitting, Scoring
+from kvzip.options import Budget, Refitting, Scoring
 from unchecked import unchecked
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
@@ -334,6 +334,8 @@ def arguments_of(function, model, cache, path):
         "form": "chat",
         "values": cache.scores.values,
         "scoring": Scoring(chunk=9, hint=2),
+        "rows": [[4, 5], [6, 7]],
+        "budget": Budget(budget_bytes=9),
         "answered": [2],
     }
     if "refitting" in function.__module__:
@@ -525,21 +527,24 @@ def test_what_is_no_number_is_refused(dense, plain, name, bad):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_contexts_are_smaller_and_within_half_a_step(model, bits):
     cache = scored(model)
+    cache = replace(cache, scores=replace(cache.scores, asked=None))  # else keys are rounded by what queries ask
     wide, packed = kvzip.compress(cache, 0.5), kvzip.compress(cache, 0.5, bits=bits)
     assert torch.equal(kept(wide), kept(packed)) and wide.kept == packed.kept
     offsets = packed.context[0].offsets
     for name in ("k", "v"):
         want, got = getattr(wide.context[0], name), getattr(packed.context[0], name)
         assert got.codes.nbytes == want.numel() * bits // 8
-        error = (kvzip.ops.dequantize(got, offsets=offsets) - want).abs()
-        spread = 1.0
+        error = kvzip.ops.dequantize(got, offsets=offsets) - want
         if name == "k":
-            spread = got.channels.spread.repeat_interleave(offsets.diff(), 0)
+            error /= got.channels.spread.repeat_interleave(offsets.diff(), 0)
             centers = torch.stack([want[a:b].mean(0) for a, b in itertools.pairwise(offsets.tolist())])
-            torch.testing.assert_close(got.channels.center, centers, atol=0.2, rtol=0)
-        assert (error <= got.scale.float() * spread / 2 * (1 + 1e-3) + 1e-6).all()
+            apart = (got.channels.center - centers).abs()  # in few bits it is moved by what the first row loses
+            assert (apart <= 0.2 + (bits < 8) * got.channels.spread * got.scale.amax()).all()
+        assert got.turned == (bits < 8 if name == "k" else bits < 4)
+        error = kvzip.ops.turn(error) if got.turned else error
+        assert (error.abs() <= got.scale.float() / 2 * (1 + 1e-2) + 1e-5).all()
     assert kvzip.generate(model, packed, ["Who?", "x"], max_tokens=4)
-    with pytest.raises(ValueError, match="bits of 8 or 4"):
+    with pytest.raises(ValueError, match="bits of 8, 4 or 2"):
         kvzip.compress(cache, 0.5, bits=3)
 
 
@@ -548,7 +553,7 @@ def test_bad_input_is_named(plain):
     for ratio in (0.0, -0.1, 1.01, float("nan")):
         with pytest.raises(ValueError, match="0 < ratio <= 1"):
             kvzip.compress(cache, ratio)
-    with pytest.raises(ValueError, match=r"exactly one of ratio, budget and threshold.*ratio=0.3"):
+    with pytest.raises(ValueError, match=r"exactly one of ratio, budget, budget_bytes and threshold.*ratio=0.3"):
         kvzip.compress(cache)
     with pytest.raises(ValueError, match="exactly one"):
         kvzip.compress(cache, 0.3, budget=4.0)

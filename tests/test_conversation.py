@@ -42,14 +42,14 @@ def caches(model):
     return {
         "dense": dense,
         "ragged": ragged,
-        "int8": kvzip.compress(dense, 0.4, bits=8),
+        "mixed": kvzip.compress(dense, 0.4, bits=(4, 2)),
         "int4": kvzip.compress(dense, 0.4, bits=4),
         "turn": kvzip.ask(model, ragged, QUERIES[0], max_tokens=5)[1],
         "folded": kvzip.fold(model, kvzip.extend(model, ragged, "So far so good."), 0.5),
     }
 
 
-KINDS = st.sampled_from(["dense", "ragged", "int8", "int4", "turn", "folded"])
+KINDS = st.sampled_from(["dense", "ragged", "mixed", "int4", "turn", "folded"])
 TEXTS = st.text(st.characters(codec="ascii", exclude_categories=["C"]), min_size=1, max_size=25)
 
 
@@ -212,7 +212,7 @@ def test_fold_keeps_the_context_bit_for_bit_and_counts_its_own(model, caches, ki
             added = rows if window is not None else {p: row for p, row in rows.items() if p >= first}
             if window is not None:
                 assert list(rows) == list(range(max(0, used - window), used))
-            if window is not None or kind not in ("int8", "int4"):
+            if window is not None or kind not in ("mixed", "int4"):
                 assert added.items() <= held[layer][head].items()
     assert plain_cache.read(cache) == held, "the old cache is left as it was"
 
@@ -233,15 +233,15 @@ def test_answers_after_fold_at_one_are_those_before(model, caches, kind):
     assert same_fields(kvzip.fold(model, twice), twice)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantized_context_folds_rows_quantized_alike(model, caches, bits):
-    cache = kvzip.extend(model, caches[f"int{bits}"], QUERIES[1])
+@pytest.mark.parametrize(("kind", "bits"), [("mixed", (4, 2)), ("int4", (4, 4))])
+def test_a_quantized_context_folds_rows_quantized_alike(model, caches, kind, bits):
+    cache = kvzip.extend(model, caches[kind], QUERIES[1])
     folded = kvzip.fold(model, cache)
     held, after = plain_cache.read(cache), plain_cache.read(folded)
     for layer, kv in enumerate(folded.context):
         if isinstance(kv, WindowKV):
             continue
-        assert (kv.k.bits, kv.v.bits, kv.k.group) == (bits, bits, cache.context[layer].k.group)
+        assert (kv.k.bits, kv.v.bits, kv.k.group) == (*bits, cache.context[layer].k.group)
         assert kv.k.channels is cache.context[layer].k.channels is not None
         for head, rows in enumerate(after[layer]):
             for position in range(cache.context_length, len(cache.token_ids)):
@@ -360,7 +360,7 @@ def test_bad_input_is_named(model, caches):
 MORE = " It was the age of wisdom, it was the age of foolishness."
 
 
-@pytest.mark.parametrize("kind", ["dense", "ragged", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "ragged", "mixed"])
 def test_a_document_that_grows_keeps_its_old_pairs_and_as_large_a_part_of_the_new(model, caches, kind):
     cache = caches[kind]
     grown = kvzip.append(model, cache, MORE)

@@ -121,12 +121,12 @@ def test_a_conversation_that_transformers_began_goes_on(models):
     assert small.kept == int(0.5 * small.total) and small.context_length == len(out) - 1
 
 
-@pytest.mark.parametrize("kind", ["dense", "uniform", "turn", "folded", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "uniform", "turn", "folded", "mixed"])
 def test_transformers_continues_a_uniform_cache_with_the_same_tokens(models, dense, kind):
     theirs, model = models
     cache = dense
     if kind != "dense":
-        cache = kvzip.compress(dense, 0.5, level="uniform", bits=8 if kind == "int8" else None)
+        cache = kvzip.compress(dense, 0.5, level="uniform", bits=(8, 4) if kind == "mixed" else None)
     if kind in ("turn", "folded"):
         _, cache = kvzip.ask(model, cache, "Why?", max_tokens=4)
     if kind == "folded":

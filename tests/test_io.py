@@ -21,7 +21,7 @@ from kvzip.ops import decode_schedule
 from rewritten import put, retouch, rewrite
 
 TEXT = "Happy families are all alike; every unhappy family is unhappy in its own way."
-KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "turn", "folded", "named", "biased"]
+KINDS = ["dense", "scored", "ragged", "emptied", "tail", "int8", "int4", "mixed", "turn", "folded", "named", "biased"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,8 @@ def caches(model):
         "ragged": ragged,
         "emptied": kvzip.compress(bare, 0.01),
         "tail": replace(ragged, tail=tail, token_ids=ids),
-        **{f"int{bits}": quantized(ragged, bits) for bits in (8, 4)},
+        **{f"int{bits}": quantized(ragged, (bits, bits)) for bits in (8, 4)},
+        "mixed": quantized(ragged, (8, 4)),
     }
 
 
@@ -80,13 +81,13 @@ def in_levels(cache):
     return replace(cache, scores=replace(cache.scores, values=levels[codes.long()]))
 
 
-def quantized(cache: RaggedCache, bits: int) -> RaggedCache:
+def quantized(cache: RaggedCache, bits: tuple[int, int]) -> RaggedCache:
     def pack(layer):
         if not isinstance(layer, RaggedKV):
             return layer
-        offsets = layer.offsets if bits == 4 else None  # keys with channels, and as older files have them
-        k = kvzip.ops.quantize(layer.k, bits=bits, offsets=offsets)
-        return replace(layer, k=k, v=kvzip.ops.quantize(layer.v, bits=bits))
+        offsets = layer.offsets if bits[0] == 4 else None  # keys with channels, and as older files have them
+        k = kvzip.ops.quantize(layer.k, bits=bits[0], offsets=offsets)
+        return replace(layer, k=k, v=kvzip.ops.quantize(layer.v, bits=bits[1]))
 
     return replace(cache, context=tuple(map(pack, cache.context)))
 

@@ -35,6 +35,7 @@ _STAGES = (
     "inputs",
     "prefilling",
     "scoring",
+    "choosing",
     "compression",
     "refitting",
     "streaming",

@@ -171,7 +171,7 @@ def test_keeping_all_changes_nothing(plain):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8, (8, 4)], ids=str)
 @pytest.mark.parametrize(
     "budget", [{"ratio": 0.3, "level": "head"}, {"budget": 1, "level": "uniform"}, {"threshold": 0.2}]
 )

@@ -78,6 +78,19 @@ def with_biases(cache):
     return replace(cache, context=(replace(first, bias=own.half()), window, replace(last, bias=own)))
 
 
+def with_wide_keys(cache):
+    """The cache with keys in 8 bits where it has them in 4."""
+    first, window, last = cache.context
+    k = replace(last.k, codes=torch.cat([last.k.codes, last.k.codes + 1], 1), bits=8)
+    return replace(cache, context=(first, window, replace(last, k=k)))
+
+
+def with_turned_rows(cache):
+    """The cache with rows that are turned where it has codes."""
+    first, window, last = cache.context
+    return replace(cache, context=(first, window, replace(last, k=replace(last.k, turned=True))))
+
+
 def fixed_origin() -> Any:
     how = {"config": None, "fingerprint": "ab-bfloat16", "device": torch.device("cpu"), "dtype": torch.bfloat16}
     told = {"source": "org/name", "rope": {"rope_type": "linear", "factor": 2.0}, "max_length": 99}
@@ -87,7 +100,7 @@ def fixed_origin() -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Files of every kind: those of `SAVED`, and a dense cache."""
+    """Files of every kind: those of `SAVED`, a dense cache, and one with keys and values in different bits."""
     directory, cache = tmp_path_factory.mktemp("saved"), fixed_cache()
     source = head_scores.Source("a", 3, "ff")
     heads = head_scores.HeadScores(torch.ones(2, 2), (0, 2), "ab", "f", "m", (source,))
@@ -98,6 +111,8 @@ def saved(tmp_path_factory):
         kvzip.save(cache, directory / "named", model=fixed_origin(), score_bits=8, note={"title": "Anna"})
         kvzip.save(cache, directory / "plain")
         kvzip.save(with_biases(cache), directory / "biased")
+        kvzip.save(with_wide_keys(cache), directory / "mixed")
+        kvzip.save(with_turned_rows(cache), directory / "turned")
         scores.save(cache, directory / "scores", note={"a": 1})
         head_scores.save(heads, directory / "heads")
         kvzip.save(kvzip.prefill(model, "Happy families"), directory / "dense", model=model)
@@ -110,10 +125,12 @@ def test_the_bytes_of_version_3_0_stay_as_they_are(saved, kind):
     assert hashlib.sha256(saved[kind].read_bytes()).hexdigest() == SAVED[kind]
 
 
-@pytest.mark.parametrize("kind", ["named", "plain", "biased"])
+@pytest.mark.parametrize("kind", ["named", "plain", "biased", "mixed", "turned"])
 def test_the_fixed_cache_comes_back(saved, kind):
     back, cache = kvzip.load_cache(saved[kind]), fixed_cache()
-    cache = with_biases(cache) if kind == "biased" else cache
+    change = {"biased": with_biases, "mixed": with_wide_keys, "turned": with_turned_rows}
+    cache = change.get(kind, lambda cache: cache)(cache)
+    assert (back.context[2].k.turned, back.context[2].v.turned) == (kind == "turned", False)
     assert back.scores is not None and cache.scores is not None
     for ours, theirs in zip(tensors_of(back), tensors_of(cache), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)

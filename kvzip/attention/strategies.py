@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from .. import ops
@@ -82,11 +82,13 @@ def score_attend(
     stop: int,
     sight: Sight,
     formula: Formula,
+    asked: Float32[Tensor, "L h D D"] | None = None,
 ) -> Attend:
     """Returns the strategy of a repeat pass over a dense cache, which fills a part of `values` and changes no pair.
 
     In each global layer the keys of tokens first:stop are scored into values[l, :, first-start:stop-start], where l
-    counts global layers and the first `start` tokens are the prefix.
+    counts global layers and the first `start` tokens are the prefix. If `asked` is given, the sum of q q^T over every
+    fourth token's queries of each KV head is added to asked[l].
     """
     scored = {layer: n for n, layer in enumerate(i for i, s in enumerate(config.layers) if s.window is None)}
 
@@ -96,6 +98,10 @@ def score_attend(
             if not sight.gap:
                 k, v = torch.cat([kv.k, k], dim=2), torch.cat([kv.v, v], dim=2)
             return window_attention(q, k, v, window, config)
+        if asked is not None:
+            own = q[0, :, ::4].unflatten(0, (asked.shape[1], -1)).flatten(1, 2)
+            own = own if own.dtype == torch.bfloat16 else own.float()  # the range of sums
+            asked[scored[layer]] += own.mT @ own
         near = max(start, first - sight.neighbors)
         if sight.local:
             past_k, past_v = ([x[:, :, :start], x[:, :, near:stop]] for x in (kv.k, kv.v))

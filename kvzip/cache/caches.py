@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ..checks import check_kind
-from ..display import visible_line
+from ..display import shown_bits, visible_line
 from ..ops import Quantized
 from ..parallel import Share
 from .parts import DenseKV, RaggedKV, Scores, Tail, WindowKV, empty_tail, full_heads, grow_tail
@@ -47,7 +47,8 @@ class Cache:
             return f"{name}({len(self.token_ids):,} tokens, consumed)"
         tensors, k, scores = tensors_of(self), layers[0].k, self.scores
         share = f" ({self.kept / self.total:.1%})" if self.total else ""
-        rows = f"{k.bits} bits" if isinstance(k, Quantized) else str(k.dtype).removeprefix("torch.")
+        packed = [x.bits for x in (k, layers[0].v) if isinstance(x, Quantized)]
+        rows = str(k.dtype).removeprefix("torch.") if isinstance(k, Tensor) else shown_bits(packed)
         device = next((x.device for x in tensors if x is not self.token_ids and not x.is_meta), "cpu")
         parts = [f"{len(self.token_ids):,} tokens", f"{self.kept:,} of {self.total:,} pairs{share}"]
         parts += [f"{nbytes(self) / 1e6:,.2f} MB", rows, str(device)]

@@ -180,7 +180,9 @@ def _describe(cache: DenseCache | RaggedCache, score_bits: int) -> tuple[dict[st
         for name in ("k", "v"):
             tensors |= {f"tail.{name}.{n}": x for n, x in enumerate(getattr(cache.tail, name))}
     if cache.scores is not None:
-        header["scores"] = {f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name != "values"}
+        header["scores"] = {
+            f.name: getattr(cache.scores, f.name) for f in fields(Scores) if f.name not in ("values", "asked")
+        }
         if score_bits == 32:
             tensors["scores.values"] = cache.scores.values
         else:
@@ -196,8 +198,12 @@ def _describe_layer(name: str, layer: DenseKV | WindowKV | RaggedKV) -> tuple[di
     for part in ("k", "v"):
         x = getattr(layer, part)
         if isinstance(x, Quantized):
-            spec |= {"bits": x.bits, "group": x.group}
-            tensors |= {f"{name}.{part}.{each}": getattr(x, each) for each in ("codes", "scale", "zero")}
+            if part == "k" or "bits" not in spec:
+                spec |= {"bits": x.bits, "group": x.group}
+            elif x.bits != spec["bits"]:
+                spec["value_bits"] = x.bits
+            tensors[f"{name}.{part}.{'turned' if x.turned else 'codes'}"] = x.codes
+            tensors |= {f"{name}.{part}.{each}": getattr(x, each) for each in ("scale", "zero")}
             if x.channels is not None:
                 spec["channels"] = True
                 tensors |= {f"{name}.{part}.{each}": getattr(x.channels, each) for each in ("center", "spread")}

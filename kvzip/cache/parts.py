@@ -90,7 +90,9 @@ class Scores:
     """How much each evictable pair matters; larger is kept first.
 
     values[l, h, e] belongs to the scored layer layers[l], KV head h and context token start + e; E = stop - start.
-    `source` says which method gave them.
+    `source` says which method gave them. asked[l, h] is the sum of q q^T over queries that scoring asked with, of heads
+    that are here: keys in few bits are rounded by it. It is of use with all pairs only, so compressed caches and files
+    have none.
     """
 
     values: Float32[Tensor, "L H E"]
@@ -98,6 +100,7 @@ class Scores:
     start: int
     stop: int
     source: str
+    asked: Float32[Tensor, "L h D D"] | None = None
 
     def __repr__(self) -> str:
         where = f"{str(self.values.dtype).removeprefix('torch.')}, {self.values.device}"

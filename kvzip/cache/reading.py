@@ -250,7 +250,8 @@ class _Reader:
             own = slice(int(offsets[0]), int(offsets[-1]))
             offsets = offsets - offsets[0]
         positions = self.take(f"{name}.positions", own=own)
-        k, v = (self.rows(f"{name}.{part}", spec, count, own) for part in ("k", "v"))
+        k = self.rows(f"{name}.k", spec, spec.get("bits"), count, own)
+        v = self.rows(f"{name}.v", spec, spec.get("value_bits", spec.get("bits")), count, own)
         if spec.get("channels"):
             if not isinstance(k, Quantized):
                 raise Damaged(f"channels of {name}, which is not quantized")
@@ -280,19 +281,22 @@ class _Reader:
         require(bool(bias.isfinite().all()), f"{name} that is not finite")
         return bias
 
-    def rows(self, name: str, spec: dict[str, Any], count: int, own: slice | None) -> Tensor | Quantized:
-        bits, group = spec.get("bits"), spec.get("group") or 0
+    def rows(
+        self, name: str, spec: dict[str, Any], bits: int | None, count: int, own: slice | None
+    ) -> Tensor | Quantized:
+        group = spec.get("group") or 0
         if bits is None:
             return self.take(name, {"rows": count}, of="RaggedKV", own=own)
-        codes = self.take(f"{name}.codes", {"rows": count}, own=own)
-        width = codes.shape[1] * 8 // bits if bits in (4, 8) else 0
-        whole = group > 0 and width > 0 and width % group == 0 and (bits == 8 or group % 2 == 0)
+        turned = f"{name}.turned" in self.file.tensors
+        codes = self.take(f"{name}.{'turned' if turned else 'codes'}", {"rows": count}, own=own)
+        width = codes.shape[1] * 8 // bits if bits in (8, 4, 2) else 0
+        whole = group > 0 and width > 0 and width % group == 0 and group % (8 // bits) == 0
         require(whole, f"{name} of {bits} bits in groups of {group}")
         scale = self.take(f"{name}.scale", {"rows": count, "D / group": width // group}, own=own)
         zero = self.take(f"{name}.zero", like=scale, own=own)
         finite = scale.is_meta or bool(scale.isfinite().all() and zero.isfinite().all())
         require(finite, f"scales of {name} that are not finite")
-        return Quantized(codes, scale, zero, bits, group)
+        return Quantized(codes, scale, zero, bits, group, turned=turned)
 
     def channels(self, name: str, sizes: dict[str, int], own: slice | None) -> Channels:
         parts = (f"{name}.{part}" for part in ("center", "spread"))

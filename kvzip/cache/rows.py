@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,14 +78,41 @@ def pack(
     keep: Bool[Tensor, "H S"],
     counts: list[int],
     *,
-    bits: int | None = None,
+    bits: tuple[int, int] | None = None,
+    asked: Float32[Tensor, "H D D"] | None = None,
+    flags: list[Tensor] | None = None,
 ) -> RaggedKV:
-    """Returns the ragged layer of the tokens to keep, counts[h] of them for head h, quantized to `bits` if given."""
+    """Returns the ragged layer of the tokens to keep, counts[h] of them for head h.
+
+    Keys in 4 or 2 bits are turned, and so are values in 2 (in 4 it would gain values less than it costs to turn answers
+    back).
+
+    Args:
+        bits: of keys and of values, to quantize them.
+        asked: the second moments of the queries of each head, by which keys in 4 or 2 bits are rounded.
+        flags: gets what the device finds of rows that are turned, see `ops.quantize_turned_ahead`; without it the host
+            waits for that, and so it always does for rows that are not turned.
+    """
     bounds = [0, *itertools.accumulate(counts)]
     k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
     schedule = ops.decode_schedule(offsets, bounds=bounds)
-    rows = (k, v) if bits is None else (ops.quantize(k, bits=bits, offsets=offsets), ops.quantize(v, bits=bits))
-    return RaggedKV(*rows, offsets, positions, schedule)
+    if bits is None:
+        return RaggedKV(k, v, offsets, positions, schedule)
+    run: Any = ops.quantize_turned if flags is None else partial(_ahead, flags)
+    if bits[0] < 8:
+        channels = ops.measure_channels_turned(k, offsets, bits=bits[0])
+        feedback = None if asked is None else ops.shape_feedback(asked, channels.spread)
+        keys = run(k, bits=bits[0], offsets=offsets, channels=channels, feedback=feedback)
+    else:
+        keys = ops.quantize(k, bits=bits[0], offsets=offsets)
+    values = run(v, bits=bits[1]) if bits[1] < 4 else ops.quantize(v, bits=bits[1])
+    return RaggedKV(keys, values, offsets, positions, schedule)
+
+
+def _ahead(flags: list[Tensor], x: Tensor, **options: Any) -> Quantized:
+    rows, found = ops.quantize_turned_ahead(x, **options)
+    flags.append(found)
+    return rows
 
 
 def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
@@ -99,8 +127,8 @@ def take(layer: RaggedKV, keep: Bool[Tensor, " N"]) -> RaggedKV:
 def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
     """Returns a layer whose heads have their own rows first, then those of `more`, which are not quantized.
 
-    If the layer is quantized, the new rows are too, with the same bits, groups and channels. If one of the two has
-    biases, the other's rows get bias 0.
+    If the layer is quantized, the new rows are too, in its format. If one of the two has biases, the other's rows get
+    bias 0.
     """
     old = torch.arange(len(layer.positions), device=layer.offsets.device)
     old += more.offsets[owners(layer.offsets, len(layer.positions))]
@@ -116,8 +144,7 @@ def join(layer: RaggedKV, more: RaggedKV) -> RaggedKV:
         assert isinstance(y, Tensor)
         if isinstance(x, Tensor):
             return put(x, y)
-        whose = None if x.channels is None else more.offsets
-        z = ops.quantize(y, bits=x.bits, group=x.group, offsets=whose, channels=x.channels)
+        z = ops.quantize_like(y, x, offsets=more.offsets)
         return replace(x, codes=put(x.codes, z.codes), scale=put(x.scale, z.scale), zero=put(x.zero, z.zero))
 
     k, v, positions = rows(layer.k, more.k), rows(layer.v, more.v), put(layer.positions, more.positions)

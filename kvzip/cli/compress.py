@@ -12,7 +12,7 @@ from ..hub import Loading
 from ..ratios import FLOOR
 from . import documents
 from .output import echo, hint, put_json, say, size, stages
-from .plumbing import FileName, Ratio, command, finite, positive, resuming
+from .plumbing import Bits, FileName, Ratio, command, finite, in_bytes, positive, resuming
 from .ranks import agreed, share_of
 from .sources import find_heads, find_model, load_model, made_for, model_options
 from .targets import check_output, force_option, is_kvzip_file, say_replaced
@@ -46,6 +46,12 @@ SUFFIX = ".kvz"
     help="Tokens kept per head, in place of a ratio.",
 )
 @click.option(
+    "--budget-bytes",
+    metavar="SIZE",
+    callback=in_bytes,
+    help="Keep as many pairs as fit into a cache of this size, as 12MB, in place of a ratio.",
+)
+@click.option(
     "--threshold", type=float, callback=finite, help="Keep every pair with at least this score, in place of a ratio."
 )
 @click.option(
@@ -53,7 +59,12 @@ SUFFIX = ".kvz"
     type=click.Choice(["pair", "layer", "uniform", "head"]),
     help="Where the budget is shared [default: pair].",
 )
-@click.option("--bits", type=click.Choice(["8", "4"]), help="Pack what is kept into so many bits.")
+@click.option(
+    "--bits",
+    type=Bits(),
+    metavar="[8|4|2|8,4|...]",
+    help="Pack what is kept into so many bits; 8,4: keys in 8 and values in 4.",
+)
 @click.option(
     "--refit",
     is_flag=True,
@@ -110,9 +121,10 @@ def compress(
     ratio: float | None,
     output: Path | None,
     budget: float | None,
+    budget_bytes: int | None,
     threshold: float | None,
     level: str | None,
-    bits: str | None,
+    bits: tuple[int, int] | None,
     refit: bool,
     floor: float | None,
     scope: str | None,
@@ -133,14 +145,19 @@ def compress(
 
     DOC is a file of text, Markdown or PDF, a directory (its text files as one context), or - for standard input.
     """
-    if sum(x is not None for x in (ratio, budget, threshold)) > 1:
-        raise click.UsageError("expected one of --ratio, --budget and --threshold, got several")
-    if segment and (budget or threshold is not None or level or bits or heads):
-        raise click.UsageError("--segment takes a --ratio only: no --budget, --threshold, --level, --bits or --heads")
+    others = (budget, budget_bytes, threshold)
+    if sum(x is not None for x in (ratio, *others)) > 1:
+        raise click.UsageError("expected one of --ratio, --budget, --budget-bytes and --threshold, got several")
+    if segment and (any(x is not None for x in others) or level or bits or heads):
+        raise click.UsageError(
+            "--segment takes a --ratio only: no --budget, --budget-bytes, --threshold, --level, --bits or --heads"
+        )
     if threshold is not None and level not in (None, "pair"):
         raise click.UsageError(f"--threshold takes no --level {level}: it keeps by score, no budget is shared")
-    if heads and (scope or level or threshold is not None):
-        raise click.UsageError("--heads takes no --scope, --level or --threshold: nothing is scored, heads stay whole")
+    if heads and (scope or level or threshold is not None or budget_bytes is not None):
+        raise click.UsageError(
+            "--heads takes no --scope, --level, --threshold or --budget-bytes: nothing is scored, heads stay whole"
+        )
     if not heads and (sink is not None or recent is not None):
         raise click.UsageError("--sink and --recent go with --heads: without it no head is dropped; see --help")
     if floor and (heads or threshold is not None or level == "head"):
@@ -149,7 +166,7 @@ def compress(
         )
     if floor is None:
         floor = FLOOR if refit and not heads and threshold is None and level != "head" else 0.0
-    ratio = RATIO if ratio is None and budget is None and threshold is None else ratio
+    ratio = RATIO if ratio is None and all(x is None for x in others) else ratio
     output = output or Path(_stem(documents_) + SUFFIX)
     scores = None if heads is None else find_heads(heads)
     share = share_of()
@@ -170,8 +187,16 @@ def compress(
                 output,
                 turn=options.turn(system, instruction, not plain),
                 scoring=options.scoring(scope or "chunk", method, chunk, 8),
-                budget=options.budget(ratio, level or "pair", budget=budget, threshold=threshold, floor=floor),
-                bits=int(bits) if bits else None,
+                budget=options.budget(
+                    ratio,
+                    level=level or "pair",
+                    budget=budget,
+                    budget_bytes=budget_bytes,
+                    threshold=threshold,
+                    floor=floor,
+                    biases=refit and budget_bytes is not None,
+                ),
+                bits=bits,
                 refit=refit,
                 segment=segment,
                 heads=None if scores is None else job.scores_of(scores, loaded, sink=sink, recent=recent),

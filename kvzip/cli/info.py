@@ -1,35 +1,21 @@
 """`kvzip info`: what a file holds, or what a model's cache takes and how much of it fits here."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..display import visible_line
+from ..display import shown_bits, visible_line
 from ..files import schema
 from ..files.header import OpenFile, open_file
 from .compress import whole_heads_line, windows_line
 from .output import echo, put, put_json, size
-from .plumbing import command
+from .plumbing import command, in_bytes
 from .sources import check_ours, find_model, short
 
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
 SPARE = 0.1  # of the memory, for activations and other processes
 _MEMORY = "For a model: memory to fill, as 24GB [default: what is free here]."
-
-
-def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
-    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
-        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
-    if size == 0:
-        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
-    return size
 
 
 @command(
@@ -40,7 +26,7 @@ def _bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> in
     """,
 )
 @click.argument("source", metavar="FILE|MODEL")
-@click.option("--memory", metavar="SIZE", callback=_bytes, help=_MEMORY)
+@click.option("--memory", metavar="SIZE", callback=in_bytes, help=_MEMORY)
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def info(source: str, memory: int | None, as_json: bool) -> None:
     """Say what a file holds, or how much fits in memory.
@@ -182,7 +168,7 @@ def _show_file(facts: dict[str, Any]) -> None:
         return
     turns = f", {facts['turn_tokens']:,} of turns after it" if facts["turn_tokens"] else ""
     echo(f"tokens   {facts['tokens']:,}, {facts['prefix_tokens']} of them prefix{turns}")
-    packed = f", packed into {facts['bits']} bits" if facts["bits"] else ""
+    packed = f", packed into {shown_bits(facts['bits'])}" if facts["bits"] else ""
     packed += ", with a bias for each row" if facts["refitted"] else ""
     by = f" by {facts['method']}" if facts["method"] else ""
     echo(f"kept     {facts['kept']:,} of {facts['total']:,} pairs ({facts['ratio']:.1%}){by}{packed}")

@@ -35,7 +35,7 @@ class Job:
     turn: Turn
     scoring: Scoring
     budget: Budget
-    bits: int | None
+    bits: tuple[int, int] | None
     refit: bool
     segment: int | None
     heads: HeadScores | None
@@ -122,10 +122,10 @@ def _at_once(stage: Stage, model: Model, job: Job, start: int, tokens: int, begu
         # half a head more than are kept, so that rounding cannot make it one less
         budget = replace(budget, ratio=min(1.0, (whole + 0.5) / heads), budget=None, level="head", **ends)
     full_bytes = prefilling.dense_bytes(model, start + tokens) + 8 * (start + tokens)  # and the ids, as in `nbytes`
-    packing = 1 if job.bits is None else job.bits / (8 * model.dtype.itemsize)
-    packed_bytes = int((budget.ratio or 0) * packing * full_bytes)
+    packing = 1 if job.bits is None else sum(job.bits) / (16 * model.dtype.itemsize)
+    packed_bytes = min(budget.budget_bytes or int((budget.ratio or 0) * packing * full_bytes), full_bytes)
     _check_memory(model, full_bytes + packed_bytes * job.refit, tokens)
-    if budget.ratio is not None:
+    if packed_bytes:
         check_space(job.output, ranks.count() * packed_bytes)
     progress = stage("reading the document")
     progress(0, start + tokens)

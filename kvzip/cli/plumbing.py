@@ -33,7 +33,8 @@ IN_THE_LIBRARY = {
     "system or instruction with template=False": "--system or --instruction with --plain",
     "ask with template=False, or pass another one as chat_template=": "compress with --plain",
     "leave out system=, or pass another template as chat_template=": "leave out --system, or compress with --plain",
-    "keep less (ratio, bits=8 or 4)": "keep less (--ratio, --bits)",
+    "keep less (ratio, bits=8, 4 or 2)": "keep less (--ratio, --bits)",
+    "raise budget_bytes or protect less": "raise --budget-bytes",
     "make them with this model, or load without model= if it is one of its fine-tunes": "kvzip heads make makes them",
 }
 """What errors of the library advise, and what to do instead on the command line."""
@@ -59,6 +60,18 @@ class Ratio(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Bits(click.ParamType):
+    """Bits of keys and values: one number for both, or two with a comma between them."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = str(value).split(",")
+        if len(parts) > 2 or any(part.strip() not in ("8", "4", "2") for part in parts):
+            self.fail(f"expected 8, 4 or 2, or 8,4 for keys in 8 and values in 4 bits, got {value}", param, ctx)
+        return int(parts[0]), int(parts[-1])
+
+
 class FileName(click.Path):
     """A path. An empty one, as of a variable that is not set, would be the current directory."""
 
@@ -76,6 +89,20 @@ def finite(ctx: click.Context, option: click.Parameter, value: float | None) -> 
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"expected a finite number, got {value}", ctx, option)
     return value
+
+
+def in_bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """A callback of options that are sizes: 24GB, 1.5 GiB."""
+    if value is None:
+        return None
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
+    if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
+        raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
+    if size == 0:
+        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
+    return size
 
 
 class _WithExamples(click.Command):

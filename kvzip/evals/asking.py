@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .. import prompts
@@ -59,15 +59,22 @@ def ask(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Quest
 
 def gold(model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str) -> list[Gold]:
     """Returns how likely the first reference answer to each question is, all in one pass."""
-    asked = query_ids(model, cache, _texts(questions, form), template=form == "chat")
-    space = "" if form == "chat" else " "
-    wanted = [prompts.encode_text(tokenizer_of(model), space + question.answers[0]) for question in questions]
     found = []
-    for ids, scores in zip(wanted, answer_logits(model, cache, asked, wanted), strict=True):
-        target = torch.tensor(ids, device=model.device)
+    for target, scores in gold_logits(model, cache, questions, form=form):
         taken = scores.log_softmax(-1).gather(1, target[:, None]).double().sum()
         found.append(Gold(float(taken), bool((scores.argmax(-1) == target).all())))
     return found
+
+
+def gold_logits(
+    model: Model, cache: DenseCache | RaggedCache, questions: Sequence[Question], *, form: str
+) -> list[tuple[Int64[Tensor, " T"], Float[Tensor, "T V"]]]:
+    """Returns the ids of each question's first reference answer, and float32 logits at the position of each id."""
+    asked = query_ids(model, cache, _texts(questions, form), template=form == "chat")
+    space = "" if form == "chat" else " "
+    wanted = [prompts.encode_text(tokenizer_of(model), space + question.answers[0]) for question in questions]
+    targets = [torch.tensor(ids, device=model.device) for ids in wanted]
+    return list(zip(targets, answer_logits(model, cache, asked, wanted), strict=True))
 
 
 def answer_logits(

@@ -77,7 +77,8 @@ CACHE = (
 LAYER = (
     Entry("kind", "text", "`RaggedKV`, `DenseKV` or `WindowKV`"),
     Entry("start", "count, optional", "`WindowKV`: the token of its first row"),
-    Entry("bits, group", "count, optional", "of quantized rows: 4 or 8 bits, and how many values share a scale"),
+    Entry("bits, group", "count, optional", "of quantized rows: 8, 4 or 2 bits, and how many values share a scale"),
+    Entry("value_bits", "count, optional", "bits of quantized values where they are not those of keys, `bits`"),
     Entry("channels", "flag, optional", "whether keys have `center` and `spread` too, see the tensors"),
     Entry("bias", "flag, optional", "`RaggedKV`: whether rows have biases, see the tensors"),
 )
@@ -127,6 +128,9 @@ TENSORS = (
     Stored("layers.N.positions", "i32", "rows", "of `RaggedKV`: the token of each row, ascending within a head"),
     Stored("layers.N.bias", "f16 or f32", "rows", "of `RaggedKV`: added to each row's logit, after scale and softcap"),
     Stored("layers.N.X.codes", "u8", "rows, D * bits / 8", "quantized rows in place of `layers.N.X`, see below"),
+    Stored(
+        "layers.N.X.turned", "u8", "rows, D * bits / 8", "in place of `codes`: those of rows that are turned, see below"
+    ),
     Stored("layers.N.X.scale", "f16 or f32", "rows, D / group", "value d: `zero + scale * code` of group `d // group`"),
     Stored("layers.N.X.zero", "f16 or f32", "rows, D / group", "the value of code 0 in each group"),
     Stored("layers.N.X.center", "f32", "H, D", "with `channels`: a key of head h is `center[h] + spread[h] * x`"),
@@ -181,9 +185,13 @@ def ratio_of(kept: int, total: int) -> float:
     return kept / total if total else 1.0
 
 
-def bits_of(header: Mapping[str, Any]) -> int | None:
-    """Returns the bits of a cache's quantized rows; None if they are in the model's dtype."""
-    return next((spec["bits"] for spec in header["layers"] if spec.get("bits") is not None), None)
+def bits_of(header: Mapping[str, Any]) -> int | list[int] | None:
+    """Returns the bits of a cache's quantized rows, [keys, values] if they differ; None if rows are in its dtype."""
+    for spec in header["layers"]:
+        if spec.get("bits") is not None:
+            own = spec.get("value_bits")
+            return spec["bits"] if own is None else [spec["bits"], own]
+    return None
 
 
 def entry(header: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -9,10 +9,18 @@ from kvzip.ops.merge import merge
 from kvzip.ops.norm import rms_norm
 from kvzip.ops.prune import prune
 from kvzip.ops.quantize import dequantize, quantize, take_rows
+from kvzip.ops.quantize_turned import (
+    measure_channels_turned,
+    quantize_like,
+    quantize_turned,
+    quantize_turned_ahead,
+    shape_feedback,
+)
 from kvzip.ops.rotary import rotary
 from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
+from kvzip.ops.turning import turn
 from kvzip.ops.types import Channels, Context, ContextTable, DecodeSchedule, Norm, Pages, Quantized, QueryRows
 from kvzip.ops.weights import Activations, QuantizedWeight, embedding, quantize_weight
 
@@ -37,10 +45,14 @@ __all__ = [
     "drop_context_",
     "embedding",
     "linear",
+    "measure_channels_turned",
     "merge",
     "prune",
     "put_context_",
     "quantize",
+    "quantize_like",
+    "quantize_turned",
+    "quantize_turned_ahead",
     "quantize_weight",
     "rms_norm",
     "rotary",
@@ -49,5 +61,7 @@ __all__ = [
     "select_count",
     "select_uniform",
     "select_uniform_count",
+    "shape_feedback",
     "take_rows",
+    "turn",
 ]

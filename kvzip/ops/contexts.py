@@ -68,7 +68,7 @@ def _fit(layer: Context, form: Context, index: int) -> Context:
     if got != want or _bits(layer) != _bits(form) or layer.offsets.shape != form.offsets.shape:
         raise ValueError(
             f"expected layer {index} of the table's format {_bits(form)}, {want}, got {_bits(layer)}, {got}: "
-            "contexts of a table share dtypes, bits, groups, heads and width"
+            "contexts of a table share dtypes, bits, groups, turning, heads and width"
         )
     for x in _tensors(layer):
         misaligned = x is not layer.offsets and x.numel() > 0 and x.data_ptr() % _ALIGNMENT > 0
@@ -92,8 +92,8 @@ def _tensors(layer: Context) -> list[Tensor]:
     return [k, v, k_scale, k_zero, v_scale, v_zero, center, spread, bias, layer.offsets]
 
 
-def _bits(layer: Context) -> list[tuple[int, int] | None]:
-    return [(x.bits, x.group) if isinstance(x, Quantized) else None for x in (layer.k, layer.v)]
+def _bits(layer: Context) -> list[tuple[int, int, bool] | None]:
+    return [(x.bits, x.group, x.turned) if isinstance(x, Quantized) else None for x in (layer.k, layer.v)]
 
 
 def _empty(x: Tensor | Quantized) -> Tensor | Quantized:

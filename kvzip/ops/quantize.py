@@ -1,12 +1,13 @@
-"""Quantizes rows to 8 or 4 bits, with a scale and a zero for each group of values."""
+"""Quantizes rows to 8, 4 or 2 bits, with a scale and a zero for each group of values."""
 
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
+from kvzip.ops.turning import turn
 from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, owners
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
@@ -32,15 +33,15 @@ def quantize(
     by more than half a step; otherwise, and for float32 rows, they are float32. The choice waits for the device.
 
     Args:
-        bits: 8 or 4.
+        bits: 8, 4 or 2.
         group: values that share a scale, min(128, D) if not given.
         offsets: rows offsets[h]:offsets[h + 1] are those of head h. What is packed is then their rest (see `Channels`),
             rounded to float16, or to float32 if x is float32 or a rest overflows float16.
         channels: of these heads, measured on other rows of theirs; a rest beyond float32 is then clipped. None measures
             them: the mean, and the largest distance from it, of up to 256 rows spread over each head.
 
-    Raises: ValueError if bits is neither, D is not divisible by group, x is not finite, 4 bits meet an odd group, or
-        there are channels without offsets; TypeError for a float64 x.
+    Raises: ValueError if bits is none of these, D is not divisible by group, x is not finite, a group's codes fill no
+        whole bytes, or there are channels without offsets; TypeError for a float64 x.
     Source: per-channel scales of keys as in KIVI, arXiv 2402.02750, here one per head, multiplied into the query.
     """
     group = min(128, x.shape[1]) if group is None else group
@@ -71,14 +72,27 @@ def dequantize(
 
     Raises: ValueError for channels without offsets.
     """
-    if q.channels is None:
+    if q.channels is None and not q.turned:
         return _unpack(q, dtype)
-    if offsets is None:
+    if q.channels is not None and offsets is None:
         raise ValueError("expected offsets, got none: the rows have channels, and offsets say which head's")
-    head = owners(offsets, len(q.codes))
     rest = _unpack(q, torch.float32)
+    rest = turn(rest) if q.turned else rest
     most = torch.finfo(dtype).max
-    return rest.mul_(q.channels.spread[head]).add_(q.channels.center[head]).clamp_(-most, most).to(dtype)
+    if q.channels is not None and offsets is not None:
+        head = owners(offsets, len(q.codes))
+        rest = rest.mul_(q.channels.spread[head]).add_(q.channels.center[head])
+    return rest.clamp_(-most, most).to(dtype)
+
+
+def packed_nbytes(rows: int, width: int, *, bits: int, scale: int, heads: int = 0) -> int:
+    """Returns the bytes of what `quantize` returns for so many rows, with groups as it takes them.
+
+    Args:
+        scale: bytes of a scale, and of a zero: 2 or 4.
+        heads: whose channels are measured, 0 without offsets.
+    """
+    return rows * (width * bits // 8 + 2 * scale * (width // min(128, width))) + 8 * heads * width
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
@@ -161,17 +175,26 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
     part = _part(zero)[..., None]
     codes = (groups * part - zero.float()[..., None] * part) / (scale.float()[..., None] * part)
     codes = codes.where(scale[..., None] > 0, 0.0)
-    codes = (codes + 0.5).floor().clamp(0, last).to(torch.uint8).flatten(1)
-    if bits == 4:
-        codes = codes[:, 0::2] << 4 | codes[:, 1::2]
-    return Quantized(codes, scale, zero, bits, group)
+    codes = (codes + 0.5).floor().clamp(0, last).flatten(1)
+    return Quantized(pack_codes(codes, bits), scale, zero, bits, group)
+
+
+def pack_codes(codes: Float[Tensor, "N D"], bits: int) -> UInt8[Tensor, "N P"]:
+    """Returns codes as bytes, the first of a byte in its highest bits."""
+    parts = codes.to(torch.uint8).unflatten(1, (-1, 8 // bits))
+    return (parts << _shifts(bits, codes.device)).sum(2, dtype=torch.uint8)
 
 
 def dequantize_reference(q: Quantized, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:
-    codes = q.codes if q.bits == 8 else torch.stack([q.codes >> 4, q.codes & 15], dim=2).flatten(1)
+    codes = (q.codes[..., None] >> _shifts(q.bits, q.codes.device) & 2**q.bits - 1).flatten(1)
     steps, part, most = codes.float().unflatten(1, (-1, q.group)), _part(q.zero)[..., None], torch.finfo(dtype).max
     values = steps * (q.scale.float()[..., None] * part) + q.zero.float()[..., None] * part
     return (values.clamp(-most * part, most * part) / part).flatten(1).to(dtype)
+
+
+def _shifts(bits: int, device: torch.device) -> UInt8[Tensor, " c"]:
+    """Where the codes of a byte begin, the first in its highest bits."""
+    return torch.arange(8 - bits, -1, -bits, device=device).to(torch.uint8)
 
 
 def _part(zero: Float[Tensor, "N Q"]) -> Float32[Tensor, "N Q"]:
@@ -182,9 +205,12 @@ def _part(zero: Float[Tensor, "N Q"]) -> Float32[Tensor, "N Q"]:
 def _check(x: Tensor, bits: int, group: int) -> None:
     if x.dtype == torch.float64:
         raise TypeError("expected bfloat16, float16 or float32 rows, got float64: convert them first")
-    if bits not in (8, 4):
-        raise ValueError(f"expected bits to be 8 or 4, got {bits}: other widths have no packing")
+    if bits not in (8, 4, 2):
+        raise ValueError(f"expected bits to be 8, 4 or 2, got {bits}: other widths have no packing")
     if group < 1 or x.shape[1] % group:
         raise ValueError(f"expected D divisible by group, got D={x.shape[1]} and group={group}: pass group=D")
-    if bits == 4 and group % 2:
-        raise ValueError(f"expected an even group for 4 bits (a byte holds two codes), got {group}: pass an even one")
+    if group % (8 // bits):
+        raise ValueError(
+            f"expected a group of whole bytes in {bits} bits (a byte holds {8 // bits} codes), got {group}: pass a "
+            f"multiple of {8 // bits}"
+        )

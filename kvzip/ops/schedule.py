@@ -21,33 +21,49 @@ def decode_schedule(
         processors: SMs (streaming multiprocessors) to fill; None asks the device of `offsets`, and takes 8 on a CPU.
         bounds: the values of `offsets` where the host knows them; None reads them, which waits for the device.
     """
-    sms = processors_of(offsets) if processors is None else processors
+    sms = processors_of(offsets.device) if processors is None else processors
     bounds = offsets.tolist() if bounds is None else bounds
-    targets = [8 * sms, 4 * sms, 2 * sms, sms]
-    while targets[-1] // 2 >= len(bounds):
-        targets.append(targets[-1] // 2)
-    targets.append(0)  # one split per head
-    lists = [values for target in targets for values in _cut(bounds, target)]
+    lists = [values for target in _targets(bounds, sms) for values in _cut(bounds, target)]
     # one copy to the device for all; kernels want tables that start at multiples of 16 bytes
     flat = [x for values in lists for x in (*values, *[0] * (-len(values) % 4))]
-    sizes = [-(-len(values) // 4) * 4 for values in lists]
+    sizes = [_padded(len(values)) for values in lists]
     padded = torch.tensor(flat, dtype=torch.int32).to(offsets.device).split(sizes)
     tables = [table[: len(values)] for table, values in zip(padded, lists, strict=True)]
     cuts = zip(tables[::2], tables[1::2], strict=True)
     return DecodeSchedule(tuple(Splits(table.view(-1, 3), first) for table, first in cuts), sms)
 
 
-def processors_of(x: Tensor) -> int:
-    """SMs of x's device; 8 stand for them on a CPU."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+def schedule_nbytes(bounds: list[int], processors: int) -> int:
+    """Returns the bytes of the tables that `decode_schedule` makes, without making them."""
+    tiles = _tiles(bounds)
+    cuts = [sum(-(-n // _length(tiles, target)) for n in tiles) for target in _targets(bounds, processors)]
+    return 4 * sum(_padded(3 * count) + _padded(len(bounds)) for count in cuts)
 
 
-def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
-    """Cuts heads into equal splits of whole tiles, as short as `target` splits in all allow; at least one per head.
+def processors_of(device: torch.device) -> int:
+    """Returns the SMs of a device; 8 of a CPU, whose schedules nothing reads."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
-    Returns (head, first row, row after the last) of one split after the other, and each head's first split.
-    """
-    tiles = [-(-(stop - begin) // TILE) for begin, stop in itertools.pairwise(bounds)]
+
+def _targets(bounds: list[int], sms: int) -> list[int]:
+    """How many splits each cut may have."""
+    targets = [8 * sms, 4 * sms, 2 * sms, sms]
+    while targets[-1] // 2 >= len(bounds):
+        targets.append(targets[-1] // 2)
+    return [*targets, 0]  # one split per head
+
+
+def _padded(count: int) -> int:
+    """So many numbers, and those that follow them so that the next table is aligned."""
+    return -(-count // 4) * 4
+
+
+def _tiles(bounds: list[int]) -> list[int]:
+    return [-(-(stop - begin) // TILE) for begin, stop in itertools.pairwise(bounds)]
+
+
+def _length(tiles: list[int], target: int) -> int:
+    """The fewest tiles of a split with which there are at most `target` splits, or one per head."""
     target = max(target, sum(n > 0 for n in tiles))
     low, high = _SHORTEST, max(_SHORTEST, *tiles)
     while low < high:
@@ -56,9 +72,18 @@ def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
             high = middle
         else:
             low = middle + 1
-    splits, first = [], [0]
+    return low
+
+
+def _cut(bounds: list[int], target: int) -> tuple[list[int], list[int]]:
+    """Cuts heads into equal splits of whole tiles, as short as `target` splits in all allow; at least one per head.
+
+    Returns (head, first row, row after the last) of one split after the other, and each head's first split.
+    """
+    tiles = _tiles(bounds)
+    length, splits, first = _length(tiles, target), [], [0]
     for h, n in enumerate(tiles):
-        count = -(-n // low)
+        count = -(-n // length)
         for i in range(count):
             begin, end = bounds[h] + TILE * (n * i // count), bounds[h] + TILE * (n * (i + 1) // count)
             splits += [h, begin, min(end, bounds[h + 1])]

@@ -30,7 +30,8 @@ class Channels:
     """Center and spread of the D channels of each of H heads: x = center[h] + spread[h] * rest.
 
     Channels of keys differ by orders of magnitude, and a few are far from 0 in every row: without this those few would
-    set the scale of the whole row, which in 4 bits has 16 steps. Spreads are powers of two: their products are exact.
+    set the scale of the whole row, which in 4 bits has 16 steps. Spreads of rows that are not turned are powers of two:
+    their products are exact.
     """
 
     center: Float32[Tensor, "H D"]
@@ -41,8 +42,9 @@ class Channels:
 class Quantized:
     """N rows of D values: value[n, d] = zero[n, d // group] + scale[n, d // group] * code[n, d].
 
-    With 8 bits byte d is code d; with 4 bits byte i is code 2i in its high half and code 2i + 1 in its low half. With
-    `channels` these are the rests of the values: see `Channels`.
+    With 8 bits byte d is code d, with 4 bits byte i holds codes 2i and 2i + 1, and with 2 bits codes 4i to 4i + 3, the
+    first in its highest bits. With `turned` this row is `turn` of what is meant, and with `channels` that is the rest
+    of the values: see `Channels`.
     """
 
     codes: UInt8[Tensor, "N P"]  # P = D * bits / 8
@@ -51,6 +53,7 @@ class Quantized:
     bits: int
     group: int
     channels: Channels | None = None
+    turned: bool = False
 
     @property
     def width(self) -> int:
@@ -143,3 +146,8 @@ LEAST = 2.0**-149  # the smallest number above 0 in float32
 SMALL = 2.0**-110  # a group's span below which rounding may change its scale by more than an ulp
 DEEP = -(2.0**64)  # while a group's least value is above this, its span is within float32
 NOT_FINITE = "expected finite values, got inf or NaN: they have no scale; check the forward pass that made them"
+# Of `quantize_turned`:
+LIMIT = 2.0**115  # turned values of what is clipped to this are far within float32
+FINE = 2.0**-14  # below this no error of a key's rest counts, whose mean square is 1
+NARROW = 0.8  # part of the range of values in 2 bits that is rounded to
+SHAPED = 8  # values that are rounded at once with feedback

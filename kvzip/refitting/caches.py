@@ -136,5 +136,5 @@ def _with(layer: RaggedKV | WindowKV, rows: Rows | None) -> RaggedKV | WindowKV:
         return layer
     v: Any = rows.values
     if not isinstance(layer.v, Tensor):
-        v = ops.quantize(rows.values, bits=layer.v.bits, group=layer.v.group)
+        v = ops.quantize_like(rows.values, layer.v)
     return replace(layer, v=v, bias=rows.bias)

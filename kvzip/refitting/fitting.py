@@ -1,6 +1,6 @@
 """The passes of a fit: the repeats of a dense cache, the systems that they give, and the rows that are solved for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from ..parallel import Share, whole_scores
 from ..prefilling import Progress
 from ..scoring import repeats, run_repeats
 from .planning import plan
-from .solving import solve
+from .solving import Fit, solve
 from .systems import Seen, Systems, build, concatenated, masses
 
 HELD = 1 << 29  # bytes of systems that wait to be solved together
@@ -55,6 +55,7 @@ def fit_rows(
     before: Int64[Tensor, " S"] | None = None,
     end: int = 0,
     dtype: torch.dtype = torch.float16,
+    rounded: Callable[[Systems, Fit], Fit] | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Rows | None], Mass]:
     """Returns fitted rows of each layer of `layers` without a window, which are kept of the dense cache, and the mass.
@@ -63,6 +64,7 @@ def fit_rows(
         layers: what is kept, prefix included; its keys are used as they are, its values are not read.
         before, end: as in `scoring.score_chunks`, for a segment of a longer context.
         dtype: of the biases.
+        rounded: what is to be stored in place of a fit.
 
     Raises: ValueError for a cache whose pairs are gone.
     """
@@ -104,6 +106,7 @@ def fit_rows(
         systems = concatenated(waiting.pop(width))
         del sizes[width]
         fit, rows = solve(systems, options, model.dtype), systems.rows
+        fit = fit if rounded is None else rounded(systems, fit)
         column = torch.arange(systems.width, device=values.device)
         column = torch.minimum(column, systems.counts[:, None] - 1)  # padding writes the last row once more
         change = fit.change.gather(1, column[..., None].expand_as(fit.change))

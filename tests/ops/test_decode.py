@@ -12,6 +12,7 @@ from accuracy import assert_as_accurate
 from kvzip.ops import Channels, DecodeSchedule, Quantized, decode, decode_schedule, dequantize, merge, quantize
 from kvzip.ops.decode import decode_reference
 from kvzip.ops.merge import merge_reference
+from kvzip.ops.quantize_turned import quantize_turned
 
 pytest.importorskip("triton")
 
@@ -26,7 +27,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE, bias=None) -> dict:
+def make(
+    seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, device=DEVICE, bias=None, turned=False
+) -> dict:
     """Random inputs of `decode`. Tails hold NaN where they are not written, and are slices of something larger."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,11 +39,13 @@ def make(seed, B, H, G, T, D, lengths, R, dtype, bits=None, channels=False, devi
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     k, v = (draw(sum(lengths), D) for _ in "kv")
     found = {"q": draw(B, H * G, T, D), "k": k, "v": v, "offsets": offsets}
+    bits = (bits, bits) if isinstance(bits, int) else bits
     if bits is not None and sum(lengths):
         if channels:
             found["k"] = stretch(found["k"], generator)
-        found["k"] = quantize(found["k"], bits=bits, offsets=offsets if channels else None)
-        found["v"] = quantize(found["v"], bits=bits)
+        for name, each in zip("kv", bits, strict=True):
+            run = quantize_turned if turned and each < 8 else quantize
+            found[name] = run(found[name], bits=each, offsets=offsets if channels and name == "k" else None)
     if bias is not None:
         found["bias"] = (torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 6 - 3).to(bias)
     if R:
@@ -62,16 +67,26 @@ def stretch(k: Tensor, generator: torch.Generator) -> Tensor:
 def move(x, device):
     if isinstance(x, Quantized):
         channels = None if x.channels is None else Channels(*(t.to(device) for t in vars(x.channels).values()))
-        return Quantized(*(t.to(device) for t in (x.codes, x.scale, x.zero)), x.bits, x.group, channels)
+        return Quantized(*(t.to(device) for t in (x.codes, x.scale, x.zero)), x.bits, x.group, channels, x.turned)
     return tuple(part.to(device) for part in x) if isinstance(x, tuple) else x.to(device)
+
+
+def turning(width: int) -> Tensor:
+    """The matrix that turns rows, in float64, by Sylvester's construction."""
+    matrix, two = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while width % (2 * len(matrix)) == 0:
+        matrix = torch.kron(matrix, two)
+    return torch.block_diag(*[matrix / len(matrix) ** 0.5] * (width // len(matrix))).to(DEVICE)
 
 
 def widen(x, offsets):
     """The same values in float64; quantized rows stand for their value in exact arithmetic."""
     if isinstance(x, Quantized):
-        codes = x.codes if x.bits == 8 else torch.stack([x.codes >> 4, x.codes & 15], dim=2).flatten(1)
+        places = range(8 - x.bits, -1, -x.bits)
+        codes = torch.stack([x.codes >> place & 2**x.bits - 1 for place in places], dim=2).flatten(1)
         steps = codes.double().unflatten(1, (-1, x.group))
         rest = (steps * x.scale.double()[..., None] + x.zero.double()[..., None]).flatten(1)
+        rest = rest @ turning(x.width) if x.turned else rest
         if x.channels is None:
             return rest
         spread, center = (
@@ -112,13 +127,20 @@ def lse_rounding(inputs: dict, *, scale: float, **_) -> float:
         center, spread = (x.repeat_interleave(group, 0)[:, None] for x in (k.channels.center, k.channels.spread))
         largest = (q * center).sum(-1).abs().amax().cpu()
         q = q * spread
+    rounded = 0.0
+    if k.turned:
+        q = (q.double() @ turning(q.shape[-1])).float()
+        if inputs["q"].dtype != torch.float32:  # a turned query has more digits than float16, tensor cores' operand
+            apart = (q.half().float() - q).abs()
+            most = k.zero.float().abs() + (2**k.bits - 1) * k.scale.float()
+            rounded = scale * (apart.sum(-1).amax() * most.amax()).item()
     half = 2 ** (k.bits - 1) * k.scale.float()
     larger = (k.zero.float() + half).abs().amax()
     if inputs["q"].dtype != torch.float32:  # tensor cores multiply codes that no half was taken from: sums begin at it
         larger += half.amax()
     sums = q.unflatten(-1, (-1, k.group)).sum(-1).abs()
     largest += (sums.amax() * larger * k.zero.shape[1]).cpu()
-    return float(2 * torch.finfo(torch.float32).eps * scale * largest)
+    return float(2 * torch.finfo(torch.float32).eps * scale * largest) + rounded
 
 
 def one_row(inputs, b, head, t, scale, softcap, window) -> tuple[Tensor, Tensor]:
@@ -182,7 +204,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
 @given(
     D=st.sampled_from([32, 64, 80]),
     dtype=st.sampled_from(KERNEL_DTYPES),
-    bits=st.sampled_from([8, 4]),
+    bits=st.sampled_from([8, 4, 2, (8, 4), (4, 8), (4, 2), (8, 2)]),
     channels=st.booleans(),
     **SHAPES,
 )
@@ -193,13 +215,28 @@ def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
+@settings(max_examples=8)
+@given(
+    D=st.sampled_from([32, 64, 80]),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+    bits=st.sampled_from([4, 2, (8, 4), (4, 8), (4, 2), (8, 2)]),
+    channels=st.booleans(),
+    **SHAPES,
+)
+def test_kernel_reads_turned_rows_as_accurately_as_the_reference(
+    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
+):
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias, turned=True)
+    check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
+
+
 @pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float16), (4, torch.float32)])
 def test_kernel_reads_rows_of_two_groups(bits, dtype):
     inputs = make(3, 2, 2, 2, 2, 256, [0, 40], 5, dtype, bits, True, bias=torch.float16)
     check_kernel(inputs, scale=0.0625)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_steps_of_very_different_sizes_keep_their_accuracy(bits, dtype):
     """Rows scaled from 1e-4 to 1e4, constant rows and zero rows: weights times steps must not leave 16 bits."""
@@ -392,15 +429,16 @@ import torch
 from kvzip.ops import Channels, Quantized, decode_schedule
 from kvzip.ops.triton import decode as module, decode_launch
 module.overlaps_launches = decode_launch.overlaps_launches = lambda x: {capability} >= 90
-def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True):
+def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True, turned=False):
     offsets = torch.tensor([0, 4000, 9000], dtype=torch.int32)
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
     v = k
-    if bits < 16:
-        steps = torch.empty(9000, max(1, D // 128), dtype=torch.float16)
-        codes, channels = torch.empty(9000, D * bits // 8, dtype=torch.uint8), torch.empty(2, D)
-        v = Quantized(codes, steps, steps, bits, min(D, 128))
-        k = Quantized(codes, steps, steps, bits, min(D, 128), Channels(channels, channels))
+    if bits != 16:
+        steps, channels = torch.empty(9000, max(1, D // 128), dtype=torch.float16), torch.empty(2, D)
+        k_bits, v_bits = bits if isinstance(bits, tuple) else (bits, bits)
+        codes = [torch.empty(9000, D * x // 8, dtype=torch.uint8) for x in (k_bits, v_bits)]
+        k = Quantized(codes[0], steps, steps, k_bits, min(D, 128), Channels(channels, channels), turned and k_bits < 8)
+        v = Quantized(codes[1], steps, steps, v_bits, min(D, 128), turned=turned and v_bits < 4)
     ends = (torch.empty(B, 2, 512, D, dtype=dtype),) * 2 + (torch.empty(B, dtype=torch.int32),)
     schedule = decode_schedule(offsets, processors=132)
     module.decode_triton(q, k, v, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
@@ -415,7 +453,9 @@ def compiled(calls: list[str], capability: int) -> None:
 @pytest.mark.parametrize(("D", "capability"), [(80, 90), (128, 90), (256, 90), (128, 80)])
 def test_kernels_compile_without_spills(D, capability):
     few, many = f"{D}, 4, 1, 1, torch.bfloat16", f"{D}, 4, 32, 1, torch.bfloat16"
-    compiled([few, many, few + ", 8", few + ", 4", f"{D}, 7, 1, 1, torch.float32"], capability)
+    coded = [few + ", 8", few + ", 4", few + ", (8, 4)", few + ", (4, 2)"]
+    turned = [f"{few}, {bits}, turned=True" for bits in ("4", "(4, 2)", "(8, 2)")] + [f"{many}, 4, turned=True"]
+    compiled([few, many, *coded, *turned, f"{D}, 7, 1, 1, torch.float32"], capability)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -441,8 +481,13 @@ def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
     calls = [
         f"{D}, {G}, {B}, 1, torch.{dtype}, {bits}{rest}"
         for G, B in ((1, 1), (7, 4), (16, 4), (4, 32))
-        for bits in (16, 8, 4)
+        for bits in (16, 8, 4, (8, 4), (4, 2))
         for rest in ("", ", 5.0, 9")
+    ]
+    calls += [
+        f"{D}, {G}, {B}, 1, torch.{dtype}, {bits}, turned=True"
+        for G, B in ((1, 1), (4, 32))
+        for bits in (4, (4, 2), (8, 2))
     ]
     compiled(calls, capability)
 
@@ -461,10 +506,20 @@ def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2, (8, 4), (4, 2)])
 @pytest.mark.parametrize(("B", "G"), [(1, 4), (1, 7), (32, 4)])
 def test_compiled_kernel_over_the_grid_of_quantized_rows(dtype, D, bits, B, G):
     check_kernel(make(9, B, 4, G, 1, D, [1700, 0, 1, 333], 300, dtype, bits, channels=G == 4), scale=D**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("D", [64, 80, 128, 256])
+@pytest.mark.parametrize("bits", [4, 2, (8, 2), (4, 2)])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 30), (32, 1)])
+def test_compiled_kernel_over_the_grid_of_turned_rows(dtype, D, bits, B, T):
+    inputs = make(9, B, 4, 4, T, D, [1700, 0, 1, 333], 300, dtype, bits, channels=True, turned=True)
+    check_kernel(inputs, scale=D**-0.5)
 
 
 @pytest.mark.gpu
@@ -512,7 +567,7 @@ def test_interpreter_runs_where_there_is_no_gpu():
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4]), channels=st.booleans())
+@given(seed=st.integers(0, 99), bits=st.sampled_from([8, 4, 2, (4, 2)]), channels=st.booleans())
 def test_reference_of_quantized_rows_is_the_reference_of_their_values(seed, bits, channels):
     inputs = make(seed, 1, 2, 2, 1, 64, [20, 9], 0, torch.float32, bits, channels)
     head, _ = split(inputs)

@@ -24,6 +24,7 @@ from kvzip.ops import (
     merge,
     put_context_,
     quantize,
+    quantize_turned,
 )
 from kvzip.ops.decode import decode_reference
 from kvzip.ops.decode_rows import decode_rows_host, decode_rows_reference
@@ -35,7 +36,7 @@ from test_decode import DEVICE, KERNEL_DTYPES, lse_rounding, move, stretch, wide
 from kvzip.ops.triton.decode_plan import plan_triton
 from kvzip.ops.triton.decode_rows import decode_rows_triton
 
-FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (None, 8), (4, None)]  # bits of keys and values
+FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (4, 2), (None, 8), (4, None)]  # of keys, values; (4, 2) turned
 
 
 def draw(generator, *shape, dtype):
@@ -45,10 +46,11 @@ def draw(generator, *shape, dtype):
 def make_context(generator, lengths, D, dtype, bits=(None, None), channels=False, bias=None) -> Context:
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     k, v = (draw(generator, sum(lengths), D, dtype=dtype) for _ in "kv")
+    run = quantize_turned if bits == (4, 2) else quantize
     if bits[0] is not None:
-        k = quantize(stretch(k, generator) if channels else k, bits=bits[0], offsets=offsets if channels else None)
+        k = run(stretch(k, generator) if channels else k, bits=bits[0], offsets=offsets if channels else None)
     if bits[1] is not None:
-        v = quantize(v, bits=bits[1])
+        v = run(v, bits=bits[1])
     if bias is not None:
         bias = (torch.rand(sum(lengths), generator=generator) * 6 - 3).to(bias)
     return Context(k, v, offsets, bias)

@@ -21,7 +21,7 @@ from kvzip.ops.triton.quantize import dequantize_triton, quantize_triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = [64, 80, 96, 128, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BITS = st.sampled_from([8, 4])
+BITS = st.sampled_from([8, 4, 2])
 
 
 def rows(n: int, width: int, dtype: torch.dtype, seed: int = 0, spread: float = 1.0) -> Tensor:
@@ -75,14 +75,14 @@ def test_constant_rows_are_exact(value, dtype, bits):
 def test_finite_values_stay_finite(values, dtype, bits, group):
     largest = torch.finfo(dtype).max
     x = torch.tensor([values, values[::-1]]).clamp(-largest, largest).to(DEVICE, dtype)
-    x = x.clamp(-largest, largest)
+    x, group = x.clamp(-largest, largest), max(group, 8 // bits)
     q = quantize_reference(x, bits=bits, group=group)
     assert dequantize_reference(q).isfinite().all()
     assert_same(q, quantize_triton(x, bits=bits, group=group))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_group_wider_than_float32_stays_finite(dtype, bits):
     largest = torch.finfo(dtype).max
     x = torch.tensor([[-largest, largest, 0.0, 1.0]], device=DEVICE).to(dtype)
@@ -153,20 +153,22 @@ def test_rows_far_from_those_that_channels_were_measured_of(scale, outlier, cent
 
 
 def unpacked(q: Quantized) -> Tensor:
-    return q.codes if q.bits == 8 else torch.stack([q.codes >> 4, q.codes & 15], dim=2).flatten(1)
+    places = range(8 - q.bits, -1, -q.bits)
+    return torch.stack([q.codes >> place & 2**q.bits - 1 for place in places], dim=2).flatten(1)
 
 
 def test_least_and_greatest_values_get_the_first_and_last_code():
     x = torch.linspace(-3, 5, 64)[None].to(DEVICE)
-    for bits in (8, 4):
+    for bits in (8, 4, 2):
         codes = quantize(x, bits=bits).codes[0].tolist()
-        first, last = (codes[0], codes[-1]) if bits == 8 else (codes[0] >> 4, codes[-1] & 15)
-        assert (first, last) == (0, 2**bits - 1)
+        assert (codes[0] >> (8 - bits), codes[-1] & 2**bits - 1) == (0, 2**bits - 1)
 
 
-def test_four_bits_pack_the_even_code_high():
+def test_the_first_code_of_a_byte_is_highest():
     q = quantize(torch.tensor([[0.0, 15.0, 3.0, 4.0]], device=DEVICE), bits=4)
     assert q.codes.tolist() == [[0x0F, 0x34]]
+    q = quantize(torch.tensor([[0.0, 3.0, 2.0, 1.0, 3.0, 0.0, 0.0, 1.0]], device=DEVICE), bits=2)
+    assert q.codes.tolist() == [[0b00111001, 0b11000001]]
 
 
 def test_each_group_has_its_own_scale():
@@ -272,9 +274,10 @@ def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="divisible by group, got D=96 and group=64"):
         quantize(x, bits=8, group=64)
     with pytest.raises(ValueError, match="bits"):
-        quantize(x, bits=2)
-    with pytest.raises(ValueError, match="even group"):
-        quantize(x, bits=4, group=3)
+        quantize(x, bits=3)
+    for bits, group in ((4, 3), (2, 6)):
+        with pytest.raises(ValueError, match=rf"whole bytes in {bits} bits .*, got {group}"):
+            quantize(x, bits=bits, group=group)
     with pytest.raises(TypeError, match="float64"):
         quantize(x.double(), bits=8)
 
@@ -284,7 +287,7 @@ def compile_case(width: int, dtype: str) -> str:
         "import torch\n"
         "from kvzip.ops.triton.quantize import dequantize_triton, quantize_triton\n"
         f"x = torch.zeros(64, {width}, dtype=torch.{dtype})\n"
-        "for bits in (8, 4):\n"
+        "for bits in (8, 4, 2):\n"
         f"    dequantize_triton(quantize_triton(x, bits=bits), dtype=torch.{dtype})"
     )
 
@@ -307,7 +310,7 @@ def test_all_kernels_fit(capability, dtype, width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_full_grid(dtype, width, bits):
     for n in (1, 5003):
         x = rows(n, width, dtype) * torch.logspace(-3, 3, n, device="cuda")[:, None].to(dtype)

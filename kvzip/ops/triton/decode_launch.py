@@ -65,6 +65,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
+        if D > 128 and bits < 4:
+            return Launch(8, 32, 4, 3)  # values in 2 bits: 16 rows would spill
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
@@ -162,13 +164,15 @@ def forms(
         G=group, D=q.shape[-1] if q.ndim == 3 else q.shape[3], M=config.block_m, N=config.block_n,
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
         K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
-        SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None, PAGE=0,
+        SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None,
+        TURN_K=isinstance(k, Quantized) and k.turned, TURN_V=isinstance(v, Quantized) and v.turned,
+        TURN=tl.float32 if compute == tl.float32 or interpreted() else tl.bfloat16, PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # as many bytes as a context's tile
         K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, K_COMPUTE=compute, V_COMPUTE=compute, PACKED=False,
-        BIAS=False, CHANNELS=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
+        BIAS=False, CHANNELS=False, TURN_K=False, TURN_V=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
     )  # fmt: skip
     return context, tail
 
@@ -216,6 +220,12 @@ def run(
     if form.SOFTCAP and form.WINDOW and form.D == 128 and form.K_BITS == form.V_BITS == 16:
         registers = None  # it takes 176 then, and with 208 at most it takes all and spills
     early = overlap and (config.early or listed)
+    warps = config.warps
+    if (form.TURN_K or form.TURN_V) and form.D > 128:
+        registers = None  # fewer than it takes, and it spills
+        warps = max(warps, 4) if form.TURN_V else warps
+    if form.TURN_K and form.D == 128 and form.M == 32 and form.K_BITS == form.V_BITS:
+        warps = 8  # four would spill
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)
     part_lse = torch.empty(places, dtype=torch.float32, device=out.device)
     if programs:
@@ -225,7 +235,7 @@ def run(
             *sizes, tail_rows, capacity,
             CONTEXT=form, TAIL=tail_form, TAILED=tailed, LISTED=listed, OVERLAP=overlap, EARLY=early,
             RESERVED=shared_memory(config.reserve if overlap and config.early else 0),
-            num_warps=config.warps, num_stages=config.stages, maxnreg=registers, enable_fp_fusion=True,
+            num_warps=warps, num_stages=config.stages, maxnreg=registers, enable_fp_fusion=True,
             **launch_options(early),
         )  # fmt: skip
     splits = sizes.count // sizes.heads + sizes.tail_splits

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kvzip.ops.triton.common import LOG2_E
+from kvzip.ops.triton.turn import turn_columns
 
 
 @triton.jit
@@ -72,26 +73,30 @@ def load_vector(ptr, row, stop, PART: tl.constexpr, Q: tl.constexpr, MASKED: tl.
 @triton.jit
 @no_type_check
 def codes(words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
-    """Code PART of each 16-bit word, times 2 ** -24, or 2 ** -20 for the high half of a byte.
+    """Code PART of each 16-bit word, times 2 ** (s - 24), where it begins at bit s of its byte: the first is highest.
 
     PACKED converts two words by one instruction: the bits of a code, read as float16, are a subnormal number, which
     tensor cores multiply exactly.
     """
     if not PACKED:
-        SHIFT: tl.constexpr = 8 * PART if BITS == 8 else 8 * (PART // 2) + 4 - 4 * (PART % 2)
+        SHIFT: tl.constexpr = 8 - BITS - PART * BITS % 8
+        BYTE: tl.constexpr = PART * BITS // 8 * 8
         CENTER: tl.constexpr = 2 ** (BITS - 1) if tl.float32 == COMPUTE else 0
-        UNIT: tl.constexpr = 2.0**-24 if BITS == 8 or PART % 2 == 1 else 2.0**-20
-        return ((((words.to(tl.int32) >> SHIFT) & (2**BITS - 1)) - CENTER).to(tl.float32) * UNIT).to(COMPUTE)
+        UNIT: tl.constexpr = 2.0 ** (SHIFT - 24)
+        return ((((words.to(tl.int32) >> (BYTE + SHIFT)) & (2**BITS - 1)) - CENTER).to(tl.float32) * UNIT).to(COMPUTE)
     elif BITS == 8:
         SELECT: tl.constexpr = "0x4240" if PART == 0 else "0x4341"
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0, " + SELECT + ";", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        SHIFT: tl.constexpr = "0" if PART < 2 else "8"
-        MASK: tl.constexpr = "0x00F000F0" if PART % 2 == 0 else "0x000F000F"
+        BYTE: tl.constexpr = "0" if PART * BITS < 8 else "8"
+        HALVES: tl.constexpr = "0x00F000F0" if PART % 2 == 0 else "0x000F000F"
+        FIRST: tl.constexpr = "0x00C000C0" if PART % 4 == 0 else "0x00300030"
+        LAST: tl.constexpr = "0x000C000C" if PART % 4 == 2 else "0x00030003"
+        MASK: tl.constexpr = HALVES if BITS == 4 else FIRST if PART % 4 < 2 else LAST
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 x; shr.b32 x, $1, " + SHIFT + "; and.b32 $0, x, " + MASK + "; }",
+            "{ .reg .b32 x; shr.b32 x, $1, " + BYTE + "; and.b32 $0, x, " + MASK + "; }",
             "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
 
@@ -127,8 +132,10 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
     top = tl.max(tl.abs(whole), 0).to(tl.int32, bitcast=True) >> 23
     top = tl.max(tl.where(top == 255, 0, top), 0)
     top = tl.minimum(tl.maximum(top, 27), 227)
-    factor = ((264 - top) << 23).to(tl.float32, bitcast=True)  # brings the largest finite value near 2 ** 10
-    unit = ((top - 10) << 23).to(tl.float32, bitcast=True) * (scale / softcap if F.SOFTCAP else scale * LOG2_E)
+    ROOM: tl.constexpr = 4 if F.TURN_K else 0  # turned values are up to sqrt(D) times as large
+    HIGH: tl.constexpr = (8 if F.K_BITS == 2 else 10) - ROOM
+    factor = ((254 + HIGH - top) << 23).to(tl.float32, bitcast=True)  # brings the largest finite value near 2 ** HIGH
+    unit = ((top - HIGH) << 23).to(tl.float32, bitcast=True) * (scale / softcap if F.SOFTCAP else scale * LOG2_E)
     parts = ()
     total = tl.zeros([BLOCK_W, M], tl.float32)
     for part in tl.static_range(EACH):
@@ -137,8 +144,19 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
         ).to(tl.float32)  # fmt: skip
         if F.CHANNELS:
             q *= tl.load(spread_ptr + EACH * w + part, mask=w < W, other=0)[:, None]
-        lift = 16.0 if EACH == 4 and part % 2 == 1 else 1.0  # low halves of a byte count less: see `codes`
-        q = (q * (factor * lift)).to(F.K_COMPUTE)
-        parts += (q,)
-        total += q.to(tl.float32) * (1 / lift)
+        lift = 2.0 ** (part * F.K_BITS % 8)  # low bits of a byte count less: see `codes`
+        if F.TURN_K:
+            parts += (q,)
+        else:
+            q = (q * (factor * lift)).to(F.K_COMPUTE)
+            parts += (q,)
+            total += q.to(tl.float32) * (1 / lift)
+    if F.TURN_K:  # the matrix is symmetric: turned queries meet turned keys
+        turned = turn_columns(parts, F.D, EACH, F.TURN)
+        parts = ()
+        for part in tl.static_range(EACH):
+            lift = 2.0 ** (part * F.K_BITS % 8)
+            q = (turned[part] * (factor * lift)).to(F.K_COMPUTE)
+            parts += (q,)
+            total += q.to(tl.float32) * (1 / lift)
     return parts, total, tl.sum(total, 0), unit, central

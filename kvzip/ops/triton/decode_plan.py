@@ -49,7 +49,7 @@ def plan_triton(
 ) -> Plan:
     """`decode_plan`: the host knows shapes alone, and never waits for the device."""
     layers, contexts, heads = len(table.formats), len(table.layers), table.offsets.shape[2] - 1
-    count, group, sms = len(rows.context), query_heads // heads, processors_of(rows.context)
+    count, group, sms = len(rows.context), query_heads // heads, processors_of(rows.context.device)
     launches = _launches(table, count * group, dtype, hopper=overlaps_launches(rows.context) or interpreted())
     block, programs = launches[0].block_m, sms * launches[0].per_sm
     sequences, capacity = (0, 0) if pages is None else (len(pages.table), pages.table.shape[1] * pages.k.shape[2])

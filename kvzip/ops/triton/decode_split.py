@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, product, tanh
 from kvzip.ops.triton.decode_load import codes, load_queries, load_queries_for_codes, load_tile, load_vector
+from kvzip.ops.triton.turn import turn_columns
 
 
 class Form(NamedTuple):
@@ -20,7 +21,7 @@ class Form(NamedTuple):
     D: int
     M: int  # query rows of a tile
     N: int  # keys of a tile
-    K_BITS: int  # 16: rows of the model's own dtype; 8 or 4: codes
+    K_BITS: int  # 16: rows of the model's own dtype; 8, 4 or 2: codes
     V_BITS: int
     K_GROUP: int  # values that share a step
     V_GROUP: int
@@ -31,6 +32,9 @@ class Form(NamedTuple):
     SOFTCAP: bool
     BIAS: bool
     CHANNELS: bool  # keys have centers and spreads
+    TURN_K: bool  # keys are turned, and so queries are
+    TURN_V: bool  # values are turned, and so what they give is turned back
+    TURN: Any  # dtype of products that turn
     PAGE: int  # rows of a page, or 0
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
@@ -114,6 +118,12 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     tl.store(part_lse_ptr + place, peak + tl.log(total), mask=live)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)
     w = tl.arange(0, BLOCK_W)
+    if F.TURN_V:
+        whole = ()
+        for part in tl.static_range(EACH):
+            unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
+            whole += ((acc[part] * unit + shift[None, :]) * share[None, :],)
+        whole = turn_columns(whole, F.D, EACH, F.TURN)
     for part in tl.static_range(EACH):
         if F.KEYS_FIRST:
             at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
@@ -121,8 +131,10 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         else:
             at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
             seen = live[:, None] & (w < W)[None, :]
-        if F.V_BITS < 16:
-            unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
+        if F.TURN_V:
+            tl.store(at_part, whole[part], mask=seen)
+        elif F.V_BITS < 16:
+            unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
             tl.store(at_part, (acc[part] * unit + shift[None, :]) * share[None, :], mask=seen)
         else:
             tl.store(at_part, acc[part] * (share[None, :] if F.KEYS_FIRST else share[:, None]), mask=seen)
@@ -254,7 +266,7 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     Q: tl.constexpr = F.D // F.K_GROUP
-    UNIT: tl.constexpr = 2.0**-20 if F.K_BITS == 4 else 2.0**-24  # of products of q and codes
+    UNIT: tl.constexpr = 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
     CENTER: tl.constexpr = HALF if tl.float32 == F.K_COMPUTE else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
@@ -313,7 +325,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
                 added += (add_product(sums[part], code, weight),)
             else:
                 inside = (w // (F.V_GROUP // EACH) == group)[:, None]
-                unit = 2.0**20 if F.V_BITS == 4 and part % 2 == 0 else 2.0**24
+                unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
                 more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
                 added += (sums[part] + tl.where(inside, more, 0),)
         sums = added

@@ -1,4 +1,4 @@
-"""Packing of rows into 8 or 4 bits, and back.
+"""Packing of rows into 8, 4 or 2 bits, and back.
 
 For each group of a row: zero = min, scale = max / last - min / last with last = 2**bits - 1 (so that the difference
 cannot overflow), code = floor((x - zero) / scale + 1/2). Divisions are correctly rounded and nothing is fused, so the
@@ -117,8 +117,11 @@ def _quantize_kernel(
     steps = tl.where(scale > 0, steps, 0.0)
     codes = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LAST).to(tl.uint8)
     PACKED: tl.constexpr = GROUP * BITS // 8
-    if BITS == 4:
+    if BITS == 2:
         high, low = tl.split(tl.reshape(codes, [BLOCK_N, BLOCK_G // 2, 2]))
+        codes = (high << 2) | low
+    if BITS < 8:
+        high, low = tl.split(tl.reshape(codes, [BLOCK_N, BLOCK_G * BITS // 8, 2]))
         codes = (high << 4) | low
     bytes = tl.arange(0, BLOCK_G * BITS // 8)
     to = codes_ptr + rows[:, None] * (D * BITS // 8) + group * PACKED + bytes[None, :]
@@ -140,8 +143,10 @@ def _dequantize_kernel(
     bytes = tl.arange(0, BLOCK_G * BITS // 8)
     address = codes_ptr + rows[:, None] * (D * BITS // 8) + group * PACKED + bytes[None, :]
     codes = tl.load(address, mask=valid[:, None] & (bytes < PACKED)[None, :], other=0)
-    if BITS == 4:
-        codes = tl.reshape(tl.join(codes >> 4, codes & 15), [BLOCK_N, BLOCK_G])
+    if BITS < 8:
+        codes = tl.reshape(tl.join(codes >> 4, codes & 15), [BLOCK_N, BLOCK_G * BITS // 4])
+    if BITS == 2:
+        codes = tl.reshape(tl.join(codes >> 2, codes & 3), [BLOCK_N, BLOCK_G])
     part = tl.where(zero < DEEP, 0.5, 1.0)
     values = codes.to(tl.float32) * (scale * part)[:, None] + (zero * part)[:, None]  # [BLOCK_N, BLOCK_G]
     most = (MOST * part)[:, None]
