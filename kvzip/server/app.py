@@ -104,7 +104,9 @@ def create_app(
                 return entry
         raise ApiError(404, f"expected a name of /v1/models, got {name!r}", code="model_not_found")
 
-    stream_too = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    stream_too: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    }
 
     @app.post("/v1/chat/completions", response_model=ChatResponse, responses=stream_too)
     async def completions(asked: ChatRequest, http: Request) -> Any:

@@ -278,5 +278,6 @@ def _shown(document: Document, *, readers: int) -> dict[str, Any]:
     return {name: value for name, value in asdict(document).items() if name not in hidden} | {"requests": readers}
 
 
-def _bits(bits: int | None) -> str:
-    return "rows in the model's dtype" if bits is None else f"{bits} bits"
+def _bits(bits: int | list[int] | None) -> str:
+    told = " and ".join(map(str, bits)) if isinstance(bits, list) else bits
+    return "rows in the model's dtype" if bits is None else f"{told} bits"
