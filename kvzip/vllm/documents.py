@@ -13,6 +13,7 @@ import torch
 
 from kvzip import ops
 from kvzip.cache import RaggedCache, as_ragged, load_cache, read_header
+from kvzip.cache.rows import pack
 from kvzip.files.schema import bits_of
 from kvzip.models import ModelConfig
 from kvzip.ops.types import Context, ContextTable, Quantized
@@ -236,10 +237,9 @@ def _formats(server: Server, settings: Settings, caches: Sequence[RaggedCache]) 
     if settings.bits is None:
         return [Context(rows, rows, offsets)] * count
     if not caches:
-        k, v = (
-            ops.quantize(rows.float(), bits=settings.bits, offsets=whose) for whose in (offsets, None)
-        )  # of float32 rows
-        return [Context(k, v, offsets)] * count
+        none = rows.float().expand(config.num_kv_heads, 0, -1)
+        layer = pack(none, none, none[..., 0].bool(), [0] * config.num_kv_heads, bits=(settings.bits, settings.bits))
+        return [Context(_wide(layer.k), _wide(layer.v), offsets)] * count
     widest = list(_contexts(caches[0]))
     for cache in caches[1:]:
         widest = [_widened(a, b) for a, b in zip(widest, _contexts(cache), strict=True)]
@@ -253,6 +253,10 @@ def _widened(a: Context, b: Context) -> Context:
 
 def _fitted(layer: Context, form: Context) -> Context:
     return replace(layer, k=_like(layer.k, form.k), v=_like(layer.v, form.v))
+
+
+def _wide(x: Any) -> Any:
+    return replace(x, scale=x.scale.float(), zero=x.zero.float())
 
 
 def _like(x: Any, other: Any) -> Any:
