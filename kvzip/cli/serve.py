@@ -25,7 +25,7 @@ _gigabytes = click.FloatRange(0, min_open=True)
     epilog="""
     kvzip serve qwen2.5-7b contract.kvz report.kvz
     kvzip serve DIR --documents /data/documents --port 8080
-    KVZIP_API_KEY=secret kvzip serve DIR contract.kvz --host 0.0.0.0
+    kvzip serve DIR contract.kvz --api-key SECRET --host 0.0.0.0
     """,
 )
 @click.argument("model", metavar="MODEL")
@@ -78,7 +78,7 @@ _gigabytes = click.FloatRange(0, min_open=True)
     help="Seconds in which answers may end when the server is stopped.",
 )
 def serve(model: str, files: tuple[Path, ...], loading: Loading, **asked: Any) -> None:
-    """Serve a model and compressed documents over HTTP, as OpenAI's clients speak it.
+    """Serve a model and documents over HTTP, in OpenAI's words.
 
     Requests name a document as MODEL:DOC, where DOC is its file's name without .kvz, or as {"document": DOC}. Without
     one they ask the model alone. Documents are posted to /v1/documents; what else there is says /docs.

@@ -1,6 +1,6 @@
 """Contexts as the device reads them: one table for each format, with places that are taken and given back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,7 +86,9 @@ def _grown(table: ContextTable, like: tuple[Context, ...]) -> ContextTable:
 def _format(layer: Context) -> tuple:
     """What contexts of one table share."""
     rows = [
-        (x.dtype,) if isinstance(x, Tensor) else (x.bits, x.group, x.scale.dtype, x.zero.dtype, x.channels is not None)
+        (x.dtype,)
+        if isinstance(x, Tensor)
+        else (x.bits, x.group, x.turned, x.scale.dtype, x.zero.dtype, x.channels is not None)
         for x in (layer.k, layer.v)
     ]
     return (*rows, None if layer.bias is None else layer.bias.dtype)
@@ -101,4 +103,4 @@ def _readable_codes(x: Quantized) -> Quantized:
     channels = x.channels
     if channels is not None:
         channels = type(channels)(_readable(channels.center), _readable(channels.spread))
-    return Quantized(_readable(x.codes), _readable(x.scale), _readable(x.zero), x.bits, x.group, channels)
+    return replace(x, codes=_readable(x.codes), scale=_readable(x.scale), zero=_readable(x.zero), channels=channels)

@@ -75,7 +75,9 @@ def of_the_current_device(source: str) -> list[str]:
     prefixes = ("memory_", "max_memory_", "reset_peak_memory_")
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and not node.args]
     named = [(node, node.func.attr) for node in calls if isinstance(node.func, ast.Attribute) and not node.keywords]
-    waits = ("event.synchronize", "copied.synchronize")  # an event knows its device
+    # events and streams know their devices
+    waits = ("event.synchronize", "copied.synchronize", "host.copied.synchronize", "stream.synchronize")
+    waits += ("self._stream.synchronize", "torch.cuda.current_stream(self.model.device).synchronize")
     found = [ast.unparse(node) for node, name in named if name in asks or name.startswith(prefixes)]
     return [call for call in found if not call.startswith(waits)]
 

@@ -1,6 +1,7 @@
 """Contexts that move between memories: what is said of them stays the same, budgets hold, and what is in use stays."""
 
 import gc
+import itertools
 import random
 import time
 from collections import Counter
@@ -216,5 +217,6 @@ def test_a_long_life_takes_no_more_memory(model, caches):
                 handle.result(60)
             del handles, handle
             counts.append(alive())
-    assert counts[0] == counts[1] == counts[2]
+    for before, after in itertools.pairwise(counts):  # what other tests left may go meanwhile
+        assert all(a <= b for a, b in zip(after, before, strict=True)), counts
     assert counts[2][1:] == [0, 0, 0]
