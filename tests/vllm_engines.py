@@ -42,10 +42,10 @@ def expected(model: Any, cache: Any, ids: list[int]) -> list[int]:
     """The most likely tokens of kvzip's own decoder."""
     decoder = Decoder(model, cache, batch=1, tail=len(ids) + TOKENS)
     decoder.read([ids])
-    found = [int(decoder.tokens)]
+    found = [decoder.fetch()()[0]]
     for _ in range(TOKENS - 1):
         decoder.step()
-        found.append(int(decoder.tokens))
+        found.append(decoder.fetch()()[0])
     return found
 
 
