@@ -10,7 +10,6 @@ is one JSON line appended to benchmarks/results/end-to-end.jsonl.
 """
 
 import argparse
-import itertools
 import os
 import statistics
 import sys
@@ -140,17 +139,7 @@ def questions(count: int, tokens: int = QUESTION) -> list[list[int]]:
 
 def step_ms(model: Model, cache: kvzip.DenseCache | kvzip.RaggedCache, batch: int, steps: int = 48) -> dict[str, float]:
     """Milliseconds of a decoding step, by events around each of `steps` after eight."""
-    decoder = kvzip.Decoder(model, cache, batch=batch, tail=256)
-    decoder.read(questions(batch))
-    for _ in range(8):
-        decoder.step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        decoder.step()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    times = sorted(harness.step_times(kvzip.Decoder(model, cache, batch=batch, tail=256), questions(batch), steps))
     return {"ms": statistics.median(times), "spread_ms": times[-len(times) // 10] - times[len(times) // 10]}
 
 

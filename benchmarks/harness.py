@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine's facts, times, lines of results, and generated parts of written pages."""
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -15,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from kvzip import machine  # noqa: E402
+from kvzip import Decoder, machine  # noqa: E402
 from kvzip.evals.results import append  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -115,6 +116,20 @@ def time_variants(variants: dict[str, Variant], *, rounds: int = 30, budget_ms: 
             "mode": mode,
         }
     return figures
+
+
+def step_times(decoder: Decoder, questions: Sequence[Sequence[int]], steps: int) -> list[float]:
+    """Milliseconds of each of `steps` decoding steps after eight, by events around them."""
+    decoder.read(questions)
+    for _ in range(8):
+        decoder.step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        decoder.step()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def take_place(number: int, workers: int) -> None:

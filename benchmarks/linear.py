@@ -96,18 +96,19 @@ def _case(
 
         return [partial(once, weights) for weights in ready]
 
-    own = lambda x, weight, options: ops.linear(x, weight, **options)  # noqa: E731
+    def called(op: Callable, **how: object) -> Callable:
+        return lambda x, weight, options: op(x, weight, **options, **how)
+
+    own = called(ops.linear)
     variants: dict[str, Variant] = {"kvzip": calls(form, own), "kvzip, bf16": calls(None, own)}
     variants |= {what: calls(form, run, prepare) for what, (run, prepare) in _alternatives(form, rows).items()}
     if launches:
         from kvzip.ops.triton import linear, linear_quantized
 
         for config in linear_quantized.LAUNCHES[KINDS[form]]:
-            run = lambda x, weight, options, c=config: linear_quantized.few_rows(x, weight, **options, config=c)  # noqa: E731
-            variants[f"launch {tuple(config)}"] = calls(form, run)
+            variants[f"launch {tuple(config)}"] = calls(form, called(linear_quantized.few_rows, config=config))
         for config in linear.LAUNCHES if form != "int4" else ():
-            run = lambda x, weight, options, c=config: linear.one_row(x, weight, **options, config=c)  # noqa: E731
-            variants[f"launch of one row {tuple(config)}"] = calls(form, run)
+            variants[f"launch of one row {tuple(config)}"] = calls(form, called(linear.one_row, config=config))
     size = sum(random_weight(form, p.outputs, p.inputs).nbytes for p in products)
     return name, variants, {"bytes": size, "products": 2 * rows * sum(p.outputs * p.inputs for p in products)}
 

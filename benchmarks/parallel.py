@@ -11,7 +11,6 @@ NCCL_NVLS_ENABLE=0 and TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
 import argparse
-import itertools
 import os
 import statistics
 import sys
@@ -203,17 +202,8 @@ def measure(ways: dict[str, Model], share: Share | None, tokens: int, parts: lis
 
 def step_ms(share: Share | None, model: Model, cache: kvzip.RaggedCache, steps: int = 48) -> float:
     """Milliseconds of a decoding step, by events around each of `steps` after eight."""
-    decoder = kvzip.Decoder(model, cache, batch=1, tail=256)
-    decoder.read([QUESTION])
-    for _ in range(8):
-        decoder.step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        decoder.step()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(slowest(share, [a.elapsed_time(b) for a, b in itertools.pairwise(events)]))
+    times = harness.step_times(kvzip.Decoder(model, cache, batch=1, tail=256), [QUESTION], steps)
+    return statistics.median(slowest(share, times))
 
 
 def check_replays(model: Model, cache: kvzip.RaggedCache, way: str) -> None:

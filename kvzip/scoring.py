@@ -1,5 +1,6 @@
 """Scoring: the model repeats its context, and a pair's score is the largest attention that the repeat pays to it."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -161,17 +162,11 @@ def run_repeats(
             progress(passes[last][1])
 
 
-def batches(sizes: Sequence[int], most: int) -> Iterator[range]:
+def batches(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     """Yields neighbouring passes of one size that run side by side: at most `most` of them, and ROWS_AT_ONCE tokens."""
-    first = 0
-    while first < len(sizes):
-        stop = first + 1
-        while stop < len(sizes) and sizes[stop] == sizes[first] and stop - first < most:
-            if (stop + 1 - first) * sizes[first] > ROWS_AT_ONCE:
-                break
-            stop += 1
-        yield range(first, stop)
-        first = stop
+    for size, same in itertools.groupby(range(len(sizes)), key=sizes.__getitem__):
+        passes, count = list(same), max(1, min(most, ROWS_AT_ONCE // size))
+        yield from (passes[at : at + count] for at in range(0, len(passes), count))
 
 
 def side_by_side(strategies: Sequence[Attend], observe: Observe | None) -> tuple[Attend, Observe | None]:

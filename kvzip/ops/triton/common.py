@@ -196,3 +196,11 @@ def load_rows(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.con
             return tl.load(at)
         else:
             return tl.load(at, mask=(columns < W)[None, :], other=0)
+
+
+@triton.jit
+@no_type_check
+def prefetch(addresses):
+    """Prefetches what is at 64-bit addresses, or behind pointers as numbers, to L2. It uses no value."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)

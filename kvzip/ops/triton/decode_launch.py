@@ -58,7 +58,7 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             # few rows: keys are the rows of products, and four programs on an SM hide the loads
             early = bits > 4 or D == 128
             registers = None
-            if hopper and D >= 128 and bits > 4 and not (D > 128 and bits > 8):  # wide mixed rows need all of them
+            if hopper and bits > 4 and (D == 128 or (D > 128 and bits <= 8)):  # wide mixed rows need all of them
                 registers = 208  # would be 247
             elif hopper and not padded and (D <= 64 if bits > 4 else D > 128):
                 registers = 144 if D <= 64 else 208  # ptxas spills to have fewer

@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from kvzip.ops.triton.common import LOG2_E
+from kvzip.ops.triton.common import LOG2_E, prefetch
 from kvzip.ops.triton.turn import turn_columns
 
 
@@ -15,9 +15,7 @@ def prefetch_rows(ptr, begin, stop, stride, BYTES: tl.constexpr):
     """Prefetches the first BYTES of rows begin:stop to L2. It uses no value, so it may run before `await_launch`."""
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     at = begin.to(tl.int64) * stride * SIZE + 64 * tl.arange(0, BYTES // 64)
-    address = ptr.to(tl.int64) + tl.minimum(at, (stop.to(tl.int64) * stride - 1) * SIZE)
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+    prefetch(ptr.to(tl.int64) + tl.minimum(at, (stop.to(tl.int64) * stride - 1) * SIZE))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from kvzip.ops.triton.common import (
     launch_options,
     on_device,
     overlaps_launches,
+    prefetch,
 )
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
@@ -97,9 +98,7 @@ def linear_triton(
             flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
             return flat.view(residual.shape)
         out = F.linear(x, weight, bias)
-        if gate is not None:
-            out = gated(out, gate)
-        return out if residual is None else residual + out
+        return _finished(out, gate, residual)
     return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
 
 
@@ -160,9 +159,7 @@ def _quantized(
         flat = rounded_product(x.reshape(rows, -1), weight) if rows > most_rows(x) else None
         if flat is not None:
             out = flat.view(*x.shape[:-1], outputs)
-            out = out if bias is None else out + bias
-            out = out if gate is None else gated(out, gate)
-            return out if residual is None else residual + out
+            return _finished(out if bias is None else out + bias, gate, residual)
         x = round_inputs(x, weight.activations)
     if rows == 1 and has_plain_codes(weight):
         return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
@@ -181,8 +178,12 @@ def _quantized(
         for start, stop in parts:
             part = expand_triton(weight, x.dtype, start=start, stop=stop)
             out[..., start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
-    if gate is not None:
-        out = gated(out, gate)
+    return _finished(out, gate, residual)
+
+
+def _finished(out: Tensor, gate: str | None, residual: Tensor | None) -> Tensor:
+    """What follows a product and its bias."""
+    out = out if gate is None else gated(out, gate)
     return out if residual is None else residual + out
 
 
@@ -209,9 +210,7 @@ def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr):
     EACH: tl.constexpr = 1024 // at.dtype.element_ty.primitive_bitwidth
     a = tl.minimum(tl.arange(0, triton.next_power_of_2((AHEAD + EACH - 1) // EACH)) * EACH, AHEAD - 1)
     at += tl.minimum(n, last).to(tl.int64)[:, None] * K + a[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    prefetch(at.to(tl.int64))
 
 
 @triton.jit
