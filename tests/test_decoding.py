@@ -358,10 +358,12 @@ class Graph:
     """In place of a CUDA graph; `capture_end` raises the first of `ends`, if there is one."""
 
     ends: list[str]
-    replay = staticmethod(lambda: "replayed")
 
-    def capture_begin(self, **options):
-        pass
+    def replay(self):
+        return "replayed"
+
+    def capture_begin(self, pool=None, **options):
+        self.pool = pool
 
     def capture_end(self):
         if self.ends:
@@ -414,6 +416,25 @@ def test_other_errors_of_a_capture_are_raised_as_they_are(cuda):
     with pytest.raises(ValueError, match="too long"):
         decoding.capture(run_of(cuda, [ValueError("too long")]), torch.device("cpu"))
     assert cuda == ["run", "run"]
+
+
+def test_graphs_share_a_pool_until_the_last_one_is_gone(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter([(0, 1), (0, 2), (0, 3)]).__next__)
+    memory, device = decoding.graphs.GraphMemory(), torch.device("cpu")
+
+    def pool_of(*errors):
+        graph = decoding.capture(run_of(cuda, list(errors)), device, memory=memory)
+        return graph, graph.__self__.pool
+
+    first, pool = pool_of()
+    second, same = pool_of(torch.OutOfMemoryError("CUDA out of memory"))
+    assert pool == same == (0, 1)
+    del first
+    assert pool_of()[1] == (0, 1)
+    del second
+    with pytest.raises(ValueError, match="too long"):
+        pool_of(ValueError("too long"))
+    assert pool_of()[1] == (0, 3)  # not that of the capture that failed
 
 
 @pytest.mark.gpu

@@ -1,17 +1,32 @@
 """CUDA graphs: captured at first use, replayed later."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 
-def capture(run: Callable[[], None], device: torch.device, *, memory: Any = None) -> Callable[[], None]:
-    """Returns a function that replays a CUDA graph of what `run` launches. Capturing executes nothing.
+class GraphMemory:
+    """Memory that graphs share, so none may run while another does.
 
-    Graphs of one `memory` (`torch.cuda.graph_pool_handle`) share theirs, so none may run while another does.
+    torch gives a pool up with its last graph, and fails if a capture names that pool again: a new one is taken then.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool = (0, 0)
+
+    def pool(self) -> tuple[int, int]:
+        """The pool of the graphs that are there, or a new one."""
+        if not self.graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+def capture(run: Callable[[], None], device: torch.device, *, memory: GraphMemory | None = None) -> Callable[[], None]:
+    """Returns a function that replays a CUDA graph of what `run` launches. Capturing executes nothing.
 
     torch gives the memory of deleted graphs back to the driver when an allocation fails, but not during a capture. If
     a capture runs out of memory, that memory is freed here and the capture is tried once more.
@@ -25,14 +40,14 @@ def capture(run: Callable[[], None], device: torch.device, *, memory: Any = None
     return _capture_once(run, device, memory)
 
 
-def _capture_once(run: Callable[[], None], device: torch.device, memory: Any) -> Callable[[], None]:
+def _capture_once(run: Callable[[], None], device: torch.device, memory: GraphMemory | None) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         # torch.cuda.graph would also collect garbage and empty the allocator's cache, which is slower than the capture
         # relaxed: kernels may be compiled and loaded during the capture
-        graph.capture_begin(pool=memory, capture_error_mode="relaxed")
+        graph.capture_begin(pool=None if memory is None else memory.pool(), capture_error_mode="relaxed")
         try:
             run()
         except BaseException:
@@ -41,6 +56,8 @@ def _capture_once(run: Callable[[], None], device: torch.device, memory: Any) ->
             raise
         graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
+    if memory is not None:
+        memory.graphs.add(graph)
     return graph.replay
 
 

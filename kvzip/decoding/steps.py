@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models import Model, logits
 from .choosing import CHOICES, GREEDY, choose
-from .graphs import capture
+from .graphs import GraphMemory, capture
 from .sequences import Part, Wait
 
 _GRAPHS = 48  # kept at a time
@@ -75,7 +75,7 @@ class Runner:
         self._said: Tensor | None = None  # [S V], which tokens an answer has; made for the first penalty
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._replays = model.device.type == "cuda"
-        self._memory = torch.cuda.graph_pool_handle() if self._replays else None
+        self._memory = GraphMemory()
         self._host: list[_HostBuffers] = []
 
     @torch.no_grad()
