@@ -104,7 +104,7 @@ def _block_of(cache: RaggedCache) -> Tensor | None:
         if not inside or x.data_ptr() - storage.data_ptr() != at:
             return None
         at += _room(x)
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return whole if len(whole) == at else None
 
 
