@@ -50,6 +50,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if bits < 16:
+        if bits <= 8 and D <= 128 and rows > 32 and hopper:  # query rows are the rows of products
+            return Launch(64, 32, 4, 3)
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
@@ -167,10 +169,11 @@ def forms(
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None,
         TURN_K=isinstance(k, Quantized) and k.turned, TURN_V=isinstance(v, Quantized) and v.turned,
         TURN=tl.float32 if compute == tl.float32 or interpreted() else tl.bfloat16, PAGE=0,
-        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16,
+        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16 and config.block_m < 64,
     )  # fmt: skip
     tail = context._replace(
-        M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # as many bytes as a context's tile
+        M=tail_m,
+        N=max(triton.next_power_of_2(config.block_n * bits // 16), 16 if config.block_m < 64 else 32),  # as many bytes
         K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, K_COMPUTE=compute, V_COMPUTE=compute, PACKED=False,
         BIAS=False, CHANNELS=False, TURN_K=False, TURN_V=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
     )  # fmt: skip
@@ -224,8 +227,6 @@ def run(
     if (form.TURN_K or form.TURN_V) and form.D > 128:
         registers = None  # fewer than it takes, and it spills
         warps = max(warps, 4) if form.TURN_V else warps
-    if form.TURN_K and form.D == 128 and form.M == 32 and form.K_BITS == form.V_BITS:
-        warps = 8  # four would spill
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)
     part_lse = torch.empty(places, dtype=torch.float32, device=out.device)
     if programs:

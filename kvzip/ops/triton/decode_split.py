@@ -1,7 +1,7 @@
 """Attention of query rows over one split of a context's head or of a tail: one loop for all formats of rows.
 
-Up to 8 bits keys are the rows (M) of the products and query rows the columns (N), where 8 need no padding to 16. With
-16 bits query rows are the rows. Tuning: docs/tuning.md.
+Query rows are the rows (M) of the products. With few of them and up to 8 bits keys are the rows, and query rows the
+columns (N), where 8 need no padding to 16. Tuning: docs/tuning.md.
 """
 
 from typing import Any, NamedTuple, no_type_check
@@ -10,8 +10,16 @@ import triton
 import triton.language as tl
 
 from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, product, tanh
-from kvzip.ops.triton.decode_load import codes, load_queries, load_queries_for_codes, load_tile, load_vector
-from kvzip.ops.triton.turn import turn_columns
+from kvzip.ops.triton.decode_load import (
+    codes,
+    join_parts,
+    lifts,
+    load_queries,
+    load_queries_for_codes,
+    load_tile,
+    load_vector,
+)
+from kvzip.ops.triton.turn import turn_columns, turn_rows
 
 
 class Form(NamedTuple):
@@ -39,7 +47,7 @@ class Form(NamedTuple):
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
     SHORT: bool  # there may be fewer rows than a tile has
-    KEYS_FIRST: bool  # keys are the rows of the products
+    KEYS_FIRST: bool  # keys are the rows of the products; else one step serves all codes of a row
 
 
 @triton.jit
@@ -78,12 +86,12 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
         queries = load_queries(q_at, live, F.D, F.K_COMPUTE)
-    acc = ()
-    for _ in tl.static_range(EACH):
-        if F.KEYS_FIRST:
+    if F.KEYS_FIRST:
+        acc = ()
+        for _ in tl.static_range(EACH):
             acc += (tl.zeros([BLOCK_W, M], tl.float32),)
-        else:
-            acc += (tl.zeros([M, BLOCK_W], tl.float32),)
+    else:
+        acc = (tl.zeros([M, BLOCK_W * EACH], tl.float32),)
     peak = tl.full([M], float("-inf"), tl.float32)
     if DEFER and F.KEYS_FIRST:
         total = tl.zeros([8, M], tl.float32)
@@ -118,26 +126,42 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     tl.store(part_lse_ptr + place, peak + tl.log(total), mask=live)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)
     w = tl.arange(0, BLOCK_W)
-    if F.TURN_V:
+    if F.KEYS_FIRST:
         whole = ()
         for part in tl.static_range(EACH):
-            unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
-            whole += ((acc[part] * unit + shift[None, :]) * share[None, :],)
-        whole = turn_columns(whole, F.D, EACH, F.TURN)
-    for part in tl.static_range(EACH):
-        if F.KEYS_FIRST:
-            at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
-            seen = (w < W)[:, None] & live[None, :]
-        else:
-            at_part = part_ptr + place[:, None].to(tl.int64) * F.D + w[None, :]
-            seen = live[:, None] & (w < W)[None, :]
+            x = acc[part]
+            if F.V_BITS < 16:
+                x = x * 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8) + shift[None, :]
+            whole += (x * share[None, :],)
         if F.TURN_V:
-            tl.store(at_part, whole[part], mask=seen)
-        elif F.V_BITS < 16:
-            unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
-            tl.store(at_part, (acc[part] * unit + shift[None, :]) * share[None, :], mask=seen)
-        else:
-            tl.store(at_part, acc[part] * (share[None, :] if F.KEYS_FIRST else share[:, None]), mask=seen)
+            whole = turn_columns(whole, F.D, EACH, F.TURN)
+        for part in tl.static_range(EACH):
+            at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
+            tl.store(at_part, whole[part], mask=(w < W)[:, None] & live[None, :])
+    else:
+        d = tl.arange(0, BLOCK_W * EACH)
+        x = acc[0]
+        if F.V_BITS < 16:
+            x = x * (lifts(d, F.V_BITS, False) * 2.0 ** (16 + F.V_BITS))[None, :] + shift[:, None]
+        x *= share[:, None]
+        if F.TURN_V:
+            x = turn_rows(x, F.D, F.TURN)
+        at_row = part_ptr + place[:, None].to(tl.int64) * F.D + d[None, :]
+        tl.store(at_row, x, mask=live[:, None] & (d < F.D)[None, :])
+
+
+@triton.jit
+@no_type_check
+def _of_keys(x, F: tl.constexpr):
+    """A vector of keys, for tiles of keys and queries."""
+    return x[:, None] if F.KEYS_FIRST else x[None, :]
+
+
+@triton.jit
+@no_type_check
+def _of_queries(x, F: tl.constexpr):
+    """A vector of query rows, for tiles of keys and queries, or of values and queries."""
+    return x[None, :] if F.KEYS_FIRST else x[:, None]
 
 
 @triton.jit
@@ -181,7 +205,7 @@ def _tile(
                   F.D * F.K_BITS // 16, F.N, F.PAGE, MASKED, False)  # fmt: skip
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
-                      F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, True)  # fmt: skip
+                      F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST)  # fmt: skip
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
@@ -207,31 +231,28 @@ def _tile(
         x = _logits_of_codes(k, k_step, k_zero, mark, queries, keys, at, stop, F)
         if F.SOFTCAP:
             if F.CHANNELS:
-                x += (queries[4] / softcap)[None, :]
+                x += _of_queries(queries[4] / softcap, F)
             x = tanh(x) * (softcap * LOG2_E)
         if F.SOFTCAP or F.D != F.K_GROUP:
-            x += mark[:, None]
+            x += _of_keys(mark, F)
     else:
         x = product(k.to(F.K_COMPUTE), queries) if F.KEYS_FIRST else product(queries, k.to(F.K_COMPUTE))
         if F.SOFTCAP:
             x = tanh(x * (scale / softcap)) * softcap
         if LOG2:
-            x = x * unit + (mark[:, None] if F.KEYS_FIRST else mark[None, :])
+            x = x * unit + _of_keys(mark, F)
         if CUT and not CODED:
-            x = tl.where((n < bound)[:, None] if F.KEYS_FIRST else (n < bound)[None, :], x, float("-inf"))
+            x = tl.where(_of_keys(n < bound, F), x, float("-inf"))
     if F.BANDED:
-        low, high = band
-        if F.KEYS_FIRST:
-            x = tl.where((key[:, None] >= low[None, :]) & (key[:, None] < high[None, :]), x, float("-inf"))
-        else:
-            x = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, float("-inf"))
+        low, high = _of_queries(band[0], F), _of_queries(band[1], F)
+        x = tl.where((_of_keys(key, F) >= low) & (_of_keys(key, F) < high), x, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(x, 0 if F.KEYS_FIRST else 1))
     if F.BANDED:
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
     EXACT: tl.constexpr = tl.float32 == F.COMPUTE
-    lower = floor[None, :] if F.KEYS_FIRST else floor[:, None]
+    lower = _of_queries(floor, F)
     if LOG2:
         decay = exp2(peak - floor, EXACT)
         p = exp2(x - lower, EXACT)
@@ -240,7 +261,7 @@ def _tile(
         p = exp2((x - lower) * unit, EXACT)
 
     if F.V_BITS < 16:
-        total = _add_sum(total, decay, p * down[:, None], F)
+        total = _add_sum(total, decay, p * _of_keys(down, F), F)
         acc, shift = _add_codes(acc, shift, decay, p, v, v_step, v_zero, up, values, at, stop, F)
     else:
         total = _add_sum(total, decay, p, F)
@@ -257,20 +278,22 @@ def _tile(
 @triton.jit
 @no_type_check
 def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constexpr):
-    """Logits in base 2 of keys as codes (divided by the softcap if there is one), [N, M]; `mark` is added if that is
-    free: without a softcap and with one group."""
+    """Logits in base 2 of keys as codes (divided by the softcap if there is one); `mark` is added if that is free:
+    without a softcap and with one group."""
     M: tl.constexpr = F.M
     N: tl.constexpr = F.N
-    parts, q_word, q_sum, unit, _ = queries
+    rows, q_word, q_sum, unit, _ = queries
     EACH: tl.constexpr = 16 // F.K_BITS
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     Q: tl.constexpr = F.D // F.K_GROUP
-    UNIT: tl.constexpr = 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
+    TOP: tl.constexpr = F.K_BITS == 2
+    UNIT: tl.constexpr = 2.0**-16 if TOP else 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
     CENTER: tl.constexpr = HALF if tl.float32 == F.K_COMPUTE else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
-    x = tl.zeros([N, M], tl.float32)
+    none = tl.zeros([N, M] if F.KEYS_FIRST else [M, N], tl.float32)
+    x = none
     for group in tl.static_range(Q):
         inside = (w // (F.K_GROUP // EACH) == group)[:, None]
         if Q > 1:
@@ -278,27 +301,30 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
         if group > 0:
             step = load_vector(keys[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        y = tl.broadcast_to((q_sum * ((CENTER - HALF) * UNIT))[None, :], [N, M])
-        for part in tl.static_range(EACH):
-            code = codes(k, part, F.K_BITS, F.K_COMPUTE, F.PACKED)
-            q = parts[part]
-            if Q > 1:
-                q = tl.where(inside, q, 0).to(F.K_COMPUTE)
-            if tl.float32 == F.K_COMPUTE:
-                y = tl.fma(product(code, tl.trans(q)), 1.0, y)
-            else:
-                y = tl.dot(code, q, y)
-        middle = ((zero + HALF * step) * unit)[:, None] * q_sum[None, :]
+        y = _of_queries(q_sum * ((CENTER - HALF) * UNIT), F) + none
+        if F.KEYS_FIRST:
+            for part in tl.static_range(EACH):
+                code = codes(k, part, F.K_BITS, F.K_COMPUTE, F.PACKED, TOP)
+                q = rows[part]
+                if Q > 1:
+                    q = tl.where(inside, q, 0).to(F.K_COMPUTE)
+                if tl.float32 == F.K_COMPUTE:
+                    y = tl.fma(product(code, tl.trans(q)), 1.0, y)
+                else:
+                    y = tl.dot(code, q, y)
+        else:
+            y = tl.dot(rows, tl.trans(join_parts(k, F.K_BITS, F.K_COMPUTE, F.PACKED, TOP)), y)
+        middle = _of_keys((zero + HALF * step) * unit, F) * _of_queries(q_sum, F)
         if Q == 1 and not F.SOFTCAP:
-            middle += mark[:, None]
-        x += y * (step * (unit * (1 / UNIT)))[:, None] + middle
+            middle += _of_keys(mark, F)
+        x += y * _of_keys(step * (unit * (1 / UNIT)), F) + middle
     return x
 
 
 @triton.jit
 @no_type_check
 def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.constexpr):
-    """acc * decay + weighted codes, by word part, and shift * decay + weighted zeros."""
+    """acc * decay + weighted codes, by word part with KEYS_FIRST, and shift * decay + weighted zeros."""
     EACH: tl.constexpr = 16 // F.V_BITS
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
@@ -306,28 +332,31 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
     CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == F.V_COMPUTE else 0
     w = tl.arange(0, BLOCK_W)
     sums = ()
-    for part in tl.static_range(EACH):
-        sums += (acc[part] * decay[None, :],)
+    for part in tl.static_range(EACH if F.KEYS_FIRST else 1):
+        sums += (acc[part] * _of_queries(decay, F),)
     for group in tl.static_range(Q):
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        weight = (p * (step * up)[:, None]).to(F.V_COMPUTE)
-        offset = p * ((zero + CENTER * step) * up)[:, None]
+        weight = (p * _of_keys(step * up, F)).to(F.V_COMPUTE)
+        offset = p * _of_keys((zero + CENTER * step) * up, F)
         if Q == 1:
             shift = _add_sum(shift, decay, offset, F)
         else:
             offset = tl.sum(offset, 0)
         added = ()
-        for part in tl.static_range(EACH):
-            code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED)  # [BLOCK_W, N]
-            if Q == 1:
-                added += (add_product(sums[part], code, weight),)
-            else:
-                inside = (w // (F.V_GROUP // EACH) == group)[:, None]
-                unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
-                more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
-                added += (sums[part] + tl.where(inside, more, 0),)
+        if F.KEYS_FIRST:
+            for part in tl.static_range(EACH):
+                code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED, False)  # [BLOCK_W, N]
+                if Q == 1:
+                    added += (add_product(sums[part], code, weight),)
+                else:
+                    inside = (w // (F.V_GROUP // EACH) == group)[:, None]
+                    unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
+                    more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
+                    added += (sums[part] + tl.where(inside, more, 0),)
+        else:
+            added += (add_product(sums[0], weight, join_parts(v, F.V_BITS, F.V_COMPUTE, F.PACKED, False)),)
         sums = added
     return sums, shift
 

@@ -23,6 +23,19 @@ def signs(row, column, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def turn_rows(x, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Turns rows of D values, [M, BLOCK_D], where what is at and after D is 0 or not used; DTYPE as below."""
+    d = tl.arange(0, x.shape[1])
+    matrix = signs(d[:, None], d[None, :], D & -D, DTYPE)
+    high = x.to(DTYPE)
+    y = tl.dot(high, matrix, input_precision="ieee")
+    if DTYPE != tl.float32:  # noqa: SIM300
+        y = tl.dot((x - high.to(tl.float32)).to(DTYPE), matrix, y)
+    return y * (1.0 / (D & -D) ** 0.5)
+
+
+@triton.jit
+@no_type_check
 def turn_columns(parts, D: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
     """Turns columns of D values in EACH parts, each [BLOCK_W, M], where what is at and after D is 0 or not used.
 
