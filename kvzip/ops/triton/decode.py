@@ -13,6 +13,7 @@ from kvzip.ops.triton.decode_launch import (
     choose_cut,
     context_args,
     forms,
+    is_turned,
     launch_config,
     run,
     tail_block,
@@ -38,7 +39,7 @@ def decode_triton(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` by two launches whose sizes follow from shapes and the schedule alone.
 
-    Reads each context byte from memory once for up to 128 query rows (questions x tokens x group; 32 if the context is
+    Reads each context byte from memory once for up to 128 query rows (questions x tokens x group; 64 if the context is
     quantized), more rows from L2: 2 N D values and 4 rows N D operations. Measured: docs/tuning.md.
     """
     queries, query_heads, tokens, width = q.shape
@@ -50,7 +51,8 @@ def decode_triton(
     if q.numel() == 0:
         return out, lse
     context = context_args(k, v, offsets, bias)
-    config = launch_config(width, rows, q.dtype, tile_bits(k, v), hopper=overlaps_launches(q) or interpreted())
+    hopper = overlaps_launches(q) or interpreted()
+    config = launch_config(width, rows, q.dtype, tile_bits(k, v), turned=is_turned(k), hopper=hopper)
     splits = choose_cut(decode_schedule(offsets) if schedule is None else schedule, config, rows)
     tail_k, tail_v, lengths = (q, q, offsets) if tail is None else tail
     check_rows(q=q, k=context.k, v=context.v, tail_k=tail_k, tail_v=tail_v)

@@ -34,8 +34,10 @@ class Launch(NamedTuple):
     registers: int | None = None  # at most so many for a thread, so that programs of the next launch find room
 
 
-def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopper: bool = True) -> Launch:
-    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`.
+def launch_config(
+    D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, turned: bool = False, hopper: bool = True
+) -> Launch:
+    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`, `turned` of keys.
 
     Tuned on an H100, 2026-11-26: docs/tuning.md. GPUs before Hopper multiply from registers and get smaller tiles where
     registers would spill; not tuned there.
@@ -49,6 +51,8 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             stages = 3  # here too
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
+    if turned and D > 128:
+        rows = min(rows, 8)  # 16 of them, turned by four warps, came out wrong with Triton 3.6
     if bits < 16:
         if bits <= 8 and D <= 128 and rows > 32 and hopper:  # query rows are the rows of products
             return Launch(64, 32, 4, 3)
@@ -67,8 +71,6 @@ def launch_config(D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, hopp
             return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
-        if D > 128 and bits < 4:
-            return Launch(8, 32, 4, 3)  # values in 2 bits: 16 rows would spill
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
@@ -97,6 +99,10 @@ def choose_cut(schedule: DecodeSchedule, config: Launch, rows: int) -> Splits:
     programs = max(4, 2 * config.per_sm) * schedule.sms
     enough = [cut for cut in cuts if len(cut.bounds) * triton.cdiv(rows, config.block_m) >= programs]
     return enough[-1] if enough else cuts[0]
+
+
+def is_turned(x: Tensor | Quantized) -> bool:
+    return isinstance(x, Quantized) and x.turned
 
 
 def tile_bits(k: Tensor | Quantized, v: Tensor | Quantized) -> int:
@@ -167,7 +173,7 @@ def forms(
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
         K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None,
-        TURN_K=isinstance(k, Quantized) and k.turned, TURN_V=isinstance(v, Quantized) and v.turned,
+        TURN_K=is_turned(k), TURN_V=is_turned(v),
         TURN=tl.float32 if compute == tl.float32 or interpreted() else tl.bfloat16, PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16 and config.block_m < 64,
     )  # fmt: skip

@@ -24,14 +24,23 @@ def signs(row, column, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 @no_type_check
 def turn_rows(x, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Turns rows of D values, [M, BLOCK_D], where what is at and after D is 0 or not used; DTYPE as below."""
-    d = tl.arange(0, x.shape[1])
-    matrix = signs(d[:, None], d[None, :], D & -D, DTYPE)
+    """Turns rows of D values, at most 128, [M, BLOCK_D]; what is at and after D is 0 or not used. DTYPE as below."""
+    M: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    BLOCK: tl.constexpr = D & -D
+    C: tl.constexpr = min(max(BLOCK, 16), 64)  # a larger matrix would take too many registers
+    c = tl.arange(0, C)
+    matrix = signs(c[:, None], c[None, :], min(BLOCK, C), DTYPE)
+    x = tl.reshape(x, [M * WIDTH // C, C])
     high = x.to(DTYPE)
     y = tl.dot(high, matrix, input_precision="ieee")
     if DTYPE != tl.float32:  # noqa: SIM300
         y = tl.dot((x - high.to(tl.float32)).to(DTYPE), matrix, y)
-    return y * (1.0 / (D & -D) ** 0.5)
+    y *= 1.0 / BLOCK**0.5
+    if BLOCK > C:
+        first, second = tl.split(tl.permute(tl.reshape(y, [M, 2, C]), [0, 2, 1]))
+        y = tl.permute(tl.join(first + second, first - second), [0, 2, 1])
+    return tl.reshape(y, [M, WIDTH])
 
 
 @triton.jit
