@@ -1,6 +1,7 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from . import options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, explain_out_of_memory, free_bytes
 from .cache.caches import ragged_of
-from .cache.rows import pack
+from .cache.rows import narrow, pack, shape_keys
 from .checks import check_kind
 from .choosing import keep_bytes, keep_pairs
 from .parallel import together
+
+LAYERS_AT_ONCE = 8  # whose kept rows are held in 16 bits beside a dense cache that stays
 
 
 def compress(
@@ -129,6 +132,9 @@ def _pack(
     With `consume` each layer is freed once it is packed. The cache's list is emptied before the first layer is packed,
     and filled again if an error comes before one is freed: a cache is whole or known to be consumed. The largest is
     packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
+
+    Where keys are rounded by the queries, the rows of several layers, with `consume` of all, are taken first and put
+    into bits then, because what rounding needs takes as long for one layer as for many (`shape_keys`).
     """
     layers: list[Any] = list(cache.layers)
     scores = cache.scores
@@ -153,18 +159,36 @@ def _pack(
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     found: list[tuple[int, int, list[Tensor]]] = []
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
+    shaped = bits is not None and bits[0] < 8 and scores.asked is not None
+    step = 1 if not shaped else len(order) if consume else LAYERS_AT_ONCE
+
+    @contextmanager
+    def explained() -> Iterator[None]:
+        state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
+        with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
+            yield
+
     try:
         if consume:
             cache.layers.clear()
-        for at, n in order:
-            state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
-            with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
-                whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-                asked, flags = None if scores.asked is None else scores.asked[at], None if consume else []
-                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked, flags=flags)
-            found.append((at, n, flags or []))
-            if consume:
-                layers[n] = None
+        for first in range(0, len(order), step):
+            group = order[first : first + step]
+            for at, n in group:
+                flags = None if consume else []
+                with explained():
+                    whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
+                    own_bits = None if shaped else bits
+                    context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=own_bits, flags=flags)
+                found.append((at, n, [] if flags is None else flags))
+                if consume:
+                    layers[n] = None
+            if shaped:
+                with explained():
+                    asked = scores.asked[[at for at, _ in group]]
+                    shapes = shape_keys([context[n] for _, n in group], asked, bits=bits[0])
+                for (_, n), shape, (*_, flags) in zip(group, shapes, found[first:], strict=True):
+                    with explained():
+                        context[n] = narrow(context[n], bits=bits, shape=shape, flags=None if consume else flags)
         for at, n in _again(found):  # with what the device found, which no layer waited for
             whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
             asked = None if scores.asked is None else scores.asked[at]

@@ -142,7 +142,7 @@ def _quantize_turned_kernel(
             xs += (x,)
         if tl.max((most < float("inf")).to(tl.int32) ^ 1) > 0:  # false for NaN
             tl.store(flags_ptr, 1)
-        EXACT: tl.constexpr = not KEYS and x_ptr.dtype.element_ty == TURN  # noqa: SIM300
+        EXACT: tl.constexpr = not KEYS and x_ptr.dtype.element_ty == TURN
         turned = _turn(xs, D, KEYS, MOST, EXACT, C, TURN)
         zeros, scales, coarse = _grid(
             turned, D, GROUP, BITS, NARROW, FINE if KEYS else 0.0, C, zero_ptr.dtype.element_ty
@@ -338,6 +338,6 @@ def _reciprocal(scale):
 @triton.jit
 @no_type_check
 def _rounded(x, zero, each, BITS: tl.constexpr):
-    """Codes of values [n, C], plus ROUND: adding that rounds to whole numbers, and the lowest bits are then the code."""
+    """Codes of values [n, C] plus ROUND: adding that rounds to whole numbers, and the lowest bits are then the code."""
     LAST: tl.constexpr = 2**BITS - 1
     return tl.minimum(tl.maximum((x - zero) * each, 0.0), LAST) + ROUND
