@@ -139,9 +139,9 @@ def _pack(
     layers: list[Any] = list(cache.layers)
     scores = cache.scores
     assert scores is not None
-    own = slice(None) if cache.share is None else cache.share.own
-    rows = [[scores.start + count for count in heads[own]] for heads in counts]
-    keep = keep[:, own]
+    here = slice(None) if cache.share is None else cache.share.own
+    rows = [[scores.start + count for count in heads[here]] for heads in counts]
+    keep = keep[:, here]
     pair = 2 * layers[0].width * layers[0].k.element_size()
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
@@ -159,8 +159,8 @@ def _pack(
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     found: list[tuple[int, int, list[Tensor]]] = []
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
-    shaped = bits is not None and bits[0] < 8 and scores.asked is not None
-    step = 1 if not shaped else len(order) if consume else LAYERS_AT_ONCE
+    asked = scores.asked if bits is not None and bits[0] < 8 else None
+    step = 1 if asked is None else len(order) if consume else LAYERS_AT_ONCE
 
     @contextmanager
     def explained() -> Iterator[None]:
@@ -177,22 +177,22 @@ def _pack(
                 flags = None if consume else []
                 with explained():
                     whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-                    own_bits = None if shaped else bits
+                    own_bits = bits if asked is None else None
                     context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=own_bits, flags=flags)
                 found.append((at, n, [] if flags is None else flags))
                 if consume:
                     layers[n] = None
-            if shaped:
+            if asked is not None and bits is not None:
                 with explained():
-                    asked = scores.asked[[at for at, _ in group]]
-                    shapes = shape_keys([context[n] for _, n in group], asked, bits=bits[0])
+                    own = asked[[at for at, _ in group]]
+                    shapes = shape_keys([context[n] for _, n in group], own, bits=bits[0])
                 for (_, n), shape, (*_, flags) in zip(group, shapes, found[first:], strict=True):
                     with explained():
                         context[n] = narrow(context[n], bits=bits, shape=shape, flags=None if consume else flags)
         for at, n in _again(found):  # with what the device found, which no layer waited for
             whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-            asked = None if scores.asked is None else scores.asked[at]
-            context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked)
+            own = None if asked is None else asked[at]
+            context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=own)
     except BaseException:
         if consume and None not in layers:
             cache.layers[:] = layers
