@@ -106,7 +106,7 @@ def show(lines: list[dict]) -> list[dict]:
     """The lines, printed."""
     for line in lines:
         what = line.get("value", line.get("median_us"))
-        share = f"{line['fraction_of_floor']:.0%} of the floor" if "fraction_of_floor" in line else ""
+        share = f"{line['fraction_of_floor']:.0%} of the floor" if line.get("fraction_of_floor") else ""
         print(f"{line['op']:9} {line['case']:52} {line['variant']:28} {what:10.2f} {share}", flush=True)
     return lines
 

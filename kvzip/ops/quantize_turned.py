@@ -30,7 +30,8 @@ def quantize_turned(
 
     With offsets, rows are keys: rest = (x - center) / spread of each head's channels (`measure_roots`), turned; without
     them, x is turned. Then as in `quantize`: zero = min, scale = (max - min) / (2**bits - 1), and
-    code = floor((rest - zero) / scale + 1/2), with zero and scale as they are stored. In 2 bits without offsets they
+    code = floor((rest - zero) / scale + 1/2), with zero and scale as they are stored (a kernel multiplies by 1 / scale,
+    and a value between two codes may get either). In 2 bits without offsets zero and scale
     are of NARROW of that range, around its middle, which loses less. The first row of a head comes back almost
     exactly, because the center is moved by what it loses: most attention goes to it, and it is far from the others.
 
