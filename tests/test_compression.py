@@ -461,13 +461,13 @@ def test_what_queries_ask_is_computed_for_several_layers_at_once(consume, at_onc
     monkeypatch.setattr(compression, "LAYERS_AT_ONCE", at_once)
     small = kvzip.compress(cache, 0.4, bits=(4, 2), consume=consume)
     assert calls == ([2] if consume or at_once > 1 else [1, 1])
-    for own, packed, rows in zip(asked, small.context, kvzip.compress(dense, 0.4).context, strict=True):
-        channels = kvzip.ops.measure_channels_turned(rows.k, rows.offsets, bits=4)
-        how = {"offsets": rows.offsets, "channels": channels, "feedback": shape(own, channels.spread)}
+    for own, packed, plain in zip(asked, small.context, kvzip.compress(dense, 0.4).context, strict=True):
+        channels = kvzip.ops.measure_channels_turned(plain.k, plain.offsets, bits=4)
+        how = {"offsets": plain.offsets, "channels": channels, "feedback": shape(own, channels.spread)}
         assert how["feedback"].any()
-        assert torch.equal(packed.k.codes, kvzip.ops.quantize_turned(rows.k, bits=4, **how).codes)
-        assert torch.equal(packed.v.codes, kvzip.ops.quantize_turned(rows.v, bits=2).codes)
-        assert torch.equal(packed.positions, rows.positions)
+        assert torch.equal(packed.k.codes, kvzip.ops.quantize_turned(plain.k, bits=4, **how).codes)
+        assert torch.equal(packed.v.codes, kvzip.ops.quantize_turned(plain.v, bits=2).codes)
+        assert torch.equal(packed.positions, plain.positions)
     assert len(small.context[1].positions) > len(small.context[0].positions)
 
 
