@@ -12,7 +12,7 @@ from torch import Tensor
 from . import options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, explain_out_of_memory, free_bytes
 from .cache.caches import ragged_of
-from .cache.rows import narrow, pack, shape_keys
+from .cache.rows import KeyShape, narrow, pack, shape_keys
 from .checks import check_kind
 from .choosing import keep_bytes, keep_pairs
 from .parallel import together
@@ -158,6 +158,7 @@ def _pack(
                 _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     found: list[tuple[int, int, list[Tensor]]] = []
+    held: dict[int, tuple[RaggedKV, KeyShape]] = {}
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
     asked = scores.asked if bits is not None and bits[0] < 8 else None
     step = 1 if asked is None else len(order) if consume else LAYERS_AT_ONCE
@@ -186,10 +187,17 @@ def _pack(
                 with explained():
                     own = asked[[at for at, _ in group]]
                     shapes = shape_keys([context[n] for _, n in group], own, bits=bits[0])
+                    free = free_bytes(asked.device) if consume else None
+                    ahead = not consume or (free is not None and free >= sum(sizes))
                 for (_, n), shape, (*_, flags) in zip(group, shapes, found[first:], strict=True):
                     with explained():
-                        context[n] = narrow(context[n], bits=bits, shape=shape, flags=None if consume else flags)
+                        if consume and ahead:  # there is room to hold its rows until it is known that they are packed
+                            held[n] = (context[n], shape)
+                        context[n] = narrow(context[n], bits=bits, shape=shape, flags=flags if ahead else None)
         for at, n in _again(found):  # with what the device found, which no layer waited for
+            if n in held and bits is not None:
+                context[n] = narrow(held[n][0], bits=bits, shape=held[n][1])
+                continue
             whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
             own = None if asked is None else asked[at]
             context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=own)

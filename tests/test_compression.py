@@ -471,6 +471,27 @@ def test_what_queries_ask_is_computed_for_several_layers_at_once(consume, at_onc
     assert len(small.context[1].positions) > len(small.context[0].positions)
 
 
+@pytest.mark.parametrize("room", [2**40, 0], ids=["room", "none"])
+def test_consumed_rows_that_need_wide_scales_get_them(dense, room, monkeypatch):
+    """With room for all rows this is known when all layers are packed, else layer by layer."""
+    layers = list(dense.layers)
+    layers[1] = replace(layers[1], v=layers[1].v * 1e-9)
+    cache = replace(dense, layers=layers)
+    want = kvzip.compress(cache, 0.4, bits=(4, 2))
+    free = iter([2**40, room])
+    monkeypatch.setattr(compression, "free_bytes", lambda device: next(free))
+    waits, wait = [], kvzip.ops.quantize_turned
+    monkeypatch.setattr(kvzip.ops, "quantize_turned", lambda *a, **b: waits.append(1) or wait(*a, **b))
+    small = kvzip.compress(replace(cache, layers=list(layers)), 0.4, bits=(4, 2), consume=True)
+    assert len(waits) == (2 if room else 4)  # the keys and values of one layer, or of both
+    for one, two in zip(small.context, want.context, strict=True):
+        for name in ("k", "v"):
+            got, same = getattr(one, name), getattr(two, name)
+            assert torch.equal(got.codes, same.codes) and torch.equal(got.scale, same.scale)
+            assert got.scale.dtype == same.scale.dtype
+    assert [kv.v.scale.dtype for kv in small.context] == [torch.float16, torch.float32]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_what_cannot_be_packed_into_bits_is_found_before_anything_is_freed(plain, name, value):
