@@ -16,11 +16,10 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from kvzip.ops.triton.common import check_rows, interpreted, on_device
+from kvzip.ops.triton.steps import ROUND, grid, reciprocal, rounded
 from kvzip.ops.triton.turn import mix_blocks, signs
 from kvzip.ops.turning import FIRST_PART, LEAST_PART, SAMPLE
 from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized
-
-ROUND = tl.constexpr(1.5 * 2**23)  # of numbers around it the lowest bit counts ones
 
 
 def launch_config(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -144,7 +143,7 @@ def _quantize_turned_kernel(
             tl.store(flags_ptr, 1)
         EXACT: tl.constexpr = not KEYS and x_ptr.dtype.element_ty == TURN
         turned = _turn(xs, D, KEYS, MOST, EXACT, C, TURN)
-        zeros, scales, coarse = _grid(
+        zeros, scales, coarse = grid(
             turned, D, GROUP, BITS, NARROW, FINE if KEYS else 0.0, C, zero_ptr.dtype.element_ty
         )
         if tl.max((coarse & live).to(tl.int32)) > 0:
@@ -154,7 +153,7 @@ def _quantize_turned_kernel(
             tl.store(scale_ptr + n * (D // GROUP) + g, scales[g], mask=live)
         eachs = ()
         for g in tl.static_range(D // GROUP):
-            eachs += (_reciprocal(scales[g].to(tl.float32)),)
+            eachs += (reciprocal(scales[g].to(tl.float32)),)
         bytes = tl.arange(0, C * BITS // 8)
         errors = ()
         for j in tl.static_range((D + C - 1) // C):
@@ -171,13 +170,13 @@ def _quantize_turned_kernel(
                 for i in tl.static_range(j):
                     target += tl.dot(errors[i], mores[i].to(TURN), input_precision="ieee")
                 for s in tl.static_range(C // SHAPED - 1):  # blocks of SHAPED of these columns, for those after them
-                    error = (_rounded(target, zero, each, BITS) - ROUND) * scale + zero - target
+                    error = (rounded(target, zero, each, BITS) - ROUND) * scale + zero - target
                     error = tl.where((c // SHAPED == s)[None, :], error, 0).to(TURN)
                     target += tl.dot(error, mores[j].to(TURN), input_precision="ieee")
-            rounded = _rounded(target, zero, each, BITS)
+            found = rounded(target, zero, each, BITS)
             if FEEDBACK:
-                errors += (((rounded - ROUND) * scale + zero - target).to(TURN),)
-            packed = rounded.to(tl.int32, bitcast=True)  # its lowest byte is the code
+                errors += (((found - ROUND) * scale + zero - target).to(TURN),)
+            packed = found.to(tl.int32, bitcast=True)  # its lowest byte is the code
             if BITS == 2:
                 high, low = tl.split(tl.reshape(packed, [BLOCK_N, C // 2, 2]))
                 packed = (high << 2) | low
@@ -247,11 +246,11 @@ def _channels_kernel(
     turned = ()
     for j in tl.static_range((D + C - 1) // C):
         turned += (tl.minimum(tl.maximum(mixed[j], -MOST), MOST)[None, :],)
-    zeros, scales, _ = _grid(turned, D, GROUP, BITS, 1.0, 0.0, C, tl.float16)
+    zeros, scales, _ = grid(turned, D, GROUP, BITS, 1.0, 0.0, C, tl.float16)
     blocks = ()
     for j in tl.static_range((D + C - 1) // C):
         zero, scale = zeros[j * C // GROUP].to(tl.float32)[:, None], scales[j * C // GROUP].to(tl.float32)[:, None]
-        codes = _rounded(turned[j], zero, _reciprocal(scale), BITS) - ROUND
+        codes = rounded(turned[j], zero, reciprocal(scale), BITS) - ROUND
         lost = tl.sum(turned[j] - (codes * scale + zero), 0)
         blocks += (tl.sum(tl.where(j * C + c < D, lost, 0)[:, None] * small, 0),)
     mixed = mix_blocks(blocks, D, C)
@@ -289,55 +288,3 @@ def _turn(
             clipped += (tl.minimum(tl.maximum(turned[j], -MOST), MOST),)
         turned = clipped
     return turned
-
-
-@triton.jit
-@no_type_check
-def _grid(
-    turned, D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, NARROW: tl.constexpr, FINE: tl.constexpr,
-    C: tl.constexpr, STORED: tl.constexpr,
-):  # fmt: skip
-    """Zeros and scales of each group as they are stored, and of which rows they are too coarse."""
-    LAST: tl.constexpr = 2**BITS - 1
-    ROWS: tl.constexpr = turned[0].shape[0]
-    c = tl.arange(0, C)
-    zeros = ()
-    scales = ()
-    coarse = tl.zeros([ROWS], tl.int32) > 0
-    for g in tl.static_range(D // GROUP):
-        low = tl.full([ROWS], float("inf"), tl.float32)
-        high = tl.full([ROWS], float("-inf"), tl.float32)
-        for j in tl.static_range((D + C - 1) // C):
-            if j * C // GROUP == g:
-                own = (j * C + c < D)[None, :]
-                low = tl.minimum(low, tl.min(tl.where(own, turned[j], float("inf")), 1))
-                high = tl.maximum(high, tl.max(tl.where(own, turned[j], float("-inf")), 1))
-        span = (high - low) * NARROW
-        exact = low
-        if NARROW < 1:
-            exact = (low + high - span) * 0.5
-        step = tl.div_rn(span, tl.full([ROWS], LAST, tl.float32))
-        zero, scale = exact.to(STORED), step.to(STORED)
-        most = tl.maximum(step * 0.5, FINE)
-        held = tl.abs(zero.to(tl.float32) - exact) <= most
-        held &= tl.abs(scale.to(tl.float32) - step) * LAST <= most
-        coarse |= ~held
-        zeros += (zero,)
-        scales += (scale,)
-    return zeros, scales, coarse
-
-
-@triton.jit
-@no_type_check
-def _reciprocal(scale):
-    """What values are multiplied by to be in steps; 0 where the scale is 0, so that all codes are."""
-    safe = tl.where(scale > 0, tl.maximum(scale, 2.0**-126), 1.0)  # of what is below, the reciprocal overflows
-    return tl.where(scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), safe), 0.0)
-
-
-@triton.jit
-@no_type_check
-def _rounded(x, zero, each, BITS: tl.constexpr):
-    """Codes of values [n, C] plus ROUND: adding that rounds to whole numbers, and the lowest bits are then the code."""
-    LAST: tl.constexpr = 2**BITS - 1
-    return tl.minimum(tl.maximum((x - zero) * each, 0.0), LAST) + ROUND
