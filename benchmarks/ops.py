@@ -207,7 +207,7 @@ def bench_quantize_turned(options: argparse.Namespace):
 
     def whole() -> None:
         own = channels()
-        keys(own, ops.shape_feedback(asked, torch.stack([one.spread for one in own])))
+        keys(own, ops.shape_feedback(asked, torch.stack([one.spread for one in own])).unbind())
         values()
 
     def to_the_nearest() -> None:
