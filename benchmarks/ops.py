@@ -106,7 +106,7 @@ def show(lines: list[dict]) -> list[dict]:
     """The lines, printed."""
     for line in lines:
         what = line.get("value", line.get("median_us"))
-        share = f"{line['fraction_of_floor']:.0%} of the floor" if "fraction_of_floor" in line else ""
+        share = f"{line['fraction_of_floor']:.0%} of the floor" if line.get("fraction_of_floor") else ""
         print(f"{line['op']:9} {line['case']:52} {line['variant']:28} {what:10.2f} {share}", flush=True)
     return lines
 
@@ -184,29 +184,50 @@ def packed(k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, bits: tuple[
 
 
 def bench_quantize_turned(options: argparse.Namespace):
-    """Keys and values of all layers of the 8B shape, without a wait of the host."""
+    """Keys and values of all layers of the 8B shape, as `compress` packs them, and the parts of that."""
     lengths, layers = [37_800] * HEADS, 32
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     k, v = (torch.randn(sum(lengths), WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    asked = torch.eye(WIDTH, device="cuda").expand(HEADS, -1, -1).contiguous()
+    queries = torch.randn(layers, HEADS, 4 * WIDTH, WIDTH, device="cuda")
+    asked = queries.mT @ queries
+    known = ops.measure_channels_turned(k, offsets, bits=4)
+    spreads = known.spread.expand(layers, -1, -1).contiguous()
+    shaped = ops.shape_feedback(asked[0], known.spread)
 
-    def keys(shaped: bool) -> None:
-        channels = ops.measure_channels_turned(k, offsets, bits=4)
-        feedback = ops.shape_feedback(asked, channels.spread) if shaped else None
-        ops.quantize_turned_ahead(k, bits=4, offsets=offsets, channels=channels, feedback=feedback)
+    def channels() -> list[Any]:
+        return [ops.measure_channels_turned(k, offsets, bits=4) for _ in range(layers)]
 
-    def all_layers(shaped: bool) -> None:
+    def keys(own: Sequence[Any], feedback: Sequence[Any]) -> None:
+        for one, more in zip(own, feedback, strict=True):
+            ops.quantize_turned_ahead(k, bits=4, offsets=offsets, channels=one, feedback=more)
+
+    def values() -> None:
         for _ in range(layers):
-            keys(shaped)
             ops.quantize_turned_ahead(v, bits=2)
 
+    def whole() -> None:
+        own = channels()
+        keys(own, ops.shape_feedback(asked, torch.stack([one.spread for one in own])).unbind())
+        values()
+
+    def to_the_nearest() -> None:
+        keys(channels(), [None] * layers)
+        values()
+
     least = {"bytes": layers * (k.nbytes + v.nbytes + sum(lengths) * (WIDTH * 6 // 8 + 8)), "copies": True}
-    variants: dict[str, Variant] = {
-        "kvzip": [lambda: all_layers(True)],
-        "without feedback": [lambda: all_layers(False)],
-        "one layer's keys": [lambda: keys(True)],
-    }
+    variants: dict[str, Variant] = {"kvzip": [whole], "without feedback": [to_the_nearest]}
     yield "0.3 of 126,000 tokens, 32 layers, keys in 4 and values in 2 bits", variants, least
+    parts: dict[str, Variant] = {
+        "channels": [channels],
+        "moments to feedback": [lambda: ops.shape_feedback(asked, spreads)],
+        "moments to feedback, one by one": [
+            lambda: [ops.shape_feedback(*both) for both in zip(asked, spreads, strict=True)]
+        ],
+        "keys": [lambda: keys([known] * layers, [shaped] * layers)],
+        "keys, without feedback": [lambda: keys([known] * layers, [None] * layers)],
+        "values": [values],
+    }
+    yield "0.3 of 126,000 tokens, 32 layers, parts", parts, {}
 
 
 def bench_decode(options: argparse.Namespace):

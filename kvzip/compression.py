@@ -1,6 +1,7 @@
 """Compression: scores to a keep mask to a ragged cache, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from . import options
 from .cache import DenseCache, RaggedCache, RaggedKV, Scores, WindowKV, check_whole, explain_out_of_memory, free_bytes
 from .cache.caches import ragged_of
-from .cache.rows import pack
+from .cache.rows import KeyShape, narrow, pack, shape_keys
 from .checks import check_kind
 from .choosing import keep_bytes, keep_pairs
 from .parallel import together
+
+LAYERS_AT_ONCE = 8  # whose kept rows are held in 16 bits beside a dense cache that stays
 
 
 def compress(
@@ -129,13 +132,16 @@ def _pack(
     With `consume` each layer is freed once it is packed. The cache's list is emptied before the first layer is packed,
     and filled again if an error comes before one is freed: a cache is whole or known to be consumed. The largest is
     packed first: a packed layer is never larger than the dense one freed for it, so if the largest fits, the rest do.
+
+    Where keys are rounded by the queries, the rows of several layers, with `consume` of all, are taken first and put
+    into bits then, because what rounding needs takes as long for one layer as for many (`shape_keys`).
     """
     layers: list[Any] = list(cache.layers)
     scores = cache.scores
     assert scores is not None
-    own = slice(None) if cache.share is None else cache.share.own
-    rows = [[scores.start + count for count in heads[own]] for heads in counts]
-    keep = keep[:, own]
+    here = slice(None) if cache.share is None else cache.share.own
+    rows = [[scores.start + count for count in heads[here]] for heads in counts]
+    keep = keep[:, here]
     pair = 2 * layers[0].width * layers[0].k.element_size()
     sizes = [pair * sum(heads) for heads in rows]
     needed = max(sizes) if consume else sum(sizes)
@@ -152,23 +158,49 @@ def _pack(
                 _check_finite(cache, scores, keep)
     context: list[Any] = [layer if isinstance(layer, WindowKV) else None for layer in layers]
     found: list[tuple[int, int, list[Tensor]]] = []
+    held: dict[int, tuple[RaggedKV, KeyShape]] = {}
     order = sorted(enumerate(cache.scored_layers), key=lambda place: sizes[place[0]], reverse=True)
+    asked = scores.asked if bits is not None and bits[0] < 8 else None
+    step = 1 if asked is None else len(order) if consume else LAYERS_AT_ONCE
+
+    @contextmanager
+    def explained() -> Iterator[None]:
+        state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
+        with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
+            yield
+
     try:
         if consume:
             cache.layers.clear()
-        for at, n in order:
-            state = "the cache's pairs are gone, prefill again" if None in layers else "the cache is intact"
-            with together(cache.share), explain_out_of_memory(explanation, f"{remedy}; {state}"):
-                whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-                asked, flags = None if scores.asked is None else scores.asked[at], None if consume else []
-                context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked, flags=flags)
-            found.append((at, n, flags or []))
-            if consume:
-                layers[n] = None
+        for first in range(0, len(order), step):
+            group = order[first : first + step]
+            for at, n in group:
+                flags = None if consume else []
+                with explained():
+                    whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
+                    own_bits = bits if asked is None else None
+                    context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=own_bits, flags=flags)
+                found.append((at, n, [] if flags is None else flags))
+                if consume:
+                    layers[n] = None
+            if asked is not None and bits is not None:
+                with explained():
+                    own = asked[[at for at, _ in group]]
+                    shapes = shape_keys([context[n] for _, n in group], own, bits=bits[0])
+                    free = free_bytes(asked.device) if consume else None
+                    ahead = not consume or (free is not None and free >= sum(sizes))
+                for (_, n), shape, (*_, flags) in zip(group, shapes, found[first:], strict=True):
+                    with explained():
+                        if consume and ahead:  # there is room to hold its rows until it is known that they are packed
+                            held[n] = (context[n], shape)
+                        context[n] = narrow(context[n], bits=bits, shape=shape, flags=flags if ahead else None)
         for at, n in _again(found):  # with what the device found, which no layer waited for
+            if n in held and bits is not None:
+                context[n] = narrow(held[n][0], bits=bits, shape=held[n][1])
+                continue
             whole = torch.nn.functional.pad(keep[at], (scores.start, 0), value=True)
-            asked = None if scores.asked is None else scores.asked[at]
-            context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=asked)
+            own = None if asked is None else asked[at]
+            context[n] = pack(layers[n].k[0], layers[n].v[0], whole, rows[at], bits=bits, asked=own)
     except BaseException:
         if consume and None not in layers:
             cache.layers[:] = layers

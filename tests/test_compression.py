@@ -384,7 +384,7 @@ def failing(function, calls, at, raised):
     return call
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(("raised", "seen"), FAILURES, ids=["Ctrl-C", "GPU", "host"])
 def test_consuming_that_fails_anywhere_leaves_a_cache_that_is_whole_or_says_it_is_not(raised, seen, bits):
     """At every call that packs: intact until a layer is freed, refused by name after."""
@@ -414,8 +414,11 @@ def test_consuming_that_fails_anywhere_leaves_a_cache_that_is_whole_or_says_it_i
                     check_whole(one)
             assert seen is KeyboardInterrupt or "the cache's pairs are gone, prefill again" in said
             gone += 1
-    steps = 2 if bits is None else 4
-    assert (whole, gone, at) == (steps, 2 * steps, 3 * steps + 1)
+    if bits == 4:  # rows of all three layers are taken first, then their values are packed
+        assert (whole, gone, at) == (2, 2 + 2 + 3, 10)
+    else:
+        steps = 2 if bits is None else 4
+        assert (whole, gone, at) == (steps, 2 * steps, 3 * steps + 1)
 
 
 def test_consuming_may_be_interrupted_at_any_line(dense):
@@ -444,6 +447,49 @@ def test_the_largest_layer_is_packed_first(dense):
         small = kvzip.compress(cache, 0.6, consume=True)
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1]
     assert [len(kv.positions) for kv in small.context] == sizes[::-1], "layers stay in their order"
+
+
+@pytest.mark.parametrize(("consume", "at_once"), [(True, 1), (False, 1), (False, 8)])
+def test_what_queries_ask_is_computed_for_several_layers_at_once(consume, at_once, monkeypatch):
+    """With `consume` for all. What comes out is what each layer gives alone."""
+    dense = scored(random_model.make(random_model.config(head_dim=32)))  # four blocks that are rounded at a time
+    asked, calls, shape = dense.scores.asked, [], kvzip.ops.shape_feedback
+    values = dense.scores.values + torch.tensor([0.0, 9.0])[:, None, None]  # the second layer is larger and comes first
+    dense = replace(dense, scores=replace(dense.scores, values=values))
+    cache = replace(dense, layers=list(dense.layers))
+    monkeypatch.setattr(kvzip.ops, "shape_feedback", lambda *both: calls.append(len(both[0])) or shape(*both))
+    monkeypatch.setattr(compression, "LAYERS_AT_ONCE", at_once)
+    small = kvzip.compress(cache, 0.4, bits=(4, 2), consume=consume)
+    assert calls == ([2] if consume or at_once > 1 else [1, 1])
+    for own, packed, plain in zip(asked, small.context, kvzip.compress(dense, 0.4).context, strict=True):
+        channels = kvzip.ops.measure_channels_turned(plain.k, plain.offsets, bits=4)
+        how = {"offsets": plain.offsets, "channels": channels, "feedback": shape(own, channels.spread)}
+        assert how["feedback"].any()
+        assert torch.equal(packed.k.codes, kvzip.ops.quantize_turned(plain.k, bits=4, **how).codes)
+        assert torch.equal(packed.v.codes, kvzip.ops.quantize_turned(plain.v, bits=2).codes)
+        assert torch.equal(packed.positions, plain.positions)
+    assert len(small.context[1].positions) > len(small.context[0].positions)
+
+
+@pytest.mark.parametrize("room", [2**40, 0], ids=["room", "none"])
+def test_consumed_rows_that_need_wide_scales_get_them(dense, room, monkeypatch):
+    """With room for all rows this is known when all layers are packed, else layer by layer."""
+    layers = list(dense.layers)
+    layers[1] = replace(layers[1], v=layers[1].v * 1e-9)
+    cache = replace(dense, layers=layers)
+    want = kvzip.compress(cache, 0.4, bits=(4, 2))
+    free = iter([2**40, room])
+    monkeypatch.setattr(compression, "free_bytes", lambda device: next(free))
+    waits, wait = [], kvzip.ops.quantize_turned
+    monkeypatch.setattr(kvzip.ops, "quantize_turned", lambda *a, **b: waits.append(1) or wait(*a, **b))
+    small = kvzip.compress(replace(cache, layers=list(layers)), 0.4, bits=(4, 2), consume=True)
+    assert len(waits) == (2 if room else 4)  # the keys and values of one layer, or of both
+    for one, two in zip(small.context, want.context, strict=True):
+        for name in ("k", "v"):
+            got, same = getattr(one, name), getattr(two, name)
+            assert torch.equal(got.codes, same.codes) and torch.equal(got.scale, same.scale)
+            assert got.scale.dtype == same.scale.dtype
+    assert [kv.v.scale.dtype for kv in small.context] == [torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

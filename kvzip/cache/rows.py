@@ -1,6 +1,7 @@
 """Rows of ragged layers: which head owns each, which tokens they hold, and layers with fewer or more of them."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +12,13 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from .. import ops
-from ..ops.types import LARGEST, Quantized, owners
+from ..ops.types import LARGEST, Channels, Quantized, owners
 from ..parallel import everyone
 from .caches import DenseCache, RaggedCache, check_cache
 from .parts import RaggedKV
+
+KeyShape = tuple[Channels, Float32[Tensor, "H D D"]]
+"""Channels of the keys of a layer, and what `ops.shape_feedback` gives for them."""
 
 
 def first_rows(layer: RaggedKV, count: int) -> Int64[Tensor, "H n"]:
@@ -84,29 +88,57 @@ def pack(
 ) -> RaggedKV:
     """Returns the ragged layer of the tokens to keep, counts[h] of them for head h.
 
+    Args:
+        bits: of keys and of values, to quantize them, see `narrow`.
+        asked: the second moments of the queries of each head, by which keys in 4 or 2 bits are rounded.
+        flags: see `narrow`.
+    """
+    bounds = [0, *itertools.accumulate(counts)]
+    k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
+    layer = RaggedKV(k, v, offsets, positions, ops.decode_schedule(offsets, bounds=bounds))
+    if bits is None:
+        return layer
+    shape = None if asked is None or bits[0] == 8 else shape_keys([layer], asked[None], bits=bits[0])[0]
+    return narrow(layer, bits=bits, shape=shape, flags=flags)
+
+
+def shape_keys(layers: Sequence[RaggedKV], asked: Float32[Tensor, "L H D D"], *, bits: int) -> list[KeyShape]:
+    """Returns how to round the keys of each layer to 4 or 2 bits by the queries that were asked.
+
+    What is computed of these is computed for all layers at once: it is many small steps, each as long for one layer as
+    for many. The host does not wait for the device.
+    """
+    channels = []
+    for layer in layers:
+        assert isinstance(layer.k, Tensor)
+        channels.append(ops.measure_channels_turned(layer.k, layer.offsets, bits=bits))
+    feedback = ops.shape_feedback(asked, torch.stack([own.spread for own in channels]))
+    return list(zip(channels, feedback.unbind(), strict=True))
+
+
+def narrow(
+    layer: RaggedKV, *, bits: tuple[int, int], shape: KeyShape | None = None, flags: list[Tensor] | None = None
+) -> RaggedKV:
+    """Returns a layer that is not quantized in so many bits of keys and of values.
+
     Keys in 4 or 2 bits are turned, and so are values in 2 (in 4 it would gain values less than it costs to turn answers
     back).
 
     Args:
-        bits: of keys and of values, to quantize them.
-        asked: the second moments of the queries of each head, by which keys in 4 or 2 bits are rounded.
+        shape: from `shape_keys`; without it keys in 4 or 2 bits are rounded to the nearest.
         flags: gets what the device finds of rows that are turned, see `ops.quantize_turned_ahead`; without it the host
             waits for that, and so it always does for rows that are not turned.
     """
-    bounds = [0, *itertools.accumulate(counts)]
-    k, v, offsets, positions = ops.prune(k, v, keep, total=bounds[-1])
-    schedule = ops.decode_schedule(offsets, bounds=bounds)
-    if bits is None:
-        return RaggedKV(k, v, offsets, positions, schedule)
+    assert isinstance(layer.k, Tensor)
+    assert isinstance(layer.v, Tensor)
     run: Any = ops.quantize_turned if flags is None else partial(_ahead, flags)
     if bits[0] < 8:
-        channels = ops.measure_channels_turned(k, offsets, bits=bits[0])
-        feedback = None if asked is None else ops.shape_feedback(asked, channels.spread)
-        keys = run(k, bits=bits[0], offsets=offsets, channels=channels, feedback=feedback)
+        channels, feedback = shape or (ops.measure_channels_turned(layer.k, layer.offsets, bits=bits[0]), None)
+        keys = run(layer.k, bits=bits[0], offsets=layer.offsets, channels=channels, feedback=feedback)
     else:
-        keys = ops.quantize(k, bits=bits[0], offsets=offsets)
-    values = run(v, bits=bits[1]) if bits[1] < 4 else ops.quantize(v, bits=bits[1])
-    return RaggedKV(keys, values, offsets, positions, schedule)
+        keys = ops.quantize(layer.k, bits=bits[0], offsets=layer.offsets)
+    values = run(layer.v, bits=bits[1]) if bits[1] < 4 else ops.quantize(layer.v, bits=bits[1])
+    return replace(layer, k=keys, v=values)
 
 
 def _ahead(flags: list[Tensor], x: Tensor, **options: Any) -> Quantized:

@@ -30,7 +30,8 @@ def quantize_turned(
 
     With offsets, rows are keys: rest = (x - center) / spread of each head's channels (`measure_roots`), turned; without
     them, x is turned. Then as in `quantize`: zero = min, scale = (max - min) / (2**bits - 1), and
-    code = floor((rest - zero) / scale + 1/2), with zero and scale as they are stored. In 2 bits without offsets they
+    code = floor((rest - zero) / scale + 1/2), with zero and scale as they are stored (a kernel multiplies by 1 / scale,
+    and a value between two codes may get either). In 2 bits without offsets zero and scale
     are of NARROW of that range, around its middle, which loses less. The first row of a head comes back almost
     exactly, because the center is moved by what it loses: most attention goes to it, and it is far from the others.
 
@@ -172,21 +173,22 @@ def shape_feedback(asked: Float32[Tensor, "*B D D"], spread: Float32[Tensor, "*B
     e F: with A^-1 = U^T U and U upper triangular, row block i of F is U_ii^-1 U_i right of the diagonal, and 0
     elsewhere. As each block's error is counted from its target, with the errors before it, these add up to that.
 
+    With R upper triangular and A = R R^T, U is R^-1, and F the blocks of R on its diagonal times U, right of them.
+    Matrices are few and small: give those of all layers at once, a device needs hardly longer for them.
+
     The host does not wait for the device. Where `asked` is not finite F is 0.
     """
     width = asked.shape[-1]
     matrix = turn(turn(asked * spread[..., None] * spread[..., None, :]).mT)
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(2.0**-60)
-    matrix = matrix / mean + 1e-2 * torch.eye(width, device=asked.device)
-    lower = torch.linalg.cholesky_ex(matrix.flip(-1, -2))[0]
-    eye = torch.eye(width, device=asked.device).expand_as(matrix)
-    upper = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True)
+    eye = torch.eye(width, device=asked.device)
+    matrix = torch.add(matrix / mean, eye, alpha=1e-2)
+    root = torch.linalg.cholesky_ex(matrix.flip(-1, -2))[0].flip(-1, -2)  # cholesky would wait for its error
+    upper = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=True)
     block = torch.arange(width, device=asked.device) // SHAPED
-    own = upper.where(block[:, None] == block, 0.0)
-    found = torch.linalg.solve_triangular(own, upper, upper=True)
-    later = block[:, None] < block
-    usable = found.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return found.where(later & usable, 0.0)
+    found = root.where(block[:, None] == block, 0.0) @ upper
+    usable = found.isfinite().flatten(-2).all(-1)[..., None, None]
+    return found.where((block[:, None] < block) & usable, 0.0)
 
 
 def _grid(

@@ -27,11 +27,11 @@ def turn(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
 def hadamard(size: int, *, like: Tensor) -> Float[Tensor, "D D"]:
     """Returns the orthonormal Hadamard matrix of a power of two: entry i, j is -1 to the number of bits of i & j."""
     place = torch.arange(size, device=like.device)
-    both = place[:, None] & place
-    signs = torch.ones_like(both)
-    for bit in range(size.bit_length()):
-        signs *= 1 - 2 * (both >> bit & 1)
-    return signs.to(like.dtype) / math.sqrt(size)
+    odd = place[:, None] & place
+    fold = 1 << max(size.bit_length() - 2, 0).bit_length()  # half of the bits that an index can have, or more
+    while fold := fold // 2:
+        odd = odd ^ odd >> fold
+    return (1 - 2 * (odd & 1)).to(like.dtype) / math.sqrt(size)
 
 
 def measure_roots(x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"]) -> Channels:

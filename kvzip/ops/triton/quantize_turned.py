@@ -3,7 +3,8 @@
 A tile of rows of one head is turned some columns at a time by products with signs that are computed, not loaded, and
 then by sums and differences of these. What bfloat16 loses of a row is multiplied too, so that products are exact to
 2 ** -16. All columns of the tile stay in registers. Bytes: x read and the quantized rows written once, and with
-feedback D * D numbers a tile out of L2.
+feedback D * D numbers a tile out of L1. What limits is not bytes but instructions: there is no division of a value, and
+none is converted to a whole number (these run at an eighth of the rate); a tie may be rounded down.
 """
 
 from typing import no_type_check
@@ -15,6 +16,7 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from kvzip.ops.triton.common import check_rows, interpreted, on_device
+from kvzip.ops.triton.steps import ROUND, grid, reciprocal, rounded
 from kvzip.ops.triton.turn import mix_blocks, signs
 from kvzip.ops.turning import FIRST_PART, LEAST_PART, SAMPLE
 from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized
@@ -26,6 +28,11 @@ def launch_config(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
     if dtype == torch.float32:  # no tensor cores
         return 16, columns, 8 if D <= 128 else 16
     return 64 if D <= 128 else 16, columns, 4 if D <= 128 else 8
+
+
+def channels_config(block_d: int) -> tuple[int, int]:
+    """Rows of a head's sample that are loaded at once, and warps: few heads are few programs, which wait for loads."""
+    return min(SAMPLE, 32768 // block_d), 16
 
 
 @on_device
@@ -51,10 +58,10 @@ def quantize_turned_triton(
     flags = torch.zeros(2, dtype=torch.int32, device=x.device)
     block_n, columns, warps = launch_config(D, x.dtype)
     heads = 0 if offsets is None else len(offsets) - 1
-    center, spread = (x, x) if channels is None else (channels.center, channels.spread)
+    center, each = (x, x) if channels is None else (channels.center, channels.spread.reciprocal())
     if N:
         _quantize_turned_kernel[(triton.cdiv(N, block_n) + heads,)](
-            x, codes, scale, zero, flags, x if offsets is None else offsets, center, spread,
+            x, codes, scale, zero, flags, x if offsets is None else offsets, center, each,
             x if feedback is None else feedback.contiguous(), N, heads, *x.stride(),
             D=D, GROUP=group, BITS=bits, KEYS=offsets is not None, FEEDBACK=feedback is not None,
             NARROW=NARROW if bits == 2 and offsets is None else 1.0, FINE=FINE, LIMIT=LIMIT,
@@ -73,11 +80,13 @@ def measure_channels_turned_triton(
     check_rows(x=x)
     _check(x, group)
     center, spread = torch.empty(2, heads, D, dtype=torch.float32, device=x.device)
+    block_d = max(16, triton.next_power_of_2(D))
+    rows, warps = channels_config(block_d)
     _channels_kernel[(heads,)](
         x, offsets, center, spread, *x.stride(),
         D=D, GROUP=group, BITS=bits, LIMIT=LIMIT, MOST=torch.finfo(torch.float16).max, SAMPLE=SAMPLE,
-        LEAST_PART=LEAST_PART, FIRST_PART=FIRST_PART, C=launch_config(D, x.dtype)[1], BLOCK_N=32,
-        BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=8, enable_fp_fusion=False,
+        LEAST_PART=LEAST_PART, FIRST_PART=FIRST_PART, C=launch_config(D, x.dtype)[1], BLOCK_N=rows,
+        BLOCK_D=block_d, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return Channels(center, spread)
 
@@ -95,7 +104,7 @@ def _check(x: Tensor, group: int) -> None:
 @triton.jit
 @no_type_check
 def _quantize_turned_kernel(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, flags_ptr, offsets_ptr, center_ptr, spread_ptr, feedback_ptr,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, flags_ptr, offsets_ptr, center_ptr, each_ptr, feedback_ptr,
     N, heads, stride_xn, stride_xd,
     D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, FEEDBACK: tl.constexpr,
     NARROW: tl.constexpr, FINE: tl.constexpr, LIMIT: tl.constexpr, MOST: tl.constexpr, SHAPED: tl.constexpr,
@@ -118,20 +127,23 @@ def _quantize_turned_kernel(
         live = n < stop
         c = tl.arange(0, C)
         xs = ()
+        most = tl.zeros([BLOCK_N, C], tl.float32)
         for j in tl.static_range((D + C - 1) // C):
             d = j * C + c
             inside = live[:, None] & (d < D)[None, :]
             x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :] * stride_xd, mask=inside, other=0).to(tl.float32)
-            if tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1) > 0:  # false for NaN
-                tl.store(flags_ptr, 1)
+            most = tl.maximum(most, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
             x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
             if KEYS:
                 center = tl.load(center_ptr + head * D + d, mask=d < D, other=0)
-                spread = tl.load(spread_ptr + head * D + d, mask=d < D, other=1)
-                x = tl.where(inside, tl.div_rn(x - center[None, :], tl.broadcast_to(spread[None, :], x.shape)), 0)
+                each = tl.load(each_ptr + head * D + d, mask=d < D, other=0)
+                x = tl.where(inside, (x - center[None, :]) * each[None, :], 0)
             xs += (x,)
-        turned = _turn(xs, D, KEYS, MOST, C, TURN)
-        zeros, scales, coarse = _grid(
+        if tl.max((most < float("inf")).to(tl.int32) ^ 1) > 0:  # false for NaN
+            tl.store(flags_ptr, 1)
+        EXACT: tl.constexpr = not KEYS and x_ptr.dtype.element_ty == TURN
+        turned = _turn(xs, D, KEYS, MOST, EXACT, C, TURN)
+        zeros, scales, coarse = grid(
             turned, D, GROUP, BITS, NARROW, FINE if KEYS else 0.0, C, zero_ptr.dtype.element_ty
         )
         if tl.max((coarse & live).to(tl.int32)) > 0:
@@ -139,33 +151,37 @@ def _quantize_turned_kernel(
         for g in tl.static_range(D // GROUP):
             tl.store(zero_ptr + n * (D // GROUP) + g, zeros[g], mask=live)
             tl.store(scale_ptr + n * (D // GROUP) + g, scales[g], mask=live)
+        eachs = ()
+        for g in tl.static_range(D // GROUP):
+            eachs += (reciprocal(scales[g].to(tl.float32)),)
         bytes = tl.arange(0, C * BITS // 8)
         errors = ()
         for j in tl.static_range((D + C - 1) // C):
             zero = zeros[j * C // GROUP].to(tl.float32)[:, None]
             scale = scales[j * C // GROUP].to(tl.float32)[:, None]
+            each = eachs[j * C // GROUP][:, None]
             target = turned[j]
             if FEEDBACK:
                 at = feedback_ptr + head.to(tl.int64) * (D * D) + c[:, None] * D + (j * C + c)[None, :]
+                mores = ()  # all are on their way before the first is used
                 for i in tl.static_range(j + 1):
                     seen = (i * C + c < D)[:, None] & (j * C + c < D)[None, :]
-                    more = tl.load(at + i * C * D, mask=seen, other=0).to(TURN)
-                    if i < j:
-                        target += tl.dot(errors[i], more, input_precision="ieee")
-                    else:  # blocks of SHAPED of these columns, for those after them
-                        for s in tl.static_range(C // SHAPED - 1):
-                            error = _codes(target, zero, scale, BITS) * scale + zero - target
-                            error = tl.where((c // SHAPED == s)[None, :], error, 0).to(TURN)
-                            target += tl.dot(error, more, input_precision="ieee")
-            codes = _codes(target, zero, scale, BITS)
+                    mores += (tl.load(at + i * C * D, mask=seen, other=0),)
+                for i in tl.static_range(j):
+                    target += tl.dot(errors[i], mores[i].to(TURN), input_precision="ieee")
+                for s in tl.static_range(C // SHAPED - 1):  # blocks of SHAPED of these columns, for those after them
+                    error = (rounded(target, zero, each, BITS) - ROUND) * scale + zero - target
+                    error = tl.where((c // SHAPED == s)[None, :], error, 0).to(TURN)
+                    target += tl.dot(error, mores[j].to(TURN), input_precision="ieee")
+            found = rounded(target, zero, each, BITS)
             if FEEDBACK:
-                errors += ((codes * scale + zero - target).to(TURN),)
-            packed = codes.to(tl.uint8)
+                errors += (((found - ROUND) * scale + zero - target).to(TURN),)
+            packed = found.to(tl.int32, bitcast=True)  # its lowest byte is the code
             if BITS == 2:
                 high, low = tl.split(tl.reshape(packed, [BLOCK_N, C // 2, 2]))
                 packed = (high << 2) | low
             high, low = tl.split(tl.reshape(packed, [BLOCK_N, C * BITS // 8, 2]))
-            packed = (high << 4) | low
+            packed = ((high << 4) | low).to(tl.uint8)
             to = codes_ptr + n[:, None] * (D * BITS // 8) + (j * C * BITS // 8 + bytes)[None, :]
             tl.store(to, packed, mask=live[:, None] & (j * C * BITS // 8 + bytes < D * BITS // 8)[None, :])
 
@@ -230,11 +246,12 @@ def _channels_kernel(
     turned = ()
     for j in tl.static_range((D + C - 1) // C):
         turned += (tl.minimum(tl.maximum(mixed[j], -MOST), MOST)[None, :],)
-    zeros, scales, _ = _grid(turned, D, GROUP, BITS, 1.0, 0.0, C, tl.float16)
+    zeros, scales, _ = grid(turned, D, GROUP, BITS, 1.0, 0.0, C, tl.float16)
     blocks = ()
     for j in tl.static_range((D + C - 1) // C):
         zero, scale = zeros[j * C // GROUP].to(tl.float32)[:, None], scales[j * C // GROUP].to(tl.float32)[:, None]
-        lost = tl.sum(turned[j] - (_codes(turned[j], zero, scale, BITS) * scale + zero), 0)
+        codes = rounded(turned[j], zero, reciprocal(scale), BITS) - ROUND
+        lost = tl.sum(turned[j] - (codes * scale + zero), 0)
         blocks += (tl.sum(tl.where(j * C + c < D, lost, 0)[:, None] * small, 0),)
     mixed = mix_blocks(blocks, D, C)
     for j in tl.static_range((D + C - 1) // C):
@@ -247,17 +264,22 @@ def _channels_kernel(
 
 @triton.jit
 @no_type_check
-def _turn(xs, D: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr, C: tl.constexpr, TURN: tl.constexpr):
-    """Rows in tiles of C columns turned; with KEYS clipped to MOST."""
+def _turn(
+    xs, D: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """Rows in tiles of C columns turned, which are EXACT if TURN has their values; with KEYS clipped to MOST."""
     c = tl.arange(0, C)
     SMALL: tl.constexpr = (D & -D) if (D & -D) < C else C
     matrix = signs(c[:, None], c[None, :], SMALL, TURN)
     blocks = ()
     for j in tl.static_range((D + C - 1) // C):
-        high = xs[j].to(TURN)
-        y = tl.dot(high, matrix, input_precision="ieee")
-        if TURN != tl.float32:  # noqa: SIM300 a constexpr on the right is no tuple's item
-            y = tl.dot((xs[j] - high.to(tl.float32)).to(TURN), matrix, y)
+        high = xs[j]
+        if TURN != tl.float32 and not EXACT:  # noqa: SIM300 a constexpr on the right is no tuple's item
+            high = (high.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)  # what bfloat16 has of it
+        y = tl.dot(high.to(TURN), matrix, input_precision="ieee")
+        if TURN != tl.float32 and not EXACT:  # noqa: SIM300
+            y = tl.dot((xs[j] - high).to(TURN), matrix, y)
         blocks += (y,)
     turned = mix_blocks(blocks, D, C)
     if KEYS:
@@ -266,49 +288,3 @@ def _turn(xs, D: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr, C: tl.con
             clipped += (tl.minimum(tl.maximum(turned[j], -MOST), MOST),)
         turned = clipped
     return turned
-
-
-@triton.jit
-@no_type_check
-def _grid(
-    turned, D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, NARROW: tl.constexpr, FINE: tl.constexpr,
-    C: tl.constexpr, STORED: tl.constexpr,
-):  # fmt: skip
-    """Zeros and scales of each group as they are stored, and of which rows they are too coarse."""
-    LAST: tl.constexpr = 2**BITS - 1
-    ROWS: tl.constexpr = turned[0].shape[0]
-    c = tl.arange(0, C)
-    zeros = ()
-    scales = ()
-    coarse = tl.zeros([ROWS], tl.int32) > 0
-    for g in tl.static_range(D // GROUP):
-        low = tl.full([ROWS], float("inf"), tl.float32)
-        high = tl.full([ROWS], float("-inf"), tl.float32)
-        for j in tl.static_range((D + C - 1) // C):
-            if j * C // GROUP == g:
-                own = (j * C + c < D)[None, :]
-                low = tl.minimum(low, tl.min(tl.where(own, turned[j], float("inf")), 1))
-                high = tl.maximum(high, tl.max(tl.where(own, turned[j], float("-inf")), 1))
-        span = (high - low) * NARROW
-        exact = low
-        if NARROW < 1:
-            exact = (low + high - span) * 0.5
-        step = tl.div_rn(span, tl.full([ROWS], LAST, tl.float32))
-        zero, scale = exact.to(STORED), step.to(STORED)
-        most = tl.maximum(step * 0.5, FINE)
-        held = tl.abs(zero.to(tl.float32) - exact) <= most
-        held &= tl.abs(scale.to(tl.float32) - step) * LAST <= most
-        coarse |= ~held
-        zeros += (zero,)
-        scales += (scale,)
-    return zeros, scales, coarse
-
-
-@triton.jit
-@no_type_check
-def _codes(x, zero, scale, BITS: tl.constexpr):
-    """Codes of values [n, C], as float32."""
-    LAST: tl.constexpr = 2**BITS - 1
-    safe = tl.broadcast_to(tl.where(scale > 0, scale, 1.0), x.shape)
-    steps = tl.where(scale > 0, tl.div_rn(x - zero, safe), 0.0)
-    return tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LAST)

@@ -73,15 +73,20 @@ def turn_columns(parts, D: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr
 @triton.jit
 @no_type_check
 def mix_blocks(blocks, D: tl.constexpr, C: tl.constexpr):
-    """What is left to do of turning once each block of C values was turned: sums and differences of blocks."""
+    """What is left to do of turning once each block of C values was turned: sums and differences of pairs of blocks."""
     BLOCK: tl.constexpr = D & -D
     R: tl.constexpr = BLOCK // C if BLOCK > C else 1
+    for power in tl.static_range(R.bit_length() - 1):
+        mixed = ()
+        for j in tl.static_range((D + C - 1) // C):
+            if j >> power & 1:
+                mixed += (blocks[j ^ (1 << power)] - blocks[j],)
+            else:
+                mixed += (blocks[j] + blocks[j ^ (1 << power)],)
+        blocks = mixed
     turned = ()
     for j in tl.static_range((D + C - 1) // C):
-        x = blocks[j // R * R]
-        for i in tl.static_range(1, R):
-            x = _added(x, blocks[j // R * R + i], i & j & (R - 1))
-        turned += (x * (1.0 / BLOCK**0.5),)
+        turned += (blocks[j] * (1.0 / BLOCK**0.5),)
     return turned
 
 
