@@ -4,7 +4,7 @@ Up to 8 bits keys are the rows (M) of the products and query rows the columns (N
 16 bits query rows are the rows. Tuning: docs/tuning.md.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
@@ -15,7 +15,11 @@ from kvzip.ops.triton.turn import turn_columns
 
 
 class Form(NamedTuple):
-    """What a split is compiled for."""
+    """What a split is compiled for.
+
+    Dtypes are fields by their names in `triton.language`, and properties for kernels: where a program watches what is
+    compiled, as vLLM does, Triton tells it so in JSON, which it cannot write of dtypes within a tuple.
+    """
 
     G: int  # query heads of a KV head
     D: int
@@ -25,21 +29,37 @@ class Form(NamedTuple):
     V_BITS: int
     K_GROUP: int  # values that share a step
     V_GROUP: int
-    COMPUTE: Any  # dtype of products of plain rows
-    K_COMPUTE: Any  # and of keys and values as they are stored
-    V_COMPUTE: Any
+    compute: str  # dtype of products of plain rows
+    k_compute: str  # and of keys and values as they are stored
+    v_compute: str
     PACKED: bool  # codes become float16 by one instruction for two words
     SOFTCAP: bool
     BIAS: bool
     CHANNELS: bool  # keys have centers and spreads
     TURN_K: bool  # keys are turned, and so queries are
     TURN_V: bool  # values are turned, and so what they give is turned back
-    TURN: Any  # dtype of products that turn
+    turn: str  # dtype of products that turn
     PAGE: int  # rows of a page, or 0
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
     SHORT: bool  # there may be fewer rows than a tile has
     KEYS_FIRST: bool  # keys are the rows of the products
+
+    @property
+    def COMPUTE(self) -> tl.dtype:
+        return getattr(tl, self.compute)
+
+    @property
+    def K_COMPUTE(self) -> tl.dtype:
+        return getattr(tl, self.k_compute)
+
+    @property
+    def V_COMPUTE(self) -> tl.dtype:
+        return getattr(tl, self.v_compute)
+
+    @property
+    def TURN(self) -> tl.dtype:
+        return getattr(tl, self.turn)
 
 
 @triton.jit
