@@ -65,6 +65,12 @@ def compute_name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+@getattr(triton, "constexpr_function", lambda function: function)  # Triton before 3.5 can interpret alone
+def dtype_of(name):  # no types: what Triton reads has none
+    """In a kernel, the dtype of a name in `triton.language`."""
+    return getattr(tl, name)
+
+
 def check_dtype(x: Tensor) -> None:
     """Raises: ValueError for float64, which the kernels do not have."""
     if x.dtype not in _DTYPES:

@@ -161,16 +161,16 @@ def forms(
     code = "float16" if packed else compute
     context = Form(
         G=group, D=q.shape[-1] if q.ndim == 3 else q.shape[3], M=config.block_m, N=config.block_n,
-        K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, compute=compute,
-        k_compute=code if k_bits < 16 else compute, v_compute=code if v_bits < 16 else compute, PACKED=packed,
+        K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
+        K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None,
         TURN_K=isinstance(k, Quantized) and k.turned, TURN_V=isinstance(v, Quantized) and v.turned,
-        turn="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
+        TURN="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m, N=max(triton.next_power_of_2(config.block_n * bits // 16), 16),  # as many bytes as a context's tile
-        K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, k_compute=compute, v_compute=compute, PACKED=False,
+        K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, K_COMPUTE=compute, V_COMPUTE=compute, PACKED=False,
         BIAS=False, CHANNELS=False, TURN_K=False, TURN_V=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
     )  # fmt: skip
     return context, tail

@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from kvzip.ops.triton.common import LOG2_E, prefetch
+from kvzip.ops.triton.common import LOG2_E, dtype_of, prefetch
 from kvzip.ops.triton.turn import turn_columns
 
 
@@ -146,15 +146,15 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
         if F.TURN_K:
             parts += (q,)
         else:
-            q = (q * (factor * lift)).to(F.K_COMPUTE)
+            q = (q * (factor * lift)).to(dtype_of(F.K_COMPUTE))
             parts += (q,)
             total += q.to(tl.float32) * (1 / lift)
     if F.TURN_K:  # the matrix is symmetric: turned queries meet turned keys
-        turned = turn_columns(parts, F.D, EACH, F.TURN)
+        turned = turn_columns(parts, F.D, EACH, dtype_of(F.TURN))
         parts = ()
         for part in tl.static_range(EACH):
             lift = 2.0 ** (part * F.K_BITS % 8)
-            q = (turned[part] * (factor * lift)).to(F.K_COMPUTE)
+            q = (turned[part] * (factor * lift)).to(dtype_of(F.K_COMPUTE))
             parts += (q,)
             total += q.to(tl.float32) * (1 / lift)
     return parts, total, tl.sum(total, 0), unit, central

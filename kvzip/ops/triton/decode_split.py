@@ -9,7 +9,7 @@ from typing import NamedTuple, no_type_check
 import triton
 import triton.language as tl
 
-from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, product, tanh
+from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, dtype_of, exp2, product, tanh
 from kvzip.ops.triton.decode_load import codes, load_queries, load_queries_for_codes, load_tile, load_vector
 from kvzip.ops.triton.turn import turn_columns
 
@@ -17,8 +17,8 @@ from kvzip.ops.triton.turn import turn_columns
 class Form(NamedTuple):
     """What a split is compiled for.
 
-    Dtypes are fields by their names in `triton.language`, and properties for kernels: where a program watches what is
-    compiled, as vLLM does, Triton tells it so in JSON, which it cannot write of dtypes within a tuple.
+    Dtypes are held by their names (`dtype_of`): where a program watches what is compiled, as vLLM does, Triton tells
+    it in JSON, and fails for dtypes within a tuple.
     """
 
     G: int  # query heads of a KV head
@@ -29,37 +29,21 @@ class Form(NamedTuple):
     V_BITS: int
     K_GROUP: int  # values that share a step
     V_GROUP: int
-    compute: str  # dtype of products of plain rows
-    k_compute: str  # and of keys and values as they are stored
-    v_compute: str
+    COMPUTE: str  # dtype of products of plain rows
+    K_COMPUTE: str  # and of keys and values as they are stored
+    V_COMPUTE: str
     PACKED: bool  # codes become float16 by one instruction for two words
     SOFTCAP: bool
     BIAS: bool
     CHANNELS: bool  # keys have centers and spreads
     TURN_K: bool  # keys are turned, and so queries are
     TURN_V: bool  # values are turned, and so what they give is turned back
-    turn: str  # dtype of products that turn
+    TURN: str  # dtype of products that turn
     PAGE: int  # rows of a page, or 0
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
     SHORT: bool  # there may be fewer rows than a tile has
     KEYS_FIRST: bool  # keys are the rows of the products
-
-    @property
-    def COMPUTE(self) -> tl.dtype:
-        return getattr(tl, self.compute)
-
-    @property
-    def K_COMPUTE(self) -> tl.dtype:
-        return getattr(tl, self.k_compute)
-
-    @property
-    def V_COMPUTE(self) -> tl.dtype:
-        return getattr(tl, self.v_compute)
-
-    @property
-    def TURN(self) -> tl.dtype:
-        return getattr(tl, self.turn)
 
 
 @triton.jit
@@ -97,7 +81,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
-        queries = load_queries(q_at, live, F.D, F.K_COMPUTE)
+        queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
     acc = ()
     for _ in tl.static_range(EACH):
         if F.KEYS_FIRST:
@@ -143,7 +127,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         for part in tl.static_range(EACH):
             unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
             whole += ((acc[part] * unit + shift[None, :]) * share[None, :],)
-        whole = turn_columns(whole, F.D, EACH, F.TURN)
+        whole = turn_columns(whole, F.D, EACH, dtype_of(F.TURN))
     for part in tl.static_range(EACH):
         if F.KEYS_FIRST:
             at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
@@ -232,7 +216,8 @@ def _tile(
         if F.SOFTCAP or F.D != F.K_GROUP:
             x += mark[:, None]
     else:
-        x = product(k.to(F.K_COMPUTE), queries) if F.KEYS_FIRST else product(queries, k.to(F.K_COMPUTE))
+        wide = k.to(dtype_of(F.K_COMPUTE))
+        x = product(wide, queries) if F.KEYS_FIRST else product(queries, wide)
         if F.SOFTCAP:
             x = tanh(x * (scale / softcap)) * softcap
         if LOG2:
@@ -250,7 +235,7 @@ def _tile(
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
-    EXACT: tl.constexpr = tl.float32 == F.COMPUTE
+    EXACT: tl.constexpr = tl.float32 == dtype_of(F.COMPUTE)
     lower = floor[None, :] if F.KEYS_FIRST else floor[:, None]
     if LOG2:
         decay = exp2(peak - floor, EXACT)
@@ -267,10 +252,10 @@ def _tile(
         if F.KEYS_FIRST:
             if not CODED:
                 v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, True)
-            acc = (add_product(acc[0] * decay[None, :], v.to(F.V_COMPUTE), p.to(F.V_COMPUTE)),)
+            acc = (add_product(acc[0] * decay[None, :], v.to(dtype_of(F.V_COMPUTE)), p.to(dtype_of(F.V_COMPUTE))),)
         else:
             v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
-            acc = (add_product(acc[0] * decay[:, None], p.to(F.V_COMPUTE), v.to(F.V_COMPUTE)),)
+            acc = (add_product(acc[0] * decay[:, None], p.to(dtype_of(F.V_COMPUTE)), v.to(dtype_of(F.V_COMPUTE))),)
     return acc, new_peak, total, shift, ahead
 
 
@@ -288,7 +273,7 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     Q: tl.constexpr = F.D // F.K_GROUP
     UNIT: tl.constexpr = 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
-    CENTER: tl.constexpr = HALF if tl.float32 == F.K_COMPUTE else 0  # what `codes` has subtracted
+    CENTER: tl.constexpr = HALF if tl.float32 == dtype_of(F.K_COMPUTE) else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
     x = tl.zeros([N, M], tl.float32)
     for group in tl.static_range(Q):
@@ -300,11 +285,11 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
             zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
         y = tl.broadcast_to((q_sum * ((CENTER - HALF) * UNIT))[None, :], [N, M])
         for part in tl.static_range(EACH):
-            code = codes(k, part, F.K_BITS, F.K_COMPUTE, F.PACKED)
+            code = codes(k, part, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED)
             q = parts[part]
             if Q > 1:
-                q = tl.where(inside, q, 0).to(F.K_COMPUTE)
-            if tl.float32 == F.K_COMPUTE:
+                q = tl.where(inside, q, 0).to(dtype_of(F.K_COMPUTE))
+            if tl.float32 == dtype_of(F.K_COMPUTE):
                 y = tl.fma(product(code, tl.trans(q)), 1.0, y)
             else:
                 y = tl.dot(code, q, y)
@@ -323,7 +308,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     Q: tl.constexpr = F.D // F.V_GROUP
-    CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == F.V_COMPUTE else 0
+    CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == dtype_of(F.V_COMPUTE) else 0
     w = tl.arange(0, BLOCK_W)
     sums = ()
     for part in tl.static_range(EACH):
@@ -332,7 +317,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        weight = (p * (step * up)[:, None]).to(F.V_COMPUTE)
+        weight = (p * (step * up)[:, None]).to(dtype_of(F.V_COMPUTE))
         offset = p * ((zero + CENTER * step) * up)[:, None]
         if Q == 1:
             shift = _add_sum(shift, decay, offset, F)
@@ -340,7 +325,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
             offset = tl.sum(offset, 0)
         added = ()
         for part in tl.static_range(EACH):
-            code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED)  # [BLOCK_W, N]
+            code = codes(v, part, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED)  # [BLOCK_W, N]
             if Q == 1:
                 added += (add_product(sums[part], code, weight),)
             else:
