@@ -192,9 +192,10 @@ def _tile(
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
     mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
     if F.V_BITS < 16:
+        Q: tl.constexpr = F.D // F.V_GROUP  # Triton 3.5 takes a range's end by name alone
         largest = v_step
-        for part in tl.static_range(1, F.D // F.V_GROUP):
-            other = load_vector(values[1], at, stop, part, F.D // F.V_GROUP, F.SHORT, F.N)
+        for part in tl.static_range(1, Q):
+            other = load_vector(values[1], at, stop, part, Q, F.SHORT, F.N)
             largest = tl.maximum(largest, other.to(tl.float32))
         exponent = _exponent(largest)
         above = tl.minimum(tl.maximum(exponent - common, -126), 126)
