@@ -123,7 +123,8 @@ def test_tokens_that_pad_a_graph_have_no_document() -> None:
     state._rows, state._positions = torch.zeros((3, 8), dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
     batch = SimpleNamespace(
         num_tokens_after_padding=7, num_tokens=5, num_reqs=2, idx_mapping=torch.tensor([2, 1], dtype=torch.int32),
-        query_start_loc=torch.tensor([0, 4, 5, 5, 5], dtype=torch.int32), positions=torch.tensor([6, 7, 8, 9, 2, 60, 61]),
+        query_start_loc=torch.tensor([0, 4, 5, 5, 5], dtype=torch.int32),
+        positions=torch.tensor([6, 7, 8, 9, 2, 60, 61]),
     )  # fmt: skip
     state._fill(batch)
     assert state._rows[0, :7].tolist() == [5, 5, 5, 5, 3, -1, -1]
