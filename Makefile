@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 
 # In one process: vLLM's engine runs within it, and each start of one takes seconds.
 test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -o addopts= --durations=5 tests/vllm_plugin
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -o addopts= -p no:logging --durations=5 tests/vllm_plugin
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -31,6 +31,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 from benchmarks import harness  # noqa: E402
+from benchmarks.failures import what_failed  # noqa: E402
 from benchmarks.shapes import CONFIGS, shapes  # noqa: E402
 from benchmarks.vllm_answers import (  # noqa: E402
     QUESTION,
@@ -74,7 +75,8 @@ def main() -> int:
             print("RESULT", json.dumps(line), flush=True)
         return 0
     if not given.tested:
-        harness.test_or_exit(str(harness.ROOT / "tests/vllm_plugin/test_probabilities.py"))
+        tests = str(harness.ROOT / "tests/vllm_plugin/test_probabilities.py")
+        harness.test_or_exit("-p", "no:logging", tests)  # torch logs each step of a compilation
     facts = harness.facts("cuda" if torch.cuda.is_available() else "cpu", given.commit)
     missing, end = 0, time.perf_counter() + given.total
     for ways in ENGINES.values():
@@ -108,7 +110,7 @@ def in_a_process(
     command = [sys.executable, __file__, "--alone", "--shape", given.shape, "--tokens", str(given.tokens)]
     command += ["--loads", *loads, "--ways", *ways]
     command += [] if given.layers is None else ["--layers", str(given.layers)]
-    begin, found = time.perf_counter(), 0
+    begin, found, told = time.perf_counter(), 0, []
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True)
         timer = threading.Timer(seconds, os.killpg, (child.pid, signal.SIGKILL))
@@ -121,13 +123,13 @@ def in_a_process(
             elif line.startswith("MARK "):
                 print(line.removeprefix("MARK "), end="", flush=True)
             else:
-                said.write(line)
+                told.append(line)
         code = child.wait()
         timer.cancel()
         print(f"{' '.join(ways)}: {found} figures in {time.perf_counter() - begin:.0f} s, status {code}", flush=True)
         if code:
             said.seek(0)
-            print(said.read()[-6000:], flush=True)
+            print(what_failed("".join(told)), what_failed(said.read()), sep="\n", flush=True)
 
 
 def run(given: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -63,8 +63,8 @@ class DocumentState(vllm.DefaultModelState):
         self.documents.start(server, settings_of(vllm_config.additional_config))
         self._host = np.zeros((2, self.max_num_reqs), dtype=np.int32)  # place of the document and its tokens
         self._host[0] = -1
-        self._changed = True
-        self._of_request = torch.empty((2, self.max_num_reqs), dtype=torch.int32, device=device)
+        self._changed = False
+        self._of_request = torch.tensor(self._host, device=device)  # graphs are captured before there is a request
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self._rows = torch.zeros((3, self.max_num_tokens), dtype=torch.int32, device=device)
         self._counts = torch.arange(self.max_num_tokens, dtype=torch.int32, device=device)
@@ -113,7 +113,7 @@ class DocumentState(vllm.DefaultModelState):
         return {**inputs, "positions": self._positions[:num_tokens]}
 
     def _fill(self, batch: Any) -> None:
-        """Writes rows and positions of a batch's tokens; tokens that pad it have no document.
+        """Writes rows and positions of a batch's tokens; tokens that pad it have no document, and are at position 0.
 
         A request's token sees as many rows of its pages as its place in them says; only pages on a CPU ask for that.
         """
@@ -122,11 +122,12 @@ class DocumentState(vllm.DefaultModelState):
         sequence = torch.searchsorted(batch.query_start_loc[1 : requests + 1], count, right=True, out_int32=True)
         sequence.clamp_(max=requests - 1)
         place, length = self._of_request[:, batch.idx_mapping[:requests].long()][:, sequence.long()]
-        own = batch.positions[:padded]
-        self._rows[0, :padded] = place.masked_fill_(count >= tokens, -1)
+        padding = count >= tokens
+        own = batch.positions[:padded].masked_fill(padding, 0)  # vLLM leaves those of earlier steps there
+        self._rows[0, :padded] = place.masked_fill_(padding, -1)
         self._rows[1, :padded] = sequence
         self._rows[2, :padded] = (own + 1).int()
-        self._positions[:padded] = own + length
+        self._positions[:padded] = own + length.masked_fill_(padding, 0)
 
 
 def _longest(model: torch.nn.Module) -> int:

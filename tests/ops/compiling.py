@@ -84,6 +84,8 @@ class recording:
             get_current_stream = staticmethod(lambda device: 0)
 
         triton.runtime.driver.set_active(Driver())
+        # As vLLM does, which wants to know of what is compiled while it serves: Triton must be able to say what it was.
+        triton.knobs.runtime.jit_post_compile_hook = lambda **compiled: None
         self.run, record = JITFunction.run, []
 
         def compile_only(function, *args, grid, warmup, **kwargs):

@@ -123,13 +123,15 @@ def test_tokens_that_pad_a_graph_have_no_document() -> None:
     state._rows, state._positions = torch.zeros((3, 8), dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
     batch = SimpleNamespace(
         num_tokens_after_padding=7, num_tokens=5, num_reqs=2, idx_mapping=torch.tensor([2, 1], dtype=torch.int32),
-        query_start_loc=torch.tensor([0, 4, 5, 5, 5], dtype=torch.int32), positions=torch.tensor([6, 7, 8, 9, 2, 0, 0]),
+        query_start_loc=torch.tensor([0, 4, 5, 5, 5], dtype=torch.int32),
+        positions=torch.tensor([6, 7, 8, 9, 2, 60, 61]),
     )  # fmt: skip
     state._fill(batch)
     assert state._rows[0, :7].tolist() == [5, 5, 5, 5, 3, -1, -1]
     assert state._rows[1, :5].tolist() == [0, 0, 0, 0, 1]
     assert state._rows[2, :5].tolist() == [7, 8, 9, 10, 3]
-    assert state._positions[:5].tolist() == [96, 97, 98, 99, 72]
+    assert state._positions[:7].tolist() == [96, 97, 98, 99, 72, 0, 0]  # what an earlier step left there is not read
+    assert state._rows[2, 5:7].tolist() == [1, 1]
 
 
 def test_graphs_of_whole_steps_are_captured_with_documents(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,30 @@ def test_families_bits_and_biases_answer_as_kvzip_does(
     assert shown["tokens"] == len(cache.token_ids)
 
 
+def test_batches_before_the_first_request_have_no_document(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are captured with such batches: what they read must be there when the engine starts."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    model = kvzip.load(model_dir, dtype=torch.float32, device="cpu")
+    kvzip.save(kvzip.prefill(model, TEXT), tmp_path / "a.kvz", model=model)
+    empty = torch.empty
+
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        made = empty(*args, **options)
+        return made.fill_(torch.iinfo(made.dtype).max) if made.dtype in (torch.int32, torch.int64) else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with running(model_dir, {"documents": {"a": str(tmp_path / "a.kvz")}}) as engine:
+        runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        state = runner.model_state
+        state._fill(InputBatch.make_dummy(3, 11, runner.input_buffers))
+        assert state._rows[0, :11].tolist() == [-1] * 11
+        assert state._positions.tolist() == [0] * len(state._positions)
+        assert bool(runner._dummy_run(11)[0].isfinite().all())
+
+
 def test_what_is_not_supported_is_refused_before_anything_is_loaded(tmp_path: Path, model_dir: Path) -> None:
     gemma = small_checkpoint.write(
         tmp_path / "gemma", family="Gemma2", query_pre_attn_scalar=32, hidden_activation="gelu_pytorch_tanh"

@@ -17,7 +17,7 @@ R = TypeVar("R")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def interpreted() -> bool:
@@ -54,10 +54,21 @@ def compute_dtype(x: Tensor) -> tl.dtype:
 
     Raises: ValueError for float64, which the kernels do not have.
     """
+    return getattr(tl, compute_name(x))
+
+
+def compute_name(x: Tensor) -> str:
+    """The name of `compute_dtype(x)` in `triton.language`, and in torch. Raises ValueError as that does."""
     check_dtype(x)
     if x.dtype == torch.bfloat16 and interpreted():
-        return tl.float32
-    return _DTYPES[x.dtype]
+        return "float32"
+    return str(x.dtype).removeprefix("torch.")
+
+
+@getattr(triton, "constexpr_function", lambda function: function)  # Triton before 3.5 can interpret alone
+def dtype_of(name):  # no types: what Triton reads has none
+    """In a kernel, the dtype of a name in `triton.language`."""
+    return getattr(tl, name)
 
 
 def check_dtype(x: Tensor) -> None:

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvzip.ops.triton.common import (
-    compute_dtype,
+    compute_name,
     interpreted,
     launch_options,
     on_device,
@@ -163,18 +162,18 @@ def forms(
     page: int = 0,
 ) -> tuple[Form, Form]:
     """What splits of contexts and of tails are compiled for; `tail_m` as from `tail_block`."""
-    compute = compute_dtype(q)
+    compute = compute_name(q)
     (k_bits, k_group), (v_bits, v_group) = _format(k), _format(v)
     bits = tile_bits(k, v)
-    packed = bits < 16 and compute != tl.float32 and not interpreted()
-    code = tl.float16 if packed else compute
+    packed = bits < 16 and compute != "float32" and not interpreted()
+    code = "float16" if packed else compute
     context = Form(
         G=group, D=q.shape[-1] if q.ndim == 3 else q.shape[3], M=config.block_m, N=config.block_n,
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
         K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None,
         TURN_K=is_turned(k), TURN_V=is_turned(v),
-        TURN=tl.float32 if compute == tl.float32 or interpreted() else tl.bfloat16, PAGE=0,
+        TURN="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16 and config.block_m < 64,
     )  # fmt: skip
     tail = context._replace(

@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from kvzip.ops.triton.common import LOG2_E, prefetch
+from kvzip.ops.triton.common import LOG2_E, dtype_of, prefetch
 from kvzip.ops.triton.turn import turn_columns, turn_rows
 
 
@@ -123,8 +123,9 @@ def load_queries(q_at, live, D: tl.constexpr, COMPUTE: tl.constexpr):
 @no_type_check
 def join_parts(words, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, TOP: tl.constexpr):
     """The codes of rows of words in their order, [rows, values], as `codes` gives them."""
+    EACH: tl.constexpr = 16 // BITS
     parts = ()
-    for part in tl.static_range(16 // BITS):
+    for part in tl.static_range(EACH):
         parts += (codes(words, part, BITS, COMPUTE, PACKED, TOP),)
     if BITS == 8:
         x = tl.join(parts[0], parts[1])
@@ -133,7 +134,7 @@ def join_parts(words, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.cons
     else:
         even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
         x = tl.join(even, tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))
-    return tl.reshape(x, [words.shape[0], words.shape[1] * (16 // BITS)])
+    return tl.reshape(x, [words.shape[0], words.shape[1] * EACH])
 
 
 @triton.jit
@@ -190,19 +191,19 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
                 q *= tl.load(spread_ptr + EACH * w + part, mask=w < W, other=0)[:, None]
             parts += (q,)
         if F.TURN_K:  # the matrix is symmetric: turned queries meet turned keys
-            parts = turn_columns(parts, F.D, EACH, F.TURN)
+            parts = turn_columns(parts, F.D, EACH, dtype_of(F.TURN))
         queries = ()
         total = tl.zeros([BLOCK_W, M], tl.float32)
         for part in tl.static_range(EACH):
             lift = 1.0 if TOP else 2.0 ** (part * F.K_BITS % 8)  # as `lifts`
-            q = (parts[part] * (factor * lift)).to(F.K_COMPUTE)
+            q = (parts[part] * (factor * lift)).to(dtype_of(F.K_COMPUTE))
             queries += (q,)
             total += q.to(tl.float32) * (1 / lift)
         return queries, total, tl.sum(total, 0), unit, central
     else:
         if F.TURN_K:
-            whole = turn_rows(whole, F.D, F.TURN)
+            whole = turn_rows(whole, F.D, dtype_of(F.TURN))
         lift = lifts(d, F.K_BITS, TOP)[None, :]
-        queries = (whole * (factor * lift)).to(F.K_COMPUTE)
+        queries = (whole * (factor * lift)).to(dtype_of(F.K_COMPUTE))
         total = tl.sum(queries.to(tl.float32) / lift, 1)
         return queries, total, total, unit, central

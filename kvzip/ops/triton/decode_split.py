@@ -4,12 +4,12 @@ Query rows are the rows (M) of the products. With few of them and up to 8 bits k
 columns (N), where 8 need no padding to 16. Tuning: docs/tuning.md.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
 
-from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, exp2, product, tanh
+from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, dtype_of, exp2, product, tanh
 from kvzip.ops.triton.decode_load import (
     codes,
     join_parts,
@@ -23,7 +23,11 @@ from kvzip.ops.triton.turn import turn_columns, turn_rows
 
 
 class Form(NamedTuple):
-    """What a split is compiled for."""
+    """What a split is compiled for.
+
+    Dtypes are held by their names (`dtype_of`): where a program watches what is compiled, as vLLM does, Triton tells
+    it in JSON, and fails for dtypes within a tuple.
+    """
 
     G: int  # query heads of a KV head
     D: int
@@ -33,16 +37,16 @@ class Form(NamedTuple):
     V_BITS: int
     K_GROUP: int  # values that share a step
     V_GROUP: int
-    COMPUTE: Any  # dtype of products of plain rows
-    K_COMPUTE: Any  # and of keys and values as they are stored
-    V_COMPUTE: Any
+    COMPUTE: str  # dtype of products of plain rows
+    K_COMPUTE: str  # and of keys and values as they are stored
+    V_COMPUTE: str
     PACKED: bool  # codes become float16 by one instruction for two words
     SOFTCAP: bool
     BIAS: bool
     CHANNELS: bool  # keys have centers and spreads
     TURN_K: bool  # keys are turned, and so queries are
     TURN_V: bool  # values are turned, and so what they give is turned back
-    TURN: Any  # dtype of products that turn
+    TURN: str  # dtype of products that turn
     PAGE: int  # rows of a page, or 0
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
@@ -85,7 +89,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
-        queries = load_queries(q_at, live, F.D, F.K_COMPUTE)
+        queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
     if F.KEYS_FIRST:
         acc = ()
         for _ in tl.static_range(EACH):
@@ -134,7 +138,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
                 x = x * 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8) + shift[None, :]
             whole += (x * share[None, :],)
         if F.TURN_V:
-            whole = turn_columns(whole, F.D, EACH, F.TURN)
+            whole = turn_columns(whole, F.D, EACH, dtype_of(F.TURN))
         for part in tl.static_range(EACH):
             at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
             tl.store(at_part, whole[part], mask=(w < W)[:, None] & live[None, :])
@@ -145,7 +149,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
             x = x * (lifts(d, F.V_BITS, False) * 2.0 ** (16 + F.V_BITS))[None, :] + shift[:, None]
         x *= share[:, None]
         if F.TURN_V:
-            x = turn_rows(x, F.D, F.TURN)
+            x = turn_rows(x, F.D, dtype_of(F.TURN))
         at_row = part_ptr + place[:, None].to(tl.int64) * F.D + d[None, :]
         tl.store(at_row, x, mask=live[:, None] & (d < F.D)[None, :])
 
@@ -212,9 +216,10 @@ def _tile(
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
     mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
     if F.V_BITS < 16:
+        Q: tl.constexpr = F.D // F.V_GROUP  # Triton 3.5 takes a range's end by name alone
         largest = v_step
-        for part in tl.static_range(1, F.D // F.V_GROUP):
-            other = load_vector(values[1], at, stop, part, F.D // F.V_GROUP, F.SHORT, F.N)
+        for part in tl.static_range(1, Q):
+            other = load_vector(values[1], at, stop, part, Q, F.SHORT, F.N)
             largest = tl.maximum(largest, other.to(tl.float32))
         exponent = _exponent(largest)
         above = tl.minimum(tl.maximum(exponent - common, -126), 126)
@@ -236,7 +241,8 @@ def _tile(
         if F.SOFTCAP or F.D != F.K_GROUP:
             x += _of_keys(mark, F)
     else:
-        x = product(k.to(F.K_COMPUTE), queries) if F.KEYS_FIRST else product(queries, k.to(F.K_COMPUTE))
+        wide = k.to(dtype_of(F.K_COMPUTE))
+        x = product(wide, queries) if F.KEYS_FIRST else product(queries, wide)
         if F.SOFTCAP:
             x = tanh(x * (scale / softcap)) * softcap
         if LOG2:
@@ -251,7 +257,7 @@ def _tile(
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
-    EXACT: tl.constexpr = tl.float32 == F.COMPUTE
+    EXACT: tl.constexpr = tl.float32 == dtype_of(F.COMPUTE)
     lower = _of_queries(floor, F)
     if LOG2:
         decay = exp2(peak - floor, EXACT)
@@ -268,10 +274,10 @@ def _tile(
         if F.KEYS_FIRST:
             if not CODED:
                 v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, True)
-            acc = (add_product(acc[0] * decay[None, :], v.to(F.V_COMPUTE), p.to(F.V_COMPUTE)),)
+            acc = (add_product(acc[0] * decay[None, :], v.to(dtype_of(F.V_COMPUTE)), p.to(dtype_of(F.V_COMPUTE))),)
         else:
             v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
-            acc = (add_product(acc[0] * decay[:, None], p.to(F.V_COMPUTE), v.to(F.V_COMPUTE)),)
+            acc = (add_product(acc[0] * decay[:, None], p.to(dtype_of(F.V_COMPUTE)), v.to(dtype_of(F.V_COMPUTE))),)
     return acc, new_peak, total, shift, ahead
 
 
@@ -290,7 +296,7 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     TOP: tl.constexpr = F.K_BITS == 2
     UNIT: tl.constexpr = 2.0**-16 if TOP else 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
-    CENTER: tl.constexpr = HALF if tl.float32 == F.K_COMPUTE else 0  # what `codes` has subtracted
+    CENTER: tl.constexpr = HALF if tl.float32 == dtype_of(F.K_COMPUTE) else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
     none = tl.zeros([N, M] if F.KEYS_FIRST else [M, N], tl.float32)
     x = none
@@ -304,16 +310,16 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
         y = _of_queries(q_sum * ((CENTER - HALF) * UNIT), F) + none
         if F.KEYS_FIRST:
             for part in tl.static_range(EACH):
-                code = codes(k, part, F.K_BITS, F.K_COMPUTE, F.PACKED, TOP)
+                code = codes(k, part, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)
                 q = rows[part]
                 if Q > 1:
-                    q = tl.where(inside, q, 0).to(F.K_COMPUTE)
-                if tl.float32 == F.K_COMPUTE:
+                    q = tl.where(inside, q, 0).to(dtype_of(F.K_COMPUTE))
+                if tl.float32 == dtype_of(F.K_COMPUTE):
                     y = tl.fma(product(code, tl.trans(q)), 1.0, y)
                 else:
                     y = tl.dot(code, q, y)
         else:
-            y = tl.dot(rows, tl.trans(join_parts(k, F.K_BITS, F.K_COMPUTE, F.PACKED, TOP)), y)
+            y = tl.dot(rows, tl.trans(join_parts(k, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)), y)
         middle = _of_keys((zero + HALF * step) * unit, F) * _of_queries(q_sum, F)
         if Q == 1 and not F.SOFTCAP:
             middle += _of_keys(mark, F)
@@ -329,16 +335,17 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     Q: tl.constexpr = F.D // F.V_GROUP
-    CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == F.V_COMPUTE else 0
+    CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == dtype_of(F.V_COMPUTE) else 0
     w = tl.arange(0, BLOCK_W)
+    SUMS: tl.constexpr = EACH if F.KEYS_FIRST else 1
     sums = ()
-    for part in tl.static_range(EACH if F.KEYS_FIRST else 1):
+    for part in tl.static_range(SUMS):
         sums += (acc[part] * _of_queries(decay, F),)
     for group in tl.static_range(Q):
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        weight = (p * _of_keys(step * up, F)).to(F.V_COMPUTE)
+        weight = (p * _of_keys(step * up, F)).to(dtype_of(F.V_COMPUTE))
         offset = p * _of_keys((zero + CENTER * step) * up, F)
         if Q == 1:
             shift = _add_sum(shift, decay, offset, F)
@@ -347,7 +354,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
         added = ()
         if F.KEYS_FIRST:
             for part in tl.static_range(EACH):
-                code = codes(v, part, F.V_BITS, F.V_COMPUTE, F.PACKED, False)  # [BLOCK_W, N]
+                code = codes(v, part, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED, False)  # [BLOCK_W, N]
                 if Q == 1:
                     added += (add_product(sums[part], code, weight),)
                 else:
@@ -356,7 +363,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
                     more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
                     added += (sums[part] + tl.where(inside, more, 0),)
         else:
-            added += (add_product(sums[0], weight, join_parts(v, F.V_BITS, F.V_COMPUTE, F.PACKED, False)),)
+            added += (add_product(sums[0], weight, join_parts(v, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED, False)),)
         sums = added
     return sums, shift
 
