@@ -4,6 +4,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -16,9 +17,9 @@ class GraphMemory:
 
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._pool = (0, 0)
+        self._pool: Any = None
 
-    def pool(self) -> tuple[int, int]:
+    def pool(self) -> Any:
         """The pool of the graphs that are there, or a new one."""
         if not self.graphs:
             self._pool = torch.cuda.graph_pool_handle()

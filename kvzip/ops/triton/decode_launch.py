@@ -54,7 +54,7 @@ def launch_config(
         rows = min(rows, 8)  # 16 of them, turned by four warps, came out wrong with Triton 3.6
     if bits < 16:
         if bits <= 8 and D <= 128 and rows > 32 and hopper:  # query rows are the rows of products
-            return Launch(64, 32, 4, 3)
+            return Launch(64, 16 if padded else 32, 4, 3)  # 64 keys would spill, and 32 padded ones
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
