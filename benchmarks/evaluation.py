@@ -4,7 +4,8 @@
     python benchmarks/evaluation.py MODEL_DIR --study ...    # instead, other chunk lengths and an oracle: `studies.py`
     python benchmarks/evaluation.py MODEL_DIR --scoring ...  # instead, ways of scoring; --bits: bits and whole heads
     python benchmarks/evaluation.py MODEL_DIR --refit ...    # instead, fitted pairs in the bytes of pairs that are not
-    python benchmarks/evaluation.py MODEL_DIR --bytes ...    # instead, few bits, and parts of the full cache's bytes
+    python benchmarks/evaluation.py MODEL_DIR --fewer ...    # instead, as many pairs in fewer bits
+    python benchmarks/evaluation.py MODEL_DIR --bytes ...    # instead, parts of the full cache's bytes
     python benchmarks/evaluation.py --render      # plots and tables of docs/evals.md, scoring.md, concepts.md
 
 `plans.py` says what is asked. Processes take the GPUs in turn: six for each. One work is one task by one method; its
@@ -39,7 +40,7 @@ from kvzip.evals.run import run_eval
 
 DRAWN = {
     "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"},
-    "bytes": {"base": "bytes in 4 bits, fitted", "across": "fraction of the full cache's bytes"},
+    "bytes": {"base": "refit, 4 bits", "across": "fraction of the full cache's bytes"},
 }  # if not as kvzip
 
 
@@ -57,7 +58,7 @@ class Work:
     def name(self) -> str:
         asked = self.asked
         sizes = f"{asked.count}x{asked.questions}x{asked.max_tokens}"
-        ratios = f".{self.ratios[0]:g}" if self.kind in ("bits", "bytes") else ""  # two plans share a method
+        ratios = f".{self.ratios[0]:g}" if self.kind == "bits" else ""  # two plans share a method
         return f"{self.model.name}.{asked.task}.{asked.form}.{sizes}.{self.method}{ratios}"
 
 
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--data", help="directory of JSONL files")
     parser.add_argument("--work", type=Path, default=Path(".eval"), help="directory of the answers until all are there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
-    for kind in ("study", "scoring", "bits", "refit", "bytes"):
+    for kind in ("study", "scoring", "bits", "refit", "fewer", "bytes"):
         parser.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help="these methods instead")
     parser.add_argument("--tasks", nargs="+", help="only these, as named in the plan")
     parser.add_argument("--methods", nargs="+", help="only these")
@@ -230,13 +231,14 @@ def render(results: Path, docs: Path) -> None:
     from kvzip.evals.plots import figures
     from kvzip.evals.report import overview
 
-    written = {"eval": ("evals", "evals"), "study": ("evals", ""), "refit": ("refitting",) * 2, "bytes": ("bits",) * 2}
+    written = {"eval": ("evals", "evals"), "study": ("evals", ""), "refit": ("refitting",) * 2}
+    written |= {"fewer": ("bits", ""), "bytes": ("evals", "bytes")}
     for kind, (page, stem) in written.items():
         tables = []
         for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
             title = f"{model}:" if kind == "study" else f"### {model}"
             tables.append(f"{title}\n\n{deeper(overview(own))}")
-            if stem and len(PLANS[model].ratios) > 1:
+            if stem and (kind == "bytes" or len(PLANS[model].ratios) > 1):
                 for name, figure in figures(own, model, **DRAWN.get(kind, {})).items():
                     (docs / f"{stem}-{name}.png").write_bytes(figure)
         if tables or kind in ("eval", "study"):

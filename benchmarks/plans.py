@@ -1,7 +1,7 @@
 """What the published evaluation asks of each model, see `evaluation.py`: its tasks, methods and ratios."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks import studies
 from kvzip.evals.methods import METHODS
@@ -144,23 +144,58 @@ REFITS = {
     if not name.startswith("smollm")
 }
 """The published tasks, by pairs that are fitted and by as many bytes of pairs that are not."""
-BYTES = {
-    name: (
-        Plan((FULL,), (1.0,), tasks),
-        Plan(tuple(studies.FEWER), (1.0, 0.3), tasks),
-        Plan(tuple(studies.BYTES), (0.05, 0.1, 0.2), tasks),
-    )
+FEWER = {
+    name: (Plan((FULL,), (1.0,), tasks), Plan(tuple(studies.FEWER), (1.0, 0.3), tasks))
     for name, plan in PLANS.items()
     if name.startswith("qwen")
     for tasks in [tuple(task for task in plan.tasks if not task.task.startswith("many_shot"))]
 }
-"""The published tasks in few bits at two ratios, and by parts of the full cache's bytes."""
+"""The published tasks in few bits, all pairs and 0.3 of them."""
+LONG_TEXTS = (Asked("gold@20000", "chat", 1, 200, 16), Asked("squad@20000", "chat", 2, 40, 48))
+MANY = 20  # contexts of text tasks
+
+
+def tasks_by_bytes(name: str) -> tuple[Asked, ...]:
+    """The published tasks without many_shot, more contexts of texts, and RULER's aggregation."""
+    tasks = [task for task in PLANS[name].tasks if not task.task.startswith("many_shot")]
+    tasks = [task for task in tasks if not task.task.startswith("squad")]
+    tasks = [replace(task, count=MANY) if task.task.startswith("ruler_qa") else task for task in tasks]
+    form, length = ("chat", 4096) if name.startswith("qwen") else ("cloze", 2000)
+    more = [Asked(f"ruler_{task}@{length}", form, MANY, 1, 64) for task in ("vt", "cwe", "fwe")]
+    more.append(Asked("squad@1000", form, MANY, 12, 48))
+    return (*(LONG_TEXTS if name == "qwen2.5-coder-1.5b-instruct" else ()), *tasks, *more)
+
+
+def plans_by_bytes(name: str) -> tuple[Plan, ...]:
+    """Methods at parts of the full cache's bytes; beyond a third all pairs fit in 4 bits.
+
+    Windows and their bytes are always kept: more than half of Gemma's at these lengths.
+    """
+    tasks = tasks_by_bytes(name)
+    if name == "qwen2.5-coder-1.5b-instruct":
+        small, more, parts = (0.05, 0.1, 0.2), (0.3, 0.5, 0.7), (0.1, 0.3, 0.5)
+    elif name.startswith("gemma"):
+        small, more, parts = (0.6,), (0.7,), (0.7,)
+    else:
+        small, more, parts = (0.1,), (0.3,), (0.3,)
+    return (
+        Plan((FULL,), (1.0,), tasks),
+        Plan(tuple(studies.OWN), small + more, tasks),
+        Plan((studies.FEW_BITS[8].name,), small + more[:1], tasks),
+        Plan(tuple(studies.FEW_BITS[bits].name for bits in (4, 2)), small, tasks),
+        Plan(tuple(studies.OTHERS), parts, tasks),
+    )
+
+
+BYTES = {name: plans_by_bytes(name) for name in PLANS}
+"""The published tasks by bytes of the cache."""
 ALL = {
     "eval": {name: (plan,) for name, plan in PLANS.items()},
     "study": STUDIES,
     "scoring": SCORINGS,
     "bits": BITS,
     "refit": REFITS,
+    "fewer": FEWER,
     "bytes": BYTES,
 }
 """The plans of each kind of evaluation, by model."""
@@ -170,7 +205,8 @@ KNOWN = {
     "scoring": studies.SCORING | studies.STREAMS,
     "bits": studies.BITS | studies.HEADS,
     "refit": studies.REFITS,
-    "bytes": studies.FEWER | studies.BYTES,
+    "fewer": studies.FEWER,
+    "bytes": studies.BYTES,
 }
 """The methods of each kind, by name."""
 FILES = {
@@ -179,6 +215,7 @@ FILES = {
     "scoring": "scoring-quality.jsonl.gz",
     "bits": "quality-bits.jsonl.gz",
     "refit": "refit-{}.jsonl.gz",
+    "fewer": "fewer-{}.jsonl.gz",
     "bytes": "bytes-{}.jsonl.gz",
 }
 """The results of each kind; {} is the name of the model."""

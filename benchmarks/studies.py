@@ -12,6 +12,8 @@ of 2,000 tokens, "stream-unknown" is "running" with the length unknown.
 FITS has the variants of `refit`, and REFITS those that the published tasks are asked of: "select" keeps pairs by scope
 chunk, the others are fitted and keep as many pairs fewer as their biases take bytes.
 
+BYTES has what is kept of a part of the full cache's bytes: kvzip's ways and the other methods'.
+
 BITS has the bits, and whole heads by the scores that come with the library: "heads", and "heads and ends" where dropped
 heads keep 16 first and 64 last tokens.
 """
@@ -22,13 +24,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from einops import reduce
 
 import kvzip
 from kvzip import DenseCache, Model, RaggedCache, head_scores, prompts, score
 from kvzip.attention import Formula, Sight, score_attend
 from kvzip.cache import RaggedKV, Scores, global_layers
 from kvzip.cache.caches import nbytes, tensors_of
-from kvzip.evals.methods import METHODS, Method
+from kvzip.evals.methods import METHODS, Method, expected_values
+from kvzip.evals.observed import accumulated_attention
 from kvzip.generation import query_ids
 from kvzip.inputs import tokenizer_of
 from kvzip.models import run_attention
@@ -141,15 +145,31 @@ def packed(name: str, bits: Bits, level: str = "pair", sink: int = 0, recent: in
     return Method(name, score if level == "pair" else by_heads, level, "", pack)
 
 
-def within(name: str, bits: Bits, fitted: bool) -> Method:
-    """As many pairs as fit into a part of the full cache's bytes, with a fifth of them as a floor, and fitted."""
+def within(base: Method, name: str = "", *, level: str = "", bits: Bits = None, fitted: bool = False) -> Method:
+    """As many pairs of a method as fit into a part of the full cache's bytes; fitted, each head has a fifth of its
+    equal share as a floor, and its biases are counted."""
+    shared = level or base.level
 
     def pack(model: Model, cache: DenseCache, ratio: float) -> RaggedCache:
         size = int(ratio * nbytes(cache))
-        small = kvzip.compress(cache, budget_bytes=size, floor=FLOORS["+fifth"], bits=bits, biases=fitted)
+        floor = FLOORS["+fifth"] if fitted else 0.0
+        small = kvzip.compress(cache, budget_bytes=size, level=shared, floor=floor, bits=bits, biases=fitted)
         return kvzip.refit(model, cache, small) if fitted else small
 
-    return replace(repeated(name, "chunk"), pack=pack)
+    return replace(base, name=name or base.name, level=shared, pack=pack)
+
+
+def attention_sums(model: Model, cache: DenseCache) -> DenseCache:
+    """The attention that each pair receives in the context, which H2O orders each head by."""
+    sums = accumulated_attention(model, cache, first=0)[..., cache.start :]
+    values = reduce(sums, "l (h g) e -> l h e", "sum", h=model.config.num_kv_heads)
+    return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "h2o"))
+
+
+def expected_sums(model: Model, cache: DenseCache) -> DenseCache:
+    """Expected Attention's scores before AdaKV shares a layer's budget."""
+    values = expected_values(model, cache, 512, 0.01)
+    return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "expected-attention"))
 
 
 def floored(cache: DenseCache, ratio: float, floor: float) -> RaggedCache:
@@ -205,13 +225,27 @@ STREAMS = named(
 )
 BITS = named(*(packed(f"{bits} bits", None if bits == 16 else bits) for bits in (16, 8, 4)))
 FEWER = named(packed("16 bits", None), packed("4 bits", 4), packed("4 and 2 bits", (4, 2)))
-BYTES = named(
-    *(
-        within(f"bytes in {name}{', fitted' * fitted}", bits, fitted)
-        for name, bits in (("16 bits", None), ("4 bits", 4), ("4 and 2 bits", (4, 2)))
-        for fitted in (False, True)
-    )
+CHUNKED = METHODS["kvzip-chunk"]
+OWN = named(
+    *(within(METHODS[name]) for name in ("kvzip", "kvzip-chunk", "kvzip+")),
+    within(CHUNKED, "equal heads", level="uniform"),
+    within(METHODS["kvzip-heads"], "whole heads"),
+    within(CHUNKED, "refit", fitted=True),
 )
+FEW_BITS = {
+    8: within(CHUNKED, "refit, 8 bits", bits=8, fitted=True),
+    4: within(CHUNKED, "refit, 4 bits", bits=4, fitted=True),
+    2: within(CHUNKED, "refit, 4 and 2 bits", bits=(4, 2), fitted=True),
+}
+OTHERS = named(
+    *(within(method) for name, method in METHODS.items() if not name.startswith("kvzip")),
+    within(METHODS["snapkv"], "snapkv, shared", level="pair"),
+    within(Method("h2o, shared", attention_sums, "pair", "H2O, arXiv 2306.14048")),
+    within(METHODS["key-norm"], "key-norm, shared", level="pair"),
+    within(Method("expected-attention, shared", expected_sums, "pair", "Expected Attention, arXiv 2510.00636")),
+)
+"""The baselines with their papers' budgets, and "shared": with one over all heads, by score, as kvzip has it."""
+BYTES = {**OWN, **named(*FEW_BITS.values()), **OTHERS}
 """Of these `ratio` is a part of the full cache's bytes."""
 HEADS = named(
     packed("heads", None, "head"),

@@ -158,6 +158,18 @@ def test_fits_take_no_more_bytes_than_the_pairs_beside_them() -> None:
                 assert min(int(layer.offsets.diff().min()) for layer in cache.context) >= dense.start + least
 
 
+def test_methods_by_bytes_keep_what_fits() -> None:
+    model = random_model.make(random_model.config())
+    dense = kvzip.prefill(model, "Happy families are all alike; every unhappy family is unhappy in its own way. " * 6)
+    for name, method in studies.BYTES.items():
+        scored = method.score(model, dense)
+        for ratio in (0.2, 0.5):
+            made = method.compressed(model, scored, ratio)
+            size = kvzip.nbytes(made) / kvzip.nbytes(dense)
+            assert size <= ratio, name
+            assert size > 0.9 * ratio or made.kept == made.total or name == "whole heads", (name, ratio, size)
+
+
 @pytest.mark.slow
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
