@@ -1,6 +1,7 @@
 """The decoder: used again, smaller than its questions, out of memory; and the host's attention against the op."""
 
 import functools
+import gc
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from fractions import Fraction
@@ -434,6 +435,7 @@ def test_graphs_share_a_pool_until_the_last_one_is_gone(cuda, monkeypatch):
     del second
     with pytest.raises(ValueError, match="too long"):
         pool_of(ValueError("too long"))
+    gc.collect()
     assert pool_of()[1] == (0, 3)  # not that of the capture that failed
 
 

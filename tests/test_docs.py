@@ -78,7 +78,7 @@ NOT_RUN = {
     ("docs/vllm.md", "pip install -e '.[vllm]'"),
     ("docs/vllm.md", "VLLM_PLUGINS=kvzip vllm serve meta-llama/Llama-3.1-8B-Instruct --attention-backend CUSTOM \\"),
     ("docs/vllm.md", "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"),
-    ("docs/vllm.md", "python -m pytest -o addopts= tests/vllm_plugin/test_probabilities.py"),
+    ("docs/vllm.md", "python -m pytest -o addopts= -p no:logging tests/vllm_plugin/test_probabilities.py"),
 }
 """Page and first line of every block that is not run."""
 

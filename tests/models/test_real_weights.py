@@ -25,7 +25,7 @@ MODELS = [
     pytest.param("qwen2.5-coder-1.5b-instruct", marks=pytest.mark.slow),
 ]
 DOCUMENT = Path(__file__).parents[2] / "kvzip" / "data" / "museum.txt"
-TOKENS, CHUNK, STEPS, RATIO = 700, 260, 64, 0.3
+TOKENS, CHUNK, STEPS, RATIO = 700, 260, 32, 0.3
 QUERIES = ["\n\nIn short, this text is about", " The list of names that follows:\n1.", "\n\n# A poem\n"]
 MARK = "<<here>>"
 

@@ -206,27 +206,13 @@ def test_kernel_is_as_accurate_as_the_reference(seed, B, G, T, lengths, R, softc
     dtype=st.sampled_from(KERNEL_DTYPES),
     bits=st.sampled_from([8, 4, 2, (8, 4), (4, 8), (4, 2), (8, 2)]),
     channels=st.booleans(),
+    turned=st.booleans(),
     **SHAPES,
 )
 def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
-    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
+    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels, turned
 ):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias)
-    check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
-
-
-@settings(max_examples=8)
-@given(
-    D=st.sampled_from([32, 64, 80]),
-    dtype=st.sampled_from(KERNEL_DTYPES),
-    bits=st.sampled_from([4, 2, (8, 4), (4, 8), (4, 2), (8, 2)]),
-    channels=st.booleans(),
-    **SHAPES,
-)
-def test_kernel_reads_turned_rows_as_accurately_as_the_reference(
-    seed, B, G, T, lengths, R, softcap, window, bias, D, dtype, bits, channels
-):
-    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias, turned=True)
+    inputs = make(seed, B, len(lengths), G, T, D, lengths, R, dtype, bits, channels, bias=bias, turned=turned)
     check_kernel(inputs, scale=D**-0.5, softcap=softcap, window=window)
 
 
@@ -243,6 +229,14 @@ def test_kernel_reads_codes_for_many_query_rows(D, bits, dtype, lengths, bias, o
     for turned in (False, True):
         inputs = make(4, 9, len(lengths), 4, 1, D, lengths, 20, dtype, bits, True, bias=bias, turned=turned)
         check_kernel(inputs, scale=D**-0.5, **options)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 6])
+@pytest.mark.parametrize("B", [1, 9])
+def test_rounded_weights_of_turned_values_are_made_up_for(seed, B):
+    """Few keys have most weight: what rounding takes from it, times the mean of codes, would come out in one place."""
+    inputs = make(seed, B, 1, 4, 1, 128, [40], 0, torch.float16, (4, 2), bias=torch.float16, turned=True)
+    check_kernel(inputs, scale=128**-0.5)
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float16), (4, torch.float32)])

@@ -345,8 +345,11 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        weight = (p * _of_keys(step * up, F)).to(dtype_of(F.V_COMPUTE))
+        exact = p * _of_keys(step * up, F)
+        weight = exact.to(dtype_of(F.V_COMPUTE))
         offset = p * _of_keys((zero + CENTER * step) * up, F)
+        if F.TURN_V:  # a rounded weight is wrong by the same part of all codes, whose mean would come out as one value
+            offset += (exact - weight.to(tl.float32)) * (0.5 * (2**F.V_BITS - 1) - CENTER)
         if Q == 1:
             shift = _add_sum(shift, decay, offset, F)
         else:
