@@ -81,7 +81,7 @@ def random_model(
     return Model(
         config=own,
         weights=weights,
-        tokenizer=_tokenizer(),
+        tokenizer=_tokenizer(config.vocab_size),
         device=weights.embed.device,
         dtype=dtype,
         template=ChatTemplate(TEMPLATE),
@@ -124,12 +124,16 @@ def with_scores(cache: DenseCache, model: Model) -> DenseCache:
     )
 
 
-def _tokenizer() -> Tokenizer:
-    """One token for each word of the repeat prompts, which are then as long as a real model's; else one per byte."""
-    words = sorted(set(re.findall(r" ?\w+", prompts.REPEAT_FIRST + prompts.REPEAT_NEXT)))
+def _tokenizer(size: int) -> Tokenizer:
+    """One token for each word of the repeat prompts, which are then as long as a real model's; else one per byte.
 
+    Random weights answer with any of `size` tokens, so the others are numbers, which no text is read as.
+    """
+    words = sorted(set(re.findall(r" ?\w+", prompts.REPEAT_FIRST + prompts.REPEAT_NEXT)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    space, others = "\u0120", range(len(alphabet), size - len(words) - len(CONTROL))
+    vocab = {name: i for i, name in enumerate([*alphabet, *(f"{space}{i}" for i in others)])}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_tokens([AddedToken(word) for word in words])
