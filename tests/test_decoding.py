@@ -433,9 +433,9 @@ def test_graphs_share_a_pool_until_the_last_one_is_gone(cuda, monkeypatch):
     del first
     assert pool_of()[1] == (0, 1)
     del second
+    gc.collect()  # checks of types keep what they saw in cycles
     with pytest.raises(ValueError, match="too long"):
         pool_of(ValueError("too long"))
-    gc.collect()
     assert pool_of()[1] == (0, 3)  # not that of the capture that failed
 
 

@@ -14,7 +14,7 @@ import click
 from ..display import visible_line
 from ..hub import Loading
 from .output import Stage, echo, put, put_json, size, stages
-from .plumbing import Ratio, command, positive
+from .plumbing import Bits, Ratio, command, positive
 from .sources import find_model, load_model, model_options, short
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class _Load(click.ParamType):
 @model_options(required=True)
 @click.option("--tokens", type=positive, default=2_000, show_default=True, help="Of each document.")
 @click.option("-r", "--ratio", type=Ratio(), default=0.3, show_default=True, help="Fraction of pairs KEPT.")
-@click.option("--bits", type=click.Choice(("8", "4")), help="Bits of what is kept [default: those of the model].")
+@click.option(
+    "--bits", type=Bits(), metavar="[8|4|2|8,4|...]", help="Bits of what is kept [default: those of the model]."
+)
 @click.option(
     "--at",
     "loads",
@@ -80,7 +82,7 @@ def measure(
     *,
     tokens: int,
     ratio: float,
-    bits: str | None,
+    bits: tuple[int, int] | None,
     loads: Sequence[tuple[int, int]],
     max_tokens: int,
     http: bool,
@@ -98,7 +100,7 @@ def measure(
     ids = document_ids(model, tokens)
     dense = prefilling.prefill(model, ids, template=model.template is not None, progress=stage("reading the document"))
     dense = scoring.score(model, dense, progress=stage("scoring pairs"))
-    small = compression.compress(dense, ratio, bits=None if bits is None else int(bits), consume=True)
+    small = compression.compress(dense, ratio, bits=bits, consume=True)
     most = max(readers * documents for documents, readers in loads)
     rows = []
     with tempfile.TemporaryDirectory(prefix="kvzip-bench-") as directory:

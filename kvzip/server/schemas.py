@@ -1,5 +1,6 @@
 """What requests and answers look like, as pydantic checks them."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -76,9 +77,14 @@ class ChatRequest(_Strict):
     prompt_cache_key: str | None = None
 
 
-def _whole(value: Any) -> Any:
-    """A number in a query, which comes as text."""
-    return int(value) if isinstance(value, str) and value in ("8", "4") else value
+_Width = Literal[8, 4, 2]
+
+
+def _numbers(value: Any) -> Any:
+    """Bits in a query, which come as text: a number, or two with a comma between them."""
+    if not isinstance(value, str) or not re.fullmatch("[842](,[842])?", value):
+        return value
+    return int(value) if len(value) == 1 else (int(value[0]), int(value[2]))
 
 
 class DocumentRequest(_Strict):
@@ -87,8 +93,8 @@ class DocumentRequest(_Strict):
     text: str = Field(min_length=1)
     title: str | None = Field(default=None, max_length=300)
     ratio: float = Field(default=0.3, gt=0, le=1, description="Fraction of pairs kept.")
-    bits: Annotated[Literal[8, 4] | None, BeforeValidator(_whole)] = Field(
-        default=None, description="Bits of what is kept; null: those of the model."
+    bits: Annotated[_Width | tuple[_Width, _Width] | None, BeforeValidator(_numbers)] = Field(
+        default=None, description="Bits of what is kept, or of keys and of values; null: those of the model."
     )
     refit: bool = Field(default=False, description="Fit what is kept to what is dropped.")
     system: str | None = None

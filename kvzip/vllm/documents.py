@@ -238,7 +238,8 @@ def _formats(server: Server, settings: Settings, caches: Sequence[RaggedCache]) 
         return [Context(rows, rows, offsets)] * count
     if not caches:
         none = rows.float().expand(config.num_kv_heads, 0, -1)
-        layer = pack(none, none, none[..., 0].bool(), [0] * config.num_kv_heads, bits=(settings.bits, settings.bits))
+        bits = tuple(settings.bits) if isinstance(settings.bits, list) else (settings.bits, settings.bits)
+        layer = pack(none, none, none[..., 0].bool(), [0] * config.num_kv_heads, bits=bits)
         return [Context(_wide(layer.k), _wide(layer.v), offsets)] * count
     widest = list(_contexts(caches[0]))
     for cache in caches[1:]:

@@ -13,8 +13,8 @@ KEY = "kvzip"
 class Settings:
     """documents: files to load at start, by name. directory: where routes may load files from; None: nowhere.
 
-    capacity: documents at most. bits: 8 or 4 if the rows of all documents are quantized to them. bias: whether
-    documents may have biases.
+    capacity: documents at most. bits: of the rows of all documents if they are quantized, [keys, values] if those
+    differ. bias: whether documents may have biases.
 
     Raises: ValueError for a value of another kind.
     """
@@ -22,7 +22,7 @@ class Settings:
     documents: Mapping[str, str] | Any = field(default_factory=dict)  # Any: JSON, checked here with our message
     directory: str | Any = None
     capacity: int | Any = 64
-    bits: int | Any = None
+    bits: int | list[int] | Any = None
     bias: bool | Any = False
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Settings:
             "documents": not named,
             "directory": not (self.directory is None or isinstance(self.directory, str)),
             "capacity": type(self.capacity) is not int or not 1 <= self.capacity <= 4096,
-            "bits": self.bits not in (None, 8, 4),
+            "bits": not _are_bits(self.bits),
             "bias": type(self.bias) is not bool,
         }
         for name, is_wrong in wrong.items():
@@ -44,11 +44,16 @@ class Settings:
             check_name(name)
 
 
+def _are_bits(value: Any) -> bool:
+    pair = value if isinstance(value, list) else [value, value]
+    return value is None or (len(pair) == 2 and all(type(x) is int and x in (8, 4, 2) for x in pair))
+
+
 _KINDS = {
     "documents": "an object of names and files",
     "directory": "a directory or null",
     "capacity": "a whole number from 1 to 4096",
-    "bits": "null, 8 or 4",
+    "bits": "null, 8, 4 or 2, or a list of two of these",
     "bias": "true or false",
 }
 

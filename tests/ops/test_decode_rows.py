@@ -156,7 +156,7 @@ def test_kernel_is_as_accurate_as_the_reference(seed, lengths, runs, G, R, softc
     check(*batch(seed, lengths, runs, G, R, bias, tails, D, dtype), scale=D**-0.5, softcap=softcap, window=window)
 
 
-@settings(max_examples=7)
+@settings(max_examples=5)
 @given(
     dtype=st.sampled_from(KERNEL_DTYPES),
     D=st.sampled_from([32, 64]),

@@ -87,12 +87,12 @@ def test_a_posted_document_is_compressed_and_asked(web, model):
     assert found["tokens"] > len(TEXTS["light"]) and found["bytes"] > 0
     assert say(client, name) == directly(model, TEXTS["light"], ratio=0.5)
     other = client.post(
-        "/v1/documents?bits=8&ratio=0.4&title=Whale",
+        "/v1/documents?bits=8,4&ratio=0.4&title=Whale",
         content=TEXTS["whale"].encode(),
         headers={"content-type": "text/plain; charset=utf-8"},
     ).json()["id"]
     assert ready(client, other)["title"] == "Whale"
-    assert say(client, other) == directly(model, TEXTS["whale"], bits=8, ratio=0.4)
+    assert say(client, other) == directly(model, TEXTS["whale"], bits=(8, 4), ratio=0.4)
     assert [x["id"] for x in client.get("/v1/documents").json()["data"]] == [name, other]
     assert {x["id"] for x in client.get("/v1/models").json()["data"]} == {"tiny", f"tiny:{name}", f"tiny:{other}"}
     assert read_header(running.service.library._directory / f"{name}.kvz")["note"]["title"] == "Light"
@@ -102,7 +102,7 @@ def test_a_posted_document_is_compressed_and_asked(web, model):
     assert {path.name for path in running.service.library._directory.iterdir()} == {".lock", f"{other}.kvz"}
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [None, (4, 2)])
 def test_a_document_is_fitted_if_that_is_asked(web, model, bits):
     running, client = web
     asked = {"text": TEXTS["light"], "ratio": 0.2, "bits": bits, "refit": True}
@@ -133,7 +133,15 @@ def test_ids_that_are_none_are_not_found(web, name):
 
 def test_bad_documents_are_refused_and_one_that_fails_says_why(web, model):
     _, client = web
-    for body in ({}, {"text": ""}, {"text": "x", "ratio": 0}, {"text": "x", "ratio": 2}, {"text": "x", "bits": 3}, [1]):
+    for body in (
+        {},
+        {"text": ""},
+        {"text": "x", "ratio": 0},
+        {"text": "x", "ratio": 2},
+        {"text": "x", "bits": 3},
+        {"text": "x", "bits": [4, 3]},
+        [1],
+    ):
         refused = client.post("/v1/documents", json=body)
         assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
     assert client.post("/v1/documents", content=b"\xff\xfe", headers={"content-type": "text/plain"}).status_code == 400

@@ -29,7 +29,7 @@ def test_bench_serve_times_each_load(tmp_path):
 
     model = str(write_model(tmp_path / "tiny"))
     how = ["bench", "serve", "-m", model, "--device", "cpu", "--tokens", "150", "-n", "5"]
-    told = CliRunner().invoke(main, [*how, "--at", "1x1", "--at", "2x3", "--bits", "8", "--http", "--json"])
+    told = CliRunner().invoke(main, [*how, "--at", "1x1", "--at", "2x3", "--bits", "8,4", "--http", "--json"])
     assert told.exit_code == 0, told.output
     rows = json.loads(told.stdout)["rows"]
     assert [(row["documents"], row["readers"], row["answers"]) for row in rows] == [(1, 1, 1), (2, 3, 6)]

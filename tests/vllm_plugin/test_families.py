@@ -22,16 +22,16 @@ TEXT = " ".join(f"The number {n} is {n * n % 97}." for n in range(12))
         ("Qwen2", None, True),
         ("Qwen3", None, False),
         ("Llama", 8, True),
-        ("Llama", 4, False),
+        ("Llama", [4, 2], False),
     ],
 )
 def test_families_bits_and_biases_answer_as_kvzip_does(
-    tmp_path: Path, family: str, bits: int | None, refitted: bool
+    tmp_path: Path, family: str, bits: int | list[int] | None, refitted: bool
 ) -> None:
     directory = small_checkpoint.write(tmp_path / "model", family=family)
     model = kvzip.load(directory, dtype=torch.float32, device="cpu")
     scored = kvzip.score(model, kvzip.prefill(model, TEXT))
-    cache = kvzip.compress(scored, ratio=0.4, bits=bits)
+    cache = kvzip.compress(scored, ratio=0.4, bits=tuple(bits) if isinstance(bits, list) else bits)
     cache = kvzip.refit(model, scored, cache) if refitted else cache
     assert any(layer.bias is not None and layer.bias.any() for layer in cache.context) == refitted
     kvzip.save(cache, tmp_path / "a.kvz", model=model)
@@ -82,7 +82,7 @@ def test_what_is_not_supported_is_refused_before_anything_is_loaded(tmp_path: Pa
             "got speculative decoding",
             {"speculative_config": guess},
         ),
-        (model_dir, "to be null, 8 or 4, got '5'", {"bits": 5}),
+        (model_dir, r"or a list of two of these, got '\[4, 5\]'", {"bits": [4, 5]}),
     ]
     for directory, said, given in options:
         settings = {"bits": given.pop("bits")} if "bits" in given else {}
