@@ -68,7 +68,7 @@ class Documents:
     def __init__(self) -> None:
         self._table: ContextTable | None = None
         self._server: Server | None = None
-        self._bits: int | None = None
+        self._bits: int | list[int] | None = None
         self._biased = False
         self._named: dict[str, Document] = {}
         self._dropped: list[Document] = []
@@ -238,8 +238,8 @@ def _formats(server: Server, settings: Settings, caches: Sequence[RaggedCache]) 
         return [Context(rows, rows, offsets)] * count
     if not caches:
         none = rows.float().expand(config.num_kv_heads, 0, -1)
-        bits = tuple(settings.bits) if isinstance(settings.bits, list) else (settings.bits, settings.bits)
-        layer = pack(none, none, none[..., 0].bool(), [0] * config.num_kv_heads, bits=bits)
+        keys, values = settings.bits if isinstance(settings.bits, list) else (settings.bits, settings.bits)
+        layer = pack(none, none, none[..., 0].bool(), [0] * config.num_kv_heads, bits=(keys, values))
         return [Context(_wide(layer.k), _wide(layer.v), offsets)] * count
     widest = list(_contexts(caches[0]))
     for cache in caches[1:]:
