@@ -237,10 +237,12 @@ def render(results: Path, docs: Path) -> None:
         tables = []
         for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
             title = f"{model}:" if kind == "study" else f"### {model}"
-            tables.append(f"{title}\n\n{deeper(overview(own))}")
+            across = "of the full cache's bytes" if kind == "bytes" else ""
+            tables.append(f"{title}\n\n{deeper(overview(own, across=across))}")
             if stem and (kind == "bytes" or len(PLANS[model].ratios) > 1):
                 for name, figure in figures(own, model, **DRAWN.get(kind, {})).items():
-                    (docs / f"{stem}-{name}.png").write_bytes(figure)
+                    own_stem = f"{stem}-{model}" if kind == "bytes" else stem
+                    (docs / f"{own_stem}-{name}.png").write_bytes(figure)
         if tables or kind in ("eval", "study"):
             write_between(docs / f"{page}.md", kind, "\n\n".join(tables))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..display import visible_line
+from ..display import shown_bits, visible_line
 from ..files import schema
 from ..files.header import peek
 from .output import echo, put, put_json, say, size
@@ -52,7 +52,7 @@ def ls(places: tuple[Path, ...], as_json: bool) -> None:
             table.add_column(name, justify="right")
         for each in found:
             shown = [visible_line(str(each[key]), limit=60) for key in ("file", "document", "model")]
-            kept = f"{each['ratio']:.1%}" + (f", {each['bits']} bits" if each["bits"] else "")
+            kept = f"{each['ratio']:.1%}" + (f", {shown_bits(each['bits'])}" if each["bits"] else "")
             table.add_row(*map(Text, shown), f"{each['tokens']:,}", kept, size(each["file_bytes"]))
         put(table)
 

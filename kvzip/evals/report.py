@@ -52,21 +52,24 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     return [directory / "table.md", directory / "index.html", *written]
 
 
-def overview(answers: Sequence[Answered]) -> str:
+def overview(answers: Sequence[Answered], *, across: str = "") -> str:
     """Returns Markdown tables of mean scores (0 to 100), one for each ratio, methods down and tasks across.
 
-    The last column is the mean over tasks relative to the full cache, in percent. The full cache is a row of each.
+    The last column is the mean over tasks relative to the full cache, in percent. The full cache is a row of each, and
+    methods without an answer at a ratio are left out. `across` says what a ratio is, if not the pairs that are kept.
     """
     means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
     whole = relative(answers)
     tasks, methods = ([own for (own,) in group(answers, key)] for key in ("label", "method"))
     tables = []
     for ratio in sorted({ratio for _, method, ratio in means if method != FULL}) or [1.0]:
-        lines = [f"### {ratio:g} kept", "", "| method | " + " | ".join(tasks) + " | relative |"]
+        lines = [f"### {ratio:g} {across or 'kept'}", "", "| method | " + " | ".join(tasks) + " | relative |"]
         lines.append("|---" * (len(tasks) + 2) + "|")
         for method in methods:
             at = 1.0 if method == FULL else ratio
             cells = [means.get((task, method, at)) for task in tasks] + [whole.get((method, at))]
+            if not any(x is not None for x in cells):
+                continue
             lines.append(f"| {method} | " + " | ".join("" if x is None else f"{100 * x:.1f}" for x in cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)

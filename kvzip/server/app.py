@@ -43,7 +43,7 @@ _OPEN = ("/health",)  # what needs no key
 _QUERY = {
     "title": {"type": "string", "maxLength": 300},
     "ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 0.3},
-    "bits": {"type": "string", "pattern": "^[842](,[842])?$"},
+    "bits": {"type": "string", "pattern": r"^[842](\s*,\s*[842])?$"},
     "refit": {"type": "boolean", "default": False},
     "system": {"type": "string"},
     "instruction": {"type": "string"},

@@ -81,10 +81,15 @@ _Width = Literal[8, 4, 2]
 
 
 def _numbers(value: Any) -> Any:
-    """Bits in a query, which come as text: a number, or two with a comma between them."""
-    if not isinstance(value, str) or not re.fullmatch("[842](,[842])?", value):
-        return value
-    return int(value) if len(value) == 1 else (int(value[0]), int(value[2]))
+    """Bits in a query come as text: a number, or two with a comma between them. Raises ValueError for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[842](\s*,\s*[842])?", value):
+        return int(value) if len(value) == 1 else (int(value[0]), int(value[-1]))
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    if value is not None and (len(pair) != 2 or any(type(x) is not int or x not in (8, 4, 2) for x in pair)):
+        raise ValueError(
+            "expected 8, 4 or 2 bits, or two of these for keys and values, as [4, 2] in JSON and 4,2 in a query"
+        )
+    return value
 
 
 class DocumentRequest(_Strict):

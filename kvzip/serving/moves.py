@@ -35,6 +35,8 @@ def to_host(cache: RaggedCache, stream: torch.cuda.Stream | None = None) -> Ragg
     block = torch.empty(block_bytes(cache), dtype=torch.uint8)
     _pin(block)
     moved = _in_block(cache, block)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(cache.device))  # which may still write the cache
     with torch.cuda.stream(stream) if stream is not None else nullcontext():
         for new, old in zip(_moving(moved), _moving(cache), strict=True):
             new.copy_(old, non_blocking=True)

@@ -95,7 +95,7 @@ class Store:
         if size > self.limits.memory:
             raise ValueError(
                 f"expected a context of at most {self.limits.memory:,} bytes (the engine's memory for contexts), got "
-                f"one of {size:,}: keep less (ratio, bits=8 or 4), or give the engine more memory="
+                f"one of {size:,}: keep less (ratio, bits=), or give the engine more memory="
             )
         self._numbers += 1
         meta = replace(cache, context=(), tail=None)

@@ -26,6 +26,8 @@ class Settings:
     bias: bool | Any = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, list) and len(self.bits) == 2 and self.bits[0] == self.bits[1]:
+            object.__setattr__(self, "bits", self.bits[0])  # as files have it
         named = isinstance(self.documents, Mapping) and all(isinstance(x, str) for x in self.documents.values())
         wrong = {
             "documents": not named,

@@ -231,6 +231,14 @@ def test_kernel_reads_codes_for_many_query_rows(D, bits, dtype, lengths, bias, o
         check_kernel(inputs, scale=D**-0.5, **options)
 
 
+def test_many_query_rows_read_rows_of_several_groups():
+    inputs = make(3, 9, 1, 4, 1, 32, [40], 5, torch.float16, 4)
+    for name, bits in (("k", 4), ("v", 8)):
+        rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(bits)) * torch.arange(1, 33)
+        inputs[name] = move(quantize(rows.half(), bits=bits, group=16), DEVICE)
+    check_kernel(inputs, scale=32**-0.5)
+
+
 @pytest.mark.parametrize("seed", [0, 2, 6])
 @pytest.mark.parametrize("B", [1, 9])
 def test_rounded_weights_of_turned_values_are_made_up_for(seed, B):

@@ -10,6 +10,7 @@ import kvzip
 import small_checkpoint
 from kvzip.inputs import query_ids
 from kvzip.vllm import refusals, versions
+from kvzip.vllm.settings import settings_of
 from vllm_engines import ask, expected, running, tokens
 
 TEXT = " ".join(f"The number {n} is {n * n % 97}." for n in range(12))
@@ -88,6 +89,11 @@ def test_what_is_not_supported_is_refused_before_anything_is_loaded(tmp_path: Pa
         settings = {"bits": given.pop("bits")} if "bits" in given else {}
         with pytest.raises(Exception, match=said), running(directory, settings, **given):
             pass
+
+
+def test_two_equal_numbers_of_bits_are_one() -> None:
+    assert settings_of({"kvzip": {"bits": [4, 4]}}).bits == 4  # as a file has it
+    assert settings_of({"kvzip": {"bits": [8, 4]}}).bits == [8, 4]
 
 
 def test_a_document_of_another_model_stops_the_start(tmp_path: Path, model_dir: Path) -> None:

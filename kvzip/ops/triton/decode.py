@@ -11,13 +11,11 @@ from kvzip.ops.triton.decode_kernel import QueryArgs, TailArgs, WorkArgs
 from kvzip.ops.triton.decode_launch import (
     Sizes,
     choose_cut,
+    choose_launch,
     context_args,
     forms,
-    is_turned,
-    launch_config,
     run,
     tail_block,
-    tile_bits,
 )
 from kvzip.ops.types import DecodeSchedule, Quantized, TailTensors
 
@@ -39,8 +37,9 @@ def decode_triton(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]:
     """`decode` by two launches whose sizes follow from shapes and the schedule alone.
 
-    Reads each context byte from memory once for up to 128 query rows (questions x tokens x group; 64 if the context is
-    quantized), more rows from L2: 2 N D values and 4 rows N D operations. Measured: docs/tuning.md.
+    Reads each context byte from memory once for up to 128 query rows (questions x tokens x group; fewer if the context
+    is quantized, see `launch_config`), more rows from L2: 2 N D values and 4 rows N D operations. Measured:
+    docs/tuning.md.
     """
     queries, query_heads, tokens, width = q.shape
     heads = len(offsets) - 1
@@ -52,7 +51,7 @@ def decode_triton(
         return out, lse
     context = context_args(k, v, offsets, bias)
     hopper = overlaps_launches(q) or interpreted()
-    config = launch_config(width, rows, q.dtype, tile_bits(k, v), turned=is_turned(k), hopper=hopper)
+    config = choose_launch(k, v, width, rows, q.dtype, hopper=hopper)
     splits = choose_cut(decode_schedule(offsets) if schedule is None else schedule, config, rows)
     tail_k, tail_v, lengths = (q, q, offsets) if tail is None else tail
     check_rows(q=q, k=context.k, v=context.v, tail_k=tail_k, tail_v=tail_v)

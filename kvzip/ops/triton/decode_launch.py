@@ -34,9 +34,18 @@ class Launch(NamedTuple):
 
 
 def launch_config(
-    D: int, rows: int, dtype: torch.dtype, bits: int = 16, *, turned: bool = False, hopper: bool = True
+    D: int,
+    rows: int,
+    dtype: torch.dtype,
+    bits: int = 16,
+    *,
+    turned: bool = False,
+    one_step: bool = True,
+    hopper: bool = True,
 ) -> Launch:
-    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`, `turned` of keys.
+    """The launch for `rows` query rows that share a head's context; `bits` as from `tile_bits`.
+
+    `turned`: keys or values are. `one_step`: all values of a row share it, in keys and in values.
 
     Tuned on an H100, 2026-11-26: docs/tuning.md. GPUs before Hopper multiply from registers and get smaller tiles where
     registers would spill; not tuned there.
@@ -51,9 +60,9 @@ def launch_config(
         return Launch(16 if D <= 128 else 8, 16, 4 if D <= 64 or half else 8, stages)  # larger tiles spill
     keys = 64 if D <= 128 else 32
     if turned and D > 128:
-        rows = min(rows, 8)  # 16 of them, turned by four warps, came out wrong with Triton 3.6
+        rows = min(rows, 8)  # of 16 rows, four warps turned keys wrong with Triton 3.6
     if bits < 16:
-        if bits <= 8 and D <= 128 and rows > 32 and hopper:  # query rows are the rows of products
+        if bits <= 8 and D <= 128 and rows > 32 and one_step and hopper:  # query rows are the rows of products
             return Launch(64, 16 if padded else 32, 4, 3)  # 64 keys would spill, and 32 padded ones
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
@@ -102,6 +111,15 @@ def choose_cut(schedule: DecodeSchedule, config: Launch, rows: int) -> Splits:
 
 def is_turned(x: Tensor | Quantized) -> bool:
     return isinstance(x, Quantized) and x.turned
+
+
+def choose_launch(
+    k: Tensor | Quantized, v: Tensor | Quantized, D: int, rows: int, dtype: torch.dtype, *, hopper: bool
+) -> Launch:
+    """The launch for keys and values of these formats."""
+    turned = is_turned(k) or is_turned(v)
+    one_step = all(not isinstance(x, Quantized) or x.group == D for x in (k, v))
+    return launch_config(D, rows, dtype, tile_bits(k, v), turned=turned, one_step=one_step, hopper=hopper)
 
 
 def tile_bits(k: Tensor | Quantized, v: Tensor | Quantized) -> int:
@@ -231,7 +249,7 @@ def run(
     warps = config.warps
     if (form.TURN_K or form.TURN_V) and form.D > 128:
         registers = None  # fewer than it takes, and it spills
-        warps = max(warps, 4) if form.TURN_V else warps
+        warps = max(warps, 4) if form.TURN_V and form.M <= 8 else warps  # of more rows: see `launch_config`
     part = torch.empty((places, form.D), dtype=torch.float32, device=out.device)
     part_lse = torch.empty(places, dtype=torch.float32, device=out.device)
     if programs:

@@ -13,7 +13,7 @@ from kvzip.ops.schedule import TILE, processors_of
 from kvzip.ops.triton.common import interpreted, on_device, overlaps_launches
 from kvzip.ops.triton.decode_combine import PLACE
 from kvzip.ops.triton.decode_kernel import ITEM
-from kvzip.ops.triton.decode_launch import Launch, is_turned, launch_config, tail_block, tile_bits
+from kvzip.ops.triton.decode_launch import Launch, choose_launch, tail_block
 from kvzip.ops.types import ContextTable, Pages, QueryRows
 
 _TILE = tl.constexpr(TILE)  # rows that splits are multiples of
@@ -307,10 +307,7 @@ def _launches(table: ContextTable, rows: int, dtype: torch.dtype, *, hopper: boo
     width = table.formats[0].width
     shared = -(-rows // max(1, sum(layers is not None for layers in table.layers)))
     shared = shared if shared > _MANY_ROWS else min(shared, 64)
-    found = [
-        launch_config(width, shared, dtype, tile_bits(x.k, x.v), turned=is_turned(x.k), hopper=hopper)
-        for x in table.formats
-    ]
+    found = [choose_launch(x.k, x.v, width, shared, dtype, hopper=hopper) for x in table.formats]
     blocks = {config.block_m for config in found}
     block = min(blocks) if len(blocks) == 1 else max(16, min(blocks))
     return tuple(config._replace(block_m=block) for config in found)
