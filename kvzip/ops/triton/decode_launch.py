@@ -79,6 +79,8 @@ def launch_config(
             return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
+        if D > 128 and bits < 4:
+            return Launch(8, 32, 4, 3)  # values in 2 bits: 16 rows would spill
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
