@@ -24,15 +24,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from einops import reduce
 
 import kvzip
 from kvzip import DenseCache, Model, RaggedCache, head_scores, prompts, score
 from kvzip.attention import Formula, Sight, score_attend
 from kvzip.cache import RaggedKV, Scores, global_layers
 from kvzip.cache.caches import nbytes, tensors_of
-from kvzip.evals.methods import METHODS, Method, expected_values
-from kvzip.evals.observed import accumulated_attention
+from kvzip.evals.methods import METHODS, Method, expected_values, received_attention
 from kvzip.generation import query_ids
 from kvzip.inputs import tokenizer_of
 from kvzip.models import run_attention
@@ -161,8 +159,7 @@ def within(base: Method, name: str = "", *, level: str = "", bits: Bits = None, 
 
 def attention_sums(model: Model, cache: DenseCache) -> DenseCache:
     """The attention that each pair receives in the context, which H2O orders each head by."""
-    sums = accumulated_attention(model, cache, first=0)[..., cache.start :]
-    values = reduce(sums, "l (h g) e -> l h e", "sum", h=model.config.num_kv_heads)
+    values = received_attention(model, cache)
     return attach(cache, Scores(values, global_layers(cache), cache.start, cache.length, "h2o"))
 
 

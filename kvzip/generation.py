@@ -10,7 +10,7 @@ from .answers import Stream
 from .cache import DenseCache, RaggedCache, check_pairs, free_bytes
 from .checks import check_kind, check_texts
 from .decoding import Decoder, answers_of, tail_bytes_per_token
-from .inputs import check_belongs, query_ids, tokenizer_of
+from .inputs import check_belongs, query_ids, room_for_answer, tokenizer_of
 from .models import Model
 from .parallel import agreed, everyone
 from .sources import find_sources
@@ -105,13 +105,7 @@ def generate(
     ids = query_ids(model, cache, queries, template=template)
     if not ids:
         return []
-    used = len(cache.token_ids) + max(map(len, ids))
-    room = model.config.max_length - used
-    if room < 1:
-        raise ValueError(
-            f"expected room for an answer within {model.config.max_length} positions (the model's length), got a "
-            f"context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
-        )
+    room = room_for_answer(model, len(cache.token_ids) + max(map(len, ids)))
     emit = None if on_token is None else (lambda piece, n: on_token(piece)) if isinstance(query, str) else on_token
     streams = [Stream(tokenizer_of(model), sampling.stop, emit, n) for n in range(len(ids))]
     limit = min(sampling.max_tokens, room)

@@ -144,6 +144,17 @@ def following_ids(model: Model, cache: DenseCache | RaggedCache, text: str) -> l
     return prompts.encode_text(tokenizer, text, before=prompts.text_of(tokenizer, held))
 
 
+def room_for_answer(model: Model, used: int) -> int:
+    """Returns how many tokens the model's length leaves behind `used`. Raises ValueError if it leaves none."""
+    longest = model.config.max_length
+    if used >= longest:
+        raise ValueError(
+            f"expected room for an answer within {longest} positions (the model's length), got a context and question "
+            f"of {used}: shorten it, or load the model with RoPE scaling (rope=, and max_length=)"
+        )
+    return longest - used
+
+
 def check_length(model: Model, needed: int, what: str) -> None:
     """Raises ValueError if `needed` positions exceed the model's length."""
     if needed > model.config.max_length:

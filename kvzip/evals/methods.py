@@ -80,9 +80,13 @@ def h2o(model: Model, cache: DenseCache) -> DenseCache:
     the remaining pairs only; here, as when its authors compress a prompt, the whole context is read first. Weights
     are summed in blocks of [Hq 64 S].
     """
+    return _attach(model, cache, recent_and_heavy(received_attention(model, cache)), "h2o")
+
+
+def received_attention(model: Model, cache: DenseCache) -> Float32[Tensor, "L H E"]:
+    """Returns the weights that each pair receives in the context, summed over all queries and its query heads."""
     sums = accumulated_attention(model, cache, first=0)[..., cache.start :]
-    values = reduce(sums, "l (h g) e -> l h e", "sum", h=model.config.num_kv_heads)
-    return _attach(model, cache, recent_and_heavy(values), "h2o")
+    return reduce(sums, "l (h g) e -> l h e", "sum", h=model.config.num_kv_heads)
 
 
 def pyramidkv(model: Model, cache: DenseCache) -> DenseCache:

@@ -18,7 +18,7 @@ from ..cache import DenseCache, RaggedCache, as_ragged, load_cache
 from ..checks import check_kind, check_text_or_ids
 from ..decoding.decoder import draws_of
 from ..decoding.pages import ROWS, pages_for
-from ..inputs import check_whole_model, context_ids, lone_query_ids, query_ids, tokenizer_of
+from ..inputs import check_whole_model, context_ids, lone_query_ids, query_ids, room_for_answer, tokenizer_of
 from ..models import Model
 from . import handles
 from .handles import Handle
@@ -183,14 +183,8 @@ class Engine:
                 self._check_held(context)
         ids = self._ids(context, query, template)
         used = len(ids) + (0 if context is None else context.tokens)
-        room = self.model.config.max_length - used
-        if room < 1:
-            raise ValueError(
-                f"expected room for an answer within {self.model.config.max_length} positions (the model's length), "
-                f"got a context and question of {used}: shorten it, or load the model with RoPE scaling (rope=, and "
-                "max_length=)"
-            )
-        limit, meta = min(sampling.max_tokens, room), None if context is None else context.meta
+        limit = min(sampling.max_tokens, room_for_answer(self.model, used))
+        meta = None if context is None else context.meta
         start = 0 if meta is None else meta.context_length
         past = 0 if context is None else context.tokens - start
         pages = pages_for(past + len(ids) + limit)
