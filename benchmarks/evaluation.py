@@ -40,7 +40,11 @@ from kvzip.evals.run import run_eval
 
 DRAWN = {
     "refit": {"base": "refit+fifth", "across": "fraction of the full cache's bytes (within 1%)"},
-    "bytes": {"base": "refit, 4 bits", "across": "fraction of the full cache's bytes"},
+    "bytes": {
+        "base": "refit, 4 bits",
+        "shown": ("refit", "kvzip-chunk", "expected-attention", "snapkv, shared", "h2o"),
+        "across": "fraction of the full cache's bytes",
+    },
 }  # if not as kvzip
 
 
@@ -227,18 +231,21 @@ def identity(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def render(results: Path, docs: Path) -> None:
-    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, of fits and bits likewise."""
+    """Writes plots of the models asked at several ratios, and tables: `docs/evals*`, of fits, bits, bytes likewise."""
     from kvzip.evals.plots import figures
-    from kvzip.evals.report import overview
+    from kvzip.evals.report import means, overview
 
     written = {"eval": ("evals", "evals"), "study": ("evals", ""), "refit": ("refitting",) * 2}
-    written |= {"fewer": ("bits", ""), "bytes": ("evals", "bytes")}
+    written |= {"fewer": ("bits", ""), "bytes": ("bytes", "bytes")}
     for kind, (page, stem) in written.items():
         tables = []
-        for (model,), own in group(read(*sorted(results.glob(f"{kind}-*.jsonl.gz"))), "model").items():
+        answers = read(*sorted(results.glob(f"{kind}-*.jsonl.gz")))
+        answers = [answer for answer in answers if not answer.question["task"].startswith("many_shot")]  # says nothing
+        for (model,), own in group(answers, "model").items():
             title = f"{model}:" if kind == "study" else f"### {model}"
             across = "of the full cache's bytes" if kind == "bytes" else ""
-            tables.append(f"{title}\n\n{deeper(overview(own, across=across))}")
+            whole = f"{means(own, across='of the bytes')}\n\n" if kind == "bytes" else ""
+            tables.append(f"{title}\n\n{whole}{deeper(overview(own, across=across))}")
             if stem and (kind == "bytes" or len(PLANS[model].ratios) > 1):
                 for name, figure in figures(own, model, **DRAWN.get(kind, {})).items():
                     own_stem = f"{stem}-{model}" if kind == "bytes" else stem

@@ -151,7 +151,7 @@ FEWER = {
     for tasks in [tuple(task for task in plan.tasks if not task.task.startswith("many_shot"))]
 }
 """The published tasks in few bits, all pairs and 0.3 of them."""
-LONG_TEXTS = (Asked("gold@20000", "chat", 1, 200, 16), Asked("squad@20000", "chat", 2, 40, 48))
+LONG_TEXTS = (Asked("gold@20000", "chat", 1, 200, 16),)
 MANY = 20  # contexts of text tasks
 
 
@@ -165,7 +165,7 @@ def tasks_by_bytes(name: str) -> tuple[Asked, ...]:
     more.append(Asked("squad@1000", form, MANY, 12, 48))
     if name.startswith("gemma"):  # its windows alone are 0.6 of the bytes at 1,700 tokens, and more at fewer
         tasks = [task for task in tasks if task.task.partition("@")[2] not in ("700", "1000")]
-        more[-1] = Asked("squad@2000", form, MANY, 12, 48)
+        more.pop()  # and more than all of the bytes of a short paragraph
     return (*(LONG_TEXTS if name == "qwen2.5-coder-1.5b-instruct" else ()), *tasks, *more)
 
 

@@ -55,6 +55,7 @@ NOT_RUN = {
     ("README.md", "make demo    # the demo, in an environment of its own"),
     ("docs/start.md", "pip install -e '.[demo]'            # from a checkout, with what the demo needs"),
     ("docs/evals.md", "pip install matplotlib datasets"),
+    ("docs/bytes.md", "python benchmarks/evaluation.py MODEL_DIR... --bytes --data DATA --work .bytes --workers 24"),
     ("docs/gpu_tests.md", "python tools/install_torch.py && pip install -e '.[dev,hub]'"),
     ("docs/gpu_tests.md", "pytest -o addopts= -rs tests/ops/test_sanitizer.py"),
     (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .plan import FULL
-from .results import Answered, group, label, summarize
+from .results import Answered, group, label, relative, relative_intervals, summarize
 
 NEEDLES = ("needle", "needles")
 MEAN = "mean of tasks, relative to the full cache"
@@ -17,40 +17,31 @@ _COLORS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """With the method in question and the full cache seven lines, told apart by color-blind readers too; the rest is grey.
 Source: Okabe and Ito, Color Universal Design, 2008."""
 _MARKERS = "sD^vPX"
+Styles = dict[str, dict[str, Any]]
+"""How matplotlib draws each method."""
 
 
-def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
-    """Returns each method's mean over tasks of its score divided by the full cache's, by (method, ratio).
-
-    Tasks that the full cache scores 0 in, and methods and ratios that were not run on all the others, are left out.
-    """
-    means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
-    full = {task: mean for (task, method, _), mean in means.items() if method == FULL and mean > 0}
-    found: dict[tuple[str, float], list[float]] = {}
-    for (task, method, ratio), mean in means.items():
-        if task in full:
-            found.setdefault((method, ratio), []).append(mean / full[task])
-    return {key: sum(values) / len(values) for key, values in found.items() if len(values) == len(full)}
-
-
-def figures(answers: Sequence[Answered], title: str, *, base: str = "kvzip", across: str = KEPT) -> dict[str, bytes]:
+def figures(
+    answers: Sequence[Answered], title: str, *, base: str = "kvzip", shown: Sequence[str] = (), across: str = KEPT
+) -> dict[str, bytes]:
     """Returns PNGs by name: "tasks", "mean" where the full cache was asked, and "heat" where needles were hidden.
 
-    `base` is drawn thick, the five best others in colors, the rest in grey. `across` says what a ratio is.
+    `base` is drawn thick, at most five others in colors, which are those of `shown` or else the best, the rest in grey.
+    `across` says what a ratio is.
     """
-    made = {"mean": _mean_plot(answers, title, base, across)} if relative(answers) else {}
-    made["tasks"] = _task_plots(answers, title, base, across)
+    styles = _styles(answers, base, shown)
+    made = {"mean": _mean_plot(answers, title, styles, across)} if relative(answers) else {}
+    made["tasks"] = _task_plots(answers, title, styles, across)
     hidden = [a for a in answers if a.question["task"].partition("@")[0] in NEEDLES]
     if hidden:
-        made["heat"] = _heat_maps(hidden, title)
+        made["heat"] = _heat_maps(hidden, title, across)
     return made
 
 
-def _task_plots(answers: Sequence[Answered], title: str, base: str, across: str) -> bytes:
+def _task_plots(answers: Sequence[Answered], title: str, styles: Styles, across: str) -> bytes:
     tasks = [task for (task,) in group(answers, "label")]
     columns = min(4, len(tasks))
     figure, axes = _canvas(-(-len(tasks) // columns), columns, title)
-    styles = _styles(answers, base)
     for axis, task in zip(axes, tasks, strict=False):
         own = [answer for answer in answers if label(answer) == task]
         asked = {m: rows for (m,), rows in group(sorted(own, key=lambda answer: answer.ratio), "method").items()}
@@ -70,22 +61,28 @@ def _task_plots(answers: Sequence[Answered], title: str, base: str, across: str)
     return _png_with_legend(figure, axes)
 
 
-def _mean_plot(answers: Sequence[Answered], title: str, base: str, across: str) -> bytes:
+def _mean_plot(answers: Sequence[Answered], title: str, styles: Styles, across: str) -> bytes:
+    """The mean of all tasks by ratio; the lines in colors with their intervals shaded."""
     figure, axes = _canvas(1, 1, title, size=(5.4, 3.8))
-    styles, lines = _styles(answers, base), {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for (method, ratio), value in sorted(relative(answers).items(), key=lambda item: item[0][1]):
         lines.setdefault(method, []).append((ratio, 100 * value))
+    spread = relative_intervals(answers)
     axes[0].axhline(100, color="black", linestyle="--", label=FULL)
-    for method in styles:
-        if method in lines:
-            name = _named(method, styles)
-            axes[0].plot(*zip(*lines[method], strict=True), label=name, markersize=5, **styles[method])
+    for method, style in styles.items():
+        if method not in lines:
+            continue
+        ratios, values = zip(*lines[method], strict=True)
+        axes[0].plot(ratios, values, label=_named(method, styles), markersize=5, **style)
+        if "marker" in style:
+            bounds = [[100 * bound for bound in spread[method, ratio]] for ratio in ratios]
+            axes[0].fill_between(ratios, *zip(*bounds, strict=True), alpha=0.12, color=style["color"])
     top = max(110.0, *(value for points in lines.values() for _, value in points))
     axes[0].set(title=MEAN, xlabel=across, ylabel="%", xlim=(0, 1.03), ylim=(-3, top + 3))
     return _png_with_legend(figure, axes)
 
 
-def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
+def _heat_maps(answers: Sequence[Answered], title: str, across: str) -> bytes:
     """A map for each method (a row of maps) and ratio (a column): lengths across, depths down, green for found.
 
     The full cache, which has no ratio, is the first map of the last row.
@@ -110,32 +107,35 @@ def _heat_maps(answers: Sequence[Answered], title: str) -> bytes:
         axis.set_yticks([y + 0.5 for y in range(0, len(depths), 5)], depths[::5] if column == 0 else [])
         axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
         if row == 0 and not full:
-            axis.set_title(f"{ratios[column]:g} kept")
+            axis.set_title(f"{ratios[column]:g}")
         if column == 0:
             axis.set_ylabel(methods[row], rotation=0, ha="right", va="center")
-    figure.supxlabel("tokens; down: depth of the needle, %")
+    figure.supxlabel(f"tokens; down: depth of the needle, %; columns: {across}")
     return _png(figure)
 
 
-def _styles(answers: Sequence[Answered], base: str) -> dict[str, dict[str, Any]]:
-    """How each method is drawn in every plot: `base` thick and on top, the best others in colors, the rest in grey."""
+def _styles(answers: Sequence[Answered], base: str, shown: Sequence[str]) -> Styles:
+    """How each method is drawn in every plot: `base` thick and on top, some others in colors, the rest in grey."""
     means: dict[str, list[float]] = {}
     for row in summarize(answers, "label", "method", "ratio"):
         means.setdefault(row.group[1], []).append(row.mean)
     others = [method for method in means if method not in (FULL, base)]
     others.sort(key=lambda method: -sum(means[method]) / len(means[method]))
     room = len(_COLORS) if base in means else len(_COLORS) + 1
-    shown = dict(zip(others[:room], [*_COLORS, _BASE_COLOR], strict=False))
-    styles: dict[str, dict[str, Any]] = {
-        method: {"color": color, "marker": _MARKERS[n], "linewidth": 1.4, "zorder": 3}
-        for n, (method, color) in enumerate(shown.items())
+    if any(method in others for method in shown):
+        wanted = [method for method in shown if method in others]
+        room = min(room, len(wanted))
+        others = [*wanted, *(method for method in others if method not in wanted)]
+    styles: Styles = {
+        method: {"color": color, "marker": marker, "linewidth": 1.4, "zorder": 3}
+        for method, color, marker in zip(others[:room], [*_COLORS, _BASE_COLOR], _MARKERS, strict=False)
     }
     if base in means:
         styles[base] = {"color": _BASE_COLOR, "marker": "o", "linewidth": 2.8, "zorder": 4}
     return styles | {method: {"color": "#c4c4c4", "linewidth": 1, "zorder": 1} for method in others[room:]}
 
 
-def _named(method: str, styles: dict[str, dict[str, Any]]) -> str:
+def _named(method: str, styles: Styles) -> str:
     """What the legend calls a method: those in grey are named together."""
     grey = [name for name, style in styles.items() if "marker" not in style]
     return method if method not in grey else "\n".join(["in grey:", *grey])

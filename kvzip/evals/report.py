@@ -6,8 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .plan import FULL
-from .plots import figures, relative
-from .results import Answered, Summary, by_measure, differences, group, read, summarize
+from .plots import figures
+from .results import (
+    Answered,
+    Summary,
+    by_measure,
+    differences,
+    group,
+    read,
+    relative,
+    relative_intervals,
+    summarize,
+)
 
 PROVENANCE = ("commit", "torch", "dtype", "device", "seed", "date")
 _PHONE = 900
@@ -39,7 +49,8 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     written, tables, pictures, told = [], [], [], []
     for (model, form), own in group(answers, "model", "form").items():
         title = f"{model}, {form}"
-        tables.append(f"## {title}\n\n{overview(own)}\n\n{table(own, base=base)}")
+        whole = f"{means(own)}\n\n" if relative(own) else ""
+        tables.append(f"## {title}\n\n{whole}{overview(own)}\n\n{table(own, base=base)}")
         told.append(story(own, title, base=base))
         for name, figure in figures(own, title, base=base).items():
             path = directory / f"{model}-{form}-{name}.png".replace("@", "-").replace("/", "-")
@@ -50,6 +61,25 @@ def write_report(results: Sequence[Path], directory: Path, *, base: str = "kvzip
     (directory / "table.md").write_text(text, encoding="utf-8")
     (directory / "index.html").write_text(page(text, pictures, story=told), encoding="utf-8")
     return [directory / "table.md", directory / "index.html", *written]
+
+
+def means(answers: Sequence[Answered], *, across: str = "kept") -> str:
+    """Returns a Markdown table of the mean over tasks relative to the full cache, in percent, with 95% intervals.
+
+    Methods are down, ratios across, each before the word `across`.
+    """
+    values, spread = relative(answers), relative_intervals(answers)
+    ratios = sorted({ratio for method, ratio in values if method != FULL})
+    lines = [f"| method | {' | '.join(f'{ratio:g} {across}' for ratio in ratios)} |"]
+    lines.append("|---" * (len(ratios) + 1) + "|")
+    for (method,) in group(answers, "method"):
+        cells = []
+        for key in ((method, ratio) for ratio in ratios):
+            low, high = (f"{100 * bound:.0f}" for bound in spread.get(key, (0, 0)))
+            cells.append(f"{100 * values[key]:.0f} ({low} to {high})" if key in values else "")
+        if method != FULL and any(cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def overview(answers: Sequence[Answered], *, across: str = "") -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..files.writing import whole_file
+from .plan import FULL
 
 RESAMPLES = 2000
 
@@ -171,8 +172,7 @@ def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0, contexts: 
     for own, members in group(answers, *keys).items():
         by_context: dict[tuple[str, str], list[float]] = {}
         for answer in members:
-            place = answer.run["fingerprint"], answer.question["context"]
-            by_context.setdefault(place, []).append(answer.score)
+            by_context.setdefault(_place(answer), []).append(answer.score)
         if contexts and len(by_context) > 1:
             units = np.array([sum(scores) / len(scores) for scores in by_context.values()])
         else:
@@ -181,6 +181,52 @@ def summarize(answers: Iterable[Answered], *keys: str, seed: int = 0, contexts: 
         low, high = np.quantile(units[picks].mean(1), [0.025, 0.975])
         found.append(Summary(own, float(units.mean()), float(low), float(high), len(members), len(by_context)))
     return found
+
+
+def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
+    """Returns each method's mean over tasks of its score divided by the full cache's, by (method, ratio).
+
+    Tasks that the full cache scores 0 in, and methods and ratios that were not run on all the others, are left out.
+    """
+    means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
+    full = {task: mean for (task, method, _), mean in means.items() if method == FULL and mean > 0}
+    found: dict[tuple[str, float], list[float]] = {}
+    for (task, method, ratio), mean in means.items():
+        if task in full:
+            found.setdefault((method, ratio), []).append(mean / full[task])
+    return {key: sum(values) / len(values) for key, values in found.items() if len(values) == len(full)}
+
+
+def relative_intervals(answers: Sequence[Answered], *, seed: int = 0) -> dict[tuple[str, float], tuple[float, float]]:
+    """Returns a 95% interval of each mean that `relative` returns.
+
+    A percentile bootstrap: the contexts of each task are drawn anew, the same for a method and the full cache, or its
+    questions where it has one context only.
+    """
+    kept, generator = relative(answers), np.random.default_rng(seed)
+    drawn: dict[tuple[str, float], list[np.ndarray]] = {key: [] for key in kept}
+    for own in group(answers, "label").values():
+        lone = len({_place(answer) for answer in own}) == 1
+        units: dict[tuple[str, float], dict[Any, list[float]]] = {}
+        for answer in own:
+            unit = answer.question["id"] if lone else _place(answer)
+            units.setdefault((answer.method, answer.ratio), {}).setdefault(unit, []).append(answer.score)
+        scores = {key: {unit: sum(x) / len(x) for unit, x in own.items()} for key, own in units.items() if key in kept}
+        full = scores.get((FULL, 1.0), {})
+        if not any(full.values()):
+            continue
+        picks = generator.integers(len(full), size=(RESAMPLES, len(full)))
+        whole = np.array(list(full.values()))[picks].mean(1)
+        for key, by_unit in scores.items():
+            mean = np.array([by_unit[unit] for unit in full])[picks].mean(1)
+            drawn[key].append(np.divide(mean, whole, out=np.full(RESAMPLES, np.nan), where=whole > 0))
+    intervals = {key: np.nanquantile(np.nanmean(parts, 0), [0.025, 0.975]) for key, parts in drawn.items()}
+    return {key: (float(low), float(high)) for key, (low, high) in intervals.items()}
+
+
+def _place(answer: Answered) -> tuple[str, str]:
+    """Names an answer's context."""
+    return answer.run["fingerprint"], answer.question["context"]
 
 
 def differences(
@@ -194,16 +240,16 @@ def differences(
 ) -> list[Summary]:
     """Returns the mean of `method`'s score minus `base`'s to the same question at the same ratio, as `summarize` does.
 
-    Answers of "full", which has no ratio, are compared with every ratio.
+    Answers of FULL, which has no ratio, are compared with every ratio.
     """
 
     def by_question(name: str) -> dict[tuple[Any, ...], Answered]:
-        return {(*a.key[:3], a.ratio if name != "full" else None): a for a in answers if a.method == name}
+        return {(*a.key[:3], a.ratio if name != FULL else None): a for a in answers if a.method == name}
 
     bases = by_question(base)
     paired = []
     for key, answer in by_question(method).items():
-        other = bases.get((*key[:3], None if base == "full" else key[3]))
+        other = bases.get((*key[:3], None if base == FULL else key[3]))
         if other is not None:
             paired.append(replace(answer, score=answer.score - other.score))
     return summarize(paired, *keys, seed=seed, contexts=contexts)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvzip.evals.plots import _styles, figures, relative
-from kvzip.evals.report import overview, page, story, table, write_report
-from kvzip.evals.results import append, read
+from kvzip.evals.plots import _styles, figures
+from kvzip.evals.report import means, overview, page, story, table, write_report
+from kvzip.evals.results import append, read, relative, relative_intervals
 
 RUN = {
     "kind": "run",
@@ -84,6 +84,22 @@ def test_the_mean_over_tasks_is_relative_to_the_full_cache(results: Path) -> Non
     assert ("random", 0.3) not in relative(partly)
 
 
+def test_intervals_of_the_mean_draw_contexts_with_the_full_cache(results: Path) -> None:
+    answers = read(results)
+    found = relative_intervals(answers)
+    assert found.keys() == relative(answers).keys() and found["full", 1.0] == (1.0, 1.0)
+    # kvzip has 1 and 0.5 of the two contexts of kv, 0 and 1 of the needles': a sixteenth of draws is the worst of both
+    assert found["kvzip", 0.3] == ((0.5 + 0) / 2, (1 + 1) / 2)
+    alike = [replace(a, score=1.0) for a in answers]
+    assert set(relative_intervals(alike).values()) == {(1.0, 1.0)}
+
+
+def test_means_have_methods_down_and_ratios_across(results: Path) -> None:
+    rows = means(read(results)).split("\n")
+    assert rows[0] == "| method | 0.3 kept |" and len(rows) == 4
+    assert rows[2] == "| kvzip | 62 (25 to 100) |"
+
+
 def test_a_report_is_a_table_pictures_and_a_page_of_its_own(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written = write_report([results], tmp_path / "report")
@@ -113,12 +129,14 @@ def test_pictures_show_what_changed(results: Path) -> None:
 def test_ours_is_thick_five_others_have_colors_of_their_own_and_the_rest_is_grey(results: Path) -> None:
     answers = [a for a in read(results) if a.method == "kvzip"]
     many = [replace(a, method=name) for name in ("kvzip", *"abcdefgh") for a in answers]
-    styles = _styles(many, "kvzip")
+    styles = _styles(many, "kvzip", ())
     colored = [style for style in styles.values() if "marker" in style]
     assert len(colored) == 6 == len({style["color"] for style in colored} & {s["color"] for s in colored})
     assert len({style["marker"] for style in colored}) == 6
     assert styles["kvzip"]["linewidth"] == max(style["linewidth"] for style in styles.values()) > 2
     assert len({style["color"] for style in styles.values() if "marker" not in style}) == 1 and len(styles) == 9
+    asked = _styles(many, "kvzip", ("h", "c", "not run"))
+    assert [name for name, style in asked.items() if "marker" in style] == ["h", "c", "kvzip"] and len(asked) == 9
 
 
 def test_the_page_begins_with_what_was_found_and_fits_a_phone_and_the_dark(results: Path) -> None:

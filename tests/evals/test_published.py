@@ -173,7 +173,7 @@ def test_methods_by_bytes_keep_what_fits() -> None:
 @pytest.mark.slow
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    pages = ("evals.md", "refitting.md")
+    pages = ("evals.md", "refitting.md", "bits.md", "bytes.md")
     for page in pages:
         shutil.copy(ROOT / "docs" / page, tmp_path)
     evaluation.render(RESULTS, tmp_path)
