@@ -394,11 +394,12 @@ def render_table(
 ) -> None:
     """Puts the latest figures between the markers of a page: kvzip's and the best of the others timed.
 
-    Args: `cases` are the op and case of the rows wanted, in their order; None takes all, in that of the results.
+    Args: `cases` are the op and case of the rows wanted, in their order; None takes all, in that of the results, but
+    those of the linear layer, which docs/tuning.md has, and the parts of an op.
     """
     latest: dict[tuple[str, str], dict[str, dict]] = {}
     for line in harness.read_lines(results):
-        if line["op"] != "floor":
+        if line["op"] not in ("floor", "linear") and not line["case"].endswith(", parts"):
             latest.setdefault((line["op"], line["case"]), {})[line["variant"]] = line
     link = os.path.relpath(results, page.parent)
     rows = ["| op | case | kvzip | of the floor | best alternative timed |", "| --- | --- | ---: | ---: | --- |"]

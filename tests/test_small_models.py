@@ -7,7 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,8 @@ from kvzip import hub
 from kvzip.small import gguf_to_hf, gguf_tokenizer
 from kvzip.small import packages as small_models
 from kvzip.small.packages import Part, Source, Unavailable
+
+gguf = pytest.importorskip("gguf", reason="the demo extra is not installed")
 
 ROOT = Path(__file__).parents[1]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH = 4, 2, 6, 24, 16
