@@ -1,4 +1,5 @@
-"""Draws the pictures of docs/ that explain: the way of a document, ragged heads, what a fit does, documents in vLLM.
+"""Draws the pictures of docs/ that explain: the way of a document, ragged heads, what a fit does, the
+server, documents in vLLM.
 
     python tools/make_pictures.py
 
@@ -194,10 +195,40 @@ def vllm() -> Picture:
     return page
 
 
+def server() -> Picture:
+    """A step of the engine, who waits for it, and where documents are meanwhile."""
+    page = Picture(800, 300, "The server")
+    page.text(24, 34, "**readers**", color=ORANGE)
+    for n, (name, words) in enumerate((("guide", "Who built it?"), ("guide", "How high is it?"), ("lease", "Who pays?"))):
+        page.box(24, 48 + 46 * n, 176, 38, fill=SAND, edge=ORANGE)
+        page.text(34, 64 + 46 * n, words, size=13)
+        page.text(34, 80 + 46 * n, f"model: small:{name}", size=13, color=GREY)
+        page.arrow((200, 67 + 46 * n), (259, 67 + 46 * n))
+    page.box(260, 16, 516, 170)
+    page.text(276, 40, "**a step of the engine: one token for each who answers**")
+    page.labelled(276, 54, 226, 50, ("new questions", "read a portion at a time"))
+    page.labelled(276, 122, 226, 50, ("documents on the GPU", "each read once for all of them"), fill=PALE, edge=BLUE)
+    page.arrow((502, 79), (559, 103))
+    page.arrow((502, 147), (559, 123), color=BLUE)
+    page.labelled(560, 88, 200, 50, ("next tokens", "sent as they come"))
+    page.labelled(276, 232, 226, 50, ("in the host's memory", "asked less lately"), fill=PALE, edge=BLUE)
+    page.labelled(560, 232, 200, 50, ("files", "there after a restart"), fill=PALE, edge=BLUE)
+    page.arrow((370, 231), (370, 173), color=BLUE)
+    page.arrow((408, 173), (408, 231))
+    page.arrow((559, 250), (503, 250), color=BLUE)
+    page.arrow((503, 268), (559, 268))
+    page.text(424, 206, "moved to make room, never while it is read", size=13, color=GREY)
+    page.text(24, 218, "A reader joins and leaves", size=13, color=GREY)
+    page.text(24, 236, "between two steps; no one", size=13, color=GREY)
+    page.text(24, 254, "waits for the slowest.", size=13, color=GREY)
+    return page
+
+
 PICTURES: dict[str, Callable[[], Picture]] = {
     "way.svg": way,
     "ragged.svg": ragged,
     "refit.svg": refit,
+    "server.svg": server,
     "vllm.svg": vllm,
 }
 """The files in docs/ and what draws them."""
