@@ -199,7 +199,9 @@ def server() -> Picture:
     """A step of the engine, who waits for it, and where documents are meanwhile."""
     page = Picture(800, 300, "The server")
     page.text(24, 34, "**readers**", color=ORANGE)
-    for n, (name, words) in enumerate((("guide", "Who built it?"), ("guide", "How high is it?"), ("lease", "Who pays?"))):
+    for n, (name, words) in enumerate(
+        (("guide", "Who built it?"), ("guide", "How high is it?"), ("lease", "Who pays?"))
+    ):
         page.box(24, 48 + 46 * n, 176, 38, fill=SAND, edge=ORANGE)
         page.text(34, 64 + 46 * n, words, size=13)
         page.text(34, 80 + 46 * n, f"model: small:{name}", size=13, color=GREY)
