@@ -2,14 +2,17 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import shortcuts
 
 if not torch.cuda.is_available():  # must be set before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,6 +36,24 @@ if sys.version_info < (3, 11):
     # The last jaxtyping for Python 3.10 wraps functions marked no_type_check too, which hides a kernel's globals from
     # Triton's interpreter.
     sys.meta_path.insert(0, _Uninstrumented())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    return shortcuts.run_with_room(item, nextitem)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches `triton.language` once a launch."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", shortcuts.patch_once(interpreter))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
