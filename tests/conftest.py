@@ -65,6 +65,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are not checked for types, as in a user's process; checks take half of the time of a small real model.
+
+    For what users run as it stands, pages and examples. Other tests call all of the same functions, checked.
+    """
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def model() -> Any:
     """A small random model of three layers, of which the second has a window."""
