@@ -139,7 +139,9 @@ def loaded_once() -> Callable[..., kvzip.Model]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., kvzip.Model]) -> Path:
+def workplace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., kvzip.Model], unchecked: None
+) -> Path:
     """The current directory of blocks: documents, the checkout's examples and package, and commands on the path."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")

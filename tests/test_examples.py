@@ -41,6 +41,7 @@ def paragraphs(
     made: dict[tuple[object, ...], kvzip.DenseCache],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    unchecked: None,
 ):
     """A function that writes the first paragraphs of the examples' document, and gives an example's arguments."""
     prefill, score = kvzip.prefill, kvzip.score

@@ -1,13 +1,16 @@
 """Compiles Triton kernels for a GPU that is not there, exactly as their launchers would launch them."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block can have
 
@@ -29,23 +32,63 @@ class Compiled(NamedTuple):
 def compile_launches(source: str, *, capability: int) -> list[Compiled]:
     """The kernels that the statements of `source` launch, compiled for sm_<capability> and not run.
 
-    `source` runs in a process of its own, without the interpreter; it calls launchers on CPU tensors, whose results
-    mean nothing, since no kernel writes them. With a Triton that the kernels do not take the test is skipped.
+    `source` runs in a process of its own, a fork of one without the interpreter; it calls launchers on CPU tensors,
+    whose results mean nothing, since no kernel writes them. With a Triton that the kernels do not take the test is
+    skipped.
     """
     if tuple(map(int, version("triton").split(".")[:2])) < (3, 5):
         import pytest
 
         pytest.skip("kernels are compiled by Triton 3.5 and newer")
+    server = _server(capability)
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as directory:
+        told = Path(directory) / "told"
+        print(json.dumps([source.strip(), str(told)]), file=server.stdin, flush=True)
+        assert server.stdout.readline() == "done\n", "the process that compiles has ended"
+        found = json.loads(told.read_text(encoding="utf-8"))
+    assert "error" not in found, found["error"][-4000:]
+    return [Compiled(*row) for row in found["kernels"]]
+
+
+@functools.cache
+def _server(capability: int) -> subprocess.Popen[str]:
+    """A process that has imported what sources need, and forks for each of them; it ends when its input does."""
     root = Path(__file__).parents[2]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests" / "ops")])
-    program = f"import compiling\nwith compiling.recording({capability}) as record:\n" + "".join(
-        f"    {line}\n" for line in source.strip().splitlines()
-    )
-    program += "compiling.report(record)"
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [Compiled(*row) for row in json.loads(run.stdout.splitlines()[-1])]
+    command = [sys.executable, "-c", f"import compiling; compiling.serve({capability})"]
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
+
+
+def serve(capability: int) -> None:
+    """Compiles each source that a line of the input names, in a fork, so that none sees what another has changed."""
+    with recording(capability) as record:
+        from kvzip.ops.triton import decode, decode_rows  # noqa: F401  (the longest imports)
+
+        for line in sys.stdin:
+            source, told = json.loads(line)
+            child = os.fork()
+            if not child:
+                _compile(source, Path(told), record)
+            os.waitpid(child, 0)
+            print("done", flush=True)
+
+
+def _compile(source: str, told: Path, record: list) -> None:
+    """Writes what `Compiled` holds of the kernels that a source launches, or its error; ends the process."""
+    found: dict[str, Any] = {"error": "it never ended"}
+    os.dup2(2, 1)
+    try:
+        exec(source, {"__name__": "source"})
+        found = {"kernels": report(record)}
+    except BaseException:
+        found = {"error": traceback.format_exc()}
+    finally:
+        told.write_text(json.dumps(found), encoding="utf-8")
+        os._exit(0)
 
 
 def compile_calls(source: str, calls: list[str], *, capability: int) -> list[Compiled]:
@@ -100,8 +143,8 @@ class recording:
         JITFunction.run = self.run
 
 
-def report(kernels: list) -> None:
-    """Prints what `Compiled` holds, as one line of JSON."""
+def report(kernels: list) -> list[tuple]:
+    """Returns what `Compiled` holds."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -114,4 +157,4 @@ def report(kernels: list) -> None:
         parts = dict(part.split(":")[:2] for part in usage.split() if part[:4] in ("REG:", "STAC", "SHAR"))
         static, stack, registers = (int(parts[name]) for name in ("SHARED", "STACK", "REG"))
         rows.append((kernel.metadata.name, kernel.metadata.shared, static, stack, registers, kernel.asm["ptx"]))
-    print(json.dumps(rows))
+    return rows

@@ -245,7 +245,7 @@ def go(D, dtype, bits, keys, feedback=False):
 """
 
 
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [pytest.param(64, marks=pytest.mark.slow), 128, 256])  # 64 is launched as 128
 def test_kernels_compile_without_spills(D):
     calls = [f"{D}, torch.bfloat16, 4, True, True", f"{D}, torch.bfloat16, 2, False"]
     assert_fits(compile_calls(COMPILE, calls, capability=90), capability=90)
