@@ -143,7 +143,8 @@ def compress(
 ) -> None:
     """Compress documents into one file.
 
-    DOC is a file of text, Markdown or PDF, a directory (its text files as one context), or - for standard input.
+    DOC is a file of text, Markdown, HTML, Word or PDF, a directory (its text files as one context), or - for standard
+    input.
     """
     others = (budget, budget_bytes, threshold)
     if sum(x is not None for x in (ratio, *others)) > 1:

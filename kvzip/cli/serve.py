@@ -101,8 +101,9 @@ def serve(model: str, files: tuple[Path, ...], loading: Loading, **asked: Any) -
         server_header=False,
     )
     server = uvicorn.Server(config)
-    limits, ready = service.engine.limits, len(service.library.all())
-    say(f"{name} and {ready} documents; {size(limits.memory)} for documents, {limits.tail_tokens:,} tokens of answers")
+    limits, ready = service.engine.limits, sum(document.status == "ready" for document in service.library.all())
+    documents = "1 document" if ready == 1 else f"{ready} documents"
+    say(f"{name} and {documents}; {size(limits.memory)} for documents, {limits.tail_tokens:,} tokens of answers")
     with config.bind_socket() as listening:
         address = f"[{asked['host']}]" if ":" in asked["host"] else asked["host"]
         gc.collect()
