@@ -75,8 +75,8 @@ def means(answers: Sequence[Answered], *, across: str = "kept") -> str:
     for (method,) in group(answers, "method"):
         cells = []
         for key in ((method, ratio) for ratio in ratios):
-            low, high = (f"{100 * bound:.0f}" for bound in spread.get(key, (0, 0)))
-            cells.append(f"{100 * values[key]:.0f} ({low} to {high})" if key in values else "")
+            low, high = spread.get(key, (0.0, 0.0))
+            cells.append(f"{100 * values[key]:.0f} ({100 * low:.0f} to {100 * high:.0f})" if key in values else "")
         if method != FULL and any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -88,16 +88,16 @@ def overview(answers: Sequence[Answered], *, across: str = "") -> str:
     The last column is the mean over tasks relative to the full cache, in percent. The full cache is a row of each, and
     methods without an answer at a ratio are left out. `across` says what a ratio is, if not the pairs that are kept.
     """
-    means = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
+    scores = {row.group: row.mean for row in summarize(answers, "label", "method", "ratio")}
     whole = relative(answers)
     tasks, methods = ([own for (own,) in group(answers, key)] for key in ("label", "method"))
     tables = []
-    for ratio in sorted({ratio for _, method, ratio in means if method != FULL}) or [1.0]:
+    for ratio in sorted({ratio for _, method, ratio in scores if method != FULL}) or [1.0]:
         lines = [f"### {ratio:g} {across or 'kept'}", "", "| method | " + " | ".join(tasks) + " | relative |"]
         lines.append("|---" * (len(tasks) + 2) + "|")
         for method in methods:
             at = 1.0 if method == FULL else ratio
-            cells = [means.get((task, method, at)) for task in tasks] + [whole.get((method, at))]
+            cells = [scores.get((task, method, at)) for task in tasks] + [whole.get((method, at))]
             if not any(x is not None for x in cells):
                 continue
             lines.append(f"| {method} | " + " | ".join("" if x is None else f"{100 * x:.1f}" for x in cells) + " |")

@@ -200,8 +200,8 @@ def relative(answers: Sequence[Answered]) -> dict[tuple[str, float], float]:
 def relative_intervals(answers: Sequence[Answered], *, seed: int = 0) -> dict[tuple[str, float], tuple[float, float]]:
     """Returns a 95% interval of each mean that `relative` returns.
 
-    A percentile bootstrap: the contexts of each task are drawn anew, the same for a method and the full cache, or its
-    questions where it has one context only.
+    A percentile bootstrap: the contexts of each task that both a method and the full cache have are drawn anew, or its
+    questions where it has one context only. Tasks are fixed: how much others would differ is not in it.
     """
     kept, generator = relative(answers), np.random.default_rng(seed)
     drawn: dict[tuple[str, float], list[np.ndarray]] = {key: [] for key in kept}
@@ -216,12 +216,24 @@ def relative_intervals(answers: Sequence[Answered], *, seed: int = 0) -> dict[tu
         if not any(full.values()):
             continue
         picks = generator.integers(len(full), size=(RESAMPLES, len(full)))
-        whole = np.array(list(full.values()))[picks].mean(1)
         for key, by_unit in scores.items():
-            mean = np.array([by_unit[unit] for unit in full])[picks].mean(1)
+            shared = [unit for unit in full if unit in by_unit]  # fewer where a run was stopped
+            own = (
+                picks
+                if len(shared) == len(full)
+                else generator.integers(max(1, len(shared)), size=(RESAMPLES, len(shared)))
+            )
+            mean, whole = (np.array([given[unit] for unit in shared])[own].sum(1) for given in (by_unit, full))
             drawn[key].append(np.divide(mean, whole, out=np.full(RESAMPLES, np.nan), where=whole > 0))
-    intervals = {key: np.nanquantile(np.nanmean(parts, 0), [0.025, 0.975]) for key, parts in drawn.items()}
-    return {key: (float(low), float(high)) for key, (low, high) in intervals.items()}
+    return {key: _interval(np.array(parts)) for key, parts in drawn.items()}
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of the mean over tasks (rows); a draw in which the full cache has 0 in all says nothing."""
+    known = ~np.isnan(drawn)
+    means = np.where(known, drawn, 0).sum(0)[known.any(0)] / known.sum(0)[known.any(0)]
+    low, high = np.quantile(means, [0.025, 0.975]) if len(means) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def _place(answer: Answered) -> tuple[str, str]:

@@ -94,6 +94,18 @@ def test_intervals_of_the_mean_draw_contexts_with_the_full_cache(results: Path) 
     assert set(relative_intervals(alike).values()) == {(1.0, 1.0)}
 
 
+@pytest.mark.filterwarnings("error")
+def test_intervals_of_runs_that_were_stopped_and_of_one_context(results: Path) -> None:
+    answers = read(results)
+    stopped = [a for a in answers if (a.method, a.question["context"]) != ("kvzip", "kv1")]
+    low, high = relative_intervals(stopped)["kvzip", 0.3]
+    assert (low, high) == ((1 + 0) / 2, (1 + 1) / 2)  # of kv the one context that is there
+    without = [a for a in answers if (a.method, a.question["context"]) != ("full", "kv0")]
+    assert relative_intervals(without)["kvzip", 0.3] == (0.25, 0.75)
+    one = [a for a in answers if a.question["context"] == "needles1"]
+    assert relative_intervals(one)["kvzip", 0.3] == (1, 1)  # its two questions are drawn, and scored alike
+
+
 def test_means_have_methods_down_and_ratios_across(results: Path) -> None:
     rows = means(read(results)).split("\n")
     assert rows[0] == "| method | 0.3 kept |" and len(rows) == 4
