@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import quality
 from benchmarks.harness import DOCS, RESULTS, take_place, write_between
-from benchmarks.plans import ALL, FILES, KNOWN, PLANS, Asked, Plan
+from benchmarks.plans import ALL, FILES, KNOWN, PLANS, Asked, Plan, tells_apart
 from kvzip.cli.evaluate import UNFINISHED
 from kvzip.evals.plan import FULL
 from kvzip.evals.results import append, content_of, group, mend, read
@@ -240,7 +240,7 @@ def render(results: Path, docs: Path) -> None:
     for kind, (page, stem) in written.items():
         tables = []
         answers = read(*sorted(results.glob(f"{kind}-*.jsonl.gz")))
-        answers = [answer for answer in answers if not answer.question["task"].startswith("many_shot")]  # says nothing
+        answers = [answer for answer in answers if tells_apart(answer.question["task"])]
         for (model,), own in group(answers, "model").items():
             title = f"{model}:" if kind == "study" else f"### {model}"
             across = "of the full cache's bytes" if kind == "bytes" else ""

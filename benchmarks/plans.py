@@ -30,6 +30,11 @@ class Plan:
     tasks: tuple[Asked, ...]
 
 
+def tells_apart(task: str) -> bool:
+    """Whether a task tells methods apart: with random pairs `many_shot` scores as with the full cache."""
+    return not task.startswith("many_shot")
+
+
 FEW = (FULL, "kvzip", "kvzip-chunk", "snapkv", "random")
 TOPIC = Asked("topic", "chat", 20, 5, 32)
 NEEDLES = Asked("needles", "cloze", 4, 11, 32)
@@ -148,7 +153,7 @@ FEWER = {
     name: (Plan((FULL,), (1.0,), tasks), Plan(tuple(studies.FEWER), (1.0, 0.3), tasks))
     for name, plan in PLANS.items()
     if name.startswith("qwen")
-    for tasks in [tuple(task for task in plan.tasks if not task.task.startswith("many_shot"))]
+    for tasks in [tuple(task for task in plan.tasks if tells_apart(task.task))]
 }
 """The published tasks in few bits, all pairs and 0.3 of them."""
 LONG_TEXTS = (Asked("gold@20000", "chat", 1, 200, 16),)
@@ -157,7 +162,7 @@ MANY = 20  # contexts of text tasks
 
 def tasks_by_bytes(name: str) -> tuple[Asked, ...]:
     """The published tasks without many_shot, more contexts of texts, and RULER's aggregation."""
-    tasks = [task for task in PLANS[name].tasks if not task.task.startswith("many_shot")]
+    tasks = [task for task in PLANS[name].tasks if tells_apart(task.task)]
     tasks = [task for task in tasks if not task.task.startswith("squad")]
     tasks = [replace(task, count=MANY) if task.task.startswith("ruler_qa") else task for task in tasks]
     form, length = ("chat", 4096) if name.startswith("qwen") else ("cloze", 2000)

@@ -7,7 +7,7 @@ Each is an SVG on a card of its own color, so that it reads on light and dark pa
 file is not what this draws, or when its text is too small or leaves the card.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CARD, INK, GREY, LINE = "#f6f8fa", "#1f2328", "#59636e", "#8c959f"
 BLUE, PALE, ORANGE, SAND = "#0969da", "#ddf4ff", "#bc4c00", "#fff1e5"
+Lines = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,15 @@ def vllm() -> Picture:
     """What a step of vLLM reads with the plugin, and where a document comes from."""
     page = Picture(800, 286, "Documents in vLLM")
     page.text(24, 34, "**requests**", color=ORANGE)
-    for n, (name, words) in enumerate((("contract", "Who signed it?"), ("contract", "When?"), ("lease", "Who pays?"))):
-        page.box(24, 48 + 46 * n, 176, 38, fill=SAND, edge=ORANGE)
-        page.text(34, 64 + 46 * n, words, size=13)
-        page.text(34, 80 + 46 * n, f"document: {name}", size=13, color=GREY)
-        page.arrow((200, 67 + 46 * n), (259, 67 + 46 * n))
-    page.box(260, 16, 516, 170)
-    page.text(276, 40, "**a step of vLLM, in every layer**")
-    page.labelled(276, 54, 226, 50, ("vLLM's pages", "the questions and answers"))
-    page.labelled(276, 122, 226, 50, ("kvzip's documents", "each read once for all of them"), fill=PALE, edge=BLUE)
-    page.arrow((502, 79), (559, 103))
-    page.arrow((502, 147), (559, 123), color=BLUE)
-    page.labelled(560, 88, 200, 50, ("merged", "by their log-sum-exp"))
+    asked = (("Who signed it?", "contract"), ("When?", "contract"), ("Who pays?", "lease"))
+    _step(
+        page,
+        [(words, f"document: {name}") for words, name in asked],
+        "a step of vLLM, in every layer",
+        ("vLLM's pages", "the questions and answers"),
+        ("kvzip's documents", "each read once for all of them"),
+        ("merged", "by their log-sum-exp"),
+    )
     page.arrow((389, 221), (389, 173), color=BLUE)
     page.labelled(276, 222, 226, 46, ("contract.kvz, lease.kvz", "loaded once, no pages spent"), fill=PALE, edge=BLUE)
     page.labelled(24, 222, 176, 46, ("kvzip compress", "before, on any machine"))
@@ -199,20 +197,15 @@ def server() -> Picture:
     """A step of the engine, who waits for it, and where documents are meanwhile."""
     page = Picture(800, 300, "The server")
     page.text(24, 34, "**readers**", color=ORANGE)
-    for n, (name, words) in enumerate(
-        (("guide", "Who built it?"), ("guide", "How high is it?"), ("lease", "Who pays?"))
-    ):
-        page.box(24, 48 + 46 * n, 176, 38, fill=SAND, edge=ORANGE)
-        page.text(34, 64 + 46 * n, words, size=13)
-        page.text(34, 80 + 46 * n, f"model: small:{name}", size=13, color=GREY)
-        page.arrow((200, 67 + 46 * n), (259, 67 + 46 * n))
-    page.box(260, 16, 516, 170)
-    page.text(276, 40, "**a step of the engine: one token for each who answers**")
-    page.labelled(276, 54, 226, 50, ("new questions", "read a portion at a time"))
-    page.labelled(276, 122, 226, 50, ("documents on the GPU", "each read once for all of them"), fill=PALE, edge=BLUE)
-    page.arrow((502, 79), (559, 103))
-    page.arrow((502, 147), (559, 123), color=BLUE)
-    page.labelled(560, 88, 200, 50, ("next tokens", "sent as they come"))
+    asked = (("Who built it?", "guide"), ("How high is it?", "guide"), ("Who pays?", "lease"))
+    _step(
+        page,
+        [(words, f"model: small:{name}") for words, name in asked],
+        "a step of the engine: one token for each who answers",
+        ("new questions", "read a portion at a time"),
+        ("documents on the GPU", "each read once for all of them"),
+        ("next tokens", "sent as they come"),
+    )
     page.labelled(276, 232, 226, 50, ("in the host's memory", "asked less lately"), fill=PALE, edge=BLUE)
     page.labelled(560, 232, 200, 50, ("files", "there after a restart"), fill=PALE, edge=BLUE)
     page.arrow((370, 231), (370, 173), color=BLUE)
@@ -224,6 +217,22 @@ def server() -> Picture:
     page.text(24, 236, "between two steps; no one", size=13, color=GREY)
     page.text(24, 254, "waits for the slowest.", size=13, color=GREY)
     return page
+
+
+def _step(page: Picture, asked: Sequence[Lines], title: str, above: Lines, below: Lines, result: Lines) -> None:
+    """Three questions, and a step that reads what is `above` and the documents `below` for them."""
+    for n, (words, named) in enumerate(asked):
+        page.box(24, 48 + 46 * n, 176, 38, fill=SAND, edge=ORANGE)
+        page.text(34, 64 + 46 * n, words, size=13)
+        page.text(34, 80 + 46 * n, named, size=13, color=GREY)
+        page.arrow((200, 67 + 46 * n), (259, 67 + 46 * n))
+    page.box(260, 16, 516, 170)
+    page.text(276, 40, f"**{title}**")
+    page.labelled(276, 54, 226, 50, above)
+    page.labelled(276, 122, 226, 50, below, fill=PALE, edge=BLUE)
+    page.arrow((502, 79), (559, 103))
+    page.arrow((502, 147), (559, 123), color=BLUE)
+    page.labelled(560, 88, 200, 50, result)
 
 
 PICTURES: dict[str, Callable[[], Picture]] = {

@@ -122,8 +122,8 @@ def _styles(answers: Sequence[Answered], base: str, shown: Sequence[str]) -> Sty
     others = [method for method in means if method not in (FULL, base)]
     others.sort(key=lambda method: -sum(means[method]) / len(means[method]))
     room = len(_COLORS) if base in means else len(_COLORS) + 1
-    if any(method in others for method in shown):
-        wanted = [method for method in shown if method in others]
+    wanted = [method for method in shown if method in others]
+    if wanted:
         room = min(room, len(wanted))
         others = [*wanted, *(method for method in others if method not in wanted)]
     styles: Styles = {
