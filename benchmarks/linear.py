@@ -1,7 +1,7 @@
 """The cases of `benchmarks/ops.py --only linear`: a layer's four products with weights in 16, 8 and 4 bits.
 
 With --launches each launch that the kernel could take is timed beside the one that it takes, for a layer and for each
-product alone: the table `LAUNCHES` of kvzip/ops/triton/linear_quantized.py is chosen by these lines.
+product alone: the tables `launch_config` beside the kernels are chosen by these lines.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from kvzip import ops
 from kvzip.ops.weights import GROUP, LARGEST, QuantizedWeight, empty_weight
 
 COLD_BYTES = 256 * 2**20
-TESTS = ("linear_quantized", "layers")
+TESTS = ("linear_quantized", "linear_integers", "layers")
 KINDS = {"fp8": "e4m3", "int8": "int8", "int4": "int4"}
 FORMS = (*KINDS, "fp8+rows", "fp8+blocks", "int8+rows")  # after a plus: inputs are rounded too, a row or 128 at a time
 
@@ -103,12 +103,13 @@ def _case(
     variants: dict[str, Variant] = {"kvzip": calls(form, own), "kvzip, bf16": calls(None, own)}
     variants |= {what: calls(form, run, prepare) for what, (run, prepare) in _alternatives(form, rows).items()}
     if launches:
-        from kvzip.ops.triton import linear, linear_quantized
+        from kvzip.ops.triton import linear, linear_integers, linear_quantized
 
         for config in linear_quantized.LAUNCHES[KINDS[form]]:
             variants[f"launch {tuple(config)}"] = calls(form, called(linear_quantized.few_rows, config=config))
-        for config in linear.LAUNCHES if form != "int4" else ():
-            variants[f"launch of one row {tuple(config)}"] = calls(form, called(linear.one_row, config=config))
+        one_row = linear.one_row if form == "fp8" else linear_integers.integer_row
+        for config in linear.LAUNCHES if form == "fp8" else linear_integers.LAUNCHES[form]:
+            variants[f"launch of one row {tuple(config)}"] = calls(form, called(one_row, config=config))
     size = sum(random_weight(form, p.outputs, p.inputs).nbytes for p in products)
     return name, variants, {"bytes": size, "products": 2 * rows * sum(p.outputs * p.inputs for p in products)}
 

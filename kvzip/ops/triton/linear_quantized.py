@@ -54,24 +54,11 @@ _VARIANTS = (
     Launch(16, 128, 8, 8, 3),
     Launch(16, 128, 4, 4, 6),
 )
-_HALVES = (
-    Launch(16, 64, 4, 4, 4),
-    Launch(16, 64, 8, 8, 3),
-    Launch(16, 64, 8, 8, 3, fused=False),
-    Launch(16, 64, 8, 8, 4),
-    Launch(16, 64, 16, 16, 2),
-    Launch(16, 64, 16, 8, 2),
-    Launch(32, 64, 8, 8, 3),
-    Launch(16, 64, 8, 4, 3),
-    Launch(16, 64, 2, 2, 6),
-    Launch(16, 64, 2, 2, 6, fused=False),
-    Launch(16, 64, 4, 4, 4, fused=False),
-)
-LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": _HALVES}
+LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS[:2], "int4": (Launch(16, 64, 4, 4, 4), Launch(16, 64, 8, 8, 3))}
 """What `benchmarks/ops.py --only linear --launches` times for one row, by kind."""
 
 
-def launch_config(kind: str, rows: int, outputs: int, inputs: int, x: Tensor) -> Launch:
+def launch_config(kind: str, rows: int, inputs: int, x: Tensor) -> Launch:
     """The launch for so many rows of x. Tuned on an H100, 2026-11-27: docs/tuning.md."""
     if x.dtype == torch.float32:
         return Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
@@ -80,9 +67,7 @@ def launch_config(kind: str, rows: int, outputs: int, inputs: int, x: Tensor) ->
         return Launch(16, 32 if kind == "int4" else 64, 4, 4, 3)  # more bytes take nearly all registers, or spill
     if rows > 16:
         return Launch(16, 64, 8, 8, 3) if long and kind != "int4" else Launch(32, 64, 4, 8 if long else 4, 3)
-    if kind == "int4":  # few outputs are few programs: more slices each
-        return Launch(16, 64, 16, 8, 2) if outputs <= 8192 and inputs >= 4096 else Launch(16, 64, 4, 4, 4)
-    return Launch(16, 128, 4, 4, 4)
+    return Launch(16, 64 if kind == "int4" else 128, 4, 4, 4)
 
 
 def within_groups(config: Launch, weight: QuantizedWeight) -> Launch:
@@ -114,7 +99,7 @@ def few_rows(
     rows = x.numel() // inputs
     x = x.contiguous()
     whole = weight.group == inputs  # one scale for each output: it multiplies the sums
-    config = within_groups(config or launch_config(weight.kind, rows, outputs, inputs, x), weight)
+    config = within_groups(config or launch_config(weight.kind, rows, inputs, x), weight)
     if norm is not None and (rows > 1 or not config.fused):
         x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
     N = outputs if gate is None else outputs // 2
