@@ -31,7 +31,7 @@ _MOST = 2048  # chunks of an output
 
 
 class Launch(NamedTuple):
-    """Sizes of one launch: outputs of a program, chunks of a thread, what is read before the wait for the one in front."""
+    """Sizes of one launch: outputs of a program, chunks of a thread, and what is read before the wait."""
 
     block_n: int
     each: int
