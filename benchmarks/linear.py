@@ -107,8 +107,8 @@ def _case(
 
         for config in linear_quantized.LAUNCHES[KINDS[form]]:
             variants[f"launch {tuple(config)}"] = calls(form, called(linear_quantized.few_rows, config=config))
-        one_row = linear.one_row if form == "fp8" else linear_integers.integer_row
-        for config in linear.LAUNCHES if form == "fp8" else linear_integers.LAUNCHES[form]:
+        one_row = linear_integers.integer_row if form == "int4" else linear.one_row
+        for config in linear_integers.LAUNCHES if form == "int4" else linear.LAUNCHES:
             variants[f"launch of one row {tuple(config)}"] = calls(form, called(one_row, config=config))
     size = sum(random_weight(form, p.outputs, p.inputs).nbytes for p in products)
     return name, variants, {"bytes": size, "products": 2 * rows * sum(p.outputs * p.inputs for p in products)}

@@ -286,10 +286,11 @@ def test_every_launch_gives_the_same(kind, launch):
     check_linear(kernel, (1,), case, 0, "silu", True, True, DTYPES[-1])
 
 
-def test_every_launch_of_one_row_of_codes_gives_the_same():
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_every_launch_of_one_row_of_codes_gives_the_same(kind):
     for launch in linear_launches.LAUNCHES[:3]:
         run = lambda *a, launch=launch, **o: linear_launches.one_row(*a, **o, config=launch)  # noqa: E731
-        check_linear(run, (1, 1), ("e4m3", 20, 272, None, 1, False), 1, "silu", True, True, DTYPES[-1])
+        check_linear(run, (1, 1), (kind, 20, 272, None, 1, False), 1, "silu", True, True, DTYPES[-1])
 
 
 @pytest.mark.parametrize(("kind", "n", "k", "group", "rows", "zeros"), CASES)
@@ -379,7 +380,7 @@ launches = LAUNCHES["{kind}"] if {every} else (None,)
 for config in launches:
     few_rows(new({rows}, 4096), make(6144, 4096), new(6144), norm=norm, config=config)
     few_rows(new({rows}, 4096), make(28672, 4096), norm=norm, gate="silu", config=config)
-if {rows} == 1 and "{kind}" == "e4m3":
+if {rows} == 1 and "{kind}" != "int4":
     for config in linear.LAUNCHES if {every} else linear.LAUNCHES[:1]:
         linear.one_row(new(1, 4096), make(28672, 4096), norm=norm, gate="silu", config=config)
         linear.one_row(new(1, 14336), make(4096, 14336), residual=new(1, 4096), config=config)
@@ -471,7 +472,7 @@ def test_every_launch_on_the_gpu(kind):
             lambda *a, launch=launch, **o: few_rows(*a, **o, config=launch), (1, 1), case, 0, "silu", False, False,
             torch.bfloat16,
         )  # fmt: skip
-    for launch in linear_launches.LAUNCHES if kind == "e4m3" else ():
+    for launch in linear_launches.LAUNCHES if kind != "int4" else ():
         run = lambda *a, launch=launch, **o: linear_launches.one_row(*a, **o, config=launch)  # noqa: E731
         check_linear(run, (1, 1), (kind, 6144, 4096, None, 1, False), 0, "silu", False, False, torch.bfloat16)
 

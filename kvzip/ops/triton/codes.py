@@ -72,12 +72,17 @@ def unpacking(kind: str, high: bool, dtype: tl.dtype) -> str:
     return f"{{ .reg .b32 a, s, k, z; mov.b32 k, {power}; mov.b32 z, 0x80008000; {steps} }}"
 
 
-_VALUES = " ".join(f"cvt.f32.f16 ${n}, h{n};" for n in range(4))
-WIDENING = (
-    "{ .reg .b16 a, b, h0, h1, h2, h3; .reg .b32 p, q; mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 p, a; "
-    f"cvt.rn.f16x2.e4m3x2 q, b; mov.b32 {{h0, h1}}, p; mov.b32 {{h2, h3}}, q; {_VALUES} }}"
-)
-"""PTX for Hopper that turns four bytes of e4m3 codes into the float32 numbers that they mean."""
+def widening(kind: str) -> str:
+    """PTX for Hopper that turns four bytes of 8-bit codes into the four float32 numbers that they mean, exactly."""
+    if kind == "int8":  # 2 ** 23 + 128 + code is a float32 whose lowest byte is the code
+        places = " ".join(f"prmt.b32 t{n}, t, 0x4B000000, 0x754{n}; mov.b32 ${n}, t{n};" for n in range(4))
+        values = " ".join(f"sub.f32 ${n}, ${n}, 0f4B000080;" for n in range(4))
+        return f"{{ .reg .b32 t, t0, t1, t2, t3; xor.b32 t, $4, 0x80808080; {places} {values} }}"
+    values = " ".join(f"cvt.f32.f16 ${n}, h{n};" for n in range(4))
+    return (
+        "{ .reg .b16 a, b, h0, h1, h2, h3; .reg .b32 p, q; mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 p, a; "
+        f"cvt.rn.f16x2.e4m3x2 q, b; mov.b32 {{h0, h1}}, p; mov.b32 {{h2, h3}}, q; {values} }}"
+    )
 
 
 @triton.jit

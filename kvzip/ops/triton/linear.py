@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.codes import WIDENING, expand_triton, suits, widen
+from kvzip.ops.triton.codes import expand_triton, suits, widen, widening
 from kvzip.ops.triton.common import (
     activate,
     await_launch,
@@ -53,7 +53,7 @@ LAUNCHES = (
     Launch(2, 1024, 1, 4, 2048),
     Launch(8, 1024, 4, 3, 1024),
 )
-"""What `benchmarks/ops.py --only linear --launches` times for one row of e4m3 codes."""
+"""What `benchmarks/ops.py --only linear --launches` times for one row of 8-bit codes."""
 
 
 def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Launch:
@@ -128,15 +128,15 @@ def one_row(
         K=K, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, triton.next_power_of_2(K)), STAGES=config.stages,
         AHEAD=min(config.ahead, K) if overlap else 0, OFFSET=0 if norm is None else norm.offset,
         NORM=norm is not None, GATE=gate or "", BIAS=bias is not None, RESIDUAL=residual is not None, KIND=kind,
-        ASM=WIDENING if kind and overlap and not interpreted() else "", OVERLAP=overlap,
+        ASM=widening(kind) if kind and overlap and not interpreted() else "", OVERLAP=overlap,
         num_warps=config.warps, enable_fp_fusion=True, **launch_options(overlap),
     )  # fmt: skip
     return out
 
 
 def has_plain_codes(weight: QuantizedWeight) -> bool:
-    """Whether a weight is e4m3 codes with one scale for each output."""
-    plain = weight.kind == "e4m3" and weight.zero is None and weight.codes.is_contiguous()
+    """Whether a weight is 8-bit codes with one scale for each output, without zero points."""
+    plain = weight.kind != "int4" and weight.zero is None and weight.codes.is_contiguous()
     return plain and weight.group == weight.inputs and weight.rows == 1
 
 

@@ -1,9 +1,9 @@
-"""One row times weights whose codes are integers: x becomes integers too, and four products are one instruction.
+"""One row times weights of 4 bits: x becomes integers too, and four products are one instruction.
 
-A chunk is 16 bytes of an output's codes, which one thread reads: 32 inputs in 4 bits, 16 in 8. The inputs of a chunk,
-times the norm's weights, become integers of 16 bits times a power of two of the chunk's own: bfloat16 numbers of at
-least 2 ** -7 of the largest stay what they are, and no other moves by more than 2 ** -15 of it. An integer is a high
-and a low byte; their products with codes (dp4a) and the sums over a chunk are exact.
+A chunk is 16 bytes of an output's codes, for 32 inputs, which one thread reads. The inputs of a chunk, times the norm's
+weights, become integers of 16 bits times a power of two of the chunk's own: bfloat16 numbers of at least 2 ** -7 of the
+largest stay what they are, and no other moves by more than 2 ** -15 of it. An integer is a high and a low byte; their
+products with codes (dp4a) and the sums over a chunk are exact.
 """
 
 from typing import NamedTuple, no_type_check
@@ -24,9 +24,8 @@ from kvzip.ops.triton.common import (
     prefetch,
 )
 from kvzip.ops.types import Norm
-from kvzip.ops.weights import QuantizedWeight
+from kvzip.ops.weights import BLOCK, QuantizedWeight
 
-_CHUNK = 16  # bytes
 _MOST = 2048  # chunks of an output
 
 
@@ -39,35 +38,32 @@ class Launch(NamedTuple):
     early: bool = False  # whether all codes are loaded
 
 
-_HALVES = (
-    Launch(8, 16, 4096), Launch(8, 16, 512), Launch(16, 16, 0, True), Launch(8, 16, 4096, True), Launch(8, 16, 1024),
-    Launch(4, 16, 1024), Launch(8, 32, 1024), Launch(16, 32, 1024),
-)  # fmt: skip
-_BYTES = (
-    Launch(16, 32, 0, True), Launch(4, 16, 0, True), Launch(8, 16, 4096), Launch(8, 32, 0, True),
-    Launch(4, 32, 4096, True),
-)  # fmt: skip
-LAUNCHES = {"int4": _HALVES, "int8": _BYTES}
-"""What `benchmarks/ops.py --only linear --launches` times, by kind."""
+LAUNCHES = (
+    Launch(8, 16, 4096),
+    Launch(8, 16, 1024),
+    Launch(16, 16, 0, early=True),
+    Launch(8, 16, 4096, early=True),
+    Launch(4, 16, 1024),
+    Launch(8, 32, 1024),
+    Launch(16, 32, 1024),
+)
+"""What `benchmarks/ops.py --only linear --launches` times for one row of 4-bit codes."""
 
 
-def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
+def launch_config(outputs: int, inputs: int) -> Launch:
     """The launch for N outputs and K inputs. Tuned on an H100, 2026-11-28: docs/tuning.md."""
     if inputs > 8192:
         return Launch(8, 16, 4096)
-    if kind == "int8":
-        return Launch(4, 16, 0, True) if outputs > 8192 else Launch(16, 32, 0, True)
     if outputs > 8192:
-        return Launch(8, 16, 512)
-    return Launch(16, 16, 0, True) if outputs > 4096 else Launch(8, 16, 4096, True)
+        return Launch(8, 16, 1024)
+    return Launch(16, 16, 0, early=True) if outputs > 4096 else Launch(8, 16, 4096, early=True)
 
 
 def has_integers(weight: QuantizedWeight, x: Tensor) -> bool:
-    """Whether `integer_row` takes a weight and a row: x of 16 bits, and whole chunks, each within a group."""
-    inputs = _CHUNK * (2 if weight.kind == "int4" else 1)
-    chunks = weight.group == weight.inputs or weight.group % inputs == 0
-    fits = weight.kind != "e4m3" and weight.inputs % inputs == 0 and weight.inputs <= inputs * _MOST
-    return fits and chunks and weight.codes.is_contiguous() and x.dtype != torch.float32
+    """Whether `integer_row` takes a weight and a row: 4 bits, whole chunks, each within a group, and x of 16 bits."""
+    whole = weight.group == weight.inputs or weight.group % BLOCK == 0
+    fits = weight.kind == "int4" and weight.inputs % BLOCK == 0 and weight.inputs <= BLOCK * _MOST
+    return fits and whole and weight.codes.is_contiguous() and x.dtype != torch.float32
 
 
 @on_device
@@ -83,7 +79,7 @@ def integer_row(
 ) -> Float[Tensor, "*b M"]:
     """`linear` of one row, with a weight that `has_integers`, as one launch that reads every code once."""
     outputs, inputs = weight.shape
-    config = config or launch_config(weight.kind, outputs, inputs)
+    config = config or launch_config(outputs, inputs)
     N = outputs if gate is None else outputs // 2
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     overlap, words = overlaps_launches(x), weight.codes.shape[1] // 4
@@ -93,7 +89,7 @@ def integer_row(
         _words(x), weight.codes.view(torch.int32), weight.scale, weight.scale if weight.zero is None else weight.zero,
         x if bias is None else bias, x if norm is None else _words(norm.weight),
         x if residual is None else residual.contiguous(), out, N, 0.0 if norm is None else float(norm.eps),
-        K=inputs, W=words, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows, KIND=weight.kind,
+        K=inputs, W=words, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows,
         ZERO=weight.zero is not None, BLOCK_N=config.block_n, C=chunks, EVEN=N % config.block_n == 0,
         AHEAD=min(config.ahead // 4, words) if overlap else 0, EARLY=config.early,
         OFFSET=0 if norm is None else norm.offset, NORM=norm is not None, GATE=gate or "", BIAS=bias is not None,
@@ -127,15 +123,14 @@ def _permute(a, b, SELECT: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 @no_type_check
 def _dot(a, b, total, SIGNS: tl.constexpr, ASM: tl.constexpr):
-    """total + the sum of the products of four bytes each, which have signs or none: SIGNS as "u32.s32"."""
+    """total + the sum of products of four bytes each, those of a without and of b perhaps with a sign: SIGNS."""
     if ASM:
         asm: tl.constexpr = "dp4a." + SIGNS + " $0, $1, $2, $3;"
         return tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        bias_a: tl.constexpr = 128 if SIGNS[:3] == "s32" else 0
-        bias_b: tl.constexpr = 128 if SIGNS[4:] == "s32" else 0
+        bias: tl.constexpr = 128 if SIGNS == "u32.s32" else 0
         for place in tl.static_range(0, 32, 8):
-            total += ((((a >> place) & 255) ^ bias_a) - bias_a) * ((((b >> place) & 255) ^ bias_b) - bias_b)
+            total += ((a >> place) & 255) * ((((b >> place) & 255) ^ bias) - bias)
         return total
 
 
@@ -254,31 +249,24 @@ def _bytes(x, factor, ASM: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _products(a, b, x, high, low, MASK: tl.constexpr, SIGN: tl.constexpr, ASM: tl.constexpr):
-    """Adds products of two words of codes with high and with low bytes of eight inputs."""
-    if MASK != 0:
-        a, b = a & MASK, b & MASK
-    high = _dot(a, x[0], high, SIGN + ".s32", ASM)
-    low = _dot(a, x[1], low, SIGN + ".u32", ASM)
-    return _dot(b, x[2], high, SIGN + ".s32", ASM), _dot(b, x[3], low, SIGN + ".u32", ASM)
+def _products(a, b, x, high, low, HALF_BYTES: tl.constexpr, ASM: tl.constexpr):
+    """Adds products of two words' codes, in one half of each byte, with high and with low bytes of eight inputs."""
+    a, b = a & HALF_BYTES, b & HALF_BYTES
+    high, low = _dot(a, x[0], high, "u32.s32", ASM), _dot(a, x[1], low, "u32.u32", ASM)
+    return _dot(b, x[2], high, "u32.s32", ASM), _dot(b, x[3], low, "u32.u32", ASM)
 
 
 @triton.jit
 @no_type_check
-def _sums(words, x, base, KIND: tl.constexpr, ASM: tl.constexpr):
-    """base + codes times integers, of each chunk [BLOCK_N, C]; in 4 bits 16 times that."""
+def _sums(words, x, base, ASM: tl.constexpr):
+    """16 * (base + codes times integers), of each chunk: [BLOCK_N, C]. Upper codes are read as 16 times themselves."""
     a, b, c, d = _quarters(words)
     none = a * 0
-    if KIND == "int4":  # codes in the upper half of bytes are taken as 16 times what they are
-        high, low = _products(a, b, x[0], none, base, 0x0F0F0F0F, "u32", ASM)
-        high, low = _products(c, d, x[1], high, low, 0x0F0F0F0F, "u32", ASM)
-        upper_high, upper_low = _products(a, b, x[2], none, none, -0x0F0F0F10, "u32", ASM)
-        upper_high, upper_low = _products(c, d, x[3], upper_high, upper_low, -0x0F0F0F10, "u32", ASM)
-        high, low = high * 16 + upper_high, low * 16 + upper_low
-    else:
-        high, low = _products(a, b, x[0], none, base, 0, "s32", ASM)
-        high, low = _products(c, d, x[1], high, low, 0, "s32", ASM)
-    return (high * 256 + low).to(tl.float32)
+    high, low = _products(a, b, x[0], none, base, 0x0F0F0F0F, ASM)
+    high, low = _products(c, d, x[1], high, low, 0x0F0F0F0F, ASM)
+    upper_high, upper_low = _products(a, b, x[2], none, none, -0x0F0F0F10, ASM)
+    upper_high, upper_low = _products(c, d, x[3], upper_high, upper_low, -0x0F0F0F10, ASM)
+    return ((high * 16 + upper_high) * 256 + low * 16 + upper_low).to(tl.float32)
 
 
 @triton.jit
@@ -312,20 +300,19 @@ def _codes(at, j, W: tl.constexpr):
 @no_type_check
 def _integer_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, N, eps,
-    K: tl.constexpr, W: tl.constexpr, Q: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, Q: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     ZERO: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
     EARLY: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N outputs, all inputs at once."""
-    INPUTS: tl.constexpr = 32 if KIND == "int4" else 16  # of a chunk
     SCALES: tl.constexpr = scale_ptr.dtype.element_ty
     first = tl.program_id(0) * BLOCK_N
     each = tl.arange(0, BLOCK_N)
     if not EVEN:
         each = tl.minimum(first + each, N - 1) - first
     j = tl.arange(0, 4 * C)
-    g = tl.minimum(tl.arange(0, C) * INPUTS // GROUP, Q - 1)
+    g = tl.minimum(tl.arange(0, C) * 32 // GROUP, Q - 1)
     at = codes_ptr + first.to(tl.int64) * W + each * W
     at_2 = codes_ptr + (first + N).to(tl.int64) * W + each * W  # where gated
     if SHARED == 1:
@@ -351,45 +338,35 @@ def _integer_kernel(
         scale = _load(scale_ptr + owner[:, None] + g[None, :], ASM)
         if GATE != "":
             scale_2 = _load(scale_ptr + owner_2[:, None] + g[None, :], ASM)
-    k = ((j // 4) * (INPUTS // 2) + j % 4)[None, :]
+    k = ((j // 4) * 16 + j % 4)[None, :]  # words of the inputs
     live = (j < W)[None, :]
     square = tl.zeros([1, C], tl.float32)
     WHOLE: tl.constexpr = W == 4 * C
     v0, square = _inputs(x_ptr, norm_ptr, k, live, square, HALF, WHOLE, NORM, OFFSET)
     v1, square = _inputs(x_ptr, norm_ptr, k + 4, live, square, HALF, WHOLE, NORM, OFFSET)
-    most = _largest(v1, _largest(v0, tl.zeros([1, C], tl.float32)))
-    if KIND == "int4":
-        v2, square = _inputs(x_ptr, norm_ptr, k + 8, live, square, HALF, WHOLE, NORM, OFFSET)
-        v3, square = _inputs(x_ptr, norm_ptr, k + 12, live, square, HALF, WHOLE, NORM, OFFSET)
-        most = _largest(v3, _largest(v2, most))
+    v2, square = _inputs(x_ptr, norm_ptr, k + 8, live, square, HALF, WHOLE, NORM, OFFSET)
+    v3, square = _inputs(x_ptr, norm_ptr, k + 12, live, square, HALF, WHOLE, NORM, OFFSET)
+    most = _largest(v3, _largest(v2, _largest(v1, _largest(v0, tl.zeros([1, C], tl.float32)))))
     # A power of two, so that the largest becomes 2 ** 14 or more and rounds to less than 2 ** 15.
     top = (tl.maximum(most, 2.0e-34).to(tl.int32, bitcast=True) + 512) & 0x7F800000
     factor = (-2046820352 - top).to(tl.float32, bitcast=True)  # 2 ** 14 / it: its exponent is 268 less the other's
-    step = (top - ((18 if KIND == "int4" else 14) << 23)).to(tl.float32, bitcast=True)  # sums of 4 bits are 16 times
-    step += most * 0  # NaN for what is not finite
-    x = (_bytes(v0, factor, ASM), _bytes(v1, factor, ASM))
-    if KIND == "int4":
-        x = (x[0], x[1], _bytes(v2, factor, ASM), _bytes(v3, factor, ASM))
-    base = x[0][0] * 0
+    step = (top - (18 << 23)).to(tl.float32, bitcast=True) + most * 0  # of 16 times a sum; NaN for what is not finite
+    x = (_bytes(v0, factor, ASM), _bytes(v1, factor, ASM), _bytes(v2, factor, ASM), _bytes(v3, factor, ASM))
+    high = x[0][0] * 0
+    low = high
+    for i in tl.static_range(4):
+        high, low = _total(x[i], high, low, ASM)
+    total = high * 256 + low
+    base = total * -8  # codes are stored plus 8
     base_2 = base
-    if KIND == "int4" or ZERO:
-        high, low = _total(x[0], base, base, ASM)
-        high, low = _total(x[1], high, low, ASM)
-        if KIND == "int4":
-            high, low = _total(x[2], high, low, ASM)
-            high, low = _total(x[3], high, low, ASM)
-        total = high * 256 + low
-        if KIND == "int4":  # codes are stored plus 8
-            base = total * -8
-            base_2 = base
-        if ZERO:
-            base -= _load(zero_ptr + owner[:, None] + g[None, :], ASM).to(tl.int32) * total
-            if GATE != "":
-                base_2 -= _load(zero_ptr + owner_2[:, None] + g[None, :], ASM).to(tl.int32) * total
+    if ZERO:
+        base -= _load(zero_ptr + owner[:, None] + g[None, :], ASM).to(tl.int32) * total
+        if GATE != "":
+            base_2 -= _load(zero_ptr + owner_2[:, None] + g[None, :], ASM).to(tl.int32) * total
     norm = 1.0
     if NORM:
         norm = 1 / tl.sqrt_rn(tl.sum(square) / K + eps)
-    sums = _sums(words, x, base, KIND, ASM) * step
+    sums = _sums(words, x, base, ASM) * step
     if Q > 1:
         out = tl.sum(sums * _number(scale, SCALES, ASM), 1) * norm
     else:
@@ -397,7 +374,7 @@ def _integer_kernel(
     if BIAS:
         out += tl.load(bias_ptr + first + each).to(tl.float32)
     if GATE != "":
-        sums = _sums(words_2, x, base_2, KIND, ASM) * step
+        sums = _sums(words_2, x, base_2, ASM) * step
         if Q > 1:
             out_2 = tl.sum(sums * _number(scale_2, SCALES, ASM), 1) * norm
         else:

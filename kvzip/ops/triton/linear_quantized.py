@@ -54,7 +54,7 @@ _VARIANTS = (
     Launch(16, 128, 8, 8, 3),
     Launch(16, 128, 4, 4, 6),
 )
-LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS[:2], "int4": (Launch(16, 64, 4, 4, 4), Launch(16, 64, 8, 8, 3))}
+LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": (Launch(16, 64, 4, 4, 4), Launch(16, 64, 8, 8, 3))}
 """What `benchmarks/ops.py --only linear --launches` times for one row, by kind."""
 
 
