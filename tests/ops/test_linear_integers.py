@@ -78,6 +78,14 @@ def test_what_is_not_finite_is_not_lost(value):
     assert integer_row(x, w).isnan().all() and integer_row(x, w, norm=norm).isnan().all()
 
 
+def test_the_largest_integer_is_not_exceeded():
+    """An input times its norm's weight just below 2: it rounds to 2 ** 15 steps, which 16 bits do not have."""
+    x = torch.full((1, 64), 1025 / 1024, dtype=torch.float16, device=DEVICE)
+    norm = ops.Norm(torch.full((64,), 2046 / 1024, dtype=torch.float16, device=DEVICE), 1e-5)
+    assert 2 - 2**-15 < 1025 * 2046 / 2**20 < 2
+    check(integer_row, x, weight("int4", 24, 64), None, norm=norm)
+
+
 def test_zeros_give_zeros():
     x = torch.zeros(1, 64, dtype=torch.bfloat16, device=DEVICE)
     assert not integer_row(x, weight("int4", 24, 64, zeros=True)).any()
