@@ -104,6 +104,7 @@ def test_one_row_of_integers_goes_here_and_what_does_not_fit_elsewhere(monkeypat
     for unfit in (weight("e4m3", 8, 96), weight("int8", 8, 96), weight("int4", 8, 80), weight("int4", 8, 96, group=24)):
         assert not has_integers(unfit, x)
     assert not has_integers(weight("int4", 8, 96), x.float())
+    assert not has_integers(weight("int4", 8, 96), x, ops.Norm(values(96), 1e-5))
     calls = []
     monkeypatch.setattr(linear, "integer_row", lambda *a, **o: calls.append(a) or integer_row(*a, **o))
     linear.linear_triton(x, weight("int4", 8, 96, group=32))

@@ -162,7 +162,7 @@ def _quantized(
             out = flat.view(*x.shape[:-1], outputs)
             return _finished(out if bias is None else out + bias, gate, residual)
         x = round_inputs(x, weight.activations)
-    if rows == 1 and has_integers(weight, x):
+    if rows == 1 and has_integers(weight, x, norm):
         return integer_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if rows == 1 and has_plain_codes(weight):
         return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)

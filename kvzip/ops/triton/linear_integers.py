@@ -59,11 +59,12 @@ def launch_config(outputs: int, inputs: int) -> Launch:
     return Launch(16, 16, 0, early=True) if outputs > 4096 else Launch(8, 16, 4096, early=True)
 
 
-def has_integers(weight: QuantizedWeight, x: Tensor) -> bool:
-    """Whether `integer_row` takes a weight and a row: 4 bits, whole chunks, each within a group, and x of 16 bits."""
+def has_integers(weight: QuantizedWeight, x: Tensor, norm: Norm | None = None) -> bool:
+    """Whether `integer_row` takes them: 4 bits, whole chunks, each within a group, 16-bit x and norm of one dtype."""
     whole = weight.group == weight.inputs or weight.group % BLOCK == 0
     fits = weight.kind == "int4" and weight.inputs % BLOCK == 0 and weight.inputs <= BLOCK * _MOST
-    return fits and whole and weight.codes.is_contiguous() and x.dtype != torch.float32
+    same = norm is None or norm.weight.dtype == x.dtype
+    return fits and whole and same and weight.codes.is_contiguous() and x.dtype != torch.float32
 
 
 @on_device
