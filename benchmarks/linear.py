@@ -1,7 +1,7 @@
 """The cases of `benchmarks/ops.py --only linear`: a layer's four products with weights in 16, 8 and 4 bits.
 
 With --launches each launch that the kernel could take is timed beside the one that it takes, for a layer and for each
-product alone: the tables `launch_config` beside the kernels are chosen by these lines.
+product alone: what `launch_config` beside each kernel takes is chosen by these lines.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from kvzip.ops.triton.common import (
     launch_options,
     on_device,
     overlaps_launches,
-    prefetch,
+    prefetch_starts,
 )
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import BLOCK, QuantizedWeight
@@ -272,19 +272,28 @@ def _sums(words, x, base, ASM: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _scales(ptr, owner, g, Q: tl.constexpr, ASM: tl.constexpr):
+    """Bits of the scales of some outputs: of each chunk [BLOCK_N, C], or of all inputs [BLOCK_N, 1]."""
+    if Q == 1:
+        return _load(ptr + owner[:, None], ASM)
+    else:
+        return _load(ptr + owner[:, None] + g[None, :], ASM)
+
+
+@triton.jit
+@no_type_check
+def _outputs(words, x, base, step, scale, SCALES: tl.constexpr, ASM: tl.constexpr):
+    """What chunks add up to, with their steps and scales: [BLOCK_N]."""
+    return tl.sum(_sums(words, x, base, ASM) * step * _number(scale, SCALES, ASM), 1)
+
+
+@triton.jit
+@no_type_check
 def _total(x, high, low, ASM: tl.constexpr):
     """Adds the high and low bytes of eight inputs."""
     ones = x[0] * 0 + 0x01010101
     high, low = _dot(ones, x[0], high, "u32.s32", ASM), _dot(ones, x[1], low, "u32.u32", ASM)
     return _dot(ones, x[2], high, "u32.s32", ASM), _dot(ones, x[3], low, "u32.u32", ASM)
-
-
-@triton.jit
-@no_type_check
-def _fetch(at, AHEAD: tl.constexpr):
-    """Prefetches the first AHEAD words of rows to L2, 128 bytes at a time."""
-    a = tl.minimum(tl.arange(0, triton.next_power_of_2((AHEAD + 31) // 32)) * 32, AHEAD - 1)
-    prefetch((at[:, None] + a[None, :]).to(tl.int64))
 
 
 @triton.jit
@@ -323,9 +332,9 @@ def _integer_kernel(
         owner = ((first + each) // SHARED).to(tl.int64) * Q
         owner_2 = ((first + N + each) // SHARED).to(tl.int64) * Q
     if AHEAD:  # weights do not depend on the kernel before
-        _fetch(at, AHEAD)
+        prefetch_starts(at, AHEAD)
         if GATE != "":
-            _fetch(at_2, AHEAD)
+            prefetch_starts(at_2, AHEAD)
     if EARLY:
         words = _codes(at, j, W)
         if GATE != "":
@@ -335,10 +344,9 @@ def _integer_kernel(
         words = _codes(at, j, W)
         if GATE != "":
             words_2 = _codes(at_2, j, W)
-    if Q > 1:
-        scale = _load(scale_ptr + owner[:, None] + g[None, :], ASM)
-        if GATE != "":
-            scale_2 = _load(scale_ptr + owner_2[:, None] + g[None, :], ASM)
+    scale = _scales(scale_ptr, owner, g, Q, ASM)
+    if GATE != "":
+        scale_2 = _scales(scale_ptr, owner_2, g, Q, ASM)
     k = ((j // 4) * 16 + j % 4)[None, :]  # words of the inputs
     live = (j < W)[None, :]
     square = tl.zeros([1, C], tl.float32)
@@ -367,19 +375,11 @@ def _integer_kernel(
     norm = 1.0
     if NORM:
         norm = 1 / tl.sqrt_rn(tl.sum(square) / K + eps)
-    sums = _sums(words, x, base, ASM) * step
-    if Q > 1:
-        out = tl.sum(sums * _number(scale, SCALES, ASM), 1) * norm
-    else:
-        out = tl.sum(sums, 1) * (norm * tl.load(scale_ptr + owner).to(tl.float32))
+    out = _outputs(words, x, base, step, scale, SCALES, ASM) * norm
     if BIAS:
         out += tl.load(bias_ptr + first + each).to(tl.float32)
     if GATE != "":
-        sums = _sums(words_2, x, base_2, ASM) * step
-        if Q > 1:
-            out_2 = tl.sum(sums * _number(scale_2, SCALES, ASM), 1) * norm
-        else:
-            out_2 = tl.sum(sums, 1) * (norm * tl.load(scale_ptr + owner_2).to(tl.float32))
+        out_2 = _outputs(words_2, x, base_2, step, scale_2, SCALES, ASM) * norm
         if BIAS:
             out_2 += tl.load(bias_ptr + first + N + each).to(tl.float32)
         out = activate(out, GATE) * out_2

@@ -23,7 +23,7 @@ from kvzip.ops.triton.common import (
     launch_options,
     on_device,
     overlaps_launches,
-    prefetch,
+    prefetch_starts,
 )
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.types import Norm
@@ -178,14 +178,6 @@ def _inputs(x_ptr, norm_ptr, k, r, K: tl.constexpr, OFFSET: tl.constexpr, NORM: 
             return tl.load(at, mask=(k < K)[:, :, None], other=0).to(COMPUTE), square
 
 
-@triton.jit
-@no_type_check
-def _fetch(at, AHEAD: tl.constexpr):
-    """Prefetches the first AHEAD bytes of rows to L2, 128 bytes at a time."""
-    a = tl.minimum(tl.arange(0, triton.next_power_of_2((AHEAD + 127) // 128)) * 128, AHEAD - 1)
-    prefetch((at[:, None] + a[None, :]).to(tl.int64))
-
-
 @triton.jit(do_not_specialize=["N", "rows"])
 @no_type_check
 def _quantized_kernel(
@@ -210,9 +202,9 @@ def _quantized_kernel(
     owner = (bounded // SHARED).to(tl.int64) * Q
     owner_2 = (second // SHARED).to(tl.int64) * Q
     if AHEAD:  # weights do not depend on the kernel before
-        _fetch(codes_ptr + bounded.to(tl.int64) * P, AHEAD)
+        prefetch_starts(codes_ptr + bounded.to(tl.int64) * P, AHEAD)
         if GATE != "":
-            _fetch(codes_ptr + second.to(tl.int64) * P, AHEAD)
+            prefetch_starts(codes_ptr + second.to(tl.int64) * P, AHEAD)
     await_launch(OVERLAP)
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_R], tl.float32)
     acc_2 = acc
