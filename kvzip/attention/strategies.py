@@ -224,11 +224,14 @@ def segment_attend(
     return attend
 
 
-def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) -> Attend:
+def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail, *, appended: bool = False) -> Attend:
     """Returns the strategy of decoding: T new tokens are appended to the tail, and attend to the context and the tail.
 
     The B questions share the frozen context (see `cache.all_ragged`). The caller advances `tail.lengths`. The host does
     not wait for the device.
+
+    Args:
+        appended: the new tokens are in the tail already, as `forward` does that with `tails`.
     """
     scale, softcap, seen = config.attn_scale, config.attn_softcap, tail.lengths
 
@@ -236,7 +239,8 @@ def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail) 
         nonlocal seen
         if layer == 0:
             seen = tail.lengths + k.shape[2]  # rows that the last new token attends to, the same in every layer
-        ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
+        if not appended:
+            ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
         kv, window, own = context[layer], config.layers[layer].window, (tail.k[layer], tail.v[layer], seen)
         how: Any = {"scale": scale, "softcap": softcap, "window": window}
         return ops.decode(q, kv.k, kv.v, kv.offsets, **how, schedule=kv.schedule, tail=own, bias=kv.bias)[0]

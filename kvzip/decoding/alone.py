@@ -12,6 +12,7 @@ from ..attention import decode_attend
 from ..cache import RaggedCache, RaggedKV, Tail, all_ragged
 from ..cache.caches import roomy_tail
 from ..models import Model, forward
+from ..ops import TailTensors
 from .choosing import NO_TOKEN
 from .sequences import Part
 from .steps import Packed
@@ -77,9 +78,14 @@ class Alone:
         """Appends T tokens to the first B tails, which have `lengths` rows, and returns their hidden states."""
         batch = len(ids)
         k, v = (tuple(x[:batch] for x in rows) for rows in (self.tail.k, self.tail.v))
-        positions = self.start + lengths[:, None].long() + torch.arange(ids.shape[1], device=ids.device)
-        attend = decode_attend(self.model.config, self.layers, Tail(k, v, lengths))
-        return forward(self.model, ids.clamp(min=0), positions, attend)
+        after = torch.arange(self.start, self.start + ids.shape[1], device=ids.device)
+        positions = lengths[:, None] + after
+        attend = decode_attend(self.model.config, self.layers, Tail(k, v, lengths), appended=True)
+
+        def tails(layer: int) -> TailTensors:
+            return k[layer], v[layer], lengths
+
+        return forward(self.model, ids.clamp(min=0), positions, attend, tails=tails)
 
     def kept(self, shape: Any) -> list[Any]:
         """Nothing: all that it reads is its own."""

@@ -161,7 +161,8 @@ def expected_values(model: Model, cache: DenseCache, future: int, epsilon: float
     ahead = torch.arange(cache.length, cache.length + future, device=model.device)
     for n, layer in enumerate(global_layers(cache)):
         kv = cache.layers[layer]
-        tables = cos_sin(config.layers[layer].rope, ahead, width, torch.float64)
+        rope = config.layers[layer].rope
+        tables = cos_sin(rope, ahead, model.frequencies[rope], torch.float64)
         turn = rotate(torch.eye(width, dtype=torch.float64, device=model.device), *(x.mean(0) for x in tables))
         m = rearrange((mean[n] @ turn).float(), "(h g) d -> h g d", h=heads)
         c = rearrange((turn.T @ covariance[n] @ turn).float(), "(h g) i j -> h g i j", h=heads)

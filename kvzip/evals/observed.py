@@ -64,7 +64,8 @@ def query_statistics(
     def see(n: int, start: int, q: Tensor, k: Tensor, lse: Tensor) -> None:
         rope = config.layers[scored[n]].rope
         positions = torch.arange(start, start + q.shape[1], device=model.device)
-        cos, sin = (x / rope.attention_factor**2 for x in cos_sin(rope, positions, config.head_dim, torch.float64))
+        tables = cos_sin(rope, positions, model.frequencies[rope], torch.float64)
+        cos, sin = (x / rope.attention_factor**2 for x in tables)
         plain = rotate(q.double(), cos, -sin)[:, max(0, first - start) :]
         sums[n] += plain.sum(1)
         squares[n] += plain.mT @ plain

@@ -5,7 +5,7 @@ from .config import LayerSpec, ModelConfig, RopeSpec
 from .files import read_json
 from .identity import StoredTensor, checkpoint_digest, identity_of, stored_tensor
 from .load import load, stored_checkpoint, translate_config
-from .transformer import Attend, Model, forward, logits, run_attention
+from .transformer import Attend, Model, Tails, forward, logits, run_attention
 from .weights import LayerWeights, Weights, empty_weights
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ModelConfig",
     "RopeSpec",
     "StoredTensor",
+    "Tails",
     "Weights",
     "checkpoint_digest",
     "empty_weights",

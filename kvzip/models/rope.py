@@ -47,10 +47,21 @@ def _yarn(rope: RopeSpec, base: Tensor, head_dim: int) -> Tensor:
 
 
 def cos_sin(
-    rope: RopeSpec, positions: Int64[Tensor, "... T"], head_dim: int, dtype: torch.dtype
+    rope: RopeSpec, positions: Int64[Tensor, "... T"], frequencies: Float32[Tensor, " half"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "... T D"], Float[Tensor, "... T D"]]:
-    """Returns cos and sin of every position, both halves of the head alike, computed in float32 and cast to `dtype`."""
-    frequencies = inverse_frequencies(rope, head_dim, positions.device)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return (angles.cos() * rope.attention_factor).to(dtype), (angles.sin() * rope.attention_factor).to(dtype)
+    """Returns cos and sin of every position, both halves of the head alike, computed in float32 and cast to `dtype`.
+
+    Three kernels, as decoding waits for each.
+
+    Args:
+        frequencies: `inverse_frequencies` of `rope`.
+    """
+    angles = (positions[..., None] * frequencies)[..., None, :].expand(*positions.shape, 2, -1)
+    tables = torch.empty((2, *angles.shape), dtype=dtype, device=positions.device)
+    for table, function in zip(tables, (torch.cos, torch.sin), strict=True):
+        if rope.attention_factor == 1:
+            function(angles, out=table)
+        else:
+            table.copy_(function(angles) * rope.attention_factor)
+    cos, sin = tables.flatten(-2).unbind()
+    return cos, sin

@@ -3,28 +3,31 @@
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from .. import ops
 from ..parallel import Share, Sum, whole_logits
 from ..parallel.reduction import BESIDE_BYTES
 from ..prompts import ChatTemplate
-from .config import ModelConfig
+from .config import ModelConfig, RopeSpec
 from .division import HEAD_UNIT
 from .identity import fingerprint_of, identity_of
-from .rope import cos_sin
+from .rope import cos_sin, inverse_frequencies
 from .weights import LayerWeights, Weights, named_weights
 
 _ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q [B Hq T D], k [B H T D], v [B H T D]) -> [B Hq T D]; q, k normed and rotated, q not scaled."""
+
+Tails = Callable[[int], ops.TailTensors]
+"""tails(layer) -> keys and values [B H R D] and lengths [B]: where k and v are written, behind the rows there."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +63,13 @@ class Model:
     share: Share | None = None
     whole: ModelConfig | None = None  # None: config
     add: Sum | None = None
+    frequencies: Mapping[RopeSpec, Float32[Tensor, " half"]] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Computes the inverse frequencies of each RoPE here, as graphs of steps are captured without a first run."""
+        ropes = {spec.rope for spec in self.config.layers}
+        found = {rope: inverse_frequencies(rope, self.config.head_dim, self.device) for rope in ropes}
+        object.__setattr__(self, "frequencies", found)
 
     @property
     def identity(self) -> str:
@@ -82,13 +92,20 @@ class Model:
 
 
 def forward(
-    model: Model, token_ids: Int64[Tensor, "B T"], positions: Int64[Tensor, "*b T"], attend: Attend
+    model: Model,
+    token_ids: Int64[Tensor, "B T"],
+    positions: Int64[Tensor, "*b T"],
+    attend: Attend,
+    *,
+    tails: Tails | None = None,
 ) -> Float[Tensor, "B T M"]:
     """Returns the hidden states after the final norm. `attend` is called once per layer, in order.
 
-    Positions are absolute, [T] for all questions or [B T].
+    Args:
+        positions: absolute, [T] for all questions or [B T].
+        tails: the tail of a layer, to which its keys and values are appended before `attend` is called.
     """
-    hidden = _run(model, token_ids, positions, attend, whole=True)
+    hidden = _run(model, token_ids, positions, attend, whole=True, tails=tails)
     return ops.rms_norm(hidden, model.weights.norm, eps=model.config.norm_eps, offset=model.config.norm_offset)
 
 
@@ -125,25 +142,28 @@ def _run(
     *,
     whole: bool,
     observe: Callable[[int, Tensor], None] | None = None,
+    tails: Tails | None = None,
 ) -> Tensor:
     config, weights = model.config, model.weights
     hidden = ops.embedding(token_ids, weights.embed, model.dtype)
     if config.embed_scale != 1.0:
         hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
-    tables = {rope: cos_sin(rope, positions, config.head_dim, hidden.dtype) for rope in {s.rope for s in config.layers}}
+    tables = {rope: cos_sin(rope, positions, own, hidden.dtype) for rope, own in model.frequencies.items()}
     for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
         if observe is not None:
             observe(index, hidden)
         norm = ops.Norm(layer.attn_norm, config.norm_eps, config.norm_offset)
-        qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias, norm=norm)
-        q, k, v = ops.rotary(
-            qkv,
-            *tables[spec.rope],
+        q, k, v = ops.project(
+            hidden,
+            layer.qkv,
+            layer.qkv_bias,
+            norm=norm,
+            cos=tables[spec.rope][0],
+            sin=tables[spec.rope][1],
             kv_heads=config.num_kv_heads,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
+            tail=None if tails is None else tails(index),
         )
         attended = attend(index, q, k, v)
         if not whole and index == len(config.layers) - 1:

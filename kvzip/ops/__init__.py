@@ -7,6 +7,7 @@ from kvzip.ops.decode_rows import decode_plan, decode_rows
 from kvzip.ops.linear import linear
 from kvzip.ops.merge import merge
 from kvzip.ops.norm import rms_norm
+from kvzip.ops.project import project
 from kvzip.ops.prune import prune
 from kvzip.ops.quantize import dequantize, quantize, take_rows
 from kvzip.ops.quantize_turned import (
@@ -21,7 +22,17 @@ from kvzip.ops.schedule import decode_schedule
 from kvzip.ops.score import score
 from kvzip.ops.select import select, select_count, select_uniform, select_uniform_count
 from kvzip.ops.turning import turn
-from kvzip.ops.types import Channels, Context, ContextTable, DecodeSchedule, Norm, Pages, Quantized, QueryRows
+from kvzip.ops.types import (
+    Channels,
+    Context,
+    ContextTable,
+    DecodeSchedule,
+    Norm,
+    Pages,
+    Quantized,
+    QueryRows,
+    TailTensors,
+)
 from kvzip.ops.weights import Activations, QuantizedWeight, embedding, quantize_weight
 
 __all__ = [
@@ -35,6 +46,7 @@ __all__ = [
     "Quantized",
     "QuantizedWeight",
     "QueryRows",
+    "TailTensors",
     "append_",
     "context_table",
     "decode",
@@ -47,6 +59,7 @@ __all__ = [
     "linear",
     "measure_channels_turned",
     "merge",
+    "project",
     "prune",
     "put_context_",
     "quantize",

@@ -1,5 +1,8 @@
 """New keys and values written after those of each question."""
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
@@ -19,17 +22,24 @@ def append_(
 
     Raises: ValueError if shapes or dtypes do not fit together.
     """
-    expected = (*tail_k.shape[:2], k.shape[2], tail_k.shape[3])
-    if k.shape != expected or v.shape != expected or tail_v.shape != tail_k.shape or k.dtype != tail_k.dtype:
-        raise ValueError(
-            f"expected k and v of shape {list(expected)}, {tail_k.dtype}, got {list(k.shape)}, {list(v.shape)}, "
-            f"{k.dtype}: they must fit the tail {list(tail_k.shape)}"
-        )
+    check_append(tail_k, tail_v, k.shape, k.dtype)
+    if v.shape != k.shape:
+        raise ValueError(f"expected v of k's shape, got {list(v.shape)} and {list(k.shape)}")
     if use_triton(k):
         from kvzip.ops.triton.append import append_triton_ as run
     else:
         run = append_reference_
     run(tail_k, tail_v, lengths, k, v)
+
+
+def check_append(tail_k: Tensor, tail_v: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raises: ValueError as `append_` does, for new keys and values of that shape and dtype."""
+    expected = (*tail_k.shape[:2], shape[2], tail_k.shape[3])
+    if tuple(shape) != expected or tail_v.shape != tail_k.shape or dtype != tail_k.dtype:
+        raise ValueError(
+            f"expected k and v of shape {list(expected)}, {tail_k.dtype}, got {list(shape)}, {dtype}: they must fit "
+            f"the tails {list(tail_k.shape)} and {list(tail_v.shape)}"
+        )
 
 
 def append_reference_(

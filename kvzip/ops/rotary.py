@@ -1,5 +1,7 @@
 """Queries, keys and values of new tokens: split from one product, normalized per head in some models, and rotated."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,22 +35,29 @@ def rotary(
     Raises: ValueError if shapes do not fit together.
     Source: RoPE, arXiv 2104.09864.
     """
-    width = cos.shape[-1]
-    heads = qkv.shape[-1] // width - 2 * kv_heads
-    if qkv.shape[-1] % width or heads < 1 or width % 2:
-        raise ValueError(f"expected (Hq + 2 * {kv_heads}) * D={width} values a token, D even, got {qkv.shape[-1]}")
-    if cos.shape not in ((*qkv.shape[:2], width), (qkv.shape[1], width)) or sin.shape != cos.shape:
-        raise ValueError(
-            f"expected cos and sin of shape [T={qkv.shape[1]}, D] or [B={qkv.shape[0]}, T, D], got {list(cos.shape)} "
-            f"and {list(sin.shape)}"
-        )
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("expected both q_norm and k_norm or neither, got one of them")
+    check_rotary(qkv.shape, cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm)
     if use_triton(qkv):
         from kvzip.ops.triton.rotary import rotary_triton as run
     else:
         run = rotary_reference
     return run(qkv, cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, offset=offset)
+
+
+def check_rotary(
+    shape: Sequence[int], cos: Tensor, sin: Tensor, *, kv_heads: int, q_norm: Tensor | None, k_norm: Tensor | None
+) -> None:
+    """Raises: ValueError as `rotary` does, for qkv of that shape."""
+    batch, tokens, total = shape
+    width = cos.shape[-1]
+    if total % width or total // width - 2 * kv_heads < 1 or width % 2:
+        raise ValueError(f"expected (Hq + 2 * {kv_heads}) * D={width} values a token, D even, got {total}")
+    if cos.shape not in ((batch, tokens, width), (tokens, width)) or sin.shape != cos.shape:
+        raise ValueError(
+            f"expected cos and sin of shape [T={tokens}, D] or [B={batch}, T, D], got {list(cos.shape)} and "
+            f"{list(sin.shape)}"
+        )
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("expected both q_norm and k_norm or neither, got one of them")
 
 
 def rotary_reference(

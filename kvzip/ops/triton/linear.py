@@ -1,5 +1,7 @@
 """The linear layer on the GPU: one row by a kernel of its own, more rows by cuBLAS."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -24,6 +26,7 @@ from kvzip.ops.triton.linear_integers import has_integers, integer_row
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
 from kvzip.ops.triton.norm import rms_norm_triton
+from kvzip.ops.triton.rotary import NO_ROTATION, Rotation, load_angles, store_rotated
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
 
@@ -89,18 +92,35 @@ def linear_triton(
     Quantized weights: `_quantized`.
     """
     check_dtype(x)
+    run = row_kernel(x, weight, norm)
+    if run is not None:
+        return run(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if isinstance(weight, QuantizedWeight):
         return _quantized(x, weight, bias, norm, gate, residual)
     rows = x.numel() // x.shape[-1] if x.numel() else 0
-    if rows != 1 or not weight.is_contiguous():
-        if norm is not None:
-            x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
-        if residual is not None and bias is None and gate is None:
-            flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
-            return flat.view(residual.shape)
-        out = F.linear(x, weight, bias)
-        return _finished(out, gate, residual)
-    return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
+    if norm is not None:
+        x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    if residual is not None and bias is None and gate is None:
+        flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
+        return flat.view(residual.shape)
+    out = F.linear(x, weight, bias)
+    return _finished(out, gate, residual)
+
+
+def row_kernel(
+    x: Float[Tensor, "*b K"], weight: Float[Tensor, "N K"] | QuantizedWeight, norm: Norm | None
+) -> Callable[..., Tensor] | None:
+    """The kernel for one row, `one_row` or `integer_row`; None where there are more, or neither takes the weight."""
+    check_dtype(x)
+    if not x.numel() or x.numel() != x.shape[-1]:
+        return None
+    if isinstance(weight, Tensor):
+        return one_row if weight.is_contiguous() else None
+    if weight.activations is not None:
+        return None
+    if has_integers(weight, x, norm):
+        return integer_row
+    return one_row if has_plain_codes(weight) else None
 
 
 @on_device
@@ -112,22 +132,26 @@ def one_row(
     norm: Norm | None = None,
     gate: str | None = None,
     residual: Float[Tensor, "*b M"] | None = None,
+    rotation: Rotation = NO_ROTATION,
     config: Launch | None = None,
 ) -> Float[Tensor, "*b M"]:
-    """`linear` of one row, with plain weights or those that `has_plain_codes`."""
+    """`linear` of one row, with plain weights or those that `has_plain_codes`; heads are rotated with `rotation`."""
     (N, K), kind = weight.shape, weight.kind if isinstance(weight, QuantizedWeight) else ""
     config = config or launch_config(N, K, kind, norm=norm is not None)
-    N = N if gate is None else N // 2
     x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], N if gate is None else N // 2), dtype=x.dtype, device=x.device)
+    block_n = rotation.pairs(config.block_n) if rotation.half else config.block_n
+    N = N if gate is None and not rotation.half else N // 2
     overlap = overlaps_launches(x)
     data, scale = (weight.codes.view(torch.uint8), weight.scale) if isinstance(weight, QuantizedWeight) else (weight, x)
-    _row_kernel[(triton.cdiv(N, config.block_n),)](
+    _row_kernel[(triton.cdiv(N, block_n),)](
         x, data, scale, x if bias is None else bias, x if norm is None else norm.weight,
-        x if residual is None else residual.contiguous(), out, N, 0.0 if norm is None else float(norm.eps),
-        K=K, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, triton.next_power_of_2(K)), STAGES=config.stages,
+        x if residual is None else residual.contiguous(), out, rotation.args,
+        N, rotation.capacity, 0.0 if norm is None else float(norm.eps),
+        K=K, BLOCK_N=block_n, BLOCK_K=min(config.block_k, triton.next_power_of_2(K)), STAGES=config.stages,
         AHEAD=min(config.ahead, K) if overlap else 0, OFFSET=0 if norm is None else norm.offset,
-        NORM=norm is not None, GATE=gate or "", BIAS=bias is not None, RESIDUAL=residual is not None, KIND=kind,
+        NORM=norm is not None, GATE=gate or "", BIAS=bias is not None, RESIDUAL=residual is not None,
+        HALF=rotation.half, HEADS=rotation.heads, KV_HEADS=rotation.kv_heads, TAIL=rotation.tail, KIND=kind,
         ASM=widening(kind) if kind and overlap and not interpreted() else "", OVERLAP=overlap,
         num_warps=config.warps, enable_fp_fusion=True, **launch_options(overlap),
     )  # fmt: skip
@@ -148,7 +172,8 @@ def _quantized(
     gate: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`linear` with quantized weights: up to 64 rows as one launch, more with weights expanded to x's dtype.
+    """`linear` with quantized weights where none of `row_kernel` fits: up to 64 rows as one launch, more with weights
+    expanded to x's dtype.
 
     Where inputs are rounded too, many rows are multiplied in 8 bits if a library can.
     """
@@ -156,16 +181,13 @@ def _quantized(
     rows = x.numel() // inputs if inputs else 0
     if weight.activations is not None:
         if norm is not None:
-            x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
+            x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
         flat = rounded_product(x.reshape(rows, -1), weight) if rows > most_rows(x) else None
         if flat is not None:
             out = flat.view(*x.shape[:-1], outputs)
             return _finished(out if bias is None else out + bias, gate, residual)
         x = round_inputs(x, weight.activations)
-    if rows == 1 and has_integers(weight, x, norm):
-        return integer_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
-    if rows == 1 and has_plain_codes(weight):
-        return one_row(x, weight, bias, norm=norm, gate=gate, residual=residual)
+        return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if norm is not None:
@@ -231,22 +253,30 @@ def _tile(at, n, k, N, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexp
         return widen(found, ASM, KIND)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "capacity"])
 @no_type_check
 def _row_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, N, eps,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, rotation, N, capacity, eps,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     OFFSET: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TAIL: tl.constexpr,
     KIND: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N outputs of one row."""
+    """One program: BLOCK_N outputs of one row; or pairs of outputs, of the gate's halves or of halves of heads."""
+    PAIRS: tl.constexpr = GATE != "" or HALF > 0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    second_ptr = weight_ptr + N.to(tl.int64) * K  # where gated: the weights of the second half
+    apart, end = N, N  # of a pair's outputs; where first ones end
+    if HALF:
+        n += n // HALF * HALF
+        apart, end = N * 0 + HALF, 2 * N
+    second_ptr = weight_ptr + apart.to(tl.int64) * K
     if AHEAD:  # weights do not depend on the kernel before
-        _fetch(weight_ptr, n, N - 1, K, AHEAD)
-        if GATE != "":
-            _fetch(second_ptr, n, N - 1, K, AHEAD)
+        _fetch(weight_ptr, n, end - 1, K, AHEAD)
+        if PAIRS:
+            _fetch(second_ptr, n, end - 1, K, AHEAD)
     await_launch(OVERLAP)
+    if HALF:
+        angles = load_angles(rotation, n, HALF, TAIL)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_2 = acc
     square = tl.zeros([BLOCK_K], tl.float32)
@@ -256,27 +286,31 @@ def _row_kernel(
         if NORM:
             square += x * x
             x *= tl.load(norm_ptr + k, mask=k < K, other=0).to(tl.float32) + OFFSET
-        acc += _tile(weight_ptr, n, k, N, K, BLOCK_K, KIND, ASM) * x[None, :]
-        if GATE != "":
-            acc_2 += _tile(second_ptr, n, k, N, K, BLOCK_K, KIND, ASM) * x[None, :]
+        acc += _tile(weight_ptr, n, k, end, K, BLOCK_K, KIND, ASM) * x[None, :]
+        if PAIRS:
+            acc_2 += _tile(second_ptr, n, k, end, K, BLOCK_K, KIND, ASM) * x[None, :]
     factor = 1.0
     if NORM:
         factor = 1 / tl.sqrt_rn(tl.sum(square, 0) / K + eps)
     out = tl.sum(acc, 1) * factor  # [BLOCK_N]
     if KIND != "":
-        out *= tl.load(scale_ptr + n, mask=n < N, other=0).to(tl.float32)
+        out *= tl.load(scale_ptr + n, mask=n < end, other=0).to(tl.float32)
     if BIAS:
-        out += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)
-    if GATE != "":
+        out += tl.load(bias_ptr + n, mask=n < end, other=0).to(tl.float32)
+    if PAIRS:
         out_2 = tl.sum(acc_2, 1) * factor
         if KIND != "":
-            out_2 *= tl.load(scale_ptr + N + n, mask=n < N, other=0).to(tl.float32)
+            out_2 *= tl.load(scale_ptr + apart + n, mask=n < end, other=0).to(tl.float32)
         if BIAS:
-            out_2 += tl.load(bias_ptr + N + n, mask=n < N, other=0).to(tl.float32)
-        out = activate(out, GATE) * out_2
+            out_2 += tl.load(bias_ptr + apart + n, mask=n < end, other=0).to(tl.float32)
+        if GATE != "":
+            out = activate(out, GATE) * out_2
     if RESIDUAL:
-        out += tl.load(residual_ptr + n, mask=n < N, other=0).to(tl.float32)
-    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
+        out += tl.load(residual_ptr + n, mask=n < end, other=0).to(tl.float32)
+    if HALF:
+        store_rotated(out, out_2, n, angles, out_ptr, rotation, capacity, HALF, HEADS, KV_HEADS, TAIL)
+    else:
+        tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < end)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     prefetch_starts,
 )
+from kvzip.ops.triton.rotary import NO_ROTATION, Rotation, load_angles, store_rotated
 from kvzip.ops.types import Norm
 from kvzip.ops.weights import BLOCK, QuantizedWeight
 
@@ -76,25 +77,33 @@ def integer_row(
     norm: Norm | None = None,
     gate: str | None = None,
     residual: Float[Tensor, "*b M"] | None = None,
+    rotation: Rotation = NO_ROTATION,
     config: Launch | None = None,
 ) -> Float[Tensor, "*b M"]:
-    """`linear` of one row, with a weight that `has_integers`, as one launch that reads every code once."""
+    """`linear` of one row, with a weight that `has_integers`, as one launch that reads every code once.
+
+    Heads are rotated with `rotation`.
+    """
     outputs, inputs = weight.shape
     config = config or launch_config(outputs, inputs)
-    N = outputs if gate is None else outputs // 2
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], outputs if gate is None else outputs // 2), dtype=x.dtype, device=x.device)
+    pairs = gate is not None or rotation.half > 0
+    block_n = rotation.pairs(config.block_n) if rotation.half else config.block_n
+    N = outputs // 2 if pairs else outputs
     overlap, words = overlaps_launches(x), weight.codes.shape[1] // 4
     chunks = triton.next_power_of_2(words // 4)
-    threads = chunks * config.block_n * (1 if gate is None else 2) // config.each
-    _integer_kernel[(triton.cdiv(N, config.block_n),)](
+    threads = chunks * block_n * (2 if pairs else 1) // config.each
+    _integer_kernel[(triton.cdiv(N, block_n),)](
         _words(x), weight.codes.view(torch.int32), weight.scale, weight.scale if weight.zero is None else weight.zero,
         x if bias is None else bias, x if norm is None else _words(norm.weight),
-        x if residual is None else residual.contiguous(), out, N, 0.0 if norm is None else float(norm.eps),
+        x if residual is None else residual.contiguous(), out, rotation.args,
+        N, rotation.capacity, 0.0 if norm is None else float(norm.eps),
         K=inputs, W=words, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows,
-        ZERO=weight.zero is not None, BLOCK_N=config.block_n, C=chunks, EVEN=N % config.block_n == 0,
+        ZERO=weight.zero is not None, BLOCK_N=block_n, C=chunks, EVEN=N % block_n == 0,
         AHEAD=min(config.ahead // 4, words) if overlap else 0, EARLY=config.early,
         OFFSET=0 if norm is None else norm.offset, NORM=norm is not None, GATE=gate or "", BIAS=bias is not None,
-        RESIDUAL=residual is not None, HALF=x.dtype == torch.float16, ASM=not interpreted(), OVERLAP=overlap,
+        RESIDUAL=residual is not None, HALF=rotation.half, HEADS=rotation.heads, KV_HEADS=rotation.kv_heads,
+        TAIL=rotation.tail, FLOAT16=x.dtype == torch.float16, ASM=not interpreted(), OVERLAP=overlap,
         num_warps=min(max(threads // 32, 1), 16), enable_fp_fusion=True, **launch_options(overlap),
     )  # fmt: skip
     return out
@@ -175,9 +184,9 @@ def _quarters(words):
 
 @triton.jit
 @no_type_check
-def _pair(word, HALF: tl.constexpr):
+def _pair(word, FLOAT16: tl.constexpr):
     """The two 16-bit numbers of a word, as float32."""
-    if HALF:
+    if FLOAT16:
         low = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         return low, high
@@ -187,30 +196,30 @@ def _pair(word, HALF: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _eight(ptr, at, live, HALF: tl.constexpr, WHOLE: tl.constexpr):
+def _eight(ptr, at, live, FLOAT16: tl.constexpr, WHOLE: tl.constexpr):
     """Eight numbers of each chunk, from four words: [1, C] each."""
     if WHOLE:
         words = tl.load(ptr + at)
     else:
         words = tl.load(ptr + at, mask=live, other=0)
     a, b, c, d = _quarters(words)
-    a0, a1 = _pair(a, HALF)
-    b0, b1 = _pair(b, HALF)
-    c0, c1 = _pair(c, HALF)
-    d0, d1 = _pair(d, HALF)
+    a0, a1 = _pair(a, FLOAT16)
+    b0, b1 = _pair(b, FLOAT16)
+    c0, c1 = _pair(c, FLOAT16)
+    d0, d1 = _pair(d, FLOAT16)
     return a0, a1, b0, b1, c0, c1, d0, d1
 
 
 @triton.jit
 @no_type_check
-def _inputs(x_ptr, norm_ptr, at, live, square, HALF: tl.constexpr, WHOLE: tl.constexpr, NORM: tl.constexpr,
+def _inputs(x_ptr, norm_ptr, at, live, square, FLOAT16: tl.constexpr, WHOLE: tl.constexpr, NORM: tl.constexpr,
             OFFSET: tl.constexpr):  # fmt: skip
     """Eight inputs of each chunk, times the norm's weights; and square + the sum of their squares."""
-    x = _eight(x_ptr, at, live, HALF, WHOLE)
+    x = _eight(x_ptr, at, live, FLOAT16, WHOLE)
     if NORM:
         for i in tl.static_range(8):
             square += x[i] * x[i]
-        w = _eight(norm_ptr, at, live, HALF, WHOLE)
+        w = _eight(norm_ptr, at, live, FLOAT16, WHOLE)
         x = (
             x[0] * (w[0] + OFFSET), x[1] * (w[1] + OFFSET), x[2] * (w[2] + OFFSET), x[3] * (w[3] + OFFSET),
             x[4] * (w[4] + OFFSET), x[5] * (w[5] + OFFSET), x[6] * (w[6] + OFFSET), x[7] * (w[7] + OFFSET),
@@ -306,55 +315,63 @@ def _codes(at, j, W: tl.constexpr):
         return tl.load(at[:, None] + j[None, :], mask=(j < W)[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "capacity"])
 @no_type_check
 def _integer_kernel(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, N, eps,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, rotation, N, capacity, eps,
     K: tl.constexpr, W: tl.constexpr, Q: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     ZERO: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
     EARLY: tl.constexpr, OFFSET: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    RESIDUAL: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TAIL: tl.constexpr,
+    FLOAT16: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N outputs, all inputs at once."""
+    """One program: BLOCK_N outputs, or pairs of them (halves of the gate, or of heads); all inputs at once."""
     SCALES: tl.constexpr = scale_ptr.dtype.element_ty
+    PAIRS: tl.constexpr = GATE != "" or HALF > 0
     first = tl.program_id(0) * BLOCK_N
+    apart = N  # a pair's outputs
+    if HALF:
+        first += first // HALF * HALF
+        apart = N * 0 + HALF
     each = tl.arange(0, BLOCK_N)
     if not EVEN:
         each = tl.minimum(first + each, N - 1) - first
     j = tl.arange(0, 4 * C)
     g = tl.minimum(tl.arange(0, C) * 32 // GROUP, Q - 1)
     at = codes_ptr + first.to(tl.int64) * W + each * W
-    at_2 = codes_ptr + (first + N).to(tl.int64) * W + each * W  # where gated
+    at_2 = codes_ptr + (first + apart).to(tl.int64) * W + each * W  # of pairs
     if SHARED == 1:
         owner = first.to(tl.int64) * Q + each * Q
-        owner_2 = (first + N).to(tl.int64) * Q + each * Q
+        owner_2 = (first + apart).to(tl.int64) * Q + each * Q
     else:
         owner = ((first + each) // SHARED).to(tl.int64) * Q
-        owner_2 = ((first + N + each) // SHARED).to(tl.int64) * Q
+        owner_2 = ((first + apart + each) // SHARED).to(tl.int64) * Q
     if AHEAD:  # weights do not depend on the kernel before
         prefetch_starts(at, AHEAD)
-        if GATE != "":
+        if PAIRS:
             prefetch_starts(at_2, AHEAD)
     if EARLY:
         words = _codes(at, j, W)
-        if GATE != "":
+        if PAIRS:
             words_2 = _codes(at_2, j, W)
     await_launch(OVERLAP)
+    if HALF:
+        angles = load_angles(rotation, first + each, HALF, TAIL)
     if not EARLY:
         words = _codes(at, j, W)
-        if GATE != "":
+        if PAIRS:
             words_2 = _codes(at_2, j, W)
     scale = _scales(scale_ptr, owner, g, Q, ASM)
-    if GATE != "":
+    if PAIRS:
         scale_2 = _scales(scale_ptr, owner_2, g, Q, ASM)
     k = ((j // 4) * 16 + j % 4)[None, :]  # words of the inputs
     live = (j < W)[None, :]
     square = tl.zeros([1, C], tl.float32)
     WHOLE: tl.constexpr = W == 4 * C
-    v0, square = _inputs(x_ptr, norm_ptr, k, live, square, HALF, WHOLE, NORM, OFFSET)
-    v1, square = _inputs(x_ptr, norm_ptr, k + 4, live, square, HALF, WHOLE, NORM, OFFSET)
-    v2, square = _inputs(x_ptr, norm_ptr, k + 8, live, square, HALF, WHOLE, NORM, OFFSET)
-    v3, square = _inputs(x_ptr, norm_ptr, k + 12, live, square, HALF, WHOLE, NORM, OFFSET)
+    v0, square = _inputs(x_ptr, norm_ptr, k, live, square, FLOAT16, WHOLE, NORM, OFFSET)
+    v1, square = _inputs(x_ptr, norm_ptr, k + 4, live, square, FLOAT16, WHOLE, NORM, OFFSET)
+    v2, square = _inputs(x_ptr, norm_ptr, k + 8, live, square, FLOAT16, WHOLE, NORM, OFFSET)
+    v3, square = _inputs(x_ptr, norm_ptr, k + 12, live, square, FLOAT16, WHOLE, NORM, OFFSET)
     most = _largest(v3, _largest(v2, _largest(v1, _largest(v0, tl.zeros([1, C], tl.float32)))))
     # A power of two, so that the largest becomes 2 ** 14 or more and rounds to less than 2 ** 15.
     top = (tl.maximum(most, 2.0e-34).to(tl.int32, bitcast=True) + 512) & 0x7F800000
@@ -370,7 +387,7 @@ def _integer_kernel(
     base_2 = base
     if ZERO:
         base -= _load(zero_ptr + owner[:, None] + g[None, :], ASM).to(tl.int32) * total
-        if GATE != "":
+        if PAIRS:
             base_2 -= _load(zero_ptr + owner_2[:, None] + g[None, :], ASM).to(tl.int32) * total
     norm = 1.0
     if NORM:
@@ -378,12 +395,16 @@ def _integer_kernel(
     out = _outputs(words, x, base, step, scale, SCALES, ASM) * norm
     if BIAS:
         out += tl.load(bias_ptr + first + each).to(tl.float32)
-    if GATE != "":
+    if PAIRS:
         out_2 = _outputs(words_2, x, base_2, step, scale_2, SCALES, ASM) * norm
         if BIAS:
-            out_2 += tl.load(bias_ptr + first + N + each).to(tl.float32)
-        out = activate(out, GATE) * out_2
+            out_2 += tl.load(bias_ptr + first + apart + each).to(tl.float32)
+        if GATE != "":
+            out = activate(out, GATE) * out_2
     n = first + tl.arange(0, BLOCK_N)
     if RESIDUAL:
         out += tl.load(residual_ptr + n, mask=n < N, other=0).to(tl.float32)
-    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
+    if HALF:
+        store_rotated(out, out_2, n, angles, out_ptr, rotation, capacity, HALF, HEADS, KV_HEADS, TAIL)
+    else:
+        tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)

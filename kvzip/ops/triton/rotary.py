@@ -1,6 +1,6 @@
 """Rotation on the GPU: q and k in one launch."""
 
-from typing import no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, on_device, overlaps_launches
+from kvzip.ops.types import TailTensors
 
 
 @on_device
@@ -82,11 +83,106 @@ def _rotary_kernel(
     place = (b * table_rows + t) * D + d
     cos = tl.load(cos_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
-    turned = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
-    turned_2 = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+    turned, turned_2 = rotated(first, second, cos, sin)
+    turned, turned_2 = turned.to(q_ptr.dtype.element_ty), turned_2.to(q_ptr.dtype.element_ty)
     to_q = q_ptr + ((b * HEADS + h[:, None]) * tokens + t) * D + d[None, :]
     to_k = k_ptr + ((b * KV_HEADS + h[:, None] - HEADS) * tokens + t) * D + d[None, :]
     tl.store(to_q, turned, mask=live & is_q[:, None])
     tl.store(to_q + HALF, turned_2, mask=live & is_q[:, None])
     tl.store(to_k, turned, mask=live & is_k[:, None])
     tl.store(to_k + HALF, turned_2, mask=live & is_k[:, None])
+
+
+@triton.jit
+@no_type_check
+def rotated(first, second, cos, sin):
+    """Pairs turned by their angles."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+class RotationArgs(NamedTuple):
+    """What a kernel that rotates what it computes reads: tables of one token, and its question's tail.
+
+    Strides are those of heads and rows. Without a tail its tensors are others, and never read.
+    """
+
+    cos: Any
+    sin: Any
+    tail_k: Any
+    tail_v: Any
+    lengths: Any
+    stride_kh: int
+    stride_kr: int
+    stride_vh: int
+    stride_vr: int
+
+
+class Rotation(NamedTuple):
+    """How a kernel rotates what it computes for one token: heads of D = 2 half values, of queries, keys and values."""
+
+    args: RotationArgs | None = None
+    capacity: int = 0  # rows of a tail
+    half: int = 0  # 0: it does not
+    heads: int = 0
+    kv_heads: int = 0
+    tail: bool = False
+
+    def pairs(self, outputs: int) -> int:
+        """Pairs of a program that would have so many outputs, all of one head: as many outputs, or fewer."""
+        return min(max(outputs // 2, 1), self.half & -self.half)
+
+
+NO_ROTATION = Rotation()
+
+
+def make_rotation(
+    cos: Float[Tensor, "*b D"], sin: Float[Tensor, "*b D"], *, heads: int, kv_heads: int, tail: TailTensors | None
+) -> Rotation:
+    """Returns the rotation of one token, whose keys and values are written to a tail as by `append_`."""
+    k, v, lengths = (cos, cos, cos) if tail is None else tail
+    strides = (0, 0, 0, 0) if tail is None else (*k.stride()[1:3], *v.stride()[1:3])
+    args = RotationArgs(cos.contiguous(), sin.contiguous(), k, v, lengths, *strides)
+    capacity = 0 if tail is None else k.shape[2]
+    return Rotation(args, capacity, cos.shape[-1] // 2, heads, kv_heads, tail is not None)
+
+
+@triton.jit
+@no_type_check
+def load_angles(rotation, n, HALF: tl.constexpr, TAIL: tl.constexpr):
+    """cos and sin for outputs n, which are in the first halves of their heads, and how many rows the tail has."""
+    j = n % (2 * HALF)
+    cos, sin = tl.load(rotation.cos + j).to(tl.float32), tl.load(rotation.sin + j).to(tl.float32)
+    length = 0
+    if TAIL:
+        length = tl.load(rotation.lengths)
+    return cos, sin, length
+
+
+@triton.jit
+@no_type_check
+def store_rotated(
+    first, second, n, angles, out_ptr, rotation, capacity,
+    HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Stores outputs n and n + HALF, rotated in heads of queries and keys; with TAIL keys and values there too."""
+    STORED: tl.constexpr = out_ptr.dtype.element_ty
+    cos, sin, length = angles
+    head, j = n // (2 * HALF), n % (2 * HALF)
+    first, second = first.to(STORED), second.to(STORED)  # what rotation by a kernel of its own would read
+    turned, turned_2 = rotated(first.to(tl.float32), second.to(tl.float32), cos, sin)
+    first = tl.where(head < HEADS + KV_HEADS, turned.to(STORED), first)
+    second = tl.where(head < HEADS + KV_HEADS, turned_2.to(STORED), second)
+    tl.store(out_ptr + n, first)
+    tl.store(out_ptr + n + HALF, second)
+    if TAIL:
+        writes = tl.where(length < capacity, head, 0)  # of a full tail no head does
+        is_k = (writes >= HEADS) & (writes < HEADS + KV_HEADS)
+        to_k = rotation.tail_k + (head - HEADS).to(tl.int64) * rotation.stride_kh
+        to_k += length.to(tl.int64) * rotation.stride_kr + j
+        tl.store(to_k, first, mask=is_k)
+        tl.store(to_k + HALF, second, mask=is_k)
+        is_v = writes >= HEADS + KV_HEADS
+        to_v = rotation.tail_v + (head - HEADS - KV_HEADS).to(tl.int64) * rotation.stride_vh
+        to_v += length.to(tl.int64) * rotation.stride_vr + j
+        tl.store(to_v, first, mask=is_v)
+        tl.store(to_v + HALF, second, mask=is_v)
