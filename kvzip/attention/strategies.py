@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from .. import ops
@@ -224,22 +224,25 @@ def segment_attend(
     return attend
 
 
-def decode_attend(config: ModelConfig, context: Sequence[RaggedKV], tail: Tail, *, appended: bool = False) -> Attend:
+def decode_attend(
+    config: ModelConfig, context: Sequence[RaggedKV], tail: Tail, *, appended: Int32[Tensor, " B"] | None = None
+) -> Attend:
     """Returns the strategy of decoding: T new tokens are appended to the tail, and attend to the context and the tail.
 
     The B questions share the frozen context (see `cache.all_ragged`). The caller advances `tail.lengths`. The host does
     not wait for the device.
 
     Args:
-        appended: the new tokens are in the tail already, as `forward` does that with `tails`.
+        appended: rows of the tail with the new tokens, which are there already, as `forward` does that with `tails`.
     """
-    scale, softcap, seen = config.attn_scale, config.attn_softcap, tail.lengths
+    scale, softcap = config.attn_scale, config.attn_softcap
+    seen = tail.lengths if appended is None else appended
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nonlocal seen
-        if layer == 0:
-            seen = tail.lengths + k.shape[2]  # rows that the last new token attends to, the same in every layer
-        if not appended:
+        if appended is None:
+            if layer == 0:
+                seen = tail.lengths + k.shape[2]  # rows that the last new token attends to, the same in every layer
             ops.append_(tail.k[layer], tail.v[layer], tail.lengths, k, v)
         kv, window, own = context[layer], config.layers[layer].window, (tail.k[layer], tail.v[layer], seen)
         how: Any = {"scale": scale, "softcap": softcap, "window": window}

@@ -18,6 +18,7 @@ from .sequences import Part
 from .steps import Packed
 
 _ROWS_OF_A_GRAPH = 4096  # questions x tokens; larger passes are bound by matmuls, not by launches
+_FIELDS = 5  # of a slot: rows of its tail before and with the new ones, position of the first, growth, tokens
 _MULTIPLE = 32  # of tokens that questions are padded to, so that one graph serves many lengths
 
 
@@ -29,6 +30,7 @@ class Alone:
     sequence that goes on must be in every step: what a step does to the tail of a slot that it leaves out is undefined.
 
     Args:
+        slots: the numbers of the tails.
         past: tokens of the cache's own tail, which come first in each question's.
         rows: that each tail has room for, besides.
     """
@@ -36,12 +38,13 @@ class Alone:
     model: Model
     layers: tuple[RaggedKV, ...]
     tail: Tail
+    slots: Int64[Tensor, " S"]
     start: int
     past: int
     rows: int
 
     def pack(self, parts: list[Part], *, padded: bool) -> Packed:
-        """A step's numbers: of each slot its length, by how much that grows, how many tokens; then tokens or NO_TOKEN.
+        """A step's numbers: fields of each slot (see `hidden`), then its tokens or NO_TOKEN.
 
         Questions are padded on the right: what a pad writes is overwritten by the next token, and no query sees it.
         """
@@ -52,14 +55,16 @@ class Alone:
             longest = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.rows)
         if not padded:
             batch = max(slots) + 1
-        each = np.zeros((3, batch), dtype=np.int32)
-        each[[0, 2]] = [[self.past], [1]]  # a slot without a sequence writes behind the cache's own tail
-        each[:, slots] = [[part.first for part in parts], [longest == 1] * len(parts), [len(p.tokens) for p in parts]]
+        each = np.zeros((_FIELDS, batch), dtype=np.int32)
+        each[[0, 4]] = [[self.past], [1]]  # a slot without a sequence writes behind the cache's own tail
+        each[0, slots] = [part.first for part in parts]
+        each[3:, slots] = [[longest == 1] * len(parts), [len(part.tokens) for part in parts]]
+        each[1:3] = each[0] + longest, each[0] + self.start
         tokens = np.zeros((batch, longest), dtype=np.int32)
         for slot, part in zip(slots, parts, strict=True):
             tokens[slot, : len(part.tokens)] = part.tokens
         numbers = np.concatenate([each.reshape(-1), tokens.reshape(-1)])
-        grows = (slice(0, batch), slice(batch, 2 * batch))
+        grows = (slice(0, 3 * batch), slice(3 * batch, 4 * batch))
         return Packed(numbers, (batch, longest), batch, slots, grows, replayed)
 
     def hidden(
@@ -67,25 +72,30 @@ class Alone:
     ) -> tuple[Float[Tensor, "M H"], Int64[Tensor, " M"]]:
         """Appends the tokens to their tails; returns the hidden state of each slot's last one, and the slots."""
         batch, tokens = shape
-        lengths, _, counts = numbers[: 3 * batch].view(3, batch)
-        ids = numbers[3 * batch :].view(batch, tokens)
+        lengths, seen, positions, _, counts = numbers[: _FIELDS * batch].view(_FIELDS, batch)
+        ids = numbers[_FIELDS * batch :].view(batch, tokens)
         ids = torch.where(ids == NO_TOKEN, last[:batch, None], ids)
-        hidden = self.read(ids, lengths)
-        slots = torch.arange(batch, device=numbers.device)
+        hidden = self._forward(ids, lengths, seen, positions)
+        slots = self.slots[:batch]
         return hidden[:, 0] if tokens == 1 else hidden[slots, counts.long() - 1], slots
 
     def read(self, ids: Int64[Tensor, "B T"], lengths: Int32[Tensor, " B"]) -> Float[Tensor, "B T M"]:
         """Appends T tokens to the first B tails, which have `lengths` rows, and returns their hidden states."""
-        batch = len(ids)
+        return self._forward(ids, lengths, lengths + ids.shape[1], lengths + self.start)
+
+    def _forward(self, ids: Tensor, lengths: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        """Args: rows of the tails before and with these tokens, and positions of the first of these."""
+        batch, tokens = ids.shape
         k, v = (tuple(x[:batch] for x in rows) for rows in (self.tail.k, self.tail.v))
-        after = torch.arange(self.start, self.start + ids.shape[1], device=ids.device)
-        positions = lengths[:, None] + after
-        attend = decode_attend(self.model.config, self.layers, Tail(k, v, lengths), appended=True)
+        attend = decode_attend(self.model.config, self.layers, Tail(k, v, lengths), appended=seen)
 
         def tails(layer: int) -> TailTensors:
             return k[layer], v[layer], lengths
 
-        return forward(self.model, ids.clamp(min=0), positions, attend, tails=tails)
+        places = positions[:, None]
+        if tokens > 1:
+            places = places + torch.arange(tokens, device=ids.device)
+        return forward(self.model, ids.clamp(min=0), places, attend, tails=tails)
 
     def kept(self, shape: Any) -> list[Any]:
         """Nothing: all that it reads is its own."""
@@ -96,4 +106,5 @@ def alone(model: Model, cache: RaggedCache, *, batch: int, rows: int) -> Alone:
     """Returns a reader for `batch` questions at a time, with `rows` rows for each question and its answer."""
     start = cache.context_length
     tail = roomy_tail(cache, batch, rows, dtype=model.dtype)
-    return Alone(model, tuple(all_ragged(cache.context)), tail, start, len(cache.token_ids) - start, rows)
+    slots = torch.arange(batch, device=model.device)
+    return Alone(model, tuple(all_ragged(cache.context)), tail, slots, start, len(cache.token_ids) - start, rows)

@@ -79,7 +79,7 @@ class Paged:
         ids = torch.where(ids == NO_TOKEN, previous, ids).clamp(min=0).long()
         rows = {own: _rows_of(part, length, table, place, own, only=len(shape.tables) == 1) for own, _ in shape.tables}
         attend = _attend(self, rows, self.pool.table[slots], number)
-        hidden = forward(self.model, ids[:, None], position[:, None].long(), attend)
+        hidden = forward(self.model, ids[:, None], position[:, None], attend)
         return hidden[:, 0][ends], slots
 
     def kept(self, shape: Rows) -> list[Any]:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from .config import RopeSpec
@@ -47,7 +47,7 @@ def _yarn(rope: RopeSpec, base: Tensor, head_dim: int) -> Tensor:
 
 
 def cos_sin(
-    rope: RopeSpec, positions: Int64[Tensor, "... T"], frequencies: Float32[Tensor, " half"], dtype: torch.dtype
+    rope: RopeSpec, positions: Int[Tensor, "... T"], frequencies: Float32[Tensor, " half"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "... T D"], Float[Tensor, "... T D"]]:
     """Returns cos and sin of every position, both halves of the head alike, computed in float32 and cast to `dtype`.
 

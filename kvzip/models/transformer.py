@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from .. import ops
@@ -94,7 +94,7 @@ class Model:
 def forward(
     model: Model,
     token_ids: Int64[Tensor, "B T"],
-    positions: Int64[Tensor, "*b T"],
+    positions: Int[Tensor, "*b T"],
     attend: Attend,
     *,
     tails: Tails | None = None,
@@ -112,7 +112,7 @@ def forward(
 def run_attention(
     model: Model,
     token_ids: Int64[Tensor, "B T"],
-    positions: Int64[Tensor, "*b T"],
+    positions: Int[Tensor, "*b T"],
     attend: Attend,
     *,
     observe: Callable[[int, Tensor], None] | None = None,

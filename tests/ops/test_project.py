@@ -58,7 +58,7 @@ def check(given):
     def run(op, dtype=None):
         own = {name: x if dtype is None else cast(x, dtype) for name, x in given.items()}
         if not isinstance(own["weight"], torch.Tensor):
-            own["weight"] = own["weight"] if dtype is None else meant(own["weight"])
+            own["weight"] = own["weight"] if dtype is None else meant(own["weight"]).to(DEVICE)
         if own["tail"] is not None:
             own["tail"] = tuple(
                 x.clone() if dtype is None or n == 2 else x.to(dtype) for n, x in enumerate(own["tail"])

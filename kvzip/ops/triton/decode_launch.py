@@ -84,7 +84,7 @@ def launch_config(
         return Launch(16 if rows <= 16 or D > 128 or not hopper else 32, 32, 4, 3)  # 32 rows would spill elsewhere
     if rows <= 16:
         if D == 128 and hopper:
-            return Launch(16, keys, 4, 4, early=True, registers=208)  # two programs with four stages fill an SM
+            return Launch(16, keys, 4, 3, early=True, registers=208)  # room on the SM for programs of the next launch
         registers = None
         if hopper and (padded or D > 128):  # width 256 would take 235, and padded rows spill to have fewer
             registers = 240 if padded else 208

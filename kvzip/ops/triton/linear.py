@@ -22,6 +22,7 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     prefetch,
 )
+from kvzip.ops.triton.linear_columns import few_columns, has_columns
 from kvzip.ops.triton.linear_integers import has_integers, integer_row
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
@@ -64,10 +65,12 @@ def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Laun
 
     Tuned on an H100, 2026-11-24, of codes on 2026-11-27: docs/tuning.md.
     """
+    if kind and N > 8192:
+        return Launch(4, 1024, 2, 5, 1024)
     if kind and norm:
-        return Launch(8, 512, 2, 5, 2048)  # what norms x is read by every program: fewer of them
+        return Launch(8, 512, 2, 3, 2048)  # what norms x is read by every program: fewer of them
     if kind:
-        return Launch(8, 1024, 4, 3, 1024) if K >= 8192 else Launch(4, 1024, 2, 4, 2048)
+        return Launch(4, 1024, 1, 5, 2048 if kind == "e4m3" else 4096) if K >= 8192 else Launch(4, 1024, 2, 3, 2048)
     if K >= 8192:
         return Launch(8, 1024, 8, 3, 1024)  # long rows: more outputs share what is read of x
     return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
@@ -189,6 +192,10 @@ def _quantized(
         x = round_inputs(x, weight.activations)
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
+        if rows > 8 and has_columns(weight):
+            if norm is not None:
+                x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+            return few_columns(x, weight, bias, gate=gate, residual=residual)
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     if norm is not None:
         x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)

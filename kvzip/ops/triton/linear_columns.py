@@ -1,0 +1,216 @@
+"""The linear layer with weights in 8 or 4 bits for up to 64 rows: many outputs share what a program reads of x.
+
+Weights are the rows (M) of the products, 64 of them, as Hopper's tensor cores take, and rows of x are the columns. So
+few programs would leave a device idle where a layer has few outputs: its inputs are then cut into parts, whose sums a
+second kernel adds up. Scales multiply sums of a group; codes themselves are exact in 16 bits.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from kvzip.ops.triton.codes import convert, unpacking
+from kvzip.ops.triton.common import (
+    activate,
+    await_launch,
+    compute_dtype,
+    interpreted,
+    launch_options,
+    on_device,
+    overlaps_launches,
+    prefetch_starts,
+)
+from kvzip.ops.weights import QuantizedWeight
+
+
+class Launch(NamedTuple):
+    """Sizes of one launch: rows of a product (outputs, gates counted), bytes of each in a tile, tiles in flight."""
+
+    rows: int  # 16 for each warp
+    block_bytes: int
+    stages: int
+    parts: int  # of the inputs
+    ahead: int = 1024  # of each output, to L2, before the wait for the launch in front
+
+
+def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
+    """The launch for N outputs and K inputs."""
+    parts = 1 if outputs > 8192 else 4
+    return Launch(64, 64 if kind == "int4" else 128, 4, parts)
+
+
+@on_device
+def few_columns(
+    x: Float[Tensor, "*b K"],
+    weight: QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+    *,
+    gate: str | None = None,
+    residual: Float[Tensor, "*b M"] | None = None,
+    config: Launch | None = None,
+) -> Float[Tensor, "*b M"]:
+    """`linear` of up to 64 rows of 16 bits as one launch that reads every code once, or as two."""
+    outputs, inputs = weight.shape
+    rows, width = x.numel() // inputs, weight.codes.shape[1]
+    x = x.contiguous()
+    config = config or launch_config(weight.kind, outputs, inputs)
+    block = within_group(config.block_bytes, weight)
+    N = outputs if gate is None else outputs // 2
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    parts = 1 if gate is not None else min(config.parts, triton.cdiv(width, block))
+    sums = torch.empty((parts, rows, N), dtype=torch.float32, device=x.device) if parts > 1 else out
+    overlap, compute = overlaps_launches(x), compute_dtype(x)
+    low, high = ("" if interpreted() else unpacking(weight.kind, high, compute) for high in (False, True))
+    residual = None if residual is None else residual.contiguous()
+    last = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "OVERLAP": overlap, "enable_fp_fusion": True}
+    _columns_kernel[(triton.cdiv(N, config.rows if gate is None else config.rows // 2), parts)](
+        x, weight.codes.view(torch.uint8), weight.scale, weight.scale if weight.zero is None else weight.zero,
+        x if bias is None else bias, x if residual is None else residual, sums, N, rows,
+        K=inputs, P=width, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows, KIND=weight.kind,
+        ZERO=weight.zero is not None, M=config.rows, BLOCK_B=block, TILES=triton.cdiv(triton.cdiv(width, block), parts),
+        STAGES=config.stages, BLOCK_R=max(8, triton.next_power_of_2(rows)), PARTS=parts,
+        AHEAD=min(config.ahead, triton.cdiv(width, parts)) if overlap else 0, GATE=gate or "",
+        COMPUTE=compute, LOW=low, HIGH=high, **last, num_warps=config.rows // 16, **launch_options(overlap),
+    )  # fmt: skip
+    if parts > 1:
+        _add_kernel[(rows, triton.cdiv(N, 256))](
+            sums, x if bias is None else bias, x if residual is None else residual, out, N, rows,
+            PARTS=parts, BLOCK_N=256, **last, num_warps=2, **launch_options(overlap),
+        )  # fmt: skip
+    return out
+
+
+def has_columns(weight: QuantizedWeight) -> bool:
+    """Whether groups are long enough for products, whose inner size is at least 16."""
+    return within_group(16, weight) == 16
+
+
+def within_group(block_bytes: int, weight: QuantizedWeight) -> int:
+    """As many bytes of a tile as have one scale."""
+    unit = weight.group // 2 if weight.kind == "int4" else weight.group
+    while weight.group != weight.inputs and unit % block_bytes:
+        block_bytes //= 2
+    return block_bytes
+
+
+@triton.jit
+@no_type_check
+def _inputs(at, k, live, K: tl.constexpr, WHOLE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Inputs k of all rows: [BLOCK_B, BLOCK_R]."""
+    if WHOLE:
+        return tl.load(at).to(COMPUTE)
+    else:
+        return tl.load(at, mask=(live & (k < K))[:, None], other=0).to(COMPUTE)
+
+
+@triton.jit(do_not_specialize=["N", "rows"])
+@no_type_check
+def _columns_kernel(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr, N, rows,
+    K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
+    ZERO: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program: M outputs (gated: M / 2 of each half) and one part of the inputs, of all rows."""
+    EACH: tl.constexpr = 2 if KIND == "int4" else 1
+    WHOLE: tl.constexpr = P == PARTS * TILES * BLOCK_B and K == P * EACH
+    UNIT: tl.constexpr = GROUP // EACH  # bytes of a group
+    OWN: tl.constexpr = M if GATE == "" else M // 2
+    m = tl.arange(0, M)
+    n = tl.minimum(tl.program_id(0) * OWN + m % OWN, N - 1) + m // OWN * N
+    b = tl.arange(0, BLOCK_B)
+    k = (b // 16) * 32 + b % 16 if KIND == "int4" else b
+    r = tl.minimum(tl.arange(0, BLOCK_R), rows - 1)
+    begin = tl.program_id(1) * (TILES * BLOCK_B)
+    start_at = codes_ptr + n.to(tl.int64) * P + begin
+    at = start_at[:, None] + b[None, :]  # [M, BLOCK_B]
+    x_at = x_ptr + r.to(tl.int64)[None, :] * K + (begin * EACH + k)[:, None]  # [BLOCK_B, BLOCK_R]
+    owner = (n // SHARED).to(tl.int64) * Q
+    if AHEAD:  # weights do not depend on the kernel before
+        prefetch_starts(start_at, AHEAD)
+    scale = tl.load(scale_ptr + owner).to(tl.float32)
+    zero = tl.zeros([M], tl.int32)
+    if ZERO and GROUP == K:
+        zero = tl.load(zero_ptr + owner).to(tl.int32)
+    await_launch(OVERLAP)
+    acc = tl.zeros([M, BLOCK_R], tl.float32)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        byte = tile * BLOCK_B
+        live = begin + byte + b < P
+        if WHOLE:
+            codes = tl.load(at + byte)
+        else:
+            codes = tl.load(at + byte, mask=live[None, :], other=0)
+        if GROUP != K:
+            g = tl.minimum((begin + byte) // UNIT, Q - 1)
+            scale = tl.load(scale_ptr + owner + g).to(tl.float32)
+            if ZERO:
+                zero = tl.load(zero_ptr + owner + g).to(tl.int32)
+        first = (begin + byte) * EACH + k
+        w = convert(codes, LOW, KIND, False, COMPUTE)
+        if ZERO:
+            w -= zero[:, None].to(COMPUTE)
+        x = _inputs(x_at + byte * EACH, first, live, K, WHOLE, COMPUTE)
+        if GROUP == K:
+            acc = tl.dot(w, x, acc)
+        else:
+            sums = tl.dot(w, x)
+        if KIND == "int4":
+            w = convert(codes, HIGH, KIND, True, COMPUTE)
+            if ZERO:
+                w -= zero[:, None].to(COMPUTE)
+            x = _inputs(x_at + byte * EACH + 16, first + 16, live, K, WHOLE, COMPUTE)
+            if GROUP == K:
+                acc = tl.dot(w, x, acc)
+            else:
+                sums = tl.dot(w, x, sums)
+        if GROUP != K:
+            acc += sums * scale[:, None]
+    if GROUP == K:
+        acc *= scale[:, None]
+    column = tl.arange(0, BLOCK_R).to(tl.int64)
+    n = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    place = column[None, :] * N + n[:, None]
+    live = (n < N)[:, None] & (column < rows)[None, :]
+    if PARTS > 1:
+        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * rows * N + place, acc, mask=live)
+    else:
+        if GATE != "":
+            out, second = tl.split(tl.permute(tl.reshape(acc, [2, OWN, BLOCK_R]), [1, 2, 0]))
+            if BIAS:
+                out += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
+                second += tl.load(bias_ptr + N + n, mask=n < N, other=0).to(tl.float32)[:, None]
+            out = activate(out, GATE) * second
+        else:
+            out = acc
+            if BIAS:
+                out += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
+        if RESIDUAL:
+            out += tl.load(residual_ptr + place, mask=live, other=0).to(tl.float32)
+        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "rows"])
+@no_type_check
+def _add_kernel(
+    sums_ptr, bias_ptr, residual_ptr, out_ptr, N, rows, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program: some outputs of a row."""
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(0).to(tl.int64) * N + n
+    live = n < N
+    await_launch(OVERLAP)
+    out = tl.zeros([BLOCK_N], tl.float32)
+    for part in tl.static_range(PARTS):
+        out += tl.load(sums_ptr + tl.full([], part, tl.int64) * rows * N + place, mask=live, other=0)
+    if BIAS:
+        out += tl.load(bias_ptr + n, mask=live, other=0).to(tl.float32)
+    if RESIDUAL:
+        out += tl.load(residual_ptr + place, mask=live, other=0).to(tl.float32)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live)
