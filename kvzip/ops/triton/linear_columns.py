@@ -39,8 +39,17 @@ class Launch(NamedTuple):
 
 def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
     """The launch for N outputs and K inputs."""
-    parts = 1 if outputs > 8192 else 4
-    return Launch(64, 64 if kind == "int4" else 128, 4, parts)
+    if kind == "int4":
+        if inputs > 8192:
+            return Launch(128, 64, 3, 7)
+        if outputs > 8192:
+            return Launch(128, 64, 3, 1)
+        return Launch(128, 64, 4, 4) if outputs > 4096 else Launch(64, 64, 3, 4)
+    if inputs > 8192:
+        return Launch(64, 128, 3, 4)
+    if outputs > 8192:
+        return Launch(64, 128, 4, 1)
+    return Launch(64, 128, 4, 8 if outputs > 4096 else 2)
 
 
 @on_device
