@@ -192,7 +192,7 @@ def _quantized(
         x = round_inputs(x, weight.activations)
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
-        if rows > (1 if weight.kind == "int4" else 16) and has_columns(weight) and x.dtype != torch.float32:
+        if rows > (1 if weight.kind == "int4" else 32) and has_columns(weight) and x.dtype != torch.float32:
             if norm is not None:
                 x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
             return few_columns(x, weight, bias, gate=gate, residual=residual)
