@@ -20,7 +20,7 @@ from kvzip import ops
 from kvzip.ops.weights import GROUP, LARGEST, QuantizedWeight, empty_weight
 
 COLD_BYTES = 256 * 2**20
-TESTS = ("linear_quantized", "linear_integers", "layers")
+TESTS = ("linear_quantized", "linear_integers", "linear_columns", "layers", "project")
 KINDS = {"fp8": "e4m3", "int8": "int8", "int4": "int4"}
 FORMS = (*KINDS, "fp8+rows", "fp8+blocks", "int8+rows")  # after a plus: inputs are rounded too, a row or 128 at a time
 

@@ -18,6 +18,14 @@ def suits(weight: QuantizedWeight) -> bool:
     return (weight.group == weight.inputs or weight.group % each == 0) and weight.codes.is_contiguous()
 
 
+def within_group(block_bytes: int, weight: QuantizedWeight) -> int:
+    """Bytes of a tile so few that one scale serves all; one scale for all inputs multiplies the sums."""
+    unit = weight.group // 2 if weight.kind == "int4" else weight.group
+    while weight.group != weight.inputs and unit % block_bytes:
+        block_bytes //= 2
+    return block_bytes
+
+
 @on_device
 def expand_triton(weight: QuantizedWeight, dtype: torch.dtype, *, start: int, stop: int) -> Float[Tensor, "N K"]:
     """`ops.weights.expand` by a kernel, for weights that `suits`."""

@@ -22,7 +22,7 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     prefetch,
 )
-from kvzip.ops.triton.linear_columns import few_columns, has_columns
+from kvzip.ops.triton.linear_columns import few_columns, takes_columns
 from kvzip.ops.triton.linear_integers import has_integers, integer_row
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
@@ -45,17 +45,16 @@ class Launch(NamedTuple):
 
 
 LAUNCHES = (
-    Launch(4, 1024, 2, 4, 2048),
-    Launch(4, 1024, 2, 4, 1024),
-    Launch(4, 1024, 2, 4, 4096),
+    Launch(8, 512, 2, 3, 2048),
     Launch(4, 1024, 2, 3, 2048),
-    Launch(4, 1024, 2, 5, 2048),
-    Launch(4, 512, 1, 4, 2048),
-    Launch(8, 512, 2, 4, 2048),
-    Launch(8, 1024, 4, 4, 2048),
+    Launch(4, 1024, 2, 5, 1024),
+    Launch(4, 1024, 1, 5, 2048),
+    Launch(4, 1024, 1, 5, 4096),
+    Launch(4, 1024, 2, 4, 2048),
+    Launch(4, 512, 1, 5, 1024),
     Launch(8, 512, 2, 5, 2048),
-    Launch(2, 1024, 1, 4, 2048),
     Launch(8, 1024, 4, 3, 1024),
+    Launch(2, 1024, 1, 5, 2048),
 )
 """What `benchmarks/ops.py --only linear --launches` times for one row of 8-bit codes."""
 
@@ -63,7 +62,7 @@ LAUNCHES = (
 def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Launch:
     """The launch for one row, N outputs and K inputs, of a kind of codes or none.
 
-    Tuned on an H100, 2026-11-24, of codes on 2026-11-27: docs/tuning.md.
+    Tuned on an H100, 2026-11-24, of codes on 2026-11-28 within a step: docs/tuning.md.
     """
     if kind and N > 8192:
         return Launch(4, 1024, 2, 5, 1024)
@@ -192,7 +191,7 @@ def _quantized(
         x = round_inputs(x, weight.activations)
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
-        if rows > (1 if weight.kind == "int4" else 32) and has_columns(weight) and x.dtype != torch.float32:
+        if takes_columns(weight, rows, x):
             if norm is not None:
                 x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
             return few_columns(x, weight, bias, gate=gate, residual=residual)

@@ -1,8 +1,8 @@
-"""The linear layer with weights in 8 or 4 bits for up to 64 rows: many outputs share what a program reads of x.
+"""The linear layer with weights in 8 or 4 bits for a few rows: many outputs share what a program reads of x.
 
-Weights are the rows (M) of the products, 64 of them, as Hopper's tensor cores take, and rows of x are the columns. So
-few programs would leave a device idle where a layer has few outputs: its inputs are then cut into parts, whose sums a
-second kernel adds up. Scales multiply sums of a group; codes themselves are exact in 16 bits.
+Weights are the rows (M) of the products, as many as Hopper's tensor cores take at once, and rows of x the columns. With
+few outputs that makes few programs: the inputs are then cut into parts, whose sums a second kernel adds up. Scales
+multiply sums of a group; codes themselves are exact in 16 bits.
 """
 
 from typing import NamedTuple, no_type_check
@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.codes import convert, unpacking
+from kvzip.ops.triton.codes import convert, unpacking, within_group
 from kvzip.ops.triton.common import (
     activate,
     await_launch,
@@ -37,8 +37,13 @@ class Launch(NamedTuple):
     ahead: int = 1024  # of each output, to L2, before the wait for the launch in front
 
 
+def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
+    """Whether `few_columns` is the faster kernel for so many rows, at most 64; not below 33 for 8 bits."""
+    return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 32)
+
+
 def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
-    """The launch for N outputs and K inputs."""
+    """The launch for N outputs and K inputs. Tuned on an H100, 2026-11-28: docs/tuning.md."""
     if kind == "int4":
         if inputs > 8192:
             return Launch(128, 64, 3, 7)
@@ -91,19 +96,6 @@ def few_columns(
             PARTS=parts, BLOCK_N=256, **last, num_warps=2, **launch_options(overlap),
         )  # fmt: skip
     return out
-
-
-def has_columns(weight: QuantizedWeight) -> bool:
-    """Whether groups are long enough for products, whose inner size is at least 16."""
-    return within_group(16, weight) == 16
-
-
-def within_group(block_bytes: int, weight: QuantizedWeight) -> int:
-    """As many bytes of a tile as have one scale."""
-    unit = weight.group // 2 if weight.kind == "int4" else weight.group
-    while weight.group != weight.inputs and unit % block_bytes:
-        block_bytes //= 2
-    return block_bytes
 
 
 @triton.jit

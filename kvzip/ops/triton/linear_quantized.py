@@ -1,4 +1,4 @@
-"""The linear layer with weights in 8 or 4 bits: few rows by a kernel that expands codes in registers, more by cuBLAS.
+"""The linear layer with weights in 8 or 4 bits: few rows by a kernel that expands codes in registers.
 
 Weights are the rows (M) of tensor cores' products, so that eight columns are enough for one row of x. The inputs of a
 tile are cut into slices, one for each warp, whose sums are added at the end: then few outputs make a program, and many
@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.codes import convert, unpacking
+from kvzip.ops.triton.codes import convert, unpacking, within_group
 from kvzip.ops.triton.common import (
     activate,
     add_product,
@@ -62,24 +62,13 @@ def launch_config(kind: str, rows: int, inputs: int, x: Tensor) -> Launch:
     """The launch for so many rows of x. Tuned on an H100, 2026-11-27: docs/tuning.md."""
     if x.dtype == torch.float32:
         return Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
-    long = inputs >= 8192
-    if rows > 32:
-        return Launch(16, 32 if kind == "int4" else 64, 4, 4, 3)  # more bytes take nearly all registers, or spill
     if rows > 16:
-        return Launch(16, 64, 8, 8, 3) if long and kind != "int4" else Launch(32, 64, 4, 8 if long else 4, 3)
+        return Launch(16, 64, 8, 8, 3) if inputs >= 8192 else Launch(32, 64, 4, 4, 3)
     return Launch(16, 64 if kind == "int4" else 128, 4, 4, 4)
 
 
-def within_groups(config: Launch, weight: QuantizedWeight) -> Launch:
-    """The launch with slices so short that none crosses a group; one scale for all inputs multiplies the sums."""
-    unit = weight.group // 2 if weight.kind == "int4" else weight.group
-    while weight.group != weight.inputs and unit % config.block_bytes:
-        config = config._replace(block_bytes=config.block_bytes // 2)
-    return config
-
-
 def most_rows(x: Tensor) -> int:
-    """The most rows that the kernel takes; with more of float32 its registers do not suffice."""
+    """The most rows whose weights are expanded in registers, here or by `few_columns`; of float32 they allow fewer."""
     return 8 if x.dtype == torch.float32 else 64
 
 
@@ -94,12 +83,13 @@ def few_rows(
     residual: Float[Tensor, "*b M"] | None = None,
     config: Launch | None = None,
 ) -> Float[Tensor, "*b M"]:
-    """`linear` of 1 to 64 rows as one launch that reads every code once; several rows are normed by a launch before."""
+    """`linear` of 1 to 32 rows as one launch that reads every code once; several rows are normed by a launch before."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
     x = x.contiguous()
     whole = weight.group == inputs  # one scale for each output: it multiplies the sums
-    config = within_groups(config or launch_config(weight.kind, rows, inputs, x), weight)
+    config = config or launch_config(weight.kind, rows, inputs, x)
+    config = config._replace(block_bytes=within_group(config.block_bytes, weight))
     if norm is not None and (rows > 1 or not config.fused):
         x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None
     N = outputs if gate is None else outputs // 2
