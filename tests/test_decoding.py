@@ -21,6 +21,7 @@ from kvzip import decoding, generation, ops, options
 from kvzip.attention import decode_attend
 from kvzip.cache import Tail, all_ragged, explain_out_of_memory, free_bytes
 from kvzip.decoding import sample
+from kvzip.decoding.choosing import likeliest
 from unchecked import unchecked
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
@@ -153,6 +154,23 @@ def merged_parts(kv, rows, new, lengths, scale):
     none = torch.zeros(3, dtype=torch.int32)
     own = ops.decode(q, q.new_empty(0, 16), q.new_empty(0, 16), none, scale=scale, tail=(*tail, lengths + q.shape[2]))
     return ops.merge(*ops.decode(q, kv.k, kv.v, kv.offsets, scale=scale), *own)[0]
+
+
+@given(
+    width=st.sampled_from([1, 7, 96, 128, 640]),
+    values=st.lists(st.sampled_from([0.0, 1.0, 2.0, -torch.inf, torch.inf, torch.nan]), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_the_likeliest_is_the_first_of_the_largest(width, values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.tensor(values)[torch.randint(len(values), (3, width), generator=generator)]
+    top, place = likeliest(scores)
+    for row, value, at in zip(scores.tolist(), top.tolist(), place.tolist(), strict=True):
+        lost = [n for n, x in enumerate(row) if x != x]  # NaN
+        if lost:
+            assert value != value and at in lost
+        else:
+            assert (value, at) == (max(row), row.index(max(row)))
 
 
 @given(temperature=st.sampled_from([0.5, 1.0, 3.0]), top_p=st.sampled_from([0.3, 0.9, 1.0]))

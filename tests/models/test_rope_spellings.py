@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -22,10 +23,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import kvzip
+import random_model
 import tiny_models
-from kvzip.models import Model, ModelConfig, translate_config
+from kvzip.models import Model, ModelConfig, RopeSpec, translate_config
 from kvzip.models.load import FAMILIES
-from kvzip.models.rope import inverse_frequencies
+from kvzip.models.rope import cos_sin, inverse_frequencies
 
 MADE = {
     "llama": (tiny_models.llama, LlamaRotaryEmbedding),
@@ -359,3 +361,26 @@ def test_an_original_length_beside_the_scaling_counts() -> None:
 def test_a_length_that_cannot_be_is_named(bad: Any, pairs: Any) -> None:
     with pytest.raises(ValueError, match="max_length in load to be a whole number"):
         kvzip.load(pairs("llama")[1].source, device="cpu", max_length=bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 1)])
+@pytest.mark.parametrize("factor", [1.0, 1.25])
+def test_tables_are_cos_and_sin_of_every_angle(factor: float, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Computed in float32 and rounded once more; both halves of a head alike."""
+    rope = RopeSpec(theta=10_000.0, attention_factor=factor)
+    positions = torch.arange(math.prod(shape), dtype=torch.int32).view(shape) * 9_999
+    frequencies = inverse_frequencies(rope, 16, "cpu")
+    angles = (positions[..., None].float() * frequencies).repeat(*[1] * len(shape), 2)
+    for got, of in zip(cos_sin(rope, positions, frequencies, dtype), (torch.cos, torch.sin), strict=True):
+        assert got.shape == (*shape, 16) and torch.equal(got, (of(angles) * factor).to(dtype))
+
+
+def test_a_model_has_its_frequencies_before_its_first_pass() -> None:
+    """A graph is captured without one: what a capture would make first is not there when another graph reads it."""
+    config = random_model.config(windows=(6, None))
+    made = random_model.make(config)
+    ropes = {spec.rope for spec in config.layers}
+    assert set(made.frequencies) == ropes
+    for rope in ropes:
+        assert torch.equal(made.frequencies[rope], inverse_frequencies(rope, config.head_dim, "cpu"))

@@ -48,7 +48,7 @@ def test_parts_of_the_inputs_are_all_of_them(parts):
     def run(*args, norm=None, **options):
         return few_columns(*args, **options, config=Launch(64, 16, 2, parts))
 
-    for kind, inputs in (("int8", 80), ("int4", 160), ("e4m3", 70)):
+    for kind, inputs in (("int8", 80), ("int8", 64), ("int4", 160), ("e4m3", 70)):
         check_linear(run, (9,), (kind, 24, inputs, None, 1, False), None, None, True, True, torch.float16)
 
 
