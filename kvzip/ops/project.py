@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.append import append_reference_, check_append
-from kvzip.ops.backend import use_triton
+from kvzip.ops.backend import is_forced, use_triton
 from kvzip.ops.linear import linear, linear_reference
 from kvzip.ops.rotary import check_rotary, rotary_reference
 from kvzip.ops.types import Norm, TailTensors
@@ -37,14 +37,14 @@ def project(
     check_rotary([*x.shape[:2], weight.shape[0]], cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm)
     if tail is not None:
         check_append(*tail[:2], (x.shape[0], kv_heads, x.shape[1], cos.shape[-1]), x.dtype)
+    how = {"norm": norm, "cos": cos, "sin": sin, "kv_heads": kv_heads, "q_norm": q_norm, "k_norm": k_norm, "tail": tail}
     if use_triton(x):
         from kvzip.ops.triton.project import project_triton
 
-        return project_triton(
-            x, weight, bias, norm=norm, cos=cos, sin=sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, tail=tail
-        )
-    qkv = linear(x, weight, bias, norm=norm)
-    return _split(qkv, norm, cos, sin, kv_heads, q_norm, k_norm, tail)
+        return project_triton(x, weight, bias, **how)
+    if is_forced():
+        return project_reference(x, weight, bias, **how)
+    return _split(linear(x, weight, bias, norm=norm), norm, cos, sin, kv_heads, q_norm, k_norm, tail)
 
 
 def project_reference(

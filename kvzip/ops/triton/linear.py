@@ -22,6 +22,7 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     prefetch,
 )
+from kvzip.ops.triton.gate import gated
 from kvzip.ops.triton.linear_columns import few_columns, takes_columns
 from kvzip.ops.triton.linear_integers import has_integers, integer_row
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
@@ -218,22 +219,6 @@ def _finished(out: Tensor, gate: str | None, residual: Tensor | None) -> Tensor:
     return out if residual is None else residual + out
 
 
-@on_device
-def gated(x: Float[Tensor, "*b N"], gate: str) -> Float[Tensor, "*b M"]:
-    """Returns gate(first half) * second half of the last axis, float32 inside, rounded once."""
-    x = x.contiguous()
-    width = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-    if out.numel():
-        overlap = overlaps_launches(x)
-        block = min(triton.next_power_of_2(width), 1024)
-        _gate_kernel[(out.numel() // width, triton.cdiv(width, block))](
-            x, out, N=width, BLOCK_N=block, GATE=gate, OVERLAP=overlap, num_warps=4, enable_fp_fusion=True,
-            **launch_options(overlap),
-        )  # fmt: skip
-    return out
-
-
 @triton.jit
 @no_type_check
 def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr):
@@ -317,15 +302,3 @@ def _row_kernel(
         store_rotated(out, out_2, n, angles, out_ptr, rotation, capacity, HALF, HEADS, KV_HEADS, TAIL)
     else:
         tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < end)
-
-
-@triton.jit
-@no_type_check
-def _gate_kernel(x_ptr, out_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    await_launch(OVERLAP)
-    first = tl.load(x_ptr + row * 2 * N + n, mask=n < N, other=0).to(tl.float32)  # [BLOCK_N]
-    second = tl.load(x_ptr + row * 2 * N + N + n, mask=n < N, other=0).to(tl.float32)
-    out = activate(first, GATE) * second
-    tl.store(out_ptr + row * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
