@@ -149,6 +149,13 @@ SHAPES = ((32, 8, 128, 4096), (9, 3, 64, 576))
 ALL_SHAPES = (*SHAPES, (64, 8, 128, 8192), (28, 4, 128, 3584), (8, 4, 256, 2304))
 
 
+def test_a_tail_whose_rows_are_not_contiguous_is_refused():
+    given = case(None, (2, 1), 16, 64, torch.float16, length=1)
+    k, v, lengths = given["tail"]
+    with pytest.raises(ValueError, match="expected tail_k with a contiguous last axis"):
+        project_triton(**{**given, "tail": (k.mT.contiguous().mT, v, lengths)})
+
+
 def compile_case(shapes: tuple[tuple[int, ...], ...], dtype: str, capability: int) -> str:
     return f"""
 import torch

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.triton.append import append_triton_
+from kvzip.ops.triton.common import check_rows
 from kvzip.ops.triton.linear import linear_triton, row_kernel
 from kvzip.ops.triton.rotary import make_rotation, rotary_triton
 from kvzip.ops.types import Norm, TailTensors
@@ -37,6 +38,8 @@ def project_triton(
         if tail is not None:
             append_triton_(*tail, k, v)
         return q, k, v
+    if tail is not None:
+        check_rows(tail_k=tail[0], tail_v=tail[1])
     count = weight.shape[0] // cos.shape[-1] - 2 * kv_heads
     rotation = make_rotation(cos, sin, heads=count, kv_heads=kv_heads, tail=tail)
     heads = run(x, weight, bias, norm=norm, rotation=rotation).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2)
