@@ -233,7 +233,8 @@ def decode_attend(
     not wait for the device.
 
     Args:
-        appended: rows of the tail with the new tokens, which are there already, as `forward` does that with `tails`.
+        appended: how many rows each tail has with the new tokens, where `forward(tails=...)` has written them before;
+            then nothing is appended here, and `tail.lengths` is not read.
     """
     scale, softcap = config.attn_scale, config.attn_softcap
     seen = tail.lengths if appended is None else appended

@@ -44,7 +44,7 @@ class Alone:
     rows: int
 
     def pack(self, parts: list[Part], *, padded: bool) -> Packed:
-        """A step's numbers: fields of each slot (see `hidden`), then its tokens or NO_TOKEN.
+        """A step's numbers: _FIELDS of each slot, then its tokens or NO_TOKEN.
 
         Questions are padded on the right: what a pad writes is overwritten by the next token, and no query sees it.
         """
@@ -55,7 +55,8 @@ class Alone:
             longest = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.rows)
         if not padded:
             batch = max(slots) + 1
-        each = np.zeros((_FIELDS, batch), dtype=np.int32)
+        width = _padded(batch)
+        each = np.zeros((_FIELDS, width), dtype=np.int32)
         each[[0, 4]] = [[self.past], [1]]  # a slot without a sequence writes behind the cache's own tail
         each[0, slots] = [part.first for part in parts]
         each[3:, slots] = [[longest == 1] * len(parts), [len(part.tokens) for part in parts]]
@@ -64,7 +65,7 @@ class Alone:
         for slot, part in zip(slots, parts, strict=True):
             tokens[slot, : len(part.tokens)] = part.tokens
         numbers = np.concatenate([each.reshape(-1), tokens.reshape(-1)])
-        grows = (slice(0, 3 * batch), slice(3 * batch, 4 * batch))
+        grows = (slice(0, 3 * width), slice(3 * width, 4 * width))
         return Packed(numbers, (batch, longest), batch, slots, grows, replayed)
 
     def hidden(
@@ -72,8 +73,9 @@ class Alone:
     ) -> tuple[Float[Tensor, "M H"], Int64[Tensor, " M"]]:
         """Appends the tokens to their tails; returns the hidden state of each slot's last one, and the slots."""
         batch, tokens = shape
-        lengths, seen, positions, _, counts = numbers[: _FIELDS * batch].view(_FIELDS, batch)
-        ids = numbers[_FIELDS * batch :].view(batch, tokens)
+        size = _FIELDS * _padded(batch)
+        lengths, seen, positions, _, counts = numbers[:size].view(_FIELDS, -1)[:, :batch]
+        ids = numbers[size:].view(batch, tokens)
         ids = torch.where(ids == NO_TOKEN, last[:batch, None], ids)
         hidden = self._forward(ids, lengths, seen, positions)
         slots = self.slots[:batch]
@@ -84,7 +86,7 @@ class Alone:
         return self._forward(ids, lengths, lengths + ids.shape[1], lengths + self.start)
 
     def _forward(self, ids: Tensor, lengths: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
-        """Args: rows of the tails before and with these tokens, and positions of the first of these."""
+        """Args: `lengths` and `seen` are rows of the tails before and with these tokens, which begin at `positions`."""
         batch, tokens = ids.shape
         k, v = (tuple(x[:batch] for x in rows) for rows in (self.tail.k, self.tail.v))
         attend = decode_attend(self.model.config, self.layers, Tail(k, v, lengths), appended=seen)
@@ -100,6 +102,11 @@ class Alone:
     def kept(self, shape: Any) -> list[Any]:
         """Nothing: all that it reads is its own."""
         return []
+
+
+def _padded(count: int) -> int:
+    """So many numbers, and those that follow them so that the next ones are aligned for kernels."""
+    return -(-count // 4) * 4
 
 
 def alone(model: Model, cache: RaggedCache, *, batch: int, rows: int) -> Alone:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf
 CHOICES = 4  # numbers by which a token is chosen: temperature, top_p, draw, repetition penalty
-_PARTS = 128  # most vocabularies are multiples of it
 GREEDY = (0.0, 1.0, 0.0, 1.0)  # of them, for the likeliest token
+_PARTS = 128  # of a row of logits; most vocabularies are multiples of it
 
 
 def choose(

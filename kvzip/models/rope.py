@@ -51,7 +51,7 @@ def cos_sin(
 ) -> tuple[Float[Tensor, "... T D"], Float[Tensor, "... T D"]]:
     """Returns cos and sin of every position, both halves of the head alike, computed in float32 and cast to `dtype`.
 
-    Three kernels, as decoding waits for each.
+    Three kernels where the attention factor is 1, as decoding waits for each.
 
     Args:
         frequencies: `inverse_frequencies` of `rope`.

@@ -41,6 +41,8 @@ class Model:
     stored weights. `fingerprint`, which ties caches to the model, adds the RoPE, how weights and activations are
     rounded, a dash and the dtype.
 
+    `frequencies` are the inverse frequencies of each RoPE that layers have.
+
     Where several ranks share a model, `share` says which part this one has, `config` has the sizes of that part, in
     which it computes, `whole` those of the model, and `add` adds up tensors over the ranks.
     """

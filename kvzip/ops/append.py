@@ -22,7 +22,7 @@ def append_(
 
     Raises: ValueError if shapes or dtypes do not fit together.
     """
-    check_append(tail_k, tail_v, k.shape, k.dtype)
+    check_append(tail_k, tail_v, lengths, k.shape, k.dtype)
     if v.shape != k.shape:
         raise ValueError(f"expected v of k's shape, got {list(v.shape)} and {list(k.shape)}")
     if use_triton(k):
@@ -32,13 +32,15 @@ def append_(
     run(tail_k, tail_v, lengths, k, v)
 
 
-def check_append(tail_k: Tensor, tail_v: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_append(tail_k: Tensor, tail_v: Tensor, lengths: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raises: ValueError as `append_` does, for new keys and values of that shape and dtype."""
     expected = (*tail_k.shape[:2], shape[2], tail_k.shape[3])
-    if tuple(shape) != expected or tail_v.shape != tail_k.shape or dtype != tail_k.dtype:
+    alike = tail_v.shape == tail_k.shape and dtype == tail_k.dtype == tail_v.dtype
+    if tuple(shape) != expected or not alike or lengths.shape != tail_k.shape[:1]:
         raise ValueError(
             f"expected k and v of shape {list(expected)}, {tail_k.dtype}, got {list(shape)}, {dtype}: they must fit "
-            f"the tails {list(tail_k.shape)} and {list(tail_v.shape)}"
+            f"the tails {list(tail_k.shape)}, {tail_k.dtype} and {list(tail_v.shape)}, {tail_v.dtype}, of which "
+            f"{list(lengths.shape)} lengths are known"
         )
 
 

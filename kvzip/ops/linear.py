@@ -34,6 +34,18 @@ def linear(
 
     Raises: ValueError for an unknown gate or a residual of another shape.
     """
+    check_linear(x, weight, gate, residual)
+    if use_triton(x):
+        from kvzip.ops.triton.linear import linear_triton as run
+    elif not is_forced() and isinstance(weight, QuantizedWeight) and _suits_integers(x, weight):
+        return _linear_integers(x, weight, bias, norm=norm, gate=gate, residual=residual)
+    else:
+        run = linear_reference
+    return run(x, weight, bias, norm=norm, gate=gate, residual=residual)
+
+
+def check_linear(x: Tensor, weight: Tensor | QuantizedWeight, gate: str | None, residual: Tensor | None) -> None:
+    """Raises: ValueError as `linear` does."""
     width = weight.shape[0] // (1 if gate is None else 2)
     if gate is not None and (gate not in GATES or weight.shape[0] % 2):
         raise ValueError(f"expected a gate in {GATES} and an even number of outputs, got {gate!r}, {weight.shape[0]}")
@@ -42,13 +54,6 @@ def linear(
             f"expected a weight [N, K={x.shape[-1]}] and a residual {[*x.shape[:-1], width]}, got {list(weight.shape)} "
             f"and {None if residual is None else list(residual.shape)}: they must fit x {list(x.shape)}"
         )
-    if use_triton(x):
-        from kvzip.ops.triton.linear import linear_triton as run
-    elif not is_forced() and isinstance(weight, QuantizedWeight) and _suits_integers(x, weight):
-        return _linear_integers(x, weight, bias, norm=norm, gate=gate, residual=residual)
-    else:
-        run = linear_reference
-    return run(x, weight, bias, norm=norm, gate=gate, residual=residual)
 
 
 def linear_reference(

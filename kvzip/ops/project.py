@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvzip.ops.append import append_reference_, check_append
 from kvzip.ops.backend import is_forced, use_triton
-from kvzip.ops.linear import linear, linear_reference
+from kvzip.ops.linear import check_linear, linear, linear_reference
 from kvzip.ops.rotary import check_rotary, rotary_reference
 from kvzip.ops.types import Norm, TailTensors
 from kvzip.ops.weights import QuantizedWeight
@@ -34,9 +34,10 @@ def project(
 
     Raises: ValueError if shapes do not fit together, as `linear`, `rotary` and `append_` do.
     """
+    check_linear(x, weight, None, None)
     check_rotary([*x.shape[:2], weight.shape[0]], cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm)
     if tail is not None:
-        check_append(*tail[:2], (x.shape[0], kv_heads, x.shape[1], cos.shape[-1]), x.dtype)
+        check_append(*tail, (x.shape[0], kv_heads, x.shape[1], cos.shape[-1]), x.dtype)
     how = {"norm": norm, "cos": cos, "sin": sin, "kv_heads": kv_heads, "q_norm": q_norm, "k_norm": k_norm, "tail": tail}
     if use_triton(x):
         from kvzip.ops.triton.project import project_triton

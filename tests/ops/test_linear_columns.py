@@ -24,10 +24,10 @@ CASES = [  # kind, outputs, inputs, group, rows, zeros
 ]
 
 
-@settings(max_examples=15 if DEVICE == "cpu" else 40)
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=8 if DEVICE == "cpu" else 15)
 @given(
-    rows=st.sampled_from([(2,), (3, 3), (2, 16), (64,)]),
-    case=st.sampled_from(CASES),
+    rows=st.sampled_from([(2,), (3, 3), (17,)]),
     gate=st.sampled_from([None, "silu", "gelu_tanh"]),
     bias=st.booleans(),
     residual=st.booleans(),
@@ -73,6 +73,9 @@ for rows in (16, 32, 64):
     for kind, group in (("e4m3", None), ("int8", None), ("int4", 128)):
         linear_columns.few_columns(new(rows, 4096), make(kind, 4096, 4096, group), residual=new(rows, 4096))
         linear_columns.few_columns(new(rows, 4096), make(kind, 28672, 4096, group), gate="silu")
+        if rows == 32:
+            linear_columns.few_columns(new(rows, 4096), make(kind, 6144, 4096, group), new(6144))
+            linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
 linear_columns.few_columns(new(32, 4096), make("e4m3", 4096, 4096, 128, rows=128), new(4096))
 linear_columns.few_columns(new(32, 4096), make("int4", 28672, 4096, 128, True), gate="silu")
 linear_columns.few_columns(new(32, 576), make("int4", 1538, 576, 64, True), gate="gelu_tanh")

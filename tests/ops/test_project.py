@@ -1,7 +1,6 @@
 """Queries, keys and values of new tokens in one step: of one token they are one launch."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from kvzip.ops.triton.project import project_triton
 from kvzip.ops.triton.rotary import rotary_triton
 from ops.test_layers import DEVICE, DTYPES, cast, values
 from ops.test_linear_quantized import meant, weight
+from unchecked import unchecked
 
 HEADS = [(1, 1), (4, 2), (2, 2)]
 
@@ -123,30 +123,36 @@ def test_it_is_what_the_three_ops_give(kind):
 def test_one_token_is_one_launch(monkeypatch):
     """Of all kinds of weights that have a kernel for a row; what is not one token, or is normed by head, is not."""
     calls = []
-    monkeypatch.setattr(kernels, "rotary_triton", lambda *a, **o: calls.append(a) or rotary_triton(*a, **o))
+    for run in (linear_triton, rotary_triton, append_triton_):
+        counted = lambda *a, run=run, **o: calls.append(run.__name__) or run(*a, **o)  # noqa: E731
+        monkeypatch.setattr(kernels, run.__name__, counted)
     for kind in (None, "e4m3", "int8", "int4"):
         project_triton(**case(kind, (2, 1), 16, 64, torch.float16, length=1))
     assert not calls
     for other in ({"rows": (1, 2)}, {"rows": (2, 1)}, {"head_norm": 0}):
-        project_triton(**case(None, (2, 1), 16, 64, torch.float16, **other))
-    assert len(calls) == 3
+        calls.clear()
+        project_triton(**case(None, (2, 1), 16, 64, torch.float16, length=1, **other))
+        assert calls == ["linear_triton", "rotary_triton", "append_triton_"]
 
 
+@unchecked()
 def test_wrong_arguments_raise():
     given = case(None, (2, 1), 16, 64, torch.float32, length=1)
-    project = partial(ops.project, **{name: x for name, x in given.items() if name not in ("tail", "kv_heads", "cos")})
-    with pytest.raises(ValueError, match="values a token"):
-        project(cos=given["cos"], kv_heads=2)
-    with pytest.raises((ValueError, TypeError), match="cos"):
-        project(cos=given["cos"][..., :8], kv_heads=1)
     k, v, lengths = given["tail"]
-    for tail in ((k[..., :8], v[..., :8], lengths), (k.half(), v.half(), lengths)):
-        with pytest.raises((ValueError, TypeError), match=r"fit the tails|tail"):
-            project(cos=given["cos"], kv_heads=1, tail=tail)
-
-
-SHAPES = ((32, 8, 128, 4096), (9, 3, 64, 576))
-ALL_SHAPES = (*SHAPES, (64, 8, 128, 8192), (28, 4, 128, 3584), (8, 4, 256, 2304))
+    wide = given["weight"].repeat(1, 2)
+    for wrong, message in (
+        ({"kv_heads": 2}, "values a token"),
+        ({"cos": given["cos"][..., :8]}, "expected"),
+        ({"weight": wide}, "expected a weight"),
+        ({"weight": wide[:, :32].contiguous()}, "expected a weight"),
+        ({"q_norm": torch.ones(16)}, "both q_norm"),
+        ({"tail": (k[..., :8], v[..., :8], lengths)}, "fit the tails"),
+        ({"tail": (k.half(), v.half(), lengths)}, "fit the tails"),
+        ({"tail": (k, v.half(), lengths)}, "fit the tails"),
+        ({"tail": (k, v, lengths[:0])}, "fit the tails"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.project(**{**given, **wrong})
 
 
 def test_a_tail_whose_rows_are_not_contiguous_is_refused():
@@ -154,6 +160,10 @@ def test_a_tail_whose_rows_are_not_contiguous_is_refused():
     k, v, lengths = given["tail"]
     with pytest.raises(ValueError, match="expected tail_k with a contiguous last axis"):
         project_triton(**{**given, "tail": (k.mT.contiguous().mT, v, lengths)})
+
+
+SHAPES = ((32, 8, 128, 4096), (9, 3, 64, 576))
+ALL_SHAPES = (*SHAPES, (64, 8, 128, 8192), (28, 4, 128, 3584), (8, 4, 256, 2304))
 
 
 def compile_case(shapes: tuple[tuple[int, ...], ...], dtype: str, capability: int) -> str:

@@ -1,4 +1,4 @@
-"""The gate of an MLP on the GPU, where no product before it has done its work."""
+"""The gate of an MLP on the GPU, after products that do not gate their outputs themselves (those of cuBLAS)."""
 
 from typing import no_type_check
 

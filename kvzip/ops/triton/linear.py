@@ -101,8 +101,7 @@ def linear_triton(
     if isinstance(weight, QuantizedWeight):
         return _quantized(x, weight, bias, norm, gate, residual)
     rows = x.numel() // x.shape[-1] if x.numel() else 0
-    if norm is not None:
-        x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    x = _normed(x, norm)
     if residual is not None and bias is None and gate is None:
         flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
         return flat.view(residual.shape)
@@ -183,8 +182,7 @@ def _quantized(
     outputs, inputs = weight.shape
     rows = x.numel() // inputs if inputs else 0
     if weight.activations is not None:
-        if norm is not None:
-            x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+        x = _normed(x, norm)
         flat = rounded_product(x.reshape(rows, -1), weight) if rows > most_rows(x) else None
         if flat is not None:
             out = flat.view(*x.shape[:-1], outputs)
@@ -193,12 +191,9 @@ def _quantized(
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
         if takes_columns(weight, rows, x):
-            if norm is not None:
-                x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
-            return few_columns(x, weight, bias, gate=gate, residual=residual)
+            return few_columns(_normed(x, norm), weight, bias, gate=gate, residual=residual)
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
-    if norm is not None:
-        x = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+    x = _normed(x, norm)
     parts = blocks(weight, _AT_ONCE)
     if len(parts) <= 1:
         whole = expand_triton(weight, x.dtype, start=0, stop=outputs)
@@ -211,6 +206,10 @@ def _quantized(
             part = expand_triton(weight, x.dtype, start=start, stop=stop)
             out[..., start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
     return _finished(out, gate, residual)
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
 
 
 def _finished(out: Tensor, gate: str | None, residual: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from kvzip.ops.weights import QuantizedWeight
 class Launch(NamedTuple):
     """Sizes of one launch: rows of a product (outputs, gates counted), bytes of each in a tile, tiles in flight."""
 
-    rows: int  # 16 for each warp
+    block_m: int  # 16 for each warp
     block_bytes: int
     stages: int
     parts: int  # of the inputs
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
-    """Whether `few_columns` is the faster kernel for so many rows, at most 64; not below 33 for 8 bits."""
+    """Whether `few_columns` is the faster kernel for so many rows, at most 64: 8 bits from 33 on, 4 bits from 2."""
     return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 32)
 
 
@@ -78,17 +78,18 @@ def few_columns(
     parts = 1 if gate is not None else min(config.parts, triton.cdiv(width, block))
     sums = torch.empty((parts, rows, N), dtype=torch.float32, device=x.device) if parts > 1 else out
     overlap, compute = overlaps_launches(x), compute_dtype(x)
-    low, high = ("" if interpreted() else unpacking(weight.kind, high, compute) for high in (False, True))
+    low, high = ("" if interpreted() else unpacking(weight.kind, upper, compute) for upper in (False, True))
     residual = None if residual is None else residual.contiguous()
     last = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "OVERLAP": overlap, "enable_fp_fusion": True}
-    _columns_kernel[(triton.cdiv(N, config.rows if gate is None else config.rows // 2), parts)](
+    _columns_kernel[(triton.cdiv(N, config.block_m if gate is None else config.block_m // 2), parts)](
         x, weight.codes.view(torch.uint8), weight.scale, weight.scale if weight.zero is None else weight.zero,
         x if bias is None else bias, x if residual is None else residual, sums, N, rows,
         K=inputs, P=width, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows, KIND=weight.kind,
-        ZERO=weight.zero is not None, M=config.rows, BLOCK_B=block, TILES=triton.cdiv(triton.cdiv(width, block), parts),
-        STAGES=config.stages, BLOCK_R=max(8, triton.next_power_of_2(rows)), PARTS=parts,
+        ZERO=weight.zero is not None, M=config.block_m, BLOCK_B=block,
+        TILES=triton.cdiv(triton.cdiv(width, block), parts), STAGES=config.stages,
+        BLOCK_R=max(8, triton.next_power_of_2(rows)), PARTS=parts,
         AHEAD=min(config.ahead, triton.cdiv(width, parts)) if overlap else 0, GATE=gate or "",
-        COMPUTE=compute, LOW=low, HIGH=high, **last, num_warps=config.rows // 16, **launch_options(overlap),
+        COMPUTE=compute, LOW=low, HIGH=high, **last, num_warps=config.block_m // 16, **launch_options(overlap),
     )  # fmt: skip
     if parts > 1:
         _add_kernel[(rows, triton.cdiv(N, 256))](
@@ -128,12 +129,11 @@ def _columns_kernel(
     k = (b // 16) * 32 + b % 16 if KIND == "int4" else b
     r = tl.minimum(tl.arange(0, BLOCK_R), rows - 1)
     begin = tl.program_id(1) * (TILES * BLOCK_B)
-    start_at = codes_ptr + n.to(tl.int64) * P + begin
-    at = start_at[:, None] + b[None, :]  # [M, BLOCK_B]
+    at = codes_ptr + n.to(tl.int64)[:, None] * P + (begin + b)[None, :]  # [M, BLOCK_B]
     x_at = x_ptr + r.to(tl.int64)[None, :] * K + (begin * EACH + k)[:, None]  # [BLOCK_B, BLOCK_R]
     owner = (n // SHARED).to(tl.int64) * Q
     if AHEAD:  # weights do not depend on the kernel before
-        prefetch_starts(start_at, AHEAD)
+        prefetch_starts(codes_ptr + n.to(tl.int64) * P + tl.minimum(begin, P - AHEAD), AHEAD)
     scale = tl.load(scale_ptr + owner).to(tl.float32)
     zero = tl.zeros([M], tl.int32)
     if ZERO and GROUP == K:

@@ -83,7 +83,10 @@ def few_rows(
     residual: Float[Tensor, "*b M"] | None = None,
     config: Launch | None = None,
 ) -> Float[Tensor, "*b M"]:
-    """`linear` of 1 to 32 rows as one launch that reads every code once; several rows are normed by a launch before."""
+    """`linear` of up to 32 rows of 8 bits, and of one of 4 bits, as one launch that reads every code once.
+
+    Several rows are normed by a launch before.
+    """
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
     x = x.contiguous()

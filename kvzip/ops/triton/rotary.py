@@ -164,7 +164,7 @@ def store_rotated(
     first, second, n, angles, out_ptr, rotation, capacity,
     HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Stores outputs n and n + HALF, rotated in heads of queries and keys; with TAIL keys and values there too."""
+    """Stores outputs n and n + HALF, rotated if of queries or keys; with TAIL also keys and values to the tail."""
     STORED: tl.constexpr = out_ptr.dtype.element_ty
     cos, sin, length = angles
     head, j = n // (2 * HALF), n % (2 * HALF)
