@@ -419,6 +419,8 @@ def check_fits(kind: str, dtype: str, capability: int, rows: int, every: bool = 
 def test_all_kernels_fit(kind, rows, dtype, capability):
     if rows > most_rows(torch.empty(0, dtype=getattr(torch, dtype))):
         pytest.skip("these rows are expanded")
+    if kind == "int4" and rows > 1 and dtype != "float32":
+        pytest.skip("these rows go to few_columns")
     check_fits(kind, dtype, capability, rows, every=rows == 1 and dtype == "bfloat16" and capability == 90)
 
 

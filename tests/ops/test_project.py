@@ -74,7 +74,7 @@ def check(given):
 @given(
     kind=st.sampled_from([None, "e4m3", "int8", "int4"]),
     heads=st.sampled_from(HEADS),
-    width=st.sampled_from([2, 12, 20]),
+    width=st.sampled_from([2, 8, 12]),
     inputs=st.sampled_from([32, 96]),
     bias=st.booleans(),
     offset=st.sampled_from([0, 1]),
