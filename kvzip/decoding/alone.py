@@ -13,6 +13,7 @@ from ..cache import RaggedCache, RaggedKV, Tail, all_ragged
 from ..cache.caches import roomy_tail
 from ..models import Model, forward
 from ..ops import TailTensors
+from ..ops.schedule import aligned
 from .choosing import NO_TOKEN
 from .sequences import Part
 from .steps import Packed
@@ -30,7 +31,7 @@ class Alone:
     sequence that goes on must be in every step: what a step does to the tail of a slot that it leaves out is undefined.
 
     Args:
-        slots: the numbers of the tails.
+        slots: the numbers of the tails, made once, as a step would launch a kernel for them.
         past: tokens of the cache's own tail, which come first in each question's.
         rows: that each tail has room for, besides.
     """
@@ -55,7 +56,7 @@ class Alone:
             longest = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.rows)
         if not padded:
             batch = max(slots) + 1
-        width = _padded(batch)
+        width = aligned(batch)
         each = np.zeros((_FIELDS, width), dtype=np.int32)
         each[[0, 4]] = [[self.past], [1]]  # a slot without a sequence writes behind the cache's own tail
         each[0, slots] = [part.first for part in parts]
@@ -73,7 +74,7 @@ class Alone:
     ) -> tuple[Float[Tensor, "M H"], Int64[Tensor, " M"]]:
         """Appends the tokens to their tails; returns the hidden state of each slot's last one, and the slots."""
         batch, tokens = shape
-        size = _FIELDS * _padded(batch)
+        size = _FIELDS * aligned(batch)
         lengths, seen, positions, _, counts = numbers[:size].view(_FIELDS, -1)[:, :batch]
         ids = numbers[size:].view(batch, tokens)
         ids = torch.where(ids == NO_TOKEN, last[:batch, None], ids)
@@ -102,11 +103,6 @@ class Alone:
     def kept(self, shape: Any) -> list[Any]:
         """Nothing: all that it reads is its own."""
         return []
-
-
-def _padded(count: int) -> int:
-    """So many numbers, and those that follow them so that the next ones are aligned for kernels."""
-    return -(-count // 4) * 4
 
 
 def alone(model: Model, cache: RaggedCache, *, batch: int, rows: int) -> Alone:

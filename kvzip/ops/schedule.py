@@ -26,7 +26,7 @@ def decode_schedule(
     lists = [values for target in _targets(bounds, sms) for values in _cut(bounds, target)]
     # one copy to the device for all; kernels want tables that start at multiples of 16 bytes
     flat = [x for values in lists for x in (*values, *[0] * (-len(values) % 4))]
-    sizes = [_padded(len(values)) for values in lists]
+    sizes = [aligned(len(values)) for values in lists]
     padded = torch.tensor(flat, dtype=torch.int32).to(offsets.device).split(sizes)
     tables = [table[: len(values)] for table, values in zip(padded, lists, strict=True)]
     cuts = zip(tables[::2], tables[1::2], strict=True)
@@ -37,7 +37,7 @@ def schedule_nbytes(bounds: list[int], processors: int) -> int:
     """Returns the bytes of the tables that `decode_schedule` makes, without making them."""
     tiles = _tiles(bounds)
     cuts = [sum(-(-n // _length(tiles, target)) for n in tiles) for target in _targets(bounds, processors)]
-    return 4 * sum(_padded(3 * count) + _padded(len(bounds)) for count in cuts)
+    return 4 * sum(aligned(3 * count) + aligned(len(bounds)) for count in cuts)
 
 
 def processors_of(device: torch.device) -> int:
@@ -53,8 +53,8 @@ def _targets(bounds: list[int], sms: int) -> list[int]:
     return [*targets, 0]  # one split per head
 
 
-def _padded(count: int) -> int:
-    """So many numbers, and those that follow them so that the next table is aligned."""
+def aligned(count: int) -> int:
+    """So many 32-bit numbers, and those that follow them so that the next ones begin at a multiple of 16 bytes."""
     return -(-count // 4) * 4
 
 
