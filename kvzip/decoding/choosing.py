@@ -1,21 +1,20 @@
 """The next token of each row of logits: the likeliest, or one that is drawn; what an answer has said can cost."""
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf
+from ..ops import likeliest
+
+NO_TOKEN = -1  # in place of a token where the logits are NaN or all -inf, as `likeliest` has it
 CHOICES = 4  # numbers by which a token is chosen: temperature, top_p, draw, repetition penalty
 GREEDY = (0.0, 1.0, 0.0, 1.0)  # of them, for the likeliest token
-_PARTS = 128  # of a row of logits; most vocabularies are multiples of it
 
 
 def choose(
     scores: Float[Tensor, "B V"], by: Float64[Tensor, "4 B"], *, sampled: bool, said: Bool[Tensor, "B V"] | None
-) -> tuple[Int64[Tensor, " B"], Int64[Tensor, " B"]]:
-    """Returns the token of each row, NO_TOKEN where its logits are NaN or all -inf, and the same without NO_TOKEN.
+) -> Int64[Tensor, " B"]:
+    """Returns the token of each row, NO_TOKEN where its logits are NaN or all -inf.
 
     Args:
         by: temperature, top_p, draw and repetition penalty of each row. Temperature 0 takes the likeliest token,
@@ -26,22 +25,11 @@ def choose(
     temperature, top_p, draw, penalty = by[:, :, None]
     if said is not None:
         scores = penalize(scores, said, penalty.float())
-    top, chosen = likeliest(scores)
-    if sampled:
-        drawn = sample(scores, draw.float(), temperature=temperature.clamp(min=5e-324), top_p=top_p)
-        chosen = torch.where(temperature[:, 0] > 0, drawn, chosen)
-    return torch.where(top > -torch.inf, chosen, NO_TOKEN), chosen
-
-
-def likeliest(scores: Float[Tensor, "B V"]) -> tuple[Float[Tensor, " B"], Int64[Tensor, " B"]]:
-    """Returns the largest score of each row, NaN if there is one, and where it is first.
-
-    Parts of a row are searched side by side, as a GPU takes ten times as long for one long row at once.
-    """
-    parts = math.gcd(scores.shape[1], _PARTS)
-    tops, places = scores.unflatten(1, (parts, -1)).max(-1)
-    top, part = tops.max(-1)
-    return top, torch.add(places.gather(1, part[:, None])[:, 0], part, alpha=scores.shape[1] // parts)
+    tokens = likeliest(scores)
+    if not sampled:
+        return tokens
+    drawn = sample(scores, draw.float(), temperature=temperature.clamp(min=5e-324), top_p=top_p)
+    return torch.where((temperature[:, 0] > 0) & (tokens != NO_TOKEN), drawn, tokens)
 
 
 def penalize(

@@ -4,9 +4,11 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class GraphMemory:
@@ -26,8 +28,10 @@ class GraphMemory:
         return self._pool
 
 
-def capture(run: Callable[[], None], device: torch.device, *, memory: GraphMemory | None = None) -> Callable[[], None]:
-    """Returns a function that replays a CUDA graph of what `run` launches. Capturing executes nothing.
+def capture(run: Callable[[], T], device: torch.device, *, memory: GraphMemory | None = None) -> Callable[[], T]:
+    """Returns a function that replays a CUDA graph of what `run` launches, and returns what `run` did.
+
+    Capturing executes nothing. Tensors that are returned are the graph's own: the next replay writes them again.
 
     torch gives the memory of deleted graphs back to the driver when an allocation fails, but not during a capture. If
     a capture runs out of memory, that memory is freed here and the capture is tried once more.
@@ -41,7 +45,7 @@ def capture(run: Callable[[], None], device: torch.device, *, memory: GraphMemor
     return _capture_once(run, device, memory)
 
 
-def _capture_once(run: Callable[[], None], device: torch.device, memory: GraphMemory | None) -> Callable[[], None]:
+def _capture_once(run: Callable[[], T], device: torch.device, memory: GraphMemory | None) -> Callable[[], T]:
     graph = torch.cuda.CUDAGraph()
     stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -50,7 +54,7 @@ def _capture_once(run: Callable[[], None], device: torch.device, memory: GraphMe
         # relaxed: kernels may be compiled and loaded during the capture
         graph.capture_begin(pool=None if memory is None else memory.pool(), capture_error_mode="relaxed")
         try:
-            run()
+            result = run()
         except BaseException:
             with suppress(RuntimeError):  # ending a broken capture may fail too; the first error is the cause
                 graph.capture_end()
@@ -59,7 +63,12 @@ def _capture_once(run: Callable[[], None], device: torch.device, memory: GraphMe
     torch.cuda.current_stream(device).wait_stream(stream)
     if memory is not None:
         memory.graphs.add(graph)
-    return graph.replay
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """A step: one forward pass over parts of sequences. On a GPU steps are CUDA graphs, replayed by their sizes."""
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -123,9 +124,9 @@ class Runner:
         hidden, slots = self.reader.hidden(numbers, shape.rows, self.last)
         said = None if not shape.penalized or self._said is None else self._said
         scores = logits(self.model, hidden)
-        tokens, chosen = choose(scores, by, sampled=shape.sampled, said=None if said is None else said[slots])
+        tokens = choose(scores, by, sampled=shape.sampled, said=None if said is None else said[slots])
         if said is not None:
-            said.view(-1).index_fill_(0, slots * said.shape[1] + chosen, True)
+            said.view(-1).index_fill_(0, slots * said.shape[1] + tokens.clamp(min=0), True)
         self.last.index_copy_(0, slots, tokens)
         if grows is not None:
             more, less = grows
@@ -152,13 +153,13 @@ class Runner:
             host.numbers[: len(numbers)].copy_(torch.from_numpy(numbers))
             graph.numbers.copy_(host.numbers[: len(numbers)], non_blocking=True)
             host.copied.record(torch.cuda.current_stream(self.model.device))
-        graph.replay()
+        tokens = graph.replay()
         graph.expected = numbers
         if grows is not None:
             own = numbers[_DOUBLE * CHOICES * shape.width :]
             more, less = grows
             own[more].reshape(-1, less.stop - less.start)[:] += own[less]
-        return graph.tokens
+        return tokens
 
     def _host_buffers(self, numbers: int, width: int) -> "_HostBuffers":
         """Pinned buffers that no step under way uses: those used longest ago of a few."""
@@ -172,14 +173,9 @@ class Runner:
         return host
 
     def _captured(self, size: int, shape: "_Shape", grows: tuple[slice, slice] | None) -> "_Graph":
-        device = self.model.device
-        numbers = torch.zeros(size, dtype=torch.int32, device=device)
-        tokens = torch.zeros(shape.width, dtype=torch.long, device=device)
-
-        def run() -> None:
-            tokens.copy_(self.advance(numbers, shape, grows))
-
-        return _Graph(numbers, tokens, capture(run, device, memory=self._memory), self.reader.kept(shape.rows))
+        numbers = torch.zeros(size, dtype=torch.int32, device=self.model.device)
+        replay = capture(partial(self.advance, numbers, shape, grows), self.model.device, memory=self._memory)
+        return _Graph(numbers, replay, self.reader.kept(shape.rows))
 
 
 @dataclass(frozen=True)
@@ -194,14 +190,13 @@ class _Shape:
 
 @dataclass
 class _Graph:
-    """A captured step with its inputs and outputs, and what it reads, kept alive.
+    """A captured step with its inputs, a function that runs it and returns its tokens, and what it reads, kept alive.
 
     `expected` are its inputs as the last replay left them: a step that goes on with the same parts sends nothing.
     """
 
     numbers: Tensor
-    tokens: Tensor
-    replay: Any
+    replay: Callable[[], Tensor]
     kept: list[Any]
     expected: np.ndarray | None = None
 

@@ -4,6 +4,7 @@ from kvzip.ops.append import append_
 from kvzip.ops.contexts import context_table, drop_context_, put_context_
 from kvzip.ops.decode import decode
 from kvzip.ops.decode_rows import decode_plan, decode_rows
+from kvzip.ops.likeliest import likeliest
 from kvzip.ops.linear import linear
 from kvzip.ops.merge import merge
 from kvzip.ops.norm import rms_norm
@@ -56,6 +57,7 @@ __all__ = [
     "dequantize",
     "drop_context_",
     "embedding",
+    "likeliest",
     "linear",
     "measure_channels_turned",
     "merge",

@@ -12,6 +12,7 @@ from kvzip.ops.triton.common import await_launch, launch_options, on_device, ove
 from kvzip.ops.weights import Activations, QuantizedWeight
 
 _BLOCK = 128  # inputs, and outputs, that share a scale in products by blocks
+_VALUES = 2048  # that a program rounds at a time
 _ROWS = 2048  # whose integer sums, 4 bytes each, are held at once
 
 
@@ -60,8 +61,9 @@ def _integers(x: Tensor, weight: QuantizedWeight, how: Activations) -> Tensor:
 
 def _by_blocks(x: Tensor, weight: QuantizedWeight, how: Activations) -> Tensor:
     rows = x.shape[0]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))  # the library takes rows in fours
-    codes, scale = round_rows(padded, how)
+    if rows % 4:  # the library takes rows in fours
+        x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
+    codes, scale = round_rows(x, how)
     kind = torch.nn.functional.ScalingType
     own = weight.scale.float().contiguous().t()
     return torch.nn.functional.scaled_mm(
@@ -79,12 +81,13 @@ def round_rows(x: Float[Tensor, "R K"], how: Activations) -> tuple[Tensor, Float
     codes = torch.empty((rows, inputs), dtype=dtype, device=x.device)
     scale = torch.empty((groups, rows), dtype=torch.float32, device=x.device)
     overlap = overlaps_launches(x)
-    block = min(2048, triton.next_power_of_2(inputs)) if how.group is None else how.group
-    _round_kernel[(rows, groups)](
+    block = min(_VALUES, triton.next_power_of_2(inputs if how.group is None else how.group))
+    each = min(_VALUES // block, triton.next_power_of_2(groups))
+    _round_kernel[(rows, triton.cdiv(groups, each))](
         x, codes.view(torch.uint8), scale, scale if how.scale is None else how.scale, rows, float(how.steps),
-        float(how.bound or 0.0), K=inputs, GROUP=how.group or inputs, BLOCK=block, KIND=how.kind,
-        STATIC=how.scale is not None, BOUND=how.bound is not None, OVERLAP=overlap,
-        num_warps=4 if how.group is None else 1, enable_fp_fusion=False, **launch_options(overlap),
+        float(how.bound or 0.0), K=inputs, GROUP=how.group or inputs, GROUPS=groups, EACH=each, BLOCK=block,
+        KIND=how.kind, STATIC=how.scale is not None, BOUND=how.bound is not None, OVERLAP=overlap,
+        num_warps=4, enable_fp_fusion=False, **launch_options(overlap),
     )  # fmt: skip
     return codes, scale.t()
 
@@ -112,37 +115,41 @@ def _e4m3(x):
 @no_type_check
 def _round_kernel(
     x_ptr, codes_ptr, scale_ptr, static_ptr, rows, steps, bound, K: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, KIND: tl.constexpr, STATIC: tl.constexpr, BOUND: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, STATIC: tl.constexpr,
+    BOUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: a group of one row. What is not finite makes its scale NaN."""
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: EACH groups of one row, BLOCK values of each at a time. What is not finite makes a scale NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * EACH + tl.arange(0, EACH)
     await_launch(OVERLAP)
-    begin = group * GROUP
-    top = tl.zeros([BLOCK], tl.float32)
-    wrong = tl.zeros([BLOCK], tl.float32)
+    within = tl.arange(0, BLOCK)
+    top = tl.zeros([EACH, BLOCK], tl.float32)
+    wrong = tl.zeros([EACH, BLOCK], tl.float32)
     for start in range(0, GROUP, BLOCK):
-        k = begin + start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * K + k, mask=k < K, other=0).to(tl.float32)
+        k = (group * GROUP + start)[:, None] + within[None, :]
+        live = (k < K) & (start + within < GROUP)[None, :]
+        x = tl.load(x_ptr + row * K + k, mask=live, other=0).to(tl.float32)
         top = tl.maximum(top, tl.abs(x))
         wrong += x * 0
     if STATIC:
-        scale = tl.load(static_ptr)
+        scale = tl.load(static_ptr) + tl.zeros([EACH], tl.float32)
     else:
-        largest = tl.max(top, 0)
+        largest = tl.max(top, 1)
         if BOUND:
             largest = tl.minimum(largest, bound)
-        scale = tl.div_rn(largest, steps)
+        scale = tl.div_rn(largest, tl.zeros([EACH], tl.float32) + steps)
     divisor = tl.where(scale > 0, scale, 1.0)
-    tl.store(scale_ptr + group.to(tl.int64) * rows + row, scale + tl.sum(wrong, 0))
+    tl.store(scale_ptr + group.to(tl.int64) * rows + row, scale + tl.sum(wrong, 1), mask=group < GROUPS)
     for start in range(0, GROUP, BLOCK):
-        k = begin + start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * K + k, mask=k < K, other=0).to(tl.float32)
-        code = tl.div_rn(x, tl.zeros([BLOCK], tl.float32) + divisor)
+        k = (group * GROUP + start)[:, None] + within[None, :]
+        live = (k < K) & (start + within < GROUP)[None, :]
+        x = tl.load(x_ptr + row * K + k, mask=live, other=0).to(tl.float32)
+        code = tl.div_rn(x, tl.zeros([EACH, BLOCK], tl.float32) + divisor[:, None])
         if KIND == "e4m3":
-            tl.store(codes_ptr + row * K + k, _e4m3(code), mask=k < K)
+            tl.store(codes_ptr + row * K + k, _e4m3(code), mask=live)
         else:
             code = _to_integer(tl.minimum(tl.maximum(code, -128.0), 127.0))
-            tl.store(codes_ptr + row * K + k, code.to(tl.int8).to(tl.uint8, bitcast=True), mask=k < K)
+            tl.store(codes_ptr + row * K + k, code.to(tl.int8).to(tl.uint8, bitcast=True), mask=live)
 
 
 @triton.jit
