@@ -213,7 +213,9 @@ for tokens in (1, 100):
     table, lengths = new(tokens, {width}), torch.zeros(1, dtype=torch.int32)
     qkv, weight = new(1, tokens, 40 * {width}), new({width})
     q, k, v = rotary_triton(qkv, table, table, kv_heads=4, q_norm=weight, k_norm=weight)
-    append_triton_(new(1, 4, 200, {width}), new(1, 4, 200, {width}), lengths, k, v)
+    tail = new(1, 4, 200, {width}), new(1, 4, 200, {width}), lengths
+    append_triton_(*tail, k, v)
+    rotary_triton(qkv, table, table, kv_heads=4, tail=tail)
 """
 
 

@@ -117,7 +117,7 @@ def test_real_shapes(kind, rows, dtype):
 def test_rows_of_16_bits_come_here(monkeypatch):
     calls = []
     monkeypatch.setattr(linear, "few_columns", lambda *a, **o: calls.append(a) or few_columns(*a, **o))
-    for rows, kind, expected in ((33, "int8", 1), (32, "e4m3", 0), (2, "int4", 1), (1, "int4", 0), (65, "int4", 0)):
+    for rows, kind, expected in ((17, "int8", 1), (16, "e4m3", 0), (2, "int4", 1), (1, "int4", 0), (65, "int4", 0)):
         calls.clear()
         linear.linear_triton(values(rows, 64, dtype=torch.float16), weight(kind, 8, 64))
         assert len(calls) == expected

@@ -396,7 +396,7 @@ if {capability} >= 90:
 """
 
 
-@pytest.mark.parametrize(("capability", "kind", "rows"), [(80, "int4", 1), (90, "int8", 32), (90, "e4m3", 1)])
+@pytest.mark.parametrize(("capability", "kind", "rows"), [(80, "int4", 1), (90, "int8", 16), (90, "e4m3", 1)])
 def test_kernels_fit(capability, kind, rows):
     check_fits(kind, "bfloat16", capability, rows)
 
@@ -414,7 +414,7 @@ def check_fits(kind: str, dtype: str, capability: int, rows: int, every: bool = 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2, 16, 32])
+@pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kernels_fit(kind, rows, dtype, capability):
     if rows > most_rows(torch.empty(0, dtype=getattr(torch, dtype))):
@@ -426,16 +426,14 @@ def test_all_kernels_fit(kind, rows, dtype, capability):
 
 def test_launches_do_not_cross_groups():
     for kind in KINDS:
-        for rows in (1, 2, 17, 32):
-            for group in (16, 32, 48, 64, 128, 160):
-                if kind == "int4" and group % 32:
-                    continue
-                for dtype in (torch.bfloat16, torch.float32):
-                    for inputs in (2 * group, 8192 // group * group + group):
-                        made = empty_weight(4, inputs, kind=kind, group=group, device="cpu")
-                        config = launch_config(kind, rows, inputs, torch.empty(0, dtype=dtype))
-                        size = within_group(config.block_bytes, made)
-                        assert group % (size * (2 if kind == "int4" else 1)) == 0 and size >= 16
+        for group in (16, 32, 48, 64, 128, 160):
+            if kind == "int4" and group % 32:
+                continue
+            for dtype in (torch.bfloat16, torch.float32):
+                for inputs in (2 * group, 8192 // group * group + group):
+                    made = empty_weight(4, inputs, kind=kind, group=group, device="cpu")
+                    size = within_group(launch_config(kind, torch.empty(0, dtype=dtype)).block_bytes, made)
+                    assert group % (size * (2 if kind == "int4" else 1)) == 0 and size >= 16
         assert all(len(set(LAUNCHES[kind])) == len(LAUNCHES[kind]) for kind in KINDS)
     assert suits(weight("int4", 4, 96, group=32)) and not suits(weight("int4", 4, 72, group=24))
 

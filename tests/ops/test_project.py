@@ -1,4 +1,4 @@
-"""Queries, keys and values of new tokens in one step: of one token they are one launch."""
+"""Queries, keys and values of new tokens in one step: of one token they are one launch, of more two."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def case(kind, heads, width, inputs, dtype, *, rows=(1, 1), bias=False, head_nor
     if length is not None:
         shape = (rows[0], heads[1], 5, 2 * width)  # rows of a tail may be parts of others
         k, v = (values(*shape, seed=s, dtype=dtype)[..., :width] for s in (6, 7))
-        tail = k, v, torch.full((rows[0],), length, dtype=torch.int32, device=DEVICE)
+        tail = k, v, torch.arange(length, length + rows[0], dtype=torch.int32, device=DEVICE)
     return {
         "x": values(*rows, inputs, dtype=dtype),
         "weight": w,
@@ -123,7 +123,7 @@ def test_it_is_what_the_three_ops_give(kind):
 def test_one_token_is_one_launch(monkeypatch):
     """Of all kinds of weights that have a kernel for a row; what is not one token, or is normed by head, is not."""
     calls = []
-    for run in (linear_triton, rotary_triton, append_triton_):
+    for run in (linear_triton, rotary_triton):
         counted = lambda *a, run=run, **o: calls.append(run.__name__) or run(*a, **o)  # noqa: E731
         monkeypatch.setattr(kernels, run.__name__, counted)
     for kind in (None, "e4m3", "int8", "int4"):
@@ -132,7 +132,7 @@ def test_one_token_is_one_launch(monkeypatch):
     for other in ({"rows": (1, 2)}, {"rows": (2, 1)}, {"head_norm": 0}):
         calls.clear()
         project_triton(**case(None, (2, 1), 16, 64, torch.float16, length=1, **other))
-        assert calls == ["linear_triton", "rotary_triton", "append_triton_"]
+        assert calls == ["linear_triton", "rotary_triton"]
 
 
 @unchecked()

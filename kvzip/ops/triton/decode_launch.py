@@ -63,7 +63,8 @@ def launch_config(
         rows = min(rows, 8)  # of 16 rows, four warps turned keys wrong with Triton 3.6
     if bits < 16:
         if bits <= 8 and D <= 128 and rows > 32 and one_step and hopper:  # query rows are the rows of products
-            return Launch(64, 16 if padded else 32, 4, 3)  # 64 keys would spill, and 32 padded ones
+            # 64 keys would spill, and 32 padded ones
+            return Launch(64, 16 if padded else 32, 4, 3, per_sm=2 if rows <= 64 else 1)
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
@@ -90,10 +91,11 @@ def launch_config(
             registers = 240 if padded else 208
         # 64 padded keys would spill before Hopper
         return Launch(16, keys if hopper or not padded else 32, 4, 3, registers=registers)
-    if rows <= 64:
+    plain = D <= 128 and hopper and not padded
+    if rows <= (128 if plain else 64):
         block = 32 if rows <= 32 else 64
-        few = D <= 128 and (block == 32 or (hopper and not padded))
-        return Launch(block, keys, 4 if few else 8, 3)  # 4 warps would spill elsewhere
+        few = plain or (D <= 128 and block == 32)
+        return Launch(block, keys, 4 if few else 8, 3, per_sm=2 if rows <= 64 else 1)  # 4 warps would spill elsewhere
     if D > 64 and not hopper:
         keys = 32  # 64 would spill
     return Launch(128, keys, 8, 3 if D <= 128 else 2, 1)  # many rows: products take the time, one program fills an SM
@@ -280,6 +282,8 @@ def combine_config(D: int, rows: int, splits: int) -> tuple[int, int, int]:
     About a thousand programs: more of them wait for each other. A few rows take all results in one loop step.
     """
     width = triton.next_power_of_2(D)
+    if 1 << 16 <= rows * D <= 1 << 17:  # a program for each row, or half of a wide one
+        return 1, min(width, 128), min(max(4, triton.next_power_of_2(2 * splits)), 32)
     block_d = min(width, 64, max(32, triton.next_power_of_2(rows * D // 8192)))
     block_r = min(16, triton.next_power_of_2(max(1, rows * D // (1024 * block_d))))
     most = max(4096 // (block_r * block_d), 2)

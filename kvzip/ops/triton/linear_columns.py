@@ -34,27 +34,27 @@ class Launch(NamedTuple):
     block_bytes: int
     stages: int
     parts: int  # of the inputs
-    ahead: int = 1024  # of each output, to L2, before the wait for the launch in front
+    ahead: int = 256  # of each output, to L2, before the wait for the launch in front
 
 
 def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
-    """Whether `few_columns` is the faster kernel for so many rows, at most 64: 8 bits from 33 on, 4 bits from 2."""
-    return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 32)
+    """Whether `few_columns` is the faster kernel for so many rows, at most 64: 8 bits from 17 on, 4 bits from 2."""
+    return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 16)
 
 
 def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
-    """The launch for N outputs and K inputs. Tuned on an H100, 2026-11-28: docs/tuning.md."""
+    """The launch for N outputs and K inputs. Tuned within steps on an H100, 2026-11-28: docs/tuning.md."""
     if kind == "int4":
         if inputs > 8192:
             return Launch(128, 64, 3, 7)
         if outputs > 8192:
             return Launch(128, 64, 3, 1)
-        return Launch(128, 64, 4, 4) if outputs > 4096 else Launch(64, 64, 3, 4)
+        return Launch(128, 64, 3, 4) if outputs > 4096 else Launch(64, 64, 3, 4)
     if inputs > 8192:
-        return Launch(64, 128, 3, 4)
+        return Launch(64, 128, 5, 8)
     if outputs > 8192:
-        return Launch(64, 128, 4, 1)
-    return Launch(64, 128, 4, 8 if outputs > 4096 else 2)
+        return Launch(64, 128, 3, 1)
+    return Launch(64, 128, 3, 8) if outputs > 4096 else Launch(64, 128, 6, 2)
 
 
 @on_device

@@ -58,12 +58,10 @@ LAUNCHES = {"e4m3": _VARIANTS, "int8": _VARIANTS, "int4": (Launch(16, 64, 4, 4, 
 """What `benchmarks/ops.py --only linear --launches` times for one row, by kind."""
 
 
-def launch_config(kind: str, rows: int, inputs: int, x: Tensor) -> Launch:
-    """The launch for so many rows of x. Tuned on an H100, 2026-11-27: docs/tuning.md."""
+def launch_config(kind: str, x: Tensor) -> Launch:
+    """The launch for rows of x. Tuned on an H100, 2026-11-27: docs/tuning.md."""
     if x.dtype == torch.float32:
         return Launch(16, 32, 4, 4, 2)  # plain products without tensor cores
-    if rows > 16:
-        return Launch(16, 64, 8, 8, 3) if inputs >= 8192 else Launch(32, 64, 4, 4, 3)
     return Launch(16, 64 if kind == "int4" else 128, 4, 4, 4)
 
 
@@ -83,7 +81,7 @@ def few_rows(
     residual: Float[Tensor, "*b M"] | None = None,
     config: Launch | None = None,
 ) -> Float[Tensor, "*b M"]:
-    """`linear` of up to 32 rows of 8 bits, and of one of 4 bits, as one launch that reads every code once.
+    """`linear` of up to 16 rows of 8 bits, and of one of 4 bits, as one launch that reads every code once.
 
     Several rows are normed by a launch before.
     """
@@ -91,7 +89,7 @@ def few_rows(
     rows = x.numel() // inputs
     x = x.contiguous()
     whole = weight.group == inputs  # one scale for each output: it multiplies the sums
-    config = config or launch_config(weight.kind, rows, inputs, x)
+    config = config or launch_config(weight.kind, x)
     config = config._replace(block_bytes=within_group(config.block_bytes, weight))
     if norm is not None and (rows > 1 or not config.fused):
         x, norm = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset), None

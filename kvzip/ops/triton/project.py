@@ -1,9 +1,8 @@
-"""Queries, keys and values of new tokens on the GPU: of one token in one launch."""
+"""Queries, keys and values of new tokens on the GPU: of one token in one launch, of more in two."""
 
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.append import append_triton_
 from kvzip.ops.triton.common import check_rows
 from kvzip.ops.triton.linear import linear_triton, row_kernel
 from kvzip.ops.triton.rotary import make_rotation, rotary_triton
@@ -26,20 +25,15 @@ def project_triton(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`project`: a program of the kernel for one row has halves of a head, and rotates and appends what it computed.
 
-    Each launch of a step costs more than a microsecond, however little it does: docs/tuning.md. More rows, and heads
-    that are normed, take the three kernels one after the other.
+    Each launch of a step costs more than a microsecond, however little it does: docs/tuning.md. Of more rows, and where
+    heads are normed, the kernel that rotates appends too.
     """
-    run = row_kernel(x, weight, norm) if q_norm is None else None
-    if run is None:
-        qkv = linear_triton(x, weight, bias, norm=norm)
-        q, k, v = rotary_triton(
-            qkv, cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, eps=norm.eps, offset=norm.offset
-        )
-        if tail is not None:
-            append_triton_(*tail, k, v)
-        return q, k, v
     if tail is not None:
         check_rows(tail_k=tail[0], tail_v=tail[1])
+    run = row_kernel(x, weight, norm) if q_norm is None else None
+    if run is None:
+        qkv, norms = linear_triton(x, weight, bias, norm=norm), {"q_norm": q_norm, "k_norm": k_norm}
+        return rotary_triton(qkv, cos, sin, kv_heads=kv_heads, **norms, eps=norm.eps, offset=norm.offset, tail=tail)
     count = weight.shape[0] // cos.shape[-1] - 2 * kv_heads
     rotation = make_rotation(cos, sin, heads=count, kv_heads=kv_heads, tail=tail)
     heads = run(x, weight, bias, norm=norm, rotation=rotation).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2)

@@ -23,10 +23,12 @@ def rotary_triton(
     k_norm: Float[Tensor, " D"] | None = None,
     eps: float = 0.0,
     offset: int = 0,
+    tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`rotary`: x cos + [-x2, x1] sin of every (normed) head, float32 inside, rounded once.
 
-    Reads and writes q and k once: 2 (Hq + H) D values a token. One launch replaces about 14 of plain PyTorch.
+    Reads and writes q and k once: 2 (Hq + H) D values a token. One launch replaces about 14 of plain PyTorch; with a
+    tail it also writes k and v there, as `append_` does.
     """
     check_dtype(qkv)
     batch, tokens, _ = qkv.shape
@@ -39,22 +41,26 @@ def rotary_triton(
         overlap = overlaps_launches(qkv)
         block_h = 4 if batch * tokens < 64 else 16  # few tokens: more programs
         block_d = triton.next_power_of_2(width // 2)
-        _rotary_kernel[(batch * tokens, triton.cdiv(heads + kv_heads, block_h))](
+        tail_k, tail_v, lengths = (k, k, k) if tail is None else tail
+        written = heads + kv_heads * (1 if tail is None else 2)
+        _rotary_kernel[(batch * tokens, triton.cdiv(written, block_h))](
             qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, q, k,
+            tail_k, tail_v, lengths, *tail_k.stride()[:3], *tail_v.stride()[:3], tail_k.shape[2],
             tokens, tokens if cos.ndim == 3 else 0, float(eps), float(offset),
             HEADS=heads, KV_HEADS=kv_heads, D=width, BLOCK_H=block_h, BLOCK_D=block_d, NORM=q_norm is not None,
-            OVERLAP=overlap, num_warps=min(max(block_h * block_d // 256, 1), 4), enable_fp_fusion=True,
-            **launch_options(overlap),
+            TAIL=tail is not None, OVERLAP=overlap, num_warps=min(max(block_h * block_d // 256, 1), 4),
+            enable_fp_fusion=True, **launch_options(overlap),
         )  # fmt: skip
     return q, k, qkv.unflatten(2, (-1, width)).transpose(1, 2)[:, heads + kv_heads :]
 
 
-@triton.jit(do_not_specialize=["tokens", "table_rows"])
+@triton.jit(do_not_specialize=["capacity", "tokens", "table_rows"])
 @no_type_check
 def _rotary_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, tokens, table_rows, eps, offset,
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, tail_k_ptr, tail_v_ptr, lengths_ptr,
+    stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr, capacity, tokens, table_rows, eps, offset,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token. `table_rows`: rows of cos and sin per question, 0 if shared."""
     HALF: tl.constexpr = D // 2
@@ -62,12 +68,13 @@ def _rotary_kernel(
     b, t = row // tokens, row % tokens
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    is_q, is_k = h < HEADS, h >= HEADS
-    live = (h < HEADS + KV_HEADS)[:, None] & (d < HALF)[None, :]
+    is_q, is_k, is_v = h < HEADS, (h >= HEADS) & (h < HEADS + KV_HEADS), h >= HEADS + KV_HEADS
+    live = (h < HEADS + (2 if TAIL else 1) * KV_HEADS)[:, None] & (d < HALF)[None, :]
     await_launch(OVERLAP)
     at = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * D + h[:, None] * D + d[None, :]
     first = tl.load(at, mask=live, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
     second = tl.load(at + HALF, mask=live, other=0).to(tl.float32)
+    value, value_2 = first, second  # of heads that are not normed or rotated
     if NORM:
         factor = 1 / tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)
         for_q = is_q[:, None] & live
@@ -84,6 +91,8 @@ def _rotary_kernel(
     cos = tl.load(cos_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
     turned, turned_2 = rotated(first, second, cos, sin)
+    if TAIL:
+        turned, turned_2 = tl.where(is_v[:, None], value, turned), tl.where(is_v[:, None], value_2, turned_2)
     turned, turned_2 = turned.to(q_ptr.dtype.element_ty), turned_2.to(q_ptr.dtype.element_ty)
     to_q = q_ptr + ((b * HEADS + h[:, None]) * tokens + t) * D + d[None, :]
     to_k = k_ptr + ((b * KV_HEADS + h[:, None] - HEADS) * tokens + t) * D + d[None, :]
@@ -91,6 +100,18 @@ def _rotary_kernel(
     tl.store(to_q + HALF, turned_2, mask=live & is_q[:, None])
     tl.store(to_k, turned, mask=live & is_k[:, None])
     tl.store(to_k + HALF, turned_2, mask=live & is_k[:, None])
+    if TAIL:
+        own = tl.load(lengths_ptr + b) + t
+        head = (h - HEADS).to(tl.int64)
+        to_k = tail_k_ptr + b * stride_kb + own * stride_kr + (head * stride_kh)[:, None] + d[None, :]
+        to_v = tail_v_ptr + b * stride_vb + own * stride_vr + ((head - KV_HEADS) * stride_vh)[:, None] + d[None, :]
+        writes = tl.where(own < capacity, h, 0)  # of a full tail no head does
+        is_k = live & ((writes >= HEADS) & (writes < HEADS + KV_HEADS))[:, None]
+        is_v = live & (writes >= HEADS + KV_HEADS)[:, None]
+        tl.store(to_k, turned, mask=is_k)
+        tl.store(to_k + HALF, turned_2, mask=is_k)
+        tl.store(to_v, turned, mask=is_v)
+        tl.store(to_v + HALF, turned_2, mask=is_v)
 
 
 @triton.jit
