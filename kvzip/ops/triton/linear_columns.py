@@ -48,12 +48,12 @@ def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
         if inputs > 8192:
             return Launch(128, 64, 3, 7)
         if outputs > 8192:
-            return Launch(128, 64, 3, 1)
+            return Launch(128, 64, 3, 1, ahead=0)
         return Launch(128, 64, 3, 4) if outputs > 4096 else Launch(64, 64, 3, 4)
     if inputs > 8192:
         return Launch(64, 128, 5, 8)
     if outputs > 8192:
-        return Launch(64, 128, 3, 1)
+        return Launch(64, 128, 3, 1, ahead=0)
     return Launch(64, 128, 3, 8) if outputs > 4096 else Launch(64, 128, 6, 2)
 
 
