@@ -43,6 +43,22 @@ def test_it_is_the_first_of_the_largest(op, rows, width, values, strided, dtype,
     assert got.tolist() == [search(row) for row in scores.tolist()]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_are_alike_and_what_is_lost_has_no_token(dtype):
+    inf, nan = math.inf, math.nan
+    for row, place in (
+        ([-1.0, -0.0, 0.0], 1),
+        ([-1.0, 0.0, -0.0], 1),
+        ([-inf, -inf, -inf], -1),
+        ([-inf, -1e4, -inf], 1),
+        ([inf, 1.0, nan], -1),
+        ([1.0, inf, inf], 1),
+    ):
+        scores = torch.tensor([row], dtype=dtype, device=DEVICE)
+        assert likeliest_triton(scores).tolist() == [place]
+        assert likeliest_reference(scores).tolist() == [place] or DEVICE == "cuda"
+
+
 @pytest.mark.parametrize("op", [likeliest_reference, likeliest_triton])
 @given(spread=st.sampled_from([1e-3, 1.0, 1e4]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_it_orders_as_numbers_do(op, spread, dtype, seed):
