@@ -31,7 +31,8 @@ class GraphMemory:
 def capture(run: Callable[[], T], device: torch.device, *, memory: GraphMemory | None = None) -> Callable[[], T]:
     """Returns a function that replays a CUDA graph of what `run` launches, and returns what `run` did.
 
-    Capturing executes nothing. Tensors that are returned are the graph's own: the next replay writes them again.
+    Capturing executes nothing. Tensors that are returned are the graph's own: its next replay, or that of a graph that
+    shares its memory, writes them again.
 
     torch gives the memory of deleted graphs back to the driver when an allocation fails, but not during a capture. If
     a capture runs out of memory, that memory is freed here and the capture is tried once more.

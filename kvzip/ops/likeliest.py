@@ -22,5 +22,7 @@ def likeliest(scores: Float[Tensor, "B V"]) -> Int64[Tensor, " B"]:
 
 
 def likeliest_reference(scores: Float[Tensor, "B V"]) -> Int64[Tensor, " B"]:
-    top, place = scores.max(-1)
-    return torch.where(top > -torch.inf, place, -1)
+    top = scores.amax(-1, keepdim=True)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    first = torch.where(scores == top, places, scores.shape[1]).amin(-1)  # of several `max` may find another
+    return torch.where(top[:, 0] > -torch.inf, first, -1)

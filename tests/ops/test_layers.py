@@ -201,7 +201,7 @@ for module in (append, gate, linear, norm, rotary):
 from kvzip.ops.triton.append import append_triton_
 from kvzip.ops.triton.linear import linear_triton
 from kvzip.ops.triton.norm import rms_norm_triton
-from kvzip.ops.triton.rotary import rotary_triton
+from kvzip.ops.triton.rotary import rotary_triton, rotate_heads
 new = lambda *shape: torch.zeros(shape, dtype=torch.{dtype})
 norm = ops.Norm(new(4096), 1e-5, 1)
 for gate in (None, "silu", "gelu_tanh"):
@@ -215,7 +215,7 @@ for tokens in (1, 100):
     q, k, v = rotary_triton(qkv, table, table, kv_heads=4, q_norm=weight, k_norm=weight)
     tail = new(1, 4, 200, {width}), new(1, 4, 200, {width}), lengths
     append_triton_(*tail, k, v)
-    rotary_triton(qkv, table, table, kv_heads=4, tail=tail)
+    rotate_heads(qkv, table, table, kv_heads=4, q_norm=None, k_norm=None, eps=0.0, offset=0, tail=tail)
 """
 
 

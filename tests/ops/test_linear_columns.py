@@ -73,9 +73,9 @@ for rows in (32, 64):
     for kind, group in (("e4m3", None), ("int8", None), ("int4", 128)):
         linear_columns.few_columns(new(rows, 4096), make(kind, 4096, 4096, group), residual=new(rows, 4096))
         linear_columns.few_columns(new(rows, 4096), make(kind, 28672, 4096, group), gate="silu")
+        linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
         if rows == 32:
             linear_columns.few_columns(new(rows, 4096), make(kind, 6144, 4096, group), new(6144))
-            linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
 linear_columns.few_columns(new(32, 4096), make("e4m3", 4096, 4096, 128, rows=128), new(4096))
 linear_columns.few_columns(new(32, 4096), make("int4", 28672, 4096, 128, True), gate="silu")
 linear_columns.few_columns(new(32, 576), make("int4", 1538, 576, 64, True), gate="gelu_tanh")
@@ -98,7 +98,9 @@ def check_fits(dtype: str, capability: int) -> None:
     kernels = compile_launches(compile_case(dtype, capability), capability=capability)
     assert {kernel.name for kernel in kernels} == {"_columns_kernel", "_add_kernel"}
     assert_fits(kernels, capability=capability)
-    if capability >= 90:
+    if capability < 90:
+        assert all(kernel.shared <= 99 * 1024 for kernel in kernels), "more than some cards have"
+    else:
         assert all("wgmma" in kernel.ptx for kernel in kernels if kernel.name == "_columns_kernel")
 
 

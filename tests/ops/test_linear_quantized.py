@@ -326,6 +326,18 @@ def test_rows_are_rounded_as_the_reference_rounds_them(name):
     assert scale[2].isnan().any()
 
 
+@pytest.mark.parametrize(("inputs", "group"), [(200, 96), (300, 128), (2500, None), (2200, 2100), (40, 7)])
+@pytest.mark.parametrize("kind", ["int8", "e4m3"])
+def test_groups_of_any_size_are_rounded(kind, inputs, group):
+    """The last group may be shorter, and one may be longer than what a program rounds at a time."""
+    how = Activations(kind, LARGEST[kind], group=group)
+    x = values(3, inputs, dtype=torch.float16)
+    codes, scale = round_rows(x, how)
+    want, steps, _ = quantize_inputs(x, how)
+    assert torch.equal(codes.view(torch.uint8), want.flatten(1)[:, :inputs].view(torch.uint8))
+    assert torch.equal(scale, steps[..., 0])
+
+
 @pytest.mark.parametrize("form", ["int8", "e4m3", *(["blocks"] if DEVICE == "cuda" else [])])
 def test_many_rows_in_8_bits_are_the_product_of_what_is_rounded(form, monkeypatch):
     monkeypatch.setattr(linear_rounded, "_ROWS", 40)

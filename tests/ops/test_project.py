@@ -15,7 +15,7 @@ from kvzip.ops.triton import project as kernels
 from kvzip.ops.triton.append import append_triton_
 from kvzip.ops.triton.linear import linear_triton
 from kvzip.ops.triton.project import project_triton
-from kvzip.ops.triton.rotary import rotary_triton
+from kvzip.ops.triton.rotary import rotary_triton, rotate_heads
 from ops.test_layers import DEVICE, DTYPES, cast, values
 from ops.test_linear_quantized import meant, weight
 from unchecked import unchecked
@@ -107,11 +107,13 @@ def test_a_full_tail_is_left_as_it_is(kind):
     assert all(torch.equal(x, y) for x, y in zip(given["tail"], before, strict=False))
 
 
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 70)], ids=str)
 @pytest.mark.parametrize("kind", [None, "e4m3", "int8", "int4"])
-def test_it_is_what_the_three_ops_give(kind):
+def test_it_is_what_the_three_ops_give(kind, rows):
     """What a product gives is rounded before it is rotated, as it is where another kernel reads it."""
-    given = case(kind, (3, 1), 16, 160, torch.float16, length=3)
-    apart = case(kind, (3, 1), 16, 160, torch.float16, length=3)
+    width = 16 if rows == (1, 1) else 24
+    given = case(kind, (3, 1), width, 160, torch.float16, rows=rows, length=3)
+    apart = case(kind, (3, 1), width, 160, torch.float16, rows=rows, length=3)
     q, k, v = project_triton(**given)
     qkv = linear_triton(apart["x"], apart["weight"], norm=apart["norm"])
     other = rotary_triton(qkv, apart["cos"], apart["sin"], kv_heads=1)
@@ -123,7 +125,7 @@ def test_it_is_what_the_three_ops_give(kind):
 def test_one_token_is_one_launch(monkeypatch):
     """Of all kinds of weights that have a kernel for a row; what is not one token, or is normed by head, is not."""
     calls = []
-    for run in (linear_triton, rotary_triton):
+    for run in (linear_triton, rotate_heads):
         counted = lambda *a, run=run, **o: calls.append(run.__name__) or run(*a, **o)  # noqa: E731
         monkeypatch.setattr(kernels, run.__name__, counted)
     for kind in (None, "e4m3", "int8", "int4"):
@@ -132,7 +134,7 @@ def test_one_token_is_one_launch(monkeypatch):
     for other in ({"rows": (1, 2)}, {"rows": (2, 1)}, {"head_norm": 0}):
         calls.clear()
         project_triton(**case(None, (2, 1), 16, 64, torch.float16, length=1, **other))
-        assert calls == ["linear_triton", "rotary_triton"]
+        assert calls == ["linear_triton", "rotate_heads"]
 
 
 @unchecked()

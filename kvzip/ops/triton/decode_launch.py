@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    per_sm: int = 2  # programs that run at once on an SM: 1, 2, 4 or 8
+    per_sm: int = 2  # programs of an SM that splits are cut for, mostly those that run at once: 1, 2, 4 or 8
     early: bool = False  # start by programmatic dependent launch and prefetch the first rows to L2
     reserve: int = 0  # bytes of unused shared memory, which keep an SM to `per_sm` programs
     registers: int | None = None  # at most so many for a thread, so that programs of the next launch find room
@@ -64,7 +64,7 @@ def launch_config(
     if bits < 16:
         if bits <= 8 and D <= 128 and rows > 32 and one_step and hopper:  # query rows are the rows of products
             # 64 keys would spill, and 32 padded ones
-            return Launch(64, 16 if padded else 32, 4, 3, per_sm=2 if rows <= 64 else 1)
+            return Launch(64, 16 if padded else 32, 4, 3, per_sm=1 if 64 < rows <= 128 else 2)
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
@@ -282,8 +282,8 @@ def combine_config(D: int, rows: int, splits: int) -> tuple[int, int, int]:
     About a thousand programs: more of them wait for each other. A few rows take all results in one loop step.
     """
     width = triton.next_power_of_2(D)
-    if 1 << 16 <= rows * D <= 1 << 17:  # a program for each row, or half of a wide one
-        return 1, min(width, 128), min(max(4, triton.next_power_of_2(2 * splits)), 32)
+    if width >= 128 and 4 <= splits <= 24 and 1 << 16 <= rows * D <= 1 << 17:
+        return 1, 128, 32  # all results of a row in one step
     block_d = min(width, 64, max(32, triton.next_power_of_2(rows * D // 8192)))
     block_r = min(16, triton.next_power_of_2(max(1, rows * D // (1024 * block_d))))
     most = max(4096 // (block_r * block_d), 2)

@@ -42,8 +42,14 @@ def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
     return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 16)
 
 
-def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
-    """The launch for N outputs and K inputs. Tuned within steps on an H100, 2026-11-28: docs/tuning.md."""
+def launch_config(kind: str, outputs: int, inputs: int, *, hopper: bool = True) -> Launch:
+    """The launch for N outputs and K inputs. Tuned within steps on an H100, 2026-11-28: docs/tuning.md.
+
+    Before Hopper an SM may have less than half of the shared memory, 99 KiB: not tuned there.
+    """
+    if not hopper:
+        found = launch_config(kind, outputs, inputs)
+        return found._replace(stages=min(found.stages, 3))
     if kind == "int4":
         if inputs > 8192:
             return Launch(128, 64, 3, 7)
@@ -71,7 +77,7 @@ def few_columns(
     outputs, inputs = weight.shape
     rows, width = x.numel() // inputs, weight.codes.shape[1]
     x = x.contiguous()
-    config = config or launch_config(weight.kind, outputs, inputs)
+    config = config or launch_config(weight.kind, outputs, inputs, hopper=overlaps_launches(x))
     block = within_group(config.block_bytes, weight)
     N = outputs if gate is None else outputs // 2
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)

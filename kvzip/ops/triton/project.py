@@ -1,11 +1,11 @@
-"""Queries, keys and values of new tokens on the GPU: of one token in one launch, of more in two."""
+"""Queries, keys and values of new tokens on the GPU: of one token in one launch."""
 
 from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.triton.common import check_rows
 from kvzip.ops.triton.linear import linear_triton, row_kernel
-from kvzip.ops.triton.rotary import make_rotation, rotary_triton
+from kvzip.ops.triton.rotary import make_rotation, rotate_heads
 from kvzip.ops.types import Norm, TailTensors
 from kvzip.ops.weights import QuantizedWeight
 
@@ -25,15 +25,15 @@ def project_triton(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`project`: a program of the kernel for one row has halves of a head, and rotates and appends what it computed.
 
-    Each launch of a step costs more than a microsecond, however little it does: docs/tuning.md. Of more rows, and where
-    heads are normed, the kernel that rotates appends too.
+    Each launch of a step costs more than a microsecond, however little it does: docs/tuning.md. Where there are more
+    rows, or heads are normed, one kernel rotates and appends what the product has stored.
     """
-    if tail is not None:
-        check_rows(tail_k=tail[0], tail_v=tail[1])
     run = row_kernel(x, weight, norm) if q_norm is None else None
     if run is None:
         qkv, norms = linear_triton(x, weight, bias, norm=norm), {"q_norm": q_norm, "k_norm": k_norm}
-        return rotary_triton(qkv, cos, sin, kv_heads=kv_heads, **norms, eps=norm.eps, offset=norm.offset, tail=tail)
+        return rotate_heads(qkv, cos, sin, kv_heads=kv_heads, **norms, eps=norm.eps, offset=norm.offset, tail=tail)
+    if tail is not None:
+        check_rows(tail_k=tail[0], tail_v=tail[1])
     count = weight.shape[0] // cos.shape[-1] - 2 * kv_heads
     rotation = make_rotation(cos, sin, heads=count, kv_heads=kv_heads, tail=tail)
     heads = run(x, weight, bias, norm=norm, rotation=rotation).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2)

@@ -8,11 +8,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_dtype, launch_options, on_device, overlaps_launches
+from kvzip.ops.triton.common import await_launch, check_dtype, check_rows, launch_options, on_device, overlaps_launches
 from kvzip.ops.types import TailTensors
 
 
-@on_device
 def rotary_triton(
     qkv: Float[Tensor, "B T W"],
     cos: Float[Tensor, "*b T D"],
@@ -23,13 +22,30 @@ def rotary_triton(
     k_norm: Float[Tensor, " D"] | None = None,
     eps: float = 0.0,
     offset: int = 0,
-    tail: TailTensors | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`rotary`: x cos + [-x2, x1] sin of every (normed) head, float32 inside, rounded once.
 
-    Reads and writes q and k once: 2 (Hq + H) D values a token. One launch replaces about 14 of plain PyTorch; with a
-    tail it also writes k and v there, as `append_` does.
+    Reads and writes q and k once: 2 (Hq + H) D values a token. One launch replaces about 14 of plain PyTorch.
     """
+    return rotate_heads(
+        qkv, cos, sin, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, offset=offset, tail=None
+    )
+
+
+@on_device
+def rotate_heads(
+    qkv: Float[Tensor, "B T W"],
+    cos: Float[Tensor, "*b T D"],
+    sin: Float[Tensor, "*b T D"],
+    *,
+    kv_heads: int,
+    q_norm: Float[Tensor, " D"] | None,
+    k_norm: Float[Tensor, " D"] | None,
+    eps: float,
+    offset: int,
+    tail: TailTensors | None,
+) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
+    """`rotary`, and `append_` of k and v to a tail, in one launch."""
     check_dtype(qkv)
     batch, tokens, _ = qkv.shape
     width = cos.shape[-1]
@@ -42,6 +58,7 @@ def rotary_triton(
         block_h = 4 if batch * tokens < 64 else 16  # few tokens: more programs
         block_d = triton.next_power_of_2(width // 2)
         tail_k, tail_v, lengths = (k, k, k) if tail is None else tail
+        check_rows(tail_k=tail_k, tail_v=tail_v)
         written = heads + kv_heads * (1 if tail is None else 2)
         _rotary_kernel[(batch * tokens, triton.cdiv(written, block_h))](
             qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, q, k,
