@@ -133,6 +133,15 @@ def bench_select(options: argparse.Namespace):
     yield "uniform, 256 heads", {"kvzip": [lambda: ops.select_uniform(scores, ratio=0.3, nan=flag)]}, least
 
 
+def bench_likeliest(options: argparse.Namespace):
+    """The logits of a step, which are still in the L2 when their token is chosen."""
+    for rows in (1, 32):
+        scores = torch.randn(rows, 128_256, device="cuda", dtype=torch.bfloat16)
+        alone = {"torch.argmax": [lambda scores=scores: scores.argmax(-1)]}
+        own: dict[str, Variant] = {"kvzip": [lambda scores=scores: ops.likeliest(scores)]}
+        yield f"{rows} x 128,256 bf16", own | alone, {"bytes": scores.nbytes}
+
+
 def bench_prune(options: argparse.Namespace):
     for width in (WIDTH, 80):
         k, v = (torch.randn(HEADS, 131_072, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -368,6 +377,7 @@ def bench_score(options: argparse.Namespace):
 
 BENCHMARKS = {
     "decode": bench_decode,
+    "likeliest": bench_likeliest,
     "linear": linear.bench_linear,
     "prune": bench_prune,
     "quantize": bench_quantize,
