@@ -87,6 +87,20 @@ def test_kernels_fit():
     check_fits("bfloat16", 90)
 
 
+def test_older_cards_have_the_shared_memory():
+    code = compile_case("bfloat16", 80).partition("for rows in")[0]
+    for outputs, inputs in ((4096, 4096), (4096, 14336), (6144, 4096)):
+        code += f"linear_columns.few_columns(new(64, {inputs}), make('int8', {outputs}, {inputs}))\n"
+    kernels = compile_launches(code, capability=80)
+    assert_fits(kernels, capability=80)
+    assert_fits_older(kernels)
+
+
+def assert_fits_older(kernels):
+    """RTX 30 and 40 have 99 KiB for a program, of an A100's 163."""
+    assert kernels and all(kernel.shared <= 99 * 1024 for kernel in kernels)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -99,7 +113,7 @@ def check_fits(dtype: str, capability: int) -> None:
     assert {kernel.name for kernel in kernels} == {"_columns_kernel", "_add_kernel"}
     assert_fits(kernels, capability=capability)
     if capability < 90:
-        assert all(kernel.shared <= 99 * 1024 for kernel in kernels), "more than some cards have"
+        assert_fits_older(kernels)
     else:
         assert all("wgmma" in kernel.ptx for kernel in kernels if kernel.name == "_columns_kernel")
 

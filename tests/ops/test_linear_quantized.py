@@ -17,6 +17,7 @@ from kvzip.ops.triton import linear as linear_launches
 from kvzip.ops.triton import linear_rounded
 from kvzip.ops.triton.codes import expand_triton, suits, within_group
 from kvzip.ops.triton.linear import linear_triton
+from kvzip.ops.triton.linear_columns import takes_columns
 from kvzip.ops.triton.linear_quantized import LAUNCHES, Launch, few_rows, launch_config, most_rows
 from kvzip.ops.triton.linear_rounded import round_rows, rounded_product
 from kvzip.ops.weights import (
@@ -413,6 +414,15 @@ def test_kernels_fit(capability, kind, rows):
     check_fits(kind, "bfloat16", capability, rows)
 
 
+NAMES = ("float32", "float16", "bfloat16")
+
+
+def comes_here(kind: str, rows: int, dtype: str) -> bool:
+    """Whether so many rows are neither expanded nor go to `few_columns`."""
+    x = torch.empty(0, dtype=getattr(torch, dtype))
+    return rows <= most_rows(x) and not takes_columns(weight(kind, 8, 64), rows, x)
+
+
 def check_fits(kind: str, dtype: str, capability: int, rows: int, every: bool = False) -> None:
     kernels = compile_launches(compile_case(kind, dtype, capability, rows, every), capability=capability)
     assert {"_quantized_kernel", "_expand_kernel", "_round_kernel"} <= {kernel.name for kernel in kernels}
@@ -425,14 +435,11 @@ def check_fits(kind: str, dtype: str, capability: int, rows: int, every: bool = 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2, 16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "rows", "dtype"),
+    [(kind, rows, dtype) for kind in KINDS for rows in (1, 2, 16) for dtype in NAMES if comes_here(kind, rows, dtype)],
+)
 def test_all_kernels_fit(kind, rows, dtype, capability):
-    if rows > most_rows(torch.empty(0, dtype=getattr(torch, dtype))):
-        pytest.skip("these rows are expanded")
-    if kind == "int4" and rows > 1 and dtype != "float32":
-        pytest.skip("these rows go to few_columns")
     check_fits(kind, dtype, capability, rows, every=rows == 1 and dtype == "bfloat16" and capability == 90)
 
 

@@ -125,9 +125,12 @@ def test_it_is_what_the_three_ops_give(kind, rows):
 def test_one_token_is_one_launch(monkeypatch):
     """Of all kinds of weights that have a kernel for a row; what is not one token, or is normed by head, is not."""
     calls = []
+
+    def counted(run):
+        return lambda *a, **o: calls.append(run.__name__) or run(*a, **o)
+
     for run in (linear_triton, rotate_heads):
-        counted = lambda *a, run=run, **o: calls.append(run.__name__) or run(*a, **o)  # noqa: E731
-        monkeypatch.setattr(kernels, run.__name__, counted)
+        monkeypatch.setattr(kernels, run.__name__, counted(run))
     for kind in (None, "e4m3", "int8", "int4"):
         project_triton(**case(kind, (2, 1), 16, 64, torch.float16, length=1))
     assert not calls

@@ -42,14 +42,8 @@ def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
     return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 16)
 
 
-def launch_config(kind: str, outputs: int, inputs: int, *, hopper: bool = True) -> Launch:
-    """The launch for N outputs and K inputs. Tuned within steps on an H100, 2026-11-28: docs/tuning.md.
-
-    Before Hopper an SM may have less than half of the shared memory, 99 KiB: not tuned there.
-    """
-    if not hopper:
-        found = launch_config(kind, outputs, inputs)
-        return found._replace(stages=min(found.stages, 3))
+def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
+    """The launch for N outputs and K inputs. Tuned within steps on an H100, 2026-11-28: docs/tuning.md."""
     if kind == "int4":
         if inputs > 8192:
             return Launch(128, 64, 3, 7)
@@ -77,13 +71,14 @@ def few_columns(
     outputs, inputs = weight.shape
     rows, width = x.numel() // inputs, weight.codes.shape[1]
     x = x.contiguous()
-    config = config or launch_config(weight.kind, outputs, inputs, hopper=overlaps_launches(x))
+    config = config or launch_config(weight.kind, outputs, inputs)
     block = within_group(config.block_bytes, weight)
     N = outputs if gate is None else outputs // 2
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     parts = 1 if gate is not None else min(config.parts, triton.cdiv(width, block))
     sums = torch.empty((parts, rows, N), dtype=torch.float32, device=x.device) if parts > 1 else out
     overlap, compute = overlaps_launches(x), compute_dtype(x)
+    stages = config.stages if overlap else min(config.stages, 3)  # before Hopper an SM may have 99 KiB
     low, high = ("" if interpreted() else unpacking(weight.kind, upper, compute) for upper in (False, True))
     residual = None if residual is None else residual.contiguous()
     last = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "OVERLAP": overlap, "enable_fp_fusion": True}
@@ -92,7 +87,7 @@ def few_columns(
         x if bias is None else bias, x if residual is None else residual, sums, N, rows,
         K=inputs, P=width, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows, KIND=weight.kind,
         ZERO=weight.zero is not None, M=config.block_m, BLOCK_B=block,
-        TILES=triton.cdiv(triton.cdiv(width, block), parts), STAGES=config.stages,
+        TILES=triton.cdiv(triton.cdiv(width, block), parts), STAGES=stages,
         BLOCK_R=max(8, triton.next_power_of_2(rows)), PARTS=parts,
         AHEAD=min(config.ahead, triton.cdiv(width, parts)) if overlap else 0, GATE=gate or "",
         COMPUTE=compute, LOW=low, HIGH=high, **last, num_warps=config.block_m // 16, **launch_options(overlap),

@@ -3,7 +3,6 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.common import check_rows
 from kvzip.ops.triton.linear import linear_triton, row_kernel
 from kvzip.ops.triton.rotary import make_rotation, rotate_heads
 from kvzip.ops.types import Norm, TailTensors
@@ -32,8 +31,6 @@ def project_triton(
     if run is None:
         qkv, norms = linear_triton(x, weight, bias, norm=norm), {"q_norm": q_norm, "k_norm": k_norm}
         return rotate_heads(qkv, cos, sin, kv_heads=kv_heads, **norms, eps=norm.eps, offset=norm.offset, tail=tail)
-    if tail is not None:
-        check_rows(tail_k=tail[0], tail_v=tail[1])
     count = weight.shape[0] // cos.shape[-1] - 2 * kv_heads
     rotation = make_rotation(cos, sin, heads=count, kv_heads=kv_heads, tail=tail)
     heads = run(x, weight, bias, norm=norm, rotation=rotation).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2)

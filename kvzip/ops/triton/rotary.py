@@ -119,16 +119,31 @@ def _rotary_kernel(
     tl.store(to_k + HALF, turned_2, mask=live & is_k[:, None])
     if TAIL:
         own = tl.load(lengths_ptr + b) + t
-        head = (h - HEADS).to(tl.int64)
-        to_k = tail_k_ptr + b * stride_kb + own * stride_kr + (head * stride_kh)[:, None] + d[None, :]
-        to_v = tail_v_ptr + b * stride_vb + own * stride_vr + ((head - KV_HEADS) * stride_vh)[:, None] + d[None, :]
-        writes = tl.where(own < capacity, h, 0)  # of a full tail no head does
-        is_k = live & ((writes >= HEADS) & (writes < HEADS + KV_HEADS))[:, None]
-        is_v = live & (writes >= HEADS + KV_HEADS)[:, None]
-        tl.store(to_k, turned, mask=is_k)
-        tl.store(to_k + HALF, turned_2, mask=is_k)
-        tl.store(to_v, turned, mask=is_v)
-        tl.store(to_v + HALF, turned_2, mask=is_v)
+        writes = tl.where(own < capacity, h, 0)[:, None]  # of a full tail no head does
+        _store_in_tail(
+            turned, turned_2, h[:, None], tl.where(live, writes, 0), d[None, :], own,
+            tail_k_ptr + b * stride_kb, tail_v_ptr + b * stride_vb, stride_kh, stride_kr, stride_vh, stride_vr,
+            HALF, HEADS, KV_HEADS,
+        )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _store_in_tail(
+    first, second, head, writes, j, row, k_ptr, v_ptr, stride_kh, stride_kr, stride_vh, stride_vr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Stores values j and j + HALF of heads in their tail's row. `writes` is a head, or 0 where nothing is stored."""
+    is_k = (writes >= HEADS) & (writes < HEADS + KV_HEADS)
+    to_k = k_ptr + (head - HEADS).to(tl.int64) * stride_kh
+    to_k += row.to(tl.int64) * stride_kr + j
+    tl.store(to_k, first, mask=is_k)
+    tl.store(to_k + HALF, second, mask=is_k)
+    is_v = writes >= HEADS + KV_HEADS
+    to_v = v_ptr + (head - HEADS - KV_HEADS).to(tl.int64) * stride_vh
+    to_v += row.to(tl.int64) * stride_vr + j
+    tl.store(to_v, first, mask=is_v)
+    tl.store(to_v + HALF, second, mask=is_v)
 
 
 @triton.jit
@@ -178,6 +193,7 @@ def make_rotation(
 ) -> Rotation:
     """Returns the rotation of one token, whose keys and values are written to a tail as by `append_`."""
     k, v, lengths = (cos, cos, cos) if tail is None else tail
+    check_rows(tail_k=k, tail_v=v)
     strides = (0, 0, 0, 0) if tail is None else (*k.stride()[1:3], *v.stride()[1:3])
     args = RotationArgs(cos.contiguous(), sin.contiguous(), k, v, lengths, *strides)
     capacity = 0 if tail is None else k.shape[2]
@@ -214,13 +230,7 @@ def store_rotated(
     tl.store(out_ptr + n + HALF, second)
     if TAIL:
         writes = tl.where(length < capacity, head, 0)  # of a full tail no head does
-        is_k = (writes >= HEADS) & (writes < HEADS + KV_HEADS)
-        to_k = rotation.tail_k + (head - HEADS).to(tl.int64) * rotation.stride_kh
-        to_k += length.to(tl.int64) * rotation.stride_kr + j
-        tl.store(to_k, first, mask=is_k)
-        tl.store(to_k + HALF, second, mask=is_k)
-        is_v = writes >= HEADS + KV_HEADS
-        to_v = rotation.tail_v + (head - HEADS - KV_HEADS).to(tl.int64) * rotation.stride_vh
-        to_v += length.to(tl.int64) * rotation.stride_vr + j
-        tl.store(to_v, first, mask=is_v)
-        tl.store(to_v + HALF, second, mask=is_v)
+        _store_in_tail(
+            first, second, head, writes, j, length, rotation.tail_k, rotation.tail_v, rotation.stride_kh,
+            rotation.stride_kr, rotation.stride_vh, rotation.stride_vr, HALF, HEADS, KV_HEADS,
+        )  # fmt: skip
