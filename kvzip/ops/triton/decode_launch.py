@@ -62,9 +62,10 @@ def launch_config(
     if turned and D > 128:
         rows = min(rows, 8)  # of 16 rows, four warps turned keys wrong with Triton 3.6
     if bits < 16:
-        if bits <= 8 and D <= 128 and rows > 32 and one_step and hopper:  # query rows are the rows of products
-            # 64 keys would spill, and 32 padded ones
-            return Launch(64, 16 if padded else 32, 4, 3, per_sm=1 if 64 < rows <= 128 else 2)
+        if bits <= 8 and D <= 128 and rows > 8 and one_step and hopper:  # query rows are the rows of products
+            if rows > 64:  # one program has all registers of an SM; of padded rows 64 keys would spill
+                return Launch(128, 32 if padded else 64, 8, 3, per_sm=1)
+            return Launch(64, 16 if padded else 32, 4, 3)  # 64 keys, and 32 padded ones, would spill
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
@@ -189,14 +190,16 @@ def forms(
     bits = tile_bits(k, v)
     packed = bits < 16 and compute != "float32" and not interpreted()
     code = "float16" if packed else compute
+    keys_first = bits < 16 and config.block_m < 64
     context = Form(
         G=group, D=q.shape[-1] if q.ndim == 3 else q.shape[3], M=config.block_m, N=config.block_n,
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
-        K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 else compute, PACKED=packed,
+        K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 and keys_first else compute,
+        PACKED=packed,
         SOFTCAP=softcap, BIAS=bias, CHANNELS=isinstance(k, Quantized) and k.channels is not None,
         TURN_K=is_turned(k), TURN_V=is_turned(v),
         TURN="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
-        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=bits < 16 and config.block_m < 64,
+        BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=keys_first,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m,

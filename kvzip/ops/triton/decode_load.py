@@ -70,6 +70,42 @@ def load_vector(ptr, row, stop, PART: tl.constexpr, Q: tl.constexpr, MASKED: tl.
 
 @triton.jit
 @no_type_check
+def load_together(ptrs, row, stop, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A number of each row from each of four tensors, [BLOCK_N, 4], as by `load_vector`.
+
+    As a tile they are loaded once for all threads: of a tensor with fewer numbers than threads Triton has each thread
+    load those that it uses, which are many where keys are the columns of products.
+    """
+    SIZE: tl.constexpr = ptrs[0].dtype.element_ty.primitive_bitwidth // 8
+    c = tl.arange(0, 4)
+    n = tl.arange(0, BLOCK_N)
+    low = tl.where(c == 0, ptrs[0].to(tl.int64), ptrs[1].to(tl.int64))
+    high = tl.where(c == 2, ptrs[2].to(tl.int64), ptrs[3].to(tl.int64))
+    base = tl.where(c < 2, low, high) + (row + tl.zeros([], tl.int64)) * SIZE
+    place = (base[None, :] + (n * SIZE)[:, None]).to(ptrs[0].dtype)
+    if MASKED:
+        return tl.load(place, mask=(n < stop - row)[:, None], other=0)
+    else:
+        return tl.load(place)
+
+
+@triton.jit
+@no_type_check
+def take_apart(four, PACKED: tl.constexpr):
+    """The four vectors of `load_together`, float32.
+
+    PACKED: float16 is converted by assembly, for Triton would have each thread convert the numbers that it uses.
+    """
+    if PACKED and four.dtype == tl.float16:
+        four = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [four], dtype=tl.float32, is_pure=True, pack=1)
+    low, high = tl.split(tl.permute(tl.reshape(four.to(tl.float32), [four.shape[0], 2, 2]), [0, 2, 1]))
+    first, second = tl.split(low)
+    third, fourth = tl.split(high)
+    return first, second, third, fourth
+
+
+@triton.jit
+@no_type_check
 def codes(
     words, PART: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, TOP: tl.constexpr
 ):
@@ -127,14 +163,109 @@ def join_parts(words, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.cons
     parts = ()
     for part in tl.static_range(EACH):
         parts += (codes(words, part, BITS, COMPUTE, PACKED, TOP),)
-    if BITS == 8:
+    return _in_order(parts)
+
+
+@triton.jit
+@no_type_check
+def _in_order(parts):
+    """Rows whose value EACH * w + part is value w of `parts[part]`."""
+    EACH: tl.constexpr = len(parts)
+    if EACH == 2:
         x = tl.join(parts[0], parts[1])
-    elif BITS == 4:
+    elif EACH == 4:
         x = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
     else:
         even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
         x = tl.join(even, tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))
-    return tl.reshape(x, [words.shape[0], words.shape[1] * EACH])
+    return tl.reshape(x, [parts[0].shape[0], parts[0].shape[1] * EACH])
+
+
+@triton.jit
+@no_type_check
+def expand_rows(words, step, zero, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
+    """Rows of step * code + zero, [rows, values], rounded once and clamped to the range of COMPUTE.
+
+    PACKED computes two words' by assembly; COMPUTE is then a dtype of 16 bits.
+    """
+    EACH: tl.constexpr = 16 // BITS
+    step, zero = step[:, None], zero[:, None]
+    parts = ()
+    if PACKED:
+        none = tl.zeros(words.shape, tl.float32)
+        ASM: tl.constexpr = expanding(BITS, tl.float16 == COMPUTE)
+        WHERE: tl.constexpr = (
+            "=r,=r" + (",=r,=r" if EACH > 2 else "") + (",=r,=r,=r,=r" if EACH > 4 else "") + ",r,f,f,f,f"
+        )
+        args = [words, step + none, zero + none]
+        parts = tl.inline_asm_elementwise(ASM, WHERE, args, dtype=repeated(COMPUTE, EACH), is_pure=True, pack=2)
+    else:
+        MOST: tl.constexpr = 65504.0 if tl.float16 == COMPUTE else 3.38e38
+        for part in tl.static_range(EACH):
+            SHIFT: tl.constexpr = part * BITS // 8 * 8 + 8 - BITS - part * BITS % 8
+            code = ((words.to(tl.int32) >> SHIFT) & (2**BITS - 1)).to(tl.float32)
+            value = code * step + zero
+            parts += (tl.where(tl.abs(value) > MOST, tl.where(value > 0, MOST, -MOST), value).to(COMPUTE),)
+    return _in_order(parts)
+
+
+@getattr(triton, "constexpr_function", lambda function: function)  # as in common.py
+def repeated(dtype, count):
+    """`count` dtypes."""
+    return (dtype,) * count
+
+
+@getattr(triton, "constexpr_function", lambda function: function)
+def expanding(bits, half):  # no types: what Triton reads has none
+    """PTX that turns two words of codes, with the step and zero of each, into pairs of 16-bit values, a part each.
+
+    The bits of a code become bits k and higher of the mantissa of a float32 number, 1 + code * 2 ** (k - 23). Times
+    step * 2 ** (23 - k), and with what 1 gives taken from the zero before, it is the value. A word's shifts serve
+    several codes, at as many k.
+    """
+    each = 16 // bits
+    places = {8: (8,), 4: (12, 16), 2: (14, 16, 18, 20)}[bits]
+    shifts = {8: (), 4: (0, 12, -8, 4, -12), 2: (0, -8, 8, -16, 16)}[bits]
+    word, steps, zeros = each, (each + 1, each + 2), (each + 3, each + 4)
+    lines = [".reg .b32 one, t;", ".reg .f32 x0, x1;", "mov.b32 one, 0x3F800000;"]
+    for k in places:
+        for e in range(2):
+            lines += [f".reg .f32 m{e}_{k}, z{e}_{k};", f"mul.f32 m{e}_{k}, ${steps[e]}, 0f{127 + 23 - k << 23:08X};"]
+            lines += [f"sub.f32 z{e}_{k}, ${zeros[e]}, m{e}_{k};"]
+    for n, shift in enumerate(shifts):
+        lines += [f".reg .b32 w{n};", f"{'shl' if shift >= 0 else 'shr'}.b32 w{n}, ${word}, {abs(shift)};"]
+    for part in range(each):
+        for e in range(2):
+            at = 16 * e + part * bits // 8 * 8 + 8 - bits - part * bits % 8  # where the code begins in both words
+            if bits == 8:
+                k = places[0]
+                lines += [f"prmt.b32 t, ${word}, one, 0x76{at // 8}4;"]  # a byte between the exponent and zeros
+            else:
+                n = next(n for n, shift in enumerate(shifts) if at + shift in places)
+                k = at + shifts[n]
+                lines += [f"lop3.b32 t, w{n}, {2**bits - 1 << k}, one, 0xEA;"]  # w & mask | one
+            lines += [f"mov.b32 x{e}, t;", f"fma.rn.f32 x{e}, x{e}, m{e}_{k}, z{e}_{k};"]
+        lines += [f"cvt.rn.{'satfinite.f16x2' if half else 'bf16x2'}.f32 ${part}, x1, x0;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.jit
+@no_type_check
+def in_pairs(x, EACH: tl.constexpr):
+    """Rows in the order in which registers hold the values of words of EACH codes: of two words that are neighbours
+    both values of part 0, then both of part 1. To put them in order takes instructions; products do not ask for it."""
+    M: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1] // (2 * EACH)
+    return tl.reshape(tl.permute(tl.reshape(x, [M, W, 2, EACH]), [0, 1, 3, 2]), x.shape)
+
+
+@triton.jit
+@no_type_check
+def out_of_pairs(x, EACH: tl.constexpr):
+    """Rows that were `in_pairs`, in order."""
+    M: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1] // (2 * EACH)
+    return tl.reshape(tl.permute(tl.reshape(x, [M, W, EACH, 2]), [0, 1, 3, 2]), x.shape)
 
 
 @triton.jit
@@ -159,37 +290,19 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
     M: tl.constexpr = F.M
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
-    AXIS: tl.constexpr = 0 if F.KEYS_FIRST else 1
-    w = tl.arange(0, BLOCK_W)
-    d = tl.arange(0, BLOCK_W * EACH)
-    if F.KEYS_FIRST:
-        at, mask = q_at[None, :] + d[:, None], (d < F.D)[:, None] & live[None, :]
-    else:
-        at, mask = q_at[:, None] + d[None, :], live[:, None] & (d < F.D)[None, :]
-    whole = tl.load(at, mask=mask, other=0).to(tl.float32)
-    central = tl.zeros([M], tl.float32)
-    if F.CHANNELS:  # q . (center + spread * rest) = q . center + (q * spread) . rest
-        if F.SOFTCAP:
-            center = tl.load(center_ptr + d, mask=d < F.D, other=0)
-            central = tl.sum(whole * (center[:, None] if F.KEYS_FIRST else center[None, :]), AXIS) * scale
-        spread = tl.load(spread_ptr + d, mask=d < F.D, other=0)
-        whole *= spread[:, None] if F.KEYS_FIRST else spread[None, :]
-    top = tl.max(tl.abs(whole), AXIS).to(tl.int32, bitcast=True) >> 23
-    top = tl.max(tl.where(top == 255, 0, top), 0)
-    top = tl.minimum(tl.maximum(top, 27), 227)
-    HIGH: tl.constexpr = 6 if F.TURN_K else 10  # turned values are up to sqrt(D) times as large
-    factor = ((254 + HIGH - top) << 23).to(tl.float32, bitcast=True)  # brings the largest finite value near 2 ** HIGH
-    unit = ((top - HIGH) << 23).to(tl.float32, bitcast=True) * (scale / softcap if F.SOFTCAP else scale * LOG2_E)
     TOP: tl.constexpr = F.K_BITS == 2
+    HIGH: tl.constexpr = 6 if F.TURN_K else 10  # turned values are up to sqrt(D) times as large
+    d = tl.arange(0, BLOCK_W * EACH)
+    central = tl.zeros([M], tl.float32)
     if F.KEYS_FIRST:
-        parts = ()
-        for part in tl.static_range(EACH):
-            q = tl.load(
-                q_at[None, :] + (EACH * w + part)[:, None], mask=(w < W)[:, None] & live[None, :], other=0
-            ).to(tl.float32)  # fmt: skip
-            if F.CHANNELS:
-                q *= tl.load(spread_ptr + EACH * w + part, mask=w < W, other=0)[:, None]
-            parts += (q,)
+        whole = tl.load(q_at[None, :] + d[:, None], mask=(d < F.D)[:, None] & live[None, :], other=0).to(tl.float32)
+        if F.CHANNELS:  # q . (center + spread * rest) = q . center + (q * spread) . rest
+            if F.SOFTCAP:
+                center = tl.load(center_ptr + d, mask=d < F.D, other=0)
+                central = tl.sum(whole * center[:, None], 0) * scale
+            whole *= tl.load(spread_ptr + d, mask=d < F.D, other=0)[:, None]
+        factor, unit = _scales(tl.max(tl.abs(whole), 0), HIGH, scale, softcap, F)
+        parts = _parts(tl.permute(tl.reshape(whole, [BLOCK_W, EACH, M]), [0, 2, 1]), EACH)
         if F.TURN_K:  # the matrix is symmetric: turned queries meet turned keys
             parts = turn_columns(parts, F.D, EACH, dtype_of(F.TURN))
         queries = ()
@@ -201,9 +314,60 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
             total += q.to(tl.float32) * (1 / lift)
         return queries, total, tl.sum(total, 0), unit, central
     else:
+        whole = tl.load(q_at[:, None] + d[None, :], mask=live[:, None] & (d < F.D)[None, :], other=0).to(tl.float32)
+        if F.CHANNELS:
+            if F.SOFTCAP:
+                center = tl.load(center_ptr + d, mask=d < F.D, other=0)
+                central = tl.sum(whole * center[None, :], 1) * scale
+            whole *= tl.load(spread_ptr + d, mask=d < F.D, other=0)[None, :]
+        factor, unit = _scales(tl.max(tl.abs(whole), 1), HIGH, scale, softcap, F)
         if F.TURN_K:
             whole = turn_rows(whole, F.D, dtype_of(F.TURN))
         lift = lifts(d, F.K_BITS, TOP)[None, :]
         queries = (whole * (factor * lift)).to(dtype_of(F.K_COMPUTE))
         total = tl.sum(queries.to(tl.float32) / lift, 1)
         return queries, total, total, unit, central
+
+
+@triton.jit
+@no_type_check
+def _scales(largest, HIGH: tl.constexpr, scale, softcap, F: tl.constexpr):
+    """A power of two that brings the greatest finite one of rows' largest values near 2 ** HIGH, and the factor that
+    takes products with codes back to logits."""
+    top = largest.to(tl.int32, bitcast=True) >> 23
+    top = tl.max(tl.where(top == 255, 0, top), 0)
+    top = tl.minimum(tl.maximum(top, 27), 227)
+    factor = ((254 + HIGH - top) << 23).to(tl.float32, bitcast=True)
+    unit = ((top - HIGH) << 23).to(tl.float32, bitcast=True) * (scale / softcap if F.SOFTCAP else scale * LOG2_E)
+    return factor, unit
+
+
+@triton.jit
+@no_type_check
+def _parts(x, EACH: tl.constexpr):
+    """x[..., part] for each of the EACH parts of [A, B, EACH]."""
+    parts = (x,)
+    if EACH == 2:
+        parts = tl.split(x)
+    else:
+        even, odd = _alternate(x)
+        if EACH == 4:
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            parts = (first, second, third, fourth)
+        else:
+            even_0, even_1 = _alternate(even)
+            odd_0, odd_1 = _alternate(odd)
+            a, e = tl.split(even_0)
+            c, g = tl.split(even_1)
+            b, f = tl.split(odd_0)
+            d, h = tl.split(odd_1)
+            parts = (a, b, c, d, e, f, g, h)
+    return parts
+
+
+@triton.jit
+@no_type_check
+def _alternate(x):
+    """Every second of [A, B, C], from the first and from the second on: two of [A, B, C // 2]."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))

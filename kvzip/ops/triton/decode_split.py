@@ -1,7 +1,9 @@
 """Attention of query rows over one split of a context's head or of a tail: one loop for all formats of rows.
 
-Query rows are the rows (M) of the products. With few of them and up to 8 bits keys are the rows, and query rows the
-columns (N), where 8 need no padding to 16. Tuning: docs/tuning.md.
+Query rows are the rows (M) of the products. Codes have two ways. With few query rows keys are the rows, and query rows
+the columns (N), where 8 need no padding to 16: what is a key's own is applied to logits and weights. With many, values
+become rows of the model's dtype, once for all query rows; keys stay codes, whose logits are exact. Tuning:
+docs/tuning.md.
 """
 
 from typing import NamedTuple, no_type_check
@@ -12,12 +14,16 @@ import triton.language as tl
 from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, dtype_of, exp2, product, tanh
 from kvzip.ops.triton.decode_load import (
     codes,
+    expand_rows,
+    in_pairs,
     join_parts,
-    lifts,
     load_queries,
     load_queries_for_codes,
     load_tile,
+    load_together,
     load_vector,
+    out_of_pairs,
+    take_apart,
 )
 from kvzip.ops.triton.turn import turn_columns, turn_rows
 
@@ -51,7 +57,7 @@ class Form(NamedTuple):
     BANDED: bool  # row i sees low[i] <= key < high[i] only: with a window, and always in a tail
     WINDOW: bool
     SHORT: bool  # there may be fewer rows than a tile has
-    KEYS_FIRST: bool  # keys are the rows of the products; else one step serves all codes of a row
+    KEYS_FIRST: bool  # keys are the rows of the products; else rows of codes have one step each
 
 
 @triton.jit
@@ -59,10 +65,10 @@ class Form(NamedTuple):
 def attend_split(query, keys, values, extra, band, out, begin, stop, scale, softcap, F: tl.constexpr):
     """Writes the attention of query rows over keys begin:stop, and its log-sum-exp, to partial results.
 
-    The logit of a row q and a key with codes c is scale * (step * (q . (c - half)) + (zero + half * step) * sum(q)),
-    and weights p give sum(p * step * c) + sum(p * zero). With CHANNELS q is multiplied by its head's spread before
-    that; scale * q . center, the same for all keys, is added here with SOFTCAP only, else to the log-sum-exp when
-    splits are combined.
+    The logit of a row q and a key with codes c is scale * (step * (q . c) + zero * sum(q)), and weights p give
+    sum(p * step * c) + sum(p * zero). With KEYS_FIRST half of the greatest code is taken from c: sums stay small.
+    With CHANNELS q is multiplied by its head's spread before that; scale * q . center, the same for all keys, is added
+    here with SOFTCAP only, else to the log-sum-exp when splits are combined.
 
     Args:
         query: addresses of the rows' first values, and which rows exist.
@@ -80,14 +86,18 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     DEFER: tl.constexpr = M <= 16
     CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
+    WEIGHED: tl.constexpr = F.V_BITS < 16 and F.KEYS_FIRST  # codes of values meet weights times steps
     # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
     limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
     at = tl.minimum(begin, limit)
     ahead = _load_ahead(keys, values, extra, at, stop, F)
-    if F.V_BITS < 16:
+    if WEIGHED:
         first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
+        if not F.KEYS_FIRST:
+            rows, q_word, q_sum, unit, central = queries
+            queries = in_pairs(rows, 16 // F.K_BITS), q_word, q_sum, unit, central
     else:
         queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
     if F.KEYS_FIRST:
@@ -106,11 +116,11 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     # Weights times steps are 16-bit operands of the tensor cores. To keep them near 1 for any steps, the exponent of a
     # key's largest step, relative to that of the split's first key (0 if its step is 0), moves into the key's logit.
     common = tl.zeros([], tl.int32)
-    if F.V_BITS < 16:
+    if WEIGHED:
         first = first.to(tl.float32)
         common = tl.where(first == 0, 0, tl.minimum(_exponent(first), 60))
     state = (acc, peak, total, total, ahead)
-    if CODED or F.BANDED:
+    if F.BANDED or F.SHORT or (CODED and F.KEYS_FIRST):
         for new in range(begin, stop, N):
             state = _tile(state, queries, keys, values, extra, band, new, stop, limit, common, scale, softcap, F, True)
     else:
@@ -144,10 +154,9 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
             tl.store(at_part, whole[part], mask=(w < W)[:, None] & live[None, :])
     else:
         d = tl.arange(0, BLOCK_W * EACH)
-        x = acc[0]
-        if F.V_BITS < 16:
-            x = x * (lifts(d, F.V_BITS, False) * 2.0 ** (16 + F.V_BITS))[None, :] + shift[:, None]
-        x *= share[:, None]
+        x = acc[0] * share[:, None]
+        if CODED:
+            x = out_of_pairs(x, EACH)
         if F.TURN_V:
             x = turn_rows(x, F.D, dtype_of(F.TURN))
         at_row = part_ptr + place[:, None].to(tl.int64) * F.D + d[None, :]
@@ -177,14 +186,17 @@ def _load_ahead(keys, values, extra, at, stop, F: tl.constexpr):
     """
     none = tl.zeros([1], tl.float32)
     k_step, k_zero, v_step, v_zero, bias = none, none, none, none, none
-    if F.K_BITS < 16:
+    CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
+    if CODED and not F.KEYS_FIRST and keys[1].dtype == values[1].dtype:  # all four, see there
+        k_step = load_together((keys[1], keys[2], values[1], values[2]), at, stop, F.SHORT, F.N)
+    elif F.K_BITS < 16:
         k_step = load_vector(keys[1], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
         k_zero = load_vector(keys[2], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
-    if F.V_BITS < 16:
+    if F.V_BITS < 16 and (F.KEYS_FIRST or keys[1].dtype != values[1].dtype):
         v_step = load_vector(values[1], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
         v_zero = load_vector(values[2], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
     if F.BIAS:  # rows of 16 bits have no full last tile
-        bias = load_vector(extra[2], at, stop, 0, 1, F.SHORT or (F.K_BITS == 16 and F.V_BITS == 16), F.N)
+        bias = load_vector(extra[2], at, stop, 0, 1, F.SHORT or not CODED, F.N)
     return k_step, k_zero, v_step, v_zero, bias
 
 
@@ -200,9 +212,10 @@ def _tile(
     k_step, k_zero, v_step, v_zero, row_bias = ahead
     CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
     MASKED: tl.constexpr = F.SHORT if CODED else CUT
-    LOG2: tl.constexpr = CODED or F.BIAS  # x is the logit in base 2; else x * unit is
+    WEIGHED: tl.constexpr = F.V_BITS < 16 and F.KEYS_FIRST
+    LOG2: tl.constexpr = F.BIAS or (CODED and (F.KEYS_FIRST or F.SOFTCAP))  # x is a logit in base 2; else x * unit is
     n = tl.arange(0, N)
-    at = tl.minimum(new, limit) if CODED else new
+    at = tl.minimum(new, limit) if CODED and CUT else new
     key = at + n
     bound = stop - at
     k = load_tile(keys[0], at, keys[3], bound, extra[3], extra[4],
@@ -210,12 +223,14 @@ def _tile(
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST)  # fmt: skip
+    if CODED and not F.KEYS_FIRST and keys[1].dtype == values[1].dtype:
+        k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED)
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
     mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
-    if F.V_BITS < 16:
+    if WEIGHED:
         Q: tl.constexpr = F.D // F.V_GROUP  # Triton 3.5 takes a range's end by name alone
         largest = v_step
         for part in tl.static_range(1, Q):
@@ -228,11 +243,28 @@ def _tile(
         mark = above.to(tl.float32)
     if F.BIAS:
         mark += row_bias.to(tl.float32) * LOG2_E
-    if CODED:
+    if CODED and CUT:
         mark = tl.where((key >= new) & (key < stop), mark, float("-inf"))
 
     unit = LOG2_E if F.SOFTCAP else scale * LOG2_E
-    if F.K_BITS < 16:
+    if CODED and not F.KEYS_FIRST:
+        UNIT: tl.constexpr = 2.0**-16 if F.K_BITS == 2 else 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
+        unit = queries[3] * (1 / UNIT)
+        code = in_pairs(join_parts(k, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, F.K_BITS == 2), 16 // F.K_BITS)
+        if tl.float32 == dtype_of(F.K_COMPUTE):  # interpreted bfloat16, where `codes` has half of them taken off
+            k_zero += k_step * 2 ** (F.K_BITS - 1)
+        x = product(queries[0], code) * k_step[None, :] + k_zero[None, :] * (queries[2] * UNIT)[:, None]
+        if LOG2:
+            x *= unit
+        if F.SOFTCAP:
+            if F.CHANNELS:
+                x += (queries[4] / softcap)[:, None]
+            x = tanh(x) * (softcap * LOG2_E)
+        if F.BIAS:
+            x += mark[None, :]
+        elif CUT:
+            x = tl.where((mark == 0)[None, :], x, float("-inf"))
+    elif F.K_BITS < 16:
         x = _logits_of_codes(k, k_step, k_zero, mark, queries, keys, at, stop, F)
         if F.SOFTCAP:
             if F.CHANNELS:
@@ -252,21 +284,24 @@ def _tile(
     if F.BANDED:
         low, high = _of_queries(band[0], F), _of_queries(band[1], F)
         x = tl.where((_of_keys(key, F) >= low) & (_of_keys(key, F) < high), x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 0 if F.KEYS_FIRST else 1))
+    new_peak = tl.max(x, 0 if F.KEYS_FIRST else 1)
+    if CODED and not LOG2:
+        new_peak *= unit
+    new_peak = tl.maximum(peak, new_peak)
     if F.BANDED:
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
     EXACT: tl.constexpr = tl.float32 == dtype_of(F.COMPUTE)
     lower = _of_queries(floor, F)
-    if LOG2:
+    if LOG2 or CODED:
         decay = exp2(peak - floor, EXACT)
-        p = exp2(x - lower, EXACT)
+        p = exp2(x - lower if LOG2 else x * unit - lower, EXACT)
     else:
         decay = exp2((peak - floor) * unit, EXACT)
         p = exp2((x - lower) * unit, EXACT)
 
-    if F.V_BITS < 16:
+    if WEIGHED:
         total = _add_sum(total, decay, p * _of_keys(down, F), F)
         acc, shift = _add_codes(acc, shift, decay, p, v, v_step, v_zero, up, values, at, stop, F)
     else:
@@ -276,7 +311,11 @@ def _tile(
                 v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, True)
             acc = (add_product(acc[0] * decay[None, :], v.to(dtype_of(F.V_COMPUTE)), p.to(dtype_of(F.V_COMPUTE))),)
         else:
-            v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
+            if CODED:
+                v = expand_rows(v, v_step, v_zero, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED)
+                v = in_pairs(v, 16 // F.V_BITS)
+            else:
+                v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
             acc = (add_product(acc[0] * decay[:, None], p.to(dtype_of(F.V_COMPUTE)), v.to(dtype_of(F.V_COMPUTE))),)
     return acc, new_peak, total, shift, ahead
 
@@ -284,8 +323,8 @@ def _tile(
 @triton.jit
 @no_type_check
 def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constexpr):
-    """Logits in base 2 of keys as codes (divided by the softcap if there is one); `mark` is added if that is free:
-    without a softcap and with one group."""
+    """Logits [N, M] in base 2 of keys as codes (divided by the softcap if there is one); `mark` is added if that is
+    free: without a softcap and with one group."""
     M: tl.constexpr = F.M
     N: tl.constexpr = F.N
     rows, q_word, q_sum, unit, _ = queries
@@ -298,7 +337,7 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
     CENTER: tl.constexpr = HALF if tl.float32 == dtype_of(F.K_COMPUTE) else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
-    none = tl.zeros([N, M] if F.KEYS_FIRST else [M, N], tl.float32)
+    none = tl.zeros([N, M], tl.float32)
     x = none
     for group in tl.static_range(Q):
         inside = (w // (F.K_GROUP // EACH) == group)[:, None]
@@ -307,47 +346,43 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
         if group > 0:
             step = load_vector(keys[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        y = _of_queries(q_sum * ((CENTER - HALF) * UNIT), F) + none
-        if F.KEYS_FIRST:
-            for part in tl.static_range(EACH):
-                code = codes(k, part, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)
-                q = rows[part]
-                if Q > 1:
-                    q = tl.where(inside, q, 0).to(dtype_of(F.K_COMPUTE))
-                if tl.float32 == dtype_of(F.K_COMPUTE):
-                    y = tl.fma(product(code, tl.trans(q)), 1.0, y)
-                else:
-                    y = tl.dot(code, q, y)
-        else:
-            y = tl.dot(rows, tl.trans(join_parts(k, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)), y)
-        middle = _of_keys((zero + HALF * step) * unit, F) * _of_queries(q_sum, F)
+        y = (q_sum * ((CENTER - HALF) * UNIT))[None, :] + none
+        for part in tl.static_range(EACH):
+            code = codes(k, part, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)
+            q = rows[part]
+            if Q > 1:
+                q = tl.where(inside, q, 0).to(dtype_of(F.K_COMPUTE))
+            if tl.float32 == dtype_of(F.K_COMPUTE):
+                y = tl.fma(product(code, tl.trans(q)), 1.0, y)
+            else:
+                y = tl.dot(code, q, y)
+        middle = ((zero + HALF * step) * unit)[:, None] * q_sum[None, :]
         if Q == 1 and not F.SOFTCAP:
-            middle += _of_keys(mark, F)
-        x += y * _of_keys(step * (unit * (1 / UNIT)), F) + middle
+            middle += mark[:, None]
+        x += y * (step * (unit * (1 / UNIT)))[:, None] + middle
     return x
 
 
 @triton.jit
 @no_type_check
 def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.constexpr):
-    """acc * decay + weighted codes, by word part with KEYS_FIRST, and shift * decay + weighted zeros."""
+    """acc * decay + weighted codes, by word part, and shift * decay + weighted zeros."""
     EACH: tl.constexpr = 16 // F.V_BITS
     W: tl.constexpr = F.D // EACH
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
     Q: tl.constexpr = F.D // F.V_GROUP
     CENTER: tl.constexpr = 2 ** (F.V_BITS - 1) if tl.float32 == dtype_of(F.V_COMPUTE) else 0
     w = tl.arange(0, BLOCK_W)
-    SUMS: tl.constexpr = EACH if F.KEYS_FIRST else 1
     sums = ()
-    for part in tl.static_range(SUMS):
-        sums += (acc[part] * _of_queries(decay, F),)
+    for part in tl.static_range(EACH):
+        sums += (acc[part] * decay[None, :],)
     for group in tl.static_range(Q):
         if group > 0:
             step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
             zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        exact = p * _of_keys(step * up, F)
+        exact = p * (step * up)[:, None]
         weight = exact.to(dtype_of(F.V_COMPUTE))
-        offset = p * _of_keys((zero + CENTER * step) * up, F)
+        offset = p * ((zero + CENTER * step) * up)[:, None]
         if F.TURN_V:  # a rounded weight is wrong by the same part of all codes, whose mean would come out as one value
             offset += (exact - weight.to(tl.float32)) * (0.5 * (2**F.V_BITS - 1) - CENTER)
         if Q == 1:
@@ -355,18 +390,15 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
         else:
             offset = tl.sum(offset, 0)
         added = ()
-        if F.KEYS_FIRST:
-            for part in tl.static_range(EACH):
-                code = codes(v, part, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED, False)  # [BLOCK_W, N]
-                if Q == 1:
-                    added += (add_product(sums[part], code, weight),)
-                else:
-                    inside = (w // (F.V_GROUP // EACH) == group)[:, None]
-                    unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
-                    more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
-                    added += (sums[part] + tl.where(inside, more, 0),)
-        else:
-            added += (add_product(sums[0], weight, join_parts(v, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED, False)),)
+        for part in tl.static_range(EACH):
+            code = codes(v, part, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED, False)  # [BLOCK_W, N]
+            if Q == 1:
+                added += (add_product(sums[part], code, weight),)
+            else:
+                inside = (w // (F.V_GROUP // EACH) == group)[:, None]
+                unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
+                more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
+                added += (sums[part] + tl.where(inside, more, 0),)
         sums = added
     return sums, shift
 
