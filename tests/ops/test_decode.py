@@ -22,8 +22,8 @@ from compiling import assert_fits, compile_calls
 
 from kvzip.ops.triton.common import interpreted
 from kvzip.ops.triton.decode import decode_triton
+from kvzip.ops.triton.decode_codes import expanding
 from kvzip.ops.triton.decode_launch import launch_config
-from kvzip.ops.triton.decode_load import expanding
 from kvzip.ops.triton.merge import merge_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

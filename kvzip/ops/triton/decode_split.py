@@ -12,19 +12,15 @@ import triton
 import triton.language as tl
 
 from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, dtype_of, exp2, product, tanh
-from kvzip.ops.triton.decode_load import (
+from kvzip.ops.triton.decode_codes import (
     codes,
     expand_rows,
     in_pairs,
     join_parts,
-    load_queries,
     load_queries_for_codes,
-    load_tile,
-    load_together,
-    load_vector,
     out_of_pairs,
-    take_apart,
 )
+from kvzip.ops.triton.decode_load import load_queries, load_tile, load_together, load_vector, take_apart
 from kvzip.ops.triton.turn import turn_columns, turn_rows
 
 
