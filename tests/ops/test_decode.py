@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -232,6 +233,15 @@ def test_kernel_reads_codes_for_many_query_rows(D, bits, dtype, lengths, bias, o
     for turned in (False, True):
         inputs = make(4, 9, len(lengths), 4, 1, D, lengths, 20, dtype, bits, True, bias=bias, turned=turned)
         check_kernel(inputs, scale=D**-0.5, **options)
+
+
+@pytest.mark.parametrize(("part", "wide"), [("scale", ()), ("zero", ("v",)), ("scale", ("k",))])
+def test_more_query_rows_than_64_and_steps_of_any_dtypes(part, wide):
+    """The largest tile of codes, with a part of one, over steps and zeros that can and cannot be loaded together."""
+    inputs = make(5, 17, 2, 4, 1, 64, [130, 5], 3, torch.bfloat16, 4, True, turned=True)
+    for name in wide:
+        inputs[name] = replace(inputs[name], **{part: getattr(inputs[name], part).float()})
+    check_kernel(inputs, scale=0.125)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -81,9 +81,9 @@ def _in_order(parts):
 @triton.jit
 @no_type_check
 def expand_rows(words, step, zero, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
-    """Rows of step * code + zero, [rows, values], rounded once and clamped to the range of COMPUTE.
+    """Rows of step * code + zero, [rows, values], computed in float32 and rounded to COMPUTE; float16 is clamped.
 
-    PACKED computes two words' by assembly; COMPUTE is then a dtype of 16 bits.
+    Steps are below 1e34. PACKED computes two words' by assembly; COMPUTE is then a dtype of 16 bits.
     """
     EACH: tl.constexpr = 16 // BITS
     step, zero = step[:, None], zero[:, None]

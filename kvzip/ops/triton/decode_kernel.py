@@ -176,7 +176,7 @@ def _attend_context(
             here += 1
         low = here - window + 1
         high = here + 1
-        begin = tl.maximum(begin, tl.min(low, 0))
+        begin = tl.minimum(tl.maximum(begin, tl.min(low, 0)), stop)  # within the context: steps are read from there
         stop = tl.maximum(begin, tl.minimum(stop, tl.max(high, 0)))
     attend_split(
         (_query_rows(query, n, tokens, head, m % F.G, F.G), m < row_stop),

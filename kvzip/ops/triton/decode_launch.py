@@ -124,6 +124,8 @@ def choose_launch(
     """The launch for keys and values of these formats."""
     turned = is_turned(k) or is_turned(v)
     one_step = all(not isinstance(x, Quantized) or x.group == D for x in (k, v))
+    if dtype == torch.float16 and is_turned(v):
+        one_step = False  # rows would be made of codes, but turned values can be beyond float16
     return launch_config(D, rows, dtype, tile_bits(k, v), turned=turned, one_step=one_step, hopper=hopper)
 
 

@@ -67,6 +67,12 @@ def load_vector(ptr, row, stop, PART: tl.constexpr, Q: tl.constexpr, MASKED: tl.
         return tl.load(ptr + place)
 
 
+@getattr(triton, "constexpr_function", lambda function: function)  # as in common.py
+def same(*dtypes):  # no types: what Triton reads has none
+    """In a kernel, whether all dtypes are the same."""
+    return all(dtype == dtypes[0] for dtype in dtypes)
+
+
 @triton.jit
 @no_type_check
 def load_together(ptrs, row, stop, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):

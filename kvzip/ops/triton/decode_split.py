@@ -20,7 +20,14 @@ from kvzip.ops.triton.decode_codes import (
     load_queries_for_codes,
     out_of_pairs,
 )
-from kvzip.ops.triton.decode_load import load_queries, load_tile, load_together, load_vector, take_apart
+from kvzip.ops.triton.decode_load import (
+    load_queries,
+    load_tile,
+    load_together,
+    load_vector,
+    same,
+    take_apart,
+)
 from kvzip.ops.triton.turn import turn_columns, turn_rows
 
 
@@ -183,12 +190,15 @@ def _load_ahead(keys, values, extra, at, stop, F: tl.constexpr):
     none = tl.zeros([1], tl.float32)
     k_step, k_zero, v_step, v_zero, bias = none, none, none, none, none
     CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
-    if CODED and not F.KEYS_FIRST and keys[1].dtype == values[1].dtype:  # all four, see there
+    TOGETHER: tl.constexpr = (
+        CODED and not F.KEYS_FIRST and same(keys[1].dtype, keys[2].dtype, values[1].dtype, values[2].dtype)
+    )
+    if TOGETHER:
         k_step = load_together((keys[1], keys[2], values[1], values[2]), at, stop, F.SHORT, F.N)
     elif F.K_BITS < 16:
         k_step = load_vector(keys[1], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
         k_zero = load_vector(keys[2], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
-    if F.V_BITS < 16 and (F.KEYS_FIRST or keys[1].dtype != values[1].dtype):
+    if F.V_BITS < 16 and not TOGETHER:
         v_step = load_vector(values[1], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
         v_zero = load_vector(values[2], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
     if F.BIAS:  # rows of 16 bits have no full last tile
@@ -219,7 +229,10 @@ def _tile(
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST)  # fmt: skip
-    if CODED and not F.KEYS_FIRST and keys[1].dtype == values[1].dtype:
+    TOGETHER: tl.constexpr = (
+        CODED and not F.KEYS_FIRST and same(keys[1].dtype, keys[2].dtype, values[1].dtype, values[2].dtype)
+    )
+    if TOGETHER:
         k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED)
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
