@@ -54,19 +54,19 @@ def codes(
 
 @triton.jit
 @no_type_check
-def join_parts(words, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, TOP: tl.constexpr):
-    """The codes of rows of words in their order, [rows, values], as `codes` gives them."""
+def join_codes(words, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
+    """The codes of rows of words, [rows, values], as `codes` gives them, those of 2 bits with TOP; `in_pairs`."""
     EACH: tl.constexpr = 16 // BITS
     parts = ()
     for part in tl.static_range(EACH):
-        parts += (codes(words, part, BITS, COMPUTE, PACKED, TOP),)
-    return _in_order(parts)
+        parts += (codes(words, part, BITS, COMPUTE, PACKED, BITS == 2),)
+    return _joined(parts)
 
 
 @triton.jit
 @no_type_check
-def _in_order(parts):
-    """Rows whose value EACH * w + part is value w of `parts[part]`."""
+def _joined(parts):
+    """Rows whose value EACH * w + part is value w of `parts[part]`, `in_pairs`."""
     EACH: tl.constexpr = len(parts)
     if EACH == 2:
         x = tl.join(parts[0], parts[1])
@@ -75,13 +75,13 @@ def _in_order(parts):
     else:
         even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
         x = tl.join(even, tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))
-    return tl.reshape(x, [parts[0].shape[0], parts[0].shape[1] * EACH])
+    return in_pairs(tl.reshape(x, [parts[0].shape[0], parts[0].shape[1] * EACH]), EACH)
 
 
 @triton.jit
 @no_type_check
 def expand_rows(words, step, zero, BITS: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr):
-    """Rows of step * code + zero, [rows, values], computed in float32 and rounded to COMPUTE; float16 is clamped.
+    """Rows of step * code + zero, [rows, values] `in_pairs`, in float32 and rounded to COMPUTE; float16 is clamped.
 
     Steps are below 1e34. PACKED computes two words' by assembly; COMPUTE is then a dtype of 16 bits.
     """
@@ -103,7 +103,7 @@ def expand_rows(words, step, zero, BITS: tl.constexpr, COMPUTE: tl.constexpr, PA
             code = ((words.to(tl.int32) >> SHIFT) & (2**BITS - 1)).to(tl.float32)
             value = code * step + zero
             parts += (tl.where(tl.abs(value) > MOST, tl.where(value > 0, MOST, -MOST), value).to(COMPUTE),)
-    return _in_order(parts)
+    return _joined(parts)
 
 
 @getattr(triton, "constexpr_function", lambda function: function)  # as in common.py
@@ -179,9 +179,9 @@ def lifts(d, BITS: tl.constexpr, TOP: tl.constexpr):
 def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F: tl.constexpr):
     """Query rows for products with codes, scaled by a power of two so that float16 holds them.
 
-    Returns them, [BLOCK_M, BLOCK_D], or with KEYS_FIRST as columns in as many parts as a word has codes, each
-    [BLOCK_W, BLOCK_M]; sums of the values of a word (KEYS_FIRST), and of a row; the factor that takes products back to
-    logits; and scale * q . center, if a softcap needs it in each logit.
+    Returns them, [BLOCK_M, BLOCK_D] `in_pairs`, or with KEYS_FIRST as columns in as many parts as a word has codes,
+    each [BLOCK_W, BLOCK_M]; sums of the values of a word (KEYS_FIRST), and of a row; the factor that takes products
+    back to logits; and scale * q . center, if a softcap needs it in each logit.
     """
     EACH: tl.constexpr = 16 // F.K_BITS
     M: tl.constexpr = F.M
@@ -223,7 +223,7 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
         lift = lifts(d, F.K_BITS, TOP)[None, :]
         queries = (whole * (factor * lift)).to(dtype_of(F.K_COMPUTE))
         total = tl.sum(queries.to(tl.float32) / lift, 1)
-        return queries, total, total, unit, central
+        return in_pairs(queries, EACH), total, total, unit, central
 
 
 @triton.jit

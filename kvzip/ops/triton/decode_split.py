@@ -15,8 +15,7 @@ from kvzip.ops.triton.common import LN_2, LOG2_E, add_product, dtype_of, exp2, p
 from kvzip.ops.triton.decode_codes import (
     codes,
     expand_rows,
-    in_pairs,
-    join_parts,
+    join_codes,
     load_queries_for_codes,
     out_of_pairs,
 )
@@ -98,9 +97,6 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
-        if not F.KEYS_FIRST:
-            rows, q_word, q_sum, unit, central = queries
-            queries = in_pairs(rows, 16 // F.K_BITS), q_word, q_sum, unit, central
     else:
         queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
     if F.KEYS_FIRST:
@@ -229,10 +225,7 @@ def _tile(
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST)  # fmt: skip
-    TOGETHER: tl.constexpr = (
-        CODED and not F.KEYS_FIRST and same(keys[1].dtype, keys[2].dtype, values[1].dtype, values[2].dtype)
-    )
-    if TOGETHER:
+    if len(k_step.shape) == 2:  # it is all four
         k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED)
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
@@ -256,31 +249,26 @@ def _tile(
         mark = tl.where((key >= new) & (key < stop), mark, float("-inf"))
 
     unit = LOG2_E if F.SOFTCAP else scale * LOG2_E
-    if CODED and not F.KEYS_FIRST:
-        UNIT: tl.constexpr = 2.0**-16 if F.K_BITS == 2 else 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
-        unit = queries[3] * (1 / UNIT)
-        code = in_pairs(join_parts(k, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, F.K_BITS == 2), 16 // F.K_BITS)
-        if tl.float32 == dtype_of(F.K_COMPUTE):  # interpreted bfloat16, where `codes` has half of them taken off
-            k_zero += k_step * 2 ** (F.K_BITS - 1)
-        x = product(queries[0], code) * k_step[None, :] + k_zero[None, :] * (queries[2] * UNIT)[:, None]
-        if LOG2:
-            x *= unit
-        if F.SOFTCAP:
-            if F.CHANNELS:
-                x += (queries[4] / softcap)[:, None]
-            x = tanh(x) * (softcap * LOG2_E)
-        if F.BIAS:
-            x += mark[None, :]
-        elif CUT:
-            x = tl.where((mark == 0)[None, :], x, float("-inf"))
-    elif F.K_BITS < 16:
-        x = _logits_of_codes(k, k_step, k_zero, mark, queries, keys, at, stop, F)
+    if F.K_BITS < 16:
+        if F.KEYS_FIRST:
+            x = _logits_of_codes(k, k_step, k_zero, mark, queries, keys, at, stop, F)
+        else:
+            UNIT: tl.constexpr = 2.0**-16 if F.K_BITS == 2 else 2.0 ** (-16 - F.K_BITS)  # of products of q and codes
+            unit = queries[3] * (1 / UNIT)
+            code = join_codes(k, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED)
+            if tl.float32 == dtype_of(F.K_COMPUTE):  # interpreted bfloat16, where `codes` has half of them taken off
+                k_zero += k_step * 2 ** (F.K_BITS - 1)
+            x = product(queries[0], code) * k_step[None, :] + k_zero[None, :] * (queries[2] * UNIT)[:, None]
+            if LOG2:
+                x *= unit
         if F.SOFTCAP:
             if F.CHANNELS:
                 x += _of_queries(queries[4] / softcap, F)
             x = tanh(x) * (softcap * LOG2_E)
-        if F.SOFTCAP or F.D != F.K_GROUP:
+        if F.BIAS if not F.KEYS_FIRST else F.SOFTCAP or F.D != F.K_GROUP:
             x += _of_keys(mark, F)
+        elif CUT and not F.KEYS_FIRST:
+            x = tl.where((mark == 0)[None, :], x, float("-inf"))
     else:
         wide = k.to(dtype_of(F.K_COMPUTE))
         x = product(wide, queries) if F.KEYS_FIRST else product(queries, wide)
@@ -322,7 +310,6 @@ def _tile(
         else:
             if CODED:
                 v = expand_rows(v, v_step, v_zero, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED)
-                v = in_pairs(v, 16 // F.V_BITS)
             else:
                 v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
             acc = (add_product(acc[0] * decay[:, None], p.to(dtype_of(F.V_COMPUTE)), v.to(dtype_of(F.V_COMPUTE))),)
