@@ -15,7 +15,8 @@ class Pace:
 
     first_s: seconds from asking to the first token, the median; slowest_first_s the longest. token_s: seconds from a
     token to the next one, the median over all tokens of all answers; p99_s the 99th percentile. tokens_per_s: the sum
-    over answers of their tokens after the first, each divided by the seconds that they took.
+    over answers of their tokens after the first, each divided by the seconds that they took. An answer that came in one
+    part counts from when it was asked for, with all its tokens.
     """
 
     answers: int
@@ -27,27 +28,31 @@ class Pace:
 
 
 def pace(begun: Sequence[float], times: Sequence[Sequence[float]], tokens: Sequence[int] | None = None) -> Pace:
-    """Returns the pace of answers of at least two tokens.
+    """Returns the pace of answers.
 
     Args:
         begun: when each was asked for, seconds of any clock.
-        times: when something of each came, the same clock.
-        tokens: of each answer, where several may have come at a time; None: one at each time.
+        times: when something of each came, the same clock. A reader that was busy sees several tokens come at a time.
+        tokens: of each answer; None: one at each time.
 
-    Raises: ValueError for an answer that came at once, which has no pace.
+    Raises: ValueError for no answers, and for an answer of which nothing came.
     """
-    if not times or min(map(len, times)) < 2:
-        raise ValueError("expected answers that come in at least two parts, got one that does not: ask for more tokens")
+    if not times or not all(times):
+        raise ValueError("expected answers of which something came, got none: ask for more tokens")
     counts = [len(own) for own in times] if tokens is None else tokens
     first = [own[0] - asked for asked, own in zip(begun, times, strict=True)]
-    gaps = sorted(later - sooner for own in times for sooner, later in pairwise(own))
+    # Of each answer: the tokens after the first of its times, and the times.
+    followed = [
+        (n - 1, own) if len(own) > 1 else (n, [asked, *own]) for n, asked, own in zip(counts, begun, times, strict=True)
+    ]
+    gaps = sorted(later - sooner for _, own in followed for sooner, later in pairwise(own))
     return Pace(
         answers=len(times),
         first_s=statistics.median(first),
         slowest_first_s=max(first),
         token_s=statistics.median(gaps),
         p99_s=gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
-        tokens_per_s=sum((n - 1) / (own[-1] - own[0]) for n, own in zip(counts, times, strict=True)),
+        tokens_per_s=sum(n / (own[-1] - own[0]) for n, own in followed),
     )
 
 

@@ -16,9 +16,17 @@ def test_the_pace_of_answers_whose_times_are_known():
     assert (found.token_s, found.p99_s) == (0.5, 2.0)
     assert found.tokens_per_s == 3 / 1.5 + 1 / 2.0
     assert pace([0.0], [[1.0, 2.0]], tokens=[9]).tokens_per_s == 8.0
-    for times in ([], [[1.0]], [[1.0, 2.0], [1.0]]):
-        with pytest.raises(ValueError, match="at least two parts"):
+    for times in ([], [[]], [[1.0, 2.0], []]):
+        with pytest.raises(ValueError, match="of which something came"):
             pace([0.0] * len(times), times)
+
+
+def test_an_answer_that_came_in_one_part_counts_from_when_it_was_asked_for():
+    """As a reader sees it that was busy while the answer came: of fewer tokens a second, never of more."""
+    found = pace([1.0, 0.0], [[3.0], [1.0, 1.5]], tokens=[6, 2])
+    assert (found.first_s, found.slowest_first_s, found.p99_s) == (1.5, 2.0, 2.0)
+    assert found.tokens_per_s == 6 / 2.0 + 1 / 0.5
+    assert pace([0.0], [[2.0]]).tokens_per_s == 0.5
 
 
 @unchecked()
