@@ -1,5 +1,6 @@
 """Attention of new tokens over frozen ragged heads and a dense tail: contract and reference."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -50,9 +51,9 @@ def decode(
         tail: (k, v, lengths), k and v any view with a contiguous last axis. lengths[b] counts the rows that the
             last query of question b sees, its own included. Rows beyond may hold anything, NaN too.
 
-    Raises: ValueError if shapes, dtypes or devices do not fit together.
+    Raises: ValueError if shapes, dtypes or devices do not fit together, and for a scale that is not above 0.
     """
-    _check(q, k, v, offsets, softcap, window, bias, tail)
+    _check(q, k, v, offsets, scale, softcap, window, bias, tail)
     if host_takes(q, softcap=softcap, window=window) and not is_forced():
         run = decode_host
     elif use_triton(q):
@@ -140,8 +141,10 @@ def _rows(
     return rows if x.channels is None else rows * x.channels.spread[head] + x.channels.center[head]
 
 
-def check_logits(softcap: float | None, window: int | None) -> None:
-    """Raises: ValueError for what no logits are changed or hidden by."""
+def check_logits(scale: float, softcap: float | None, window: int | None = None) -> None:
+    """Raises: ValueError for what no logits are made, changed or hidden by."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"expected a finite scale above 0, got {scale}: pass 1 / sqrt(D), or what the model says")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
     if window is not None and window < 0:
@@ -153,6 +156,7 @@ def _check(
     k: Tensor | Quantized,
     v: Tensor | Quantized,
     offsets: Tensor,
+    scale: float,
     softcap: float | None,
     window: int | None,
     bias: Tensor | None,
@@ -186,7 +190,7 @@ def _check(
                 f"expected a bias of shape [N={rows}], float16 or float32 on {device}, got {list(bias.shape)}, "
                 f"{bias.dtype} on {bias.device}: one number for each row of k and v"
             )
-    check_logits(softcap, window)
+    check_logits(scale, softcap, window)
     if tail is None:
         return
     tail_k, tail_v, lengths = tail

@@ -55,9 +55,9 @@ def decode_rows(
         pages: tails of this layer; None: rows see their contexts only, and lengths only count distances.
         plan: of `decode_plan` for these rows; None makes one.
 
-    Raises: ValueError if shapes, dtypes or devices do not fit together.
+    Raises: ValueError if shapes, dtypes or devices do not fit together, and for a scale that is not above 0.
     """
-    _check(q, table, layer, rows, softcap, window, pages)
+    _check(q, table, layer, rows, scale, softcap, window, pages)
     options = {"scale": scale, "softcap": softcap, "window": window, "pages": pages}
     if use_triton(q):
         from kvzip.ops.triton.decode_rows import decode_rows_triton
@@ -179,6 +179,7 @@ def _check(
     table: ContextTable,
     layer: int,
     rows: QueryRows,
+    scale: float,
     softcap: float | None,
     window: int | None,
     pages: Pages | None,
@@ -200,7 +201,7 @@ def _check(
                 f"expected {name} of shape [N={count}], int32 on {device}, got {list(x.shape)}, {x.dtype} on "
                 f"{x.device}: one number for each row of q"
             )
-    check_logits(softcap, window)
+    check_logits(scale, softcap, window)
     if pages is None:
         return
     for name, x in (("k", pages.k), ("v", pages.v)):

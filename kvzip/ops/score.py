@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.backend import use_triton
+from kvzip.ops.decode import check_logits
 
 
 def score(
@@ -38,11 +39,12 @@ def score(
         softmax: False returns the largest logit itself, softcapped, which may be negative: one pass over the chunk that
             reads neither k_sink nor k_self.
 
-    Raises: ValueError if shapes, dtypes or devices do not fit together, or for weights or lse without the softmax.
+    Raises: ValueError if shapes, dtypes or devices do not fit together, for a scale that is not above 0, or for weights
+        or lse without the softmax.
     Source: KVzip, arXiv 2505.23416, section 3, and its appendix C.3 for scores without the softmax; the weights are
     those of KVzap, arXiv 2601.07891, equation 3. The authors take the softmax in the model's dtype, we in float32.
     """
-    _check(q, k, k_sink, k_self, softcap, lse, row_weight, key_weight)
+    _check(q, k, k_sink, k_self, scale, softcap, lse, row_weight, key_weight)
     if not softmax and not (lse is row_weight is key_weight is None):
         raise ValueError("expected neither lse nor weights with softmax=False, got some: they belong to the softmax")
     if use_triton(q):
@@ -105,6 +107,7 @@ def _check(
     k: Tensor,
     k_sink: Tensor,
     k_self: Tensor,
+    scale: float,
     softcap: float | None,
     lse: Tensor | None,
     row_weight: Tensor | None,
@@ -122,8 +125,7 @@ def _check(
             )
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"expected {name} of {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected a softcap above 0 or None, got {softcap}: None leaves logits as they are")
+    check_logits(scale, softcap)
     per_row = (("lse", lse, rows), ("row_weight", row_weight, rows), ("key_weight", key_weight, chunk))
     for name, x, length in per_row:
         if x is not None and (x.shape != (query_heads, length) or x.device != q.device):

@@ -35,6 +35,7 @@ from test_decode import DEVICE, KERNEL_DTYPES, lse_rounding, move, stretch, wide
 
 from kvzip.ops.triton.decode_plan import plan_triton
 from kvzip.ops.triton.decode_rows import decode_rows_triton
+from unchecked import unchecked
 
 FORMATS = [(None, None), (8, 8), (4, 4), (8, 4), (4, 8), (4, 2), (None, 8), (4, None)]  # of keys, values; (4, 2) turned
 
@@ -385,6 +386,27 @@ def test_a_table_refuses_what_its_kernels_could_not_read():
     with pytest.raises(ValueError, match="1 layers, got 2"):
         put_context_(table, 0, [contexts[0]] * 2)
     assert table.layers[0] == (contexts[0],)
+
+
+@unchecked()
+def test_what_does_not_fit_the_table_raises():
+    q, contexts, rows, pages = one_batch()
+    table = make_table(contexts)
+    for change, message in (
+        ({"q": q[:, :3]}, "equal groups"),
+        ({"q": q.float()}, "of the table's dtype"),
+        ({"layer": 1}, "a layer of the table's 1"),
+        ({"rows": {"context": rows.context.long()}}, "expected context of shape"),
+        ({"rows": {"length": rows.length[1:]}}, "expected length of shape"),
+        ({"pages": {"v": pages.v.float()}}, "expected pages of v"),
+        ({"scale": 0.0}, "finite scale above 0"),
+        ({"softcap": -1.0}, "softcap above 0"),
+        ({"window": -1}, "window of 0 or more"),
+    ):
+        given = {"q": q, "table": table, "layer": 0, "rows": rows, "scale": 0.1, "pages": pages}
+        given |= {name: replace(given[name], **to) if isinstance(to, dict) else to for name, to in change.items()}
+        with pytest.raises(ValueError, match=message):
+            decode_rows(**given)
 
 
 COMPILE = """

@@ -190,13 +190,14 @@ def test_empty_shapes_score_nothing():
         ({"lse": torch.zeros(4, 5)}, "lse of shape"),
         ({"key_weight": torch.zeros(2, 6)}, "key_weight of shape"),
         ({"softcap": -1.0}, "softcap above 0"),
+        ({"scale": -1.0}, "finite scale above 0"),
     ],
 )
 def test_what_does_not_fit_raises(change, message):
     """In the op's own words, or before it in those of the type checker that tests run with."""
     inputs = make(4, 2, 2, 4, 6, 1, 8, torch.float32, device="cpu")
     with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check"):
-        score(**inputs | change, scale=1.0)
+        score(**inputs | {"scale": 1.0} | change)
 
 
 COMPILE = """
