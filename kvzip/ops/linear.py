@@ -12,6 +12,7 @@ from kvzip.ops.weights import QuantizedWeight, blocks, expand, round_inputs
 
 GATES = ("silu", "gelu_tanh")
 _FEW_ROWS = 16  # more are faster expanded
+_VECTOR = 32  # inputs: twice the widest that torch takes at a time
 
 
 def linear(
@@ -85,8 +86,12 @@ def _finished(out: Tensor, gate: str | None, residual: Tensor | None) -> Tensor:
 
 
 def _suits_integers(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether torch's own product with 8-bit integers takes these: few rows of bfloat16, a scale for each output."""
+    """Whether torch's own product with 8-bit integers takes these: few rows of bfloat16, a scale for each output.
+
+    It reads whole vectors: beyond the end of rows that are no multiple of one.
+    """
     plain = weight.kind == "int8" and weight.group == weight.inputs and weight.zero is None
+    plain = plain and weight.inputs % _VECTOR == 0
     few = 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
     return plain and few and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.codes.is_contiguous()
 

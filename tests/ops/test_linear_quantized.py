@@ -302,11 +302,15 @@ def test_the_kernel_expands_as_the_reference_does(kind, n, k, group, rows, zeros
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the host's path")
-@given(rows=st.sampled_from([1, 7, 16]), shared=st.sampled_from([1, 4]), bias=st.booleans())
-def test_integers_are_multiplied_on_the_host_as_they_are(rows, shared, bias):
-    w, x = weight("int8", 20, 96, rows=shared), values(rows, 96, dtype=torch.bfloat16)
-    assert linear_module._suits_integers(x, w)
-    norm = ops.Norm(values(96, seed=3, dtype=torch.bfloat16), 1e-5)
+@given(
+    rows=st.sampled_from([1, 7, 16]), inputs=st.sampled_from([32, 96, 16, 24, 47, 50, 129]),
+    shared=st.sampled_from([1, 4]), bias=st.booleans(),
+)  # fmt: skip
+def test_integers_are_multiplied_on_the_host_as_they_are(rows, inputs, shared, bias):
+    """Other numbers of inputs than torch's vectors have are expanded: torch would read beyond the rows."""
+    w, x = weight("int8", 20, inputs, rows=shared), values(rows, inputs, dtype=torch.bfloat16)
+    assert linear_module._suits_integers(x, w) == (inputs % 32 == 0)
+    norm = ops.Norm(values(inputs, seed=3, dtype=torch.bfloat16), 1e-5)
     check(ops.linear, x, w, values(20, dtype=torch.bfloat16) if bias else None, norm=norm, gate="silu")
 
 
