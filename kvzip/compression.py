@@ -78,7 +78,7 @@ def compress(
     check_whole(cache)
     if cache.scores is None:
         raise ValueError("expected a cache with scores, got none: call kvzip.score(model, cache) first")
-    packed = options.bits(bits)
+    packed = options.bits(bits, cache.layers[0].width)
     chosen = options.budget(
         ratio, level, budget, threshold, protect, min_rows, sink, recent, floor, budget_bytes, biases
     )

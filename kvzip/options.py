@@ -191,10 +191,13 @@ def floor_of(floor: Any) -> float:
     return part
 
 
-def bits(value: Any) -> tuple[int, int] | None:
+def bits(value: Any, width: int | None = None) -> tuple[int, int] | None:
     """Returns the bits of keys and of values; None for the cache's own dtype. One number is that of both.
 
-    Raises: ValueError for other widths than BITS, TypeError for what is no whole number or pair of them.
+    Args:
+        width: of a head, whose keys and values must be whole bytes; None where it is not known yet.
+
+    Raises: ValueError for others than BITS or no whole bytes, TypeError for what is no whole number or pair of them.
     """
     if value is None:
         return None
@@ -204,6 +207,11 @@ def bits(value: Any) -> tuple[int, int] | None:
         raise ValueError(
             f"expected bits of 8, 4 or 2, a pair of them for keys and values, or None for the cache's own dtype, got "
             f"{value!r}: (8, 4) keeps keys in 8 bits and values in 4"
+        )
+    if width is not None and any(width * n % 8 for n in found):
+        raise ValueError(
+            f"expected heads that are whole bytes in {min(found)} bits, got a head width of {width}: take "
+            f"{next(n for n in (4, 8) if width * n % 8 == 0)} bits"
         )
     return found[0], found[1]
 

@@ -471,6 +471,26 @@ def test_what_queries_ask_is_computed_for_several_layers_at_once(consume, at_onc
     assert len(small.context[1].positions) > len(small.context[0].positions)
 
 
+@pytest.mark.parametrize(("width", "bits"), [(160, 4), (192, (8, 4)), (160, (4, 2)), (36, 2)])
+def test_heads_of_any_width_that_is_whole_bytes_are_packed(width, bits):
+    """Above 128 too where that does not divide it: all values of a row then share a scale."""
+    model = random_model.make(random_model.config(head_dim=width, attn_scale=width**-0.5))
+    cache = scored(model)
+    limit = kvzip.nbytes(kvzip.compress(cache, 1.0, bits=bits)) // 2
+    small = kvzip.compress(cache, budget_bytes=limit, bits=bits, consume=True)
+    assert small.context[0].k.group == small.context[0].v.group == width
+    assert 0.9 * limit < kvzip.nbytes(small) <= limit
+    assert kvzip.generate(model, small, "Why?", max_tokens=2, template=False).token_ids
+
+
+def test_heads_of_no_whole_bytes_are_refused_before_anything_is_freed():
+    cache = scored(random_model.make(random_model.config(head_dim=6)))
+    for bits in (2, (8, 2)):
+        with pytest.raises(ValueError, match="a head width of 6: take 4 bits"):
+            kvzip.compress(cache, 0.5, bits=bits, consume=True)
+    assert cache.layers and kvzip.compress(cache, 0.5, bits=4, consume=True).kept
+
+
 @pytest.mark.parametrize("room", [2**40, 0], ids=["room", "none"])
 def test_consumed_rows_that_need_wide_scales_get_them(dense, room, monkeypatch):
     """With room for all rows this is known when all layers are packed, else layer by layer."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cache, compression, head_scores, inputs, prefilling, refitting, scoring, streaming
+from .. import cache, compression, head_scores, inputs, options, prefilling, refitting, scoring, streaming
 from ..cache import DenseCache, RaggedCache
 from ..head_scores import HeadScores
 from ..models import Model
@@ -58,6 +58,7 @@ def run(stage: Stage, model: Model, job: Job) -> Made:
     prefix, ids = inputs.encode(model, job.text, job.turn)
     with resuming(lambda: left(job.output, job.segment, len(ids))):
         _check_length(model, job, prefix, ids)
+        options.bits(job.bits, model.config.head_dim)
         make = _in_segments if job.segment else _at_once
         small, told = make(stage, model, job, len(prefix), len(ids), begun)
         stage(f"writing {job.output.name}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvzip.ops.backend import use_triton
 from kvzip.ops.turning import turn
-from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, owners
+from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, group_of, owners
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
 _ROWS_AT_ONCE = 1 << 18  # rows whose rest is computed in float32 at a time
@@ -34,7 +34,7 @@ def quantize(
 
     Args:
         bits: 8, 4 or 2.
-        group: values that share a scale, min(128, D) if not given.
+        group: values that share a scale, `group_of(D)` if not given.
         offsets: rows offsets[h]:offsets[h + 1] are those of head h. What is packed is then their rest (see `Channels`),
             rounded to float16, or to float32 if x is float32 or a rest overflows float16.
         channels: of these heads, measured on other rows of theirs; a rest beyond float32 is then clipped. None measures
@@ -44,7 +44,7 @@ def quantize(
         whole bytes, or there are channels without offsets; TypeError for a float64 x.
     Source: per-channel scales of keys as in KIVI, arXiv 2402.02750, here one per head, multiplied into the query.
     """
-    group = min(128, x.shape[1]) if group is None else group
+    group = group_of(x.shape[1]) if group is None else group
     _check(x, bits, group)
     if offsets is None:
         if channels is not None:
@@ -92,7 +92,7 @@ def packed_nbytes(rows: int, width: int, *, bits: int, scale: int, heads: int = 
         scale: bytes of a scale, and of a zero: 2 or 4.
         heads: whose channels are measured, 0 without offsets.
     """
-    return rows * (width * bits // 8 + 2 * scale * (width // min(128, width))) + 8 * heads * width
+    return rows * (width * bits // 8 + 2 * scale * (width // group_of(width))) + 8 * heads * width
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
@@ -158,7 +158,7 @@ def _unpack(q: Quantized, dtype: torch.dtype) -> Float[Tensor, "N D"]:
 
 
 def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:
-    group = min(128, x.shape[1]) if group is None else group
+    group = group_of(x.shape[1]) if group is None else group
     last = 2**bits - 1
     groups = x.float().unflatten(1, (-1, group))  # [N Q group]
     if not groups.isfinite().all():

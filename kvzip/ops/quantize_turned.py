@@ -10,7 +10,7 @@ from torch import Tensor
 from kvzip.ops.backend import use_triton
 from kvzip.ops.quantize import pack_codes, quantize
 from kvzip.ops.turning import measure_roots, turn
-from kvzip.ops.types import FINE, LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, owners
+from kvzip.ops.types import FINE, LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, group_of, owners
 
 Flags = Int32[Tensor, "2"]
 """What the device found: whether a value was not finite, and whether float16 scales are too coarse."""
@@ -39,7 +39,7 @@ def quantize_turned(
 
     Args:
         bits: 4 or 2. In 8, turning gives nothing.
-        group: values that share a scale, min(128, D) if not given.
+        group: values that share a scale, `group_of(D)` if not given.
         offsets: rows offsets[h]:offsets[h + 1] are those of head h.
         channels: of these heads, measured on other rows of theirs; None measures them.
         feedback: from `shape_feedback`. Values are then rounded SHAPED at a time, and those after them make up for what
@@ -73,7 +73,7 @@ def quantize_turned_ahead(
 
     Raises: as `quantize_turned`, but for what is not finite.
     """
-    group = min(128, x.shape[1]) if group is None else group
+    group = group_of(x.shape[1]) if group is None else group
     _check(x, bits, group, offsets, channels, feedback)
     if use_triton(x):
         from kvzip.ops.triton.quantize_turned import quantize_turned_triton as run
@@ -106,7 +106,7 @@ def quantize_turned_reference(
     feedback: Float32[Tensor, "H D D"] | None = None,
     wide: bool = False,
 ) -> tuple[Quantized, Flags]:
-    group = min(128, x.shape[1]) if group is None else group
+    group = group_of(x.shape[1]) if group is None else group
     dtype = torch.float32 if wide else torch.float16
     narrow = NARROW if bits == 2 and offsets is None else 1.0
     if offsets is None:
@@ -149,7 +149,7 @@ def measure_channels_turned(
 def measure_channels_turned_reference(
     x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], *, bits: int, group: int | None = None
 ) -> Channels:
-    group = min(128, x.shape[1]) if group is None else group
+    group = group_of(x.shape[1]) if group is None else group
     found = measure_roots(x, offsets)
     if len(x) == 0:
         return found

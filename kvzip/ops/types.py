@@ -135,6 +135,11 @@ class Pages:
     table: Int32[Tensor, "S X"]
 
 
+def group_of(width: int) -> int:
+    """Returns how many values of a row share a scale if nothing else is asked for: 128, or all where that leaves a rest."""
+    return width if width % 128 else 128
+
+
 def owners(offsets: Int32[Tensor, " H1"], rows: int) -> Int64[Tensor, " N"]:
     """Returns the head that owns each of `rows` rows. The host does not wait for the device."""
     return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .. import compression, prefilling, refitting, scoring, streaming
+from .. import compression, options, prefilling, refitting, scoring, streaming
 from ..cache import RaggedCache
 from ..serving import Engine
 from .schemas import DocumentRequest
@@ -25,6 +25,7 @@ def compress_document(engine: Engine, request: DocumentRequest, progress: Callab
     Raises: ValueError for a text that the model cannot take; torch.OutOfMemoryError; what `progress` raises.
     """
     model = engine.model
+    options.bits(request.bits, model.config.head_dim)  # now, not after the prefill
     part = SEGMENT[model.device.type == "cuda"]
     chat = model.template is not None
     turn = {"system": request.system, "instruction": request.instruction, "template": chat}

@@ -227,6 +227,7 @@ def test_kernel_reads_quantized_rows_as_accurately_as_the_reference(
         (80, (8, 2), torch.float16, [0, 45], torch.float32, {}),
         (128, (4, 2), torch.float16, [40], None, {}),
         (32, (2, 8), torch.float16, [5], torch.float16, {"softcap": 5.0}),
+        (160, (4, 2), torch.bfloat16, [40], None, {}),
     ],
 )
 def test_kernel_reads_codes_for_many_query_rows(D, bits, dtype, lengths, bias, options):
@@ -522,6 +523,7 @@ def test_what_does_not_fit_raises(change, message):
 COMPILE = """
 import torch
 from kvzip.ops import Channels, Quantized, decode_schedule
+from kvzip.ops.types import group_of
 from kvzip.ops.triton import decode as module, decode_launch
 module.overlaps_launches = decode_launch.overlaps_launches = lambda x: {capability} >= 90
 def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True, turned=False):
@@ -529,11 +531,12 @@ def go(D, G, B, T, dtype, bits=16, softcap=None, window=None, tail=True, turned=
     q, k = torch.empty(B, 2 * G, T, D, dtype=dtype), torch.empty(9000, D, dtype=dtype)
     v = k
     if bits != 16:
-        steps, channels = torch.empty(9000, max(1, D // 128), dtype=torch.float16), torch.empty(2, D)
+        group = group_of(D)
+        steps, channels = torch.empty(9000, D // group, dtype=torch.float16), torch.empty(2, D)
         k_bits, v_bits = bits if isinstance(bits, tuple) else (bits, bits)
         codes = [torch.empty(9000, D * x // 8, dtype=torch.uint8) for x in (k_bits, v_bits)]
-        k = Quantized(codes[0], steps, steps, k_bits, min(D, 128), Channels(channels, channels), turned and k_bits < 8)
-        v = Quantized(codes[1], steps, steps, v_bits, min(D, 128), turned=turned and v_bits < 4)
+        k = Quantized(codes[0], steps, steps, k_bits, group, Channels(channels, channels), turned and k_bits < 8)
+        v = Quantized(codes[1], steps, steps, v_bits, group, turned=turned and v_bits < 4)
     ends = (torch.empty(B, 2, 512, D, dtype=dtype),) * 2 + (torch.empty(B, dtype=torch.int32),)
     schedule = decode_schedule(offsets, processors=132)
     module.decode_triton(q, k, v, offsets, scale=1.0, softcap=softcap, window=window, schedule=schedule,
@@ -593,7 +596,7 @@ def test_the_whole_grid_compiles_without_spills(D, capability, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize("G", [1, 4, 7, 16])
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 5), (32, 1)])
 def test_compiled_kernel_over_the_grid(dtype, D, G, B, T):
@@ -613,7 +616,7 @@ def test_compiled_kernel_over_the_grid_of_quantized_rows(dtype, D, bits, B, G):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("D", [64, 80, 128, 256])
+@pytest.mark.parametrize("D", [64, 80, 128, 160, 256])
 @pytest.mark.parametrize("bits", [4, 2, (8, 2), (4, 2)])
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 30), (32, 1)])
 def test_compiled_kernel_over_the_grid_of_turned_rows(dtype, D, bits, B, T):

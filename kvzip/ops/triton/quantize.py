@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvzip.ops.triton.common import on_device
-from kvzip.ops.types import DEEP, LEAST, NOT_FINITE, SMALL, Quantized
+from kvzip.ops.types import DEEP, LEAST, NOT_FINITE, SMALL, Quantized, group_of
 
 INFINITE, COARSE = tl.constexpr(0), tl.constexpr(1)  # indices of the flags
 
@@ -29,7 +29,7 @@ def launch_config(group: int) -> tuple[int, int]:
 
 
 def quantize_triton(x: Float[Tensor, "N D"], *, bits: int, group: int | None = None) -> Quantized:
-    group = min(128, x.shape[1]) if group is None else group
+    group = group_of(x.shape[1]) if group is None else group
     if x.dtype != torch.float32:
         q, infinite, coarse = _quantize(x, bits, group, torch.float16)
     if x.dtype == torch.float32 or coarse:

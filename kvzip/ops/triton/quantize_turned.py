@@ -19,7 +19,7 @@ from kvzip.ops.triton.common import check_rows, interpreted, on_device
 from kvzip.ops.triton.steps import ROUND, grid, reciprocal, rounded
 from kvzip.ops.triton.turn import mix_blocks, signs
 from kvzip.ops.turning import FIRST_PART, LEAST_PART, SAMPLE
-from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized
+from kvzip.ops.types import FINE, LIMIT, NARROW, SHAPED, Channels, Quantized, group_of
 
 
 def launch_config(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -47,7 +47,7 @@ def quantize_turned_triton(
     wide: bool = False,
 ) -> tuple[Quantized, Int32[Tensor, "2"]]:
     N, D = x.shape
-    group = min(128, D) if group is None else group
+    group = group_of(D) if group is None else group
     check_rows(x=x)
     _check(x, group)
     if offsets is not None and channels is None:
@@ -76,7 +76,7 @@ def measure_channels_turned_triton(
     x: Float[Tensor, "N D"], offsets: Int32[Tensor, " H1"], *, bits: int, group: int | None = None
 ) -> Channels:
     heads, D = len(offsets) - 1, x.shape[1]
-    group = min(128, D) if group is None else group
+    group = group_of(D) if group is None else group
     check_rows(x=x)
     _check(x, group)
     center, spread = torch.empty(2, heads, D, dtype=torch.float32, device=x.device)
