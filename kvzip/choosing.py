@@ -38,21 +38,52 @@ def keep_bytes(cache: DenseCache, budget: Budget, *, bits: tuple[int, int] | Non
             "expected a whole cache with budget_bytes, got a share of one: each process has other heads, so pass a "
             "ratio or a budget of tokens"
         )
+    assert budget.budget_bytes is not None
     wide = cache.layers[0].k.dtype == torch.float32
     turned = (False, False) if bits is None else (bits[0] < 8, bits[1] < 4)  # as `rows.pack` does
     scales = [(4 if wide and not turned[0] else 2, 4 if wide and not turned[1] else 2)] * len(cache.scored_layers)
     while True:
-        keep, counts = _largest(cache, budget, bits, scales)
+        count, kept = _largest(cache, budget, bits, scales)
         if bits is None or set(scales) == {(4, 4)}:
-            return keep, counts
-        found = _scales(cache, keep, counts, bits)
-        if all(x <= y for new, old in zip(found, scales, strict=True) for x, y in zip(new, old, strict=True)):
-            return keep, counts
-        scales = [(max(a, b), max(x, y)) for (a, x), (b, y) in zip(found, scales, strict=True)]
+            return kept
+        found = _scales(cache, *kept, bits)
+        wider = [(max(a, b), max(x, y)) for (a, x), (b, y) in zip(found, scales, strict=True)]
+        if wider == scales:
+            break
+        scales = wider
+    if found == scales:
+        return kept
+    # Rows that need wide scales are no longer among the kept ones: more fit, until there are such rows again.
+    high = _largest(cache, budget, bits, found)[0] + 1
+    while high - count > 1:
+        middle = (count + high) // 2
+        more = _kept(cache, budget, middle)
+        if _nbytes(cache, budget, more, bits, _scales(cache, *more, bits)) <= budget.budget_bytes:
+            count, kept = middle, more
+        else:
+            high = middle
+    return kept
 
 
-def _largest(cache: DenseCache, budget: Budget, bits: tuple[int, int] | None, scales: list[tuple[int, int]]) -> Kept:
-    """The most pairs that fit if scales have so many bytes.
+def _kept(cache: DenseCache, budget: Budget, count: int) -> Kept:
+    """What `count` pairs (heads, at level "head") of each shared budget keep, or a few more that are kept anyway."""
+    assert cache.scores is not None
+    each = cache.scores.values.shape[2] if budget.level == "head" else 1
+    return keep_pairs(cache.scores, budget, count=_enough(cache.scores, budget, count) * each)
+
+
+def _nbytes(
+    cache: DenseCache, budget: Budget, kept: Kept, bits: tuple[int, int] | None, scales: list[tuple[int, int]]
+) -> int:
+    assert cache.scores is not None
+    rows = [[cache.scores.start + n for n in own] for own in kept[1]]
+    return ragged_nbytes(cache, rows, bits=bits, scales=scales, biases=budget.biases)
+
+
+def _largest(
+    cache: DenseCache, budget: Budget, bits: tuple[int, int] | None, scales: list[tuple[int, int]]
+) -> tuple[int, Kept]:
+    """The most pairs that fit if scales have so many bytes, and how many of each shared budget they are.
 
     The search ends between a number that fits and the next one, which does not: bytes only nearly grow in proportion,
     as schedules do not.
@@ -62,18 +93,16 @@ def _largest(cache: DenseCache, budget: Budget, bits: tuple[int, int] | None, sc
     assert limit is not None
     layers, heads, evictable = scores.values.shape
     shared = {"layer": heads * evictable, "uniform": evictable, "head": layers * heads}
-    each = evictable if budget.level == "head" else 1  # pairs of a step
 
     def made(count: int) -> tuple[Kept, int]:
-        keep, counts = keep_pairs(scores, budget, count=count * each)
-        rows = [[scores.start + n for n in own] for own in counts]
-        return (keep, counts), ragged_nbytes(cache, rows, bits=bits, scales=scales, biases=budget.biases)
+        kept = _kept(cache, budget, count)
+        return kept, _nbytes(cache, budget, kept, bits, scales)
 
     high = shared.get(budget.level, layers * heads * evictable)
     found, above = made(high)
     if above <= limit:
-        return found
-    low = _least(scores, budget)
+        return high, found
+    low = _enough(scores, budget, 0)
     found, below = made(low)
     if below > limit:
         raise ValueError(
@@ -89,18 +118,24 @@ def _largest(cache: DenseCache, budget: Budget, bits: tuple[int, int] | None, sc
             low, below, found = middle, needed, new
         else:
             high, above = middle, needed
-    return found
+    return low, found
 
 
-def _least(scores: Scores, budget: Budget) -> int:
-    """The fewest pairs (of a shared budget) that `_select` accepts; no head need stay whole."""
-    nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
-    forced = _forced(scores, budget, nan, 0)
-    if forced is None or budget.level == "head":
-        return 0
+def _enough(scores: Scores, budget: Budget, count: int) -> int:
+    """The fewest pairs of a shared budget, from `count` on, that hold what is kept whatever its score.
+
+    With a floor that grows with the count.
+    """
     layers, heads, evictable = scores.values.shape
     sharing = _sharing(budget, layers, heads)
-    return int(forced.reshape(-1, sharing * evictable).sum(-1).max())
+    nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
+    while budget.level != "head":
+        forced = _forced(scores, budget, nan, count)
+        needed = 0 if forced is None else int(forced.reshape(-1, sharing * evictable).sum(-1).max())
+        if needed <= count:
+            break
+        count = needed
+    return count
 
 
 def _scales(

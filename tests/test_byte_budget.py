@@ -97,14 +97,57 @@ def test_protected_rows_come_first_and_need_room(caches):
     assert kvzip.compress(cache, budget_bytes=alone, protect=[(5, 20)]).kept == 15 * 4
 
 
-def test_scales_that_need_float32_are_counted():
-    """A value that float16 cannot hold makes its layer's scales float32, which is known only when rows are packed."""
+@settings(max_examples=30)
+@given(
+    part=st.floats(0.2, 0.99), floor=st.floats(0, 1), level=st.sampled_from(["pair", "layer", "uniform"]),
+    first=st.integers(0, 150), count=st.integers(1, 40),
+)  # fmt: skip
+def test_what_is_kept_anyway_and_a_floor_go_with_any_budget_that_holds_them(caches, part, floor, level, first, count):
+    cache, protect = caches[1], [(first, first + count)]
+    limit, how = int(part * kvzip.nbytes(cache)), {"level": level, "floor": floor, "protect": protect}
+    try:
+        small = kvzip.compress(cache, budget_bytes=limit, **how)
+    except ValueError as error:
+        assert int(str(error).split("at least ")[1].split(" bytes")[0].replace(",", "")) > limit
+        return
+    assert kvzip.nbytes(small) <= limit
+    held = kvzip.cache.rows.kept_mask(small)
+    assert held[:, :, first : first + count].all()
+    assert held.sum(-1).min() >= int(floor * small.kept / held.shape[0] / held.shape[1])
+    # What a larger ratio can keep is larger than the budget.
+    for more in (small.kept + step for step in (1, 2, 3, 5, 8, 40, 400)):
+        try:
+            larger = kvzip.compress(cache, min(1.0, (more + 0.5) / small.total), **how)
+        except ValueError:  # the floor of so many is beyond them
+            continue
+        assert larger.kept <= small.kept or kvzip.nbytes(larger) > limit
+
+
+def with_small_values(rows, score):
+    """A cache in bfloat16 with values that float16 cannot hold in these rows of its first heads, which have a score.
+
+    The others' are random ones up to 1.
+    """
     _, cache = made((None, None), torch.bfloat16)
     for layer in cache.layers:
-        layer.v[0, 0, 40:60] *= 2.0**-30
-    scores = cache.scores.values.clone()
-    scores[:, 0, 40 - cache.start : 60 - cache.start] = 2
-    cache = replace(cache, scores=replace(cache.scores, values=scores))
+        layer.v[0, 0, rows] *= 2.0**-30
+    values = torch.rand(cache.scores.values.shape, generator=torch.Generator().manual_seed(0))
+    values[:, 0, rows.start - cache.start : rows.stop - cache.start] = score
+    return replace(cache, scores=replace(cache.scores, values=values))
+
+
+def test_rows_that_need_float32_scales_take_no_room_if_they_are_not_kept():
+    """Whatever the number of pairs from which they are kept, as many as fit are."""
+    cache = with_small_values(slice(60, 64), 0.5)
+    whole = kvzip.nbytes(kvzip.compress(cache, 1.0, bits=4))
+    for limit in range(whole // 3, whole, whole // 40):
+        small = kvzip.compress(cache, budget_bytes=limit, bits=4)
+        assert kvzip.nbytes(small) <= limit < kvzip.nbytes(next_step(cache, small, "pair", bits=4))
+
+
+def test_scales_that_need_float32_are_counted():
+    """A value that float16 cannot hold makes its layer's scales float32, which is known only when rows are packed."""
+    cache = with_small_values(slice(40, 60), 2.0)
     limit = kvzip.nbytes(cache) // 4
     small = kvzip.compress(cache, budget_bytes=limit, bits=4)
     assert {kv.v.scale.dtype for kv in small.context} == {torch.float32}

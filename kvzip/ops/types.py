@@ -136,7 +136,7 @@ class Pages:
 
 
 def group_of(width: int) -> int:
-    """Returns how many values of a row share a scale if nothing else is asked for: 128, or all where that leaves a rest."""
+    """Returns how many values of a row share a scale by default: 128, or all of them where that leaves a rest."""
     return width if width % 128 else 128
 
 
