@@ -133,7 +133,7 @@ def load(
         quantized=weights,
         quantized_head=head_weights,
         activations=activations,
-        form="" if quantization is None else quantization.form,
+        form="" if quantization is None else quantization.form(rounds_inputs=activations is not None),
         share=share,
         whole=config,
         add=None

@@ -49,7 +49,15 @@ class Scheme:
     rows: int = 1  # outputs that do, of a block
     zeros: bool = False  # whether there are zero points
     offset: int = 0  # added to stored zero points (gptq)
-    inputs: Mapping[str, Any] | None = None  # how activations are rounded, by the config, not checked yet
+    ordered: bool = False  # groups may be of any inputs, which a stored g_idx says
+    inputs: Mapping[str, Any] | Activations | None = None  # how activations are rounded; a config's, not checked yet
+    static: bool = False  # whether their scale is stored
+
+    @property
+    def form(self) -> str:
+        """What stored shapes do not tell: sizes of groups that are no power of two, of which several fit a shape."""
+        sizes = [x for x in (self.group, self.rows) if x is not None]
+        return "" if all(x & (x - 1) == 0 for x in sizes) else "x".join(map(str, sizes))
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,18 @@ class Quantization:
     method: str
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]  # targets, as compressed-tensors has them
     ignored: tuple[str, ...] = ()
-    form: str = ""  # what its tensors do not say, for the model's fingerprint
+    version: str = ""  # of the format, if another than the usual one
+
+    def form(self, *, rounds_inputs: bool) -> str:
+        """What stored tensors do not say, for the model's fingerprint; how inputs are rounded, if they are."""
+        schemes = [scheme for _, scheme in self.groups]
+        found = [self.version, *(scheme.form for scheme in schemes)]
+        if rounds_inputs:
+            for scheme in schemes:
+                how = activations_of(scheme)
+                told = () if how is None else (how.kind, how.steps, how.group, how.bound, how.symmetric, scheme.static)
+                found.append("/".join(map(str, told)))
+        return " ".join(dict.fromkeys(x for x in found if x))
 
     def of(self, name: str) -> Scheme | None:
         """The scheme of the linear layer `name`, as `model.layers.0.mlp.up_proj`; None if no group has it.
@@ -77,7 +96,7 @@ class Quantization:
         return next(named, None) or next(of_class, None)
 
 
-QSERVE = Quantization("w8a8", ((("Linear",), Scheme("plain", "int8", "channel", inputs={"type": "qserve"})),))
+QSERVE = Quantization("w8a8", ((("Linear",), Scheme("plain", "int8", "channel", inputs=Activations("int8", 127.0))),))
 """QServe's W8A8 directories, which say nothing of it in config.json: int8 rows with `dequant_scale`."""
 
 
@@ -103,8 +122,9 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             f"expected {key} in config.json to have quant_method of {list(METHODS)}, got {str(method)[:80]!r}: take "
             "another checkpoint, or one of 16 bits with load(..., weights='int8')"
         )
-    unknown = sorted(set(found) - {*_COMMON.split(), *_KNOWN[method].split()})
-    if unknown and any(found[name] not in (None, False, [], {}) for name in unknown):
+    others = set(found) - {*_COMMON.split(), *_KNOWN[method].split()}
+    unknown = sorted(name for name in others if found[name] not in (None, False, [], {}))
+    if unknown:
         raise ValueError(
             f"expected fields of {key} that kvzip knows of {method}, got {unknown[0]}={str(found[unknown[0]])[:80]}: "
             + NOT_READ
@@ -118,29 +138,23 @@ def activations_of(scheme: Scheme) -> Activations | None:
     Raises: ValueError for one that is not understood.
     """
     given = scheme.inputs
-    if given is None:
-        return None
-    kind = given.get("type")
-    if kind == "qserve":
-        return Activations("int8", 127.0)
-    if kind == "fp8":
-        return Activations("e4m3", 448.0, group=given["group"], bound=given["bound"])
-    fits = kind in ("int", "float") and given.get("num_bits") == 8 and given.get("dynamic") in (True, False)
+    if given is None or isinstance(given, Activations):
+        return given
+    kind, size = given.get("type"), given.get("group_size")
+    fits = kind in ("int", "float") and given.get("num_bits") == 8 and type(given.get("dynamic")) is bool
     strategy, symmetric = given.get("strategy"), given.get("symmetric", True)
     fits = fits and strategy in (("token", "group") if given["dynamic"] else ("tensor",))
-    if not fits or (kind == "float" and not symmetric):
+    fits = (
+        fits and (strategy != "group" or (type(size) is int and size > 0)) and not set(given) - set(_OF_WEIGHTS.split())
+    )
+    if not fits or type(symmetric) is not bool or (kind == "float" and not symmetric):
         raise ValueError(
             "expected input_activations of 8 bits, dynamic for each token or group or static for all, got "
             f"{str(dict(given))[:200]}: load without activations='checkpoint'"
         )
     steps = 448.0 if kind == "float" else 127.5  # of 255 steps from -128 to 127
-    group = int(given["group_size"]) if strategy == "group" else None
-    return Activations("e4m3" if kind == "float" else "int8", steps, group=group, symmetric=bool(symmetric))
-
-
-def is_static(scheme: Scheme) -> bool:
-    """Whether the scale of activations is stored."""
-    return scheme.inputs is not None and scheme.inputs.get("dynamic") is False
+    group = size if strategy == "group" else None
+    return Activations("e4m3" if kind == "float" else "int8", steps, group=group, symmetric=symmetric)
 
 
 def _fp8(found: Mapping[str, Any]) -> Quantization:
@@ -152,11 +166,11 @@ def _fp8(found: Mapping[str, Any]) -> Quantization:
     if block is not None and not sizes:
         _refuse("weight_block_size", block, "two sizes or null")
     static = found.get("activation_scheme") == "static"
-    inputs = {"type": "fp8", "group": block[1] if block and not static else None, "bound": None, "dynamic": not static}
+    inputs = Activations("e4m3", 448.0, group=block[1] if block and not static else None)
     if block is None:
-        scheme = Scheme("plain", "e4m3", "any", inputs=inputs)
+        scheme = Scheme("plain", "e4m3", "any", inputs=inputs, static=static)
     else:
-        scheme = Scheme("plain", "e4m3", "block", group=block[1], rows=block[0], inputs=inputs)
+        scheme = Scheme("plain", "e4m3", "block", group=block[1], rows=block[0], inputs=inputs, static=static)
     return Quantization("fp8", ((("Linear",), scheme),), _names(found, "modules_to_not_convert", "ignored_layers"))
 
 
@@ -164,7 +178,7 @@ def _fbgemm(found: Mapping[str, Any]) -> Quantization:
     bound = found.get("activation_scale_ub", 1200.0)
     if not isinstance(bound, (int, float)) or bound <= 0:
         _refuse("activation_scale_ub", bound, "a number above 0")
-    scheme = Scheme("plain", "e4m3", "channel", inputs={"type": "fp8", "group": None, "bound": float(bound)})
+    scheme = Scheme("plain", "e4m3", "channel", inputs=Activations("e4m3", 448.0, bound=float(bound)))
     return Quantization("fbgemm_fp8", ((("Linear",), scheme),), _names(found, "modules_to_not_convert"))
 
 
@@ -194,9 +208,10 @@ def _gptq(found: Mapping[str, Any]) -> Quantization:
         _refuse("sym", symmetric, "true or false")
     kind = "int4" if found["bits"] == 4 else "int8"
     offset = 1 if form == "gptq" else 0  # one less is stored in the first format
-    scheme = Scheme("gptq", kind, "group", group=_group(found), zeros=not symmetric, offset=offset)
+    ordered = bool(found.get("desc_act")) and not found.get("static_groups")
+    scheme = Scheme("gptq", kind, "group", group=_group(found), zeros=not symmetric, offset=offset, ordered=ordered)
     names = _names(found, "modules_to_not_convert")
-    return Quantization("gptq", ((("Linear",), scheme),), names, form="" if form == "gptq" else form)
+    return Quantization("gptq", ((("Linear",), scheme),), names, version="" if form == "gptq" else form)
 
 
 def _compressed(found: Mapping[str, Any]) -> Quantization:
@@ -215,11 +230,22 @@ def _compressed(found: Mapping[str, Any]) -> Quantization:
             _refuse(f"config_groups.{name}.{min(unknown)}", group[min(unknown)], "no such field")
         _only(group, "output_activations", (None,))
         targets = group.get("targets")
-        if not isinstance(targets, list) or not all(isinstance(x, str) for x in targets):
-            _refuse(f"config_groups.{name}.targets", targets, "a list of names")
         form = group.get("format") or found.get("format")
-        read.append((tuple(targets), _group_scheme(group, form)))
-    return Quantization("compressed-tensors", tuple(read), _names(found, "ignore"))
+        read.append((_expressions(f"config_groups.{name}.targets", targets), _group_scheme(group, form)))
+    ignored = found.get("ignore")
+    return Quantization("compressed-tensors", tuple(read), _expressions("ignore", [] if ignored is None else ignored))
+
+
+def _expressions(key: str, names: Any) -> tuple[str, ...]:
+    """A list of names of layers, and of expressions for them."""
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+        _refuse(key, names, "a list of names")
+    for name in names:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            _refuse(key, name, f"names and regular expressions ({error})")
+    return tuple(names)
 
 
 def _group_scheme(group: Mapping[str, Any], form: Any) -> Scheme:
@@ -237,7 +263,7 @@ def _group_scheme(group: Mapping[str, Any], form: Any) -> Scheme:
         "naive-quantized": ("plain", [(8, "float"), (8, "int")]),
         "pack-quantized": ("packed", [(4, "int"), (8, "int")]),
     }
-    if form not in layouts:
+    if not isinstance(form, str) or form not in layouts:
         _refuse("format", form, f"one of {list(layouts)}")
     layout, kinds = layouts[form]
     if (bits, kind) not in kinds:
@@ -263,7 +289,10 @@ def _group_scheme(group: Mapping[str, Any], form: Any) -> Scheme:
     inputs = group.get("input_activations")
     if inputs is not None and not isinstance(inputs, Mapping):
         _refuse("input_activations", inputs, "an object or null")
-    return Scheme(layout, name, strategy, group_size, rows, zeros=not symmetric, inputs=inputs)
+    ordered, static = weights.get("actorder") in ("group", "dynamic"), bool(inputs) and inputs.get("dynamic") is False
+    return Scheme(
+        layout, name, strategy, group_size, rows, zeros=not symmetric, ordered=ordered, inputs=inputs, static=static
+    )
 
 
 _READERS = {"fp8": _fp8, "fbgemm_fp8": _fbgemm, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}
@@ -302,6 +331,8 @@ def _only(found: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
 def _empty(found: Mapping[str, Any], key: str, *, allowed: Mapping[str, Any]) -> None:
     """Refuses an object that says more than the allowed fields, which change nothing."""
     value = found.get(key) or {}
+    if not isinstance(value, Mapping):
+        _refuse(key, value, "an object or null")
     told = {k: v for k, v in value.items() if v not in (None, [], {}) and allowed.get(k) != v} if value else {}
     names = set(told) - {"registry_requires_subclass", "global_sparsity", "sparsity_structure", "ignore", "targets"}
     if names:

@@ -73,7 +73,7 @@ def read_stack(names: Sequence[str], files: Files, read: Read) -> QuantizedWeigh
         for name, stem, own in zip(names, stems, gets, strict=True)
     ]
     if files.reading.round_inputs:
-        parts = with_activations(stems[0], parts, files.schemes[names[0]], gets)
+        parts = with_activations(stems[0], parts, [files.schemes[name] for name in names], gets)
     return stack_weights(parts)
 
 

@@ -103,6 +103,18 @@ CHANGES: list[tuple[str, Callable[[dict], Any], str]] = [
     ("float, channel", lambda c: c["config_groups"]["group_0"].update(targets=["re:.*mlp.*"]), "is not quantized"),
     ("float, channel", lambda c: c.update(ignore=["re:.*down_proj"]), r"down_proj\.weight' of a floating type"),
     ("packed 4, group", lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=16), "weight_scale"),
+    ("awq", lambda c: c.update(aaa=None, rotation="hadamard"), "rotation=hadamard"),
+    ("float, channel", lambda c: c.update(ignore=["re:*foo"]), r"ignore .*regular expressions \(nothing to repeat"),
+    (
+        "float, channel",
+        lambda c: c["config_groups"]["group_0"].update(targets=["re:("]),
+        r"group_0\.targets .*expressions",
+    ),
+    ("float, channel", lambda c: c.update(format=["x"]), "format .* got .*x"),
+    ("float, channel", lambda c: c["config_groups"]["group_0"].update(format={"a": 1}), "format .* got .*a"),
+    ("float, channel", lambda c: c.update(sparsity_config="dense"), "sparsity_config .*an object or null, got 'dense'"),
+    ("float, channel", lambda c: c.update(sparsity_config=["x"]), "sparsity_config .*an object or null"),
+    ("float, channel", lambda c: c.update(transform_config=["x"]), "transform_config .*an object or null"),
 ]
 
 
@@ -137,6 +149,153 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": None}))
     with pytest.raises(ValueError, match=r"of a floating type, got F8_E4M3 .* says nothing of quantization"):
         load(tmp_path)
+
+
+PART = "model.layers.0.mlp.down_proj."
+ORDERED = files.compressed("pack-quantized", 4, "int", "group", group=32)
+ORDERED.config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+OF_TENSORS: list[tuple[files.Format, dict[str, Any], str]] = [
+    (files.gptq(4, symmetric=False, shuffled=True), {"g_idx": None}, r"g_idx .*neighbouring inputs.*, got None"),
+    (ORDERED, {}, r"weight_g_idx .*neighbouring inputs.*, got None"),
+    (files.FORMATS["gptq 4"], {"g_idx": torch.arange(96) / 32}, "g_idx .*neighbouring inputs"),
+    (files.FORMATS["int8, channel, zeros"], {"weight_zero_point": None}, "weight_zero_point .*not symmetric, got None"),
+    *(
+        (files.FORMATS["int8, channel, zeros"], {"weight_zero_point": zero}, r"weight_zero_point .*-128 to 127 .*64, 1")
+        for zero in (
+            torch.full((64, 1), 300, dtype=torch.int32),
+            torch.full((64, 1), 200, dtype=torch.uint8),
+            torch.full((64, 1), 0.5),
+            torch.full((64, 1), torch.nan),
+            torch.zeros(3, dtype=torch.int8),
+        )
+    ),
+    *(
+        (files.FORMATS["packed 4, group, zeros"], {"weight_zero_point": zero}, f"weight_zero_point .*{shape}")
+        for zero, shape in (
+            (torch.zeros(3, 64, dtype=torch.int8), r"-8 to 7 of shape \[64, 3\]"),
+            (torch.full((64, 3), 100, dtype=torch.int8), r"-8 to 7 of shape \[64, 3\]"),
+            (torch.zeros(3, 8, dtype=torch.int32), r"int32 \[8, 3\]"),
+        )
+    ),
+    (
+        files.FORMATS["fp8 block"],
+        {"weight_scale": torch.ones(4, 6)},
+        "weight_scale_inv to be absent beside weight_scale",
+    ),
+    (files.FORMATS["awq"], {"scales": torch.ones(3, 64).to(torch.float8_e4m3fn)}, r"scales.* got torch\.float8_e4m3fn"),
+    (files.FORMATS["fp8 tensor"], {"weight_scale_inv": torch.ones(1).to(torch.float8_e5m2)}, "got torch.float8_e5m2"),
+]
+
+
+@pytest.mark.parametrize(("form", "change", "message"), OF_TENSORS)
+def test_tensors_that_say_something_else_are_named(form: files.Format, change: dict, message: str, tmp_path: Path):
+    files.write(tmp_path, form)
+    path = tmp_path / "model.safetensors"
+    stored = {**load_file(path), **{PART + suffix: x for suffix, x in change.items()}}
+    save_file({name: x for name, x in stored.items() if x is not None}, path)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_groups_without_an_order_are_of_neighbours(tmp_path: Path) -> None:
+    """compressed-tensors stores -1 where it never set an order."""
+    meant = files.write(tmp_path, files.FORMATS["packed 4, group"])
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    owners = {f"{name.removesuffix('packed')}g_idx": x for name, x in stored.items() if name.endswith("weight_packed")}
+    save_file(stored | {name: torch.full((x.shape[1] * 8,), -1, dtype=torch.int32) for name, x in owners.items()}, path)
+    check_weights(load(tmp_path), meant)
+
+
+STATIC = files.compressed(
+    "int-quantized", 8, "int", "channel",
+    inputs={"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, torch.inf, torch.nan, [], [0.1, 0.1]])
+def test_static_scales_of_inputs_are_one_finite_number_above_0(value: Any, tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS["float, tensor, static"])
+    path, name = tmp_path / "model.safetensors", "model.layers.1.self_attn.o_proj.input_scale"
+    load(tmp_path, activations="checkpoint")
+    save_file(load_file(path) | {name: torch.tensor(value)}, path)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj\.input_scale"):
+        load(tmp_path, activations="checkpoint")
+
+
+@pytest.mark.parametrize("value", [None, 300.0, 0.5, torch.nan])
+def test_zero_points_of_inputs_are_stored_and_integers(value: float | None, tmp_path: Path) -> None:
+    files.write(tmp_path, STATIC)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    zeros = {name.replace("input_scale", "input_zero_point"): 5.0 for name in stored if name.endswith("input_scale")}
+
+    def write(zeros: dict[str, float]) -> None:
+        save_file(stored | {name: torch.tensor([zero]) for name, zero in zeros.items()}, path)
+
+    write(zeros)
+    load(tmp_path, activations="checkpoint")
+    name = PART + "input_zero_point"
+    write({key: x for key, x in zeros.items() if key != name} | ({} if value is None else {name: value}))
+    with pytest.raises(ValueError, match=r"down_proj\.input_zero_point"):
+        load(tmp_path, activations="checkpoint")
+
+
+OF_INPUTS: list[tuple[str, Callable[[dict], Any]]] = [
+    ("unknown", lambda x: x.update(rotation="hadamard")),
+    ("not a truth", lambda x: x.update(symmetric="no")),
+    ("no size", lambda x: x.update(strategy="group")),
+    ("a wrong size", lambda x: x.update(strategy="group", group_size="x")),
+    ("none of it", lambda x: x.update(strategy="group", group_size=-1)),
+    ("not a checkpoint's", lambda x: (x.clear(), x.update(type="fp8"))),
+]
+
+
+@pytest.mark.parametrize("change", [change for _, change in OF_INPUTS], ids=[name for name, _ in OF_INPUTS])
+def test_what_rounds_inputs_is_understood_or_named(change: Callable, tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS["float, channel"])
+    raw = json.loads((tmp_path / "config.json").read_text())
+    change(raw["quantization_config"]["config_groups"]["group_0"]["input_activations"])
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    load(tmp_path)
+    with pytest.raises(ValueError, match=r"expected input_activations of 8 bits.*load without activations"):
+        load(tmp_path, activations="checkpoint")
+
+
+def test_layers_of_one_input_round_it_alike(tmp_path: Path) -> None:
+    files.write(tmp_path, files.FORMATS["float, channel"])
+    raw = json.loads((tmp_path / "config.json").read_text())
+    group = raw["quantization_config"]["config_groups"]["group_0"]
+    other = {**group, "targets": ["re:.*gate_proj"], "input_activations": None}
+    raw["quantization_config"]["config_groups"] = {"group_0": group, "group_1": other}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    load(tmp_path)
+    with pytest.raises(ValueError, match=r"the inputs of layers\.0\.mlp\.gate_proj to be rounded as those"):
+        load(tmp_path, activations="checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "rounds"),
+    [
+        (files.compressed("pack-quantized", 4, "int", "group", group=40), {"group_size": 36}, False),
+        (files.FORMATS["fp8 uneven block"], {"weight_block_size": [36, 36]}, False),
+        (files.FORMATS["fbgemm"], {"activation_scale_ub": 0.1}, True),
+        (files.FORMATS["int8, channel"], {"symmetric": False}, True),
+        (files.FORMATS["int8, channel"], {"strategy": "group", "group_size": 16}, True),
+    ],
+)
+def test_fingerprints_tell_what_only_the_config_says(form: files.Format, change: dict, rounds: bool, tmp_path: Path):
+    files.write(tmp_path, form)
+    how = {"activations": "checkpoint"} if rounds else {}
+    first = load(tmp_path, **how)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    place = raw["quantization_config"]
+    if "config_groups" in place:
+        place = place["config_groups"]["group_0"]["input_activations" if rounds else "weights"]
+    place.update(change)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    second = load(tmp_path, **how)
+    assert first.identity == second.identity and first.fingerprint != second.fingerprint
 
 
 @pytest.mark.parametrize("name", ["fp8 block", "packed 4, group, zeros", "awq", "gptq 4, sym", "gptq 8", "qserve"])
