@@ -14,6 +14,7 @@ from .plumbing import command, in_bytes
 from .sources import check_ours, find_model, short
 
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1)
+PLAIN = "bfloat16"
 SPARE = 0.1  # of the memory, for activations and other processes
 _MEMORY = "For a model: memory to fill, as 24GB [default: what is free here]."
 
@@ -32,7 +33,7 @@ def info(source: str, memory: int | None, as_json: bool) -> None:
     """Say what a file holds, or how much fits in memory.
 
     For a file of kvzip: its document, model, bytes, and what is kept of each layer. For a model: what its cache takes
-    for each token, and how many tokens fit in memory at which ratio. Only its config is read.
+    for each token, and how many tokens fit in memory at which ratio. Of its files only config and headers are read.
     """
     path = Path(source)
     if path.is_file() or (path.suffix == ".kvz" and not path.is_dir()):
@@ -96,7 +97,8 @@ def _cache_facts(file: OpenFile) -> dict[str, Any]:
 def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     """Returns the shape of a model, the bytes of its cache for each token, and how many tokens fit at which ratio.
 
-    Only the config is read. Caches are counted in bfloat16, weights as stored and as --weights would make them.
+    Only the config is read, and of weights that are here the files' headers. Caches are counted in bfloat16, weights as
+    stored (where only the config is here, a quantized checkpoint's are estimated) and as --weights would make them.
 
     Args:
         memory: bytes to fill with weights and cache; None takes what is free on the GPU, or in host memory.
@@ -107,23 +109,31 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     from ..cache import free_bytes
     from ..models import translate_config
     from ..models.files import read_json
-    from ..models.load import FORMS
+    from ..models.load import FORMS, stored_schemes
     from ..models.schemes import read_quantization
-    from ..models.weights import weight_bytes
+    from ..models.weights import HEAD, weight_bytes
     from ..ops import quantize
+    from ..ops.weights import GROUP
 
     raw = read_json(directory / "config.json")
     config, quantization = translate_config(raw), read_quantization(raw)
-    forms = {"bfloat16": None, **FORMS}
-    stored = "bfloat16"
-    if quantization is not None:  # a checkpoint in 8 or 4 bits is read as it is
-        scheme = quantization.groups[0][1]
-        stored = f"{quantization.method}, {scheme.kind}"
-        forms = {stored: scheme.kind}
-    sizes = {name: weight_bytes(config, torch.bfloat16, kind=kind) for name, kind in forms.items()}
+    try:
+        schemes, weights = stored_schemes(directory, raw, torch.bfloat16)
+    except FileNotFoundError:  # of a hub's model whose config alone is here
+        schemes, weights = {}, 0
+        if quantization is not None:
+            scheme = quantization.groups[0][1]
+            schemes = {"": scheme}
+            weights = weight_bytes(config, torch.bfloat16, kind=scheme.kind, group=scheme.group or GROUP)
+    sizes = {name: weight_bytes(config, torch.bfloat16, kind=kind) for name, kind in {PLAIN: None, **FORMS}.items()}
+    heads = {name: sizes[PLAIN] - weight_bytes(config, torch.bfloat16, head=kind) for name, kind in FORMS.items()}
+    stored = PLAIN
+    if schemes:  # a checkpoint in 8 or 4 bits is read as it is
+        method = "w8a8" if quantization is None else quantization.method
+        stored = f"{method}, {'/'.join(sorted({scheme.kind for scheme in schemes.values()}))}"
+        sizes = {stored: weights}
+        heads = {} if HEAD in schemes else heads
     weights = sizes[stored]
-    own = forms[stored]
-    heads = {name: weights - weight_bytes(config, torch.bfloat16, kind=own, head=kind) for name, kind in FORMS.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = "given" if memory else torch.cuda.get_device_name(device) if device.type == "cuda" else "host memory"
     memory = memory or free_bytes(device)
@@ -204,7 +214,7 @@ def _show_model(facts: dict[str, Any]) -> None:
     more = f"; with --weights {', '.join(others)}" if others else ""
     echo(f"weights  {size(facts['weight_bytes'])} in {facts['weights']}{more}")
     saved = ", ".join(f"{size(n)} in {name}" for name, n in facts["head_weights_save"].items())
-    echo(f"head     --head-weights saves {saved}")
+    echo(f"head     --head-weights saves {saved}" if saved else "head     quantized as it is stored")
     echo(f"cache    {size(facts['bytes_per_token'])} for each token{windows}")
     if facts["memory_bytes"] is None:
         return

@@ -17,8 +17,8 @@ from .division import divided, own_head, share_in
 from .fields import reject
 from .files import read_json, weight_files
 from .identity import StoredTensor
-from .reading import read_weights, stored_tensors
-from .schemes import read_quantization
+from .reading import read_weights, stored_tensors, stored_weights
+from .schemes import Scheme, read_quantization
 from .stacks import Reading
 from .transformer import Model
 from .vocabulary import read_vocabulary, stop_ids
@@ -158,6 +158,16 @@ def stored_checkpoint(directory: Path, raw: Mapping[str, Any]) -> Iterator[Store
     translate, layer_names, _ = _family(raw)
     files = weight_files(directory, raw.get("transformers_weights"))
     return stored_tensors(files, translate(raw, None), layer_names, quantization=read_quantization(raw))
+
+
+def stored_schemes(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, Scheme], int]:
+    """Returns how the quantized matrices of a local checkpoint are stored, and the bytes of all its weights in `dtype`.
+
+    Raises: as `stored_checkpoint`.
+    """
+    translate, layer_names, _ = _family(raw)
+    files = weight_files(directory, raw.get("transformers_weights"))
+    return stored_weights(files, translate(raw, None), layer_names, dtype, quantization=read_quantization(raw))
 
 
 def _family(raw: Mapping[str, Any]) -> Family:

@@ -1,5 +1,6 @@
 """Safetensors files read into weights, tensor by tensor: those of 16 bits into place, quantized ones into one form."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_weights(
     schemes = _schemes(found, sorted(linear), quantization)
     present = set(found) | set(schemes)
     if config.tied:
-        if EMBED not in present and HEAD in found:
+        if EMBED not in present and HEAD in found and HEAD not in schemes:
             found[EMBED] = found.pop(HEAD)
             present = set(found) | set(schemes)
         if {EMBED, HEAD} <= present:
@@ -94,6 +95,35 @@ def stored_tensors(
     Raises: ValueError for tensors that `read_weights` refuses by name, shape or type.
     """
     return stored(_located(files, *_expected(config, layer_names, torch.float32), quantization))
+
+
+def stored_weights(
+    files: Iterable[Path],
+    config: ModelConfig,
+    layer_names: Mapping[str, tuple[str, ...]],
+    dtype: torch.dtype,
+    *,
+    quantization: Quantization | None = None,
+) -> tuple[dict[str, Scheme], int]:
+    """Returns the schemes of the matrices that are stored quantized, by name, and the bytes of all weights.
+
+    What is stored quantized counts as it is stored, the rest in `dtype`. Only headers are read. Raises as
+    `stored_tensors`.
+    """
+    shapes, linear = _expected(config, layer_names, dtype)
+    found = _located(files, shapes, linear, quantization)
+    schemes = _schemes(found, sorted(linear), quantization)
+    size = 0
+    for name, place in found.items():
+        if name.rpartition(".")[2] in ("g_idx", "weight_g_idx", "weight_shape"):
+            continue  # checked, and not kept
+        with opened(place.path) as shard:
+            count = math.prod(shard.get_slice(place.name).get_shape())
+        coded = name not in shapes or name in schemes
+        size += count * (int(place.dtype.split("_")[0].strip("FIUB")) // 8 if coded else dtype.itemsize)
+    if config.tied and {EMBED, HEAD} <= set(found) and HEAD not in schemes:
+        size -= shapes[HEAD].nbytes
+    return schemes, size
 
 
 def _expected(

@@ -85,13 +85,16 @@ def rounded_stack(names: Sequence[str], files: Files, read: Read, kind: str) -> 
     device, rounded = files.reading.device, []
     for name in names:
         place, part = files.found[name], files.parts.get(name)
-        if part is None or part.axis == 0:
-            rounded.append(quantize_weight(read(place, index_of(part)).to(device), kind))
-            continue
-        outputs = files.places[name].shape[0]
-        step = rows_at_once(part.of) * max(1, _AT_ONCE // (rows_at_once(part.of) * part.of))
-        blocks = (read(place, (slice(at, at + step),)).to(device) for at in range(0, outputs, step))
-        rounded.append(stack_weights([columns(quantize_weight(x, kind), part.start, part.stop) for x in blocks]))
+        try:
+            if part is None or part.axis == 0:
+                rounded.append(quantize_weight(read(place, index_of(part)).to(device), kind))
+                continue
+            outputs = files.places[name].shape[0]
+            step = rows_at_once(part.of) * max(1, _AT_ONCE // (rows_at_once(part.of) * part.of))
+            blocks = (read(place, (slice(at, at + step),)).to(device) for at in range(0, outputs, step))
+            rounded.append(stack_weights([columns(quantize_weight(x, kind), part.start, part.stop) for x in blocks]))
+        except ValueError as error:  # of weights that are not finite
+            raise ValueError(f"{place.name} in {place.path.name}: {error}") from error
     return stack_weights(rounded)
 
 

@@ -35,7 +35,8 @@ def quantize_turned(
     are of NARROW of that range, around its middle, which loses less. The first row of a head comes back almost
     exactly, because the center is moved by what it loses: most attention goes to it, and it is far from the others.
 
-    Scales and zeros are float16, or float32 where float16 would move a value by more than half a step.
+    Scales and zeros are float16, or float32 where float16 would move a value by more than half a step. Values beyond
+    4e34 (2 ** 115) count as that.
 
     Args:
         bits: 4 or 2. In 8, turning gives nothing.

@@ -233,7 +233,7 @@ def quantize_weight(x: Float[Tensor, "N K"], kind: str, *, group: int = GROUP) -
 
     In 8 bits the largest magnitude of a row becomes the largest code, 448 (e4m3) or 127 (int8). In 4 bits a group's
     scale is the one of six, `SHRINKS` of its largest magnitude / -8 with that weight's sign, that has the least squared
-    error; scales are float16 (float32 where one is beyond it).
+    error; scales are float16 (float32 where one is beyond it, or the largest is a subnormal one).
 
     Raises: ValueError for an unknown kind, or weights that are not finite.
     """
@@ -257,13 +257,15 @@ def _quantized(x: Tensor, kind: str, group: int) -> QuantizedWeight:
 def _in_groups(x: Tensor, group: int) -> QuantizedWeight:
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))  # [N Q group]
     largest = padded.gather(2, padded.abs().argmax(2, keepdim=True)) / -8
-    dtype = torch.float16 if float(largest.abs().max()) < torch.finfo(torch.float16).max else torch.float32
+    half, most = torch.finfo(torch.float16), float(largest.abs().max())
+    dtype = torch.float16 if most == 0 or half.tiny <= most < half.max else torch.float32
+    unit = torch.exp2(-largest.abs().log2().floor().clamp(-120, 120))  # errors of any weights are then near 1
     best = torch.full_like(largest, torch.inf)
     scale, codes = torch.zeros_like(largest), torch.zeros_like(padded)
     for shrink in SHRINKS:
         tried = (largest * shrink).to(dtype).float()
         rounded = (padded / torch.where(tried == 0, 1, tried)).round_().clamp_(-8, 7)
-        error = (rounded * tried - padded).square_().sum(2, keepdim=True)
+        error = (rounded * tried - padded).mul_(unit).square_().sum(2, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, tried, scale)

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kvzip
+from kvzip.cli.info import model_facts
 from kvzip.models import forward, logits
 from kvzip.models.weights import named_weights
 from kvzip.ops import QuantizedWeight
@@ -306,6 +308,38 @@ def test_the_model_is_hardly_larger_than_its_file(name: str, tmp_path: Path) -> 
     stored = load_file(tmp_path / "model.safetensors")
     packed = sum(x.nbytes for key, x in stored.items() if "_proj" in key)
     assert held <= 1.05 * packed, (held, packed)
+
+
+def nothing_left_out(form: files.Format) -> files.Format:
+    """The form with no layers in its config's list of those in 16 bits."""
+    config = json.loads(json.dumps(form.config))
+    for place in (config, config.get("quantization_config", {})):
+        place |= {key: [] for key in ("ignore", "modules_to_not_convert") if place.get(key)}
+    return replace(form, config=config)
+
+
+@pytest.mark.parametrize("name", files.FORMATS)
+def test_info_says_what_the_weights_take(name: str, tmp_path: Path) -> None:
+    """From headers alone: layers in 16 bits, short groups, zero points and QServe's directories too."""
+    for plain, head in ((), "plain"), (("layers.1.self_attn.o_proj",), "plain"), ((), "quantized"):
+        if head == "quantized" and name == "qserve":
+            continue
+        files.write(tmp_path, nothing_left_out(files.FORMATS[name]), plain=plain, head=head)
+        facts = model_facts(str(tmp_path), 10**9)
+        held = sum(weight.nbytes for _, weight in named_weights(load(tmp_path, torch.bfloat16).weights))
+        assert abs(facts["weight_bytes"] - held) <= 0.05 * held
+        assert list(facts["weight_bytes_by_form"]) == [facts["weights"]] and facts["weights"] != "bfloat16"
+        assert bool(facts["head_weights_save"]) == (head == "plain")
+    (tmp_path / "model.safetensors").unlink()
+    assert model_facts(str(tmp_path), 10**9)["weight_bytes"] > 0.5 * held  # by the config alone
+
+
+def test_a_tied_head_that_is_quantized_does_not_stand_for_the_embedding(tmp_path: Path) -> None:
+    files.write(tmp_path, nothing_left_out(files.FORMATS["int8, channel"]), head="quantized")
+    path = tmp_path / "model.safetensors"
+    save_file({name: x for name, x in load_file(path).items() if "embed_tokens" not in name}, path)
+    with pytest.raises(ValueError, match=r"'embed_tokens\.weight' is missing"):
+        load(tmp_path)
 
 
 def test_fingerprints_differ_by_form(tmp_path: Path) -> None:

@@ -145,6 +145,15 @@ def test_quantizing_is_within_half_a_step(kind, n, k, scale, seed):
         assert torch.allclose(expand(q, torch.float32).abs().amax(1, keepdim=True), row, rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-12, 1e-7, 1e7, 1e20, 1e30, 1e37])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_any_size_are_rounded_alike(kind, size):
+    x = values(4, 256).cpu()
+    usual, own = (quantize_weight(w, kind) for w in (x, x * size))
+    wanted = (expand(usual, torch.float64) - x.double()).norm() / x.norm()
+    assert (expand(own, torch.float64) - (x * size).double()).norm() / (x * size).double().norm() < 1.2 * wanted
+
+
 def test_four_bits_are_nearer_than_plain_rounding():
     x = values(64, 512).cpu()
     step = x.unflatten(1, (-1, 128)).abs().amax(2, keepdim=True) / 7
