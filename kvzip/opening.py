@@ -89,7 +89,9 @@ def read(
         loaded = replace(loaded, source=source)
     reason = foreign(file.header["fingerprint"], loaded.fingerprint)
     if reason:
-        wanted, got = _called(source, made.dtype), _called(loaded.source, loaded.dtype)
+        own = {"weights": loaded.quantized, "head_weights": loaded.quantized_head, "activations": loaded.activations}
+        wanted = _called(source, made.dtype, {name: getattr(made, name) for name in ROUNDING})
+        got = _called(loaded.source, loaded.dtype, own)
         raise ValueError(f"expected the model that made {visible_line(file.path.name)}, {wanted}, got {got}: {reason}")
     return loaded, read_cache(file, model=loaded)
 
@@ -127,7 +129,8 @@ def maker_of(file: OpenFile) -> tuple[str | None, Loading]:
     return source, Loading(dtype, **how)
 
 
-def _called(source: str | None, dtype: torch.dtype | str | None) -> str:
-    """A model's name for errors: that of its directory, or its source."""
+def _called(source: str | None, dtype: torch.dtype | str | None, rounding: Mapping[str, str | None]) -> str:
+    """A model's name for people: that of its directory, or its source, its dtype, and the options that round it."""
     name = "another model" if source is None else Path(source).name if Path(source).is_dir() else source
-    return visible_line(name, limit=300) + (f" in {str(dtype).removeprefix('torch.')}" if dtype else "")
+    how = "".join(f", {option}={value}" for option, value in rounding.items() if value is not None)
+    return visible_line(name, limit=300) + (f" in {str(dtype).removeprefix('torch.')}" if dtype else "") + how

@@ -490,7 +490,7 @@ def test_info_says_what_fits_in_memory(model_dir: Path, model: kvzip.Model) -> N
 
     for given, expected in [("1g", 10**9), ("1.5 GiB", 3 * 2**29), ("900MB", 9 * 10**8)]:
         assert json.loads(call("info", model_dir, "--memory", given, "--json").stdout)["memory_bytes"] == expected
-    for given in ("24", "inf", "nan", "-1GB", "0GB", "much"):
+    for given in ("24", "inf", "nan", "-1GB", "0GB", "much", "9" * 400 + "B", "9e99GB", "2000000TB"):
         assert call("info", model_dir, "--memory", given).exit_code == 2, given
 
 

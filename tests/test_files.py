@@ -307,6 +307,32 @@ def test_entries_that_lie_are_refused(path, change):
     assert "doc.kvz" in refusal(lambda: kvzip.load_cache(path))
 
 
+def test_rows_of_codes_are_what_the_header_says(scored, tmp_path):
+    """What is optional may be null, and what the header does not tell is not stored beside it."""
+    cache = scored
+    path, small = tmp_path / "codes.kvz", kvzip.compress(cache, 0.5, bits=8)
+
+    def says(change, name=None):
+        kvzip.save(small, path, overwrite=True)
+        if name is None:
+            rewrite(path, lambda header: [change(spec) for spec in header["layers"]])
+        else:
+            rewritten.retouch(path, change)
+        return lambda: kvzip.load_cache(path)
+
+    assert torch.equal(says(lambda spec: spec.update(value_bits=None))().context[0].v.codes, small.context[0].v.codes)
+    for change in (
+        lambda spec: spec.pop("channels", None),
+        lambda spec: "bits" in spec and spec.update(channels=False),
+    ):
+        assert "center of layers.0.k" in refusal(says(change))
+    codes = "layers.0.v.codes"
+    both = says(lambda tensors: tensors.update({"layers.0.v.turned": tensors[codes].clone()}), codes)
+    assert "layers.0.v as codes and turned" in refusal(both)
+    turned = says(lambda tensors: tensors.update({"layers.0.v.turned": tensors.pop(codes)}), codes)
+    assert "layers.0.v of 8 bits turned" in refusal(turned)
+
+
 def test_a_file_of_something_else_is_not_called_damaged(path):
     path.write_text("A text of more than a few bytes.", encoding="utf-8")
     assert "which is none of kvzip's" in refusal(lambda: kvzip.load_cache(path))

@@ -120,8 +120,11 @@ def test_files_and_the_command_know_the_head_s_form(source: Path, tmp_path: Path
     assert (told["weights"], told["head_weights"]) == ("int4", "int8")
     opened, _ = kvzip.open(tmp_path / "a.kvz", device="cpu")
     assert opened.fingerprint == model.fingerprint and opened.quantized_head == "int8"
-    with pytest.raises(ValueError, match="the model that made"):
+    said = r"the model that made a\.kvz, .*weights=int4, head_weights=int8, got .*weights=int4, head_weights=fp8"
+    with pytest.raises(ValueError, match=said):
         kvzip.open(tmp_path / "a.kvz", device="cpu", head_weights="fp8")
+    shown = CliRunner().invoke(main, ["info", str(tmp_path / "a.kvz")]).output
+    assert " in float32, weights=int4, head_weights=int8" in shown
     with pytest.raises(ValueError, match="got a Model and head_weights"):
         kvzip.open(tmp_path / "a.kvz", model=model, head_weights="int8")
     with pytest.raises(ValueError, match=r"head_weights to be one of .*got str 'int3'"):

@@ -251,7 +251,11 @@ class _Reader:
             offsets = offsets - offsets[0]
         positions = self.take(f"{name}.positions", own=own)
         k = self.rows(f"{name}.k", spec, spec.get("bits"), count, own)
-        v = self.rows(f"{name}.v", spec, spec.get("value_bits", spec.get("bits")), count, own)
+        value_bits = spec.get("value_bits")
+        v = self.rows(f"{name}.v", spec, spec.get("bits") if value_bits is None else value_bits, count, own)
+        for part in ("center", "spread"):
+            stored = f"{name}.k.{part}" in self.file.tensors
+            require(stored == bool(spec.get("channels")), f"{part} of {name}.k, of which the header says otherwise")
         if spec.get("channels"):
             if not isinstance(k, Quantized):
                 raise Damaged(f"channels of {name}, which is not quantized")
@@ -288,6 +292,8 @@ class _Reader:
         if bits is None:
             return self.take(name, {"rows": count}, of="RaggedKV", own=own)
         turned = f"{name}.turned" in self.file.tensors
+        require(not (turned and f"{name}.codes" in self.file.tensors), f"{name} as codes and turned")
+        require(not turned or bits in (4, 2), f"{name} of {bits} bits turned")
         codes = self.take(f"{name}.{'turned' if turned else 'codes'}", {"rows": count}, own=own)
         width = codes.shape[1] * 8 // bits if bits in (8, 4, 2) else 0
         whole = group > 0 and width > 0 and width % group == 0 and group % (8 // bits) == 0

@@ -170,7 +170,8 @@ def _show_file(facts: dict[str, Any]) -> None:
     made = facts["model"] or {}
     echo(visible_line(f"{facts['file']}: {facts['title'] or facts['kind']}, {size(facts['bytes'])}"))
     if made:
-        echo(visible_line(f"model    {short(str(made.get('source')))} in {made.get('dtype')}"))
+        rounding = (f", {name}={made[name]}" for name in ("weights", "head_weights", "activations") if made.get(name))
+        echo(visible_line(f"model    {short(str(made.get('source')))} in {made.get('dtype')}{''.join(rounding)}"))
     if "tokens" not in facts:
         if facts.get("layers"):
             family = f" of {facts['family']}" if facts.get("family") else ""

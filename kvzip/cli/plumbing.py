@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,9 @@ def in_bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)(B?)", value.strip().upper())
     if not found or not (found[2] or found[4]):  # a bare number would be bytes, which nobody means
         raise click.BadParameter(f"expected a size as 24GB or 80GiB, got {value}", ctx, option)
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
-    if size == 0:
-        raise click.BadParameter(f"expected a size above 0, got {value}", ctx, option)
+    size = int(Decimal(found[1]) * (1024 if found[3] else 1000) ** powers[found[2]])
+    if not 0 < size < 2**60:
+        raise click.BadParameter(f"expected a size above 0 and below 2**60 bytes, got {value[:40]}", ctx, option)
     return size
 
 
