@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .. import checks, options, prompts
 from ..answers import Stream
-from ..cache import DenseCache, RaggedCache, as_ragged, load_cache
+from ..cache import DenseCache, RaggedCache
 from ..checks import check_kind, check_text_or_ids
 from ..decoding.decoder import draws_of
 from ..decoding.pages import ROWS, pages_for
 from ..inputs import check_whole_model, context_ids, lone_query_ids, query_ids, room_for_answer, tokenizer_of
 from ..models import Model
-from . import handles
+from . import handles, moves
 from .handles import Handle
 from .limits import limits_of
 from .loop import Loop
@@ -96,18 +96,20 @@ class Engine:
 
         The cache's tensors stay where they are, shared with the caller, who drops the cache to let its memory go when
         the context is moved. A cache's own tail, as `ask` leaves one, comes before every question. A file that
-        `kvzip.save` wrote is read when it is needed, and never written or deleted.
+        `kvzip.save` wrote is read when it is needed, and never written or deleted; if it is another one by then,
+        requests for it fail.
 
         Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if
             there is no place for it beside the others; what `load_cache` raises for a file.
         """
         if isinstance(cache, (str, Path)):
-            path, given = Path(cache), as_ragged(load_cache(cache, model=self.model, pairs=False))
+            path = Path(cache)
+            given, sums = moves.from_disk(path, self.model, pairs=False)
         else:
-            path, given = None, check_cache_of(self.model, cache)
+            path, given, sums = None, check_cache_of(self.model, cache), None
         with self._loop.changed:
             self.check_open()
-            held = self._loop.store.add(given, path)
+            held = self._loop.store.add(given, path, sums)
             self._loop.changed.notify_all()
             return held
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import RaggedCache, as_ragged, load_cache, save
+from ..cache import RaggedCache, as_ragged, save
 from ..cache.caches import map_tensors, tensors_of
+from ..cache.reading import open_cache, read_cache
 from ..models import Model
 
 _ALIGNMENT = 256  # bytes, as torch's own allocations
@@ -70,9 +71,16 @@ def to_disk(cache: RaggedCache, path: Path) -> None:
     save(cache, path, overwrite=True)
 
 
-def from_disk(path: Path, model: Model) -> RaggedCache:
-    """Returns the cache of a file, on the model's device. Raises as `load_cache` does."""
-    return bare(as_ragged(load_cache(path, model=model)))
+def from_disk(path: Path, model: Model, *, pairs: bool = True) -> tuple[RaggedCache, dict[str, str]]:
+    """Returns the cache of a file, on the model's device, and checksums of what the file holds.
+
+    Args:
+        pairs: False leaves keys and values in the file.
+
+    Raises: as `load_cache` does.
+    """
+    with open_cache(path) as file:
+        return bare(as_ragged(read_cache(file, model=model, pairs=pairs))), file.header["checksums"]
 
 
 def _moving(cache: RaggedCache) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ..cache import DenseCache, RaggedCache, as_ragged, check_pairs, nbytes
+from ..display import visible_line
 from ..inputs import check_belongs
 from ..models import Model
 from . import moves
@@ -30,6 +31,7 @@ class Held:
     device: RaggedCache | None = field(default=None, repr=False)
     host: RaggedCache | None = field(default=None, repr=False)
     path: Path | None = None
+    sums: Mapping[str, str] | None = field(default=None, repr=False)  # of a file that others may write
     owned: bool = field(default=False, repr=False)  # the file is the store's, and goes with the context
     moving: bool = field(default=False, repr=False)
     stuck: bool = field(default=False, repr=False)  # there is no place for it but the device
@@ -84,8 +86,8 @@ class Store:
         """Bytes of contexts in the host's memory, if the model is elsewhere."""
         return sum(x.nbytes for x in self.held if x.host is not None)
 
-    def add(self, cache: RaggedCache, path: Path | None = None) -> Held:
-        """Takes a cache, or one without its pairs and the file that they are in.
+    def add(self, cache: RaggedCache, path: Path | None = None, sums: Mapping[str, str] | None = None) -> Held:
+        """Takes a cache, or one without its pairs, the file that they are in, and the checksums of that.
 
         Raises: ValueError for a cache of another model, or one larger than the memory for contexts; MemoryError if it
             cannot be held beside the others.
@@ -99,7 +101,7 @@ class Store:
             )
         self._numbers += 1
         meta = replace(cache, context=(), tail=None)
-        held = Held(self._numbers, len(cache.token_ids), size, meta, path=path)
+        held = Held(self._numbers, len(cache.token_ids), size, meta, path=path, sums=sums)
         if path is None:
             local = cache.device == self.model.device
             held.device, held.host = (cache, None) if local else (None, cache)
@@ -136,6 +138,8 @@ class Store:
         """
         self._wanted.add(held.number)
         self._touch(held)
+        if held.failure is not None:  # for the requests that wait; others may try again
+            return False
         if held.device is not None:
             return held.uses > 0 or self._make_room(0) or not any(x.moving or x.uses for x in self.held)
         if not held.moving and self._make_room(held.nbytes):
@@ -236,7 +240,12 @@ class Store:
             else:
                 assert held.path is not None
                 with torch.cuda.stream(self._stream):
-                    cache = moves.from_disk(held.path, self.model)
+                    cache, sums = moves.from_disk(held.path, self.model)
+                if held.sums not in (None, sums):
+                    raise ValueError(
+                        f"expected {visible_line(held.path.name)} as it was when it was added, got another file there: "
+                        "add it again, or put the old one back"
+                    )
                 if self._stream is not None:
                     self._stream.synchronize()
             with self._lock:
@@ -282,7 +291,7 @@ class Store:
         self.limits.directory.mkdir(parents=True, exist_ok=True)
         path = self.limits.directory / f"context-{id(self):x}-{held.number}.kvz"
         moves.to_disk(cache, path)
-        held.path, held.owned = path, True
+        held.path, held.owned, held.sums = path, True, None
 
 
 def _delete(held: Held) -> None:

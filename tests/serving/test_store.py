@@ -132,6 +132,32 @@ def test_files_are_read_when_they_are_needed_and_left_where_they_are(model, cach
 
 
 @unchecked()
+def test_a_file_that_is_another_one_by_then_is_refused_and_the_old_one_taken_again(
+    model, caches, expected, tmp_path, caplog
+):
+    """An answer from what the file held would be wrong without a word. Each failure is tried, and told, once."""
+    path, old = tmp_path / "a.kvz", tmp_path / "old.kvz"
+    kvzip.save(caches[0], path)
+    with kvzip.Engine(model) as engine:
+        context = engine.add(path)
+        path.rename(old)
+        longer = kvzip.score(model, kvzip.prefill(model, TEXTS[0] + TEXTS[1]))
+        scores = replace(longer.scores, values=1 - longer.scores.values)
+        for cache in (longer, replace(longer, scores=scores)):
+            for other in (kvzip.compress(cache, 0.5), kvzip.compress(cache, 0.5, bits=8)):
+                kvzip.save(other, path, overwrite=True)
+                caplog.clear()
+                with pytest.raises(ValueError, match=r"a\.kvz as it was when it was added"):
+                    engine.submit(context, "Of what?", **OPTIONS).result(60)
+                assert len(caplog.records) == 1
+        path.unlink()
+        with pytest.raises(FileNotFoundError):
+            engine.submit(context, "Of what?", **OPTIONS).result(60)
+        old.rename(path)
+        assert engine.submit(context, "Of what?", **OPTIONS).result(60) == expected[0]
+
+
+@unchecked()
 def test_a_context_that_needs_room_has_its_turn_however_many_ask_for_others(model, caches, expected, tmp_path):
     """Requests for what is there do not overtake one for what is not, though they could begin at once."""
     kvzip.save(caches[1], tmp_path / "other.kvz")
