@@ -2,6 +2,7 @@
 
 import gc
 import ipaddress
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,28 +89,39 @@ def serve(model: str, files: tuple[Path, ...], loading: Loading, **asked: Any) -
     if not name.strip() or ":" in name:
         raise click.UsageError(f"expected a --name with text and without a colon, got {visible_line(name)!r}")
     uvicorn = _uvicorn()
-    with stages() as stage:
-        loaded = load_model(stage, model, directory=find_model(model), loading=loading)
-        stage("opening documents")
-        app, service = _app(loaded, files, name, asked)
-    config = uvicorn.Config(
-        app,
-        host=asked["host"],
-        port=asked["port"],
-        log_level="warning",
-        timeout_graceful_shutdown=asked["patience"],
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    limits, ready = service.engine.limits, sum(document.status == "ready" for document in service.library.all())
-    documents = "1 document" if ready == 1 else f"{ready} documents"
-    say(f"{name} and {documents}; {size(limits.memory)} for documents, {limits.tail_tokens:,} tokens of answers")
-    with config.bind_socket() as listening:
+    with _bound(asked["host"], asked["port"]) as listening:
+        with stages() as stage:
+            loaded = load_model(stage, model, directory=find_model(model), loading=loading)
+            stage("opening documents")
+            app, service = _app(loaded, files, name, asked)
+        quiet = {"log_level": "warning", "server_header": False}
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=asked["patience"], **quiet))
+        limits, ready = service.engine.limits, sum(document.status == "ready" for document in service.library.all())
+        documents = "1 document" if ready == 1 else f"{ready} documents"
+        say(f"{name} and {documents}; {size(limits.memory)} for documents, {limits.tail_tokens:,} tokens of answers")
         address = f"[{asked['host']}]" if ":" in asked["host"] else asked["host"]
         gc.collect()
         gc.freeze()  # what there is now stays: looking through it again would stop all answers for a fifth of a second
         say(f"listening on http://{address}:{listening.getsockname()[1]}/v1")
         server.run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Returns a socket at an address, before the model is loaded; it listens when the server runs.
+
+    Raises: ValueError for an address that this machine does not have, or that another program has.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ValueError(
+            f"expected an address of this machine with a free port, got {visible_line(host)} and {port} "
+            f"({error.strerror}): pass another --port or --host"
+        ) from error
+    return found
 
 
 def _app(loaded: "Model", files: tuple[Path, ...], name: str, asked: dict[str, Any]) -> tuple[Any, Any]:

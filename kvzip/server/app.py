@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from ..serving import Handle
 from ..version import VERSION
@@ -135,7 +137,11 @@ def create_app(
     @app.post("/v1/documents", status_code=202, openapi_extra=described)
     async def post(http: Request) -> Document:
         """Takes a document to compress: as JSON, or as a text whose options are in the query."""
-        request = _document_of(await http.body(), http)
+        try:
+            body = await http.body()
+        except ClientDisconnect as error:
+            raise ApiError(499, "expected the whole document, got a client that hung up") from error
+        request = _document_of(body, http)
         try:
             return await run_in_threadpool(service.library.post, request)
         except OSError as error:
@@ -183,6 +189,11 @@ def _document_of(body: bytes, http: Request) -> DocumentRequest:
                 f"expected application/json or text/plain, got {kind[:80] or 'no content type'!r}: send the text of it"
             )
             raise ApiError(400, told)
+        names = Counter(name for name, _ in http.query_params.multi_items())
+        wrong = next((name for name, count in names.items() if count > 1 or name == "text"), None)
+        if wrong is not None:
+            told = f"expected options in the query, each once, and the text in the body, got {wrong[:80]!r}"
+            raise ApiError(400, told, param=wrong[:80])
         return DocumentRequest.model_validate_strings({**http.query_params, "text": body.decode()})
     except UnicodeDecodeError as error:
         raise ApiError(400, f"expected text in UTF-8, got byte {error.start} that is none") from error

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException  # fastapi's, and those of the parts that it is made of
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -36,6 +37,9 @@ def install(app: FastAPI) -> None:
     async def of_validation(request: Request, error: Any) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            message = f"expected a body in JSON, got one that is wrong at character {where}: {first['ctx']['error']}"
+            return JSONResponse(error_body(400, message), 400)
         message = f"expected a request as /openapi.json describes it, got {where or 'a body'}: {first['msg']}"
         return JSONResponse(error_body(400, message, param=where or None), 400)
 

@@ -7,6 +7,7 @@ done. Ids are the server's own; what a client calls a document is never part of 
 
 import json
 import logging
+import math
 import re
 import secrets
 import threading
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIX, WAITS = ".kvz", ".json"
 MOST_WAITING = 1_000  # documents that are not compressed yet; more are refused
-_LEFT = re.compile(r"\.doc-[0-9a-f]{16}\.(kvz|json)\.[0-9a-f]{12}\.partial")
+_OURS = re.compile(r"doc-[0-9a-f]{16}")  # ids of documents that were posted
+_LEFT = re.compile(rf"\.{_OURS.pattern}\.(kvz|json)\.[0-9a-f]{{12}}\.partial")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 
 
@@ -55,11 +57,12 @@ class Library:
     """The documents of a server. Any thread may call it.
 
     Args:
-        directory: of documents that clients post, made if it is not there. What is in it is found again.
+        directory: of documents that clients post, made if it is not there. What is in it is found again; files that
+            are not named as a server names them are never written or deleted.
         files: further documents, by their files' stems.
 
     Raises: ValueError for a file that is no cache of the model, two files of one stem, or a directory that another
-        server has; OSError.
+        server has, or that cannot be made; OSError.
     """
 
     def __init__(self, engine: Engine, directory: Path, files: Iterable[Path] = ()) -> None:
@@ -67,7 +70,13 @@ class Library:
         self._lock = threading.Condition()
         self._entries: dict[str, Entry] = {}
         self._closing = False
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"expected a directory for documents, or a place for one, got {directory} ({error.strerror}): name "
+                "another one (--documents)"
+            ) from error
         self._own = _own_directory(directory)
         for path in directory.iterdir():
             if _LEFT.fullmatch(path.name):  # by a server that was killed while it wrote
@@ -83,11 +92,12 @@ class Library:
         for path in sorted(directory.glob(f"*{SUFFIX}")):
             if path.stem not in self._entries and _ID.fullmatch(path.stem):
                 try:
-                    self._entries[path.stem] = self._opened(path, ours=True)
+                    self._entries[path.stem] = self._opened(path, ours=bool(_OURS.fullmatch(path.stem)))
                 except (ValueError, OSError) as error:
                     logger.warning("%s is left out: %s", path.name, error)
         for path in sorted(directory.glob(f"*{WAITS}")):
-            self._find_waiting(path)
+            if _OURS.fullmatch(path.stem):
+                self._find_waiting(path)
         self._worker = threading.Thread(target=self._work, name="kvzip-documents", daemon=True)
         self._worker.start()
 
@@ -163,6 +173,8 @@ class Library:
         try:
             asked = json.loads(path.read_text(encoding="utf-8"))
             title, created, error = asked.get("title"), float(asked["created"]), asked.get("error")
+            if not isinstance(title, str | None) or not isinstance(error, str | None) or not math.isfinite(created):
+                raise ValueError("expected a document that a server accepted, got something else")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             logger.warning("%s is left out: %s", path.name, problem)
             return

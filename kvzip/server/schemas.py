@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class _Strict(BaseModel):
@@ -44,8 +44,10 @@ class ChatRequest(_Strict):
     """A request of `/v1/chat/completions`.
 
     Fields that may have one value alone are there so that clients may send it; the last six say nothing about the
-    answer and are not read.
+    answer and are not read. A number is no text or truth.
     """
+
+    model_config = ConfigDict(strict=True)
 
     model: str = Field(description="The model, or `model:document`.")
     messages: list[Message] = Field(min_length=1, max_length=10_000)
@@ -92,10 +94,18 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def _is_text(text: str) -> str:
+    if "\0" in text or text.lstrip("\ufeff \t\r\n").startswith("%PDF-"):
+        raise ValueError("expected text, got a file of something else: send the text of it")
+    if not text.strip():
+        raise ValueError("expected a document with text in it, got blanks alone")
+    return text
+
+
 class DocumentRequest(_Strict):
     """A document to compress."""
 
-    text: str = Field(min_length=1)
+    text: Annotated[str, AfterValidator(_is_text)] = Field(min_length=1)
     title: str | None = Field(default=None, max_length=300)
     ratio: float = Field(default=0.3, gt=0, le=1, description="Fraction of pairs kept.")
     bits: Annotated[_Width | tuple[_Width, _Width] | None, BeforeValidator(_numbers)] = Field(

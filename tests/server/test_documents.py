@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,12 +141,29 @@ def test_bad_documents_are_refused_and_one_that_fails_says_why(web, model):
         {"text": "x", "ratio": 2},
         {"text": "x", "bits": 3},
         {"text": "x", "bits": [4, 3]},
+        {"text": " \n\t"},
+        {"text": "a\0b"},
+        {"text": "\n%PDF-1.4 junk"},
         [1],
     ):
         refused = client.post("/v1/documents", json=body)
         assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
     assert client.post("/v1/documents", content=b"\xff\xfe", headers={"content-type": "text/plain"}).status_code == 400
     assert client.post("/v1/documents", content=b"x", headers={"content-type": "image/png"}).status_code == 400
+    for content, query, told in (
+        (b"  \n", "", "got blanks alone"),
+        (b"a\0b", "", "send the text of it"),
+        (b"%PDF-1.4 junk", "", "send the text of it"),
+        (b"one two", "?text=three", "the text in the body, got 'text'"),
+        (b"one two", "?ratio=0.3&ratio=0.4", "each once"),
+        (b"one two", "?ratoi=0.3", "ratoi"),
+    ):
+        refused = client.post(f"/v1/documents{query}", content=content, headers={"content-type": "text/plain"})
+        assert refused.status_code == 400 and told in refused.json()["error"]["message"]
+    for path in ("/v1/documents", "/v1/chat/completions"):
+        for body in (b'{"text":' + b"[" * 5_000, b'{"text":' + b"9" * 5_000, b"{", b'{"a'):
+            refused = client.post(path, content=body, headers={"content-type": "application/json"})
+            assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
     assert client.post("/v1/documents", json={"text": "x" * 100_000}).status_code == 413
     chunked = client.post("/v1/documents", content=iter([b"x" * 60_000] * 3), headers={"content-type": "text/plain"})
     assert chunked.status_code == 413
@@ -284,6 +302,33 @@ def test_a_server_finds_its_documents_and_what_it_had_not_done(model, tmp_path):
             assert library.WAITS not in {path.suffix for path in tmp_path.iterdir() if path.stem in names}
 
 
+def test_files_that_nobody_posted_are_left_as_they_are(model, tmp_path):
+    """Another program's answers and caches lie in the directory, and what looks like a document that waits."""
+    cache = kvzip.compress(kvzip.score(model, kvzip.prefill(model, TEXTS["light"])), 0.5)
+    kvzip.save(cache, tmp_path / "mine.kvz", model=model)
+    (tmp_path / "log.json").write_text('{"id": "chatcmpl-1", "created": 1700000000, "choices": [{"data": "mine"}]}')
+    (tmp_path / f"doc-{'0' * 16}.json").write_text('{"created": 1, "title": ["x"], "text": "hello"}')
+    (tmp_path / f"doc-{'1' * 16}.json").write_text('{"created": 1, "text": 5}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with unchecked(), serving(model, tmp_path, []) as running, browser(running) as client:
+        assert {x["id"] for x in client.get("/v1/documents").json()["data"]} == {"mine", f"doc-{'1' * 16}"}
+        assert ready(client, f"doc-{'1' * 16}")["status"] == "failed"
+        assert client.delete("/v1/documents/mine").status_code == 200
+        assert client.get("/v1/documents/mine").status_code == 404
+    del before[f"doc-{'1' * 16}.json"]
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_a_client_that_hangs_up_while_it_posts_is_no_error_of_the_server(model, tmp_path, caplog):
+    with unchecked(), serving(model, tmp_path, []) as running, browser(running) as client:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as talk:
+            head = "POST /v1/documents HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            talk.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + b'{"a')
+        assert client.get("/v1/documents").json()["data"] == []
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def started(directory, port_file):
     """`kvzip serve` as a process of its own, and its address."""
     command = [sys.executable, "-m", "kvzip", "serve", str(directory / "tiny"), "--port", "0", "--device", "cpu"]
@@ -331,6 +376,12 @@ def test_nothing_is_lost_or_mixed_when_the_server_is_killed(tmp_path):
         (["--name", "a:b"], 2, "without a colon"),
         (["--memory", "nan"], 2, "finite number"),
         (["none.kvz"], 1, "expected a cache file, got no file none.kvz"),
+        (
+            ["--host", "203.0.113.9", "--no-key"],
+            1,
+            "expected an address of this machine with a free port, got 203.0.113.9",
+        ),
+        (["--documents", "/dev/null"], 1, "expected a directory for documents, or a place for one, got /dev/null"),
     ],
 )
 def test_the_command_refuses_what_it_should_not_serve(tmp_path, given, status, told):
@@ -343,6 +394,22 @@ def test_the_command_refuses_what_it_should_not_serve(tmp_path, given, status, t
     run = ["serve", model, "--device", "cpu", "--port", "0", "--documents", str(tmp_path / "posted"), *given]
     refused = CliRunner(env={"KVZIP_API_KEY": ""}).invoke(main, run)
     assert refused.exit_code == status and told in " ".join(refused.stderr.split())
+
+
+def test_a_port_that_is_taken_is_named_before_a_model_is_loaded(tmp_path):
+    from click.testing import CliRunner
+
+    from kvzip.cli import main
+    from test_cli import write_model
+
+    model = write_model(tmp_path / "tiny")
+    (model / "model.safetensors").unlink()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        refused = CliRunner().invoke(main, ["serve", str(model), "--port", port])
+    assert refused.exit_code == 1 and f"a free port, got 127.0.0.1 and {port} (Address already" in refused.stderr
 
 
 def test_the_schema_is_kept_whatever_is_sent(model, tmp_path):
