@@ -110,7 +110,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     from ..models import translate_config
     from ..models.files import read_json
     from ..models.load import FORMS, stored_schemes
-    from ..models.schemes import read_quantization
+    from ..models.quantization import read_quantization
     from ..models.weights import HEAD, weight_bytes
     from ..ops import quantize
     from ..ops.weights import GROUP

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import torch
 
 from ..checks import check_choice, check_dtype, check_mapping, check_path, check_text
 from ..hub import config_of, resolve
-from ..parallel import make_sum
+from ..parallel import Share, everyone, make_sum
 from . import gemma, llama, qwen
 from .config import ModelConfig, check_integer
 from .division import divided, own_head, share_in
 from .fields import reject
 from .files import read_json, weight_files
 from .identity import StoredTensor
+from .quantization import read_quantization
 from .reading import read_weights, stored_tensors, stored_weights
-from .schemes import Scheme, read_quantization
+from .schemes import Scheme
 from .stacks import Reading
 from .transformer import Model
 from .vocabulary import read_vocabulary, stop_ids
@@ -118,7 +120,7 @@ def load(
     config = replace(config, tied=tensors.unembed is tensors.embed)
     if share is not None and config.tied:
         tensors = replace(tensors, unembed=own_head(tensors.embed, share))
-    return Model(
+    model = Model(
         config=divided(config, share),
         weights=tensors,
         tokenizer=vocabulary.tokenizer,
@@ -140,6 +142,30 @@ def load(
         if share is None
         else make_sum(share, device=device, dtype=dtype, how=os.environ.get("KVZIP_REDUCTION")),
     )
+    if share is not None:
+        _check_alike(share, model)
+    return model
+
+
+def _check_alike(share: Share, model: Model) -> None:
+    """Raises ValueError if ranks have loaded different models: each would compute its part of another one."""
+    tokenizer = None if model.tokenizer is None else sha256(model.tokenizer.control.to_str().encode()).hexdigest()
+    told = {
+        "weights": model.checkpoint,
+        "config, dtype and form of weights": model.fingerprint,
+        "tokenizer": tokenizer,
+        "chat template": repr(model.template),
+        "ends of answers": sorted(model.stop_ids),
+        "max_length": model.max_length,
+    }
+    found = everyone(share, told)
+    for name in told:
+        other = next((rank for rank, each in enumerate(found) if each[name] != found[0][name]), None)
+        if other is not None:
+            raise ValueError(
+                f"expected the same {name} on all ranks, got others on rank {other}: the model's files, and how it is "
+                "loaded, must be the same in every process and on every machine"
+            )
 
 
 def translate_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import QuantizedWeight
-from ..parallel import agreed, together
+from ..parallel import together
 from ..parallel.reduction import head_rows
 from .config import ModelConfig
 from .division import HEAD_UNIT, Part, check_units, divided, parts_of
@@ -250,7 +250,9 @@ def _assembled(
     weights = replace(weights, embed=embed, layers=tuple(layers), unembed=unembed)
     # a head tied to the embedding is stored too: in the checkpoint's dtype the two may differ, and the digest must not
     # depend on the dtype of the weights
-    return weights, agreed(share, lambda: checkpoint_digest(stored(found)))
+    with together(share):
+        digest = checkpoint_digest(stored(found))
+    return weights, digest
 
 
 def _allocated(config: ModelConfig, left_out: set[str], reading: Reading, head: int) -> Weights:

@@ -21,7 +21,8 @@ from kvzip.models import (
 )
 from kvzip.models.files import read_json
 from kvzip.models.identity import fingerprint_of
-from kvzip.models.schemes import Quantization, read_quantization
+from kvzip.models.quantization import read_quantization
+from kvzip.models.schemes import Quantization
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 

@@ -13,7 +13,7 @@ from test_quantized_checkpoints import STACKS, check_weights, load
 from torch import Tensor
 
 from kvzip import ops
-from kvzip.models.schemes import read_quantization
+from kvzip.models.quantization import read_quantization
 from kvzip.ops import QuantizedWeight
 from kvzip.ops.weights import expand
 

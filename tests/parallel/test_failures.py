@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ended, fork, join
+from safetensors.torch import load_file, save_file
 
 import kvzip
 from kvzip import scoring
@@ -20,6 +23,7 @@ from kvzip.files import shared, tensors
 from kvzip.parallel import launch
 from test_cli import write_model
 
+loading = sys.modules["kvzip.models.load"]  # the package has a function of this name
 TEXT = "The lighthouse at Cape Rouen was built in 1871. " * 8
 LIMIT_S = 60  # for all to end; they take one or two
 
@@ -127,14 +131,51 @@ def test_a_rank_that_is_killed_ends_all(
 
     def end_the_other(ids: list[int]) -> None:
         """As torchrun does when it sees that a rank is gone."""
-        said = tmp_path / f"err-{1 - rank}"
+        said, until = tmp_path / f"err-{1 - rank}", time.monotonic() + LIMIT_S
         while not said.exists() or "kvzip:" not in said.read_text(errors="replace"):
+            if time.monotonic() > until:
+                break  # `join` ends it, and the test fails
             time.sleep(0.02)
         os.kill(ids[1 - rank], signal.SIGTERM)
 
     ended = run(model_dir, tmp_path, change, started=end_the_other)
     assert ended[rank].code == -signal.SIGKILL
     check_ended(ended, tmp_path, launch.GONE)
+
+
+def other_model(directory: Path, what: str) -> Path:
+    """The model of `directory`, other in one thing, as an old copy on a second machine may be."""
+    other = directory.parent / f"other {what}"
+    shutil.copytree(directory, other, dirs_exist_ok=True)
+    if what == "weights":
+        stored = load_file(other / "model.safetensors")
+        stored["model.layers.1.mlp.down_proj.weight"] *= 1.5
+        save_file(stored, other / "model.safetensors", metadata={"format": "pt"})
+        return other
+    file = other / ("tokenizer.json" if what == "tokenizer" else "config.json")
+    told = json.loads(file.read_text())
+    if what == "tokenizer":
+        ids = told["model"]["vocab"]
+        ids |= {"a": ids["b"], "b": ids["a"]}
+    else:
+        told["rope_theta"] = 20_000.0
+    file.write_text(json.dumps(told))
+    return other
+
+
+@pytest.mark.parametrize("what", ["weights", "config", "tokenizer"])
+def test_ranks_with_different_models_are_refused(
+    what: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = other_model(model_dir, what)
+
+    def change(rank: int) -> None:
+        if rank == 1:
+            monkeypatch.setattr(loading, "resolve", lambda source: other)
+
+    ended = run(model_dir, tmp_path, change)
+    check_ended(ended, tmp_path, f"expected the same {what}")
+    assert "on all ranks, got others on rank 1" in ended[0].err + ended[1].err
 
 
 def test_a_rank_without_memory_says_so(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

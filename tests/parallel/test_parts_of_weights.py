@@ -21,8 +21,8 @@ from kvzip.models.division import divided, own_head, parts_of
 from kvzip.models.files import weight_files
 from kvzip.models.llama import LAYER_NAMES
 from kvzip.models.load import translate_config
+from kvzip.models.quantization import read_quantization
 from kvzip.models.reading import read_weights
-from kvzip.models.schemes import read_quantization
 from kvzip.models.stacks import Reading
 from kvzip.models.weights import Weights
 from kvzip.ops import QuantizedWeight
@@ -36,7 +36,6 @@ WIDTH = 16  # of a head
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank without others, and matrices whose parts end where groups do."""
     monkeypatch.setattr(reading_module, "together", lambda share: nullcontext())
-    monkeypatch.setattr(reading_module, "agreed", lambda share, decide: decide())
     inner = {x: tuple(128 if n == files.INNER else n for n in shape) for x, shape in files.SHAPES.items()}
     monkeypatch.setattr(files, "SHAPES", inner)
     monkeypatch.setitem(files.CONFIG, "intermediate_size", 128)
