@@ -1,9 +1,10 @@
 """The command under torchrun: its processes share a model, and speak with one voice, that of the first."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
@@ -47,11 +48,13 @@ def shared(ctx: click.Context, *, allowed: bool) -> Iterator[None]:
             f"expected one process for `{ctx.command_path}`, got {size} of torchrun, which is for "
             f"{', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}: start it without torchrun"
         )
-    from ..parallel import launch
-
     left: click.exceptions.Exit | None = None
-    with launch.joined(launch.local_device(ctx.params.get("device"))) as joined:
-        ctx.meta[_LAUNCH] = joined
+    with ExitStack() as stack:
+        with _starting():
+            from ..parallel import launch
+
+            device = launch.local_device(ctx.params.get("device"))
+            ctx.meta[_LAUNCH] = stack.enter_context(launch.joined(device))
         try:
             yield
         except click.exceptions.Exit as error:  # of all ranks, which end together
@@ -60,6 +63,26 @@ def shared(ctx: click.Context, *, allowed: bool) -> Iterator[None]:
             ctx.meta[_LAUNCH] = None
     if left is not None:
         raise left
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Within it a signal ends this process at once, and the first rank says so: an import of torch that is broken off
+    cannot be gone on with, and ranks that have not joined cannot agree on who says why."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        if os.environ["RANK"] == "0":
+            text = "interrupted" if number == signal.SIGINT else "another rank ended, or torchrun was told to stop"
+            os.write(2, f"kvzip: {text}\n".encode())
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is end:  # ranks that have joined have a handler of their own
+                signal.signal(number, handler)
 
 
 def launch_of(ctx: click.Context | None = None) -> "Launch | None":
@@ -84,10 +107,9 @@ def agreed(share: "Share | None", decide: Callable[[], T]) -> T:
 
 def reason(error: BaseException) -> str:
     """Returns what an error means that came because another rank ended; "" for any other."""
-    if count() == 1:
+    launch = sys.modules.get("kvzip.parallel.launch")
+    if launch is None:
         return ""
-    from ..parallel import launch
-
     chain, at = [], error
     while at is not None and at not in chain:
         chain.append(at)

@@ -95,9 +95,12 @@ def local_device(device: str | None) -> str:
     if kind == "cpu":
         return kind
     here, found = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
-    if kind != "cuda" or here >= found:
+    ranks = max(
+        here + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )  # so that all of them see it, and the first says it
+    if kind != "cuda" or ranks > found:
         raise ValueError(
-            f"expected a GPU for each rank (device cpu or cuda), got {kind} and {found} GPUs for rank {here} of this "
+            f"expected a GPU for each rank (device cpu or cuda), got {kind} and {found} GPUs for {ranks} ranks on this "
             "machine: start as many ranks as there are GPUs"
         )
     return f"cuda:{here}"

@@ -223,6 +223,51 @@ def test_ctrl_c_ends_all_with_one_message(model_dir: Path, tmp_path: Path, monke
     check_ended(ended, tmp_path, "was not written: run it again")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_ranks_have_joined_ends_all_with_one_message(
+    number: signal.Signals, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while torch is imported, or one rank waits for another that was killed."""
+
+    def change(rank: int) -> None:
+        def slow(*given: Any) -> None:
+            (tmp_path / f"at-{rank}").touch()
+            if rank == 1 and number == signal.SIGTERM:
+                kill()
+            time.sleep(30)
+
+        monkeypatch.setattr(launch, "local_device", slow)
+
+    def tell(ids: list[int]) -> None:
+        until = time.monotonic() + LIMIT_S
+        while len(list(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        for child in ids if number == signal.SIGINT else ids[:1]:
+            os.kill(child, number)
+
+    ended = run(model_dir, tmp_path, change, started=tell)
+    assert ended[0].code == 128 + number
+    check_ended(
+        ended, tmp_path, "interrupted" if number == signal.SIGINT else "another rank ended, or torchrun was told"
+    )
+
+
+def test_more_ranks_than_gpus_are_refused_by_the_first(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though only the second has no GPU: what it says is not seen."""
+
+    def change(rank: int) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    (tmp_path / "doc.txt").write_text(TEXT, encoding="utf-8")
+    words = ["compress", str(tmp_path / "doc.txt"), "-m", str(model_dir), "-o", str(tmp_path / "made.kvz")]
+    ended = join(fork(2, command, change, *words, directory=tmp_path), tmp_path, timeout_s=LIMIT_S)
+    check_ended(ended, tmp_path, "got cuda and 1 GPUs for 2 ranks on this machine")
+
+
 def test_a_rank_that_does_not_listen_is_ended_too(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
