@@ -213,8 +213,7 @@ def compress(
 def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: bool) -> None:
     """Prints facts of a file that was written: those of its cache and its note."""
     from .. import refitting
-    from ..cache import WindowKV, full_nbytes, nbytes
-    from ..parallel import everyone
+    from ..cache import WindowKV
 
     ratio = cache.kept / cache.total
     windows = sum(isinstance(layer, WindowKV) for layer in cache.context)
@@ -228,9 +227,7 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
         "method": cache.method,
         "layers": len(cache.context),
         "window_layers": windows,
-        "full_bytes": sum(everyone(cache.share, full_nbytes(cache) or 0)),
-        "cache_bytes": sum(everyone(cache.share, nbytes(cache))),
-        "file_bytes": agreed(cache.share, lambda: output.stat().st_size),
+        **agreed(cache.share, lambda: _sizes(output)),
         "seconds": note["seconds"],
     }
     if "heads" in note:
@@ -255,6 +252,14 @@ def _show(output: Path, cache: "RaggedCache", note: dict[str, Any], *, as_json: 
     if f"{ratio:.1%}" == "0.0%":
         say(f"warning: {cache.kept:,} of {cache.total:,} pairs are kept, answers cannot know the document: keep more")
     hint(f'ask it:  kvzip ask {shlex.quote(str(output))} "..."')
+
+
+def _sizes(output: Path) -> dict[str, int]:
+    """Bytes of the cache in a file, whoever has which part of it in memory."""
+    from ..cache import full_nbytes, load_cache, nbytes
+
+    cache = load_cache(output, pairs=False)
+    return {"full_bytes": full_nbytes(cache) or 0, "cache_bytes": nbytes(cache), "file_bytes": output.stat().st_size}
 
 
 def windows_line(windows: int, layers: int) -> str:

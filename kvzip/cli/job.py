@@ -81,7 +81,7 @@ def left(output: Path, segment: int | None, tokens: int = 0) -> str:
         tokens: of the document; 0 while that is not known.
     """
     partial = _partial(output)
-    if segment is not None and partial.exists():
+    if segment is not None and ranks.count() == 1 and partial.exists():
         return f"what is done is in {partial}: the same command goes on from there"
     useful = _segment_for(tokens) if ranks.count() == 1 and tokens and (segment is None or segment >= tokens) else None
     return unwritten(output) + (f", or with --segment {useful}, which can go on where it stopped" if useful else "")

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import kvzip
 from kvzip import scoring
+from kvzip.cache import full_nbytes
 from kvzip.cli import main
+from kvzip.cli.output import size
 from kvzip.files import shared, tensors
 from kvzip.parallel import launch
 from test_cli import write_model
@@ -100,6 +102,7 @@ def test_without_failures_a_file_is_written_and_said_once(model_dir: Path, tmp_p
     model = kvzip.load(model_dir, device="cpu")
     cache = kvzip.load_cache(tmp_path / "made.kvz", model=model)
     assert cache.kept == int(0.3 * cache.total)
+    assert f"{size(full_nbytes(cache) or 0)} -> {size(kvzip.nbytes(cache))}" in ended[0].out
     words = ["ask", str(tmp_path / "made.kvz"), "How many?", "When?", "-n", "4", "--json", "--device", "cpu"]
     ended = join(fork(2, command, lambda rank: None, *words, directory=tmp_path), tmp_path)
     assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
