@@ -323,9 +323,10 @@ def test_a_pdf_is_read_with_the_extra_and_asks_for_it_without(tmp_path: Path, mo
     write_pdf(path, "")
     with pytest.raises(ValueError, match=r"expected text in doc\.pdf, got 1 page without any"):
         documents.read([str(path)])
-    path.write_bytes(b"%PDF-1.4\nnonsense")
-    with pytest.raises(ValueError, match="expected a PDF that can be read"):
-        documents.read([str(path)])
+    for content in (b"%PDF-1.4\nnonsense", b"  \n%PDF-1.4\nnonsense"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="expected a PDF that can be read"):
+            documents.read([str(path)])
 
 
 def test_pdfs_of_a_directory_are_read_and_what_is_left_out_is_said(
@@ -435,10 +436,16 @@ def test_chat_keeps_forks_and_folds_its_turns(
     assert result.stdout.split("\n") == [*expected, ""]
     known = "/stats, /fork, /switch, /undo, /fold, /save, /help, /quit"
     assert result.stderr.splitlines() == [f"expected one of {known}, got /nope", "expected a ratio as 0.3, got x"]
+    assert result.exit_code == 1  # a script's lines went wrong
     cache = kvzip.load_cache(saved, model=model)
     assert isinstance(cache, kvzip.RaggedCache) and same_pairs(cache, folded)
     answer = visible(kvzip.generate(model, folded, "And?", max_tokens=4).text)
     assert call("ask", saved, "And?", "-n", 4).stdout == answer + "\n"
+
+
+def test_a_new_branch_has_a_name_that_is_free(kvz: Path) -> None:
+    result = call("chat", kvz, text="/fork 3\n/fork\n/fork\n/stats\n")
+    assert result.stdout.splitlines()[:3] == ["branch 3, from 1", "branch 4, from 3", "branch 5, from 4"]
 
 
 def test_an_interrupted_turn_is_forgotten(kvz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -884,7 +891,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(writer: Writer, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.stderr.count("\n") == 1 and "File too large" in result.stderr, result.output
-    assert result.exit_code == (0 if writer.__name__ == "chat" else 1)
+    assert result.exit_code == 1
     left = list(tmp_path.iterdir())
     if writer.__name__ == "eval":  # what was answered before stays
         assert left == [tmp_path / "out.jsonl"] and left[0].stat().st_size == 500

@@ -94,11 +94,24 @@ def test_html_is_read_as_text_with_the_extra_and_asks_for_it_without(
     lines = [line for line in text.splitlines() if line]
     assert title == "page.html"
     assert lines == ["The lighthouse", "Built in 1871,", "by In\u00e8s.", "one", "two", "a  b", "  c", "steps\t312"]
+    comment = b"<!-- saved from url=(0022)http://example.com/ -->\n"
+    for saved, name in ((comment + PAGE, "saved"), (comment + b"<p>Hi <b>there</b></p>", "part.htm")):
+        (tmp_path / name).write_bytes(saved)
+        text, _ = documents.read([str(tmp_path / name)])
+        assert "<" not in text and "saved from" not in text
     path.write_text("<html><head><title>x</title></head></html>", encoding="utf-8")
     with pytest.raises(ValueError, match="a page without any"):
         documents.read([str(path)])
     path.write_text("<html>" + "<b>" * 5_000 + "x", encoding="utf-8")
     with pytest.raises(ValueError, match="nested less deeply"):
+        documents.read([str(path)])
+
+
+@pytest.mark.parametrize("content", [b"{\\rtf1\\ansi Hello}", b"%!PS-Adobe-3.0\n(Hello) show", b"a\0b"])
+def test_text_that_only_programs_read_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "document"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected text in UTF-8, HTML, a PDF or a Word document .* convert it first"):
         documents.read([str(path)])
 
 

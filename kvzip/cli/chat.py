@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def chat(file: Path, answering: Answering, model: str | None, loading: Loading) 
     cache = as_ragged(cache) if isinstance(cache, DenseCache) else cache
     talk = Talk(loaded, {"1": [cache]}, "1", header.get("note", {}))
     hint(f"{header['note'].get('title') or file.name}, {cache.context_length:,} tokens: ask, or /help")
+    failed = False
     for line in _lines():
         stopped = "stopped; nothing has changed"
         try:
@@ -84,6 +86,9 @@ def chat(file: Path, answering: Answering, model: str | None, loading: Loading) 
             raise
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             say(explain(error))
+            failed = True
+    if failed and not sys.stdin.isatty():  # a person has seen it, a script asks for the code
+        click.get_current_context().exit(1)
 
 
 def _lines() -> Iterator[str]:
@@ -134,7 +139,8 @@ def _stats(talk: Talk, argument: str) -> None:
 
 def _fork(talk: Talk, argument: str) -> None:
     """[NAME] go on in a new branch; the old one stays as it is"""
-    name = argument or str(len(talk.branches) + 1)
+    free = (str(n) for n in count(len(talk.branches) + 1))
+    name = argument or next(name for name in free if name not in talk.branches)
     if name in talk.branches:
         raise ValueError(f"expected the name of a new branch, got {name}: /switch {name} goes there")
     talk.branches[name] = list(talk.states)  # states never change, so branches share them

@@ -71,7 +71,7 @@ def name_of(source: str) -> str:
 
 def _decoded(content: bytes, name: str) -> str:
     short = Path(name).name
-    if _is_html(content):
+    if Path(name).suffix.lower() in (".html", ".htm", ".xhtml") or _is_html(content):
         return _html(content, short)
     text = _text(content, short)
     if text is None:
@@ -83,7 +83,7 @@ def _decoded(content: bytes, name: str) -> str:
 
 def _text(content: bytes, name: str) -> str | None:
     """The text of a file, PDFs and Word documents included; None for a file of something else."""
-    if content.startswith(b"%PDF-"):
+    if content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"%PDF-"):
         return _pdf(content, name)
     if content.startswith(b"PK\x03\x04") and b"word/" in content:
         return _docx(content, name)
@@ -91,12 +91,14 @@ def _text(content: bytes, name: str) -> str | None:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
-    return None if "\0" in text else text
+    other = "\0" in text or text.startswith(("{\\rtf", "%!PS"))  # text to a machine only
+    return None if other else text
 
 
 def _is_html(content: bytes) -> bool:
-    """Whether a file begins as a page of HTML does."""
-    begin = content[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    """Whether a file begins as a page of HTML does, after comments."""
+    begin = content[:4096].removeprefix(b"\xef\xbb\xbf").lower()
+    begin = re.sub(rb"\A(\s*<!--.*?-->)*\s*", b"", begin, flags=re.DOTALL)
     return begin.startswith((b"<!doctype html", b"<html")) or (begin.startswith(b"<?xml") and b"<html" in begin)
 
 

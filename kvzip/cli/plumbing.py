@@ -156,6 +156,8 @@ def _reporting(ctx: click.Context, debug: bool) -> Iterator[None]:
         ranks.fail(partial(say, f"kvzip: {text}"), 130, ctx)
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            if ranks.launch_of(ctx) is not None:
+                ranks.fail(lambda: None, 1, ctx)  # whoever reads has what it wanted: nothing is said
             raise
         text = ranks.reason(error) or explain(error)
         if not debug:
@@ -240,7 +242,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         remedy = {
-            errno.ENOSPC: "free some space, or write elsewhere (-o)",
+            errno.ENOSPC: "free some space, or write elsewhere",
             errno.EACCES: "choose another place (-o)",
             errno.EROFS: "choose another place (-o)",
             errno.ENAMETOOLONG: "choose a shorter name",
