@@ -964,19 +964,26 @@ def test_help_of_every_command_has_examples_and_every_shell_has_completion() -> 
         assert found.exit_code == 0 and found.stdout.lstrip().startswith(begins), shell
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a pipe that keeps writes apart is Linux's")
 def test_answers_stream_through_a_pipe_while_they_are_made(kvz: Path) -> None:
-    """Each piece is written to the pipe by itself; were they held back there would be one read."""
+    """Each piece is written to the pipe by itself; were they held back there would be one read.
+
+    The pipe keeps writes apart (O_DIRECT, Linux only), however late they are read.
+    """
     command = [sys.executable, "-m", "kvzip", "ask", str(kvz), "How many?", "-n", "40"]
     buffered = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
-        assert process.stdout and process.stderr
-        reads = list(iter(lambda: os.read(process.stdout.fileno(), 4096), b""))  # pyright: ignore
-        assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+    read, write = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    with subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, env=buffered) as process:
+        os.close(write)
+        reads = list(iter(lambda: os.read(read, 4096), b""))
+        assert process.wait(timeout=60) == 0 and process.stderr and process.stderr.read() == b""
+    os.close(read)
     assert len(reads) > 4 and reads[-1].endswith(b"\n")
 
 
-def on_a_terminal(*arguments: object, answers: dict[str, bytes]) -> tuple[int, str]:
-    """The exit code and output of a command on a terminal of its own, which types an answer after each text seen."""
+def on_a_terminal(*arguments: object, answers: dict[str, bytes], prompt: str = "") -> tuple[int, str]:
+    """The exit code and output of a command on a terminal of its own, which types an answer after each text seen, and
+    after the prompt that follows it: what reads is set up then."""
     child, terminal = pty.fork()
     if child == 0:
         _run_here(*arguments)
@@ -984,8 +991,9 @@ def on_a_terminal(*arguments: object, answers: dict[str, bytes]) -> tuple[int, s
     with suppress(OSError):  # the terminal goes with the process
         while part := os.read(terminal, 4096):
             output += part.decode(errors="replace")
-            if waiting and (found := output.find(waiting[0][0], seen)) >= 0:
-                seen = found + len(waiting[0][0])
+            text = f"{re.escape(waiting[0][0])}.*?{prompt}" if waiting else ""
+            if text and (found := re.compile(text, re.DOTALL).search(output, seen)):
+                seen = found.end()
                 time.sleep(0.1)
                 os.write(terminal, waiting.pop(0)[1])
     os.close(terminal)
@@ -1005,6 +1013,7 @@ def test_on_a_terminal_there_is_progress_and_a_slip_does_not_end_a_chat(
         "-n",
         "4",
         answers={"/help": b"\x03", "ends this talk": b"/stats\r", "branch   1": b"\x03", "ends": b"\x03"},
+        prompt="> ",
     )
     assert code == 130 and shown.count("/quit or Ctrl-C again ends this talk, /save FILE keeps it") == 2
     assert shown.count("turns    0 tokens") == 1 and shown.count("kvzip: interrupted") == 1

@@ -35,18 +35,27 @@ def wide(model):
     return replace(random_model.make(model.config, dtype=torch.float64), stop_ids=())
 
 
-@pytest.fixture(scope="module")
-def caches(model):
+def plain_caches(model):
     dense = kvzip.score(model, kvzip.prefill(model, TEXT))
     ragged = kvzip.compress(dense, 0.4)
     return {
         "dense": dense,
         "ragged": ragged,
-        "mixed": kvzip.compress(dense, 0.4, bits=(4, 2)),
-        "int4": kvzip.compress(dense, 0.4, bits=4),
         "turn": kvzip.ask(model, ragged, QUERIES[0], max_tokens=5)[1],
         "folded": kvzip.fold(model, kvzip.extend(model, ragged, "So far so good."), 0.5),
     }
+
+
+@pytest.fixture(scope="module")
+def caches(model):
+    found = plain_caches(model)
+    packed = {name: kvzip.compress(found["dense"], 0.4, bits=bits) for name, bits in (("mixed", (4, 2)), ("int4", 4))}
+    return found | packed
+
+
+@pytest.fixture(scope="module")
+def wide_caches(wide):
+    return plain_caches(wide)
 
 
 KINDS = st.sampled_from(["dense", "ragged", "mixed", "int4", "turn", "folded"])
@@ -88,23 +97,18 @@ def test_extend_adds_what_a_forward_pass_over_the_held_pairs_gives(model, wide, 
 
 
 @settings(max_examples=10)
-@given(kind=KINDS, text=TEXTS, data=st.data())
+@given(kind=st.sampled_from(["dense", "ragged", "turn", "folded"]), text=TEXTS, data=st.data())
 @unchecked()
-def test_extend_in_two_steps_is_one(model, wide, caches, kind, text, data):
+def test_extend_in_two_steps_is_one(wide, wide_caches, kind, text, data):
+    """In float64, where it shows: of two ways to round a few values neither is the nearer one."""
     cut = data.draw(st.integers(1, len(text) + 1))
     text = text + "!!"
-    once = kvzip.extend(model, caches[kind], text)
-    twice = kvzip.extend(model, kvzip.extend(model, caches[kind], text[:cut]), text[cut:])
+    once = kvzip.extend(wide, wide_caches[kind], text)
+    twice = kvzip.extend(wide, kvzip.extend(wide, wide_caches[kind], text[:cut]), text[cut:])
     assert torch.equal(once.token_ids, twice.token_ids)
-    used = len(caches[kind].token_ids)
-    ids = once.token_ids[used:].tolist()
-    stop = used - caches[kind].context_length + len(ids)
-    exact = passed(wide, plain_cache.read(caches[kind]), ids, used)
-    new_twice, new_once = (
-        torch.stack([torch.stack([x[0, :, stop - len(ids) : stop] for x in part]) for part in (c.tail.k, c.tail.v)])
-        for c in (twice, once)
-    )
-    assert_as_accurate(new_twice, exact, new_once)
+    stop = len(once.token_ids) - once.context_length
+    for a, b in zip((*once.tail.k, *once.tail.v), (*twice.tail.k, *twice.tail.v), strict=True):
+        torch.testing.assert_close(b[:, :, :stop], a[:, :, :stop], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["dense", "ragged", "int4"])

@@ -107,7 +107,7 @@ def serve(model: str, files: tuple[Path, ...], loading: Loading, **asked: Any) -
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Returns a socket at an address, before the model is loaded; it listens when the server runs.
+    """Returns a socket that listens at an address, before the model is loaded: whoever asks meanwhile waits.
 
     Raises: ValueError for an address that this machine does not have, or that another program has.
     """
@@ -115,6 +115,7 @@ def _bound(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen(2048)
     except OSError as error:
         found.close()
         raise ValueError(

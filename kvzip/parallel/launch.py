@@ -26,6 +26,7 @@ from .share import Share
 
 GRACE_S = 5.0  # for the main thread to end by itself
 _LOOKS_S = 0.25  # between two looks into the store
+_PATIENCE_S = 3.0  # of a rank that failed, for the others to look: those that are dead never do
 _ENDED = "ended"
 GONE = "another rank ended (killed, or out of memory), or torchrun was told to stop: all ranks stop"
 
@@ -72,8 +73,8 @@ class Launch:
         os._exit(code)  # without destroying the group, which waits for ranks that are gone
 
     def _let_others_know(self) -> None:
-        """Waits until the others have looked, or a second: the store may end with this process."""
-        until = time.monotonic() + 1
+        """Waits until the others have looked, or some seconds: the store may end with this process."""
+        until = time.monotonic() + _PATIENCE_S
         with suppress(Exception):
             while self.store.add(_ENDED, 0) < self.share.size and time.monotonic() < until:
                 time.sleep(0.02)

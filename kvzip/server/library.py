@@ -230,17 +230,19 @@ class Library:
 
     def _fail(self, waiting: Entry, error: Exception) -> None:
         text = str(error) or type(error).__name__
-        with self._lock:
-            if waiting.id not in self._entries:
-                return
-            self._entries[waiting.id] = replace(waiting, error=text, working=False)
         asked = {"title": waiting.title, "created": waiting.created, "error": text}
+        path = waiting.path.with_suffix(WAITS)
         try:
             waiting.path.unlink(missing_ok=True)
-            with whole_file(waiting.path.with_suffix(WAITS)) as written:
+            with whole_file(path) as written:
                 written.write_text(json.dumps(asked), encoding="utf-8")
         except OSError as problem:  # it is tried again after a restart
             logger.warning("document %s: why it failed is not written down: %s", waiting.id, problem)
+        with self._lock:
+            if waiting.id in self._entries:
+                self._entries[waiting.id] = replace(waiting, error=text, working=False)
+                return
+        path.unlink(missing_ok=True)  # it was deleted meanwhile
 
 
 def _own_directory(directory: Path) -> IO[bytes]:

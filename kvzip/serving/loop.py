@@ -79,6 +79,7 @@ class Loop:
                 self.waiting.clear()
                 self.running.clear()
                 self._tell()
+        self.turns.set_idle(True)
         with self.changed:
             self.ended = True
             self.runner.forget_graphs()

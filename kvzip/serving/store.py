@@ -156,7 +156,7 @@ class Store:
     def in_the_way(self, held: Held) -> set[int]:
         """Returns the contexts that leave, or must leave, before a wanted one has room; none if it is on its way.
 
-        Of those in use that is the ones with the fewest requests.
+        Of those in use, or wanted by requests that came before, that is the ones with the fewest requests.
         """
         if held.device is not None or held.moving:
             return set()
@@ -164,7 +164,9 @@ class Store:
         leaving = [x for x in self.held if x.device is not None and x.moving]
         missing -= sum(x.nbytes for x in leaving)
         found = {x.number for x in leaving}
-        for each in sorted((x for x in self.held if x.uses and not x.moving), key=lambda x: (x.uses, x.used)):
+        staying = [x for x in self.held if x.device is not None and not x.moving]
+        staying = [x for x in staying if x.uses or x.number in self._wanted]
+        for each in sorted(staying, key=lambda x: (x.uses, x.used)):
             if missing <= 0:
                 break
             found.add(each.number)
@@ -248,11 +250,13 @@ class Store:
                     )
                 if self._stream is not None:
                     self._stream.synchronize()
-            with self._lock:
-                held.device = cache
-        finally:
+        except BaseException:
             with self._lock:
                 self._arriving -= held.nbytes
+            raise
+        with self._lock:  # at once, or it would count twice
+            held.device = cache
+            self._arriving -= held.nbytes
 
     def _save_elsewhere(self, held: Held) -> None:
         assert held.device is not None

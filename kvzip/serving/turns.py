@@ -9,7 +9,8 @@ from contextlib import contextmanager
 class Turns:
     """Who may use the device: the engine for one step at a time, or long work for one part at a time.
 
-    After a part, steps have the device for as long as the part took, if there is anything to step.
+    After a part, steps have the device for as long as the part took, and for one step at least, if there is anything to
+    step.
     """
 
     def __init__(self) -> None:
@@ -18,6 +19,7 @@ class Turns:
         self._idle = True  # no step wants a turn
         self._parts = 0  # parts that wait
         self._due = 0.0  # when the next part may run though there are steps
+        self._stepped = True  # since the last part
 
     def set_idle(self, idle: bool) -> None:
         """Says whether the engine has nothing to step."""
@@ -29,12 +31,15 @@ class Turns:
     def step(self) -> Iterator[None]:
         """The turn of one step."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken and not (self._parts and time.monotonic() >= self._due))
+            self._changed.wait_for(lambda: not self._taken and not (self._parts and self._part_is_due()))
             self._taken = True
         try:
             yield
         finally:
             self._give()
+
+    def _part_is_due(self) -> bool:
+        return self._stepped and time.monotonic() >= self._due
 
     @contextmanager
     def parts(self, settle: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
@@ -61,16 +66,18 @@ class Turns:
         with self._changed:
             self._parts += 1
             try:
-                while self._taken or not (self._idle or time.monotonic() >= self._due):
-                    self._changed.wait(None if self._taken else max(self._due - time.monotonic(), 0.0))
+                while self._taken or not (self._idle or self._part_is_due()):
+                    told = self._taken or not self._stepped  # what it waits for, it is told of
+                    self._changed.wait(None if told else max(self._due - time.monotonic(), 0.0))
             finally:
                 self._parts -= 1
             self._taken = True
         return time.monotonic()
 
-    def _give(self, after: float = 0.0) -> None:
+    def _give(self, after: float | None = None) -> None:
+        """Ends a turn; `after`: of a part that took so long."""
         with self._changed:
-            self._taken = False
-            if after:
+            self._taken, self._stepped = False, after is None
+            if after is not None:
                 self._due = time.monotonic() + after
             self._changed.notify_all()

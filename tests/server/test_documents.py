@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +197,26 @@ def test_a_full_disk_fails_a_document_and_not_those_that_follow(web, monkeypatch
     assert len(client.get("/v1/documents").json()["data"]) == 2
 
 
+def test_a_document_that_is_deleted_as_it_fails_stays_gone(model, tmp_path, monkeypatch):
+    real = library.whole_file
+    with unchecked(), serving(model, tmp_path, []) as running, browser(running) as client:
+
+        @contextmanager
+        def then_deleted(path, **options):
+            if running.service.library.delete(path.stem):  # not while it is posted
+                gone.set()
+            with real(path, **options) as written:
+                yield written
+
+        gone = threading.Event()
+        monkeypatch.setattr(library, "whole_file", then_deleted)
+        client.post("/v1/documents", json={"text": "word " * 2_000})
+        assert gone.wait(20)
+        other = client.post("/v1/documents", json={"text": TEXTS["light"]}).json()["id"]
+        ready(client, other)  # the worker has done with the first
+        assert {path.stem for path in tmp_path.glob("doc-*")} == {other}
+
+
 def test_a_long_queue_takes_no_more(web, monkeypatch):
     running, client = web
     monkeypatch.setattr(library, "MOST_WAITING", 1)
@@ -206,17 +228,21 @@ def test_a_long_queue_takes_no_more(web, monkeypatch):
 
 
 def test_answers_go_on_while_a_document_is_compressed(web, model, monkeypatch):
+    """The document's parts wait until another answer came, so that neither is done without the other."""
     running, client = web
-    monkeypatch.setattr(work, "SEGMENT", (20, 20))
+    monkeypatch.setattr(work, "SEGMENT", (10, 10))
     first = client.post("/v1/documents", json={"text": TEXTS["light"]}).json()["id"]
     ready(client, first)
-    monkeypatch.setattr(work, "SEGMENT", (10, 10))
+    answers, turns = threading.Semaphore(0), running.service.engine._loop.turns
+    take = turns._take_part
+    monkeypatch.setattr(turns, "_take_part", lambda: (answers.acquire(timeout=20), take())[1])
     second = client.post("/v1/documents", json={"text": TEXTS["whale"]}).json()["id"]
     answered, seen = 0, set()
     while (found := client.get(f"/v1/documents/{second}").json())["status"] in ("queued", "compressing"):
         seen.add(found["progress"])
         say(client, first)
         answered += 1
+        answers.release()
     assert found["status"] == "ready" and answered >= 3 and len(seen) >= 2
     assert running.service.engine.facts["running"] == 0
 

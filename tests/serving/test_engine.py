@@ -143,14 +143,20 @@ def test_an_answer_checked_for_types(model, caches):
 @unchecked()
 def test_requests_join_and_leave_between_steps(model, caches, monkeypatch):
     """8 requests of 20 tokens over 2 contexts take about 20 steps, and a ninth that comes later none more."""
+    gate = threading.Semaphore(0)  # of steps
     with kvzip.Engine(model) as engine:
-        slow_steps(engine, monkeypatch)
+        run = engine._loop.runner.run
+        monkeypatch.setattr(engine._loop.runner, "run", lambda step: (gate.acquire(), run(step))[1])
         contexts = [engine.add(caches[name]) for name in ("ragged", "dense")]
-        handles = [engine.submit(contexts[n % 2], "Why?", max_tokens=20) for n in range(8)]
+        with engine._loop.changed:
+            handles = [engine.submit(contexts[n % 2], "Why?", max_tokens=20) for n in range(8)]
+        gate.release(5)
         next(iter(handles[0]))
         late = engine.submit(contexts[0], "Why?", max_tokens=3)
+        gate.release(8)
         assert late.result(60) is not None
         assert not any(handle.done() for handle in handles)
+        gate.release(1000)
         for handle in handles:
             assert len(handle.result(60).token_ids) == 20
         assert 20 <= engine.facts["steps"] <= 23
@@ -201,12 +207,12 @@ def test_contexts_share_the_engine_fairly(model, caches):
     """A reader of another context does not wait for a hundred of the first."""
     with kvzip.Engine(model, requests=4) as engine:
         busy, quiet = engine.add(caches["ragged"]), engine.add(caches["few"])
-        crowd = [engine.submit(busy, "Why?", max_tokens=10) for _ in range(30)]
-        one = engine.submit(quiet, "Why?", max_tokens=10)
-        one.result(60)
-        assert sum(handle.done() for handle in crowd) <= 8
-        for handle in crowd:
+        with engine._loop.changed:
+            crowd = [engine.submit(busy, "Why?", max_tokens=10) for _ in range(30)]
+            one = engine.submit(quiet, "Why?", max_tokens=10)
+        for handle in (one, *crowd):
             handle.result(60)
+        assert sum(handle.times[-1] <= one.times[-1] for handle in crowd) <= 8
 
 
 @unchecked()
@@ -449,5 +455,5 @@ def test_long_work_and_steps_take_turns(model, caches):
             dense = kvzip.prefill(
                 model, OTHER, chunk=10, progress=lambda done, total: (pause(), seen.append(engine.facts["steps"]))
             )
-        assert dense.length > 90 and len(set(seen)) > len(seen) // 2
+        assert dense.length > 90 and len(set(seen)) == len(seen) > 8  # at least one step between two parts
         assert len(handle.result(60).token_ids) == 400

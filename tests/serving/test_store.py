@@ -157,16 +157,18 @@ def test_a_file_that_is_another_one_by_then_is_refused_and_the_old_one_taken_aga
         assert engine.submit(context, "Of what?", **OPTIONS).result(60) == expected[0]
 
 
+@pytest.mark.parametrize("early", [1, 4])
 @unchecked()
-def test_a_context_that_needs_room_has_its_turn_however_many_ask_for_others(model, caches, expected, tmp_path):
+def test_a_context_that_needs_room_has_its_turn_however_many_ask_for_others(model, caches, expected, tmp_path, early):
     """Requests for what is there do not overtake one for what is not, though they could begin at once."""
     kvzip.save(caches[1], tmp_path / "other.kvz")
     with kvzip.Engine(model, memory=max(map(kvzip.nbytes, caches[:2])), directory=tmp_path, requests=2) as engine:
         there, other = engine.add(caches[0]), engine.add(tmp_path / "other.kvz")
-        sooner = [engine.submit(there, "Of what?", **OPTIONS) for _ in range(4)]
-        one = engine.submit(other, "Of what?", **OPTIONS)
-        later = [engine.submit(there, "Of what?", **OPTIONS) for _ in range(8)]
-        assert [handle.result(60) for handle in (*sooner, *later)] == [expected[0]] * 12
+        with engine._loop.changed:  # all of them wait before any is looked at
+            sooner = [engine.submit(there, "Of what?", **OPTIONS) for _ in range(early)]
+            one = engine.submit(other, "Of what?", **OPTIONS)
+            later = [engine.submit(there, "Of what?", **OPTIONS) for _ in range(8)]
+        assert [handle.result(60) for handle in (*sooner, *later)] == [expected[0]] * (early + 8)
         assert one.result(60) == expected[1]
         assert one.times[0] < min(handle.times[0] for handle in later)
         assert max(handle.times[0] for handle in sooner) < one.times[0]
