@@ -107,7 +107,7 @@ def _largest(
     if below > limit:
         raise ValueError(
             f"expected a budget of at least {below:,} bytes, got {limit:,}: that is what prefix, window layers, token "
-            "ids, protected rows and metadata take; raise budget_bytes or protect less"
+            "ids, protected rows with the floor beside them, and metadata take; raise budget_bytes or protect less"
         )
     tries = 0
     while high - low > 1:
@@ -122,20 +122,22 @@ def _largest(
 
 
 def _enough(scores: Scores, budget: Budget, count: int) -> int:
-    """The fewest pairs of a shared budget, from `count` on, that hold what is kept whatever its score.
-
-    With a floor that grows with the count.
-    """
+    """`count` pairs of a shared budget, or as many more as hold what is kept whatever its score: a floor grows too."""
     layers, heads, evictable = scores.values.shape
-    sharing = _sharing(budget, layers, heads)
+    most = _sharing(budget, layers, heads) * evictable
     nan = torch.zeros(1, dtype=torch.int32, device=scores.values.device)
-    while budget.level != "head":
+
+    def suffices(count: int) -> bool:
         forced = _forced(scores, budget, nan, count)
-        needed = 0 if forced is None else int(forced.reshape(-1, sharing * evictable).sum(-1).max())
-        if needed <= count:
-            break
-        count = needed
-    return count
+        return forced is None or int(forced.reshape(-1, most).sum(-1).max()) <= count
+
+    if budget.level == "head" or suffices(count):
+        return count
+    low, high = count, most  # all pairs always do
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
 
 
 def _scales(

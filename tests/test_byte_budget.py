@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kvzip
 import random_model
+from kvzip import choosing
 from kvzip.cache import RaggedKV
 from kvzip.cache.sizes import ragged_nbytes
 from kvzip.ops import decode_schedule
@@ -121,6 +122,19 @@ def test_what_is_kept_anyway_and_a_floor_go_with_any_budget_that_holds_them(cach
         except ValueError:  # the floor of so many is beyond them
             continue
         assert larger.kept <= small.kept or kvzip.nbytes(larger) > limit
+
+
+def test_a_floor_that_leaves_no_room_for_protected_rows_is_found_in_few_steps(caches, monkeypatch):
+    """Each protected row adds one that the floor of so many asks for, up to all of them."""
+    cache, calls = caches[1], []
+    values = cache.scores.values.clone()
+    values[:, :, 0] = -1
+    cache = replace(cache, scores=replace(cache.scores, values=values))
+    real = choosing._forced
+    monkeypatch.setattr(choosing, "_forced", lambda *given: calls.append(1) or real(*given))
+    with pytest.raises(ValueError, match="protected rows with the floor beside them"):
+        kvzip.compress(cache, budget_bytes=kvzip.nbytes(cache) // 2, floor=1.0, protect=[(0, 1)])
+    assert len(calls) < 40
 
 
 def with_small_values(rows, score):

@@ -119,7 +119,7 @@ def model_facts(source: str, memory: int | None) -> dict[str, Any]:
     config, quantization = translate_config(raw), read_quantization(raw)
     try:
         schemes, weights = stored_schemes(directory, raw, torch.bfloat16)
-    except FileNotFoundError:  # of a hub's model whose config alone is here
+    except (FileNotFoundError, ValueError):  # a hub's model whose config alone is here, or files that are not whole yet
         schemes, weights = {}, 0
         if quantization is not None:
             scheme = quantization.groups[0][1]

@@ -19,6 +19,7 @@ COMMANDS = ("compress", "ask", "bench", "eval")
 """What several processes can share."""
 
 _LAUNCH = "kvzip.launch"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def count() -> int:
@@ -50,6 +51,8 @@ def shared(ctx: click.Context, *, allowed: bool) -> Iterator[None]:
         )
     left: click.exceptions.Exit | None = None
     with ExitStack() as stack:
+        for number in _SIGNALS:  # what the caller has is there again at the end
+            stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
         with _starting():
             from ..parallel import launch
 
@@ -76,7 +79,7 @@ def _starting() -> Iterator[None]:
             os.write(2, f"kvzip: {text}\n".encode())
         os._exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end) for number in _SIGNALS}
     try:
         yield
     finally:

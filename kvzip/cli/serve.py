@@ -116,11 +116,11 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         found.bind((host, port))
         found.listen(2048)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the others of names that cannot be looked up
         found.close()
         raise ValueError(
             f"expected an address of this machine with a free port, got {visible_line(host)} and {port} "
-            f"({error.strerror}): pass another --port or --host"
+            f"({getattr(error, 'strerror', None) or error}): pass another --port or --host"
         ) from error
     return found
 

@@ -118,7 +118,7 @@ def _zero_points(name: str, zero: Tensor, scale: Tensor, bits: int) -> Tensor:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     whole = not (zero.is_floating_point() or zero.is_complex() or zero.dtype == torch.bool)
     alike = [n for n in zero.shape if n != 1] == [n for n in scale.shape if n != 1]
-    if not whole or not alike or (zero.numel() and not (low <= zero.min() and zero.max() <= high)):
+    if not whole or not alike or (zero.numel() and not low <= int(zero.min()) <= int(zero.max()) <= high):
         got = f"{zero.dtype} {list(zero.shape)}" + (f" of {zero.min()} to {zero.max()}" if whole and alike else "")
         _refuse(f"{name}.weight_zero_point", got, f"integers from {low} to {high} of shape {list(scale.shape)}")
     return zero.to(torch.int8)

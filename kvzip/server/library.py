@@ -242,7 +242,8 @@ class Library:
             if waiting.id in self._entries:
                 self._entries[waiting.id] = replace(waiting, error=text, working=False)
                 return
-        path.unlink(missing_ok=True)  # it was deleted meanwhile
+        with suppress(OSError):  # as where it could not be written
+            path.unlink(missing_ok=True)  # it was deleted meanwhile
 
 
 def _own_directory(directory: Path) -> IO[bytes]:

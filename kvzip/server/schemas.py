@@ -40,6 +40,14 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+def _whole(value: Any) -> Any:
+    """Numbers of JSON are whole if their value is: some clients have only floating ones."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Int = Annotated[int, BeforeValidator(_whole)]
+
+
 class ChatRequest(_Strict):
     """A request of `/v1/chat/completions`.
 
@@ -54,15 +62,15 @@ class ChatRequest(_Strict):
     document: str | None = Field(default=None, description="A document's id, in place of the one in `model`.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    max_tokens: _Int | None = Field(default=None, ge=1, le=2**31)
+    max_completion_tokens: _Int | None = Field(default=None, ge=1, le=2**31)
     temperature: float | None = Field(default=1.0, ge=0, le=100)
     top_p: float | None = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**64 - 1)
+    seed: _Int | None = Field(default=None, ge=-(2**63), le=2**64 - 1)
     stop: str | list[str] | None = Field(default=None)
-    n: int | None = Field(default=1, ge=1, le=128, description="1: one answer a request.")
+    n: _Int | None = Field(default=1, ge=1, le=128, description="1: one answer a request.")
     logprobs: bool | None = Field(default=False, description="Not supported.")
-    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Not supported.")
+    top_logprobs: _Int | None = Field(default=None, ge=0, le=20, description="Not supported.")
     tools: list[dict[str, Any]] | None = Field(default=None, description="Not supported.")
     tool_choice: str | dict[str, Any] | None = Field(default=None, description="Not supported.")
     response_format: dict[str, Any] | None = Field(default=None, description='{"type": "text"} alone.')

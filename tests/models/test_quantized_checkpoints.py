@@ -199,6 +199,18 @@ def test_tensors_that_say_something_else_are_named(form: files.Format, change: d
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_zero_points_of_any_integers_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    meant = files.write(tmp_path, files.FORMATS["int8, channel, zeros"])
+    path, name = tmp_path / "model.safetensors", PART + "weight_zero_point"
+    stored = load_file(path)
+    values = stored[name].abs().clamp(max=127)
+    scale = stored[PART + "weight_scale"].double()
+    codes = stored[PART + "weight"].double()
+    save_file(stored | {name: values.to(dtype)}, path)
+    check_weights(load(tmp_path), meant | {PART + "weight": (codes - values.double()) * scale})
+
+
 def test_groups_without_an_order_are_of_neighbours(tmp_path: Path) -> None:
     """compressed-tensors stores -1 where it never set an order."""
     meant = files.write(tmp_path, files.FORMATS["packed 4, group"])

@@ -42,6 +42,14 @@ def command(change: Callable[[int], Any], *words: str) -> None:
     main(list(words), prog_name="kvzip")
 
 
+def left_alone(*words: str) -> bool:
+    """A rank: whether the command leaves the signals of its process as they were."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit, match="0"):
+        command(lambda rank: None, *words)
+    return before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 def run(
     model_dir: Path, directory: Path, change: Callable[[int], Any], *, started: Callable[[list[int]], Any] | None = None
 ) -> list[Ended]:
@@ -104,8 +112,8 @@ def test_without_failures_a_file_is_written_and_said_once(model_dir: Path, tmp_p
     assert cache.kept == int(0.3 * cache.total)
     assert f"{size(full_nbytes(cache) or 0)} -> {size(kvzip.nbytes(cache))}" in ended[0].out
     words = ["ask", str(tmp_path / "made.kvz"), "How many?", "When?", "-n", "4", "--json", "--device", "cpu"]
-    ended = join(fork(2, command, lambda rank: None, *words, directory=tmp_path), tmp_path)
-    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    ended = join(fork(2, left_alone, *words, directory=tmp_path), tmp_path)
+    assert [(one.code, one.value) for one in ended] == [(0, True)] * 2, [one.err for one in ended]
     said = [one["answer"] for one in json.loads(ended[0].out)["answers"]]
     assert said == [x.text for x in kvzip.generate(model, cache, ["How many?", "When?"], max_tokens=4)]
     assert not ended[1].out

@@ -148,6 +148,12 @@ def test_what_is_not_done_is_refused_by_name(client, given, names):
         client.chat.completions.create(**{"model": "tiny:light", **PLAIN, **given})
 
 
+def test_whole_numbers_may_be_floating_ones(client, expected):
+    asked = {"max_tokens": 8.0, "seed": 1.0, "n": 1.0, "top_p": 1}
+    said = client.chat.completions.create(model="tiny:light", messages=ASK, temperature=0, extra_body=asked)
+    assert said.choices[0].message.content == expected["light"].text
+
+
 @pytest.mark.parametrize("model", ["tiny:dark", "other", "tiny:", "", "tiny:../light"])
 def test_unknown_models_are_not_found(client, model):
     with pytest.raises(openai.NotFoundError):
