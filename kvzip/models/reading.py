@@ -117,10 +117,9 @@ def stored_weights(
     for name, place in found.items():
         if name.rpartition(".")[2] in ("g_idx", "weight_g_idx", "weight_shape"):
             continue  # checked, and not kept
-        with opened(place.path) as shard:
-            count = math.prod(shard.get_slice(place.name).get_shape())
         coded = name not in shapes or name in schemes
-        size += count * (int(place.dtype.split("_")[0].strip("FIUB")) // 8 if coded else dtype.itemsize)
+        each = int(place.dtype.split("_")[0].strip("FIUB")) // 8 if coded else dtype.itemsize
+        size += math.prod(place.shape) * each
     if config.tied and {EMBED, HEAD} <= set(found) and HEAD not in schemes:
         size -= shapes[HEAD].nbytes
     return schemes, size
@@ -148,7 +147,8 @@ def _located(
                 stem, _, suffix = (short or "").rpartition(".")
                 if short is None or (quantization and suffix in OF_CACHES):
                     continue
-                place = Place(path, name, shard.get_slice(name).get_dtype())
+                stored_as = shard.get_slice(name)
+                place = Place(path, name, stored_as.get_dtype(), tuple(stored_as.get_shape()))
                 coded = suffix == "weight" and stem in stems and place.dtype in _CODES
                 known = short in shapes or (stem in stems and suffix in COMPANIONS)
                 if not known and suffix == "bias" and stem in stems and not bool(shard.get_tensor(name).any()):
@@ -157,11 +157,10 @@ def _located(
                     unread = "only tensors of the model, got one it does not read"
                     what = "a tensor given once, got it twice" if short in found else unread
                     raise ValueError(f"expected {what}: {name!r} in {path.name}; is config.json this checkpoint's?")
-                shape = shard.get_slice(name).get_shape()
-                if short in shapes and shape != list(shapes[short].shape):
+                if short in shapes and place.shape != tuple(shapes[short].shape):
                     raise ValueError(
-                        f"expected {name!r} of shape {list(shapes[short].shape)}, got {shape} in {path.name}: "
-                        "config.json and the weights do not belong together"
+                        f"expected {name!r} of shape {list(shapes[short].shape)}, got {list(place.shape)} in "
+                        f"{path.name}: config.json and the weights do not belong together"
                     )
                 if short in shapes and not coded and place.dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(

@@ -25,6 +25,7 @@ class Place:
     path: Path
     name: str
     dtype: str
+    shape: tuple[int, ...]
 
 
 def same(embed: Place, head: Place, dtype: torch.dtype, rows: int = 4096) -> bool:
