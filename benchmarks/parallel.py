@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, share: Share | None) -> None:
         sums = {way: make_sum(share, device=device, dtype=model.dtype, how=way) for way in WAYS}
         check_sums(share, sums, device, model.dtype)
         ways = {way: replace(model, add=add) for way, add in sums.items()}
-        ways["without"] = replace(model, add=lambda x: lambda: x)  # what a step takes besides them
+        ways["without"] = replace(model, add=None)  # what a step takes besides them
         if "sums" in options.only:
             for line in sums_us(share, sums, model):
                 record(line)
@@ -101,8 +101,9 @@ def check_sums(share: Share, sums: dict[str, Sum], device: torch.device, dtype: 
     for way, add in sums.items():
         for count in (8, 8192, 40_000, 1 << 20):
             own = torch.randn(count, generator=torch.Generator(device).manual_seed(share.rank), device=device).to(dtype)
-            exact = torch.stack([x.double() for x in everyone(share, own.cpu())]).sum(0)
-            got = add(own.clone())().cpu()
+            residual = torch.linspace(-1, 1, count, device=device, dtype=dtype)
+            exact = torch.stack([x.double() for x in everyone(share, own.cpu())]).sum(0) + residual.double().cpu()
+            got = add(own.clone(), residual)().cpu()
             bound = share.size * torch.finfo(dtype).eps * exact.abs().max().item()
             alike = everyone(share, got)
             if not all(torch.equal(x, alike[0]) for x in alike) or (got.double() - exact).abs().max() > bound:
@@ -111,14 +112,30 @@ def check_sums(share: Share, sums: dict[str, Sum], device: torch.device, dtype: 
 
 def sums_us(share: Share, sums: dict[str, Sum], model: Model) -> Iterator[dict[str, Any]]:
     """Microseconds of one sum within a CUDA graph, by size; and of one of a prefill's."""
+    ways = {**sums, "one-shot, torch": torch_one_shot(share, model)}
     for kib in SIZES_KIB:
         x = torch.zeros(kib * 512, dtype=torch.bfloat16, device=model.device)
-        for way, add in sums.items():
+        for way, add in ways.items():
             yield {"what": "sum", "way": way, "kib": kib, "us": graph_us(share, lambda x=x, add=add: add(x)())}
     x = torch.zeros(8192, model.config.hidden_size, dtype=model.dtype, device=model.device)
     times = [1e6 * timed(model.device, lambda: sums["nccl"](x)())[1] for _ in range(10)]
     us = statistics.median(slowest(share, times))
     yield {"what": "sum", "way": "nccl", "kib": x.nbytes >> 10, "us": us, "gb_s": x.nbytes / us / 1e3}
+
+
+def torch_one_shot(share: Share, model: Model) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
+    """torch's own one-shot sum, to compare with: each rank reads all others' memory."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    buffer = symmetric.empty(max(SIZES_KIB) * 512, dtype=torch.bfloat16, device=model.device)
+    name = share.group.group_name
+    symmetric.rendezvous(buffer, group=name)
+
+    def add(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        out = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[: x.numel()], x, "sum", name)
+        return lambda: out
+
+    return add
 
 
 def graph_us(share: Share, call: Callable[[], object], calls: int = 100, rounds: int = 20) -> float:
@@ -186,15 +203,18 @@ def measure(ways: dict[str, Model], share: Share | None, tokens: int, parts: lis
         harness.release()
     if share is not None:
         best = min(WAYS, key=lambda way: line[f"{way}_ms"])
-        x = torch.zeros(1, 1, first.config.hidden_size, dtype=first.dtype, device=first.device)
+        x = torch.zeros(first.config.hidden_size, dtype=torch.bfloat16, device=first.device)
         add = ways[best].add
         assert add is not None
-        one_us, count = graph_us(share, lambda: add(x)()), 2 * len(first.config.layers)
+        measured = {"sum_us": graph_us(share, lambda: add(x)())}
+        library = torch_one_shot(share, first)
+        measured["library_sum_us"] = graph_us(share, lambda: library(x)())
+        count = 2 * len(first.config.layers)
         line |= {
             "best": best,
-            "sum_us": one_us,
+            **measured,
             "sums": count,
-            "allowed_ms": 1.1 * line["floor_ms"] + count * one_us / 1e3,
+            "allowed_ms": 1.1 * line["floor_ms"] + count * measured["library_sum_us"] / 1e3,
         }
         line["share_of_sums"] = 1 - line["without_ms"] / line[f"{best}_ms"]
     yield line

@@ -213,18 +213,17 @@ def _adding(
     Where ranks share the model, each has some of the columns of W and of x, and the products are added up; the first
     adds the bias.
     """
-    if model.add is None and post_norm is None:
+    add, bias = model.add, bias if model.share is None or model.share.rank == 0 else None
+    if post_norm is None:
+        if add is not None:
+            return add(ops.linear(x, weight, bias), hidden)
         out = ops.linear(x, weight, bias, residual=hidden)
         return lambda: out
-    first = model.share is None or model.share.rank == 0
-    product = ops.linear(x, weight, bias if first else None)
-    wait = None if model.add is None else model.add(product)
+    product = ops.linear(x, weight, bias)
+    wait = None if add is None else add(product)
 
     def end() -> Tensor:
-        out = product if wait is None else wait()
-        if post_norm is None:
-            return hidden + out
-        eps, offset = model.config.norm_eps, model.config.norm_offset
-        return ops.rms_norm(out, post_norm, eps=eps, offset=offset, residual=hidden)
+        out, config = product if wait is None else wait(), model.config
+        return ops.rms_norm(out, post_norm, eps=config.norm_eps, offset=config.norm_offset, residual=hidden)
 
     return end

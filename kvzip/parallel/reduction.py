@@ -1,6 +1,7 @@
 """The sums over ranks in a forward pass, two in each layer, and the logits that each rank has a part of."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -10,15 +11,21 @@ from .exchange import everyone, gathered
 from .share import Share
 
 REDUCTIONS = ("nccl", "one-shot")
-"""Ways to add up on GPUs. "one-shot" is for small sums: every rank reads all others' memory (NVLink or PCIe)."""
+"""Ways to add up on GPUs. "one-shot" is for small sums: every rank writes to all others' memory (NVLink or PCIe)."""
 
-ONE_SHOT_BYTES = 256 << 10  # larger sums are NCCL's: each rank would read size - 1 times as much
+ONE_SHOT_BYTES = 256 << 10  # larger sums are NCCL's: each rank would send size - 1 times as much
 BESIDE_BYTES = 8 << 20  # smaller sums are over before anything else would begin
-_SIZES = (2, 4, 8)  # ranks whose one-shot sums are added in the same order everywhere
+_SIZES = (2, 4, 8)  # GPUs of a machine that one-shot sums were tried on
 
 
-Sum = Callable[[Tensor], Callable[[], Tensor]]
-"""sum(x) begins to add up a tensor over the ranks, whose memory it may take; what it returns waits for the result."""
+@runtime_checkable
+class Sum(Protocol):
+    """Begins to add up x, whose memory it may take, over the ranks; what it returns waits for the result.
+
+    The residual, the same on all ranks, is added to that.
+    """
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Callable[[], Tensor]: ...
 
 
 def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str | None = None) -> Sum:
@@ -39,13 +46,13 @@ def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str
             f"{device.type}: unset KVZIP_REDUCTION"
         )
 
-    def by_library(x: Tensor) -> Callable[[], Tensor]:
+    def by_library(x: Tensor, residual: Tensor | None = None) -> Callable[[], Tensor]:
         work = dist.all_reduce(x, group=share.group, async_op=x.nbytes >= BESIDE_BYTES)
 
         def wait() -> Tensor:
             if work is not None:
                 work.wait()
-            return x
+            return x if residual is None else residual + x
 
         return wait
 
@@ -72,17 +79,26 @@ def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: tor
     """Small sums through symmetric memory, in one kernel; others by the library."""
     import torch.distributed._symmetric_memory as symmetric
 
+    from kvzip.ops.triton.sum_ranks import box_shape, new_turns, sum_ranks
+
     count, name = ONE_SHOT_BYTES // dtype.itemsize, share.group.group_name
-    buffer = symmetric.empty(count, dtype=dtype, device=device)
+    shape = box_shape(share.size, count, dtype)
+    box = symmetric.empty(shape, dtype=torch.int64, device=device)
     try:
-        symmetric.rendezvous(buffer, group=name)
+        shared = symmetric.rendezvous(box, group=name)
     except RuntimeError as error:
         raise RuntimeError(f"GPUs cannot read each other's memory: set KVZIP_REDUCTION=nccl ({error})") from error
+    box.zero_()
+    turns = new_turns(box)
+    boxes = tuple(
+        box if rank == share.rank else shared.get_buffer(rank, shape, torch.int64) for rank in range(share.size)
+    )
+    everyone(share, torch.cuda.synchronize(device))  # nobody sends before all boxes are empty
 
-    def add(x: Tensor) -> Callable[[], Tensor]:
-        if x.dtype != dtype or x.numel() > count or x.nbytes % 16 or not x.is_contiguous():
-            return by_library(x)
-        out = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[: x.numel()], x.view(-1), "sum", name).view_as(x)
+    def add(x: Tensor, residual: Tensor | None = None) -> Callable[[], Tensor]:
+        if x.dtype != dtype or not 0 < x.numel() <= count or x.nbytes % 4:
+            return by_library(x, residual)
+        out = sum_ranks(x, boxes, turns, rank=share.rank, residual=residual)
         return lambda: out
 
     return add

@@ -75,9 +75,9 @@ def test_ranks_give_what_one_process_gives(found: dict[str, Any], model_dir: Pat
 
 def test_a_killed_rank_ends_the_command(model_dir: Path, tmp_path: Path) -> None:
     need(2)
-    (tmp_path / "doc.txt").write_text("The lighthouse at Cape Rouen was built in 1871. " * 30, encoding="utf-8")
+    (tmp_path / "doc.txt").write_text("The lighthouse at Cape Rouen was built in 1871. " * 36, encoding="utf-8")
     words = ["compress", str(tmp_path / "doc.txt"), "-m", str(model_dir), "-o", str(tmp_path / "made.kvz")]
-    words += ["--chunk", "2", "--scope", "context"]  # some hundred passes: long enough to be killed within
+    words += ["--chunk", "1", "--scope", "context"]  # 1,700 passes: long enough to be killed within
     command = torchrun(2, "-m", "kvzip", *words)
     running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     children: list[int] = []
