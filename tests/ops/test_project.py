@@ -107,19 +107,49 @@ def test_a_full_tail_is_left_as_it_is(kind):
     assert all(torch.equal(x, y) for x, y in zip(given["tail"], before, strict=False))
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 70)], ids=str)
+@pytest.mark.parametrize("head_norm", [None, 1])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (9, 2), (1, 70)], ids=str)
 @pytest.mark.parametrize("kind", [None, "e4m3", "int8", "int4"])
-def test_it_is_what_the_three_ops_give(kind, rows):
+def test_it_is_what_the_three_ops_give(kind, rows, head_norm):
     """What a product gives is rounded before it is rotated, as it is where another kernel reads it."""
     width = 16 if rows == (1, 1) else 24
-    given = case(kind, (3, 1), width, 160, torch.float16, rows=rows, length=3)
-    apart = case(kind, (3, 1), width, 160, torch.float16, rows=rows, length=3)
+    how = {"rows": rows, "length": 3, "bias": True, "head_norm": head_norm}
+    given, apart = (case(kind, (3, 1), width, 160, torch.float16, **how) for _ in range(2))
     q, k, v = project_triton(**given)
-    qkv = linear_triton(apart["x"], apart["weight"], norm=apart["norm"])
-    other = rotary_triton(qkv, apart["cos"], apart["sin"], kv_heads=1)
+    qkv = linear_triton(apart["x"], apart["weight"], apart["bias"], norm=apart["norm"])
+    norms = {"q_norm": apart["q_norm"], "k_norm": apart["k_norm"], "eps": 1e-5, "offset": head_norm or 0}
+    other = rotary_triton(qkv, apart["cos"], apart["sin"], kv_heads=1, **norms)
     append_triton_(*apart["tail"], *other[1:])
     for x, y in zip((q, k, v, *given["tail"]), (*other, *apart["tail"]), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("head_norm", [None, 1])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 70)], ids=str)
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("op", [project_triton, project_reference, ops.project])
+def test_what_is_normed_already_is_not_normed_again(op, kind, rows, head_norm):
+    given = case(kind, (3, 1), 16, 160, torch.float16, rows=rows, head_norm=head_norm)
+    norm = given["norm"]
+    normed = ops.rms_norm(given["x"], norm.weight, eps=norm.eps, offset=norm.offset)
+    without = {"weight": torch.full_like(norm.weight, torch.nan)}  # of the input, that is
+    given["norm"] = replace(norm, **without)
+    got = op(**{**given, "x": normed, "normed": True})
+    plain = ops.linear(normed, given["weight"], given["bias"])
+    norms = {"q_norm": given["q_norm"], "k_norm": given["k_norm"], "eps": norm.eps, "offset": norm.offset}
+    expected = ops.rotary(plain, given["cos"], given["sin"], kv_heads=1, **norms)
+    for x, y in zip(got, expected, strict=True):
+        assert (x.float() - y.float()).abs().max() <= 4e-3 * y.float().abs().max()
+
+
+def test_parts_of_a_product_are_added_up_where_heads_are_rotated(monkeypatch):
+    """A product with codes leaves its sums to the launch that rotates and appends."""
+    calls = []
+    monkeypatch.setattr(kernels, "linear_triton", lambda *a, **o: calls.append("whole"))
+    run = kernels.column_products
+    monkeypatch.setattr(kernels, "column_products", lambda *a, **o: calls.append("parts") or run(*a, **o))
+    project_triton(**case("int4", (2, 1), 16, 320, torch.float16, rows=(2, 1), length=1))
+    assert calls == ["parts"]
 
 
 def test_one_token_is_one_launch(monkeypatch):

@@ -194,6 +194,16 @@ def add_product(total, a, b):
 
 @triton.jit
 @no_type_check
+def add_parts(sums_ptr, row, n, live, N, rows, PARTS: tl.constexpr):
+    """Outputs n of a row: the sums [PARTS, rows, N] over each part of the inputs added up; zeros where not live."""
+    total = tl.zeros(n.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(sums_ptr + (tl.full([], part, tl.int64) * rows + row) * N + n, mask=live, other=0)
+    return total
+
+
+@triton.jit
+@no_type_check
 def load_rows(ptr, rows, columns, stride, bound, MASKED: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
     """Rows of W values, padded with zeros to BLOCK_W; with MASKED, rows at and after bound are zeros too."""
     at = ptr + (rows[:, None] * stride + columns[None, :])

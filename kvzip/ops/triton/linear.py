@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple, TypeGuard, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from kvzip.ops.triton.common import (
     prefetch,
 )
 from kvzip.ops.triton.gate import gated
-from kvzip.ops.triton.linear_columns import few_columns, takes_columns
+from kvzip.ops.triton.linear_columns import columns_and_norm, few_columns, takes_columns
 from kvzip.ops.triton.linear_integers import has_integers, integer_row
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
@@ -107,6 +107,28 @@ def linear_triton(
         return flat.view(residual.shape)
     out = F.linear(x, weight, bias)
     return _finished(out, gate, residual)
+
+
+def linear_and_norm_triton(
+    x: Float[Tensor, "*b K"],
+    weight: Float[Tensor, "N K"] | QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+    *,
+    residual: Float[Tensor, "*b N"],
+    norm: Norm,
+) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N"] | None]:
+    """`linear_and_norm`: normed by what adds up the parts of a product with quantized weights, else not."""
+    if has_columns(x, weight):
+        return columns_and_norm(x, weight, bias, residual=residual, norm=norm)
+    return linear_triton(x, weight, bias, residual=residual), None
+
+
+def has_columns(x: Float[Tensor, "*b K"], weight: Float[Tensor, "N K"] | QuantizedWeight) -> TypeGuard[QuantizedWeight]:
+    """Whether `linear_columns` has the kernel for these."""
+    if isinstance(weight, Tensor) or weight.activations is not None or row_kernel(x, weight, None) is not None:
+        return False
+    rows = x.numel() // weight.inputs if weight.inputs else 0
+    return 0 < rows <= most_rows(x) and suits(weight) and takes_columns(weight, rows, x)
 
 
 def row_kernel(

@@ -10,12 +10,13 @@ from typing import NamedTuple, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from kvzip.ops.triton.codes import convert, unpacking, within_group
 from kvzip.ops.triton.common import (
     activate,
+    add_parts,
     await_launch,
     compute_dtype,
     interpreted,
@@ -24,6 +25,7 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     prefetch_starts,
 )
+from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight
 
 
@@ -57,7 +59,6 @@ def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
     return Launch(64, 128, 3, 8) if outputs > 4096 else Launch(64, 128, 6, 2)
 
 
-@on_device
 def few_columns(
     x: Float[Tensor, "*b K"],
     weight: QuantizedWeight,
@@ -68,6 +69,36 @@ def few_columns(
     config: Launch | None = None,
 ) -> Float[Tensor, "*b M"]:
     """`linear` of up to 64 rows of 16 bits as one launch that reads every code once, or as two."""
+    out, sums = column_products(x, weight, bias, gate=gate, residual=residual, config=config)
+    return out if sums is None else _added(sums, out, bias, residual, None)[0]
+
+
+def columns_and_norm(
+    x: Float[Tensor, "*b K"],
+    weight: QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+    *,
+    residual: Float[Tensor, "*b N"],
+    norm: Norm,
+    config: Launch | None = None,
+) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N"] | None]:
+    """`linear_and_norm`: the launch that adds up parts of the inputs has whole rows, and norms them."""
+    out, sums = column_products(x, weight, bias, residual=residual, config=config)
+    return (out, None) if sums is None else _added(sums, out, bias, residual, norm)
+
+
+@on_device
+def column_products(
+    x: Float[Tensor, "*b K"],
+    weight: QuantizedWeight,
+    bias: Float[Tensor, " N"] | None = None,
+    *,
+    gate: str | None = None,
+    residual: Float[Tensor, "*b M"] | None = None,
+    config: Launch | None = None,
+) -> tuple[Float[Tensor, "*b M"], Float32[Tensor, "parts rows N"] | None]:
+    """One launch: `few_columns` whole; or memory for it, and the sums of each part of the inputs, for another launch to
+    add up with bias and residual."""
     outputs, inputs = weight.shape
     rows, width = x.numel() // inputs, weight.codes.shape[1]
     x = x.contiguous()
@@ -76,28 +107,42 @@ def few_columns(
     N = outputs if gate is None else outputs // 2
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     parts = 1 if gate is not None else min(config.parts, triton.cdiv(width, block))
-    sums = torch.empty((parts, rows, N), dtype=torch.float32, device=x.device) if parts > 1 else out
+    sums = torch.empty((parts, rows, N), dtype=torch.float32, device=x.device) if parts > 1 else None
     overlap, compute = overlaps_launches(x), compute_dtype(x)
     stages = config.stages if overlap else min(config.stages, 3)  # before Hopper an SM may have 99 KiB
     low, high = ("" if interpreted() else unpacking(weight.kind, upper, compute) for upper in (False, True))
     residual = None if residual is None else residual.contiguous()
-    last = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "OVERLAP": overlap, "enable_fp_fusion": True}
     _columns_kernel[(triton.cdiv(N, config.block_m if gate is None else config.block_m // 2), parts)](
         x, weight.codes.view(torch.uint8), weight.scale, weight.scale if weight.zero is None else weight.zero,
-        x if bias is None else bias, x if residual is None else residual, sums, N, rows,
+        x if bias is None else bias, x if residual is None else residual, out if sums is None else sums, N, rows,
         K=inputs, P=width, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows, KIND=weight.kind,
         ZERO=weight.zero is not None, M=config.block_m, BLOCK_B=block,
         TILES=triton.cdiv(triton.cdiv(width, block), parts), STAGES=stages,
         BLOCK_R=max(8, triton.next_power_of_2(rows)), PARTS=parts,
         AHEAD=min(config.ahead, triton.cdiv(width, parts)) if overlap else 0, GATE=gate or "",
-        COMPUTE=compute, LOW=low, HIGH=high, **last, num_warps=config.block_m // 16, **launch_options(overlap),
+        COMPUTE=compute, LOW=low, HIGH=high, BIAS=bias is not None, RESIDUAL=residual is not None, OVERLAP=overlap,
+        enable_fp_fusion=True, num_warps=config.block_m // 16, **launch_options(overlap),
     )  # fmt: skip
-    if parts > 1:
-        _add_kernel[(rows, triton.cdiv(N, 256))](
-            sums, x if bias is None else bias, x if residual is None else residual, out, N, rows,
-            PARTS=parts, BLOCK_N=256, **last, num_warps=2, **launch_options(overlap),
-        )  # fmt: skip
-    return out
+    return out, sums
+
+
+@on_device
+def _added(
+    sums: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    """Adds up the parts, bias and residual to `out`; and norms that, a row in each program."""
+    parts, rows, N = sums.shape
+    overlap = overlaps_launches(out)
+    block = 256 if norm is None else triton.next_power_of_2(N)
+    normed = None if norm is None else torch.empty_like(out)
+    _add_kernel[(rows, triton.cdiv(N, block))](
+        sums, out if bias is None else bias, out if residual is None else residual.contiguous(), out,
+        out if norm is None else norm.weight, out if normed is None else normed, N, rows,
+        0.0 if norm is None else float(norm.eps), PARTS=parts, BLOCK_N=block, BIAS=bias is not None,
+        RESIDUAL=residual is not None, NORM=norm is not None, OFFSET=0 if norm is None else norm.offset,
+        OVERLAP=overlap, enable_fp_fusion=True, num_warps=min(max(block // 512, 2), 8), **launch_options(overlap),
+    )  # fmt: skip
+    return out, normed
 
 
 @triton.jit
@@ -200,19 +245,26 @@ def _columns_kernel(
 @triton.jit(do_not_specialize=["N", "rows"])
 @no_type_check
 def _add_kernel(
-    sums_ptr, bias_ptr, residual_ptr, out_ptr, N, rows, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+    sums_ptr, bias_ptr, residual_ptr, out_ptr, norm_ptr, normed_ptr, N, rows, eps,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: some outputs of a row."""
+    """One program: some outputs of a row; all of them with NORM, which is stored besides."""
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place = tl.program_id(0).to(tl.int64) * N + n
+    row = tl.program_id(0).to(tl.int64)
+    place = row * N + n
     live = n < N
+    if NORM:
+        weight = tl.load(norm_ptr + n, mask=live, other=0).to(tl.float32) + OFFSET
     await_launch(OVERLAP)
-    out = tl.zeros([BLOCK_N], tl.float32)
-    for part in tl.static_range(PARTS):
-        out += tl.load(sums_ptr + tl.full([], part, tl.int64) * rows * N + place, mask=live, other=0)
+    out = add_parts(sums_ptr, row, n, live, N, rows, PARTS)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=live, other=0).to(tl.float32)
     if RESIDUAL:
         out += tl.load(residual_ptr + place, mask=live, other=0).to(tl.float32)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, out, mask=live)
+    if NORM:
+        x = out.to(tl.float32)  # what a norm by a kernel of its own would read
+        x *= (1 / tl.sqrt_rn(tl.sum(x * x, 0) / N + eps)) * weight
+        tl.store(normed_ptr + place, x.to(out_ptr.dtype.element_ty), mask=live)

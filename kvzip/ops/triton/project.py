@@ -3,7 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.linear import linear_triton, row_kernel
+from kvzip.ops.triton.linear import has_columns, linear_triton, row_kernel
+from kvzip.ops.triton.linear_columns import column_products
+from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.triton.rotary import make_rotation, rotate_heads
 from kvzip.ops.types import Norm, TailTensors
 from kvzip.ops.weights import QuantizedWeight
@@ -21,18 +23,26 @@ def project_triton(
     q_norm: Float[Tensor, " D"] | None = None,
     k_norm: Float[Tensor, " D"] | None = None,
     tail: TailTensors | None = None,
+    normed: bool = False,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`project`: a program of the kernel for one row has halves of a head, and rotates and appends what it computed.
 
     Each launch of a step costs more than a microsecond, however little it does: docs/tuning.md. Where there are more
-    rows, or heads are normed, one kernel rotates and appends what the product has stored.
+    rows, or heads are normed, one kernel rotates and appends what the product has stored, or adds up its parts first.
     """
-    run = row_kernel(x, weight, norm) if q_norm is None else None
+    width, own = cos.shape[-1], None if normed else norm
+    run = row_kernel(x, weight, own) if q_norm is None else None
     if run is None:
-        qkv, norms = linear_triton(x, weight, bias, norm=norm), {"q_norm": q_norm, "k_norm": k_norm}
-        return rotate_heads(qkv, cos, sin, kv_heads=kv_heads, **norms, eps=norm.eps, offset=norm.offset, tail=tail)
-    count = weight.shape[0] // cos.shape[-1] - 2 * kv_heads
+        sums = None
+        if has_columns(x, weight):
+            x = x if own is None else rms_norm_triton(x, own.weight, eps=own.eps, offset=own.offset)
+            qkv, sums = column_products(x, weight, bias)
+        else:
+            qkv = linear_triton(x, weight, bias, norm=own)
+        how = {"q_norm": q_norm, "k_norm": k_norm, "eps": norm.eps, "offset": norm.offset, "tail": tail}
+        return rotate_heads(qkv, cos, sin, kv_heads=kv_heads, **how, sums=sums, bias=None if sums is None else bias)
+    count = weight.shape[0] // width - 2 * kv_heads
     rotation = make_rotation(cos, sin, heads=count, kv_heads=kv_heads, tail=tail)
-    heads = run(x, weight, bias, norm=norm, rotation=rotation).unflatten(2, (-1, cos.shape[-1])).transpose(1, 2)
+    heads = run(x, weight, bias, norm=own, rotation=rotation).unflatten(2, (-1, width)).transpose(1, 2)
     q, k, v = heads.split([count, kv_heads, kv_heads], dim=1)
     return q, k, v

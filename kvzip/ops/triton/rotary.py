@@ -5,10 +5,18 @@ from typing import Any, NamedTuple, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from kvzip.ops.triton.common import await_launch, check_dtype, check_rows, launch_options, on_device, overlaps_launches
+from kvzip.ops.triton.common import (
+    add_parts,
+    await_launch,
+    check_dtype,
+    check_rows,
+    launch_options,
+    on_device,
+    overlaps_launches,
+)
 from kvzip.ops.types import TailTensors
 
 
@@ -44,8 +52,13 @@ def rotate_heads(
     eps: float,
     offset: int,
     tail: TailTensors | None,
+    sums: Float32[Tensor, "parts BT W"] | None = None,
+    bias: Float[Tensor, " W"] | None = None,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-    """`rotary`, and `append_` of k and v to a tail, in one launch."""
+    """`rotary`, and `append_` of k and v to a tail, in one launch.
+
+    With `sums`, of each part of a product's inputs, qkv is their sum and the bias, and memory for the values of that.
+    """
     check_dtype(qkv)
     batch, tokens, _ = qkv.shape
     width = cos.shape[-1]
@@ -59,14 +72,15 @@ def rotate_heads(
         block_d = triton.next_power_of_2(width // 2)
         tail_k, tail_v, lengths = (k, k, k) if tail is None else tail
         check_rows(tail_k=tail_k, tail_v=tail_v)
-        written = heads + kv_heads * (1 if tail is None else 2)
+        written = heads + kv_heads * (1 if tail is None and sums is None else 2)
         _rotary_kernel[(batch * tokens, triton.cdiv(written, block_h))](
             qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, q, k,
+            qkv if sums is None else sums, qkv if bias is None else bias,
             tail_k, tail_v, lengths, *tail_k.stride()[:3], *tail_v.stride()[:3], tail_k.shape[2],
             tokens, tokens if cos.ndim == 3 else 0, float(eps), float(offset),
             HEADS=heads, KV_HEADS=kv_heads, D=width, BLOCK_H=block_h, BLOCK_D=block_d, NORM=q_norm is not None,
-            TAIL=tail is not None, OVERLAP=overlap, num_warps=min(max(block_h * block_d // 256, 1), 4),
-            enable_fp_fusion=True, **launch_options(overlap),
+            TAIL=tail is not None, PARTS=0 if sums is None else len(sums), BIAS=bias is not None, OVERLAP=overlap,
+            num_warps=min(max(block_h * block_d // 256, 1), 4), enable_fp_fusion=True, **launch_options(overlap),
         )  # fmt: skip
     return q, k, qkv.unflatten(2, (-1, width)).transpose(1, 2)[:, heads + kv_heads :]
 
@@ -74,23 +88,39 @@ def rotate_heads(
 @triton.jit(do_not_specialize=["capacity", "tokens", "table_rows"])
 @no_type_check
 def _rotary_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, tail_k_ptr, tail_v_ptr, lengths_ptr,
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, sums_ptr, bias_ptr,
+    tail_k_ptr, tail_v_ptr, lengths_ptr,
     stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr, capacity, tokens, table_rows, eps, offset,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token. `table_rows`: rows of cos and sin per question, 0 if shared."""
+    W: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    STORED: tl.constexpr = q_ptr.dtype.element_ty
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
     b, t = row // tokens, row % tokens
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     is_q, is_k, is_v = h < HEADS, (h >= HEADS) & (h < HEADS + KV_HEADS), h >= HEADS + KV_HEADS
-    live = (h < HEADS + (2 if TAIL else 1) * KV_HEADS)[:, None] & (d < HALF)[None, :]
+    live = (h < HEADS + (2 if TAIL or PARTS > 0 else 1) * KV_HEADS)[:, None] & (d < HALF)[None, :]
     await_launch(OVERLAP)
-    at = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * D + h[:, None] * D + d[None, :]
-    first = tl.load(at, mask=live, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
-    second = tl.load(at + HALF, mask=live, other=0).to(tl.float32)
+    n = h[:, None] * D + d[None, :]
+    at = qkv_ptr + row * W + n
+    if PARTS > 0:
+        rows = tl.num_programs(0)
+        first = add_parts(sums_ptr, row, n, live, W, rows, PARTS)
+        second = add_parts(sums_ptr, row, n + HALF, live, W, rows, PARTS)
+        if BIAS:
+            first += tl.load(bias_ptr + n, mask=live, other=0).to(tl.float32)
+            second += tl.load(bias_ptr + n + HALF, mask=live, other=0).to(tl.float32)
+        first, second = first.to(STORED), second.to(STORED)
+        tl.store(at, first, mask=live & is_v[:, None])
+        tl.store(at + HALF, second, mask=live & is_v[:, None])
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    else:
+        first = tl.load(at, mask=live, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
+        second = tl.load(at + HALF, mask=live, other=0).to(tl.float32)
     value, value_2 = first, second  # of heads that are not normed or rotated
     if NORM:
         factor = 1 / tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)
@@ -110,7 +140,7 @@ def _rotary_kernel(
     turned, turned_2 = rotated(first, second, cos, sin)
     if TAIL:
         turned, turned_2 = tl.where(is_v[:, None], value, turned), tl.where(is_v[:, None], value_2, turned_2)
-    turned, turned_2 = turned.to(q_ptr.dtype.element_ty), turned_2.to(q_ptr.dtype.element_ty)
+    turned, turned_2 = turned.to(STORED), turned_2.to(STORED)
     to_q = q_ptr + ((b * HEADS + h[:, None]) * tokens + t) * D + d[None, :]
     to_k = k_ptr + ((b * KV_HEADS + h[:, None] - HEADS) * tokens + t) * D + d[None, :]
     tl.store(to_q, turned, mask=live & is_q[:, None])
