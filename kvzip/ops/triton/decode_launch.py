@@ -193,8 +193,9 @@ def forms(
     packed = bits < 16 and compute != "float32" and not interpreted()
     code = "float16" if packed else compute
     keys_first = bits < 16 and config.block_m < 64
+    width = q.shape[-1] if q.ndim == 3 else q.shape[3]
     context = Form(
-        G=group, D=q.shape[-1] if q.ndim == 3 else q.shape[3], M=config.block_m, N=config.block_n,
+        G=group, D=width, M=config.block_m, N=config.block_n,
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
         K_COMPUTE=code if k_bits < 16 else compute, V_COMPUTE=code if v_bits < 16 and keys_first else compute,
         PACKED=packed,
@@ -202,12 +203,14 @@ def forms(
         TURN_K=is_turned(k), TURN_V=is_turned(v),
         TURN="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=keys_first,
+        PARTS=2 if keys_first and config.warps == 2 and width <= 128 else 1,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m,
         N=max(triton.next_power_of_2(config.block_n * bits // 16), 16 if config.block_m < 64 else 32),  # as many bytes
         K_BITS=16, V_BITS=16, K_GROUP=context.D, V_GROUP=context.D, K_COMPUTE=compute, V_COMPUTE=compute, PACKED=False,
-        BIAS=False, CHANNELS=False, TURN_K=False, TURN_V=False, PAGE=page, BANDED=True, SHORT=False, KEYS_FIRST=False,
+        BIAS=False, CHANNELS=False, TURN_K=False, TURN_V=False, PAGE=page, BANDED=True, SHORT=False,
+        KEYS_FIRST=False, PARTS=1,
     )  # fmt: skip
     return context, tail
 

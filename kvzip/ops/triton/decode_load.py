@@ -19,16 +19,27 @@ def prefetch_rows(ptr, begin, stop, stride, BYTES: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def keys_of(N: tl.constexpr, PARTS: tl.constexpr):
+    """0 to N - 1, [N]; or in equal parts, [PARTS, keys of each], one for each warp."""
+    EACH: tl.constexpr = N // PARTS
+    if PARTS > 1:
+        return tl.arange(0, PARTS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    else:
+        return tl.arange(0, N)
+
+
+@triton.jit
+@no_type_check
 def load_tile(
     ptr, at, stride, bound, table_ptr, stride_page, W: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
-    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """Rows at:at + BLOCK_N of W elements, padded with zeros: [BLOCK_N, BLOCK_W], or [BLOCK_W, BLOCK_N] if TRANSPOSED.
 
     MASKED: rows at and after at + bound are zeros too. PAGE: row j is row j % PAGE of page table[j // PAGE].
     """
     BLOCK_W: tl.constexpr = 16 if W < 16 else triton.next_power_of_2(W)
-    n = tl.arange(0, BLOCK_N)
+    n = keys_of(BLOCK_N, PARTS)
     w = tl.arange(0, BLOCK_W)
     if PAGE > 0:
         j = at + n
@@ -38,11 +49,11 @@ def load_tile(
         ptr += (at + tl.zeros([], tl.int64)) * stride
         offset = n * stride
     if TRANSPOSED:
-        place = ptr + (offset[None, :] + w[:, None])
-        row, column = (n < bound)[None, :], (w < W)[:, None]
+        place = ptr + (tl.expand_dims(offset, -2) + w[:, None])
+        row, column = tl.expand_dims(n < bound, -2), (w < W)[:, None]
     else:
-        place = ptr + (offset[:, None] + w[None, :])
-        row, column = (n < bound)[:, None], (w < W)[None, :]
+        place = ptr + (tl.expand_dims(offset, -1) + w)
+        row, column = tl.expand_dims(n < bound, -1), w < W
     if MASKED:
         if W == BLOCK_W:
             return tl.load(place, mask=row, other=0)
@@ -57,9 +68,12 @@ def load_tile(
 
 @triton.jit
 @no_type_check
-def load_vector(ptr, row, stop, PART: tl.constexpr, Q: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_vector(
+    ptr, row, stop, PART: tl.constexpr, Q: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr = 1,
+):  # fmt: skip
     """Number PART of the Q numbers of each row from `row` on. MASKED: 0 for rows at and after `stop`."""
-    n = tl.arange(0, BLOCK_N)
+    n = keys_of(BLOCK_N, PARTS)
     place = (row + tl.zeros([], tl.int64)) * Q + (n * Q + PART)
     if MASKED:
         return tl.load(ptr + place, mask=n < stop - row, other=0)

@@ -20,6 +20,7 @@ from kvzip.ops.triton.decode_codes import (
     out_of_pairs,
 )
 from kvzip.ops.triton.decode_load import (
+    keys_of,
     load_queries,
     load_tile,
     load_together,
@@ -60,6 +61,7 @@ class Form(NamedTuple):
     WINDOW: bool
     SHORT: bool  # there may be fewer rows than a tile has
     KEYS_FIRST: bool  # keys are the rows of the products; else rows of codes have one step each
+    PARTS: int  # of a tile's keys, each with a running softmax and a warp of its own
 
 
 @triton.jit
@@ -99,15 +101,16 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
         queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
+    P: tl.constexpr = F.PARTS
     if F.KEYS_FIRST:
         acc = ()
         for _ in tl.static_range(EACH):
-            acc += (tl.zeros([BLOCK_W, M], tl.float32),)
+            acc += (tl.zeros([P, BLOCK_W, M] if P > 1 else [BLOCK_W, M], tl.float32),)
     else:
         acc = (tl.zeros([M, BLOCK_W * EACH], tl.float32),)
-    peak = tl.full([M], float("-inf"), tl.float32)
+    peak = tl.full([P, M] if P > 1 else [M], float("-inf"), tl.float32)
     if DEFER and F.KEYS_FIRST:
-        total = tl.zeros([8, M], tl.float32)
+        total = tl.zeros([P, 8, M] if P > 1 else [8, M], tl.float32)
     elif DEFER:
         total = tl.zeros([M, N], tl.float32)
     else:
@@ -130,8 +133,16 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
             state = _tile(state, queries, keys, values, extra, band, full, stop, limit, common, scale, softcap, F, True)
     acc, peak, total, shift, ahead = state
     if DEFER:
-        total = tl.sum(total, 0 if F.KEYS_FIRST else 1)
-        shift = tl.sum(shift, 0 if F.KEYS_FIRST else 1)
+        total = tl.sum(total, len(total.shape) - 2 if F.KEYS_FIRST else 1)
+        shift = tl.sum(shift, len(shift.shape) - 2 if F.KEYS_FIRST else 1)
+    if P > 1:
+        highest = tl.max(peak, 0)
+        factor = exp2(peak - tl.where(highest == float("-inf"), 0.0, highest), False)
+        total, shift, peak = tl.sum(total * factor, 0), tl.sum(shift * factor, 0), highest
+        joined = ()
+        for part in tl.static_range(EACH):
+            joined += (tl.sum(acc[part] * factor[:, None, :], 0),)
+        acc = joined
     if CODED or F.BIAS:
         peak *= LN_2
     elif not F.SOFTCAP:
@@ -166,14 +177,14 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
 @no_type_check
 def _of_keys(x, F: tl.constexpr):
     """A vector of keys, for tiles of keys and queries."""
-    return x[:, None] if F.KEYS_FIRST else x[None, :]
+    return tl.expand_dims(x, -1) if F.KEYS_FIRST else x[None, :]
 
 
 @triton.jit
 @no_type_check
 def _of_queries(x, F: tl.constexpr):
     """A vector of query rows, for tiles of keys and queries, or of values and queries."""
-    return x[None, :] if F.KEYS_FIRST else x[:, None]
+    return tl.expand_dims(x, -2) if F.KEYS_FIRST else x[:, None]
 
 
 @triton.jit
@@ -192,13 +203,13 @@ def _load_ahead(keys, values, extra, at, stop, F: tl.constexpr):
     if TOGETHER:
         k_step = load_together((keys[1], keys[2], values[1], values[2]), at, stop, F.SHORT, F.N)
     elif F.K_BITS < 16:
-        k_step = load_vector(keys[1], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
-        k_zero = load_vector(keys[2], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N)
+        k_step = load_vector(keys[1], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N, F.PARTS)
+        k_zero = load_vector(keys[2], at, stop, 0, F.D // F.K_GROUP, F.SHORT, F.N, F.PARTS)
     if F.V_BITS < 16 and not TOGETHER:
-        v_step = load_vector(values[1], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
-        v_zero = load_vector(values[2], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N)
+        v_step = load_vector(values[1], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N, F.PARTS)
+        v_zero = load_vector(values[2], at, stop, 0, F.D // F.V_GROUP, F.SHORT, F.N, F.PARTS)
     if F.BIAS:  # rows of 16 bits have no full last tile
-        bias = load_vector(extra[2], at, stop, 0, 1, F.SHORT or not CODED, F.N)
+        bias = load_vector(extra[2], at, stop, 0, 1, F.SHORT or not CODED, F.N, F.PARTS)
     return k_step, k_zero, v_step, v_zero, bias
 
 
@@ -216,27 +227,27 @@ def _tile(
     MASKED: tl.constexpr = F.SHORT if CODED else CUT
     WEIGHED: tl.constexpr = F.V_BITS < 16 and F.KEYS_FIRST
     LOG2: tl.constexpr = F.BIAS or (CODED and (F.KEYS_FIRST or F.SOFTCAP))  # x is a logit in base 2; else x * unit is
-    n = tl.arange(0, N)
+    n = keys_of(N, F.PARTS)
     at = tl.minimum(new, limit) if CODED and CUT else new
     key = at + n
     bound = stop - at
     k = load_tile(keys[0], at, keys[3], bound, extra[3], extra[4],
-                  F.D * F.K_BITS // 16, F.N, F.PAGE, MASKED, False)  # fmt: skip
+                  F.D * F.K_BITS // 16, F.N, F.PAGE, MASKED, False, F.PARTS)  # fmt: skip
     if CODED:
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
-                      F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST)  # fmt: skip
-    if len(k_step.shape) == 2:  # it is all four
+                      F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST, F.PARTS)  # fmt: skip
+    if not F.KEYS_FIRST and len(k_step.shape) == 2:  # it is all four
         k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED)
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
-    mark = tl.zeros([N], tl.float32)  # what is added to the logits of a key
+    mark = tl.zeros(n.shape, tl.float32)  # what is added to the logits of a key
     if WEIGHED:
         Q: tl.constexpr = F.D // F.V_GROUP  # Triton 3.5 takes a range's end by name alone
         largest = v_step
         for part in tl.static_range(1, Q):
-            other = load_vector(values[1], at, stop, part, Q, F.SHORT, F.N)
+            other = load_vector(values[1], at, stop, part, Q, F.SHORT, F.N, F.PARTS)
             largest = tl.maximum(largest, other.to(tl.float32))
         exponent = _exponent(largest)
         above = tl.minimum(tl.maximum(exponent - common, -126), 126)
@@ -271,7 +282,7 @@ def _tile(
             x = tl.where((mark == 0)[None, :], x, float("-inf"))
     else:
         wide = k.to(dtype_of(F.K_COMPUTE))
-        x = product(wide, queries) if F.KEYS_FIRST else product(queries, wide)
+        x = _product_of_keys(wide, tl.trans(queries), F) if F.KEYS_FIRST else product(queries, wide)
         if F.SOFTCAP:
             x = tanh(x * (scale / softcap)) * softcap
         if LOG2:
@@ -281,11 +292,11 @@ def _tile(
     if F.BANDED:
         low, high = _of_queries(band[0], F), _of_queries(band[1], F)
         x = tl.where((_of_keys(key, F) >= low) & (_of_keys(key, F) < high), x, float("-inf"))
-    new_peak = tl.max(x, 0 if F.KEYS_FIRST else 1)
+    new_peak = tl.max(x, len(x.shape) - 2 if F.KEYS_FIRST else 1)
     if CODED and not LOG2:
         new_peak *= unit
     new_peak = tl.maximum(peak, new_peak)
-    if F.BANDED:
+    if F.BANDED or F.PARTS > 1:  # a part of a short tile may have no key
         floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         floor = new_peak
@@ -305,8 +316,10 @@ def _tile(
         total = _add_sum(total, decay, p, F)
         if F.KEYS_FIRST:
             if not CODED:
-                v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, True)
-            acc = (add_product(acc[0] * decay[None, :], v.to(dtype_of(F.V_COMPUTE)), p.to(dtype_of(F.V_COMPUTE))),)
+                v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
+                              F.D, F.N, F.PAGE, MASKED, True, F.PARTS)  # fmt: skip
+            v, p = v.to(dtype_of(F.V_COMPUTE)), p.to(dtype_of(F.V_COMPUTE))
+            acc = (add_product(acc[0] * _of_queries(decay, F), v, p),)
         else:
             if CODED:
                 v = expand_rows(v, v_step, v_zero, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED)
@@ -333,15 +346,17 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     HALF: tl.constexpr = 2 ** (F.K_BITS - 1)
     CENTER: tl.constexpr = HALF if tl.float32 == dtype_of(F.K_COMPUTE) else 0  # what `codes` has subtracted
     w = tl.arange(0, BLOCK_W)
-    none = tl.zeros([N, M], tl.float32)
+    P: tl.constexpr = F.PARTS
+    KEYS: tl.constexpr = N // P
+    none = tl.zeros([P, KEYS, M] if P > 1 else [N, M], tl.float32)
     x = none
     for group in tl.static_range(Q):
         inside = (w // (F.K_GROUP // EACH) == group)[:, None]
         if Q > 1:
             q_sum = tl.sum(tl.where(inside, q_word, 0), 0)
         if group > 0:
-            step = load_vector(keys[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-            zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
+            step = load_vector(keys[1], at, stop, group, Q, F.SHORT, F.N, F.PARTS).to(tl.float32)
+            zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N, F.PARTS).to(tl.float32)
         y = (q_sum * ((CENTER - HALF) * UNIT))[None, :] + none
         for part in tl.static_range(EACH):
             code = codes(k, part, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)
@@ -349,13 +364,13 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
             if Q > 1:
                 q = tl.where(inside, q, 0).to(dtype_of(F.K_COMPUTE))
             if tl.float32 == dtype_of(F.K_COMPUTE):
-                y = tl.fma(product(code, tl.trans(q)), 1.0, y)
+                y = tl.fma(_product_of_keys(code, q, F), 1.0, y)
             else:
-                y = tl.dot(code, q, y)
-        middle = ((zero + HALF * step) * unit)[:, None] * q_sum[None, :]
+                y = tl.dot(code, _in_every_part(q, F), y)
+        middle = _of_keys((zero + HALF * step) * unit, F) * q_sum[None, :]
         if Q == 1 and not F.SOFTCAP:
-            middle += mark[:, None]
-        x += y * (step * (unit * (1 / UNIT)))[:, None] + middle
+            middle += _of_keys(mark, F)
+        x += y * _of_keys(step * (unit * (1 / UNIT)), F) + middle
     return x
 
 
@@ -371,20 +386,20 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
     w = tl.arange(0, BLOCK_W)
     sums = ()
     for part in tl.static_range(EACH):
-        sums += (acc[part] * decay[None, :],)
+        sums += (acc[part] * _of_queries(decay, F),)
     for group in tl.static_range(Q):
         if group > 0:
-            step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-            zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N).to(tl.float32)
-        exact = p * (step * up)[:, None]
+            step = load_vector(values[1], at, stop, group, Q, F.SHORT, F.N, F.PARTS).to(tl.float32)
+            zero = load_vector(values[2], at, stop, group, Q, F.SHORT, F.N, F.PARTS).to(tl.float32)
+        exact = p * _of_keys(step * up, F)
         weight = exact.to(dtype_of(F.V_COMPUTE))
-        offset = p * ((zero + CENTER * step) * up)[:, None]
+        offset = p * _of_keys((zero + CENTER * step) * up, F)
         if F.TURN_V:  # a rounded weight is wrong by the same part of all codes, whose mean would come out as one value
             offset += (exact - weight.to(tl.float32)) * (0.5 * (2**F.V_BITS - 1) - CENTER)
         if Q == 1:
             shift = _add_sum(shift, decay, offset, F)
         else:
-            offset = tl.sum(offset, 0)
+            offset = tl.sum(offset, len(offset.shape) - 2)
         added = ()
         for part in tl.static_range(EACH):
             code = codes(v, part, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED, False)  # [BLOCK_W, N]
@@ -393,7 +408,7 @@ def _add_codes(acc, shift, decay, p, v, step, zero, up, values, at, stop, F: tl.
             else:
                 inside = (w // (F.V_GROUP // EACH) == group)[:, None]
                 unit = 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8)
-                more = tl.dot(code, weight, input_precision="ieee") + offset[None, :] * (1 / unit)
+                more = tl.dot(code, weight, input_precision="ieee") + _of_queries(offset, F) * (1 / unit)
                 added += (sums[part] + tl.where(inside, more, 0),)
         sums = added
     return sums, shift
@@ -408,9 +423,37 @@ def _add_sum(total, decay, x, F: tl.constexpr):
     if M > 16:
         return total * decay + tl.sum(x, 0 if F.KEYS_FIRST else 1)
     elif F.KEYS_FIRST:
-        return total * decay[None, :] + tl.sum(tl.reshape(x, [N // 8, 8, M]), 0)
+        P: tl.constexpr = F.PARTS
+        SUMS: tl.constexpr = N // P // 8
+        eights = tl.sum(tl.reshape(x, [P, SUMS, 8, M] if P > 1 else [SUMS, 8, M]), 1 if P > 1 else 0)
+        return total * _of_queries(decay, F) + eights
     else:
         return total * decay[:, None] + x
+
+
+@triton.jit
+@no_type_check
+def _in_every_part(x, F: tl.constexpr):
+    """x, [A, B], once for each part of the keys."""
+    if F.PARTS > 1:
+        return tl.broadcast_to(x[None], [F.PARTS, x.shape[0], x.shape[1]])
+    else:
+        return x
+
+
+@triton.jit
+@no_type_check
+def _product_of_keys(rows, queries, F: tl.constexpr):
+    """Rows of keys times queries, [W, M]."""
+    P: tl.constexpr = F.PARTS
+    KEYS: tl.constexpr = F.N // P
+    if P == 1:
+        return product(rows, tl.trans(queries))
+    elif rows.dtype == tl.float32:
+        flat = product(tl.reshape(rows, [F.N, queries.shape[0]]), tl.trans(queries))
+        return tl.reshape(flat, [P, KEYS, F.M])
+    else:
+        return tl.dot(rows, _in_every_part(queries, F))
 
 
 @triton.jit
