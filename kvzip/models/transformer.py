@@ -26,9 +26,6 @@ _ROWS_PER_BLOCK = 8192  # of the MLP, whose activations are the widest
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q [B Hq T D], k [B H T D], v [B H T D]) -> [B Hq T D]; q, k normed and rotated, q not scaled."""
 
-_Normed = tuple[Tensor, Tensor | None]
-"""Hidden states, and the norm of them that comes next where it was made along with them."""
-
 Tails = Callable[[int], ops.TailTensors]
 """tails(layer) -> keys and values [B H R D] and lengths [B]: where k and v are written, behind the rows there."""
 
@@ -110,9 +107,8 @@ def forward(
         positions: absolute, [T] for all questions or [B T].
         tails: the tail of a layer, to which its keys and values are appended before `attend` is called.
     """
-    hidden, normed = _run(model, token_ids, positions, attend, whole=True, tails=tails)
-    norm = _norm(model, model.weights.norm)
-    return normed if normed is not None else ops.rms_norm(hidden, norm.weight, eps=norm.eps, offset=norm.offset)
+    hidden = _run(model, token_ids, positions, attend, whole=True, tails=tails)
+    return ops.rms_norm(hidden, model.weights.norm, eps=model.config.norm_eps, offset=model.config.norm_offset)
 
 
 def run_attention(
@@ -149,22 +145,21 @@ def _run(
     whole: bool,
     observe: Callable[[int, Tensor], None] | None = None,
     tails: Tails | None = None,
-) -> _Normed:
+) -> Tensor:
     config, weights = model.config, model.weights
     hidden = ops.embedding(token_ids, weights.embed, model.dtype)
     if config.embed_scale != 1.0:
         hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
-    normed = None
     tables = {rope: cos_sin(rope, positions, own, hidden.dtype) for rope, own in model.frequencies.items()}
     for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
         if observe is not None:
             observe(index, hidden)
+        norm = ops.Norm(layer.attn_norm, config.norm_eps, config.norm_offset)
         q, k, v = ops.project(
-            hidden if normed is None else normed,
+            hidden,
             layer.qkv,
             layer.qkv_bias,
-            norm=_norm(model, layer.attn_norm),
-            normed=normed is not None,
+            norm=norm,
             cos=tables[spec.rope][0],
             sin=tables[spec.rope][1],
             kv_heads=config.num_kv_heads,
@@ -174,20 +169,14 @@ def _run(
         )
         attended = attend(index, q, k, v)
         if not whole and index == len(config.layers) - 1:
-            return hidden, None
+            return hidden
         shape, attended = hidden.shape, rearrange(attended, "b h t d -> b t (h d)")
-        following = weights.layers[index + 1].attn_norm if index + 1 < len(weights.layers) else weights.norm
-        hidden, normed = _after_attention(hidden.flatten(0, 1), attended.flatten(0, 1), layer, following, model)
-        hidden, normed = hidden.view(shape), None if normed is None else normed.view(shape)
-    return hidden, normed
+        hidden = _after_attention(hidden.flatten(0, 1), attended.flatten(0, 1), layer, model).view(shape)
+    return hidden
 
 
-def _norm(model: Model, weight: Tensor) -> ops.Norm:
-    return ops.Norm(weight, model.config.norm_eps, model.config.norm_offset)
-
-
-def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, following: Tensor, model: Model) -> _Normed:
-    """The rest of a layer, in blocks of rows; `following` is the norm behind it.
+def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, model: Model) -> Tensor:
+    """The rest of a layer, in blocks of rows.
 
     The product of each block is begun before the sum over ranks of the one before is waited for, so ranks have at least
     two blocks of rows whose sums take long.
@@ -196,21 +185,19 @@ def _after_attention(hidden: Tensor, attended: Tensor, layer: LayerWeights, foll
     if model.add is not None and hidden.nbytes >= 2 * BESIDE_BYTES:
         rows = min(rows, -(-len(hidden) // 2))
     blocks = zip(hidden.split(rows), attended.split(rows), strict=True)
-    own = (layer.o, layer.o_bias, layer.attn_post_norm, layer.mlp_norm)
-    sums = deque(_adding(*block, *own, model) for block in blocks)
-    outs = deque[Callable[[], _Normed]]()
+    sums = deque(_adding(*block, layer.o, layer.o_bias, layer.attn_post_norm, model) for block in blocks)
+    outs = deque[Callable[[], Tensor]]()
     while sums:  # each is dropped with what it holds
-        outs.append(_mlp(*sums.popleft()(), layer, following, model))
+        outs.append(_mlp(sums.popleft()(), layer, model))
     parts = [outs.popleft()() for _ in range(len(outs))]
-    return parts[0] if len(parts) == 1 else (torch.cat([hidden for hidden, _ in parts]), None)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _mlp(
-    hidden: Tensor, normed: Tensor | None, layer: LayerWeights, following: Tensor, model: Model
-) -> Callable[[], _Normed]:
-    x, norm = (hidden, _norm(model, layer.mlp_norm)) if normed is None else (normed, None)
-    gated = ops.linear(x, layer.gate_up, norm=norm, gate=model.config.activation)
-    return _adding(hidden, gated, layer.down, None, layer.mlp_post_norm, following, model)
+def _mlp(hidden: Tensor, layer: LayerWeights, model: Model) -> Callable[[], Tensor]:
+    config = model.config
+    norm = ops.Norm(layer.mlp_norm, config.norm_eps, config.norm_offset)
+    gated = ops.linear(hidden, layer.gate_up, norm=norm, gate=config.activation)
+    return _adding(hidden, gated, layer.down, None, layer.mlp_post_norm, model)
 
 
 def _adding(
@@ -219,26 +206,24 @@ def _adding(
     weight: Tensor | ops.QuantizedWeight,
     bias: Tensor | None,
     post_norm: Tensor | None,
-    following: Tensor,
     model: Model,
-) -> Callable[[], _Normed]:
+) -> Callable[[], Tensor]:
     """Begins hidden + W x, with the product normed first in families that have a post-norm; returns what ends it.
 
     Where ranks share the model, each has some of the columns of W and of x, and the products are added up; the first
     adds the bias.
     """
     add, bias = model.add, bias if model.share is None or model.share.rank == 0 else None
-    if add is None and post_norm is None:
-        out = ops.linear_and_norm(x, weight, bias, residual=hidden, norm=_norm(model, following))
+    if post_norm is None:
+        if add is not None:
+            return add(ops.linear(x, weight, bias), hidden)
+        out = ops.linear(x, weight, bias, residual=hidden)
         return lambda: out
     product = ops.linear(x, weight, bias)
-    wait = None if add is None else add(product, hidden if post_norm is None else None)
+    wait = None if add is None else add(product)
 
-    def end() -> _Normed:
-        out = product if wait is None else wait()
-        if post_norm is not None:
-            norm = _norm(model, post_norm)
-            out = ops.rms_norm(out, norm.weight, eps=norm.eps, offset=norm.offset, residual=hidden)
-        return out, None
+    def end() -> Tensor:
+        out, config = product if wait is None else wait(), model.config
+        return ops.rms_norm(out, post_norm, eps=config.norm_eps, offset=config.norm_offset, residual=hidden)
 
     return end

@@ -5,7 +5,7 @@ from kvzip.ops.contexts import context_table, drop_context_, put_context_
 from kvzip.ops.decode import decode
 from kvzip.ops.decode_rows import decode_plan, decode_rows
 from kvzip.ops.likeliest import likeliest
-from kvzip.ops.linear import linear, linear_and_norm
+from kvzip.ops.linear import linear
 from kvzip.ops.merge import merge
 from kvzip.ops.norm import rms_norm
 from kvzip.ops.project import project
@@ -59,7 +59,6 @@ __all__ = [
     "embedding",
     "likeliest",
     "linear",
-    "linear_and_norm",
     "measure_channels_turned",
     "merge",
     "project",

@@ -45,38 +45,6 @@ def linear(
     return run(x, weight, bias, norm=norm, gate=gate, residual=residual)
 
 
-def linear_and_norm(
-    x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"] | QuantizedWeight,
-    bias: Float[Tensor, " N"] | None = None,
-    *,
-    residual: Float[Tensor, "*b N"],
-    norm: Norm,
-) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N"] | None]:
-    """Returns `linear` with a residual; and the norm of that if it comes with it, None where it would be another step.
-
-    Raises: ValueError as `linear` does.
-    """
-    check_linear(x, weight, None, residual)
-    if use_triton(x):
-        from kvzip.ops.triton.linear import linear_and_norm_triton
-
-        return linear_and_norm_triton(x, weight, bias, residual=residual, norm=norm)
-    return linear(x, weight, bias, residual=residual), None
-
-
-def linear_and_norm_reference(
-    x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"] | QuantizedWeight,
-    bias: Float[Tensor, " N"] | None = None,
-    *,
-    residual: Float[Tensor, "*b N"],
-    norm: Norm,
-) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N"]]:
-    out = linear_reference(x, weight, bias, residual=residual)
-    return out, rms_norm_reference(out, norm.weight, eps=norm.eps, offset=norm.offset)
-
-
 def check_linear(x: Tensor, weight: Tensor | QuantizedWeight, gate: str | None, residual: Tensor | None) -> None:
     """Raises: ValueError as `linear` does."""
     width = weight.shape[0] // (1 if gate is None else 2)

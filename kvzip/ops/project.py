@@ -25,14 +25,12 @@ def project(
     q_norm: Float[Tensor, " D"] | None = None,
     k_norm: Float[Tensor, " D"] | None = None,
     tail: TailTensors | None = None,
-    normed: bool = False,
 ) -> Heads:
     """Returns `rotary` of `linear(x, weight, bias, norm=norm)`: q, k and v of T tokens of B questions.
 
     Args:
         norm: of the input; its eps and offset are also those of q_norm and k_norm.
         tail: keys, values and lengths of each question's tail, to which `append_` writes k and v besides.
-        normed: x is the norm of the input already.
 
     Raises: ValueError if shapes do not fit together, as `linear`, `rotary` and `append_` do.
     """
@@ -41,16 +39,13 @@ def project(
     if tail is not None:
         check_append(*tail, (x.shape[0], kv_heads, x.shape[1], cos.shape[-1]), x.dtype)
     how = {"norm": norm, "cos": cos, "sin": sin, "kv_heads": kv_heads, "q_norm": q_norm, "k_norm": k_norm, "tail": tail}
-    how["normed"] = normed
     if use_triton(x):
         from kvzip.ops.triton.project import project_triton
 
         return project_triton(x, weight, bias, **how)
     if is_forced():
         return project_reference(x, weight, bias, **how)
-    return _split(
-        linear(x, weight, bias, norm=None if normed else norm), norm, cos, sin, kv_heads, q_norm, k_norm, tail
-    )
+    return _split(linear(x, weight, bias, norm=norm), norm, cos, sin, kv_heads, q_norm, k_norm, tail)
 
 
 def project_reference(
@@ -65,9 +60,8 @@ def project_reference(
     q_norm: Float[Tensor, " D"] | None = None,
     k_norm: Float[Tensor, " D"] | None = None,
     tail: TailTensors | None = None,
-    normed: bool = False,
 ) -> Heads:
-    qkv = linear_reference(x, weight, bias, norm=None if normed else norm)
+    qkv = linear_reference(x, weight, bias, norm=norm)
     return _split(qkv, norm, cos, sin, kv_heads, q_norm, k_norm, tail)
 
 

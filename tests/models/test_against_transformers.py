@@ -21,7 +21,6 @@ import kvzip
 import tiny_models
 from kvzip.models import LayerSpec, Model, ModelConfig, RopeSpec
 from kvzip.models.weights import LayerWeights
-from kvzip.ops.linear import linear_and_norm_reference
 
 AGREES = 1e-4  # worst error of correct logits, of the largest
 BROKEN = 1e-2  # least error that a missing feature must cause
@@ -106,21 +105,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
 def test_logits_equal_those_of_transformers(name: str, saved: Callable[[str], Saved]) -> None:
     path, expected = saved(name)
     assert error(load(path, **CASES[name].options), expected) <= AGREES
-
-
-@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"])
-def test_norms_that_come_with_what_is_normed_are_taken(
-    name: str, saved: Callable[[str], Saved], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As kernels for a few rows give them, in families without a norm behind the product."""
-    path, expected = saved(name)
-    came = []
-    monkeypatch.setattr(
-        kvzip.ops, "linear_and_norm", lambda *a, **o: came.append(1) or linear_and_norm_reference(*a, **o)
-    )
-    model = load(path, **CASES[name].options)
-    assert error(model, expected) <= AGREES
-    assert len(came) == (0 if name.startswith("gemma") else 2 * len(model.config.layers))
 
 
 @pytest.mark.parametrize("name", CASES)

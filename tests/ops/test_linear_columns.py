@@ -6,14 +6,10 @@ from compiling import assert_fits, compile_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accuracy import assert_as_accurate
-from kvzip import ops
-from kvzip.ops.linear import linear_and_norm_reference
-from kvzip.ops.norm import rms_norm_reference
 from kvzip.ops.triton import linear
 from kvzip.ops.triton.codes import suits, within_group
-from kvzip.ops.triton.linear_columns import Launch, columns_and_norm, few_columns
-from ops.test_linear_quantized import check_linear, meant, values, weight
+from kvzip.ops.triton.linear_columns import Launch, few_columns
+from ops.test_linear_quantized import check_linear, values, weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -56,48 +52,6 @@ def test_parts_of_the_inputs_are_all_of_them(parts):
         check_linear(run, (9,), (kind, 24, inputs, None, 1, False), None, None, True, True, torch.float16)
 
 
-@settings(max_examples=20 if DEVICE == "cpu" else 60)
-@given(
-    case=st.sampled_from(CASES),
-    rows=st.sampled_from([(2,), (3, 3), (17,)]),
-    bias=st.booleans(),
-    offset=st.sampled_from([0, 1]),
-    dtype=st.sampled_from(HALVES),
-    launch=st.sampled_from([Launch(64, 16, 3, 3), Launch(128, 16, 2, 2)]),
-)
-def test_the_norm_that_follows_comes_with_the_sums(case, rows, bias, offset, dtype, launch):
-    kind, outputs, inputs, group, shared, zeros = case
-    w = weight(kind, outputs, inputs, group=group, rows=shared, zeros=zeros)
-    x, residual = values(*rows, inputs, dtype=dtype), values(*rows, outputs, seed=1, dtype=dtype)
-    b = values(outputs, seed=2, dtype=dtype) if bias else None
-    norm = ops.Norm(values(outputs, seed=3, dtype=dtype), 1e-5, offset)
-    out, normed = columns_and_norm(x, w, b, residual=residual, norm=norm, config=launch)
-    assert torch.equal(out, few_columns(x, w, b, residual=residual, config=launch))
-    assert normed is not None
-    exact = rms_norm_reference(out.double(), norm.weight.double(), eps=norm.eps, offset=offset)
-    plain = rms_norm_reference(out, norm.weight, eps=norm.eps, offset=offset)
-    assert_as_accurate(normed, exact, plain)
-
-
-@pytest.mark.parametrize(
-    ("kind", "rows", "comes"), [("int4", 2, True), ("int4", 1, False), ("int8", 17, True), ("int8", 16, False)]
-)
-def test_the_norm_comes_where_there_are_parts(kind, rows, comes):
-    """Where it would be a launch of its own, the product that follows may have it within."""
-    w = weight(kind, 24, 320, group=64 if kind == "int4" else None)
-    x, residual = values(rows, 320, dtype=torch.float16), values(rows, 24, seed=1, dtype=torch.float16)
-    norm = ops.Norm(values(24, seed=3, dtype=torch.float16), 1e-5)
-    out, normed = linear.linear_and_norm_triton(x, w, residual=residual, norm=norm)
-    assert torch.equal(out, linear.linear_triton(x, w, residual=residual))
-    assert (normed is not None) == comes
-    reference = linear_and_norm_reference(x, w, residual=residual, norm=norm)
-    for got, expected in zip((out, normed), reference, strict=True):
-        assert got is None or (got - expected).abs().max() <= 4e-3 * expected.abs().max()
-    plain = linear_and_norm_reference(x, meant(w).half().to(DEVICE), residual=residual, norm=norm)
-    assert linear.linear_and_norm_triton(x, meant(w).half().to(DEVICE), residual=residual, norm=norm)[1] is None
-    assert torch.equal(plain[1], rms_norm_reference(plain[0], norm.weight, eps=1e-5))
-
-
 def test_a_tile_is_within_a_group():
     for kind, group, block in (("int8", 48, 16), ("int8", 64, 64), ("int4", 64, 32), ("int4", 128, 64)):
         w = weight(kind, 8, 2 * group, group=group)
@@ -109,7 +63,6 @@ def compile_case(dtype: str, capability: int) -> str:
     return f"""
 import torch
 from kvzip.ops.triton import linear_columns
-from kvzip.ops.types import Norm
 from kvzip.ops.weights import empty_weight
 linear_columns.overlaps_launches = lambda x: {capability >= 90}
 new = lambda *shape: torch.zeros(shape, dtype=torch.{dtype})
@@ -123,9 +76,6 @@ for rows in (32, 64):
         linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
         if rows == 32:
             linear_columns.few_columns(new(rows, 4096), make(kind, 6144, 4096, group), new(6144))
-        for inputs in (4096, 14336):
-            how = dict(residual=new(rows, 4096), norm=Norm(new(4096), 1e-5))
-            linear_columns.columns_and_norm(new(rows, inputs), make(kind, 4096, inputs, group), **how)
 linear_columns.few_columns(new(32, 4096), make("e4m3", 4096, 4096, 128, rows=128), new(4096))
 linear_columns.few_columns(new(32, 4096), make("int4", 28672, 4096, 128, True), gate="silu")
 linear_columns.few_columns(new(32, 576), make("int4", 1538, 576, 64, True), gate="gelu_tanh")

@@ -124,24 +124,6 @@ def test_it_is_what_the_three_ops_give(kind, rows, head_norm):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("head_norm", [None, 1])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 70)], ids=str)
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
-@pytest.mark.parametrize("op", [project_triton, project_reference, ops.project])
-def test_what_is_normed_already_is_not_normed_again(op, kind, rows, head_norm):
-    given = case(kind, (3, 1), 16, 160, torch.float16, rows=rows, head_norm=head_norm)
-    norm = given["norm"]
-    normed = ops.rms_norm(given["x"], norm.weight, eps=norm.eps, offset=norm.offset)
-    without = {"weight": torch.full_like(norm.weight, torch.nan)}  # of the input, that is
-    given["norm"] = replace(norm, **without)
-    got = op(**{**given, "x": normed, "normed": True})
-    plain = ops.linear(normed, given["weight"], given["bias"])
-    norms = {"q_norm": given["q_norm"], "k_norm": given["k_norm"], "eps": norm.eps, "offset": norm.offset}
-    expected = ops.rotary(plain, given["cos"], given["sin"], kv_heads=1, **norms)
-    for x, y in zip(got, expected, strict=True):
-        assert (x.float() - y.float()).abs().max() <= 4e-3 * y.float().abs().max()
-
-
 def test_parts_of_a_product_are_added_up_where_heads_are_rotated(monkeypatch):
     """A product with codes leaves its sums to the launch that rotates and appends."""
     calls = []
@@ -229,6 +211,26 @@ def test_kernels_fit():
     check_fits(SHAPES, "bfloat16", 90)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "float16"), (90, "bfloat16")])
+def test_kernels_for_a_few_rows_fit(capability, dtype):
+    source = (
+        compile_case((), dtype, capability)
+        + f"""
+from kvzip.ops.triton import linear_columns, norm, rotary
+for module in (linear_columns, norm, rotary):
+    module.overlaps_launches = lambda x: {capability >= 90}
+for width, head_norm in ((64, None), (128, None), (128, new(128)), (256, new(256))):
+    for weight in list(weights(12 * width, 1024))[1:]:
+        tail = new(32, 2, 300, width), new(32, 2, 300, width), torch.zeros(32, dtype=torch.int32)
+        how = dict(norm=ops.Norm(new(1024), 1e-5, 0), cos=new(1, width), sin=new(1, width), kv_heads=2)
+        project_triton(new(32, 1, 1024), weight, new(12 * width), **how, tail=tail, q_norm=head_norm, k_norm=head_norm)
+"""
+    )
+    kernels = compile_launches(source, capability=capability)
+    assert {kernel.name for kernel in kernels} == {"_norm_kernel", "_columns_kernel", "_rotary_kernel"}
+    assert_fits(kernels, capability=capability)
+
+
 def check_fits(shapes: tuple[tuple[int, ...], ...], dtype: str, capability: int) -> None:
     kernels = compile_launches(compile_case(shapes, dtype, capability), capability=capability)
     assert {kernel.name for kernel in kernels} == {"_row_kernel", "_integer_kernel"}
@@ -251,3 +253,4 @@ def test_all_kernels_fit(dtype, capability):
 def test_real_shapes(heads, width, inputs, kind, dtype):
     check(case(kind, heads, width, inputs, dtype, length=4))
     check(case(kind, heads, width, inputs, dtype, bias=True))
+    check(case(kind, heads, width, inputs, dtype, rows=(32, 1), bias=True, length=2))

@@ -203,7 +203,7 @@ def forms(
         TURN_K=is_turned(k), TURN_V=is_turned(v),
         TURN="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=keys_first,
-        PARTS=2 if keys_first and config.warps == 2 and width <= 128 else 1,
+        PARTS=2 if keys_first and config.warps == 2 and width <= 128 and bits < 4 else 1,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m,

@@ -23,7 +23,7 @@ from kvzip.ops.triton.common import (
     prefetch,
 )
 from kvzip.ops.triton.gate import gated
-from kvzip.ops.triton.linear_columns import columns_and_norm, few_columns, takes_columns
+from kvzip.ops.triton.linear_columns import few_columns, takes_columns
 from kvzip.ops.triton.linear_integers import has_integers, integer_row
 from kvzip.ops.triton.linear_quantized import few_rows, most_rows
 from kvzip.ops.triton.linear_rounded import rounded_product
@@ -63,7 +63,7 @@ LAUNCHES = (
 def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Launch:
     """The launch for one row, N outputs and K inputs, of a kind of codes or none.
 
-    Tuned on an H100, 2026-11-24, of codes on 2026-11-28 within a step: docs/tuning.md.
+    Tuned on an H100, 2026-11-24 and, within steps, on 2026-11-28: docs/tuning.md.
     """
     if kind and N > 8192:
         return Launch(4, 1024, 2, 5, 1024)
@@ -71,9 +71,9 @@ def launch_config(N: int, K: int, kind: str = "", *, norm: bool = False) -> Laun
         return Launch(8, 512, 2, 3, 2048)  # what norms x is read by every program: fewer of them
     if kind:
         return Launch(4, 1024, 1, 5, 2048 if kind == "e4m3" else 4096) if K >= 8192 else Launch(4, 1024, 2, 3, 2048)
-    if K >= 8192:
-        return Launch(8, 1024, 8, 3, 1024)  # long rows: more outputs share what is read of x
-    return Launch(4, 1024 if N >= 8192 else 2048, 4, 3, 1024)  # short rows: small programs balance better
+    if K > 8192:
+        return Launch(8, 1024, 8, 3, 1024)
+    return Launch(4, 1024 if N >= 8192 and K <= 4096 else 2048, 4, 3, 1024)
 
 
 @on_device
@@ -107,20 +107,6 @@ def linear_triton(
         return flat.view(residual.shape)
     out = F.linear(x, weight, bias)
     return _finished(out, gate, residual)
-
-
-def linear_and_norm_triton(
-    x: Float[Tensor, "*b K"],
-    weight: Float[Tensor, "N K"] | QuantizedWeight,
-    bias: Float[Tensor, " N"] | None = None,
-    *,
-    residual: Float[Tensor, "*b N"],
-    norm: Norm,
-) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N"] | None]:
-    """`linear_and_norm`: normed by what adds up the parts of a product with quantized weights, else not."""
-    if has_columns(x, weight):
-        return columns_and_norm(x, weight, bias, residual=residual, norm=norm)
-    return linear_triton(x, weight, bias, residual=residual), None
 
 
 def has_columns(x: Float[Tensor, "*b K"], weight: Float[Tensor, "N K"] | QuantizedWeight) -> TypeGuard[QuantizedWeight]:
@@ -211,9 +197,9 @@ def _quantized(
             return _finished(out if bias is None else out + bias, gate, residual)
         x = round_inputs(x, weight.activations)
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
+    if has_columns(x, weight):
+        return few_columns(_normed(x, norm), weight, bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
-        if takes_columns(weight, rows, x):
-            return few_columns(_normed(x, norm), weight, bias, gate=gate, residual=residual)
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     x = _normed(x, norm)
     parts = blocks(weight, _AT_ONCE)

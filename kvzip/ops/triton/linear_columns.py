@@ -25,7 +25,6 @@ from kvzip.ops.triton.common import (
     overlaps_launches,
     prefetch_starts,
 )
-from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight
 
 
@@ -51,7 +50,7 @@ def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
             return Launch(128, 64, 3, 7)
         if outputs > 8192:
             return Launch(128, 64, 3, 1, ahead=0)
-        return Launch(128, 64, 3, 4) if outputs > 4096 else Launch(64, 64, 3, 4)
+        return Launch(128, 64, 3, 4)
     if inputs > 8192:
         return Launch(64, 128, 5, 8)
     if outputs > 8192:
@@ -70,21 +69,7 @@ def few_columns(
 ) -> Float[Tensor, "*b M"]:
     """`linear` of up to 64 rows of 16 bits as one launch that reads every code once, or as two."""
     out, sums = column_products(x, weight, bias, gate=gate, residual=residual, config=config)
-    return out if sums is None else _added(sums, out, bias, residual, None)[0]
-
-
-def columns_and_norm(
-    x: Float[Tensor, "*b K"],
-    weight: QuantizedWeight,
-    bias: Float[Tensor, " N"] | None = None,
-    *,
-    residual: Float[Tensor, "*b N"],
-    norm: Norm,
-    config: Launch | None = None,
-) -> tuple[Float[Tensor, "*b N"], Float[Tensor, "*b N"] | None]:
-    """`linear_and_norm`: the launch that adds up parts of the inputs has whole rows, and norms them."""
-    out, sums = column_products(x, weight, bias, residual=residual, config=config)
-    return (out, None) if sums is None else _added(sums, out, bias, residual, norm)
+    return out if sums is None else _added(sums, out, bias, residual)
 
 
 @on_device
@@ -127,22 +112,16 @@ def column_products(
 
 
 @on_device
-def _added(
-    sums: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Norm | None
-) -> tuple[Tensor, Tensor | None]:
-    """Adds up the parts, bias and residual to `out`; and norms that, a row in each program."""
+def _added(sums: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Adds up the parts, bias and residual to `out`, which it returns."""
     parts, rows, N = sums.shape
     overlap = overlaps_launches(out)
-    block = 256 if norm is None else triton.next_power_of_2(N)
-    normed = None if norm is None else torch.empty_like(out)
-    _add_kernel[(rows, triton.cdiv(N, block))](
-        sums, out if bias is None else bias, out if residual is None else residual.contiguous(), out,
-        out if norm is None else norm.weight, out if normed is None else normed, N, rows,
-        0.0 if norm is None else float(norm.eps), PARTS=parts, BLOCK_N=block, BIAS=bias is not None,
-        RESIDUAL=residual is not None, NORM=norm is not None, OFFSET=0 if norm is None else norm.offset,
-        OVERLAP=overlap, enable_fp_fusion=True, num_warps=min(max(block // 512, 2), 8), **launch_options(overlap),
+    _add_kernel[(rows, triton.cdiv(N, 256))](
+        sums, out if bias is None else bias, out if residual is None else residual.contiguous(), out, N, rows,
+        PARTS=parts, BLOCK_N=256, BIAS=bias is not None, RESIDUAL=residual is not None, OVERLAP=overlap,
+        enable_fp_fusion=True, num_warps=2, **launch_options(overlap),
     )  # fmt: skip
-    return out, normed
+    return out
 
 
 @triton.jit
@@ -245,26 +224,17 @@ def _columns_kernel(
 @triton.jit(do_not_specialize=["N", "rows"])
 @no_type_check
 def _add_kernel(
-    sums_ptr, bias_ptr, residual_ptr, out_ptr, norm_ptr, normed_ptr, N, rows, eps,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
+    sums_ptr, bias_ptr, residual_ptr, out_ptr, N, rows, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: some outputs of a row; all of them with NORM, which is stored besides."""
+    """One program: some outputs of a row."""
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(0).to(tl.int64)
-    place = row * N + n
     live = n < N
-    if NORM:
-        weight = tl.load(norm_ptr + n, mask=live, other=0).to(tl.float32) + OFFSET
     await_launch(OVERLAP)
     out = add_parts(sums_ptr, row, n, live, N, rows, PARTS)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=live, other=0).to(tl.float32)
     if RESIDUAL:
-        out += tl.load(residual_ptr + place, mask=live, other=0).to(tl.float32)
-    out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place, out, mask=live)
-    if NORM:
-        x = out.to(tl.float32)  # what a norm by a kernel of its own would read
-        x *= (1 / tl.sqrt_rn(tl.sum(x * x, 0) / N + eps)) * weight
-        tl.store(normed_ptr + place, x.to(out_ptr.dtype.element_ty), mask=live)
+        out += tl.load(residual_ptr + row * N + n, mask=live, other=0).to(tl.float32)
+    tl.store(out_ptr + row * N + n, out.to(out_ptr.dtype.element_ty), mask=live)

@@ -23,26 +23,25 @@ def project_triton(
     q_norm: Float[Tensor, " D"] | None = None,
     k_norm: Float[Tensor, " D"] | None = None,
     tail: TailTensors | None = None,
-    normed: bool = False,
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`project`: a program of the kernel for one row has halves of a head, and rotates and appends what it computed.
 
     Each launch of a step costs more than a microsecond, however little it does: docs/tuning.md. Where there are more
     rows, or heads are normed, one kernel rotates and appends what the product has stored, or adds up its parts first.
     """
-    width, own = cos.shape[-1], None if normed else norm
-    run = row_kernel(x, weight, own) if q_norm is None else None
+    width = cos.shape[-1]
+    run = row_kernel(x, weight, norm) if q_norm is None else None
     if run is None:
         sums = None
         if has_columns(x, weight):
-            x = x if own is None else rms_norm_triton(x, own.weight, eps=own.eps, offset=own.offset)
-            qkv, sums = column_products(x, weight, bias)
+            normed = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
+            qkv, sums = column_products(normed, weight, bias)
         else:
-            qkv = linear_triton(x, weight, bias, norm=own)
+            qkv = linear_triton(x, weight, bias, norm=norm)
         how = {"q_norm": q_norm, "k_norm": k_norm, "eps": norm.eps, "offset": norm.offset, "tail": tail}
         return rotate_heads(qkv, cos, sin, kv_heads=kv_heads, **how, sums=sums, bias=None if sums is None else bias)
     count = weight.shape[0] // width - 2 * kv_heads
     rotation = make_rotation(cos, sin, heads=count, kv_heads=kv_heads, tail=tail)
-    heads = run(x, weight, bias, norm=own, rotation=rotation).unflatten(2, (-1, width)).transpose(1, 2)
+    heads = run(x, weight, bias, norm=norm, rotation=rotation).unflatten(2, (-1, width)).transpose(1, 2)
     q, k, v = heads.split([count, kv_heads, kv_heads], dim=1)
     return q, k, v
