@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, share: Share | None) -> None:
         sums = {way: make_sum(share, device=device, dtype=model.dtype, how=way) for way in WAYS}
         check_sums(share, sums, device, model.dtype)
         ways = {way: replace(model, add=add) for way, add in sums.items()}
-        ways["without"] = replace(model, add=None)  # what a step takes besides them
+        ways["without"] = replace(model, add=None)  # what is left without them; of a prefill in other blocks
         if "sums" in options.only:
             for line in sums_us(share, sums, model):
                 record(line)

@@ -1,5 +1,6 @@
 """The sums over ranks in a forward pass, two in each layer, and the logits that each rank has a part of."""
 
+import os
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +16,7 @@ REDUCTIONS = ("nccl", "one-shot")
 
 ONE_SHOT_BYTES = 256 << 10  # larger sums are NCCL's: each rank would send size - 1 times as much
 BESIDE_BYTES = 8 << 20  # smaller sums are over before anything else would begin
-_SIZES = (2, 4, 8)  # GPUs of a machine that one-shot sums were tried on
+_SIZES = (2, 4, 8)  # GPUs that machines have; tried with 2 and 4
 
 
 @runtime_checkable
@@ -45,6 +46,11 @@ def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str
             f"expected {' or '.join(map(str, _SIZES))} GPUs for one-shot sums, got {share.size} ranks on "
             f"{device.type}: unset KVZIP_REDUCTION"
         )
+    if how == "one-shot" and not _has_kernel():
+        raise ValueError(
+            "expected KVZIP_BACKEND=reference and TRITON_INTERPRET to be unset for one-shot sums, which are a kernel: "
+            "unset them, or KVZIP_REDUCTION"
+        )
 
     def by_library(x: Tensor, residual: Tensor | None = None) -> Callable[[], Tensor]:
         work = dist.all_reduce(x, group=share.group, async_op=x.nbytes >= BESIDE_BYTES)
@@ -62,7 +68,8 @@ def make_sum(share: Share, *, device: torch.device, dtype: torch.dtype, how: str
 
 
 def default_way(share: Share, device: torch.device) -> str:
-    """Returns "one-shot" where each rank's GPU can read those of all others, which then are in one machine.
+    """Returns "one-shot" where each rank's GPU can read those of all others, which then are in one machine, and
+    kernels may run.
 
     All ranks get one answer, and every rank must call it.
     """
@@ -72,14 +79,19 @@ def default_way(share: Share, device: torch.device) -> str:
     own = torch.cuda.current_device() if device.index is None else device.index
     others = [x for rank, x in enumerate(everyone(share, seen[own])) if rank != share.rank]
     readable = all(x in seen and torch.cuda.can_device_access_peer(own, seen.index(x)) for x in others)
-    return "one-shot" if all(everyone(share, readable)) else "nccl"
+    return "one-shot" if all(everyone(share, readable and _has_kernel())) else "nccl"
+
+
+def _has_kernel() -> bool:
+    """Whether this process runs compiled kernels: an interpreted one would wait for words that it cannot see."""
+    return os.environ.get("KVZIP_BACKEND") != "reference" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: torch.dtype) -> Sum:
     """Small sums through symmetric memory, in one kernel; others by the library."""
     import torch.distributed._symmetric_memory as symmetric
 
-    from kvzip.ops.triton.sum_ranks import box_shape, new_turns, sum_ranks
+    from kvzip.ops.triton.sum_ranks import box_shape, new_turns, sum_ranks_
 
     count, name = ONE_SHOT_BYTES // dtype.itemsize, share.group.group_name
     shape = box_shape(share.size, count, dtype)
@@ -93,12 +105,13 @@ def _one_shot(share: Share, by_library: Sum, *, device: torch.device, dtype: tor
     boxes = tuple(
         box if rank == share.rank else shared.get_buffer(rank, shape, torch.int64) for rank in range(share.size)
     )
-    everyone(share, torch.cuda.synchronize(device))  # nobody sends before all boxes are empty
+    torch.cuda.synchronize(device)
+    everyone(share, None)  # nobody sends before all boxes are empty
 
     def add(x: Tensor, residual: Tensor | None = None) -> Callable[[], Tensor]:
         if x.dtype != dtype or not 0 < x.numel() <= count or x.nbytes % 4:
             return by_library(x, residual)
-        out = sum_ranks(x, boxes, turns, rank=share.rank, residual=residual)
+        out = sum_ranks_(x, boxes, turns, rank=share.rank, residual=residual)
         return lambda: out
 
     return add

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvzip.ops.triton.sum_ranks import BLOCK, box_shape, new_turns, sum_ranks
+from kvzip.ops.triton.sum_ranks import BLOCK, box_shape, new_turns, sum_ranks_
+from unchecked import unchecked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]  # interpreted, bfloat16 is cut
@@ -67,7 +68,7 @@ def test_every_rank_gets_the_sum_and_sends_its_part(size, count, dtype, with_res
         for r in range(size):
             if r != rank:
                 boxes[rank][turn & 1, r, : len(sent[r])] = sent[r].to(DEVICE)
-        got = sum_ranks(parts[rank].view(1, -1), boxes, turns, rank=rank, residual=residual)
+        got = sum_ranks_(parts[rank].view(1, -1), boxes, turns, rank=rank, residual=residual)
         assert got.shape == (1, count) and got.dtype == dtype
         assert_sums(got, parts, residual)
         for r in range(size):
@@ -89,7 +90,7 @@ def test_all_ranks_get_the_same_bits():
         )
         for r in range(size):
             boxes[rank][1, r] = words(parts[r], 1).to(DEVICE)
-        found.append(sum_ranks(parts[rank], boxes, new_turns(boxes[0]), rank=rank))
+        found.append(sum_ranks_(parts[rank], boxes, new_turns(boxes[0]), rank=rank))
     assert all(torch.equal(x, found[0]) for x in found)
 
 
@@ -98,8 +99,20 @@ def test_nan_and_infinity_stay():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38], dtype=dtype, device=DEVICE)
     boxes = new_boxes(2, 4, dtype)
     boxes[0][1, 1] = words(x, 1).to(DEVICE)
-    got = sum_ranks(x, boxes, new_turns(boxes[0]), rank=0).float().cpu()
+    got = sum_ranks_(x, boxes, new_turns(boxes[0]), rank=0).float().cpu()
     assert got[0].isnan() and got[1:].tolist() == [float("inf"), -float("inf"), float("inf")]
+
+
+@unchecked()
+def test_what_does_not_fit_is_refused():
+    """It would be written over the numbers of another rank."""
+    boxes = new_boxes(2, 4, torch.float32)
+    turns, x = new_turns(boxes[0]), torch.zeros(4, device=DEVICE)
+    for wrong, residual in ((torch.zeros(5, device=DEVICE), None), (x, x.half()), (x, x[:2]), (x.half()[:3], None)):
+        with pytest.raises(ValueError, match="expected"):
+            sum_ranks_(wrong, boxes, turns, rank=0, residual=residual)
+    assert not any(box.any() for box in boxes) and turns.tolist() == [1]
+    assert sum_ranks_(x[:0], boxes, turns, rank=0).shape == (0,)
 
 
 @pytest.mark.gpu
@@ -113,7 +126,7 @@ def test_ranks_that_run_at_once_wait_for_each_other(size, dtype):
         alone, x = new_boxes(size, count, dtype), torch.zeros(COUNTS[0], dtype=dtype, device=DEVICE)
         sent = words(x, 1)
         alone[rank][1, :, : len(sent)] = sent.to(DEVICE)
-        sum_ranks(x, alone, new_turns(alone[0]), rank=rank, residual=x)
+        sum_ranks_(x, alone, new_turns(alone[0]), rank=rank, residual=x)
     boxes = new_boxes(size, count, dtype)
     turns = [new_turns(box) for box in boxes]
     streams = [torch.cuda.Stream() for _ in range(size)]
@@ -126,7 +139,7 @@ def test_ranks_that_run_at_once_wait_for_each_other(size, dtype):
     for parts in given:
         for rank, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[rank].append(sum_ranks(parts[rank], boxes, turns[rank], rank=rank, residual=parts[0]))
+                found[rank].append(sum_ranks_(parts[rank], boxes, turns[rank], rank=rank, residual=parts[0]))
     torch.cuda.synchronize()
     for n, parts in enumerate(given):
         assert all(torch.equal(found[rank][n], found[0][n]) for rank in range(size))
@@ -140,7 +153,7 @@ ranks.overlaps_launches = lambda x: {overlap}
 x = torch.zeros(1, 8192, dtype=torch.{dtype})
 for size in (2, 4, 8):
     boxes = tuple(torch.zeros(ranks.box_shape(size, 8192, x.dtype), dtype=torch.int64) for _ in range(size))
-    ranks.sum_ranks(x, boxes, ranks.new_turns(boxes[0]), rank=1, residual=x)
+    ranks.sum_ranks_(x, boxes, ranks.new_turns(boxes[0]), rank=1, residual=x)
 """
 
 

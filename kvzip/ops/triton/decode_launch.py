@@ -194,6 +194,8 @@ def forms(
     code = "float16" if packed else compute
     keys_first = bits < 16 and config.block_m < 64
     width = q.shape[-1] if q.ndim == 3 else q.shape[3]
+    # each warp has half of a tile's keys: faster for these bits alone, see docs/tuning.md
+    halved = (k_bits, v_bits) == (4, 2) and config[:3] == (8, 64, 2) and width <= 128
     context = Form(
         G=group, D=width, M=config.block_m, N=config.block_n,
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
@@ -203,7 +205,7 @@ def forms(
         TURN_K=is_turned(k), TURN_V=is_turned(v),
         TURN="float32" if compute == "float32" or interpreted() else "bfloat16", PAGE=0,
         BANDED=window, WINDOW=window, SHORT=short and bits < 16, KEYS_FIRST=keys_first,
-        PARTS=2 if keys_first and config.warps == 2 and width <= 128 and bits < 4 else 1,
+        PARTS=2 if halved else 1,
     )  # fmt: skip
     tail = context._replace(
         M=tail_m,

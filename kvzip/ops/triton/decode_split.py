@@ -102,6 +102,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     else:
         queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
     P: tl.constexpr = F.PARTS
+    tl.static_assert(P == 1 or DEFER)  # sums are those of parts
     if F.KEYS_FIRST:
         acc = ()
         for _ in tl.static_range(EACH):
@@ -332,8 +333,10 @@ def _tile(
 @triton.jit
 @no_type_check
 def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constexpr):
-    """Logits [N, M] in base 2 of keys as codes (divided by the softcap if there is one); `mark` is added if that is
-    free: without a softcap and with one group."""
+    """Logits [N, M], or [PARTS, keys of each, M], in base 2 of keys as codes (divided by the softcap if there is one).
+
+    `mark` is added if that is free: without a softcap and with one group.
+    """
     M: tl.constexpr = F.M
     N: tl.constexpr = F.N
     rows, q_word, q_sum, unit, _ = queries

@@ -113,7 +113,7 @@ def column_products(
 
 @on_device
 def _added(sums: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Adds up the parts, bias and residual to `out`, which it returns."""
+    """Writes the sum of the parts, bias and residual into `out`, and returns that."""
     parts, rows, N = sums.shape
     overlap = overlaps_launches(out)
     _add_kernel[(rows, triton.cdiv(N, 256))](

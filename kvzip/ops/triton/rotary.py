@@ -57,7 +57,8 @@ def rotate_heads(
 ) -> tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
     """`rotary`, and `append_` of k and v to a tail, in one launch.
 
-    With `sums`, of each part of a product's inputs, qkv is their sum and the bias, and memory for the values of that.
+    With `sums`, of each part of a product's inputs, qkv is the sum of those and the bias, and only memory, to which
+    values are written; without them there is no bias.
     """
     check_dtype(qkv)
     batch, tokens, _ = qkv.shape

@@ -3,8 +3,8 @@
 Every rank has a box, which all ranks can write to. It has two halves, for sums in turn; a half has a row of 64-bit
 words for each rank. A rank writes its numbers to its row in every other's box, four bytes in a word beside the number
 of the sum, and reads its own box until every word has that number. A word is written whole, so numbers need no flag
-after them and no fence before it (what NCCL calls LL). The words of a sum are written again two sums later: nobody
-begins that before all others have sent the sum between, which they do when they have read this one.
+after them and no fence before it (what NCCL calls LL). A half is used again two sums later. A rank gets there only
+after it has received the sum between from all others, and each sends that only after it has read this one.
 """
 
 from typing import no_type_check
@@ -33,12 +33,12 @@ def box_shape(size: int, count: int, dtype: torch.dtype) -> tuple[int, int, int]
 
 
 def new_turns(box: Int64[Tensor, "2 size words"]) -> Int32[Tensor, " programs"]:
-    """The number of the next sum of each program: never 0, which is what a new box has."""
+    """The number of the next sum of each program: 1, as a new box has 0."""
     return torch.ones(triton.cdiv(box.shape[2], BLOCK), dtype=torch.int32, device=box.device)
 
 
 @on_device
-def sum_ranks(
+def sum_ranks_(
     x: Float[Tensor, "*b"],
     boxes: tuple[Int64[Tensor, "2 size words"], ...],
     turns: Int32[Tensor, " programs"],
@@ -55,9 +55,17 @@ def sum_ranks(
         x: contiguous, an even number of 16-bit numbers, no more than a box's row has room for.
         boxes: of every rank, of `box_shape`; memory of other GPUs but for the own one.
         turns: of `new_turns`, the rank's own; each sum counts one further.
-        residual: added on every rank, so it must be the same on all.
+        residual: added on every rank, so it must be the same on all; of x's shape and dtype.
+
+    Raises: ValueError for another number of words than a box has room for, or another residual.
     """
     check_dtype(x)
+    if x.nbytes % 4 or x.nbytes // 4 > boxes[rank].shape[2]:
+        raise ValueError(f"expected whole words of 4 bytes, at most {boxes[rank].shape[2]}, got {x.nbytes} bytes")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"expected a residual {list(x.shape)} of {x.dtype}, got {list(residual.shape)}")
+    if not x.numel():
+        return x
     x = x.contiguous()
     out = torch.empty_like(x)
     words, overlap = x.nbytes // 4, overlaps_launches(x)
