@@ -102,7 +102,7 @@ def linear_triton(
     if isinstance(weight, QuantizedWeight):
         return _quantized(x, weight, bias, norm, gate, residual)
     rows = x.numel() // x.shape[-1] if x.numel() else 0
-    x = _normed(x, norm)
+    x = normed(x, norm)
     if residual is not None and bias is None and gate is None:
         flat = torch.addmm(residual.reshape(rows, -1), x.reshape(rows, -1), weight.t())
         return flat.view(residual.shape)
@@ -191,7 +191,7 @@ def _quantized(
     outputs, inputs = weight.shape
     rows = x.numel() // inputs if inputs else 0
     if weight.activations is not None:
-        x = _normed(x, norm)
+        x = normed(x, norm)
         flat = rounded_product(x.reshape(rows, -1), weight) if rows > most_rows(x) else None
         if flat is not None:
             out = flat.view(*x.shape[:-1], outputs)
@@ -199,10 +199,10 @@ def _quantized(
         x = round_inputs(x, weight.activations)
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if has_columns(x, weight):
-        return few_columns(_normed(x, norm), weight, bias, gate=gate, residual=residual)
+        return few_columns(normed(x, norm), weight, bias, gate=gate, residual=residual)
     if 0 < rows <= most_rows(x) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
-    x = _normed(x, norm)
+    x = normed(x, norm)
     parts = blocks(weight, _AT_ONCE)
     if len(parts) <= 1:
         whole = expand_triton(weight, x.dtype, start=0, stop=outputs)
@@ -217,7 +217,8 @@ def _quantized(
     return _finished(out, gate, residual)
 
 
-def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """x, normed if there is a norm."""
     return x if norm is None else rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
 
 

@@ -3,9 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kvzip.ops.triton.linear import has_columns, linear_triton, row_kernel
+from kvzip.ops.triton.linear import has_columns, linear_triton, normed, row_kernel
 from kvzip.ops.triton.linear_columns import column_products
-from kvzip.ops.triton.norm import rms_norm_triton
 from kvzip.ops.triton.rotary import make_rotation, rotate_heads
 from kvzip.ops.types import Norm, TailTensors
 from kvzip.ops.weights import QuantizedWeight
@@ -34,8 +33,7 @@ def project_triton(
     if run is None:
         sums = None
         if has_columns(x, weight):
-            normed = rms_norm_triton(x, norm.weight, eps=norm.eps, offset=norm.offset)
-            qkv, sums = column_products(normed, weight, bias)
+            qkv, sums = column_products(normed(x, norm), weight, bias)
         else:
             qkv = linear_triton(x, weight, bias, norm=norm)
         how = {"q_norm": q_norm, "k_norm": k_norm, "eps": norm.eps, "offset": norm.offset, "tail": tail}
