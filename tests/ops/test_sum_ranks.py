@@ -1,9 +1,11 @@
 """Sums over ranks: against sums in float64, with what other ranks send made here, and by several streams of one GPU."""
 
+import signal
+
 import pytest
 import torch
 from compiling import assert_fits, compile_launches
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +15,20 @@ from unchecked import unchecked
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]  # interpreted, bfloat16 is cut
 COUNTS = [2, 8, 2 * BLOCK - 2, 2 * BLOCK, 2 * BLOCK + 6, 5 * BLOCK]
+
+
+@pytest.fixture(autouse=True)
+def end():
+    """A kernel that waits for numbers that never come fails its test."""
+
+    def stop(*_):
+        raise TimeoutError("the test took five minutes: does a rank wait for what no rank sends?")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 300, 5)  # and again, as Hypothesis runs what failed once more
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def numbers(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -43,7 +59,7 @@ def assert_sums(got: Tensor, parts: list[Tensor], residual: Tensor | None) -> No
     assert ((got.double() - exact).abs() <= bound).all()
 
 
-@settings(deadline=None)
+@settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink waits is to wait
 @given(
     size=st.sampled_from([2, 3, 4, 8]),
     count=st.sampled_from(COUNTS),
