@@ -28,9 +28,10 @@ def turn_rows(x, D: tl.constexpr, DTYPE: tl.constexpr):
     M: tl.constexpr = x.shape[0]
     WIDTH: tl.constexpr = x.shape[1]
     BLOCK: tl.constexpr = D & -D
-    C: tl.constexpr = min(max(BLOCK, 16), 64)  # a larger matrix would take too many registers
+    # A larger matrix would take too many registers. Triton 3.5 takes `min` of constants for an operation.
+    C: tl.constexpr = 16 if BLOCK < 16 else 64 if BLOCK > 64 else BLOCK
     c = tl.arange(0, C)
-    matrix = signs(c[:, None], c[None, :], min(BLOCK, C), DTYPE)
+    matrix = signs(c[:, None], c[None, :], BLOCK if BLOCK < C else C, DTYPE)
     x = tl.reshape(x, [M * WIDTH // C, C])
     high = x.to(DTYPE)
     y = tl.dot(high, matrix, input_precision="ieee")
