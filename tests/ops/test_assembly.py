@@ -57,6 +57,7 @@ def test_rows_of_codes_become_steps_times_codes_and_zeros(bits, half):
     generator = torch.Generator().manual_seed(0)
     steps, zeros = (torch.randn(2, len(WORDS), generator=generator) * s for s in (0.3, 5.0))
     steps[:, ::7] *= 1000.0
+    zeros[:, ::11] = 65504.0
     numbers = [x.numpy().view(np.uint32) for x in (*steps, *zeros)]
     registers = run(expanding(bits, half), words[0] | words[1] << np.uint32(16), *numbers, outputs=each)
     for part, register in enumerate(registers):

@@ -1,9 +1,7 @@
 """Laws of `decode`, `decode_schedule` and `merge`, and its kernels against the reference."""
 
 import math
-import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from compiling import assert_fits, compile_calls
 
 from kvzip.ops.triton.common import interpreted
 from kvzip.ops.triton.decode import decode_triton
-from kvzip.ops.triton.decode_codes import expanding
 from kvzip.ops.triton.decode_launch import launch_config
 from kvzip.ops.triton.merge import merge_triton
 
@@ -245,65 +242,14 @@ def test_more_query_rows_than_64_and_steps_of_any_dtypes(part, wide):
     check_kernel(inputs, scale=0.125)
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_assembly_makes_rows_of_codes(bits, half):
-    """What a GPU runs instead of `expand_rows`' own arithmetic, an instruction at a time: every code at every place."""
-    each, dtype = 16 // bits, torch.float16 if half else torch.bfloat16
-    rng = random.Random(bits)
-    for _ in range(40):
-        words = [rng.randrange(2**16) for _ in range(2)]
-        steps, zeros = ([float(torch.tensor(rng.gauss(0, 1)).half()) for _ in range(2)] for _ in range(2))
-        if half:
-            zeros[0] = 65504.0  # clamped
-        got = run_assembly(expanding(bits, half), [words[0] | words[1] << 16, *steps, *zeros], each, dtype)
-        for part in range(each):
-            at = part * bits // 8 * 8 + 8 - bits - part * bits % 8
-            want = [(words[e] >> at & 2**bits - 1) * steps[e] + zeros[e] for e in (0, 1)]
-            exact = torch.tensor(want, dtype=torch.float64).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-            near = torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-8 * torch.tensor(steps).double().abs()
-            assert ((got[part].double() - exact).abs() <= near).all()
-
-
-def run_assembly(text: str, inputs: list, results: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Runs PTX of integers and float32 numbers: what registers $0 on hold at the end, two numbers each."""
-
-    def number(bits: int) -> torch.Tensor:
-        return torch.tensor(bits - (bits >> 31 << 32), dtype=torch.int32).view(torch.float32)
-
-    registers: dict[str, Any] = {f"${results + i}": x for i, x in enumerate(inputs)}
-    for line in (part.strip() for part in text.strip("{} ").split(";")):
-        if not line or line.startswith("."):
-            continue
-        name, rest = line.split(" ", 1)
-        out, *names = [x.strip() for x in rest.split(",")]
-        args = [registers.get(x, x) for x in names]
-        args = [int(x, 0) if isinstance(x, str) and not x.startswith("0f") else x for x in args]
-        args = [number(int(x[2:], 16)) if isinstance(x, str) else x for x in args]
-        match name.split(".")[0]:
-            case "mov":
-                value = number(args[0]) if out.startswith("x") else args[0]
-            case "shl":
-                value = (args[0] << args[1]) & (2**32 - 1)
-            case "shr":
-                value = args[0] >> args[1]
-            case "lop3":
-                assert args[3] == 0xEA
-                value = args[0] & args[1] | args[2]
-            case "prmt":
-                both = (args[0] | args[1] << 32).to_bytes(8, "little")
-                value = int.from_bytes([both[args[2] >> 4 * i & 15] for i in range(4)], "little")
-            case "mul":
-                value = torch.as_tensor(args[0]).float() * args[1]
-            case "sub":
-                value = torch.as_tensor(args[0]).float() - args[1]
-            case "fma":
-                value = (args[0].double() * args[1].double() + args[2].double()).float()
-            case "cvt":
-                value = torch.stack(args[::-1])
-                value = value.clamp(-65504, 65504).half() if "satfinite" in name else value.to(dtype)
-        registers[out] = value
-    return [registers[f"${i}"] for i in range(results)]
+@pytest.mark.parametrize(("bits", "largest"), [((8, 8), 1e35), ((4, 4), 3e33), ((4, 2), 1e33)])
+def test_values_near_the_largest_of_their_dtype(bits, largest):
+    """Steps are up to 1e34: what is computed of one, as 2 ** 24 of it, must not be beyond float32."""
+    inputs = make(7, 1, 2, 4, 1, 64, [130, 5], 0, torch.bfloat16, bits, turned=bits == (4, 2))
+    v = (torch.randn(135, 64, generator=torch.Generator().manual_seed(6)) * largest / 4).bfloat16()
+    run = quantize_turned if bits == (4, 2) else quantize
+    inputs["v"] = move(run(v, bits=bits[1]), DEVICE)
+    check_kernel(inputs, scale=0.125)
 
 
 def test_many_query_rows_read_rows_of_several_groups():
