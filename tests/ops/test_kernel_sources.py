@@ -1,22 +1,17 @@
 """What kernels' sources must not have, as some Triton that they are for does not take it."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
-from kvzip.ops import triton as kernels
-
-SOURCES = sorted(Path(kernels.__file__).parent.glob("*.py"))
+from ops.test_devices import SOURCES, decorators
 
 
 def builtin_extremes(source: str) -> list[int]:
     """Lines of jitted functions that call Python's own `min` or `max`."""
     found = []
     for function in ast.walk(ast.parse(source)):
-        if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in function.decorator_list):
+        if isinstance(function, ast.FunctionDef) and "triton.jit" in decorators(function):
             calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
             found += [x.lineno for x in calls if isinstance(x.func, ast.Name) and x.func.id in ("min", "max")]
     return found
