@@ -69,7 +69,7 @@ def decode_triton(
         triton.cdiv(rows, config.block_m),
         triton.cdiv(capacity, tail_rows),
         tail_blocks,
-        pitch=min(config.block_m, rows),
+        pitch=min(config.block_m, rows) * shapes[0].PARTS,
         tail_pitch=min(shapes[1].M, tokens * group),
     )
     context_items = sizes.count * sizes.row_blocks

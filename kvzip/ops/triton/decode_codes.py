@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvzip.ops.triton.common import LOG2_E, dtype_of
-from kvzip.ops.triton.turn import turn_columns, turn_rows
+from kvzip.ops.triton.turn import mix_parts, mix_words, mix_words_of, turn_rows
 
 
 @triton.jit
@@ -192,24 +192,36 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
     d = tl.arange(0, BLOCK_W * EACH)
     central = tl.zeros([M], tl.float32)
     if F.KEYS_FIRST:
-        whole = tl.load(q_at[None, :] + d[:, None], mask=(d < F.D)[:, None] & live[None, :], other=0).to(tl.float32)
+        there = (d < F.D)[:, None]
+        own = d[:, None]
+        if F.PARTS > 1:  # spreads are loaded in the layout of queries; other forms would spill
+            own += tl.zeros([1, M], tl.int32)
+        if F.CHANNELS:
+            spread = tl.load(spread_ptr + own, mask=there, other=0)
+        whole = tl.load(q_at[None, :] + d[:, None], mask=there & live[None, :], other=0).to(tl.float32)
         if F.CHANNELS:  # q . (center + spread * rest) = q . center + (q * spread) . rest
             if F.SOFTCAP:
-                center = tl.load(center_ptr + d, mask=d < F.D, other=0)
-                central = tl.sum(whole * center[:, None], 0) * scale
-            whole *= tl.load(spread_ptr + d, mask=d < F.D, other=0)[:, None]
+                central = tl.sum(whole * tl.load(center_ptr + own, mask=there, other=0), 0) * scale
+            whole = _scaled(whole, spread, F.PACKED and F.PARTS > 1)
         factor, unit = _scales(tl.max(tl.abs(whole), 0), HIGH, scale, softcap, F)
-        parts = _parts(tl.permute(tl.reshape(whole, [BLOCK_W, EACH, M]), [0, 2, 1]), EACH)
+        BLOCK: tl.constexpr = F.D & -F.D
         if F.TURN_K:  # the matrix is symmetric: turned queries meet turned keys
-            parts = turn_columns(parts, F.D, EACH, dtype_of(F.TURN))
+            factor *= 1.0 / BLOCK**0.5
+            if F.PARTS > 1:  # all parts in one exchange between threads; other forms would spill
+                whole = mix_words(tl.reshape(whole, [BLOCK_W, EACH * M]), BLOCK // EACH, dtype_of(F.TURN))
+        parts = _parts(tl.permute(tl.reshape(whole, [BLOCK_W, EACH, M]), [0, 2, 1]), EACH)
+        if F.TURN_K:
+            if F.PARTS == 1:
+                parts = mix_words_of(parts, BLOCK // EACH, dtype_of(F.TURN))
+            parts = mix_parts(parts)
         queries = ()
-        total = tl.zeros([BLOCK_W, M], tl.float32)
+        total = tl.zeros(parts[0].shape, tl.float32)
         for part in tl.static_range(EACH):
             lift = 1.0 if TOP else 2.0 ** (part * F.K_BITS % 8)  # as `lifts`
             q = (parts[part] * (factor * lift)).to(dtype_of(F.K_COMPUTE))
             queries += (q,)
             total += q.to(tl.float32) * (1 / lift)
-        return queries, total, tl.sum(total, 0), unit, central
+        return queries, total, tl.sum(total, len(total.shape) - 2), unit, central
     else:
         whole = tl.load(q_at[:, None] + d[None, :], mask=live[:, None] & (d < F.D)[None, :], other=0).to(tl.float32)
         if F.CHANNELS:
@@ -224,6 +236,20 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
         queries = (whole * (factor * lift)).to(dtype_of(F.K_COMPUTE))
         total = tl.sum(queries.to(tl.float32) / lift, 1)
         return in_pairs(queries, EACH), total, total, unit, central
+
+
+@triton.jit
+@no_type_check
+def _scaled(x, spread, PACKED: tl.constexpr):
+    """x * spread. PACKED: by assembly said to have effects, through which Triton moves no exchange between threads.
+
+    It would exchange both factors, one after the other, each as soon as it is loaded.
+    """
+    if PACKED:
+        asm: tl.constexpr = "mul.f32 $0, $1, $2;"
+        return tl.inline_asm_elementwise(asm, "=f,f,f", [x, spread], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return x * spread
 
 
 @triton.jit

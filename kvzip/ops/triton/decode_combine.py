@@ -24,6 +24,7 @@ def combine_kernel(
     D: tl.constexpr = CONTEXT.D
     M: tl.constexpr = CONTEXT.M
     TAIL_M: tl.constexpr = TAIL.M
+    PARTS: tl.constexpr = CONTEXT.PARTS
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     CENTERED: tl.constexpr = CONTEXT.CHANNELS and not CONTEXT.SOFTCAP  # scale * q . center is not in the logits yet
     ONE: tl.constexpr = BLOCK_R == 1
@@ -59,12 +60,19 @@ def combine_kernel(
     context_at = _line((first + within // M) * pitch + within % M, ONE)
     tail_at = count * row_blocks * pitch + (tail_first + own // TAIL_M) * tail_pitch + own % TAIL_M
     context_step, tail_step = row * 0 + blocks * pitch, row * 0 + own_blocks * tail_pitch
+    splits *= PARTS
     tail_at = _line(tail_at - splits * tail_step, ONE)
     results = splits + own_splits
     longest = results if ONE else tl.max(results, 0)
     splits, results = _line(splits, ONE), _line(results, ONE)
     context_step, tail_step = _line(context_step, ONE), _line(tail_step, ONE)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    q_row = query.q + b.to(tl.int64) * query.stride_b + (head * G + g).to(tl.int64) * query.stride_h
+    q_at = _column(q_row + t.to(tl.int64) * query.stride_t, ONE) + c
+    bounds = splits, results
+    starts = context_at, context_step, tail_at, tail_step, pitch
+    i = _column(tl.arange(0, BLOCK_P), ONE)  # [BLOCK_P] or [BLOCK_P, BLOCK_R]
+    place = _places(i, bounds, starts, PARTS)
     if not LISTED:  # nothing above needs the kernel before
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -72,8 +80,9 @@ def combine_kernel(
             tl.extra.cuda.gdc_wait()
     shift = 0.0
     if CENTERED:
-        q_row = query.q + b.to(tl.int64) * query.stride_b + (head * G + g).to(tl.int64) * query.stride_h
-        q = tl.load(_column(q_row + t.to(tl.int64) * query.stride_t, ONE) + c, mask=c < D, other=0)
+        q = tl.load(q_at, mask=c < D, other=0)
+    lse, part = _load(part_ptr, part_lse_ptr, i, place, d, bounds, D, ONE)
+    if CENTERED:
         shift = _line(tl.sum(q.to(tl.float32) * center, 0 if ONE else 1) * scale, ONE)
     if ONE:
         acc = tl.zeros([BLOCK_D], tl.float32)
@@ -81,25 +90,13 @@ def combine_kernel(
     else:
         acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.where(peak == 0, 1.0, 0.0)
-    for at in range(0, longest, BLOCK_P):
-        i = _column(at + tl.arange(0, BLOCK_P), ONE)  # [BLOCK_P] or [BLOCK_P, BLOCK_R] from here
-        of_context, live = i < splits, i < results
-        place = tl.where(of_context, context_at + i * context_step, tail_at + i * tail_step)
-        lse = tl.load(part_lse_ptr + place, mask=live, other=float("-inf"))
-        if CENTERED:
-            lse += tl.where(of_context, shift, 0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = exp2((lse - _line(floor, ONE)) * LOG2_E, EXACT)
-        # a split without visible keys leaves its part unset
-        set_here = _deep(live & (lse != float("-inf")), ONE) & (d < D)
-        part = tl.load(part_ptr + _deep(place, ONE).to(tl.int64) * D + d, mask=_deep(live, ONE) & (d < D), other=0)
-        part = tl.where(set_here, part, 0)
-        decay = exp2((peak - floor) * LOG2_E, EXACT)
-        acc = acc * (decay if ONE else decay[:, None]) + tl.sum(_deep(weight, ONE) * part, 0)
-        total = total * decay + tl.sum(weight, 0)
-        peak = new_peak
+    state = acc, peak, tl.where(peak == 0, 1.0, 0.0)
+    state = _add(state, lse, part, shift, i, d, bounds, D, CENTERED, ONE, EXACT)
+    for at in range(BLOCK_P, longest, BLOCK_P):
+        i = _column(at + tl.arange(0, BLOCK_P), ONE)
+        lse, part = _load(part_ptr, part_lse_ptr, i, _places(i, bounds, starts, PARTS), d, bounds, D, ONE)
+        state = _add(state, lse, part, shift, i, d, bounds, D, CENTERED, ONE, EXACT)
+    acc, peak, total = state
     place = (b.to(tl.int64) * heads * G + head * G + g) * tokens + t
     whole = tl.where(total == 0, 1.0, total)
     acc = acc / (whole if ONE else whole[:, None])
@@ -110,6 +107,44 @@ def combine_kernel(
         there = (r < rows)[:, None] & (d < D)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=there)
     tl.store(lse_ptr + place, peak + tl.log(total), mask=r < tl.where(tl.program_id(2) == 0, rows, 0))
+
+
+@triton.jit
+@no_type_check
+def _places(i, bounds, starts, PARTS: tl.constexpr):
+    """Where partial results i of rows are: those of the context's splits, PARTS of each, then those of the tail."""
+    context_at, context_step, tail_at, tail_step, pitch = starts
+    of_context = context_at + i // PARTS * context_step + i % PARTS * (pitch // PARTS)
+    return tl.where(i < bounds[0], of_context, tail_at + i * tail_step)
+
+
+@triton.jit
+@no_type_check
+def _load(part_ptr, lse_ptr, i, place, d, bounds, D: tl.constexpr, ONE: tl.constexpr):
+    live = i < bounds[1]
+    lse = tl.load(lse_ptr + place, mask=live, other=float("-inf"))
+    part = tl.load(part_ptr + _deep(place, ONE).to(tl.int64) * D + d, mask=_deep(live, ONE) & (d < D), other=0)
+    return lse, part
+
+
+@triton.jit
+@no_type_check
+def _add(
+    state, lse, part, shift, i, d, bounds, D: tl.constexpr, CENTERED: tl.constexpr, ONE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds partial results i to rows' sums of them, their peaks and totals."""
+    acc, peak, total = state
+    if CENTERED:
+        lse += tl.where(i < bounds[0], shift, 0.0)
+    new_peak = tl.maximum(peak, tl.max(lse, 0))
+    floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weight = exp2((lse - _line(floor, ONE)) * LOG2_E, EXACT)
+    # a split without visible keys leaves its part unset
+    part = tl.where(_deep(lse != float("-inf"), ONE) & (d < D), part, 0)
+    decay = exp2((peak - floor) * LOG2_E, EXACT)
+    acc = acc * (decay if ONE else decay[:, None]) + tl.sum(_deep(weight, ONE) * part, 0)
+    return acc, new_peak, total * decay + tl.sum(weight, 0)
 
 
 @triton.jit

@@ -97,7 +97,7 @@ def decode_kernel(
         if row < row_stop:  # else there are fewer items than programs
             if of_context:
                 _attend_context(
-                    query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item * pitch,
+                    query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item * pitch, pitch,
                     which, head, begin, stop, row, row_stop, CONTEXT, TAILED, True, False,
                 )  # fmt: skip
             elif TAIL.PAGE > 0:
@@ -109,7 +109,7 @@ def decode_kernel(
     elif item < splits:
         at = work.items + item // row_blocks * 3
         _attend_context(
-            query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item * pitch,
+            query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, item * pitch, pitch,
             0, tl.load(at), tl.load(at + 1), tl.load(at + 2), item % row_blocks * CONTEXT.M, rows,
             CONTEXT, TAILED, False, EARLY,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def decode_kernel(
 @triton.jit
 @no_type_check
 def _attend_context(
-    query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, place,
+    query, context, part_ptr, part_lse_ptr, scale, softcap, window, tokens, place, pitch,
     which, head, begin, stop, row, row_stop,
     F: tl.constexpr, TAILED: tl.constexpr, LISTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -178,13 +178,16 @@ def _attend_context(
         high = here + 1
         begin = tl.minimum(tl.maximum(begin, tl.min(low, 0)), stop)  # within the context: steps are read from there
         stop = tl.maximum(begin, tl.minimum(stop, tl.max(high, 0)))
+    at = place + tl.arange(0, M)
+    if F.PARTS > 1:
+        at = tl.arange(0, F.PARTS)[:, None] * (pitch // F.PARTS) + at[None, :]
     attend_split(
         (_query_rows(query, n, tokens, head, m % F.G, F.G), m < row_stop),
         (k, k_scale, k_zero, context.stride_k),
         (v, v_scale, v_zero, context.stride_v),
         (center + head * F.D, spread + head * F.D, bias, query.order, 0, 0),
         (low, high),
-        (part_ptr, part_lse_ptr, place + tl.arange(0, M)),
+        (part_ptr, part_lse_ptr, at),
         begin, stop, scale, softcap, F,
     )  # fmt: skip
 

@@ -78,6 +78,8 @@ def launch_config(
                 registers = 208  # would be 247
             elif hopper and not padded and (D <= 64 if bits > 4 else D > 128):
                 registers = 144 if D <= 64 else 208  # ptxas spills to have fewer
+            elif D == 128 and bits == 4 and not hopper:
+                registers = 160  # here too
             return Launch(8, 32 if wide else keys, 2, 3, 4, early, reserve, registers)  # 64 wide keys would spill
         if D <= 64 and bits <= 4 and rows > 16 and hopper:
             return Launch(32, 64, 4, 3)  # 32 keys would spill with Triton 3.9
@@ -195,7 +197,7 @@ def forms(
     keys_first = bits < 16 and config.block_m < 64
     width = q.shape[-1] if q.ndim == 3 else q.shape[3]
     # each warp has half of a tile's keys: faster for these bits alone, see docs/tuning.md
-    halved = (k_bits, v_bits) == (4, 2) and config[:3] == (8, 64, 2) and width <= 128
+    halved = keys_first and config[:3] == (8, 64, 2) and width <= 128
     context = Form(
         G=group, D=width, M=config.block_m, N=config.block_n,
         K_BITS=k_bits, V_BITS=v_bits, K_GROUP=k_group, V_GROUP=v_group, COMPUTE=compute,
@@ -276,8 +278,10 @@ def run(
             num_warps=warps, num_stages=config.stages, maxnreg=registers, enable_fp_fusion=True,
             **launch_options(early),
         )  # fmt: skip
-    splits = sizes.count // sizes.heads + sizes.tail_splits
+    splits = sizes.count // sizes.heads * form.PARTS + sizes.tail_splits
     block_r, block_d, block_p = combine_config(form.D, sizes.rows * sizes.heads, 2 if listed else splits)
+    if listed:
+        block_p *= form.PARTS
     combine_kernel[(triton.cdiv(sizes.rows, block_r), sizes.heads, triton.cdiv(form.D, block_d))](
         query, context, work, part, part_lse, out, lse, float(scale), tokens, *sizes,
         CONTEXT=form, TAIL=tail_form, BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_P=block_p, LISTED=listed,
@@ -296,5 +300,7 @@ def combine_config(D: int, rows: int, splits: int) -> tuple[int, int, int]:
         return 1, 128, 32  # all results of a row in one step
     block_d = min(width, 64, max(32, triton.next_power_of_2(rows * D // 8192)))
     block_r = min(16, triton.next_power_of_2(max(1, rows * D // (1024 * block_d))))
+    if block_r == 1 and splits >= 128:
+        block_d = 16
     most = max(4096 // (block_r * block_d), 2)
-    return block_r, block_d, min(max(4, triton.next_power_of_2(2 * splits)), 128, most)
+    return block_r, block_d, min(max(4, triton.next_power_of_2(2 * splits)), 256, most)

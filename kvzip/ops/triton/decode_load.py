@@ -125,6 +125,35 @@ def take_apart(four, PACKED: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def store_together(at, parts, mask, PACKED: tl.constexpr):
+    """Stores value i of each of the parts, float32, i after `at`.
+
+    PACKED: by assembly, from the registers in which they are; Triton would exchange each part between threads first.
+    """
+    COUNT: tl.constexpr = len(parts)
+    if PACKED:
+        args = (at.to(tl.int64), mask.to(tl.int32))
+        args += parts
+        ASM: tl.constexpr = storing(COUNT)
+        tl.inline_asm_elementwise(ASM, "=r,l,r" + ",f" * COUNT, args, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        for part in tl.static_range(COUNT):
+            tl.store(at + part, parts[part], mask=mask)
+
+
+@getattr(triton, "constexpr_function", lambda function: function)
+def storing(count):
+    """PTX that stores `count` numbers of 32 bits, $3 and on, at $1 if $2 is not 0."""
+    lines = [".reg .pred p;", "setp.ne.b32 p, $2, 0;"]
+    for first in range(0, count, 4):
+        names = [f"${3 + i}" for i in range(first, min(first + 4, count))]
+        vector = f".v{len(names)}.f32" if len(names) > 1 else ".f32"
+        lines += [f"@p st.global{vector} [$1 + {4 * first}], {{ {', '.join(names)} }};"]
+    return "{ " + " ".join([*lines, "mov.b32 $0, 0;"]) + " }"
+
+
+@triton.jit
+@no_type_check
 def load_queries(q_at, live, D: tl.constexpr, COMPUTE: tl.constexpr):
     """Query rows, [BLOCK_M, BLOCK_D]."""
     d = tl.arange(0, 16 if D < 16 else triton.next_power_of_2(D))

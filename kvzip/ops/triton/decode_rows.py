@@ -41,7 +41,8 @@ def decode_rows_triton(
         window=window is not None, bias=form.bias is not None, short=True, page=page,
     )  # fmt: skip
     tails = 0 if pages is None else len(plan.tail_items)
-    sizes = Sizes(count * shapes[0].G, heads, plan.items.shape[1], 1, 0, 1, shapes[0].M, shapes[1].M)
+    pitch = shapes[0].M * shapes[0].PARTS
+    sizes = Sizes(count * shapes[0].G, heads, plan.items.shape[1], 1, 0, 1, pitch, shapes[1].M)
     run(
         out, lse,
         QueryArgs(q, q.stride(0), q.stride(1), 0, rows.length, plan.order),
@@ -49,7 +50,7 @@ def decode_rows_triton(
         TailArgs(tail_k, tail_v, names, *tail_k.stride()[:3], *tail_v.stride()[:3]),
         WorkArgs(plan.items[layer], plan.tail_items, plan.first[layer], plan.places),
         sizes, shapes, config,
-        places=plan.items.shape[1] * shapes[0].M + tails * shapes[1].M, programs=plan.items.shape[1] + tails,
+        places=plan.items.shape[1] * pitch + tails * shapes[1].M, programs=plan.items.shape[1] + tails,
         scale=scale, softcap=softcap, window=window, tokens=1, tail_rows=0,
         capacity=0 if pages is None else page * pages.table.shape[1], tailed=True, listed=True,
     )  # fmt: skip

@@ -26,9 +26,10 @@ from kvzip.ops.triton.decode_load import (
     load_together,
     load_vector,
     same,
+    store_together,
     take_apart,
 )
-from kvzip.ops.triton.turn import turn_columns, turn_rows
+from kvzip.ops.triton.turn import mix_parts, mix_words_of, turn_rows
 
 
 class Form(NamedTuple):
@@ -136,33 +137,28 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     if DEFER:
         total = tl.sum(total, len(total.shape) - 2 if F.KEYS_FIRST else 1)
         shift = tl.sum(shift, len(shift.shape) - 2 if F.KEYS_FIRST else 1)
-    if P > 1:
-        highest = tl.max(peak, 0)
-        factor = exp2(peak - tl.where(highest == float("-inf"), 0.0, highest), False)
-        total, shift, peak = tl.sum(total * factor, 0), tl.sum(shift * factor, 0), highest
-        joined = ()
-        for part in tl.static_range(EACH):
-            joined += (tl.sum(acc[part] * factor[:, None, :], 0),)
-        acc = joined
     if CODED or F.BIAS:
         peak *= LN_2
     elif not F.SOFTCAP:
         peak *= scale
-    tl.store(part_lse_ptr + place, peak + tl.log(total), mask=live)
+    ASSEMBLY: tl.constexpr = F.PACKED and F.KEYS_FIRST and F.D <= 128  # wider rows would spill
+    there = live & tl.full(place.shape, 1, tl.int1)
+    store_together(part_lse_ptr + place, (peak + tl.log(total),), there, ASSEMBLY)
     share = ((127 + common) << 23).to(tl.float32, bitcast=True) / tl.where(total == 0, 1.0, total)
     w = tl.arange(0, BLOCK_W)
     if F.KEYS_FIRST:
+        if F.TURN_V:
+            share *= 1.0 / (F.D & -F.D) ** 0.5
         whole = ()
         for part in tl.static_range(EACH):
             x = acc[part]
-            if F.V_BITS < 16:
-                x = x * 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8) + shift[None, :]
-            whole += (x * share[None, :],)
+            if F.V_BITS < 16:  # before the share, which 2 ** 24 could take beyond float32
+                x = x * 2.0 ** (16 + F.V_BITS + part * F.V_BITS % 8) + _of_queries(shift, F)
+            whole += (x * _of_queries(share, F),)
         if F.TURN_V:
-            whole = turn_columns(whole, F.D, EACH, dtype_of(F.TURN))
-        for part in tl.static_range(EACH):
-            at_part = part_ptr + place[None, :].to(tl.int64) * F.D + (EACH * w + part)[:, None]
-            tl.store(at_part, whole[part], mask=(w < W)[:, None] & live[None, :])
+            whole = mix_parts(mix_words_of(whole, (F.D & -F.D) // EACH, dtype_of(F.TURN)))
+        at = part_ptr + _of_queries(place, F).to(tl.int64) * F.D + (EACH * w)[:, None]
+        store_together(at, whole, (w < W)[:, None] & _of_queries(there, F), ASSEMBLY)
     else:
         d = tl.arange(0, BLOCK_W * EACH)
         x = acc[0] * share[:, None]
@@ -356,11 +352,11 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
     for group in tl.static_range(Q):
         inside = (w // (F.K_GROUP // EACH) == group)[:, None]
         if Q > 1:
-            q_sum = tl.sum(tl.where(inside, q_word, 0), 0)
+            q_sum = tl.sum(tl.where(inside, q_word, 0), len(q_word.shape) - 2)
         if group > 0:
             step = load_vector(keys[1], at, stop, group, Q, F.SHORT, F.N, F.PARTS).to(tl.float32)
             zero = load_vector(keys[2], at, stop, group, Q, F.SHORT, F.N, F.PARTS).to(tl.float32)
-        y = (q_sum * ((CENTER - HALF) * UNIT))[None, :] + none
+        y = _of_queries(q_sum * ((CENTER - HALF) * UNIT), F) + none
         for part in tl.static_range(EACH):
             code = codes(k, part, F.K_BITS, dtype_of(F.K_COMPUTE), F.PACKED, TOP)
             q = rows[part]
@@ -370,7 +366,7 @@ def _logits_of_codes(k, step, zero, mark, queries, keys, at, stop, F: tl.constex
                 y = tl.fma(_product_of_keys(code, q, F), 1.0, y)
             else:
                 y = tl.dot(code, _in_every_part(q, F), y)
-        middle = _of_keys((zero + HALF * step) * unit, F) * q_sum[None, :]
+        middle = _of_keys((zero + HALF * step) * unit, F) * _of_queries(q_sum, F)
         if Q == 1 and not F.SOFTCAP:
             middle += _of_keys(mark, F)
         x += y * _of_keys(step * (unit * (1 / UNIT)), F) + middle
@@ -438,7 +434,7 @@ def _add_sum(total, decay, x, F: tl.constexpr):
 @no_type_check
 def _in_every_part(x, F: tl.constexpr):
     """x, [A, B], once for each part of the keys."""
-    if F.PARTS > 1:
+    if F.PARTS > 1 and len(x.shape) == 2:
         return tl.broadcast_to(x[None], [F.PARTS, x.shape[0], x.shape[1]])
     else:
         return x

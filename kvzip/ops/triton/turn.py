@@ -15,10 +15,10 @@ import triton.language as tl
 def signs(row, column, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """1 or -1 where row and column are in the same block of BLOCK, by the bits that both have, and 0 elsewhere."""
     both = row & column & (BLOCK - 1)
-    both ^= both >> 4
-    both ^= both >> 2
-    both ^= both >> 1
-    return tl.where(row // BLOCK == column // BLOCK, 1 - 2 * (both & 1), 0).to(DTYPE)
+    if BLOCK > 32:
+        both = (both ^ (both >> 5)) & 31
+    odd = (tl.full([], 0x96696996, tl.uint32) >> both) & 1  # bit i: whether i, below 32, has an odd number of bits
+    return tl.where(row // BLOCK == column // BLOCK, tl.where(odd == 1, -1.0, 1.0), 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -46,29 +46,47 @@ def turn_rows(x, D: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def turn_columns(parts, D: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
-    """Turns columns of D values in EACH parts, each [BLOCK_W, M], where what is at and after D is 0 or not used.
+def mix_words(x, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """What turning does among words: the signs of BLOCK words, the last axis but one, times x, [..., BLOCK_W, N].
 
     Products are of DTYPE: of float32, or of bfloat16 and what that loses, which are exact to 2 ** -16.
     """
-    BLOCK: tl.constexpr = D & -D
-    BLOCK_W: tl.constexpr = parts[0].shape[0]
+    BLOCK_W: tl.constexpr = x.shape[-2]
     w = tl.arange(0, BLOCK_W)
-    matrix = signs(w[:, None], w[None, :], BLOCK // EACH, DTYPE)
+    matrix = signs(w[:, None], w[None, :], BLOCK, DTYPE)
+    if len(x.shape) == 3:
+        matrix = tl.broadcast_to(matrix[None], [x.shape[0], BLOCK_W, BLOCK_W])
+    high = x.to(DTYPE)
+    y = tl.dot(matrix, high, input_precision="ieee")
+    if DTYPE != tl.float32:  # noqa: SIM300
+        y = tl.dot(matrix, (x - high.to(tl.float32)).to(DTYPE), y)
+    return y
+
+
+@triton.jit
+@no_type_check
+def mix_words_of(parts, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """`mix_words` of each of the parts."""
     mixed = ()
-    for part in tl.static_range(EACH):
-        high = parts[part].to(DTYPE)
-        x = tl.dot(matrix, high, input_precision="ieee")
-        if DTYPE != tl.float32:  # noqa: SIM300
-            x = tl.dot(matrix, (parts[part] - high.to(tl.float32)).to(DTYPE), x)
-        mixed += (x,)
-    turned = ()
-    for i in tl.static_range(EACH):
-        x = mixed[0]
-        for j in tl.static_range(1, EACH):
-            x = _added(x, mixed[j], i & j)
-        turned += (x * (1.0 / BLOCK**0.5),)
-    return turned
+    for part in tl.static_range(len(parts)):
+        mixed += (mix_words(parts[part], BLOCK, DTYPE),)
+    return mixed
+
+
+@triton.jit
+@no_type_check
+def mix_parts(parts):
+    """What turning does within words of values: sums and differences of parts."""
+    EACH: tl.constexpr = len(parts)
+    for power in tl.static_range(EACH.bit_length() - 1):
+        mixed = ()
+        for j in tl.static_range(EACH):
+            if j >> power & 1:
+                mixed += (parts[j ^ (1 << power)] - parts[j],)
+            else:
+                mixed += (parts[j] + parts[j ^ (1 << power)],)
+        parts = mixed
+    return parts
 
 
 @triton.jit
@@ -89,13 +107,3 @@ def mix_blocks(blocks, D: tl.constexpr, C: tl.constexpr):
     for j in tl.static_range((D + C - 1) // C):
         turned += (blocks[j] * (1.0 / BLOCK**0.5),)
     return turned
-
-
-@triton.jit
-@no_type_check
-def _added(x, y, BITS: tl.constexpr):
-    """x + y, or x - y where BITS, below 64, has an odd number of bits."""
-    if (BITS ^ (BITS >> 1) ^ (BITS >> 2) ^ (BITS >> 3) ^ (BITS >> 4) ^ (BITS >> 5)) & 1:
-        return x - y
-    else:
-        return x + y
