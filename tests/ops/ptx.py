@@ -36,6 +36,8 @@ def _step(name: str, args: list[Words]) -> Words:
     kind, *rest = name.split(".")
     if kind == "mov":
         return args[0]
+    if name == "cvt.u32.u16":
+        return args[0] & np.uint32(0xFFFF)
     if kind in _INTEGERS:
         return _INTEGERS[kind](*args)
     if kind in _ARITHMETIC:

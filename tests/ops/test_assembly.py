@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from ptx import run
 
-from kvzip.ops.triton.codes import unpacking
+from kvzip.ops.triton.codes import unpacking, unpacking_words
 from kvzip.ops.triton.decode_codes import expanding
 
 DTYPES = {tl.float16: torch.float16, tl.bfloat16: torch.bfloat16}
@@ -31,6 +31,17 @@ def halves(registers: np.ndarray, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 CASES = [("e4m3", False), ("int8", False), ("int4", False), ("int4", True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "high"), CASES)
+def test_words_become_the_numbers_of_their_bytes(kind, high, dtype):
+    found = halves(*run(unpacking_words(kind, high, dtype), WORDS), DTYPES[dtype])
+    exact = meant(kind, high)
+    for place, got in enumerate(found):
+        byte = torch.from_numpy(WORDS.astype(np.int64)) >> 8 * place & 255
+        wanted = exact[byte]
+        assert torch.equal(got[~wanted.isnan()], wanted[~wanted.isnan()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

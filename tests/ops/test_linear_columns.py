@@ -69,7 +69,7 @@ new = lambda *shape: torch.zeros(shape, dtype=torch.{dtype})
 def make(kind, n, k, group=None, zeros=False, rows=1):
     how = dict(kind=kind, group=group or k, rows=rows, zeros=zeros, scale_dtype=torch.float16)
     return empty_weight(n, k, **how, device="cpu")
-for rows in (32, 64):
+for rows in (16, 32, 64):
     for kind, group in (("e4m3", None), ("int8", None), ("int4", 128)):
         linear_columns.few_columns(new(rows, 4096), make(kind, 4096, 4096, group), residual=new(rows, 4096))
         linear_columns.few_columns(new(rows, 4096), make(kind, 28672, 4096, group), gate="silu")
@@ -120,7 +120,7 @@ def check_fits(dtype: str, capability: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [2, 32, 64])
+@pytest.mark.parametrize("rows", [2, 9, 32, 64])
 @pytest.mark.parametrize("kind", ["e4m3", "int8", "int4"])
 def test_real_shapes(kind, rows, dtype):
     group = 128 if kind == "int4" else None
@@ -133,7 +133,7 @@ def test_real_shapes(kind, rows, dtype):
 def test_rows_of_16_bits_come_here(monkeypatch):
     calls = []
     monkeypatch.setattr(linear, "few_columns", lambda *a, **o: calls.append(a) or few_columns(*a, **o))
-    for rows, kind, expected in ((17, "int8", 1), (16, "e4m3", 0), (2, "int4", 1), (1, "int4", 0), (65, "int4", 0)):
+    for rows, kind, expected in ((9, "int8", 1), (8, "e4m3", 0), (2, "int4", 1), (1, "int4", 0), (65, "int4", 0)):
         calls.clear()
         linear.linear_triton(values(rows, 64, dtype=torch.float16), weight(kind, 8, 64))
         assert len(calls) == expected

@@ -80,6 +80,32 @@ def unpacking(kind: str, high: bool, dtype: tl.dtype) -> str:
     return f"{{ .reg .b32 a, s, k, z; mov.b32 k, {power}; mov.b32 z, 0x80008000; {steps} }}"
 
 
+def unpacking_words(kind: str, high: bool, dtype: tl.dtype) -> str:
+    """PTX that turns the two bytes of a word into a register of two 16-bit numbers, as `unpacking` does four.
+
+    int8 in bfloat16, which holds 128 to 255: 128 + the lower seven bits, less 128 or, if the sign is set, 256.
+    """
+    half = dtype == tl.float16
+    spread = "{ .reg .b32 t, s, k, o; cvt.u32.u16 t, $1; prmt.b32 t, t, 0, 0x4140;"
+    less = "sub.f16x2 $0, t, k; }" if half else "mov.b32 o, 0x3F803F80; fma.rn.bf16x2 $0, t, o, k; }"
+    if kind == "int4":
+        top, k = ("0x64006400", "0x64086408") if half else ("0x43004300", "0xC308C308")
+        return f"{spread} {'shr.b32 t, t, 4;' * high} lop3.b32 t, t, 0x000F000F, {top}, 0xEA; mov.b32 k, {k}; {less}"
+    if kind == "int8" and half:
+        return f"{spread} xor.b32 t, t, 0x64806480; mov.b32 k, 0x64806480; {less}"
+    if kind == "int8":
+        return (
+            f"{spread} lop3.b32 k, t, 0x00800080, 0xC300C300, 0xEA; lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; {less}"
+        )
+    shift, mask = (1, "0x3F803F80") if half else (4, "0x07F007F0")
+    more = "mul.f16x2 $0, s, k;" if half else "fma.rn.bf16x2 $0, s, k, o;"
+    power = "0x5C005C00" if half else "0x7B807B80"
+    return (
+        f"{{ .reg .b32 t, s, k, o; mov.b32 k, {power}; mov.b32 o, 0x80008000; cvt.u32.u16 t, $1; "
+        f"prmt.b32 t, t, 0, 0x1404; shr.b32 s, t, {shift}; and.b32 t, t, o; lop3.b32 s, s, {mask}, t, 0xEA; {more} }}"
+    )
+
+
 def widening(kind: str) -> str:
     """PTX for Hopper that turns four bytes of 8-bit codes into the four float32 numbers that they mean, exactly."""
     if kind == "int8":  # 2 ** 23 + 128 + code is a float32 whose lowest byte is the code
@@ -121,6 +147,20 @@ def convert(codes, ASM: tl.constexpr, KIND: tl.constexpr, HIGH: tl.constexpr, CO
         wide = codes.to(tl.int32)
         bits = ((wide & 127) << 20) | ((wide & 128) << 24)
         return (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(COMPUTE)  # 2 ** 120
+
+
+@triton.jit
+@no_type_check
+def convert_words(words, ASM: tl.constexpr, KIND: tl.constexpr, HIGH: tl.constexpr, COMPUTE: tl.constexpr):
+    """`convert` of bytes [M, 2 W] that are words [M, W]."""
+    if ASM != "":
+        pair = tl.inline_asm_elementwise(ASM, "=r,h", [words], dtype=tl.int32, is_pure=True, pack=1)
+        first = pair.to(tl.int16).to(COMPUTE, bitcast=True)
+        second = (pair >> 16).to(tl.int16).to(COMPUTE, bitcast=True)
+    else:
+        first = convert((words & 255).to(tl.uint8), "", KIND, HIGH, COMPUTE)
+        second = convert(((words >> 8) & 255).to(tl.uint8), "", KIND, HIGH, COMPUTE)
+    return tl.reshape(tl.join(first, second), [words.shape[0], 2 * words.shape[1]])
 
 
 @triton.jit

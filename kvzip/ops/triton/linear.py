@@ -200,7 +200,7 @@ def _quantized(
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if has_columns(x, weight):
         return few_columns(normed(x, norm), weight, bias, gate=gate, residual=residual)
-    if 0 < rows <= most_rows(x) and suits(weight):
+    if 0 < rows <= min(most_rows(x), 16) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     x = normed(x, norm)
     parts = blocks(weight, _AT_ONCE)
@@ -274,7 +274,19 @@ def _row_kernel(
         _fetch(weight_ptr, n, end - 1, K, AHEAD)
         if PAIRS:
             _fetch(second_ptr, n, end - 1, K, AHEAD)
+    scale, bias, residual = 1.0, 0.0, 0.0  # loaded here, as at the end all would wait for them
+    scale_2, bias_2 = scale, bias
+    if KIND != "":
+        scale = tl.load(scale_ptr + n, mask=n < end, other=0).to(tl.float32)
+        if PAIRS:
+            scale_2 = tl.load(scale_ptr + apart + n, mask=n < end, other=0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < end, other=0).to(tl.float32)
+        if PAIRS:
+            bias_2 = tl.load(bias_ptr + apart + n, mask=n < end, other=0).to(tl.float32)
     await_launch(OVERLAP)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + n, mask=n < end, other=0).to(tl.float32)
     if HALF:
         angles = load_angles(rotation, n, HALF, TAIL)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -292,21 +304,12 @@ def _row_kernel(
     factor = 1.0
     if NORM:
         factor = 1 / tl.sqrt_rn(tl.sum(square, 0) / K + eps)
-    out = tl.sum(acc, 1) * factor  # [BLOCK_N]
-    if KIND != "":
-        out *= tl.load(scale_ptr + n, mask=n < end, other=0).to(tl.float32)
-    if BIAS:
-        out += tl.load(bias_ptr + n, mask=n < end, other=0).to(tl.float32)
+    out = tl.sum(acc, 1) * factor * scale + bias  # [BLOCK_N]
     if PAIRS:
-        out_2 = tl.sum(acc_2, 1) * factor
-        if KIND != "":
-            out_2 *= tl.load(scale_ptr + apart + n, mask=n < end, other=0).to(tl.float32)
-        if BIAS:
-            out_2 += tl.load(bias_ptr + apart + n, mask=n < end, other=0).to(tl.float32)
+        out_2 = tl.sum(acc_2, 1) * factor * scale_2 + bias_2
         if GATE != "":
             out = activate(out, GATE) * out_2
-    if RESIDUAL:
-        out += tl.load(residual_ptr + n, mask=n < end, other=0).to(tl.float32)
+    out += residual
     if HALF:
         store_rotated(out, out_2, n, angles, out_ptr, rotation, capacity, HALF, HEADS, KV_HEADS, TAIL)
     else:

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from kvzip.ops.triton.codes import convert, unpacking, within_group
+from kvzip.ops.triton.codes import convert_words, unpacking_words, within_group
 from kvzip.ops.triton.common import (
     activate,
     add_parts,
@@ -39,18 +39,18 @@ class Launch(NamedTuple):
 
 
 def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
-    """Whether `few_columns` is the faster kernel for so many rows, at most 64: 8 bits from 17 on, 4 bits from 2."""
-    return x.dtype != torch.float32 and rows > (1 if weight.kind == "int4" else 16)
+    """Whether `few_columns` is the faster kernel for so many rows, at most 64: 8 bits from 9 on, 4 bits from 2."""
+    return x.dtype != torch.float32 and weight.codes.shape[1] % 2 == 0 and rows > (1 if weight.kind == "int4" else 8)
 
 
 def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
-    """The launch for N outputs and K inputs. Tuned within steps on an H100, 2026-11-28: docs/tuning.md."""
+    """The launch for N outputs and K inputs. Tuned within steps on an H100 (8 bits) and an H200: docs/tuning.md."""
     if kind == "int4":
         if inputs > 8192:
-            return Launch(128, 64, 3, 7)
+            return Launch(64, 64, 3, 7)
         if outputs > 8192:
-            return Launch(128, 64, 3, 1, ahead=0)
-        return Launch(128, 64, 3, 4)
+            return Launch(64, 64, 3, 1, ahead=0)
+        return Launch(64, 64, 3, 4)
     if inputs > 8192:
         return Launch(64, 128, 5, 8)
     if outputs > 8192:
@@ -95,10 +95,10 @@ def column_products(
     sums = torch.empty((parts, rows, N), dtype=torch.float32, device=x.device) if parts > 1 else None
     overlap, compute = overlaps_launches(x), compute_dtype(x)
     stages = config.stages if overlap else min(config.stages, 3)  # before Hopper an SM may have 99 KiB
-    low, high = ("" if interpreted() else unpacking(weight.kind, upper, compute) for upper in (False, True))
+    low, high = ("" if interpreted() else unpacking_words(weight.kind, upper, compute) for upper in (False, True))
     residual = None if residual is None else residual.contiguous()
     _columns_kernel[(triton.cdiv(N, config.block_m if gate is None else config.block_m // 2), parts)](
-        x, weight.codes.view(torch.uint8), weight.scale, weight.scale if weight.zero is None else weight.zero,
+        x, weight.codes.view(torch.int16), weight.scale, weight.scale if weight.zero is None else weight.zero,
         x if bias is None else bias, x if residual is None else residual, out if sums is None else sums, N, rows,
         K=inputs, P=width, Q=weight.scale.shape[1], GROUP=weight.group, SHARED=weight.rows, KIND=weight.kind,
         ZERO=weight.zero is not None, M=config.block_m, BLOCK_B=block,
@@ -150,15 +150,17 @@ def _columns_kernel(
     OWN: tl.constexpr = M if GATE == "" else M // 2
     m = tl.arange(0, M)
     n = tl.minimum(tl.program_id(0) * OWN + m % OWN, N - 1) + m // OWN * N
-    b = tl.arange(0, BLOCK_B)
-    k = (b // 16) * 32 + b % 16 if KIND == "int4" else b
+    k = tl.arange(0, BLOCK_B * EACH)
     r = tl.minimum(tl.arange(0, BLOCK_R), rows - 1)
     begin = tl.program_id(1) * (TILES * BLOCK_B)
-    at = codes_ptr + n.to(tl.int64)[:, None] * P + (begin + b)[None, :]  # [M, BLOCK_B]
+    word = tl.arange(0, BLOCK_B // 2)
+    at = codes_ptr + n.to(tl.int64)[:, None] * (P // 2) + (begin // 2 + word)[None, :]  # [M, BLOCK_B / 2]
     x_at = x_ptr + r.to(tl.int64)[None, :] * K + (begin * EACH + k)[:, None]  # [BLOCK_B, BLOCK_R]
     owner = (n // SHARED).to(tl.int64) * Q
     if AHEAD:  # weights do not depend on the kernel before
-        prefetch_starts(codes_ptr + n.to(tl.int64) * P + tl.minimum(begin, P - AHEAD), AHEAD)
+        prefetch_starts(codes_ptr + (n.to(tl.int64) * P + tl.minimum(begin, P - AHEAD)) // 2, AHEAD // 2)
+    if OVERLAP and GROUP != K:
+        prefetch_starts(scale_ptr + owner, Q)
     scale = tl.load(scale_ptr + owner).to(tl.float32)
     zero = tl.zeros([M], tl.int32)
     if ZERO and GROUP == K:
@@ -167,18 +169,22 @@ def _columns_kernel(
     acc = tl.zeros([M, BLOCK_R], tl.float32)
     for tile in tl.range(0, TILES, num_stages=STAGES):
         byte = tile * BLOCK_B
-        live = begin + byte + b < P
+        live = (begin + byte) * EACH + k < P * EACH
         if WHOLE:
-            codes = tl.load(at + byte)
+            codes = tl.load(at + byte // 2)
         else:
-            codes = tl.load(at + byte, mask=live[None, :], other=0)
+            codes = tl.load(at + byte // 2, mask=(begin + byte + 2 * word < P)[None, :], other=0)
         if GROUP != K:
             g = tl.minimum((begin + byte) // UNIT, Q - 1)
             scale = tl.load(scale_ptr + owner + g).to(tl.float32)
             if ZERO:
                 zero = tl.load(zero_ptr + owner + g).to(tl.int32)
         first = (begin + byte) * EACH + k
-        w = convert(codes, LOW, KIND, False, COMPUTE)
+        w = convert_words(codes, LOW, KIND, False, COMPUTE)
+        if KIND == "int4":
+            high = convert_words(codes, HIGH, KIND, True, COMPUTE)
+            w = tl.join(tl.reshape(w, [M, BLOCK_B // 16, 16]), tl.reshape(high, [M, BLOCK_B // 16, 16]))
+            w = tl.reshape(tl.permute(w, [0, 1, 3, 2]), [M, 2 * BLOCK_B])
         if ZERO:
             w -= zero[:, None].to(COMPUTE)
         x = _inputs(x_at + byte * EACH, first, live, K, WHOLE, COMPUTE)
@@ -186,15 +192,6 @@ def _columns_kernel(
             acc = tl.dot(w, x, acc)
         else:
             sums = tl.dot(w, x)
-        if KIND == "int4":
-            w = convert(codes, HIGH, KIND, True, COMPUTE)
-            if ZERO:
-                w -= zero[:, None].to(COMPUTE)
-            x = _inputs(x_at + byte * EACH + 16, first + 16, live, K, WHOLE, COMPUTE)
-            if GROUP == K:
-                acc = tl.dot(w, x, acc)
-            else:
-                sums = tl.dot(w, x, sums)
         if GROUP != K:
             acc += sums * scale[:, None]
     if GROUP == K:

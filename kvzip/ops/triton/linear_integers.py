@@ -350,6 +350,10 @@ def _integer_kernel(
         prefetch_starts(at, AHEAD)
         if PAIRS:
             prefetch_starts(at_2, AHEAD)
+    if OVERLAP:
+        prefetch_starts(scale_ptr + owner, Q)
+        if PAIRS:
+            prefetch_starts(scale_ptr + owner_2, Q)
     if EARLY:
         words = _codes(at, j, W)
         if PAIRS:

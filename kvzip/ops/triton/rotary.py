@@ -105,7 +105,21 @@ def _rotary_kernel(
     d = tl.arange(0, BLOCK_D)
     is_q, is_k, is_v = h < HEADS, (h >= HEADS) & (h < HEADS + KV_HEADS), h >= HEADS + KV_HEADS
     live = (h < HEADS + (2 if TAIL or PARTS > 0 else 1) * KV_HEADS)[:, None] & (d < HALF)[None, :]
+    if NORM:
+        for_q = is_q[:, None] & live
+        weight = d[None, :] + tl.zeros([BLOCK_H, BLOCK_D], tl.int32)
+        first_weight = tl.load(q_norm_ptr + weight, mask=for_q, other=0) + tl.load(
+            k_norm_ptr + weight, mask=live & is_k[:, None], other=0
+        )
+        second_weight = tl.load(q_norm_ptr + HALF + weight, mask=for_q, other=0) + tl.load(
+            k_norm_ptr + HALF + weight, mask=live & is_k[:, None], other=0
+        )
     await_launch(OVERLAP)
+    place = (b * table_rows + t) * D + d
+    cos = tl.load(cos_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
+    if TAIL:  # loaded here, as behind the first store all would wait for it
+        own = tl.load(lengths_ptr + b) + t
     n = h[:, None] * D + d[None, :]
     at = qkv_ptr + row * W + n
     if PARTS > 0:
@@ -125,19 +139,8 @@ def _rotary_kernel(
     value, value_2 = first, second  # of heads that are not normed or rotated
     if NORM:
         factor = 1 / tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)
-        for_q = is_q[:, None] & live
-        weight = d[None, :] + tl.zeros([BLOCK_H, BLOCK_D], tl.int32)
-        first_weight = tl.load(q_norm_ptr + weight, mask=for_q, other=0) + tl.load(
-            k_norm_ptr + weight, mask=live & is_k[:, None], other=0
-        )
-        second_weight = tl.load(q_norm_ptr + HALF + weight, mask=for_q, other=0) + tl.load(
-            k_norm_ptr + HALF + weight, mask=live & is_k[:, None], other=0
-        )
         first *= factor[:, None] * (first_weight.to(tl.float32) + offset)
         second *= factor[:, None] * (second_weight.to(tl.float32) + offset)
-    place = (b * table_rows + t) * D + d
-    cos = tl.load(cos_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + place, mask=d < HALF, other=0).to(tl.float32)[None, :]
     turned, turned_2 = rotated(first, second, cos, sin)
     if TAIL:
         turned, turned_2 = tl.where(is_v[:, None], value, turned), tl.where(is_v[:, None], value_2, turned_2)
@@ -149,7 +152,6 @@ def _rotary_kernel(
     tl.store(to_k, turned, mask=live & is_k[:, None])
     tl.store(to_k + HALF, turned_2, mask=live & is_k[:, None])
     if TAIL:
-        own = tl.load(lengths_ptr + b) + t
         writes = tl.where(own < capacity, h, 0)[:, None]  # of a full tail no head does
         _store_in_tail(
             turned, turned_2, h[:, None], tl.where(live, writes, 0), d[None, :], own,
