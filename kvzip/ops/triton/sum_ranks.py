@@ -129,6 +129,8 @@ def _sum_kernel(
     await_launch(OVERLAP)
     turn = tl.load(turns_ptr + tl.program_id(0))
     own = tl.load(x_ptr + w)
+    if RESIDUAL:  # loaded while other ranks' numbers are under way
+        residual = tl.load(residual_ptr + w)
     word = (turn.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     half = (turn & 1).to(tl.int64) * (SIZE * CAPACITY)
     for step in tl.static_range(1, SIZE):
@@ -147,7 +149,7 @@ def _sum_kernel(
         low += first
         high += second
     if RESIDUAL:
-        first, second = _numbers(tl.load(residual_ptr + w), DTYPE)
+        first, second = _numbers(residual, DTYPE)
         low += first
         high += second
     tl.store(out_ptr + w, _bits(low, high, DTYPE))
