@@ -340,6 +340,19 @@ def test_rows_are_rounded_as_the_reference_rounds_them(name):
     assert scale[2].isnan().any()
 
 
+@pytest.mark.gpu
+def test_a_gpu_rounds_as_a_host_does():
+    """Bit for bit: torch multiplies by the reciprocal on a GPU where it is asked to divide by a plain number."""
+    x = values(65, 96, dtype=torch.float16)
+    for how in ROUNDINGS.values():
+        if how.scale is None:
+            for own, host in zip(quantize_inputs(x, how), quantize_inputs(x.cpu(), how), strict=True):
+                assert own is None or torch.equal(own.cpu().float(), host.float())
+    for kind in LARGEST:
+        own, host = (quantize_weight(w, kind) for w in (x.float(), x.float().cpu()))
+        assert torch.equal(own.scale.cpu(), host.scale) and torch.equal(own.codes.cpu().float(), host.codes.float())
+
+
 @pytest.mark.parametrize(("inputs", "group"), [(200, 96), (300, 128), (2500, None), (2200, 2100), (40, 7)])
 @pytest.mark.parametrize("kind", ["int8", "e4m3"])
 def test_groups_of_any_size_are_rounded(kind, inputs, group):
