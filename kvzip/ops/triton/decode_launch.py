@@ -196,7 +196,7 @@ def forms(
     code = "float16" if packed else compute
     keys_first = bits < 16 and config.block_m < 64
     width = q.shape[-1] if q.ndim == 3 else q.shape[3]
-    # each warp has half of a tile's keys: faster for these bits alone, see docs/tuning.md
+    # each warp has half of a tile's keys, and a partial result of its own
     halved = keys_first and config[:3] == (8, 64, 2) and width <= 128
     context = Form(
         G=group, D=width, M=config.block_m, N=config.block_n,

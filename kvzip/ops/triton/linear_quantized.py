@@ -83,6 +83,8 @@ def few_rows(
 ) -> Float[Tensor, "*b M"]:
     """`linear` of up to 16 rows of 8 bits, and of one of 4 bits, as one launch that reads every code once.
 
+    `few_columns` is the faster one from 9 rows on, for weights that it takes.
+
     Several rows are normed by a launch before.
     """
     outputs, inputs = weight.shape
