@@ -43,14 +43,15 @@ def takes_columns(weight: QuantizedWeight, rows: int, x: Tensor) -> bool:
     return x.dtype != torch.float32 and weight.codes.shape[1] % 2 == 0 and rows > (1 if weight.kind == "int4" else 8)
 
 
-def launch_config(kind: str, outputs: int, inputs: int) -> Launch:
+def launch_config(kind: str, outputs: int, inputs: int, rows: int) -> Launch:
     """The launch for N outputs and K inputs. Tuned within steps on an H100 (8 bits) and an H200: docs/tuning.md."""
     if kind == "int4":
+        block_m = 64 if rows >= 4 else 128
         if inputs > 8192:
-            return Launch(64, 64, 3, 7)
+            return Launch(block_m, 64, 3, 7)
         if outputs > 8192:
-            return Launch(64, 64, 3, 1, ahead=0)
-        return Launch(64, 64, 3, 4)
+            return Launch(block_m, 64, 3, 1, ahead=0)
+        return Launch(block_m, 64, 3, 4)
     if inputs > 8192:
         return Launch(64, 128, 5, 8)
     if outputs > 8192:
@@ -87,7 +88,7 @@ def column_products(
     outputs, inputs = weight.shape
     rows, width = x.numel() // inputs, weight.codes.shape[1]
     x = x.contiguous()
-    config = config or launch_config(weight.kind, outputs, inputs)
+    config = config or launch_config(weight.kind, outputs, inputs, rows)
     block = within_group(config.block_bytes, weight)
     N = outputs if gate is None else outputs // 2
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
