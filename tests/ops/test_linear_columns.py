@@ -59,7 +59,10 @@ def test_a_tile_is_within_a_group():
     assert within_group(128, weight("int8", 8, 70)) == 128
 
 
-def compile_case(dtype: str, capability: int, numbers: tuple[int, ...] = (16, 32, 64)) -> str:
+GROUPS = {"e4m3": None, "int8": None, "int4": 128}
+
+
+def compile_case(dtype: str, capability: int, rows: int, *kinds: str) -> str:
     return f"""
 import torch
 from kvzip.ops.triton import linear_columns
@@ -69,17 +72,18 @@ new = lambda *shape: torch.zeros(shape, dtype=torch.{dtype})
 def make(kind, n, k, group=None, zeros=False, rows=1):
     how = dict(kind=kind, group=group or k, rows=rows, zeros=zeros, scale_dtype=torch.float16)
     return empty_weight(n, k, **how, device="cpu")
-for rows in {numbers}:
-    for kind, group in (("e4m3", None), ("int8", None), ("int4", 128)):
-        linear_columns.few_columns(new(rows, 4096), make(kind, 4096, 4096, group), residual=new(rows, 4096))
-        linear_columns.few_columns(new(rows, 4096), make(kind, 28672, 4096, group), gate="silu")
-        linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
-        if rows == 32:
-            linear_columns.few_columns(new(rows, 4096), make(kind, 6144, 4096, group), new(6144))
-linear_columns.few_columns(new(32, 4096), make("e4m3", 4096, 4096, 128, rows=128), new(4096))
-linear_columns.few_columns(new(32, 4096), make("int4", 28672, 4096, 128, True), gate="silu")
-linear_columns.few_columns(new(32, 576), make("int4", 1538, 576, 64, True), gate="gelu_tanh")
-linear_columns.few_columns(new(17, 4090), make("int8", 4096, 4090))
+rows = {rows}
+for kind, group in {[(kind, GROUPS[kind]) for kind in kinds or GROUPS]}:
+    linear_columns.few_columns(new(rows, 4096), make(kind, 4096, 4096, group), residual=new(rows, 4096))
+    linear_columns.few_columns(new(rows, 4096), make(kind, 28672, 4096, group), gate="silu")
+    linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
+    if rows == 32:
+        linear_columns.few_columns(new(rows, 4096), make(kind, 6144, 4096, group), new(6144))
+if rows == 32:
+    linear_columns.few_columns(new(32, 4096), make("e4m3", 4096, 4096, 128, rows=128), new(4096))
+    linear_columns.few_columns(new(32, 4096), make("int4", 28672, 4096, 128, True), gate="silu")
+    linear_columns.few_columns(new(32, 576), make("int4", 1538, 576, 64, True), gate="gelu_tanh")
+    linear_columns.few_columns(new(17, 4090), make("int8", 4096, 4090))
 """
 
 
@@ -88,10 +92,7 @@ def test_kernels_fit():
 
 
 def test_older_cards_have_the_shared_memory():
-    code = compile_case("bfloat16", 80).partition("for rows in")[0]
-    for outputs, inputs in ((4096, 4096), (4096, 14336), (6144, 4096)):
-        code += f"linear_columns.few_columns(new(64, {inputs}), make('int8', {outputs}, {inputs}))\n"
-    kernels = compile_launches(code, capability=80)
+    kernels = compile_launches(compile_case("bfloat16", 80, 64, "int8"), capability=80)
     assert_fits(kernels, capability=80)
     assert_fits_older(kernels)
 
@@ -109,16 +110,17 @@ def test_all_kernels_fit(dtype, capability):
 
 
 def check_fits(dtype: str, capability: int) -> None:
-    few, kernels = (
-        compile_launches(compile_case(dtype, capability, numbers), capability=capability)
-        for numbers in ((2,), (16, 32, 64))
-    )
+    def compiled(rows: int, *kinds: str) -> list:
+        return compile_launches(compile_case(dtype, capability, rows, *kinds), capability=capability)
+
+    many = compiled(16, "e4m3", "int8") + compiled(32) + compiled(64)
+    kernels = many + compiled(2, "int4")
     assert {kernel.name for kernel in kernels} == {"_columns_kernel", "_add_kernel"}
-    assert_fits(few + kernels, capability=capability)
+    assert_fits(kernels, capability=capability)
     if capability < 90:
-        assert_fits_older(few + kernels)
+        assert_fits_older(kernels)
     else:  # fewer than 16 rows have the older products with Triton 3.6
-        assert all("wgmma" in kernel.ptx for kernel in kernels if kernel.name == "_columns_kernel")
+        assert all("wgmma" in kernel.ptx for kernel in many if kernel.name == "_columns_kernel")
 
 
 @pytest.mark.gpu
