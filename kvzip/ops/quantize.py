@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvzip.ops.backend import use_triton
 from kvzip.ops.turning import turn
-from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, group_of, owners
+from kvzip.ops.types import DEEP, LARGEST, LEAST, NOT_FINITE, SMALL, Channels, Quantized, divided, group_of, owners
 
 _SAMPLE = 256  # rows of a head from which its channels are measured
 _ROWS_AT_ONCE = 1 << 18  # rows whose rest is computed in float32 at a time
@@ -164,8 +164,7 @@ def quantize_reference(x: Float[Tensor, "N D"], *, bits: int, group: int | None 
     if not groups.isfinite().all():
         raise ValueError(NOT_FINITE)
     zero, highest = groups.amin(dim=2), groups.amax(dim=2)
-    steps = torch.full_like(zero, last)  # a tensor: CUDA divides by a number with its rounded reciprocal
-    scale = highest / steps - zero / steps
+    scale = divided(highest, last) - divided(zero, last)
     small = (highest > zero) & (highest - zero < SMALL)  # subnormal quotients are multiples of LEAST
     scale = scale.where(~small, scale + LEAST)
     if x.dtype != torch.float32:

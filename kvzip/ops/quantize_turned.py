@@ -10,7 +10,7 @@ from torch import Tensor
 from kvzip.ops.backend import use_triton
 from kvzip.ops.quantize import pack_codes, quantize
 from kvzip.ops.turning import measure_roots, turn
-from kvzip.ops.types import FINE, LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, group_of, owners
+from kvzip.ops.types import FINE, LIMIT, NARROW, NOT_FINITE, SHAPED, Channels, Quantized, divided, group_of, owners
 
 Flags = Int32[Tensor, "2"]
 """What the device found: whether a value was not finite, and whether float16 scales are too coarse."""
@@ -200,7 +200,7 @@ def _grid(
     low, high = groups.amin(2), groups.amax(2)
     span = (high - low) * narrow
     exact = (low + high - span) * 0.5 if narrow < 1 else low
-    step = span / torch.full_like(span, last)
+    step = divided(span, last)
     zero, scale = exact.to(dtype), step.to(dtype)
     most = (step * 0.5).clamp_min(fine)
     held = ((zero.float() - exact).abs() <= most) & ((scale.float() - step).abs() * last <= most)

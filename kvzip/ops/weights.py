@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Float32, Int8, Int64, Shaped
 from torch import Tensor
 
+from kvzip.ops.types import divided
+
 KINDS = ("e4m3", "int8", "int4")
 BLOCK = 32  # inputs whose 4-bit codes lie in 16 bytes
 GROUP = 128  # inputs that share a scale where `quantize_weight` makes 4 bits
@@ -248,15 +250,10 @@ def quantize_weight(x: Float[Tensor, "N K"], kind: str, *, group: int = GROUP) -
 def _quantized(x: Tensor, kind: str, group: int) -> QuantizedWeight:
     if kind == "int4":
         return _in_groups(x, min(group, x.shape[1]))
-    scale = _divided(x.abs().amax(1, keepdim=True), LARGEST[kind])
+    scale = divided(x.abs().amax(1, keepdim=True), LARGEST[kind])
     scaled = x / torch.where(scale > 0, scale, 1)
     codes = scaled.to(torch.float8_e4m3fn) if kind == "e4m3" else scaled.round().clamp(-127, 127).to(torch.int8)
     return QuantizedWeight(codes, scale, None, kind, x.shape[1], x.shape[1])
-
-
-def _divided(x: Tensor, number: float) -> Tensor:
-    """x / number, rounded alike on every device: on a GPU torch multiplies by the reciprocal of a plain number."""
-    return x / torch.full_like(x, number)
 
 
 def _in_groups(x: Tensor, group: int) -> QuantizedWeight:
@@ -301,10 +298,10 @@ def quantize_inputs(
         zero = None if how.zero is None else how.zero.to(wide.dtype)
     elif how.symmetric:
         top = parts.abs().amax(-1, keepdim=True)
-        scale = _divided(top if how.bound is None else top.clamp(max=how.bound), how.steps)
+        scale = divided(top if how.bound is None else top.clamp(max=how.bound), how.steps)
     else:
         low, high = parts.amin(-1, keepdim=True).clamp(max=0), parts.amax(-1, keepdim=True).clamp(min=0)
-        scale = _divided(high - low, 255.0)
+        scale = divided(high - low, 255)
         zero = (-128 - low / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
     codes = parts / torch.where(scale > 0, scale, 1)
     codes = codes if zero is None else codes + zero
