@@ -20,7 +20,7 @@ from kvzip.ops.triton.common import (
     launch_options,
     on_device,
     overlaps_launches,
-    prefetch,
+    prefetch_starts,
 )
 from kvzip.ops.triton.gate import gated
 from kvzip.ops.triton.linear_columns import few_columns, takes_columns
@@ -33,6 +33,7 @@ from kvzip.ops.types import Norm
 from kvzip.ops.weights import QuantizedWeight, blocks, round_inputs
 
 _AT_ONCE = 1 << 27  # quantized weights expanded at once
+_SLICED = 16  # the most rows that `few_rows` takes
 
 
 class Launch(NamedTuple):
@@ -200,7 +201,7 @@ def _quantized(
         return linear_triton(x, replace(weight, activations=None), bias, gate=gate, residual=residual)
     if has_columns(x, weight):
         return few_columns(normed(x, norm), weight, bias, gate=gate, residual=residual)
-    if 0 < rows <= min(most_rows(x), 16) and suits(weight):
+    if 0 < rows <= min(most_rows(x), _SLICED) and suits(weight):
         return few_rows(x, weight, bias, norm=norm, gate=gate, residual=residual)
     x = normed(x, norm)
     parts = blocks(weight, _AT_ONCE)
@@ -226,16 +227,6 @@ def _finished(out: Tensor, gate: str | None, residual: Tensor | None) -> Tensor:
     """What follows a product and its bias."""
     out = out if gate is None else gated(out, gate)
     return out if residual is None else residual + out
-
-
-@triton.jit
-@no_type_check
-def _fetch(at, n, last, K: tl.constexpr, AHEAD: tl.constexpr):
-    """Prefetches the first AHEAD values of each row to L2, 128 bytes at a time."""
-    EACH: tl.constexpr = 1024 // at.dtype.element_ty.primitive_bitwidth
-    a = tl.minimum(tl.arange(0, triton.next_power_of_2((AHEAD + EACH - 1) // EACH)) * EACH, AHEAD - 1)
-    at += tl.minimum(n, last).to(tl.int64)[:, None] * K + a[None, :]
-    prefetch(at.to(tl.int64))
 
 
 @triton.jit
@@ -271,9 +262,10 @@ def _row_kernel(
         apart, end = N * 0 + HALF, 2 * N
     second_ptr = weight_ptr + apart.to(tl.int64) * K
     if AHEAD:  # weights do not depend on the kernel before
-        _fetch(weight_ptr, n, end - 1, K, AHEAD)
+        row = tl.minimum(n, end - 1).to(tl.int64) * K
+        prefetch_starts(weight_ptr + row, AHEAD)
         if PAIRS:
-            _fetch(second_ptr, n, end - 1, K, AHEAD)
+            prefetch_starts(second_ptr + row, AHEAD)
     scale, bias, residual = 1.0, 0.0, 0.0  # loaded here, as at the end all would wait for them
     scale_2, bias_2 = scale, bias
     if KIND != "":

@@ -127,12 +127,12 @@ def _added(sums: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | No
 
 @triton.jit
 @no_type_check
-def _inputs(at, k, live, K: tl.constexpr, WHOLE: tl.constexpr, COMPUTE: tl.constexpr):
-    """Inputs k of all rows: [BLOCK_B, BLOCK_R]."""
+def _inputs(at, k, K: tl.constexpr, WHOLE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Inputs k of all rows: [inputs of a tile, BLOCK_R]."""
     if WHOLE:
         return tl.load(at).to(COMPUTE)
     else:
-        return tl.load(at, mask=(live & (k < K))[:, None], other=0).to(COMPUTE)
+        return tl.load(at, mask=(k < K)[:, None], other=0).to(COMPUTE)
 
 
 @triton.jit(do_not_specialize=["N", "rows"])
@@ -156,7 +156,7 @@ def _columns_kernel(
     begin = tl.program_id(1) * (TILES * BLOCK_B)
     word = tl.arange(0, BLOCK_B // 2)
     at = codes_ptr + n.to(tl.int64)[:, None] * (P // 2) + (begin // 2 + word)[None, :]  # [M, BLOCK_B / 2]
-    x_at = x_ptr + r.to(tl.int64)[None, :] * K + (begin * EACH + k)[:, None]  # [BLOCK_B, BLOCK_R]
+    x_at = x_ptr + r.to(tl.int64)[None, :] * K + (begin * EACH + k)[:, None]  # [inputs of a tile, BLOCK_R]
     owner = (n // SHARED).to(tl.int64) * Q
     if AHEAD:  # weights do not depend on the kernel before
         prefetch_starts(codes_ptr + (n.to(tl.int64) * P + tl.minimum(begin, P - AHEAD)) // 2, AHEAD // 2)
@@ -170,7 +170,6 @@ def _columns_kernel(
     acc = tl.zeros([M, BLOCK_R], tl.float32)
     for tile in tl.range(0, TILES, num_stages=STAGES):
         byte = tile * BLOCK_B
-        live = (begin + byte) * EACH + k < P * EACH
         if WHOLE:
             codes = tl.load(at + byte // 2)
         else:
@@ -180,7 +179,6 @@ def _columns_kernel(
             scale = tl.load(scale_ptr + owner + g).to(tl.float32)
             if ZERO:
                 zero = tl.load(zero_ptr + owner + g).to(tl.int32)
-        first = (begin + byte) * EACH + k
         w = convert_words(codes, LOW, KIND, False, COMPUTE)
         if KIND == "int4":
             high = convert_words(codes, HIGH, KIND, True, COMPUTE)
@@ -188,7 +186,7 @@ def _columns_kernel(
             w = tl.reshape(tl.permute(w, [0, 1, 3, 2]), [M, 2 * BLOCK_B])
         if ZERO:
             w -= zero[:, None].to(COMPUTE)
-        x = _inputs(x_at + byte * EACH, first, live, K, WHOLE, COMPUTE)
+        x = _inputs(x_at + byte * EACH, (begin + byte) * EACH + k, K, WHOLE, COMPUTE)
         if GROUP == K:
             acc = tl.dot(w, x, acc)
         else:

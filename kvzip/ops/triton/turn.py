@@ -35,7 +35,8 @@ def turn_rows(x, D: tl.constexpr, DTYPE: tl.constexpr):
     x = tl.reshape(x, [M * WIDTH // C, C])
     high = x.to(DTYPE)
     y = tl.dot(high, matrix, input_precision="ieee")
-    if DTYPE != tl.float32:  # noqa: SIM300
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    if not EXACT:
         y = tl.dot((x - high.to(tl.float32)).to(DTYPE), matrix, y)
     y *= 1.0 / BLOCK**0.5
     if BLOCK > C:
@@ -58,7 +59,8 @@ def mix_words(x, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
         matrix = tl.broadcast_to(matrix[None], [x.shape[0], BLOCK_W, BLOCK_W])
     high = x.to(DTYPE)
     y = tl.dot(matrix, high, input_precision="ieee")
-    if DTYPE != tl.float32:  # noqa: SIM300
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    if not EXACT:
         y = tl.dot(matrix, (x - high.to(tl.float32)).to(DTYPE), y)
     return y
 
