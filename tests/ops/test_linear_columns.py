@@ -77,7 +77,7 @@ for kind, group in {[(kind, GROUPS[kind]) for kind in kinds or GROUPS]}:
     linear_columns.few_columns(new(rows, 4096), make(kind, 4096, 4096, group), residual=new(rows, 4096))
     linear_columns.few_columns(new(rows, 4096), make(kind, 28672, 4096, group), gate="silu")
     linear_columns.few_columns(new(rows, 14336), make(kind, 4096, 14336, group), residual=new(rows, 4096))
-    if rows == 32:
+    if rows >= 32:
         linear_columns.few_columns(new(rows, 4096), make(kind, 6144, 4096, group), new(6144))
 if rows == 32:
     linear_columns.few_columns(new(32, 4096), make("e4m3", 4096, 4096, 128, rows=128), new(4096))
