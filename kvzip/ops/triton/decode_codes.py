@@ -223,11 +223,9 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
             total += q.to(tl.float32) * (1 / lift)
         return queries, total, tl.sum(total, len(total.shape) - 2), unit, central
     else:
-        whole = tl.load(q_at[:, None] + d[None, :], mask=live[:, None] & (d < F.D)[None, :], other=0).to(tl.float32)
+        at, there = q_at[:, None] + d[None, :], live[:, None] & (d < F.D)[None, :]
+        whole = tl.load(at, mask=there, other=0).to(tl.float32)
         if F.CHANNELS:
-            if F.SOFTCAP:
-                center = tl.load(center_ptr + d, mask=d < F.D, other=0)
-                central = tl.sum(whole * center[None, :], 1) * scale
             whole *= tl.load(spread_ptr + d, mask=d < F.D, other=0)[None, :]
         factor, unit = _scales(tl.max(tl.abs(whole), 1), HIGH, scale, softcap, F)
         if F.TURN_K:
@@ -235,6 +233,9 @@ def load_queries_for_codes(q_at, live, center_ptr, spread_ptr, scale, softcap, F
         lift = lifts(d, F.K_BITS, TOP)[None, :]
         queries = (whole * (factor * lift)).to(dtype_of(F.K_COMPUTE))
         total = tl.sum(queries.to(tl.float32) / lift, 1)
+        if F.CHANNELS and F.SOFTCAP:  # rows are loaded again: beside turning, what is kept of them would spill
+            again = tl.load(at, mask=there, other=0, volatile=True).to(tl.float32)
+            central = tl.sum(again * tl.load(center_ptr + d, mask=d < F.D, other=0)[None, :], 1) * scale
         return in_pairs(queries, EACH), total, total, unit, central
 
 

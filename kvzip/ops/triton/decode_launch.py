@@ -65,7 +65,7 @@ def launch_config(
         if bits <= 8 and D <= 128 and rows > 8 and one_step and hopper:  # query rows are the rows of products
             if rows > 64:  # one program has all registers of an SM; of padded rows 64 keys would spill
                 return Launch(128, 32 if padded else 64, 8, 3, per_sm=1)
-            return Launch(64, 16 if padded else 32, 4, 3)  # 64 keys, and 32 padded ones, would spill
+            return Launch(64, 16 if padded else 64, 4, 3)  # 32 padded keys would spill
         if padded and bits not in (4, 8):  # keys and values in different bits
             return Launch(8 if rows <= 8 else 16, 16, 4, 3)  # 32 keys would spill
         if rows <= 8:
@@ -261,7 +261,8 @@ def run(
     registers = config.registers
     if form.SOFTCAP and form.WINDOW and form.D == 128 and form.K_BITS == form.V_BITS == 16:
         registers = None  # it takes 176 then, and with 208 at most it takes all and spills
-    early = overlap and (config.early or listed)
+    # products of several rows take longer beside attention that started early
+    early = overlap and (listed or (config.early and sizes.rows == form.G))
     warps = config.warps
     if (form.TURN_K or form.TURN_V) and form.D > 128:
         registers = None  # fewer than it takes, and it spills

@@ -95,13 +95,17 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
     limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
     at = tl.minimum(begin, limit)
-    ahead = _load_ahead(keys, values, extra, at, stop, F)
+    LATER: tl.constexpr = CODED and not F.KEYS_FIRST  # queries take all registers; so do addresses of what is loaded
+    if not LATER:
+        ahead = _load_ahead(keys, values, extra, at, stop, F)
     if WEIGHED:
         first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
     if F.K_BITS < 16:
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
         queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
+    if LATER:
+        ahead = _load_ahead(keys, values, extra, at, stop, F)
     P: tl.constexpr = F.PARTS
     tl.static_assert(P == 1 or DEFER)  # sums are those of parts
     if F.KEYS_FIRST:
@@ -223,7 +227,7 @@ def _tile(
     CODED: tl.constexpr = F.K_BITS < 16 or F.V_BITS < 16
     MASKED: tl.constexpr = F.SHORT if CODED else CUT
     WEIGHED: tl.constexpr = F.V_BITS < 16 and F.KEYS_FIRST
-    LOG2: tl.constexpr = F.BIAS or (CODED and (F.KEYS_FIRST or F.SOFTCAP))  # x is a logit in base 2; else x * unit is
+    LOG2: tl.constexpr = F.BIAS or (CODED and F.KEYS_FIRST)  # x is a logit in base 2; else x * unit is
     n = keys_of(N, F.PARTS)
     at = tl.minimum(new, limit) if CODED and CUT else new
     key = at + n
@@ -234,11 +238,13 @@ def _tile(
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST, F.PARTS)  # fmt: skip
     if not F.KEYS_FIRST and len(k_step.shape) == 2:  # it is all four
-        k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED)
+        k_step, k_zero, v_step, v_zero = take_apart(k_step)
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
         ahead = _load_ahead(keys, values, extra, tl.minimum(new + F.N, limit), stop, F)
+    if CODED and not F.KEYS_FIRST:  # here, not where they are used: operands of both products wait at one barrier
+        v = expand_rows(v, v_step, v_zero, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED)
     mark = tl.zeros(n.shape, tl.float32)  # what is added to the logits of a key
     if WEIGHED:
         Q: tl.constexpr = F.D // F.V_GROUP  # Triton 3.5 takes a range's end by name alone
@@ -267,12 +273,15 @@ def _tile(
             if tl.float32 == dtype_of(F.K_COMPUTE):  # interpreted bfloat16, where `codes` has half of them taken off
                 k_zero += k_step * 2 ** (F.K_BITS - 1)
             x = product(queries[0], code) * k_step[None, :] + k_zero[None, :] * (queries[2] * UNIT)[:, None]
-            if LOG2:
+            if F.BIAS or F.SOFTCAP:
                 x *= unit
         if F.SOFTCAP:
             if F.CHANNELS:
                 x += _of_queries(queries[4] / softcap, F)
-            x = tanh(x) * (softcap * LOG2_E)
+            x = tanh(x)
+            unit = softcap * LOG2_E
+            if LOG2:
+                x *= unit
         if F.BIAS if not F.KEYS_FIRST else F.SOFTCAP or F.D != F.K_GROUP:
             x += _of_keys(mark, F)
         elif CUT and not F.KEYS_FIRST:
@@ -318,9 +327,7 @@ def _tile(
             v, p = v.to(dtype_of(F.V_COMPUTE)), p.to(dtype_of(F.V_COMPUTE))
             acc = (add_product(acc[0] * _of_queries(decay, F), v, p),)
         else:
-            if CODED:
-                v = expand_rows(v, v_step, v_zero, F.V_BITS, dtype_of(F.V_COMPUTE), F.PACKED)
-            else:
+            if not CODED:
                 v = load_tile(values[0], at, values[3], bound, extra[3], extra[5], F.D, F.N, F.PAGE, MASKED, False)
             acc = (add_product(acc[0] * decay[:, None], p.to(dtype_of(F.V_COMPUTE)), v.to(dtype_of(F.V_COMPUTE))),)
     return acc, new_peak, total, shift, ahead

@@ -34,10 +34,11 @@ def turn_rows(x, D: tl.constexpr, DTYPE: tl.constexpr):
     matrix = signs(c[:, None], c[None, :], BLOCK if BLOCK < C else C, DTYPE)
     x = tl.reshape(x, [M * WIDTH // C, C])
     high = x.to(DTYPE)
+    low = (x - high.to(tl.float32)).to(DTYPE)  # before the first product, which would keep x in registers
     y = tl.dot(high, matrix, input_precision="ieee")
     EXACT: tl.constexpr = tl.float32 == DTYPE
     if not EXACT:
-        y = tl.dot((x - high.to(tl.float32)).to(DTYPE), matrix, y)
+        y = tl.dot(low, matrix, y)
     y *= 1.0 / BLOCK**0.5
     if BLOCK > C:
         first, second = tl.split(tl.permute(tl.reshape(y, [M, 2, C]), [0, 2, 1]))
