@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,10 +99,16 @@ def compile_calls(source: str, calls: list[str], *, capability: int) -> list[Com
 
 
 def assert_fits(kernels: list[Compiled], *, capability: int) -> None:
-    """Asserts that something was compiled, nothing spilled, and every kernel's shared memory fits the chip."""
+    """Asserts that something was compiled, nothing spilled, and every kernel's shared memory fits the chip.
+
+    And that a product whose operand is in registers is waited for before these can change: Triton leaves those of a
+    loop under way that add up.
+    """
     assert kernels
     for kernel in kernels:
         assert kernel.stack == 0, f"{kernel.name} spills: {kernel.stack} bytes of stack, {kernel.registers} registers"
+        if re.search(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*\{", kernel.ptx):
+            assert not re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", kernel.ptx), f"{kernel.name} races"
         limit = SHARED_LIMIT[capability]
         assert kernel.shared <= limit, f"{kernel.name} needs {kernel.shared} bytes of shared memory, of {limit}"
         if kernel.static > 1024:  # Triton asks for more than 48 KiB only where its own part is more

@@ -135,6 +135,23 @@ def test_real_shapes(kind, rows, dtype):
     check_linear(run, (rows,), (kind, 4096, 14336, group, 1, False), None, None, False, True, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("kind", ["e4m3", "int8", "int4"])
+def test_every_run_gives_the_same_bits_beside_other_work(kind, group):
+    """A product that is late, as where another program's share its tensor cores, still reads what it was given."""
+    w, x = weight(kind, 6144, 4096, group=group), values(64, 4096, dtype=torch.bfloat16)
+    big = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    beside, expected = torch.cuda.Stream(), few_columns(x, w)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        with torch.cuda.stream(beside):
+            big @ big
+        results = [few_columns(x, w) for _ in range(8)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, expected) for result in results)
+
+
 def test_rows_of_16_bits_come_here(monkeypatch):
     calls = []
     monkeypatch.setattr(linear, "few_columns", lambda *a, **o: calls.append(a) or few_columns(*a, **o))

@@ -187,14 +187,9 @@ def _columns_kernel(
         if ZERO:
             w -= zero[:, None].to(COMPUTE)
         x = _inputs(x_at + byte * EACH, (begin + byte) * EACH + k, K, WHOLE, COMPUTE)
-        if GROUP == K:
-            acc = tl.dot(w, x, acc)
-        else:
-            sums = tl.dot(w, x)
-        if GROUP != K:
-            acc += sums * scale[:, None]
-    if GROUP == K:
-        acc *= scale[:, None]
+        # Not added up by the product, even where all tiles share a scale: Triton would then make w of the next tile, in
+        # the same registers, before the product has read them.
+        acc += tl.dot(w, x) * scale[:, None]
     column = tl.arange(0, BLOCK_R).to(tl.int64)
     n = tl.program_id(0) * OWN + tl.arange(0, OWN)
     place = column[None, :] * N + n[:, None]
