@@ -110,8 +110,14 @@ def load_together(ptrs, row, stop, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def take_apart(four):
-    """The four vectors of `load_together`, as they are stored: half as many bytes are exchanged between threads."""
+def take_apart(four, CONVERT: tl.constexpr):
+    """The four vectors of `load_together`, as they are stored.
+
+    CONVERT: float16 is made float32 before threads exchange the numbers, by assembly, for Triton would have each thread
+    convert those that it uses: fewer instructions, more registers.
+    """
+    if CONVERT and four.dtype == tl.float16:
+        four = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [four], dtype=tl.float32, is_pure=True, pack=1)
     low, high = tl.split(tl.permute(tl.reshape(four, [four.shape[0], 2, 2]), [0, 2, 1]))
     first, second = tl.split(low)
     third, fourth = tl.split(high)
