@@ -507,6 +507,12 @@ def test_kernels_compile_without_spills(D, capability):
     compiled(calls, capability)
 
 
+def test_one_token_alone_starts_early():
+    calls = [f"128, 4, {questions}, {tokens}, torch.bfloat16" for questions, tokens in ((1, 1), (2, 1), (1, 2))]
+    kernels = [x for x in compile_calls(COMPILE, calls, capability=90) if x.name == "decode_kernel"]
+    assert ["griddepcontrol.wait" in kernel.ptx for kernel in kernels] == [True, False, False]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_as_many_programs_over_quantized_rows_fit_on_an_sm_as_splits_are_cut_for(bits):
     calls = [

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     per_sm: int = 2  # programs of an SM that splits are cut for, mostly those that run at once: 1, 2, 4 or 8
-    early: bool = False  # start by programmatic dependent launch and prefetch the first rows to L2
+    early: bool = False  # for one token, start by programmatic dependent launch and prefetch the first rows to L2
     reserve: int = 0  # bytes of unused shared memory, which keep an SM to `per_sm` programs
     registers: int | None = None  # at most so many for a thread, so that programs of the next launch find room
 

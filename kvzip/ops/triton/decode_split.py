@@ -95,8 +95,8 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
     # Without SHORT all tiles of codes are full: the last one starts earlier, and keys of an earlier tile are masked.
     limit = tl.maximum(stop - N, 0) if CODED and not F.SHORT else stop
     at = tl.minimum(begin, limit)
-    LATER: tl.constexpr = CODED and not F.KEYS_FIRST  # queries take all registers; so do addresses of what is loaded
-    if not LATER:
+    LATE: tl.constexpr = CODED and not F.KEYS_FIRST  # loading the queries takes all registers then
+    if not LATE:
         ahead = _load_ahead(keys, values, extra, at, stop, F)
     if WEIGHED:
         first = tl.load(values[1] + (at + tl.zeros([], tl.int64)) * (F.D // F.V_GROUP), mask=begin < stop, other=0)
@@ -104,7 +104,7 @@ def attend_split(query, keys, values, extra, band, out, begin, stop, scale, soft
         queries = load_queries_for_codes(q_at, live, extra[0], extra[1], scale, softcap, F)
     else:
         queries = load_queries(q_at, live, F.D, dtype_of(F.K_COMPUTE))
-    if LATER:
+    if LATE:
         ahead = _load_ahead(keys, values, extra, at, stop, F)
     P: tl.constexpr = F.PARTS
     tl.static_assert(P == 1 or DEFER)  # sums are those of parts
