@@ -195,6 +195,8 @@ def forms(
     packed = bits < 16 and compute != "float32" and not interpreted()
     code = "float16" if packed else compute
     keys_first = bits < 16 and config.block_m < 64
+    if bias and bits < 16 and config.block_m == 64:
+        config = config._replace(block_n=min(config.block_n, 32))  # 64 would spill
     width = q.shape[-1] if q.ndim == 3 else q.shape[3]
     # each warp has half of a tile's keys, and a partial result of its own
     halved = keys_first and config[:3] == (8, 64, 2) and width <= 128
