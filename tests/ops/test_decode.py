@@ -502,8 +502,8 @@ def test_kernels_compile_without_spills(D, capability):
     if (D, capability) == (128, 90):
         calls += [many, f"{few}, (8, 4)", f"{few}, (4, 2), turned=True"]
         calls += [f"{few}, (8, 2), turned=True", f"{many}, 4, turned=True", f"{many}, (4, 2), turned=True"]
+        calls += [f"{D}, 4, 8, 1, torch.{dtype}, (4, 2), turned=True" for dtype in ("bfloat16", "float16")]
         calls += [f"{D}, 4, 8, 1, torch.bfloat16, (4, 2), 5.0, 9, turned=True"]
-        calls += [f"{D}, 4, 8, 1, torch.float16, (4, 2), turned=True"]
     compiled(calls, capability)
 
 

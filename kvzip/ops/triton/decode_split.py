@@ -221,7 +221,6 @@ def _tile(
     CUT: tl.constexpr,
 ):  # fmt: skip
     """Adds keys new:new + N to the running softmax. CUT: only those before `stop`."""
-    M: tl.constexpr = F.M
     N: tl.constexpr = F.N
     acc, peak, total, shift, ahead = state
     k_step, k_zero, v_step, v_zero, row_bias = ahead
@@ -239,7 +238,7 @@ def _tile(
         v = load_tile(values[0], at, values[3], bound, extra[3], extra[5],
                       F.D * F.V_BITS // 16, F.N, F.PAGE, MASKED, F.KEYS_FIRST, F.PARTS)  # fmt: skip
     if not F.KEYS_FIRST and len(k_step.shape) == 2:  # it is all four
-        k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED and M > 64)  # 64 rows would spill
+        k_step, k_zero, v_step, v_zero = take_apart(k_step, F.PACKED and F.M > 64)  # 64 rows would spill
     k_step, k_zero = k_step.to(tl.float32), k_zero.to(tl.float32)
     v_step, v_zero = v_step.to(tl.float32), v_zero.to(tl.float32)
     if CODED or F.BIAS:
